@@ -1,0 +1,655 @@
+// Fused element-wise kernels of a layer, forward and backward.
+//
+// They are bound by memory: each tensor is read once and written once in 16-byte vectors, parameters ([channels] rows)
+// stay in registers over a tile of tokens. Sums have a fixed order and there are no atomics, so results are
+// reproducible bit for bit.
+//
+// A thread owns 8 neighbouring channels ("a vector") of a tile of consecutive rows.
+
+#include "elementwise.h"
+
+#include <cuda_bf16.h>
+
+namespace elementwise {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kVector = 8;  // bf16 values in 16 bytes
+
+struct alignas(16) Packed {
+  uint32_t pair[4];
+};
+
+__device__ __forceinline__ Packed load(const void* base, int64_t offset) {
+  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(base) + offset));
+  return {{raw.x, raw.y, raw.z, raw.w}};
+}
+
+// bf16 is the upper half of fp32.
+__device__ __forceinline__ void unpack(const Packed& packed, float (&values)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    values[2 * i] = __uint_as_float(packed.pair[i] << 16);
+    values[2 * i + 1] = __uint_as_float(packed.pair[i] & 0xffff0000u);
+  }
+}
+
+__device__ __forceinline__ void load(const void* base, int64_t offset, float (&values)[kVector]) {
+  unpack(load(base, offset), values);
+}
+
+__device__ __forceinline__ void store(void* base, int64_t offset, const float (&values)[kVector]) {
+  uint32_t pair[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const __nv_bfloat162 rounded = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
+    pair[i] = *reinterpret_cast<const uint32_t*>(&rounded);
+  }
+  *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(base) + offset) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+}
+
+__device__ __forceinline__ void clear(float (&values)[kVector]) {
+#pragma unroll
+  for (int i = 0; i < kVector; ++i) values[i] = 0.0f;
+}
+
+__device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
+
+// ---- token shift and mix: out_g = z + (shifted - z) * (maa_g + modulation_g)
+
+// The shifted input of a row: the row before, the carried row or zero.
+__device__ __forceinline__ void load_shifted(const ShiftMix& a, int64_t row, int channel, float (&shifted)[kVector]) {
+  const void* source = a.z;
+  int64_t before = row - 1;
+  if (a.previous != nullptr) {
+    before = a.previous[row];
+  } else if (row % a.tokens == 0) {
+    before = -1;
+    if (a.carry != nullptr) {
+      source = a.carry;
+      before = row / a.tokens;
+    }
+  }
+  if (before >= 0) {
+    load(source, before * a.channels + channel, shifted);
+  } else {
+    clear(shifted);
+  }
+}
+
+template <int kMixes, bool kModulated, int kTile>
+__global__ void __launch_bounds__(kThreads) shift_mix_forward_kernel(ShiftMix a, MixPointers outputs) {
+  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int vectors = a.channels / kVector;
+  const int channel = int(thread % vectors) * kVector;
+  const int64_t first = thread / vectors * kTile;
+  if (first >= a.rows) return;
+  Packed maa[kMixes];
+#pragma unroll
+  for (int g = 0; g < kMixes; ++g) maa[g] = load(a.maa, int64_t(g) * a.channels + channel);
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    const int64_t row = first + i;
+    if (row >= a.rows) break;
+    const int64_t offset = row * a.channels + channel;
+    float z[kVector], delta[kVector];
+    load(a.z, offset, z);
+    load_shifted(a, row, channel, delta);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) delta[j] -= z[j];
+#pragma unroll
+    for (int g = 0; g < kMixes; ++g) {
+      float proportion[kVector], mixed[kVector];
+      unpack(maa[g], proportion);
+      if (kModulated) {
+        float modulation[kVector];
+        load(a.modulation, g * a.rows * a.channels + offset, modulation);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) proportion[j] += modulation[j];
+      }
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) mixed[j] = fmaf(delta[j], proportion[j], z[j]);
+      store(outputs.mix[g], offset, mixed);
+    }
+  }
+}
+
+// What a row sends back to the row it was mixed with: sum over g of grad_g * (maa_g + modulation_g).
+template <int kMixes, bool kModulated>
+__device__ __forceinline__ void gradient_to_previous(const ShiftMix& a, const MixPointers& grads,
+                                                     const Packed (&maa)[kMixes], int64_t row, int channel,
+                                                     float (&to_previous)[kVector]) {
+  const int64_t offset = row * a.channels + channel;
+  clear(to_previous);
+#pragma unroll
+  for (int g = 0; g < kMixes; ++g) {
+    if (grads.mix[g] == nullptr) continue;
+    float grad[kVector], proportion[kVector];
+    load(grads.mix[g], offset, grad);
+    unpack(maa[g], proportion);
+    if (kModulated) {
+      float modulation[kVector];
+      load(a.modulation, g * a.rows * a.channels + offset, modulation);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) proportion[j] += modulation[j];
+    }
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) to_previous[j] = fmaf(grad[j], proportion[j], to_previous[j]);
+  }
+}
+
+// Walks its tile from the last row to the first: what row t + 1 sends back to row t is then at hand. Only the row after
+// the tile is computed twice.
+template <int kMixes, bool kModulated, int kTile>
+__global__ void __launch_bounds__(kThreads)
+    shift_mix_backward_kernel(ShiftMix a, MixPointers grads, const int* __restrict__ children, void* grad_z,
+                              void* grad_carry, void* grad_modulation) {
+  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int vectors = a.channels / kVector;
+  const int channel = int(thread % vectors) * kVector;
+  const int64_t first = thread / vectors * kTile;
+  if (first >= a.rows) return;
+  Packed maa[kMixes];
+#pragma unroll
+  for (int g = 0; g < kMixes; ++g) maa[g] = load(a.maa, int64_t(g) * a.channels + channel);
+  float from_next[kVector];
+  clear(from_next);
+  if (first + kTile < a.rows) {
+    gradient_to_previous<kMixes, kModulated>(a, grads, maa, first + kTile, channel, from_next);
+  }
+#pragma unroll
+  for (int i = kTile - 1; i >= 0; --i) {
+    const int64_t row = first + i;
+    if (row >= a.rows) continue;
+    const int64_t offset = row * a.channels + channel;
+    float delta[kVector];
+    if (kModulated) {
+      float z[kVector];
+      load(a.z, offset, z);
+      load_shifted(a, row, channel, delta);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) delta[j] -= z[j];
+    }
+    float total[kVector], to_previous[kVector];
+    clear(total);
+    clear(to_previous);
+#pragma unroll
+    for (int g = 0; g < kMixes; ++g) {
+      float grad[kVector], proportion[kVector];
+      if (grads.mix[g] != nullptr) {
+        load(grads.mix[g], offset, grad);
+      } else {
+        clear(grad);
+      }
+      unpack(maa[g], proportion);
+      if (kModulated) {
+        const int64_t modulation_offset = g * a.rows * a.channels + offset;
+        float modulation[kVector];
+        load(a.modulation, modulation_offset, modulation);
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) proportion[j] += modulation[j];
+        if (grad_modulation != nullptr) {
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) modulation[j] = grad[j] * delta[j];
+          store(grad_modulation, modulation_offset, modulation);
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        total[j] += grad[j];
+        to_previous[j] = fmaf(grad[j], proportion[j], to_previous[j]);
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) total[j] -= to_previous[j];
+    if (children == nullptr) {
+      // from_next is zero after the last row of all.
+      if ((row + 1) % a.tokens != 0) {
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) total[j] += from_next[j];
+      }
+    } else {
+      for (int child = children[row]; child >= 0; child = children[a.rows + child]) {
+        float from_child[kVector];
+        if (child == row + 1) {
+#pragma unroll
+          for (int j = 0; j < kVector; ++j) from_child[j] = from_next[j];
+        } else {
+          gradient_to_previous<kMixes, kModulated>(a, grads, maa, child, channel, from_child);
+        }
+#pragma unroll
+        for (int j = 0; j < kVector; ++j) total[j] += from_child[j];
+      }
+    }
+    store(grad_z, offset, total);
+    if (grad_carry != nullptr && row % a.tokens == 0) {
+      store(grad_carry, row / a.tokens * a.channels + channel, to_previous);
+    }
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) from_next[j] = to_previous[j];
+  }
+}
+
+int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+
+template <int kMixes, bool kModulated>
+cudaError_t launch_forward(const ShiftMix& a, const MixPointers& outputs, cudaStream_t stream) {
+  constexpr int kTile = 4;
+  const int64_t threads = (a.rows + kTile - 1) / kTile * (a.channels / kVector);
+  shift_mix_forward_kernel<kMixes, kModulated, kTile><<<blocks_for(threads), kThreads, 0, stream>>>(a, outputs);
+  return cudaGetLastError();
+}
+
+template <int kMixes, bool kModulated>
+cudaError_t launch_backward(const ShiftMix& a, const MixPointers& grads, const int* children, void* grad_z,
+                            void* grad_carry, void* grad_modulation, cudaStream_t stream) {
+  constexpr int kTile = 4;
+  const int64_t threads = (a.rows + kTile - 1) / kTile * (a.channels / kVector);
+  shift_mix_backward_kernel<kMixes, kModulated, kTile><<<blocks_for(threads), kThreads, 0, stream>>>(
+      a, grads, children, grad_z, grad_carry, grad_modulation);
+  return cudaGetLastError();
+}
+
+// ---- group norm of each head, times silu(gate)
+
+// Sum over the lanes that share a head, the same in all of them.
+template <int kLanes>
+__device__ __forceinline__ float sum_over_head(float value, unsigned mask) {
+#pragma unroll
+  for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(mask, value, step);
+  return value;
+}
+
+template <int kLanes>
+__device__ __forceinline__ unsigned head_mask() {
+  constexpr unsigned kOnes = (1u << kLanes) - 1u;
+  return kOnes << ((threadIdx.x & 31u) & ~unsigned(kLanes - 1));
+}
+
+// Replaces y by (y - mean) / sqrt(variance + eps) and returns 1 / sqrt(variance + eps).
+template <int kLanes>
+__device__ __forceinline__ float normalise(float (&y)[kVector], float eps, unsigned mask) {
+  constexpr float kShare = 1.0f / (kLanes * kVector);
+  float sum = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) sum += y[j];
+  const float mean = sum_over_head<kLanes>(sum, mask) * kShare;
+  float squares = 0.0f;
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    y[j] -= mean;
+    squares = fmaf(y[j], y[j], squares);
+  }
+  const float inverse = rsqrtf(sum_over_head<kLanes>(squares, mask) * kShare + eps);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) y[j] *= inverse;
+  return inverse;
+}
+
+template <int kLanes, int kTile>
+__global__ void __launch_bounds__(kThreads)
+    group_norm_silu_gate_forward_kernel(const void* y, const void* gate, const void* weight, const void* bias,
+                                        float eps, void* output, int64_t rows, int channels) {
+  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int vectors = channels / kVector;
+  const int channel = int(thread % vectors) * kVector;
+  const int64_t first = thread / vectors * kTile;
+  const unsigned mask = head_mask<kLanes>();
+  if (first >= rows) return;
+  const Packed packed_weight = load(weight, channel), packed_bias = load(bias, channel);
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    const int64_t row = first + i;
+    if (row >= rows) break;
+    const int64_t offset = row * channels + channel;
+    float value[kVector], g[kVector], scale[kVector], shift[kVector];
+    load(y, offset, value);
+    load(gate, offset, g);
+    normalise<kLanes>(value, eps, mask);
+    unpack(packed_weight, scale);
+    unpack(packed_bias, shift);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) value[j] = fmaf(value[j], scale[j], shift[j]) * g[j] * sigmoid(g[j]);
+    store(output, offset, value);
+  }
+}
+
+template <int kLanes, int kTile>
+__global__ void __launch_bounds__(kThreads)
+    group_norm_silu_gate_backward_kernel(const void* y, const void* gate, const void* weight, const void* bias,
+                                         float eps, const void* grad_output, void* grad_y, void* grad_gate,
+                                         int64_t rows, int channels) {
+  constexpr float kShare = 1.0f / (kLanes * kVector);
+  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int vectors = channels / kVector;
+  const int channel = int(thread % vectors) * kVector;
+  const int64_t first = thread / vectors * kTile;
+  const unsigned mask = head_mask<kLanes>();
+  if (first >= rows) return;
+  const Packed packed_weight = load(weight, channel), packed_bias = load(bias, channel);
+#pragma unroll
+  for (int i = 0; i < kTile; ++i) {
+    const int64_t row = first + i;
+    if (row >= rows) break;
+    const int64_t offset = row * channels + channel;
+    float value[kVector], g[kVector], grad[kVector], scale[kVector], shift[kVector];
+    load(y, offset, value);
+    load(gate, offset, g);
+    load(grad_output, offset, grad);
+    const float inverse = normalise<kLanes>(value, eps, mask);
+    unpack(packed_weight, scale);
+    unpack(packed_bias, shift);
+    float sum = 0.0f, projection = 0.0f;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      const float s = sigmoid(g[j]), silu = g[j] * s;
+      const float normed = fmaf(value[j], scale[j], shift[j]);
+      // silu'(g) = s + silu * (1 - s); g becomes the gradient of the gate, grad that of the normalised value.
+      g[j] = grad[j] * normed * fmaf(silu, 1.0f - s, s);
+      grad[j] *= silu * scale[j];
+      sum += grad[j];
+      projection = fmaf(grad[j], value[j], projection);
+    }
+    store(grad_gate, offset, g);
+    sum = sum_over_head<kLanes>(sum, mask) * kShare;
+    projection = sum_over_head<kLanes>(projection, mask) * kShare;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) grad[j] = inverse * (grad[j] - sum - value[j] * projection);
+    store(grad_y, offset, grad);
+  }
+}
+
+// ---- activations: one thread, kPerThread vectors a block's width apart
+
+constexpr int kPerThread = 2;
+
+template <typename Body>
+__global__ void __launch_bounds__(kThreads) each_vector_kernel(int64_t count, Body body) {
+  const int64_t start = (int64_t(blockIdx.x) * kThreads * kPerThread + threadIdx.x) * kVector;
+#pragma unroll
+  for (int i = 0; i < kPerThread; ++i) {
+    const int64_t offset = start + int64_t(i) * kThreads * kVector;
+    if (offset < count) body(offset);
+  }
+}
+
+template <typename Body>
+cudaError_t launch_each_vector(int64_t count, const Body& body, cudaStream_t stream) {
+  constexpr int64_t kPerBlock = int64_t(kThreads) * kPerThread * kVector;
+  each_vector_kernel<<<(count + kPerBlock - 1) / kPerBlock, kThreads, 0, stream>>>(count, body);
+  return cudaGetLastError();
+}
+
+struct SquaredRelu {
+  const void* x;
+  void* output;
+  __device__ void operator()(int64_t offset) const {
+    float value[kVector];
+    load(x, offset, value);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      const float positive = fmaxf(value[j], 0.0f);
+      value[j] = positive * positive;
+    }
+    store(output, offset, value);
+  }
+};
+
+struct SquaredReluGradient {
+  const void* x;
+  const void* grad_output;
+  void* grad_x;
+  __device__ void operator()(int64_t offset) const {
+    float value[kVector], grad[kVector];
+    load(x, offset, value);
+    load(grad_output, offset, grad);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) grad[j] *= 2.0f * fmaxf(value[j], 0.0f);
+    store(grad_x, offset, grad);
+  }
+};
+
+struct SigmoidGatedResidual {
+  const void* x;
+  const void* r;
+  const void* value;
+  void* output;
+  __device__ void operator()(int64_t offset) const {
+    float residual[kVector], gate[kVector], v[kVector];
+    load(x, offset, residual);
+    load(r, offset, gate);
+    load(value, offset, v);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) residual[j] = fmaf(sigmoid(gate[j]), v[j], residual[j]);
+    store(output, offset, residual);
+  }
+};
+
+struct SigmoidGatedResidualGradient {
+  const void* r;
+  const void* value;
+  const void* grad_output;
+  void* grad_r;
+  void* grad_value;
+  __device__ void operator()(int64_t offset) const {
+    float gate[kVector], v[kVector], grad[kVector];
+    load(r, offset, gate);
+    load(value, offset, v);
+    load(grad_output, offset, grad);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      const float s = sigmoid(gate[j]);
+      gate[j] = grad[j] * v[j] * s * (1.0f - s);
+      v[j] = grad[j] * s;
+    }
+    store(grad_r, offset, gate);
+    store(grad_value, offset, v);
+  }
+};
+
+// ---- log-probabilities of targets: one block per row of logits
+
+constexpr int kRowThreads = 512;
+constexpr int kRowWarps = kRowThreads / 32;
+
+// sum is that of exp(logit - maximum); index is where the maximum stands, the lowest of equal ones.
+struct RowStatistics {
+  float maximum;
+  float sum;
+  int index;
+};
+
+__device__ __forceinline__ RowStatistics combine(const RowStatistics& a, const RowStatistics& b) {
+  const bool a_leads = a.maximum > b.maximum || (a.maximum == b.maximum && a.index < b.index);
+  const RowStatistics& high = a_leads ? a : b;
+  const RowStatistics& low = a_leads ? b : a;
+  // A thread without logits has sum 0 and maximum -inf.
+  const float rescaled = low.sum == 0.0f ? 0.0f : low.sum * __expf(low.maximum - high.maximum);
+  return {high.maximum, high.sum + rescaled, high.index};
+}
+
+__global__ void __launch_bounds__(kRowThreads)
+    logit_statistics_kernel(const void* logits, const int64_t* targets, float* logp, float* max_logit,
+                            float* logsumexp, int* argmax, int vocabulary) {
+  const int64_t row = blockIdx.x;
+  const int64_t base = row * vocabulary;
+  RowStatistics mine{-INFINITY, 0.0f, vocabulary};
+  for (int column = int(threadIdx.x) * kVector; column < vocabulary; column += kRowThreads * kVector) {
+    float logit[kVector];
+    load(logits, base + column, logit);
+    float high = logit[0];
+#pragma unroll
+    for (int j = 1; j < kVector; ++j) high = fmaxf(high, logit[j]);
+    if (high > mine.maximum) {
+      mine.sum *= __expf(mine.maximum - high);
+      mine.maximum = high;
+#pragma unroll
+      for (int j = kVector - 1; j >= 0; --j) {
+        if (logit[j] == high) mine.index = column + j;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) mine.sum += __expf(logit[j] - mine.maximum);
+  }
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) {
+    const RowStatistics other{__shfl_xor_sync(0xffffffffu, mine.maximum, step),
+                              __shfl_xor_sync(0xffffffffu, mine.sum, step),
+                              __shfl_xor_sync(0xffffffffu, mine.index, step)};
+    mine = combine(mine, other);
+  }
+  __shared__ RowStatistics of_warp[kRowWarps];
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = mine;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int warp = 1; warp < kRowWarps; ++warp) mine = combine(mine, of_warp[warp]);
+  const float total = mine.maximum + logf(mine.sum);
+  const int64_t target = targets[row];
+  const bool counted = target >= 0;
+  logsumexp[row] = total;
+  argmax[row] = mine.index;
+  max_logit[row] = counted ? mine.maximum : 0.0f;
+  logp[row] = counted ? __bfloat162float(static_cast<const __nv_bfloat16*>(logits)[base + target]) - total : 0.0f;
+}
+
+__global__ void __launch_bounds__(kRowThreads)
+    logit_gradient_kernel(void* logits, const int64_t* targets, const float* logsumexp, const int* argmax,
+                          const float* grad_logp, const float* grad_max_logit, int vocabulary) {
+  const int64_t row = blockIdx.x;
+  const int64_t base = row * vocabulary;
+  const int64_t target = targets[row];
+  const bool counted = target >= 0;
+  const float by_logp = counted ? grad_logp[row] : 0.0f;
+  const float by_max = counted ? grad_max_logit[row] : 0.0f;
+  const float total = logsumexp[row];
+  const int highest = argmax[row];
+  for (int column = int(threadIdx.x) * kVector; column < vocabulary; column += kRowThreads * kVector) {
+    float value[kVector];
+    if (counted) {
+      // A plain load: the same addresses are written below.
+      const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(logits) + base + column);
+      unpack(Packed{{raw.x, raw.y, raw.z, raw.w}}, value);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) {
+        value[j] = -by_logp * __expf(value[j] - total);
+        if (column + j == target) value[j] += by_logp;
+        if (column + j == highest) value[j] += by_max;
+      }
+    } else {
+      clear(value);
+    }
+    store(logits, base + column, value);
+  }
+}
+
+}  // namespace
+
+cudaError_t shift_mix_forward(const ShiftMix& a, const MixPointers& outputs, cudaStream_t stream) {
+  if (a.rows == 0) return cudaSuccess;
+  const bool modulated = a.modulation != nullptr;
+  switch (a.mixes) {
+    case 1: return modulated ? launch_forward<1, true>(a, outputs, stream) : launch_forward<1, false>(a, outputs, stream);
+    case 2: return modulated ? launch_forward<2, true>(a, outputs, stream) : launch_forward<2, false>(a, outputs, stream);
+    case 5: return modulated ? launch_forward<5, true>(a, outputs, stream) : launch_forward<5, false>(a, outputs, stream);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t shift_mix_backward(const ShiftMix& a, const MixPointers& grads, const int* children, void* grad_z,
+                               void* grad_carry, void* grad_modulation, cudaStream_t stream) {
+  if (a.rows == 0) return cudaSuccess;
+  const bool modulated = a.modulation != nullptr;
+  const auto launch = [&](auto plain, auto with_modulation) {
+    return (modulated ? with_modulation : plain)(a, grads, children, grad_z, grad_carry, grad_modulation, stream);
+  };
+  switch (a.mixes) {
+    case 1: return launch(&launch_backward<1, false>, &launch_backward<1, true>);
+    case 2: return launch(&launch_backward<2, false>, &launch_backward<2, true>);
+    case 5: return launch(&launch_backward<5, false>, &launch_backward<5, true>);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+namespace {
+
+constexpr int kNormTile = 4;
+
+int64_t norm_blocks(int64_t rows, int channels) {
+  return blocks_for((rows + kNormTile - 1) / kNormTile * (channels / kVector));
+}
+
+}  // namespace
+
+cudaError_t group_norm_silu_gate_forward(const void* y, const void* gate, const void* weight, const void* bias,
+                                         float eps, void* output, int64_t rows, int channels, int head_size,
+                                         cudaStream_t stream) {
+  if (rows == 0) return cudaSuccess;
+  const auto launch = [&](auto kernel) {
+    kernel<<<norm_blocks(rows, channels), kThreads, 0, stream>>>(y, gate, weight, bias, eps, output, rows, channels);
+    return cudaGetLastError();
+  };
+  switch (head_size) {
+    case 16: return launch(&group_norm_silu_gate_forward_kernel<2, kNormTile>);
+    case 32: return launch(&group_norm_silu_gate_forward_kernel<4, kNormTile>);
+    case 64: return launch(&group_norm_silu_gate_forward_kernel<8, kNormTile>);
+    case 128: return launch(&group_norm_silu_gate_forward_kernel<16, kNormTile>);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t group_norm_silu_gate_backward(const void* y, const void* gate, const void* weight, const void* bias,
+                                          float eps, const void* grad_output, void* grad_y, void* grad_gate,
+                                          int64_t rows, int channels, int head_size, cudaStream_t stream) {
+  if (rows == 0) return cudaSuccess;
+  const auto launch = [&](auto kernel) {
+    kernel<<<norm_blocks(rows, channels), kThreads, 0, stream>>>(y, gate, weight, bias, eps, grad_output, grad_y,
+                                                                  grad_gate, rows, channels);
+    return cudaGetLastError();
+  };
+  switch (head_size) {
+    case 16: return launch(&group_norm_silu_gate_backward_kernel<2, kNormTile>);
+    case 32: return launch(&group_norm_silu_gate_backward_kernel<4, kNormTile>);
+    case 64: return launch(&group_norm_silu_gate_backward_kernel<8, kNormTile>);
+    case 128: return launch(&group_norm_silu_gate_backward_kernel<16, kNormTile>);
+    default: return cudaErrorInvalidValue;
+  }
+}
+
+cudaError_t squared_relu_forward(const void* x, void* output, int64_t count, cudaStream_t stream) {
+  return count == 0 ? cudaSuccess : launch_each_vector(count, SquaredRelu{x, output}, stream);
+}
+
+cudaError_t squared_relu_backward(const void* x, const void* grad_output, void* grad_x, int64_t count,
+                                  cudaStream_t stream) {
+  return count == 0 ? cudaSuccess : launch_each_vector(count, SquaredReluGradient{x, grad_output, grad_x}, stream);
+}
+
+cudaError_t sigmoid_gated_residual_forward(const void* x, const void* r, const void* value, void* output,
+                                           int64_t count, cudaStream_t stream) {
+  return count == 0 ? cudaSuccess : launch_each_vector(count, SigmoidGatedResidual{x, r, value, output}, stream);
+}
+
+cudaError_t sigmoid_gated_residual_backward(const void* r, const void* value, const void* grad_output, void* grad_r,
+                                            void* grad_value, int64_t count, cudaStream_t stream) {
+  if (count == 0) return cudaSuccess;
+  return launch_each_vector(count, SigmoidGatedResidualGradient{r, value, grad_output, grad_r, grad_value}, stream);
+}
+
+cudaError_t logit_statistics(const void* logits, const int64_t* targets, float* logp, float* max_logit,
+                             float* logsumexp, int* argmax, int64_t rows, int vocabulary, cudaStream_t stream) {
+  if (rows == 0) return cudaSuccess;
+  logit_statistics_kernel<<<rows, kRowThreads, 0, stream>>>(logits, targets, logp, max_logit, logsumexp, argmax,
+                                                            vocabulary);
+  return cudaGetLastError();
+}
+
+cudaError_t logit_gradient(void* logits, const int64_t* targets, const float* logsumexp, const int* argmax,
+                           const float* grad_logp, const float* grad_max_logit, int64_t rows, int vocabulary,
+                           cudaStream_t stream) {
+  if (rows == 0) return cudaSuccess;
+  logit_gradient_kernel<<<rows, kRowThreads, 0, stream>>>(logits, targets, logsumexp, argmax, grad_logp,
+                                                          grad_max_logit, vocabulary);
+  return cudaGetLastError();
+}
+
+}  // namespace elementwise

@@ -1,0 +1,70 @@
+// Launchers of the element-wise kernels, between elementwise.cu (no torch header) and elementwise_binding.cpp.
+//
+// All activations are bf16, contiguous, 16-byte aligned; channel counts are multiples of 8. Arithmetic is fp32.
+// Every launcher enqueues on `stream` and returns the launch's error.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace elementwise {
+
+constexpr int kMaxMixes = 5;
+
+// The G outputs of a token shift, or their gradients; a gradient that is not there is null.
+struct MixPointers {
+  void* mix[kMaxMixes];
+};
+
+// What both passes of the token shift read. Null: carry = zeros, modulation = zeros, previous = the row before.
+struct ShiftMix {
+  const void* z;            // [rows, channels]
+  const void* carry;        // [rows / tokens, channels]: stands before the first token of each sequence
+  const void* maa;          // [mixes, channels]
+  const void* modulation;   // [mixes, rows, channels]
+  const int64_t* previous;  // [rows], -1 where no token stands before; excludes carry
+  int mixes;                // 1, 2 or 5
+  int64_t rows;             // sequences * tokens
+  int64_t tokens;           // per sequence
+  int channels;
+};
+
+cudaError_t shift_mix_forward(const ShiftMix& arguments, const MixPointers& outputs, cudaStream_t stream);
+
+// children [2, rows] goes with `previous`: the first row that continues each row, and the next row that continues the
+// same one; -1 ends a list. grad_carry and grad_modulation may be null.
+cudaError_t shift_mix_backward(const ShiftMix& arguments, const MixPointers& grad_outputs, const int* children,
+                               void* grad_z, void* grad_carry, void* grad_modulation, cudaStream_t stream);
+
+// y, gate, output: [rows, channels]; weight, bias: [channels]; head_size 16, 32, 64 or 128.
+cudaError_t group_norm_silu_gate_forward(const void* y, const void* gate, const void* weight, const void* bias,
+                                         float eps, void* output, int64_t rows, int channels, int head_size,
+                                         cudaStream_t stream);
+
+cudaError_t group_norm_silu_gate_backward(const void* y, const void* gate, const void* weight, const void* bias,
+                                          float eps, const void* grad_output, void* grad_y, void* grad_gate,
+                                          int64_t rows, int channels, int head_size, cudaStream_t stream);
+
+cudaError_t squared_relu_forward(const void* x, void* output, int64_t count, cudaStream_t stream);
+
+cudaError_t squared_relu_backward(const void* x, const void* grad_output, void* grad_x, int64_t count,
+                                  cudaStream_t stream);
+
+cudaError_t sigmoid_gated_residual_forward(const void* x, const void* r, const void* value, void* output,
+                                           int64_t count, cudaStream_t stream);
+
+cudaError_t sigmoid_gated_residual_backward(const void* r, const void* value, const void* grad_output, void* grad_r,
+                                            void* grad_value, int64_t count, cudaStream_t stream);
+
+// logits [rows, vocabulary] -> per row: log p(target), largest logit, their logsumexp, and where the largest is (the
+// lowest index of equal ones). A negative target gives logp 0 and max_logit 0.
+cudaError_t logit_statistics(const void* logits, const int64_t* targets, float* logp, float* max_logit,
+                             float* logsumexp, int* argmax, int64_t rows, int vocabulary, cudaStream_t stream);
+
+// Overwrites the logits by their gradient; rows with a negative target become zero.
+cudaError_t logit_gradient(void* logits, const int64_t* targets, const float* logsumexp, const int* argmax,
+                           const float* grad_logp, const float* grad_max_logit, int64_t rows, int vocabulary,
+                           cudaStream_t stream);
+
+}  // namespace elementwise

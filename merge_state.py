@@ -1,0 +1,41 @@
+"""Puts a trained state into its base model: python merge_state.py BASE STATE OUTPUT."""
+
+import argparse
+import signal
+import sys
+
+from src.checkpoint import merge_state
+from src.errors import exit_on_user_error
+
+
+def main() -> int:
+    """Parses the command line, merges, and says what was written."""
+    parser = argparse.ArgumentParser(
+        description="Write a copy of an RWKV-6 base model that starts from a trained state (time_state). "
+        "Every other tensor is copied bit for bit; the inputs are left alone.",
+    )
+    parser.add_argument("base_model", help="the .pth model that the state was trained on")
+    parser.add_argument("state_checkpoint", help="the state file (rwkv-final.pth), or a merged model")
+    parser.add_argument("output", help="the model to write; it must be neither of the inputs")
+    arguments = parser.parse_args()
+
+    # An ended process must take its unfinished file with it.
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    report = merge_state(arguments.base_model, arguments.state_checkpoint, arguments.output)
+
+    shape = report.shape
+    print(
+        f"merged   {shape.n_layer} layers of state [{shape.n_head}, {shape.head_size}, {shape.head_size}] "
+        f"in {report.state_dtype}{', replacing the one that was there' if report.replaced_state else ''}"
+    )
+    print(f"base     {shape.parameter_count:,} weights in {report.base_dtype}, copied bit for bit")
+    print(f"written  {arguments.output} ({report.size_bytes:,} bytes)")
+    print("next     load it like the base model: clients on the rwkv package (0.8.26 and later) start every")
+    print(
+        f"         conversation from the state; ChatRWKV and RWKV-Runner take {arguments.state_checkpoint} itself"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

@@ -1,0 +1,307 @@
+"""The configuration of a training run: one frozen value, made from flags, checked as a whole.
+
+Flags keep the names of RWKV-LM-State-4bit. Each is declared once, as a field of `TrainConfig`; the
+command line, its help and README's table come from these declarations. No torch import here, so that
+a wrong flag is refused within milliseconds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, get_type_hints
+
+from src.errors import ConfigError
+
+QUANT_TYPES = ("nf4", "fp4", "4bit", "int8")
+PRECISIONS = ("bf16", "fp32", "fp16", "tf32")
+STRATEGIES = (
+    "auto",
+    "deepspeed_stage_1",
+    "deepspeed_stage_2",
+    "deepspeed_stage_2_offload",
+    "deepspeed_stage_3",
+    "deepspeed_stage_3_offload",
+)
+
+
+def flag(default: Any, text: str, choices: tuple[Any, ...] = (), group: str = "run") -> Any:
+    """Declares one command-line flag as a dataclass field."""
+    return field(default=default, metadata={"help": text, "choices": choices, "group": group})
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Every flag of `train.py`; after `from_flags` all values are final and consistent.
+
+    Sizes that the checkpoint also holds are 0 when not given; given, they are checked against it.
+    """
+
+    # Files
+    load_model: str = flag("", "base model, an RWKV-6 (x060) .pth", group="files")
+    load_state: str = flag("", "start from this state file instead of zeros", group="files")
+    proj_dir: str = flag("out", "folder for checkpoints and logs, created if missing", group="files")
+    data_file: str = flag("", "training data: binidx prefix, .jsonl or text file", group="files")
+    data_type: str = flag(
+        "", "binidx, jsonl, utf-8 (plain text) or dummy; found from the file if not given",
+        ("binidx", "jsonl", "utf-8", "dummy"), "files",
+    )  # fmt: skip
+    val_file: str = flag("", "held-out data of the same kind; its loss is printed before and after", group="files")
+    demo: str = flag("", "run the bundled demonstration: sft or orpo", ("sft", "orpo"), "files")
+
+    # Model
+    my_testing: str = flag("x060", "architecture; x060 is the only one", ("x060",), "model")
+    train_type: str = flag(
+        "states", "states: train time_state alone; none: train every weight (small models)", ("states", "none"), "model"
+    )
+    vocab_size: int = flag(0, "checked against the checkpoint", group="model")
+    n_layer: int = flag(0, "checked against the checkpoint", group="model")
+    n_embd: int = flag(0, "checked against the checkpoint", group="model")
+    dim_att: int = flag(0, "checked against the checkpoint", group="model")
+    dim_ffn: int = flag(0, "checked against the checkpoint", group="model")
+    head_size_a: int = flag(0, "head size, checked against the checkpoint (64 for a fresh model)", group="model")
+    head_size_divisor: int = flag(8, "group norm eps is 1e-5 times its square", group="model")
+    double_extra_dim: int = flag(0, "recognised from the checkpoint; 1 is checked against it", (0, 1), "model")
+    load_partial: int = flag(0, "accepted for old commands; a base model without states always loads", (0, 1), "model")
+    quant: int = flag(-1, "1 quantises the frozen matrices (default for states), 0 does not", (-1, 0, 1), "model")
+    quant_type: str = flag("nf4", "4bit means fp4; int8 is blockwise 8-bit", QUANT_TYPES, "model")
+    dropout: float = flag(0.0, "after the embedding and both residual additions", group="model")
+
+    # Data
+    ctx_len: int = flag(1024, "longest row in tokens", group="data")
+    dataload: str = flag(
+        "", "pad: whole documents, padded (default for states); only: one document a row; "
+        "pack: documents share rows, states reset at borders; get: windows anywhere (default for none)",
+        ("pad", "only", "pack", "get"), "data",
+    )  # fmt: skip
+    micro_bsz: int = flag(1, "rows (ORPO: pairs) per device and step", group="data")
+    accumulate_grad_batches: int = flag(1, "micro-batches per optimizer step", group="data")
+    epoch_steps: int = flag(0, "micro-batches of an epoch on each device; 0 is one pass over the data", group="data")
+    epoch_count: int = flag(4, "the run ends after this many epochs", group="data")
+    epoch_begin: int = flag(0, "number of the first epoch; the schedule starts there", group="data")
+    epoch_save: int = flag(1, "save every so many epochs; 0 saves at the end only", group="data")
+    random_seed: int = flag(42, "-1 draws one", group="data")
+
+    # Optimizer
+    lr_init: float = flag(1.0, "learning rate after warm-up", group="optimizer")
+    lr_final: float = flag(0.01, "learning rate at the last step", group="optimizer")
+    warmup_steps: int = flag(10, "optimizer steps; the rate starts at a fifth", group="optimizer")
+    beta1: float = flag(0.9, "Adam", group="optimizer")
+    beta2: float = flag(0.99, "Adam", group="optimizer")
+    adam_eps: float = flag(1e-8, "Adam", group="optimizer")
+    weight_decay: float = flag(0.0, "above 0: AdamW", group="optimizer")
+    weight_decay_final: float = flag(-1.0, "above 0: weight decay moves there like the rate", group="optimizer")
+    layerwise_lr: int = flag(1, "with train_type none, 2x the rate for time_decay; no effect on states", (0, 1), "optimizer")
+    my_exit: int = flag(99999999, "stop after the epoch with this number", group="optimizer")
+    my_exit_tokens: int = flag(0, "cosine schedule over that many nominal tokens, then stop", group="optimizer")
+
+    # Preference training
+    orpo: int = flag(0, "1 trains on preference pairs", (0, 1), "orpo")
+    orpo_type: int = flag(0, "0: the paper's loss; 1: the formula RWKV-LM-State-4bit released", (0, 1), "orpo")
+    orpo_alpha: float = flag(0.1, "weight of the preference term, the NLL has 1 - alpha", group="orpo")
+    orpo_debug: int = flag(0, "1 prints the preference term of every pair", (0, 1), "orpo")
+    orpo_shared_prompt: int = flag(1, "compute each prompt once; 0: two full rows per pair", (0, 1), "orpo")
+    rlhf_max_corpus_len: int = flag(600, "longest prompt and longest answer in tokens", group="orpo")
+    rlhf_train_file: str = flag("trainset.save", "pairs made by PrepareOrpoDataset.py", group="orpo")
+
+    # Hardware
+    accelerator: str = flag("auto", "auto takes a GPU if there is one", ("auto", "gpu", "cuda", "cpu"), "hardware")
+    devices: int = flag(1, "GPUs per machine", group="hardware")
+    num_nodes: int = flag(1, "machines", group="hardware")
+    strategy: str = flag("auto", "auto: one device without DeepSpeed, several with stage 1", STRATEGIES, "hardware")
+    precision: str = flag("", "bf16 (default on a GPU), fp32 (default on a CPU), fp16, tf32", PRECISIONS, "hardware")
+    grad_cp: int = flag(1, "1 recomputes each layer in the backward pass, 0 keeps everything", (0, 1), "hardware")
+    ds_bucket_mb: int = flag(200, "upper limit of DeepSpeed's buckets, million bytes", group="hardware")
+
+    # Logs
+    wandb: str = flag("", "Weights & Biases project; empty is off", group="logs")
+    fapi_logging_callback: int = flag(0, "1 posts step and loss to fapi_logging_address", (0, 1), "logs")
+    fapi_logging_address: str = flag("http://localhost:5000/", "see above", group="logs")
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the frozen matrices are packed."""
+        return self.quant == 1
+
+    @property
+    def trains_states(self) -> bool:
+        """Whether `time_state` alone is trained."""
+        return self.train_type == "states"
+
+    @property
+    def uses_deepspeed(self) -> bool:
+        """Whether a DeepSpeed engine was asked for."""
+        return self.strategy.startswith("deepspeed")
+
+    def notes(self) -> list[str]:
+        """One line for each flag that was accepted without having an effect."""
+        lines = []
+        if self.load_partial:
+            lines.append("--load_partial 1 is not needed: states missing in a base model start at zero")
+        if self.orpo and self.data_file:
+            lines.append(f"--data_file {self.data_file} is ignored: --orpo 1 trains on --rlhf_train_file")
+        if self.layerwise_lr == 0 and self.trains_states:
+            lines.append("--layerwise_lr 0 has no effect on states: they all have one rate")
+        return lines
+
+    @classmethod
+    def from_flags(cls, given: Mapping[str, str]) -> TrainConfig:
+        """Builds the configuration from flag texts, without the dashes.
+
+        Raises:
+            ConfigError: naming every problem at once.
+        """
+        problems: list[str] = []
+        values: dict[str, Any] = {}
+        hints = get_type_hints(cls)
+        for name, text in given.items():
+            if name in UNSUPPORTED:
+                default, reason = UNSUPPORTED[name]
+                if not _same(text, default):
+                    problems.append(f"--{name} {text} is not supported ({reason}): leave it out")
+            else:
+                try:
+                    values[name] = hints[name](text)
+                except ValueError:
+                    kind = {int: "a whole number", float: "a number"}[hints[name]]
+                    problems.append(f"--{name} {text!r} is not {kind}")
+        for spec in dataclasses.fields(cls):
+            choices = spec.metadata["choices"]
+            if choices and spec.name in values and values[spec.name] not in choices:
+                allowed = ", ".join(str(choice) for choice in choices if choice != -1)
+                problems.append(f"--{spec.name} {values[spec.name]} is unknown: use one of {allowed}")
+        if problems:
+            raise ConfigError(_together(problems))
+        config = cls(**_with_dependent_defaults(values))
+        problems = config._contradictions(given)
+        if problems:
+            raise ConfigError(_together(problems))
+        return config
+
+    def _contradictions(self, given: Mapping[str, str]) -> list[str]:
+        problems = []
+        for name in _POSITIVE:
+            if getattr(self, name) < 1:
+                problems.append(f"--{name} {getattr(self, name)} must be at least 1")
+        for name in _NOT_NEGATIVE:
+            if getattr(self, name) < 0:
+                problems.append(f"--{name} {getattr(self, name)} must not be negative")
+        for name in ("beta1", "beta2", "dropout", "orpo_alpha"):
+            if not 0 <= getattr(self, name) < 1 and not (name == "orpo_alpha" and self.orpo_alpha == 1):
+                problems.append(f"--{name} {getattr(self, name)} must lie between 0 and 1")
+        if self.epoch_begin >= self.epoch_count:
+            problems.append(
+                f"--epoch_begin {self.epoch_begin} leaves nothing to train with --epoch_count {self.epoch_count}: "
+                "epochs are numbered from epoch_begin to epoch_count - 1"
+            )
+        if self.trains_states and not self.load_model:
+            problems.append("--load_model is missing: state tuning needs a base model (.pth)")
+        if not self.trains_states:
+            problems += self._full_training_contradictions()
+        if self.orpo:
+            if not self.rlhf_train_file:
+                problems.append("--rlhf_train_file is missing: --orpo 1 trains on a .save file of pairs")
+            if "dataload" in given:
+                problems.append("--dataload has no meaning with --orpo 1: pairs are packed on their own")
+        elif not self.data_file and self.data_type != "dummy":
+            problems.append("--data_file is missing: name a binidx prefix, a .jsonl or a text file")
+        if self.dataload == "only" and self.micro_bsz > 1:
+            problems.append(f"--dataload only gives rows of unequal length: --micro_bsz {self.micro_bsz} must be 1")
+        if self.strategy.startswith("deepspeed_stage_3") and self.quantised:
+            problems.append(
+                f"--strategy {self.strategy} shards every parameter, which packed weights cannot take: "
+                "use --quant 0 or deepspeed_stage_1"
+            )
+        if self.data_type == "dummy" and self.val_file:
+            problems.append("--val_file has no meaning with --data_type dummy: leave one of them out")
+        if self.fapi_logging_callback and not self.fapi_logging_address:
+            problems.append("--fapi_logging_address is empty: --fapi_logging_callback 1 needs an address")
+        if self.accelerator == "cpu" and self.precision in ("fp16", "tf32"):
+            problems.append(f"--precision {self.precision} needs a GPU: use fp32 or bf16 with --accelerator cpu")
+        return problems
+
+    def _full_training_contradictions(self) -> list[str]:
+        problems = []
+        if self.quantised:
+            problems.append("--quant 1 freezes the matrices, --train_type none trains them: use --quant 0")
+        if self.orpo:
+            problems.append("--orpo 1 trains states: use --train_type states")
+        if self.load_state:
+            problems.append("--load_state has no use with --train_type none: leave it out")
+        if not self.load_model:
+            problems += [
+                f"--{name} is missing: a fresh model (no --load_model) needs its sizes"
+                for name in ("n_layer", "n_embd", "vocab_size")
+                if getattr(self, name) == 0
+            ]
+        return problems
+
+
+_POSITIVE = (
+    "ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes",
+    "head_size_divisor", "rlhf_max_corpus_len", "ds_bucket_mb",
+)  # fmt: skip
+_NOT_NEGATIVE = (
+    "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a", "epoch_steps", "epoch_begin",
+    "epoch_save", "lr_init", "lr_final", "adam_eps", "weight_decay",
+)  # fmt: skip
+
+_PRETRAINING = "it belongs to pre-training"
+_UNREAD = "the original never read it"
+
+# Flags of RWKV-LM-State-4bit without a meaning here: their default, which is accepted, and why others are not.
+UNSUPPORTED: dict[str, tuple[str, str]] = {
+    "pre_ffn": ("0", "the original crashes on it"),
+    "head_qk": ("0", _PRETRAINING),
+    "tiny_att_dim": ("0", _PRETRAINING),
+    "tiny_att_layer": ("-999", _PRETRAINING),
+    "my_pile_version": ("1", _PRETRAINING),
+    "my_pile_stage": ("0", _PRETRAINING),
+    "my_pile_shift": ("-1", _PRETRAINING),
+    "my_pile_edecay": ("0", _PRETRAINING),
+    "my_sample_len": ("0", "it belongs to a data type that does not exist here"),
+    "my_ffn_shift": ("1", _UNREAD),
+    "my_att_shift": ("1", _UNREAD),
+    "my_pos_emb": ("0", _PRETRAINING),
+    "magic_prime": ("0", _PRETRAINING),
+    "my_random_steps": ("0", _PRETRAINING),
+    "my_qa_mask": ("0", "it names files of its author"),
+    "dpo": ("0", "no DPO loss exists; see --orpo"),
+    "dpo_beta": ("0.01", _UNREAD),
+}
+
+
+def _with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Fills the defaults that depend on other flags."""
+    filled = dict(values)
+    full_training = filled.get("train_type") == "none"
+    if filled.get("quant", -1) == -1:
+        filled["quant"] = 0 if full_training else 1
+    if not filled.get("dataload"):
+        filled["dataload"] = "get" if full_training else "pad"
+    if not filled.get("data_type"):
+        filled["data_type"] = _data_type_of(filled.get("data_file", ""))
+    return filled
+
+
+def _data_type_of(data_file: str) -> str:
+    if data_file.endswith((".jsonl", ".json")):
+        return "jsonl"
+    if os.path.exists(data_file + ".idx") or not os.path.isfile(data_file):
+        return "binidx"
+    return "utf-8"
+
+
+def _same(text: str, default: str) -> bool:
+    try:
+        return float(text) == float(default)
+    except ValueError:
+        return text == default
+
+
+def _together(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)

@@ -1,0 +1,193 @@
+"""binidx: token data as `NAME.idx` (what is where) and `NAME.bin` (the tokens).
+
+Little-endian, packed. `.idx`: 9 bytes magic, u64 version 1, u8 dtype code, u64 n items, u64 m
+entries of a document index, then i32[n] item sizes in tokens, i64[n] byte offsets of the items in
+`.bin`, i64[m] first item of each document. `.bin`: the tokens of all items and nothing else.
+
+An item is a document here, as its makers write them; token 0 marks no border, since in some
+vocabularies it is an ordinary token.
+
+Source: Megatron-LM's MMapIndexedDataset, as json2binidx_tool and make_data.py write it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DataError
+from .documents import Documents, Positions, Tokens
+
+MAGIC = b"MMIDIDX\x00\x00"
+OLDER_MAGIC = b"TNTIDX\x00\x00"
+VERSION = 1
+DTYPES: dict[int, np.dtype[Any]] = {
+    1: np.dtype("u1"),
+    2: np.dtype("i1"),
+    3: np.dtype("<i2"),
+    4: np.dtype("<i4"),
+    5: np.dtype("<i8"),
+    8: np.dtype("<u2"),
+}
+FLOAT_CODES = (6, 7)
+
+_HEADER = struct.Struct("<9sQBQQ")
+
+
+def read_binidx(prefix: str, vocab_size: int) -> Documents:
+    """Opens `prefix.idx` and memory-maps `prefix.bin`; either suffix on `prefix` is tolerated.
+
+    Raises:
+        DataError: a file is missing, damaged or of another kind, the two disagree, or the
+            documents cannot be trained on (see `Documents.from_stream`).
+    """
+    if Path(prefix).suffix in (".idx", ".bin"):
+        prefix = prefix[: -len(".idx")]
+    index_path, tokens_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    for path in (index_path, tokens_path):
+        if not path.is_file():
+            raise DataError(
+                f"{path} is missing: binidx data is {index_path} and {tokens_path}.{_hint(prefix)}"
+            )
+    dtype, sizes, offsets = _read_index(index_path)
+
+    starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)))[:-1]
+    wrong = np.flatnonzero(offsets != starts * dtype.itemsize)
+    if len(wrong):
+        document = wrong[0]
+        raise DataError(
+            f"{index_path} is damaged: document {document} should begin at byte "
+            f"{starts[document] * dtype.itemsize}, it says {offsets[document]}; make the data again."
+        )
+    expected_bytes = int(sizes.sum(dtype=np.int64)) * dtype.itemsize
+    actual_bytes = tokens_path.stat().st_size
+    if actual_bytes != expected_bytes:
+        raise DataError(
+            f"{index_path} and {tokens_path} disagree: the index speaks of {expected_bytes} bytes of "
+            f"{dtype.name} tokens, the other file has {actual_bytes}; they are not from one run, or one is "
+            "cut short: copy both again."
+        )
+    stream: Tokens = np.zeros(0, dtype)
+    if actual_bytes:
+        try:
+            stream = np.memmap(tokens_path, dtype=dtype, mode="r")
+        except OSError as error:
+            raise DataError(f"{tokens_path} cannot be read: {error.strerror}.") from error
+    return Documents.from_stream(prefix, stream, starts, sizes, vocab_size)
+
+
+def write_binidx(
+    prefix: str | os.PathLike[str],
+    documents: Iterable[Sequence[int] | Tokens],
+    dtype: npt.DTypeLike = np.uint16,
+) -> int:
+    """Writes `prefix.bin` and `prefix.idx`, one item per document, and returns the documents' number.
+
+    Documents are written as given: an end-of-document token has to be part of them. Both files
+    are written beside their final names and renamed when complete.
+
+    Raises:
+        DataError: `dtype` has no code in this format, or cannot hold a token.
+    """
+    dtype = np.dtype(dtype)
+    codes = [code for code, known in DTYPES.items() if known == dtype]
+    if not codes:
+        raise DataError(f"binidx cannot hold {dtype.name}; use one of {_names(DTYPES.values())}.")
+    limits = np.iinfo(dtype)
+    sizes: list[int] = []
+    index_path, tokens_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    unfinished = [path.with_name(f"{path.name}.part") for path in (tokens_path, index_path)]
+    try:
+        with open(unfinished[0], "wb") as file:
+            for document in documents:
+                values = np.asarray(document, dtype=np.int64)
+                if len(values) and not limits.min <= values.min() <= values.max() <= limits.max:
+                    extreme = values.max() if values.max() > limits.max else values.min()
+                    raise DataError(
+                        f"Document {len(sizes)} holds token {extreme}, which {dtype.name} cannot; "
+                        "choose a wider type."
+                    )
+                file.write(values.astype(DTYPES[codes[0]]).tobytes())
+                sizes.append(len(values))
+            file.flush()
+            os.fsync(file.fileno())
+        size_array = np.array(sizes, dtype="<i4")
+        ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(size_array, dtype=np.int64)))
+        with open(unfinished[1], "wb") as file:
+            file.write(_HEADER.pack(MAGIC, VERSION, codes[0], len(sizes), len(sizes) + 1))
+            file.write(size_array.tobytes())
+            file.write((ends[:-1] * dtype.itemsize).astype("<i8").tobytes())
+            file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished[0], tokens_path)
+        os.replace(unfinished[1], index_path)
+    finally:
+        for path in unfinished:
+            path.unlink(missing_ok=True)
+    return len(sizes)
+
+
+def _read_index(path: Path) -> tuple[np.dtype[Any], Positions, Positions]:
+    """Token dtype, item sizes in tokens and item offsets in bytes, from a file checked throughout."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    if content.startswith(OLDER_MAGIC):
+        raise DataError(
+            f"{path} is an index of the older kind TNTIDX; make the data again with json2binidx_tool's "
+            "--dataset-impl mmap."
+        )
+    if not content.startswith(MAGIC):
+        raise DataError(f"{path} is no binidx index: it begins with {content[:9]!r}, not {MAGIC!r}.")
+    if len(content) < _HEADER.size:
+        raise DataError(f"{path} is cut short: {len(content)} bytes, the header alone has {_HEADER.size}.")
+    _, version, code, items, documents = _HEADER.unpack_from(content)
+    if version != VERSION:
+        raise DataError(f"{path} has version {version} of its format; version {VERSION} is the one known.")
+    if code in FLOAT_CODES:
+        raise DataError(
+            f"{path} says that the tokens are floating-point numbers (dtype code {code}); ids are integers: "
+            f"one of {_names(DTYPES.values())}."
+        )
+    if code not in DTYPES:
+        raise DataError(f"{path} has dtype code {code}; known are {', '.join(map(str, DTYPES))}.")
+    expected = _HEADER.size + 12 * items + 8 * documents
+    if len(content) != expected:
+        raise DataError(
+            f"{path} is damaged: {len(content)} bytes, but {items} documents and {documents} entries of the "
+            f"document index make {expected}; copy it or make it again."
+        )
+    sizes = np.frombuffer(content, "<i4", items, _HEADER.size).astype(np.int64)
+    offsets = np.frombuffer(content, "<i8", items, _HEADER.size + 4 * items).astype(np.int64)
+    firsts = np.frombuffer(content, "<i8", documents, _HEADER.size + 12 * items)
+    if items and sizes.min() < 0:
+        index = int(np.argmin(sizes))
+        raise DataError(
+            f"{path} is damaged: document {index} has {sizes[index]} tokens; make the data again."
+        )
+    if documents and (firsts.min() < 0 or firsts.max() > items or (np.diff(firsts) < 0).any()):
+        raise DataError(
+            f"{path} is damaged: its document index does not ascend from 0 to {items}; make the data again."
+        )
+    return DTYPES[code], sizes, offsets
+
+
+def _hint(prefix: str) -> str:
+    """What to do when `prefix` is a file of its own or stands beside one."""
+    for path in (Path(prefix), Path(f"{prefix}.jsonl"), Path(f"{prefix}.txt")):
+        if path.is_file():
+            kind = "jsonl" if path.suffix in (".jsonl", ".json") else "utf-8"
+            return f" For {path} use --data_type {kind} --data_file {path}."
+    return " --data_file takes their common path without suffix."
+
+
+def _names(dtypes: Iterable[np.dtype[Any]]) -> str:
+    return ", ".join(dtype.name for dtype in dtypes)

@@ -1,0 +1,149 @@
+"""Documents: pieces of one long array of tokens, wherever that array comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import DataError
+
+Tokens = npt.NDArray[np.integer[Any]]
+Positions = npt.NDArray[np.int64]
+Mask = npt.NDArray[np.bool_]
+
+_BLOCK_TOKENS = 1 << 22
+
+
+@dataclass(frozen=True, eq=False)
+class Documents:
+    """Training documents as slices of `stream`, each of two tokens or more.
+
+    Attributes:
+        source: the file, for messages.
+        unit: what one document is in that file: "document", "line", "piece".
+        stream: integer [total], every token of the source in order; often a memory map.
+        starts: int64 [n], where each document begins in the stream.
+        sizes: int64 [n], its tokens, end-of-document token included. Documents may overlap.
+        numbers: int64 [n], its number in the source (lines and pieces count from 1).
+        stream_counted: bool [total], whether a token is one the loss is taken on, as a target;
+            None when all are.
+        statements: what the user should know about the reading, one sentence each.
+    """
+
+    source: str
+    unit: str
+    stream: Tokens
+    starts: Positions
+    sizes: Positions
+    numbers: Positions
+    stream_counted: Mask | None = None
+    statements: tuple[str, ...] = ()
+
+    @classmethod
+    def from_stream(
+        cls,
+        source: str,
+        stream: Tokens,
+        starts: Positions,
+        sizes: Positions,
+        vocab_size: int,
+        *,
+        unit: str = "document",
+        numbers: Positions | None = None,
+        stream_counted: Mask | None = None,
+        statements: Sequence[str] = (),
+    ) -> Documents:
+        """Checks the tokens and leaves out documents too short to hold an input and a target.
+
+        `numbers` defaults to 0, 1, ….
+
+        Raises:
+            DataError: nothing there, a token id outside the vocabulary, only documents of fewer
+                than two tokens, or none with a token that the loss is taken on.
+        """
+        numbers = np.arange(len(sizes), dtype=np.int64) if numbers is None else numbers
+        if len(sizes) == 0 or not sizes.any():
+            raise DataError(f"{source} is empty: it holds no tokens to train on.")
+        _check_vocabulary(source, stream, starts, numbers, unit, vocab_size)
+        usable = sizes >= 2
+        if not usable.any():
+            raise DataError(
+                f"{source} cannot be used: its longest {unit} has one token, and training needs two, an "
+                "input and a target; check how the file was made."
+            )
+        if stream_counted is not None and not stream_counted.any():
+            raise DataError(
+                f"{source} cannot be used: it holds no answer, and with roles the loss is on answers only."
+            )
+        short = int(len(sizes) - usable.sum())
+        if short:
+            kind = unit if short == 1 else f"{unit}s"
+            statements = (*statements, f"{short} {kind} of fewer than two tokens left out.")
+        return cls(
+            source=source,
+            unit=unit,
+            stream=stream,
+            starts=starts[usable],
+            sizes=sizes[usable],
+            numbers=numbers[usable],
+            stream_counted=stream_counted,
+            statements=tuple(statements),
+        )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole source, documents left out included."""
+        return len(self.stream)
+
+    def tokens(self, index: int, limit: int | None = None) -> Positions:
+        """int64, tokens of a document, or its first `limit`."""
+        return np.asarray(self.stream[self._span(index, limit)], dtype=np.int64)
+
+    def counted(self, index: int, limit: int | None = None) -> Mask | None:
+        """bool aligned with `tokens`: whether the loss is taken on a token as a target; None = all."""
+        return None if self.stream_counted is None else self.stream_counted[self._span(index, limit)]
+
+    def counted_targets(self, limit: int) -> Positions:
+        """int64 [n]: targets the loss is taken on among the first `limit` tokens of each document.
+
+        A document's first token is never a target.
+        """
+        ends = self.starts + np.minimum(self.sizes, limit)
+        if self.stream_counted is None:
+            return ends - self.starts - 1
+        before = np.concatenate(([0], np.cumsum(self.stream_counted, dtype=np.int64)))
+        return np.asarray(before[ends] - before[self.starts + 1], dtype=np.int64)
+
+    def label(self, index: int) -> str:
+        """Names a document in messages: "line 17 of chats.jsonl"."""
+        return f"{self.unit} {self.numbers[index]} of {self.source}"
+
+    def _span(self, index: int, limit: int | None) -> slice:
+        start, size = int(self.starts[index]), int(self.sizes[index])
+        return slice(start, start + (size if limit is None else min(size, limit)))
+
+
+def _check_vocabulary(
+    source: str, stream: Tokens, starts: Positions, numbers: Positions, unit: str, vocab_size: int
+) -> None:
+    limits = np.iinfo(stream.dtype)
+    if limits.min >= 0 and limits.max < vocab_size:
+        return
+    for block_start in range(0, len(stream), _BLOCK_TOKENS):
+        block = stream[block_start : block_start + _BLOCK_TOKENS]
+        if int(block.max()) < vocab_size and int(block.min()) >= 0:
+            continue
+        offset = int(np.flatnonzero((block >= vocab_size) | (block < 0))[0])
+        document = int(np.searchsorted(starts, block_start + offset, side="right")) - 1
+        raise DataError(
+            f"{source} holds token id {int(block[offset])} in {unit} {numbers[document]}, but the model's "
+            f"vocabulary has ids 0 to {vocab_size - 1}; the data was made with another tokenizer: make it "
+            "again with the one of this model."
+        )

@@ -1,0 +1,66 @@
+"""Held-out data: every document once, from its first token."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .batches import Batch, padded_batch
+from .documents import Documents
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationBatch:
+    """A batch whose loss is told apart by place.
+
+    Attributes:
+        batch: documents from their first token, one per row.
+        positions: int64 [B, T], how many tokens of its document precede each target's input: the
+            first 64 targets of a document have 0 to 63. Padding, too, is numbered on; its targets
+            are -100.
+    """
+
+    batch: Batch
+    positions: Tensor
+
+    def to(self, device: torch.device | str) -> EvaluationBatch:
+        """The same with its tensors on `device`."""
+        return EvaluationBatch(self.batch.to(device), self.positions.to(device))
+
+
+def evaluation_batches(
+    documents: Documents, *, ctx_len: int, batch_tokens: int, rank: int = 0, world_size: int = 1
+) -> Iterator[EvaluationBatch]:
+    """All documents once, the longest first, each cut to ctx_len + 1 tokens.
+
+    Documents whose answers all lie beyond the cut are left out. No random number is used.
+
+    Args:
+        documents: held-out documents.
+        ctx_len: tokens of a row at most.
+        batch_tokens: positions of a batch at most, padding included; a longer row comes alone.
+        rank: every `world_size`-th batch from this one on is yielded.
+        world_size: processes that share the work; some may get a batch less.
+    """
+    limit = ctx_len + 1
+    visited = np.flatnonzero(documents.counted_targets(limit))
+    lengths = np.minimum(documents.sizes[visited], limit) - 1
+    order = np.argsort(-lengths, kind="stable")
+    start = number = 0
+    while start < len(order):
+        width = int(lengths[order[start]])
+        indices = visited[order[start : start + max(1, batch_tokens // width)]]
+        start += len(indices)
+        number += 1
+        if (number - 1) % world_size != rank:
+            continue
+        batch = padded_batch(
+            [documents.tokens(index, limit) for index in indices],
+            [documents.counted(index, limit) for index in indices],
+            indices.tolist(),
+        )
+        yield EvaluationBatch(batch, torch.arange(width).expand(len(indices), width))

@@ -1,0 +1,100 @@
+"""Packing documents into rows of bounded length."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from .documents import Positions
+
+
+def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Puts each length, in the order given, into the row it fills most; opens a row when none has room.
+
+    Returns:
+        Rows of positions in `lengths`, in the order they were opened.
+    """
+    rows: list[list[int]] = []
+    rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rooms = 0  # bit n is set while some row has room for exactly n
+    for position, length in enumerate(lengths):
+        assert 0 < length <= capacity, f"length {length} does not fit a row of {capacity}"
+        roomy = rooms >> length
+        if roomy:
+            room = length + (roomy & -roomy).bit_length() - 1
+            row = rows_with_room[room].pop()
+            if not rows_with_room[room]:
+                rooms ^= 1 << room
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(position)
+        rest = room - length
+        if rest:
+            rows_with_room[rest].append(row)
+            rooms |= 1 << rest
+    return rows
+
+
+class RowPlan:
+    """Rows of one pass after another, in equal number every time.
+
+    Each pass packs the documents in an order of its own. The number of rows that gives varies a
+    little, and an epoch of one pass must not: a pass with too many rows is packed from the
+    longest document down instead, which takes the same number of rows for every order of equals;
+    one with too few has its last rows halved. With several ranks rows are halved further until
+    each rank has as many, so that every document is seen once and none twice; only when no row
+    has two documents left is one repeated.
+
+    Args:
+        lengths: int64 [n], positions each document fills.
+        capacity: positions of a row.
+        seed: of the documents' order.
+        ranks: what the number of rows is a multiple of.
+    """
+
+    def __init__(self, lengths: Positions, capacity: int, seed: int, ranks: int) -> None:
+        self._lengths = lengths
+        self._capacity = capacity
+        self._seed = seed
+        longest_first = best_fit(sorted(lengths.tolist(), reverse=True), capacity)
+        first_pass = self._in_order(pass_generator(seed, 0).permutation(len(lengths)))
+        self._needed = max(len(longest_first), len(first_pass))
+        self.rows = -(-self._needed // ranks) * ranks
+
+    def pass_rows(self, pass_number: int) -> list[list[int]]:
+        """Rows of document numbers of a pass: a pure function of (lengths, capacity, seed, pass)."""
+        generator = pass_generator(self._seed, pass_number)
+        order = generator.permutation(len(self._lengths))
+        rows = self._in_order(order)
+        if len(rows) > self._needed:
+            rows = self._in_order(order[np.argsort(-self._lengths[order], kind="stable")])
+        return _lengthened([rows[row] for row in generator.permutation(len(rows))], self.rows)
+
+    def _in_order(self, order: Positions) -> list[list[int]]:
+        rows = best_fit(self._lengths[order].tolist(), self._capacity)
+        return [order[row].tolist() for row in rows]
+
+
+def pass_generator(seed: int, pass_number: int) -> np.random.Generator:
+    """The random numbers of a pass, a pure function of its arguments."""
+    return np.random.default_rng((seed, pass_number))
+
+
+def _lengthened(rows: Iterable[list[int]], count: int) -> list[list[int]]:
+    """Halves rows from the last one back, then repeats documents, until there are `count`."""
+    rows = list(rows)
+    place = len(rows) - 1
+    while len(rows) < count and place >= 0:
+        row = rows[place]
+        if len(row) > 1:
+            rows[place] = row[: len(row) // 2]
+            rows.append(row[len(row) // 2 :])
+        else:
+            place -= 1
+    repeated = 0
+    while len(rows) < count:
+        rows.append([rows[repeated][0]])
+        repeated += 1
+    return rows

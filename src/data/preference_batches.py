@@ -1,0 +1,344 @@
+"""Micro-batches of preference pairs, packed into one row without padding.
+
+Three ways to lay out a pair, as `PairForm` names them. In the first, the prompt is computed once: all of
+it but its last token is a root segment, and each answer is a segment that continues it, beginning with the
+prompt's last token, whose successor is the answer's first:
+
+    root      inputs p0 … p(n-2)          targets p1 … p(n-1)
+    chosen    inputs p(n-1), c0 … c(m-2)  targets c0 … c(m-1)
+    rejected  inputs p(n-1), r0 … r(k-2)  targets r0 … r(k-1)
+
+so every target is scored in the same context as in two full rows. A prompt of one token leaves nothing
+for a root; its answers are roots themselves.
+
+Which pairs make up which batch follows `src.data.sampling`: a pass visits every pair once, in an order
+that is a function of (seed, pass), and ranks share it without overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from src.data.packing import pass_generator
+from src.data.preferences import PreferencePair
+from src.data.sampling import EpochSampler
+from src.errors import DataError
+from src.layout import SegmentLayout
+from src.losses import IGNORED_TARGET, Role, slot
+from src.tokenizer import Tokenizer
+
+
+class PairForm(Enum):
+    """How a pair becomes segments."""
+
+    SHARED_PROMPT = "shared prompt"
+    """Prompt once, then both answers; for `orpo_loss`."""
+    TWO_ROWS = "two rows"
+    """Prompt and answer twice; the same loss for more work, for comparison."""
+    RELEASED = "released"
+    """Two rows padded with token 0 to the longer; for `orpo_loss_released`."""
+
+
+@dataclass(frozen=True, eq=False)
+class PreferenceBatch:
+    """Inputs and targets of several pairs in one row; T positions, P pairs.
+
+    Attributes:
+        tokens: int64 [1, T].
+        targets: int64 [T], the token to predict at each position; -100 where nothing counts.
+        groups: int64 [T]. `losses.slot` of pair and role; with PairForm.RELEASED row numbers, two per pair.
+        reject_lengths: int64 [P], tokens of each rejected answer.
+        layout: borders of the segments.
+        sample_indices: the pairs, by their place in the data set.
+        token_count: positions that are not padding.
+        target_count: targets that count.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    groups: Tensor
+    reject_lengths: Tensor
+    layout: SegmentLayout
+    sample_indices: tuple[int, ...]
+    token_count: int
+    target_count: int
+
+    @property
+    def pairs(self) -> int:
+        """P."""
+        return len(self.sample_indices)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
+        """The same batch with its tensors on `device`."""
+        return replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking=non_blocking),
+            groups=self.groups.to(device, non_blocking=non_blocking),
+            reject_lengths=self.reject_lengths.to(device, non_blocking=non_blocking),
+            layout=self.layout.to(device),
+        )
+
+
+@dataclass(frozen=True)
+class PreferencePlan:
+    """What a run will see, in numbers for the user.
+
+    Attributes:
+        pairs: in the data set.
+        plain_pairs: trained on the chosen answer alone, because the rejected one is blank.
+        shortened_prompts: prompts that lost their beginning.
+        shortened_answers: answers that lost their end.
+        longest: most tokens of a prompt and of an answer.
+        positions_per_pass: of all pairs in the chosen form, padding included.
+        batches_per_pass: on each rank.
+        batches_per_epoch: on each rank.
+    """
+
+    pairs: int
+    plain_pairs: int
+    shortened_prompts: int
+    shortened_answers: int
+    longest: int
+    positions_per_pass: int
+    batches_per_pass: int
+    batches_per_epoch: int
+
+    @property
+    def passes_per_epoch(self) -> float:
+        """How often an epoch goes through the pairs."""
+        return self.batches_per_epoch / self.batches_per_pass
+
+    def statements(self) -> tuple[str, ...]:
+        """What the user should know about the pairs, one sentence each."""
+        said = []
+        if self.plain_pairs:
+            said.append(
+                f"{self.plain_pairs} of {self.pairs} pairs have no reject and train on the chosen answer."
+            )
+        if self.shortened_prompts or self.shortened_answers:
+            said.append(
+                f"--rlhf_max_corpus_len {self.longest} cuts {self.shortened_prompts} prompts (at their "
+                f"beginning) and {self.shortened_answers} answers (at their end)."
+            )
+        return tuple(said)
+
+
+class PreferenceDataset(Dataset[PreferenceBatch]):
+    """Every batch of a run, by its step: `dataset[step]` is a pure function of the arguments.
+
+    Steps count batches of this rank from the start of the run, without end; `len` is an epoch. At the end
+    of a pass the pairs that are left are spread over the ranks, in smaller batches.
+
+    Args:
+        pairs: at least one.
+        source: the file they came from, for messages.
+        form: how a pair becomes segments.
+        longest: most tokens of a prompt and of an answer, see `PreferencePair.shortened`.
+        micro_bsz: pairs of a batch.
+        seed: 0 or more.
+        tokenizer: recognises rejects of nothing but white space; None: only a reject without tokens is blank.
+        rank: of this process, among `world_size`.
+        world_size: processes that train on batches of their own.
+        epoch_steps: batches of an epoch on each rank; 0 means one pass.
+
+    Raises:
+        DataError: `longest` cuts every chosen answer.
+    """
+
+    def __init__(
+        self,
+        pairs: Sequence[PreferencePair],
+        *,
+        source: str,
+        form: PairForm,
+        longest: int,
+        micro_bsz: int,
+        seed: int,
+        tokenizer: Tokenizer | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        epoch_steps: int = 0,
+    ) -> None:
+        assert pairs
+        assert longest >= 1
+        assert micro_bsz >= 1
+        assert seed >= 0
+        assert epoch_steps >= 0
+        assert 0 <= rank < world_size
+        shortest, largest = (pick(len(pair.chosen) for pair in pairs) for pick in (min, max))
+        if shortest > longest:
+            raise DataError(
+                f"--rlhf_max_corpus_len {longest} cuts every chosen answer of {source}: the shortest has "
+                f"{shortest} tokens, the longest {largest}; give at least {shortest}, better {largest}."
+            )
+        self.source = source
+        self._pairs = [pair.shortened(longest) for pair in pairs]
+        self._plain = [_is_blank(pair.rejected, tokenizer) for pair in self._pairs]
+        self._form = form
+        self._micro_bsz = micro_bsz
+        self._seed = seed
+        self._rank = rank
+        self._world_size = world_size
+        self._current_pass: tuple[int, list[np.ndarray]] | None = None
+        steps_per_pass = -(-len(pairs) // (micro_bsz * world_size))
+        self._slots_per_pass = steps_per_pass * world_size
+        self.plan = PreferencePlan(
+            pairs=len(pairs),
+            plain_pairs=sum(self._plain),
+            shortened_prompts=sum(len(pair.prompt) > longest for pair in pairs),
+            shortened_answers=sum(
+                len(tokens) > longest for pair in pairs for tokens in (pair.chosen, pair.rejected)
+            ),
+            longest=longest,
+            positions_per_pass=sum(self._positions(number) for number in range(len(pairs))),
+            batches_per_pass=steps_per_pass,
+            batches_per_epoch=epoch_steps or steps_per_pass,
+        )
+
+    def __len__(self) -> int:
+        return self.plan.batches_per_epoch
+
+    def __getitem__(self, step: int) -> PreferenceBatch:
+        pass_number, place = divmod(step * self._world_size + self._rank, self._slots_per_pass)
+        return self.batch(self._pass_slots(pass_number)[place].tolist())
+
+    def batch(self, indices: Sequence[int]) -> PreferenceBatch:
+        """The named pairs as one batch."""
+        segments = _Segments()
+        for place, index in enumerate(indices):
+            _ADD[self._form](segments, place, self._pairs[index], self._plain[index])
+        return segments.batch(indices, [len(self._pairs[index].rejected) for index in indices])
+
+    def batches_in_order(self) -> Iterator[PreferenceBatch]:
+        """Every pair once, in the order of the data set; for evaluation."""
+        for start in range(0, len(self._pairs), self._micro_bsz):
+            yield self.batch(range(start, min(start + self._micro_bsz, len(self._pairs))))
+
+    def describe(self, batch: PreferenceBatch) -> str:
+        """Names what a batch was made of, for messages; pairs count from 1."""
+        shown = ", ".join(str(index + 1) for index in batch.sample_indices[:8])
+        more = f" and {batch.pairs - 8} more" if batch.pairs > 8 else ""
+        return f"pair{'s' if batch.pairs > 1 else ''} {shown}{more} of {self.source}"
+
+    def loader(self, epoch: int = 0, skip_steps: int = 0) -> DataLoader[PreferenceBatch]:
+        """Batches epoch by epoch; see `EpochSampler`. Batches are made in the calling process."""
+        return DataLoader(self, batch_size=None, sampler=EpochSampler(len(self), epoch, skip_steps))
+
+    def _pass_slots(self, pass_number: int) -> list[np.ndarray]:
+        """Indices of the pairs of every slot of a pass; slot s·world_size + r is rank r's step s."""
+        if self._current_pass is None or self._current_pass[0] != pass_number:
+            order = pass_generator(self._seed, pass_number).permutation(len(self._pairs))
+            full = (self._slots_per_pass - self._world_size) * self._micro_bsz
+            rest = order[full:]
+            if len(rest) < self._world_size:
+                rest = np.concatenate((rest, np.resize(order, self._world_size - len(rest))))
+            slots = [order[start : start + self._micro_bsz] for start in range(0, full, self._micro_bsz)]
+            self._current_pass = (pass_number, slots + np.array_split(rest, self._world_size))
+        return self._current_pass[1]
+
+    def _positions(self, index: int) -> int:
+        pair = self._pairs[index]
+        prompt, chosen, rejected = len(pair.prompt) - 1, len(pair.chosen), len(pair.rejected)
+        if self._form is PairForm.RELEASED:
+            return 2 * (prompt + max(chosen, rejected))
+        if self._plain[index]:
+            return prompt + chosen
+        return (prompt if self._form is PairForm.SHARED_PROMPT else 2 * prompt) + chosen + rejected
+
+
+class _Segments:
+    """Roots and continuations of a row in the making; each segment is (inputs, targets, groups)."""
+
+    def __init__(self) -> None:
+        self._roots: list[tuple[list[int], list[int], list[int]]] = []
+        self._children: list[tuple[list[int], list[int], list[int]]] = []
+        self._parents: list[int] = []
+        self._padding = 0
+
+    def add_root(self, inputs: list[int], targets: list[int], groups: list[int], padding: int = 0) -> int:
+        """Its number; `padding` of its positions are filled up with token 0."""
+        self._roots.append((inputs, targets, groups))
+        self._padding += padding
+        return len(self._roots) - 1
+
+    def add_child(self, inputs: list[int], targets: list[int], groups: list[int], parent: int) -> None:
+        """A segment that continues root number `parent`."""
+        self._children.append((inputs, targets, groups))
+        self._parents.append(parent)
+
+    def batch(self, indices: Sequence[int], reject_lengths: Sequence[int]) -> PreferenceBatch:
+        """All segments in one row. Positions that do not count are in the group beyond the last pair's."""
+        joined = [np.concatenate(parts) for parts in zip(*self._roots, *self._children, strict=True)]
+        tokens, targets, groups = (torch.from_numpy(part.astype(np.int64, copy=False)) for part in joined)
+        uncounted = targets == IGNORED_TARGET
+        return PreferenceBatch(
+            tokens=tokens[None],
+            targets=targets,
+            groups=groups.masked_fill(uncounted, slot(len(indices), Role.PROMPT)),
+            reject_lengths=torch.tensor(reject_lengths, dtype=torch.int64),
+            layout=SegmentLayout.branching(
+                [len(inputs) for inputs, _, _ in self._roots],
+                [len(inputs) for inputs, _, _ in self._children],
+                self._parents,
+            ),
+            sample_indices=tuple(indices),
+            token_count=len(targets) - self._padding,
+            target_count=len(targets) - self._padding - int(uncounted.sum()),
+        )
+
+
+def _answers(pair: PreferencePair, plain: bool) -> list[tuple[Role, list[int]]]:
+    chosen = (Role.CHOSEN, pair.chosen)
+    return [chosen] if plain else [chosen, (Role.REJECTED, pair.rejected)]
+
+
+def _add_shared_prompt(segments: _Segments, place: int, pair: PreferencePair, plain: bool) -> None:
+    prompt = pair.prompt
+    parent = None
+    if len(prompt) > 1:
+        parent = segments.add_root(prompt[:-1], prompt[1:], [slot(place, Role.PROMPT)] * (len(prompt) - 1))
+    for role, answer in _answers(pair, plain):
+        inputs, groups = prompt[-1:] + answer[:-1], [slot(place, role)] * len(answer)
+        if parent is None:
+            segments.add_root(inputs, answer, groups)
+        else:
+            segments.add_child(inputs, answer, groups, parent)
+
+
+def _add_two_rows(segments: _Segments, place: int, pair: PreferencePair, plain: bool) -> None:
+    for role, answer in _answers(pair, plain):
+        row = pair.prompt + answer
+        prompt_targets = pair.prompt[1:] if role is Role.CHOSEN else [IGNORED_TARGET] * (len(pair.prompt) - 1)
+        groups = [slot(place, Role.PROMPT)] * len(prompt_targets) + [slot(place, role)] * len(answer)
+        segments.add_root(row[:-1], prompt_targets + answer, groups)
+
+
+def _add_released(segments: _Segments, place: int, pair: PreferencePair, plain: bool) -> None:
+    rows = (pair.prompt + pair.chosen, pair.prompt + pair.rejected)
+    width = max(map(len, rows)) - 1
+    for side, row in enumerate(rows):
+        padding = [0] * (width + 1 - len(row))
+        segments.add_root(
+            row[:-1] + padding, row[1:] + padding, [2 * place + side] * width, padding=len(padding)
+        )
+
+
+_ADD = {
+    PairForm.SHARED_PROMPT: _add_shared_prompt,
+    PairForm.TWO_ROWS: _add_two_rows,
+    PairForm.RELEASED: _add_released,
+}
+
+
+def _is_blank(tokens: list[int], tokenizer: Tokenizer | None) -> bool:
+    if not tokens:
+        return True
+    return tokenizer is not None and not tokenizer.decode(tokens).strip()

@@ -1,0 +1,392 @@
+"""Preference data: rows of prompt, chosen and rejected text; pairs of tokens made from them.
+
+`read_rows` reads what people write (CSV, JSONL), `make_pairs` turns rows into tokens with a chat
+template, `pairs_from_tuples` checks the content of a `.save` file, the list of 5-tuples that
+training reads.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import statistics
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from src.errors import ConfigError, DataError
+from src.tokenizer import Tokenizer
+
+PLACEHOLDER_LOGP = 0.5
+"""What stands in a pair's two log-probability fields when none was computed; ORPO reads neither."""
+
+_CSV_FIELD_LIMIT = 2**31 - 1
+
+
+@dataclass(frozen=True)
+class PreferenceRow:
+    """One line of a preference file.
+
+    Attributes:
+        line: where it begins in the file, counted from 1.
+        prompt: the user's words.
+        chosen: the good answer.
+        rejected: the worse answer, "" if there is none.
+    """
+
+    line: int
+    prompt: str
+    chosen: str
+    rejected: str
+
+
+def read_rows(path: str) -> list[PreferenceRow]:
+    """Rows of a CSV (`prompt,chosen,reject`) or, by its suffix, JSONL file of the same keys.
+
+    UTF-8 with or without BOM. `reject` may also be called `rejected`, and may be missing or empty.
+    Other columns are ignored.
+
+    Raises:
+        DataError: a file that is missing, not UTF-8 or empty; a column that is missing; a row that
+            cannot be read, with its line.
+    """
+    text = _read_text(path)
+    rows = list(
+        _jsonl_rows(path, text) if Path(path).suffix in (".jsonl", ".json") else _csv_rows(path, text)
+    )
+    if not rows:
+        raise DataError(
+            f"{path} holds no rows: write at least one prompt with a chosen answer below the header."
+        )
+    return rows
+
+
+def _read_text(path: str) -> str:
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path} cannot be read ({error.strerror}): give the path of a CSV or JSONL file."
+        ) from error
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        guess = " (it looks like UTF-16)" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
+        raise DataError(
+            f"{path} line {line} is not UTF-8{guess}: byte 0x{raw[error.start]:02x} fits no character; "
+            "save the file as UTF-8."
+        ) from error
+    if not text.strip():
+        raise DataError(f"{path} is empty: expected the columns prompt,chosen,reject and at least one row.")
+    return text
+
+
+def _csv_rows(path: str, text: str) -> Iterator[PreferenceRow]:
+    records = _csv_records(path, text)
+    _, header = next(records)
+    names = [name.strip() for name in header]
+    columns = {name: names.index(name) for name in ("prompt", "chosen") if name in names}
+    missing = [name for name in ("prompt", "chosen") if name not in columns]
+    if missing:
+        found, lacking = (" and ".join(map(repr, some)) for some in (names, missing))
+        raise DataError(
+            f"{path} has no column {lacking} (its first line has {found}): name the columns "
+            "prompt,chosen,reject there."
+        )
+    rejected = next((names.index(name) for name in ("reject", "rejected") if name in names), len(names))
+    for line, fields in records:
+        if len(fields) <= max(columns.values()):
+            raise DataError(
+                f"{path} line {line} has {len(fields)} of the {len(names)} fields of the header: write "
+                "prompt and chosen, in quotes where they hold commas or line breaks."
+            )
+        yield PreferenceRow(
+            line,
+            fields[columns["prompt"]],
+            fields[columns["chosen"]],
+            fields[rejected] if rejected < len(fields) else "",
+        )
+
+
+def _csv_records(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(line on which it begins, fields) of every record that is not blank.
+
+    The strict reader is used because the lenient one takes an unbalanced quote for the start of a field that
+    reaches to the end of the file.
+    """
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    limit_before = csv.field_size_limit(_CSV_FIELD_LIMIT)
+    try:
+        while True:
+            line = reader.line_num + 1
+            try:
+                fields = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                reason = (
+                    "has a quote that is never closed"
+                    if "end of data" in str(error)
+                    else f"is no CSV ({error})"
+                )
+                raise DataError(
+                    f"{path} line {line} {reason}: put fields with quotes, commas or line breaks in quotes, "
+                    "and write each quote inside twice."
+                ) from error
+            if fields:
+                yield line, fields
+    finally:
+        csv.field_size_limit(limit_before)
+
+
+def _jsonl_rows(path: str, text: str) -> Iterator[PreferenceRow]:
+    for line, content in enumerate(text.split("\n"), start=1):
+        if not content.strip():
+            continue
+        try:
+            record = json.loads(content)
+        except ValueError as error:
+            raise DataError(f"{path} line {line} is no JSON ({error}): write one object per line.") from error
+        if not isinstance(record, dict):
+            raise DataError(f'{path} line {line} is no JSON object: write {{"prompt": …, "chosen": …}}.')
+        rejected_key = "reject" if "reject" in record else "rejected"
+        texts: dict[str, Any] = {"prompt": record.get("prompt"), "chosen": record.get("chosen")}
+        texts[rejected_key] = record.get(rejected_key) or ""
+        for key, value in texts.items():
+            if not isinstance(value, str):
+                found = "no such key" if value is None else type(value).__name__
+                raise DataError(f"{path} line {line}: expected a text for {key!r}, found {found}.")
+        yield PreferenceRow(line, texts["prompt"], texts["chosen"], texts[rejected_key])
+
+
+@dataclass(frozen=True)
+class Template:
+    """What stands around a prompt; answers always are " " + answer + blank line."""
+
+    before: str
+    after: str
+
+    def prompt(self, text: str) -> str:
+        """The prompt as the model reads it, ending where the answer begins."""
+        return self.before + text + self.after
+
+
+TEMPLATES = {
+    "user": Template("User: ", "\n\nAssistant:"),
+    "question": Template("Question: ", "\n\nAnswer:"),
+    "input": Template("Input: ", "\n\nResponse:"),
+}
+MIXED = "mixed"
+TEMPLATE_NAMES = (MIXED, *TEMPLATES)
+
+
+def clean_text(text: str) -> str:
+    """Strips, and removes blank lines inside, because a blank line ends a turn.
+
+    In a single pass, as RWKV-LM-State-4bit-Orpo does it: three line breaks in a row become two.
+    """
+    return text.strip().replace("\r\n", "\n").replace("\n\n", "\n")
+
+
+def answer_text(text: str) -> str:
+    """A cleaned answer as the model reads it after the prompt."""
+    return f" {text}\n\n"
+
+
+@dataclass(frozen=True)
+class PreferencePair:
+    """A prompt with a chosen and a rejected answer, as token ids.
+
+    The base log-probabilities are sums over an answer's tokens under the untuned model.
+    """
+
+    prompt: list[int]
+    chosen: list[int]
+    rejected: list[int]
+    chosen_base_logp: float = PLACEHOLDER_LOGP
+    rejected_base_logp: float = PLACEHOLDER_LOGP
+
+    def as_tuple(self) -> tuple[list[int], list[int], list[int], float, float]:
+        """The pair as a `.save` file holds it."""
+        return self.prompt, self.chosen, self.rejected, self.chosen_base_logp, self.rejected_base_logp
+
+    def shortened(self, longest: int) -> PreferencePair:
+        """At most `longest` tokens each: prompts lose their beginning, answers their end.
+
+        The end of a prompt is where the answer is asked for; a model that never saw it there would
+        learn to answer something else.
+        """
+        if max(len(self.prompt), len(self.chosen), len(self.rejected)) <= longest:
+            return self
+        return replace(
+            self,
+            prompt=self.prompt[-longest:],
+            chosen=self.chosen[:longest],
+            rejected=self.rejected[:longest],
+        )
+
+
+@dataclass(frozen=True)
+class PreparedPairs:
+    """What `make_pairs` made.
+
+    Attributes:
+        pairs: shuffled.
+        texts: prompt and chosen answer of every pair as text, in the order of the rows.
+        unusable_lines: lines of rows left out because prompt or chosen answer is blank.
+        shortened: pairs of which something was cut.
+        empty_rejects: pairs without a rejected answer.
+    """
+
+    pairs: list[PreferencePair]
+    texts: list[str]
+    unusable_lines: list[int]
+    shortened: int
+    empty_rejects: int
+
+    def summary(self) -> list[str]:
+        """The counts, a line each."""
+        pairs, empty, shortened = len(self.pairs), self.empty_rejects, self.shortened
+        lines = [f"{pairs:,} pairs, {empty:,} without a reject, {shortened:,} shortened"]
+        for name in ("prompt", "chosen", "rejected"):
+            sizes = [len(getattr(pair, name)) for pair in self.pairs]
+            middle = statistics.median_low(sizes)
+            lines.append(f"{name:>8} tokens: min {min(sizes):,}, median {middle:,}, max {max(sizes):,}")
+        if self.unusable_lines:
+            lines.append(
+                f"{len(self.unusable_lines):,} rows left out, prompt or chosen is blank "
+                f"(first: line {self.unusable_lines[0]})"
+            )
+        return lines
+
+
+def make_pairs(
+    source: str,
+    rows: Sequence[PreferenceRow],
+    tokenizer: Tokenizer,
+    count: int,
+    *,
+    template: str = MIXED,
+    longest: int | None = None,
+    seed: int = 100,
+    on_pair: Callable[[int], None] = lambda made: None,
+) -> PreparedPairs:
+    """Makes exactly `count` pairs, taking the rows in order and again from the first.
+
+    Two numbers are drawn for each pair, of which the first picks a template if `template` is "mixed"
+    (80 % user, 10 % question, 10 % input; the second has no use here), then the pairs are shuffled: with
+    seed 100 the result is that of RWKV-LM-State-4bit-Orpo. Prompt and answers are encoded apart, and no
+    end-of-document token is added.
+
+    Args:
+        source: the file, for messages.
+        rows: as `read_rows` gives them.
+        tokenizer: of the model's vocabulary.
+        count: pairs to make, at least 1.
+        template: one of `TEMPLATE_NAMES`.
+        longest: most tokens of a prompt and of an answer, see `PreferencePair.shortened`; None: no limit.
+        seed: of the draws and the shuffle.
+        on_pair: called with the number of pairs made so far.
+
+    Raises:
+        DataError: no row has both a prompt and a chosen answer.
+        ConfigError: `count` or `longest` is below 1.
+    """
+    if count < 1:
+        raise ConfigError(f"--target_pair_count {count} makes no pairs: give at least 1.")
+    if longest is not None and longest < 1:
+        raise ConfigError(f"--max_len {longest} leaves no tokens: give at least 1, or leave it out.")
+    cleaned = [
+        replace(
+            row,
+            prompt=clean_text(row.prompt),
+            chosen=clean_text(row.chosen),
+            rejected=clean_text(row.rejected),
+        )
+        for row in rows
+    ]
+    usable = [row for row in cleaned if row.prompt and row.chosen]
+    if not usable:
+        raise DataError(f"{source}: none of the {len(rows)} rows has both a prompt and a chosen answer.")
+
+    answers: dict[int, tuple[list[int], list[int]]] = {}
+    prompts: dict[tuple[int, str], list[int]] = {}
+    generator = random.Random(seed)
+    pairs: list[PreferencePair] = []
+    texts: list[str] = []
+    shortened = empty_rejects = 0
+    for made in range(count):
+        row = usable[made % len(usable)]
+        drawn = _drawn_template(generator.random())
+        generator.random()
+        name = drawn if template == MIXED else template
+        prompt_text = TEMPLATES[name].prompt(row.prompt)
+        if row.line not in answers:
+            chosen, rejected = (tokenizer.encode(answer_text(text)) for text in (row.chosen, row.rejected))
+            answers[row.line] = (chosen, rejected)
+        if (row.line, name) not in prompts:
+            prompts[row.line, name] = tokenizer.encode(prompt_text)
+        whole = PreferencePair(prompts[row.line, name], *answers[row.line])
+        pair = whole if longest is None else whole.shortened(longest)
+        shortened += pair is not whole
+        empty_rejects += not row.rejected
+        pairs.append(pair)
+        texts.append(prompt_text + answer_text(row.chosen))
+        on_pair(made + 1)
+    generator.shuffle(pairs)
+    unusable_lines = [row.line for row in cleaned if not (row.prompt and row.chosen)]
+    return PreparedPairs(pairs, texts, unusable_lines, shortened, empty_rejects)
+
+
+def _drawn_template(number: float) -> str:
+    if number < 0.8:
+        return "user"
+    return "question" if number < 0.9 else "input"
+
+
+def pairs_from_tuples(source: str, content: Any, vocab_size: int) -> list[PreferencePair]:
+    """Checks what a `.save` file held: a list of (prompt, chosen, reject, logp, logp).
+
+    Raises:
+        DataError: content of another kind; a pair without a prompt or chosen answer; a token outside
+            the vocabulary.
+    """
+    remedy = "make the file with PrepareOrpoDataset.py"
+    if not isinstance(content, list) or not content:
+        found = "an empty list" if isinstance(content, list) else type(content).__name__
+        raise DataError(f"{source} holds {found}, not a list of preference pairs: {remedy}.")
+    pairs = []
+    for number, item in enumerate(content, start=1):
+        if not isinstance(item, (tuple, list)) or len(item) != 5:
+            found = f"{len(item)} entries" if isinstance(item, (tuple, list)) else type(item).__name__
+            raise DataError(
+                f"{source} pair {number} has {found}, not (prompt, chosen, reject, logp, logp): {remedy}."
+            )
+        for name, tokens in zip(("prompt", "chosen", "reject"), item[:3], strict=True):
+            _check_tokens(f"{source} pair {number}", name, tokens, vocab_size, remedy)
+        if not all(isinstance(logp, (int, float)) for logp in item[3:]):
+            raise DataError(f"{source} pair {number} has no number for a base log-probability: {remedy}.")
+        pairs.append(PreferencePair(*item))
+    return pairs
+
+
+def _check_tokens(where: str, name: str, tokens: Any, vocab_size: int, remedy: str) -> None:
+    ids = np.asarray(tokens) if isinstance(tokens, list) else None
+    if ids is None or (ids.size and (ids.ndim != 1 or ids.dtype.kind != "i")):
+        raise DataError(f"{where} has no list of token ids as its {name}: {remedy}.")
+    if not ids.size:
+        if name == "reject":
+            return
+        raise DataError(f"{where} has an empty {name}, so nothing can be learned from it: {remedy}.")
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if outside.size:
+        raise DataError(
+            f"{where} has token {outside[0]} in its {name}, but the model knows 0 to {vocab_size - 1}: "
+            "prepare the pairs for this model's vocabulary."
+        )

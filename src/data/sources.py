@@ -1,0 +1,35 @@
+"""`--data_type` and `--data_file` to documents."""
+
+from __future__ import annotations
+
+from ..errors import ConfigError
+from ..tokenizer import tokenizer_for_vocabulary
+from .binidx import read_binidx
+from .documents import Documents
+from .text import generated_documents, read_jsonl, read_text
+
+DATA_TYPES = ("binidx", "jsonl", "utf-8", "dummy")
+
+
+def open_documents(data_type: str, path: str, vocab_size: int, *, ctx_len: int) -> Documents:
+    """Opens training or held-out data.
+
+    Args:
+        data_type: one of DATA_TYPES.
+        path: the file; for binidx the common prefix of its two files; unused for dummy.
+        vocab_size: the model's vocabulary; it chooses the tokenizer of text.
+        ctx_len: tokens of a row; plain text is read in pieces of ctx_len + 1.
+
+    Raises:
+        ConfigError: unknown data type.
+        DataError: data that cannot be read or used; the message names the place.
+    """
+    if data_type == "binidx":
+        return read_binidx(path, vocab_size)
+    if data_type == "jsonl":
+        return read_jsonl(path, tokenizer_for_vocabulary(vocab_size), vocab_size)
+    if data_type == "utf-8":
+        return read_text(path, tokenizer_for_vocabulary(vocab_size), vocab_size, ctx_len + 1)
+    if data_type == "dummy":
+        return generated_documents(vocab_size)
+    raise ConfigError(f"--data_type {data_type} is unknown; known are {', '.join(DATA_TYPES)}.")

@@ -1,0 +1,49 @@
+"""Errors a user can cause.
+
+Each carries one sentence: the value seen, what was expected, the way out. Entry scripts
+print it without a traceback and exit with code 2 (`EXIT_CODE`). Mistakes of the
+programmer stay `assert`s and ordinary exceptions.
+"""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+EXIT_CODE = 2
+
+
+class UserError(Exception):
+    """Something the user can put right; `str(error)` is the whole message."""
+
+
+class ConfigError(UserError):
+    """A flag, or a combination of flags, that cannot work."""
+
+
+class CheckpointError(UserError):
+    """A model or state file that is missing, damaged or of another kind."""
+
+
+class DataError(UserError):
+    """Training or preference data that cannot be read or used."""
+
+
+class TrainingError(UserError):
+    """A run that had to stop: a non-finite loss or gradient, or no memory left."""
+
+
+class KernelError(UserError):
+    """The CUDA operator could not be built or launched."""
+
+
+def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
+    """Ends the process with what `main` returns; a UserError becomes one line on stderr and code 2."""
+    try:
+        code = main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_CODE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        code = 130
+    sys.exit(code or 0)

@@ -1,0 +1,111 @@
+"""How one packed row of tokens divides into segments.
+
+Documents packed into a row without padding, or prompts and the answers that continue them:
+the linear layers see one long row, and only the recurrence and the token shift look at the
+borders. Legend: T tokens of the row, S segments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class SegmentLayout:
+    """Borders of the segments in a row [1, T], and which segment continues which.
+
+    The first `roots` segments start from the start state; they fill tokens
+    [0, root_tokens). Every later segment continues one of the roots: its recurrence starts
+    from that root's final state, and the token before its first is that root's last. A root
+    may be empty; a segment that continues it then starts like a root.
+
+    Attributes:
+        lengths: tokens of each segment, on the host.
+        roots: number of root segments, first in the row.
+        root_tokens: tokens of all roots together.
+        root_borders: int32 [roots + 1], cumulative lengths of the roots, from 0.
+        child_borders: int32 [S - roots + 1], cumulative lengths of the others, from 0.
+        parents: int64 [S - roots], the root that each later segment continues.
+        previous: int64 [T], position of the token before each token; -1 where there is none.
+    """
+
+    lengths: tuple[int, ...]
+    roots: int
+    root_tokens: int
+    root_borders: Tensor
+    child_borders: Tensor
+    parents: Tensor
+    previous: Tensor
+
+    @classmethod
+    def packed(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> SegmentLayout:
+        """Independent segments one after the other, each from the start state."""
+        return cls.branching(lengths, [], [], device)
+
+    @classmethod
+    def branching(
+        cls,
+        root_lengths: Sequence[int],
+        child_lengths: Sequence[int],
+        parents: Sequence[int],
+        device: torch.device | str = "cpu",
+    ) -> SegmentLayout:
+        """Roots first, then segments that continue the roots named by `parents`."""
+        assert len(child_lengths) == len(parents)
+        assert all(0 <= parent < len(root_lengths) for parent in parents)
+        root_ends = list(accumulate(root_lengths, initial=0))
+        child_ends = list(accumulate(child_lengths, initial=0))
+        root_tokens = root_ends[-1]
+        previous = torch.arange(-1, root_tokens + child_ends[-1] - 1, dtype=torch.int64)
+        for length, start in zip(root_lengths, root_ends, strict=False):
+            if length:
+                previous[start] = -1
+        for length, start, parent in zip(child_lengths, child_ends, parents, strict=False):
+            if length:
+                previous[root_tokens + start] = root_ends[parent + 1] - 1 if root_lengths[parent] else -1
+
+        def on_device(values: Sequence[int], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(values, dtype=dtype).to(device)
+
+        return cls(
+            lengths=(*root_lengths, *child_lengths),
+            roots=len(root_lengths),
+            root_tokens=root_tokens,
+            root_borders=on_device(root_ends, torch.int32),
+            child_borders=on_device(child_ends, torch.int32),
+            parents=on_device(parents, torch.int64),
+            previous=previous.to(device),
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Length T of the row."""
+        return sum(self.lengths)
+
+    @property
+    def has_children(self) -> bool:
+        """Whether some segment continues another."""
+        return len(self.lengths) > self.roots
+
+    @property
+    def last_positions(self) -> Tensor:
+        """int64 [S] on the host: position of each segment's last token; -1 for an empty segment."""
+        ends = list(accumulate(self.lengths))
+        return torch.tensor([end - 1 if n else -1 for n, end in zip(self.lengths, ends, strict=True)])
+
+    def to(self, device: torch.device | str) -> SegmentLayout:
+        """The same layout with its tensors on `device`."""
+        return SegmentLayout(
+            lengths=self.lengths,
+            roots=self.roots,
+            root_tokens=self.root_tokens,
+            root_borders=self.root_borders.to(device, non_blocking=True),
+            child_borders=self.child_borders.to(device, non_blocking=True),
+            parents=self.parents.to(device, non_blocking=True),
+            previous=self.previous.to(device, non_blocking=True),
+        )

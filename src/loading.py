@@ -1,0 +1,101 @@
+"""From a checkpoint's tensors to a model on its device.
+
+Tensors are taken from the file's memory map one at a time, moved, and packed on the way, so that
+host memory stays near one matrix whatever the model's size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from src.model.parameters import ModelShape, parameter_shapes, quantizable_names, state_shapes
+from src.model.rwkv6 import RWKV6
+from src.quant import FrozenLinear
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is put on its device.
+
+    Attributes:
+        device: where it computes.
+        compute_dtype: dtype of activations and frozen weights.
+        quant_type: packs the eight matrices of every layer; None keeps them in compute_dtype.
+        train_weights: keep every weight as a trainable fp32 master instead of freezing it.
+        recompute: recompute each half layer in the backward pass (`--grad_cp 1`).
+        head_size_divisor: group norm eps is 1e-5 times its square.
+        dropout: probability, see RWKV6.
+    """
+
+    device: torch.device
+    compute_dtype: torch.dtype
+    quant_type: str | None = None
+    train_weights: bool = False
+    recompute: bool = False
+    head_size_divisor: int = 8
+    dropout: float = 0.0
+
+
+def build_model(
+    tensors: Mapping[str, Tensor],
+    shape: ModelShape,
+    options: LoadOptions,
+    on_progress: Callable[[str], None] = lambda name: None,
+) -> RWKV6:
+    """Builds the model, all parameters frozen except as `train_weights` says and `time_state`.
+
+    Args:
+        tensors: a checkpoint's tensors by file key; `time_state` entries are optional and start at 0.
+        shape: sizes of the checkpoint.
+        options: device, dtype, packing.
+        on_progress: called with each key after it has been placed.
+
+    Returns:
+        The model in training mode; `time_state` is fp32 and requires grad unless `train_weights`.
+    """
+    assert not (options.train_weights and options.quant_type)
+    with torch.device("meta"):
+        model = RWKV6(
+            shape,
+            compute_dtype=options.compute_dtype,
+            head_size_divisor=options.head_size_divisor,
+            recompute=options.recompute,
+            dropout=options.dropout,
+        )
+    packed = set(quantizable_names(shape)) if options.quant_type else set()
+    for name in parameter_shapes(shape):
+        module_name, _, parameter_name = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if name in packed:
+            _place_packed(model, module_name, tensors[name], options)
+        elif name == "emb.weight" and not options.train_weights:
+            model.emb.keep_on_host(tensors[name])
+        else:
+            _place_parameter(module, parameter_name, tensors[name], options)
+        on_progress(name)
+    for name, state_shape in state_shapes(shape).items():
+        start = tensors[name] if name in tensors else torch.zeros(state_shape)
+        start = start.to(options.device, torch.float32, copy=True)
+        module = model.get_submodule(name.rpartition(".")[0])
+        module.time_state = nn.Parameter(start, requires_grad=not options.train_weights)
+    return model.train()
+
+
+def _place_packed(model: RWKV6, module_name: str, weight: Tensor, options: LoadOptions) -> None:
+    parent_name, _, child_name = module_name.rpartition(".")
+    on_device = weight.to(options.device, options.compute_dtype)
+    assert options.quant_type is not None
+    linear = FrozenLinear.from_weight(on_device, options.quant_type, options.compute_dtype)
+    setattr(model.get_submodule(parent_name), child_name, linear)
+
+
+def _place_parameter(module: nn.Module, name: str, weight: Tensor, options: LoadOptions) -> None:
+    if options.train_weights:
+        placed = weight.to(options.device, torch.float32, copy=True)
+    else:
+        placed = weight.to(options.device, options.compute_dtype)
+    module.register_parameter(name, nn.Parameter(placed, requires_grad=options.train_weights))

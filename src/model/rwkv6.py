@@ -1,0 +1,323 @@
+"""The RWKV-6 (x060, "Finch") language model.
+
+What is unusual about it:
+  - no attention: every head keeps one N x N matrix that decays per key channel and token
+    (`ops.wkv6`); its learned start, `time_state`, is what state tuning trains;
+  - token shift: each mixer sees its input blended with the token before, by amounts that
+    themselves depend on the input (`time_maa_*`, a small two-layer map);
+  - the decay depends on the input too (`time_decay` plus a low-rank term);
+  - no positions, no biases in the matrices, embedding and head never tied.
+
+Parameter names and shapes are the checkpoint's. Zero, learned and carried states are one code path.
+Weights may be stored wider than the computation (fp32 masters in full training); they are cast on use.
+
+Legend: B rows, T tokens, C channels, A = H·N attention width, H heads, N head size, F feed-forward
+width, V vocabulary, S segments of a packed row.
+
+Source: "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence" (arXiv 2404.05892).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from src.layout import SegmentLayout
+from src.ops.elementwise import group_norm_silu_gate, shift_mix, sigmoid_gated_residual, squared_relu
+from src.ops.wkv6 import wkv6
+from src.model.parameters import ModelShape
+from src.model.state import LayerState, ModelState, last_tokens
+
+LAYER_NORM_EPS = 1e-5
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ with W [out, in] in the file's orientation, cast to x's dtype when it is stored wider."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm over C whose weights may be stored wider than its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+
+
+class Embedding(nn.Module):
+    """Token embedding that may stay on the host.
+
+    A frozen table is read only T rows at a time, so it can remain a memory-mapped host tensor
+    (`keep_on_host`); it is then not registered with the module and never copied whole.
+    """
+
+    def __init__(self, vocab_size: int, channels: int) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(vocab_size, channels))
+        self.host_table: Tensor | None = None
+
+    def keep_on_host(self, table: Tensor) -> None:
+        """Serves from `table` [V, C] on the CPU and drops the registered parameter."""
+        self.weight = None
+        self.host_table = table
+
+    def forward(self, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """tokens int64 [B, T] -> [B, T, C] on `device`."""
+        table = self.host_table if self.weight is None else self.weight
+        assert table is not None
+        rows = F.embedding(tokens.to(table.device), table)
+        return rows.to(device, dtype, non_blocking=True)
+
+
+class MixingWeights(nn.Module):
+    """Base of the two mixers: stacks several `time_maa_*` vectors, once if they are frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._stacks: dict[tuple[str, ...], Tensor] = {}
+
+    def stacked(self, names: tuple[str, ...], like: Tensor) -> Tensor:
+        """The named [1, 1, C] vectors as one [G, C] tensor in `like`'s dtype."""
+        stack = self._stacks.get(names)
+        if stack is not None and stack.device == like.device and stack.dtype == like.dtype:
+            return stack
+        vectors = [getattr(self, name) for name in names]
+        stack = torch.stack([vector.view(-1) for vector in vectors]).to(like.dtype)
+        if not any(vector.requires_grad for vector in vectors):
+            self._stacks[names] = stack
+        return stack
+
+
+class TimeMix(MixingWeights):
+    """Token shift, the recurrence, and its gate: z = ln1 x [B, T, C] -> what is added to x."""
+
+    def __init__(self, shape: ModelShape, head_size_divisor: int) -> None:
+        super().__init__()
+        C, A, H, N = shape.n_embd, shape.dim_att, shape.n_head, shape.head_size
+        self.head_count, self.head_size = H, N
+        self.group_norm_eps = 1e-5 * head_size_divisor**2
+        for name in ("x", "w", "k", "v", "r", "g"):
+            self.register_parameter(f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, C)))
+        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * shape.mix_lora_width))
+        self.time_maa_w2 = nn.Parameter(torch.empty(5, shape.mix_lora_width, C))
+        self.time_decay = nn.Parameter(torch.empty(1, 1, A))
+        self.time_decay_w1 = nn.Parameter(torch.empty(C, shape.decay_lora_width))
+        self.time_decay_w2 = nn.Parameter(torch.empty(shape.decay_lora_width, A))
+        self.time_faaaa = nn.Parameter(torch.empty(H, N))
+        self.receptance = Linear(C, A)
+        self.key = Linear(C, A)
+        self.value = Linear(C, A)
+        self.gate = Linear(C, A)
+        self.output = Linear(A, C)
+        self.ln_x = nn.GroupNorm(H, A, eps=self.group_norm_eps)
+        self.time_state = nn.Parameter(torch.empty(H, N, N, dtype=torch.float32))
+
+    def forward(
+        self, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over T tokens.
+
+        Args:
+            z: [B, T, C], normalised input; B is 1 with a layout.
+            state: carried memory; None starts from `time_state` and no token before.
+            layout: segments of a packed row; excludes `state`.
+
+        Returns:
+            (out [B, T, C], final recurrence matrices [B, H, N, N] fp32, or [roots, H, N, N] with a
+            layout: those of the root segments).
+        """
+        B, T, C = z.shape
+        carry = None if state is None else state.att_shift
+        previous = None if layout is None else layout.previous
+        base = shift_mix(z, carry, self.stacked(("time_maa_x",), z), None, previous)[0]
+        hidden = torch.tanh(base @ self.time_maa_w1.to(z.dtype)).view(B * T, 5, -1).transpose(0, 1)
+        modulation = torch.bmm(hidden, self.time_maa_w2.to(z.dtype)).view(5, B, T, C)
+        maa = self.stacked(("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"), z)
+        z_w, z_k, z_v, z_r, z_g = shift_mix(z, carry, maa, modulation, previous).unbind(0)
+
+        decay_hidden = torch.tanh(z_w @ self.time_decay_w1.to(z.dtype))
+        w_raw = self.time_decay.to(z.dtype) + decay_hidden @ self.time_decay_w2.to(z.dtype)
+        heads = (B, T, self.head_count, self.head_size)
+        r, k, v = self.receptance(z_r).view(heads), self.key(z_k).view(heads), self.value(z_v).view(heads)
+        start = self.time_state if state is None else state.wkv
+        y, final = self._recur(r, k, v, w_raw.view(heads), start, layout)
+
+        weight, bias = self.ln_x.weight.to(z.dtype), self.ln_x.bias.to(z.dtype)
+        gated = group_norm_silu_gate(y, self.gate(z_g), weight, bias, self.group_norm_eps)
+        return self.output(gated), final
+
+    def _recur(
+        self, r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, start: Tensor, layout: SegmentLayout | None
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence over rows, packed roots, or roots and then the segments that continue them."""
+        u = self.time_faaaa
+        if layout is None:
+            return wkv6(r, k, v, w_raw, u, start)
+        if not layout.has_children:
+            return wkv6(r, k, v, w_raw, u, start, layout.root_borders)
+        split = layout.root_tokens
+        if split == 0:
+            final = start.expand(layout.roots, *start.shape)
+            outputs: list[Tensor] = []
+        else:
+            y, final = wkv6(*(x[:, :split] for x in (r, k, v, w_raw)), u, start, layout.root_borders)
+            outputs = [y]
+        starts = final.index_select(0, layout.parents)
+        y, _ = wkv6(*(x[:, split:] for x in (r, k, v, w_raw)), u, starts, layout.child_borders)
+        return torch.cat([*outputs, y], dim=1), final
+
+
+class ChannelMix(MixingWeights):
+    """Token shift and a gated squared-ReLU feed-forward: x + sigmoid(W_r z_r) · W_v relu(W_k z_k)²."""
+
+    def __init__(self, shape: ModelShape) -> None:
+        super().__init__()
+        C = shape.n_embd
+        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
+        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
+        self.key = Linear(C, shape.dim_ffn)
+        self.receptance = Linear(C, C)
+        self.value = Linear(shape.dim_ffn, C)
+
+    def forward(
+        self, x: Tensor, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
+    ) -> Tensor:
+        """x [B, T, C] residual stream, z = ln2 x -> the new residual stream."""
+        carry = None if state is None else state.ffn_shift
+        previous = None if layout is None else layout.previous
+        maa = self.stacked(("time_maa_k", "time_maa_r"), z)
+        z_k, z_r = shift_mix(z, carry, maa, None, previous).unbind(0)
+        value = self.value(squared_relu(self.key(z_k)))
+        return sigmoid_gated_residual(x, self.receptance(z_r), value)
+
+
+class Block(nn.Module):
+    """One layer; layer 0 also normalises the embedding (`ln0`).
+
+    With `recompute` each of the two halves keeps only its input and is computed again in the backward
+    pass. The recomputation stops at the last tensor the backward needs, so a half's closing product
+    with a frozen matrix, which keeps nothing, is not repeated.
+    """
+
+    def __init__(self, shape: ModelShape, layer: int, head_size_divisor: int) -> None:
+        super().__init__()
+        self.ln0 = Norm(shape.n_embd) if layer == 0 else None
+        self.ln1 = Norm(shape.n_embd)
+        self.ln2 = Norm(shape.n_embd)
+        self.att = TimeMix(shape, head_size_divisor)
+        self.ffn = ChannelMix(shape)
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        layout: SegmentLayout | None,
+        *,
+        ends: Tensor | None,
+        recompute: bool,
+        dropout: float,
+    ) -> tuple[Tensor, LayerState]:
+        """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment)."""
+
+        def run(half: Callable[..., Any], x: Tensor) -> Any:
+            if recompute:
+                return checkpoint(half, x, state, use_reentrant=False, preserve_rng_state=dropout > 0)
+            return half(x, state)
+
+        def mix_time(x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor, Tensor]:
+            z = self.ln1(x)
+            out, final = self.att(z, state, layout)
+            return x + F.dropout(out, dropout, self.training), final, last_tokens(z, ends)
+
+        def mix_channels(x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor]:
+            z = self.ln2(x)
+            mixed = self.ffn(x, z, state, layout)
+            if dropout:
+                mixed = x + F.dropout(mixed - x, dropout, self.training)
+            return mixed, last_tokens(z, ends)
+
+        x, final, att_shift = run(mix_time, x)
+        x, ffn_shift = run(mix_channels, x)
+        return x, LayerState(att_shift, final, ffn_shift)
+
+
+class RWKV6(nn.Module):
+    """The whole model. `forward` returns hidden states; `logits` applies the head to those one wants."""
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        head_size_divisor: int = 8,
+        recompute: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.compute_dtype = compute_dtype
+        self.recompute = recompute
+        self.dropout = dropout
+        self.emb = Embedding(shape.vocab_size, shape.n_embd)
+        self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor) for i in range(shape.n_layer))
+        self.ln_out = Norm(shape.n_embd)
+        self.head = Linear(shape.n_embd, shape.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the computation happens."""
+        return self.ln_out.weight.device
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        layout: SegmentLayout | None = None,
+        *,
+        return_state: bool = False,
+    ) -> tuple[Tensor, ModelState | None]:
+        """Runs the layers over T tokens.
+
+        Args:
+            tokens: int64 [B, T]; on the host or on the model's device.
+            state: memory carried from earlier tokens; None starts every row from `time_state`.
+            layout: segments of a packed row (B = 1); excludes `state`.
+            return_state: also return the memory after the last token of each row, or of each segment
+                of a packed row without continuations.
+
+        Returns:
+            (hidden [B, T, C] after `ln_out` in the computation dtype, state or None).
+        """
+        assert state is None or layout is None, "a carried state and a packed layout exclude each other"
+        assert layout is None or (tokens.shape[0] == 1 and tokens.shape[1] == layout.tokens)
+        assert not (return_state and layout is not None and layout.has_children)
+        x = self.emb(tokens, self.device, self.compute_dtype)
+        first = self.blocks[0]
+        x = F.dropout(first.ln0(x), self.dropout, self.training)
+        ends = layout.last_positions if return_state and layout is not None else None
+        recompute = self.recompute and torch.is_grad_enabled()
+        new_state: ModelState = []
+        for i, block in enumerate(self.blocks):
+            carried = None if state is None else state[i]
+            x, after = block(x, carried, layout, ends=ends, recompute=recompute, dropout=self.dropout)
+            if return_state:
+                new_state.append(after)
+        return self.ln_out(x), new_state if return_state else None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., C] -> unnormalised log-probabilities [..., V] in the computation dtype."""
+        return self.head(hidden)  # type: ignore[no-any-return]

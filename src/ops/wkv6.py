@@ -1,0 +1,130 @@
+"""The WKV6 operator: its contract, the checks of its arguments, the choice of a backend.
+
+Shapes: B batch, T tokens, H heads, N head size, S packed sequences. The state is [H, value, key], as in checkpoints.
+"""
+
+import torch
+from torch import Tensor
+
+from src.errors import KernelError
+from src.ops.wkv6_chunked import wkv6_chunked
+from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available, wkv6_cuda
+from src.ops.wkv6_reference import wkv6_reference
+
+BACKENDS = ("reference", "chunked", "cuda")
+TOKEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def wkv6(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_raw: Tensor,
+    u: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-6's linear attention with a decay per token and channel, and a start state.
+
+        y[t, i]  = Σ_j r[t, j] · (S[i, j] + u[j] · k[t, j] · v[t, i])
+        S[i, j] <- exp(-exp(w_raw[t, j])) · S[i, j] + k[t, j] · v[t, i]
+
+    for every head, i the value and j the key index. Right for every w_raw from -inf to +inf and every T >= 1.
+    Gradients exist for r, k, v, w_raw, u and state, also those that enter by the final state; only those asked for
+    are computed. The running state and every sum are float32 (float64 for float64 inputs); the CUDA kernel rounds
+    operands of its matrix products to bfloat16.
+
+    Args:
+        r: receptance [B, T, H, N], bfloat16, float16, float32 or float64.
+        k: key, as r.
+        v: value, as r.
+        w_raw: decay on the checkpoint's scale, as r.
+        u: bonus of the current token [H, N], any float dtype.
+        state: start state, float32 (float64 allowed for float64 inputs): [H, N, N] shared by all sequences, or one per
+            sequence, [B, H, N, N], with cu_seqlens [S, H, N, N].
+        cu_seqlens: int32 or int64 [S + 1], borders of the sequences packed into one row (then B == 1), from 0 to T,
+            never falling, on r's device. A sequence of length 0 passes its state on. The CUDA kernel trusts the values
+            (checking them would stop the GPU); the other backends check them.
+        backend: "reference", "chunked" or "cuda"; None takes "cuda" for bfloat16 on a GPU at head size 64, else
+            "chunked". Where the kernel cannot be built, None warns once, with the reason, and takes "chunked".
+
+    Returns:
+        y [B, T, H, N] in r's dtype; final states [B or S, H, N, N], float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+        KernelError: the CUDA kernel was asked for and cannot be built, or cannot be launched.
+    """
+    sequences = _check_arguments(r, k, v, w_raw, u, state, cu_seqlens)
+    if backend is None:
+        fits = r.is_cuda and r.dtype == torch.bfloat16 and r.shape[3] == CUDA_HEAD_SIZE
+        backend = "cuda" if fits and kernel_is_available(r.device) else "chunked"
+    if backend == "cuda":
+        if not r.is_cuda or r.dtype != torch.bfloat16 or r.shape[3] != CUDA_HEAD_SIZE:
+            raise KernelError(
+                f"the CUDA kernel of wkv6 takes bfloat16 on a GPU at head size {CUDA_HEAD_SIZE}, got {r.dtype} on "
+                f'{r.device} at head size {r.shape[3]}; use backend="chunked"'
+            )
+        return wkv6_cuda(r, k, v, w_raw, u, state, cu_seqlens)
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)} or None")
+
+    lengths = None if cu_seqlens is None else _lengths(cu_seqlens, r.shape[1])
+    starts = state.expand(sequences, *state.shape) if state.dim() == 3 else state
+    run = wkv6_chunked if backend == "chunked" else wkv6_reference
+    return run(r, k, v, w_raw, u, starts, lengths)
+
+
+def _check_arguments(
+    r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
+) -> int:
+    """Raises ValueError naming the first argument that does not fit; returns the number of sequences."""
+    if r.dim() != 4 or 0 in r.shape:
+        raise ValueError(f"r has shape {list(r.shape)}, expected [B, T, H, N] with no empty dimension")
+    batch, tokens, heads, size = r.shape
+    if r.dtype not in TOKEN_DTYPES:
+        raise ValueError(f"r is {r.dtype}, expected bfloat16, float16, float32 or float64")
+    for name, tensor in (("k", k), ("v", v), ("w_raw", w_raw)):
+        if tensor.shape != r.shape:
+            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected r's {list(r.shape)}")
+        if tensor.dtype != r.dtype:
+            raise ValueError(f"{name} is {tensor.dtype}, expected r's {r.dtype}")
+    if u.shape != (heads, size):
+        raise ValueError(f"u has shape {list(u.shape)}, expected [H, N] = {[heads, size]}")
+    if not u.is_floating_point():
+        raise ValueError(f"u is {u.dtype}, expected a float dtype")
+
+    sequences = batch
+    if cu_seqlens is not None:
+        if batch != 1:
+            raise ValueError(f"r has batch size {batch}, expected 1 when cu_seqlens packs the sequences")
+        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
+            raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [S + 1] with S >= 1")
+        if cu_seqlens.dtype not in (torch.int32, torch.int64):
+            raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}, expected int32 or int64")
+        sequences = cu_seqlens.numel() - 1
+    shared = (heads, size, size)
+    if state.shape != shared and state.shape != (sequences, *shared):
+        raise ValueError(
+            f"state has shape {list(state.shape)}, expected [H, value, key] = {list(shared)} or one per sequence, "
+            f"{[sequences, *shared]}"
+        )
+    state_dtypes = (torch.float32, torch.float64) if r.dtype == torch.float64 else (torch.float32,)
+    if state.dtype not in state_dtypes:
+        raise ValueError(f"state is {state.dtype}, expected {' or '.join(map(str, state_dtypes))}")
+    others = {"k": k, "v": v, "w_raw": w_raw, "u": u, "state": state, "cu_seqlens": cu_seqlens}
+    for name, other in others.items():
+        if other is not None and other.device != r.device:
+            raise ValueError(f"{name} is on {other.device}, expected r's device {r.device}")
+    return sequences
+
+
+def _lengths(cu_seqlens: Tensor, tokens: int) -> list[int]:
+    """Sequence lengths in tokens; waits for the GPU when cu_seqlens lives there."""
+    borders = cu_seqlens.tolist()
+    lengths = [end - begin for begin, end in zip(borders[:-1], borders[1:], strict=True)]
+    if borders[0] != 0 or borders[-1] != tokens or min(lengths) < 0:
+        raise ValueError(f"cu_seqlens is {borders}, expected borders that never fall, from 0 to T = {tokens}")
+    return lengths

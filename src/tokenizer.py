@@ -1,0 +1,175 @@
+"""Text to token ids and back.
+
+Two tokenizers, chosen by the model's vocabulary. In both, id 0 ends a document and stands for
+no text, and every byte has an id of its own, so any text can be encoded and a piece of UTF-8
+can be split over several tokens. Decoding therefore works on bytes: `decode` for a whole list,
+`IncrementalDecoder` for tokens that arrive one by one.
+"""
+
+from __future__ import annotations
+
+import ast
+import codecs
+import re
+from collections.abc import Iterable
+from functools import cached_property
+from typing import Any, Protocol
+
+from .errors import DataError
+
+END_OF_DOCUMENT = 0
+WORLD_VOCABULARY = 65536
+BYTE_VOCABULARIES = range(257, 513)
+
+REPLACEMENT = "\ufffd"
+_LINE_START = re.compile(r"\n(?=\S)")
+_BLOCK_CHARACTERS = 1 << 20
+
+
+class Tokenizer(Protocol):
+    """What every tokenizer can do."""
+
+    name: str
+    end_of_document: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, without an end-of-document token.
+
+        Raises:
+            DataError: the text holds half of a surrogate pair, which UTF-8 cannot express.
+        """
+        ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for: none for 0, U+FFFD for an id without an entry."""
+        ...
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """`decode_bytes` as text, U+FFFD standing for what is not valid UTF-8."""
+        ...
+
+
+class IncrementalDecoder:
+    """Turns tokens that arrive one by one into text.
+
+    `push` returns the text that is complete so far and holds back the bytes of an unfinished
+    character. The pieces joined, `finish` included, equal `decode` of all ids.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+
+    def push(self, token: int) -> str:
+        """Text completed by `token`; often empty in scripts whose characters span tokens."""
+        return self._decoder.decode(self._tokenizer.decode_bytes((token,)))
+
+    def finish(self) -> str:
+        """What is left: nothing, or U+FFFD for a character that never became complete."""
+        rest = self._decoder.decode(b"", final=True)
+        self._decoder.reset()
+        return rest
+
+
+class ByteTokenizer:
+    """Token = byte of the UTF-8 text + 1."""
+
+    name = "byte"
+    end_of_document = END_OF_DOCUMENT
+
+    def encode(self, text: str) -> list[int]:
+        return [byte + 1 for byte in _utf8(text)]
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        replacement = REPLACEMENT.encode()
+        return b"".join(
+            bytes((token - 1,)) if 1 <= token <= 256 else b"" if token == 0 else replacement for token in ids
+        )
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+class WorldTokenizer:
+    """The RWKV World tokenizer: greedy longest match over 65529 byte strings, ids from 1.
+
+    `pyrwkv-tokenizer` encodes. It does not decode, because its decoder panics on a split
+    character and on ids beyond its vocabulary; a table parsed from its vocabulary file does.
+    """
+
+    name = "World"
+    end_of_document = END_OF_DOCUMENT
+
+    def __init__(self) -> None:
+        try:
+            from pyrwkv_tokenizer import RWKVTokenizer
+        except ImportError as error:
+            raise DataError(
+                f"The World tokenizer of a {WORLD_VOCABULARY} vocabulary needs the package pyrwkv-tokenizer, "
+                f"which does not import ({error}); `pip install pyrwkv-tokenizer`, or use --data_type binidx."
+            ) from error
+        self._encoder: Any = RWKVTokenizer()
+
+    def encode(self, text: str) -> list[int]:
+        _utf8(text)
+        ids: list[int] = []
+        start = 0
+        while start < len(text):
+            # No entry goes from a line break on to a visible character, so a cut there changes no
+            # token, and the encoder's memory stays bounded.
+            line_start = _LINE_START.search(text, start + _BLOCK_CHARACTERS)
+            end = line_start.end() if line_start else len(text)
+            ids += self._encoder.encode(text[start:end])
+            start = end
+        return ids
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        table = self._table
+        replacement = REPLACEMENT.encode()
+        return b"".join(table[token] if 0 <= token < len(table) else replacement for token in ids)
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    @cached_property
+    def _table(self) -> list[bytes]:
+        """Bytes of ids 0 … 65529. Lines of the file: id, Python literal, length in bytes."""
+        path = self._encoder.vocab_filepath
+        table = [b""]
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for line in file:
+                number, _, rest = line.partition(" ")
+                literal, _, length = rest.rpartition(" ")
+                value = ast.literal_eval(literal)
+                entry = value.encode() if isinstance(value, str) else value
+                assert int(number) == len(table), f"{path}: ids are not consecutive at {number}"
+                assert int(length) == len(entry), f"{path}: entry {number} is not {length} bytes long"
+                table.append(entry)
+        return table
+
+
+def tokenizer_for_vocabulary(vocab_size: int) -> Tokenizer:
+    """The tokenizer of models with `vocab_size` entries.
+
+    Raises:
+        DataError: no tokenizer belongs to this vocabulary, or its package is not installed.
+    """
+    if vocab_size == WORLD_VOCABULARY:
+        return WorldTokenizer()
+    if vocab_size in BYTE_VOCABULARIES:
+        return ByteTokenizer()
+    raise DataError(
+        f"No tokenizer is known for a vocabulary of {vocab_size}: text needs {WORLD_VOCABULARY} (World) or "
+        f"{BYTE_VOCABULARIES.start} to {BYTE_VOCABULARIES.stop - 1} (bytes); --data_type binidx works with "
+        "every vocabulary."
+    )
+
+
+def _utf8(text: str) -> bytes:
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"The text holds {text[error.start]!r} at character {error.start}, half of a surrogate pair, "
+            "which is no character; write the whole pair, or remove it."
+        ) from error

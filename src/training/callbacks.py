@@ -1,0 +1,237 @@
+"""What happens around the steps of a run: schedule, checks, records, saving, stopping."""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from src.data.batches import Batch
+from src.errors import TrainingError
+from src.schedule import Schedule
+from src.training.module import TrainingModule
+from src.training.records import EpochRecord, Sink, StepRecord
+
+
+class StepControl(pl.Callback):
+    """Sets the learning rate before a step and refuses to take one with a non-finite loss or gradient."""
+
+    def __init__(self, schedule: Schedule, accumulate: int) -> None:
+        self.schedule = schedule
+        self.accumulate = accumulate
+        self.learning_rate = 0.0
+        self.weight_decay = 0.0
+        self.loss = 0.0
+        self.grad_norm = 0.0
+        self._pending: list[tuple[Tensor, tuple[int, ...]]] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
+        """Puts the scheduled rate and weight decay into the optimizer."""
+        self.learning_rate = self.schedule.learning_rate(trainer.global_step)
+        self.weight_decay = self.schedule.weight_decay_at(trainer.global_step)
+        for group in trainer.optimizers[0].param_groups:
+            group["lr"] = self.learning_rate * group["lr_scale"]
+            if group["decays"]:
+                group["weight_decay"] = self.weight_decay
+        self._batch_indices = tuple(batch.sample_indices)
+        self._closes_step = (batch_idx + 1) % self.accumulate == 0
+
+    def on_before_optimizer_step(
+        self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """Looks at loss and gradients of the whole step before the optimizer does.
+
+        Raises:
+            TrainingError: naming step and samples when something is not finite.
+        """
+        if not self._closes_step:
+            return
+        assert isinstance(module, TrainingModule)
+        pending = [*self._pending, self._current(module)]
+        losses = torch.stack([loss for loss, _ in pending]).float()
+        norm = _gradient_norm(module)
+        *values, self.grad_norm = torch.cat([losses, norm.reshape(1).to(losses.device)]).tolist()
+        self.loss = sum(values) / len(values)
+        bad = [sample for value, (_, samples) in zip(values, pending, strict=True) if not _finite(value) for sample in samples]
+        if bad or not _finite(self.grad_norm):
+            samples = bad or [sample for _, row in pending for sample in row]
+            what = "loss" if bad else "gradient"
+            raise TrainingError(
+                f"the {what} is not finite at step {trainer.global_step + 1} (samples {samples}): the step was not "
+                "taken; lower --lr_init or look at these samples"
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remembers a micro-batch that did not close a step."""
+        assert isinstance(module, TrainingModule)
+        if self._closes_step:
+            self._pending.clear()
+        else:
+            self._pending.append(self._current(module))
+
+    def _current(self, module: TrainingModule) -> tuple[Tensor, tuple[int, ...]]:
+        assert module.outcome is not None
+        return module.outcome.loss, self._batch_indices
+
+
+class TrainingMonitor(pl.Callback):
+    """Makes one record per optimizer step and per epoch and hands it to the sinks (rank 0 only)."""
+
+    def __init__(self, control: StepControl, sinks: Sequence[Sink], epoch_begin: int, ctx_len: int) -> None:
+        self.control = control
+        self.sinks = sinks
+        self.epoch_begin = epoch_begin
+        self.ctx_len = ctx_len
+        self.losses: list[float] = []
+        self.step_seconds: list[float] = []
+        self._samples = 0
+        self._tokens = 0
+        self._logs: list[dict[str, Any]] = []
+        self._epoch_losses: list[float] = []
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Starts the clock."""
+        self._last = time.perf_counter()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+    ) -> None:
+        """Adds the micro-batch up; writes the record when it closed an optimizer step."""
+        assert isinstance(module, TrainingModule) and module.outcome is not None
+        self._samples += len(batch.sample_indices)
+        self._tokens += batch.token_count
+        self._logs.append(module.outcome.logs)
+        if (batch_idx + 1) % self.control.accumulate:
+            return
+        extra = _averages(self._logs)
+        now = time.perf_counter()
+        record = StepRecord(
+            step=trainer.global_step,
+            epoch=self.epoch_begin + trainer.current_epoch,
+            loss=self.control.loss,
+            lr=self.control.learning_rate,
+            weight_decay=self.control.weight_decay,
+            grad_norm=self.control.grad_norm,
+            seconds=now - self._last,
+            tokens=self._tokens * trainer.world_size,
+            nominal_tokens=self._samples * self.ctx_len * trainer.world_size,
+            extra=extra,
+        )
+        self._last, self._samples, self._tokens, self._logs = now, 0, 0, []
+        self.losses.append(record.loss)
+        self.step_seconds.append(record.seconds)
+        self._epoch_losses.append(record.loss)
+        for sink in self.sinks:
+            sink.step(record)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Writes the epoch's line."""
+        if not self._epoch_losses:
+            return
+        epoch = trainer.current_epoch
+        mean = sum(self._epoch_losses) / len(self._epoch_losses)
+        record = EpochRecord(self.epoch_begin + epoch, epoch, mean, self.control.learning_rate)
+        self._epoch_losses = []
+        for sink in self.sinks:
+            sink.epoch(record)
+
+
+class CheckpointSaver(pl.Callback):
+    """Writes `rwkv-{epoch}.pth` after every `epoch_save` epochs and after the last (rank 0 only)."""
+
+    def __init__(self, save: Callable[[Path], None], folder: Path, epoch_begin: int, epoch_save: int) -> None:
+        self.save = save
+        self.folder = folder
+        self.epoch_begin = epoch_begin
+        self.epoch_save = epoch_save
+        self.files: list[Path] = []
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Saves if this epoch's number asks for it."""
+        epoch = trainer.current_epoch
+        is_last = trainer.max_epochs is not None and epoch + 1 >= trainer.max_epochs
+        if is_last or (self.epoch_save and epoch % self.epoch_save == 0):
+            path = self.folder / f"rwkv-{self.epoch_begin + epoch}.pth"
+            if trainer.is_global_zero:
+                self.save(path)
+            self.files.append(path)
+
+
+class Stopper(pl.Callback):
+    """Ends the run after the current step: on Ctrl-C, on SIGTERM, or when `exit_tokens` are trained.
+
+    A second Ctrl-C stops at once, without saving.
+    """
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.signal_name: str | None = None
+        self._handlers: dict[int, Any] = {}
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Takes over the two signals."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self._handlers[number] = signal.signal(number, self._remember)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Asks all ranks whether one of them wants to stop."""
+        wants_stop = self.signal_name is not None or self.schedule.exhausted(trainer.global_step)
+        if trainer.world_size > 1:
+            wants_stop = trainer.strategy.reduce_boolean_decision(wants_stop, all=False)
+        if wants_stop:
+            trainer.should_stop = True
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Gives the signals back."""
+        self._restore()
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Gives the signals back."""
+        self._restore()
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if self.signal_name is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.signal_name = signal.Signals(number).name
+
+    def _restore(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers.clear()
+
+
+def _gradient_norm(module: TrainingModule) -> Tensor:
+    """Global L2 norm of the trained tensors' gradients, fp32, before clipping; under ZeRO too."""
+    parameters = [parameter for _, parameter in module.trained()]
+    if module.config.uses_deepspeed and module.device.type == "cuda":
+        from deepspeed.utils import safe_get_full_grad
+
+        gradients = [safe_get_full_grad(parameter) for parameter in parameters]
+    else:
+        gradients = [parameter.grad for parameter in parameters]
+    norms = torch._foreach_norm([gradient for gradient in gradients if gradient is not None])
+    return torch.linalg.vector_norm(torch.stack(norms))
+
+
+def _averages(logs: list[dict[str, Any]]) -> dict[str, float]:
+    names = {name for row in logs for name in row}
+    averages = {}
+    for name in sorted(names):
+        values = [float(row[name]) for row in logs if name in row]
+        averages[name] = sum(values) / len(values)
+    return averages
+
+
+def _finite(value: float) -> bool:
+    return value - value == 0.0

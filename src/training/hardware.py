@@ -1,0 +1,170 @@
+"""From flags to a device, a computation dtype and Lightning's Trainer arguments."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision, Precision
+from torch import nn
+
+from src.config import TrainConfig
+from src.errors import ConfigError
+
+COMPUTE_DTYPES = {
+    "bf16": torch.bfloat16,
+    "fp32": torch.float32,
+    "tf32": torch.float32,
+    "fp16": torch.float16,
+}
+OLDEST_CAPABILITY = (8, 0)
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Where a run computes.
+
+    Attributes:
+        device: this process's device.
+        precision: bf16, fp32, fp16 or tf32, resolved.
+        strategy: "single" or a deepspeed_* name.
+        notes: lines to print, about what was decided.
+    """
+
+    device: torch.device
+    precision: str
+    strategy: str
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """dtype of activations and frozen weights."""
+        return COMPUTE_DTYPES[self.precision]
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether `device` is a GPU."""
+        return self.device.type == "cuda"
+
+    def describe(self) -> str:
+        """One phrase for the plan."""
+        name = torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU, {torch.get_num_threads()} threads"
+        engine = "single device" if self.strategy == "single" else self.strategy
+        return f"{name}, {self.precision}, {engine}"
+
+
+def resolve_hardware(config: TrainConfig) -> Hardware:
+    """Chooses device, precision and engine.
+
+    Raises:
+        ConfigError: if what was asked for does not exist here.
+    """
+    notes: list[str] = []
+    if config.accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        raise ConfigError(
+            f"--accelerator {config.accelerator} was asked for and no CUDA GPU is visible: install a CUDA build of "
+            "torch and check nvidia-smi, or use --accelerator auto or cpu"
+        )
+    on_gpu = config.accelerator != "cpu" and torch.cuda.is_available()
+    if not on_gpu:
+        if config.precision in ("fp16", "tf32"):
+            raise ConfigError(f"--precision {config.precision} needs a GPU and none is used: use fp32 or bf16")
+        if config.devices * config.num_nodes > 1:
+            raise ConfigError(f"--devices {config.devices} --num_nodes {config.num_nodes} needs GPUs: use 1 and 1 on a CPU")
+        if config.uses_deepspeed:
+            notes.append(f"--strategy {config.strategy} needs a GPU: running on a single device instead")
+        return Hardware(torch.device("cpu"), config.precision or "fp32", "single", notes)
+
+    visible = torch.cuda.device_count()
+    if config.devices > visible:
+        raise ConfigError(f"--devices {config.devices} was asked for and {visible} GPU(s) are visible: lower --devices")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    capability = torch.cuda.get_device_capability(device)
+    if capability < OLDEST_CAPABILITY and (config.precision or "bf16") in ("bf16", "tf32"):
+        raise ConfigError(
+            f"--precision {config.precision or 'bf16'} needs compute capability 8.0 and this GPU has "
+            f"{capability[0]}.{capability[1]}: use --precision fp32"
+        )
+    strategy = config.strategy
+    if strategy == "auto":
+        strategy = "single" if config.devices * config.num_nodes == 1 else "deepspeed_stage_1"
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
+    return Hardware(device, config.precision or "bf16", strategy, notes)
+
+
+class _UntouchedDeepSpeedPrecision(DeepSpeedPrecision):
+    """Leaves every dtype as the model has it: fp32 states, low-precision weights and packed bytes live together."""
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+
+def trainer_arguments(hardware: Hardware, config: TrainConfig, trained_elements: int) -> dict[str, Any]:
+    """Lightning's arguments for accelerator, devices, strategy and precision.
+
+    Args:
+        hardware: what `resolve_hardware` chose.
+        config: the flags.
+        trained_elements: number of trained values, which bounds DeepSpeed's buckets.
+    """
+    arguments: dict[str, Any] = {
+        "accelerator": "gpu" if hardware.on_gpu else "cpu",
+        "num_nodes": config.num_nodes,
+        "devices": config.devices,
+    }
+    if hardware.strategy == "single":
+        return {**arguments, "plugins": [Precision()]}
+
+    from pytorch_lightning.strategies import DeepSpeedStrategy
+
+    _quieten_deepspeed()
+    strategy = DeepSpeedStrategy(
+        config=deepspeed_config(hardware.strategy, config, trained_elements),
+        precision_plugin=_UntouchedDeepSpeedPrecision("32-true"),
+    )
+    return {**arguments, "strategy": strategy}
+
+
+def deepspeed_config(strategy: str, config: TrainConfig, trained_elements: int) -> dict[str, Any]:
+    """The engine's configuration: ZeRO and nothing that casts.
+
+    Without a `bf16` or `fp16` section the engine keeps every dtype. Its two buckets hold
+    `reduce_bucket_size` elements each, so they are sized to what is trained.
+    """
+    stage = int(strategy.split("_")[2])
+    limit = config.ds_bucket_mb * 10**6 // 4
+    bucket = max(min(trained_elements, limit), 1)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": config.devices * config.num_nodes > 1,
+        "allgather_partitions": True,
+        "reduce_scatter": True,
+        "allgather_bucket_size": bucket,
+        "reduce_bucket_size": bucket,
+    }
+    if strategy.endswith("offload"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": config.micro_bsz,
+    }
+
+
+def _quieten_deepspeed() -> None:
+    """DeepSpeed tells its life story at level INFO on the user's terminal."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="deepspeed")

@@ -1,0 +1,417 @@
+"""One training run from flags to files; `train` reads as its table of contents."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import math
+import random
+import tempfile
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.utilities.rank_zero import rank_zero_only
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from src.adapters.states import set_states, state_tensors
+from src.checkpoint import check_sizes, inspect_checkpoint, load_state, open_checkpoint, save_model, save_state
+from src.config import TrainConfig
+from src.data.documents import Documents
+from src.data.sampling import BatchDataset
+from src.data.sources import open_documents
+from src.errors import ConfigError, TrainingError
+from src.loading import LoadOptions, build_model
+from src.model.parameters import ModelShape, fresh_parameters, parameter_shapes
+from src.model.rwkv6 import RWKV6
+from src.schedule import Schedule
+from src.training.callbacks import CheckpointSaver, StepControl, Stopper, TrainingMonitor
+from src.training.evaluation import HeldOutLoss, held_out_loss
+from src.training.hardware import Hardware, deepspeed_config, resolve_hardware, trainer_arguments
+from src.training.module import TrainingModule
+from src.training.objectives import Objective, SFTObjective
+from src.training.records import FileSink, HttpSink, ProgressSink, Sink, WandbSink
+
+GRADIENT_CLIP = 1.0
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        final_file: the last checkpoint written.
+        files: every checkpoint written, in order.
+        losses: training loss of every optimizer step.
+        before, after: held-out losses, None without held-out data.
+        stopped_by: name of the signal that ended the run early, or None.
+    """
+
+    final_file: Path
+    files: list[Path]
+    losses: list[float]
+    before: HeldOutLoss | None
+    after: HeldOutLoss | None
+    stopped_by: str | None
+
+
+def say(text: str = "") -> None:
+    """Prints on rank 0 only."""
+    if rank_zero_only.rank == 0:
+        print(text, flush=True)
+
+
+def train(config: TrainConfig) -> RunResult:
+    """Trains as the flags say and returns what came of it.
+
+    Raises:
+        UserError: for everything the user can put right, before any step where possible.
+    """
+    config = _with_seed(config)
+    hardware = resolve_hardware(config)
+    for line in [*config.notes(), *hardware.notes]:
+        say(f"note: {line}")
+    folder = _prepare_folder(config)
+    shape = _model_shape(config)
+    work = _prepare_work(config, hardware, shape)
+    schedule = make_schedule(config, work)
+    say(_plan(config, hardware, shape, work, schedule, folder))
+
+    model = _load_model(config, hardware, shape, folder)
+    before = _evaluate("untuned", model, work.held_out, config)
+    module = TrainingModule(model, work.objective, config)
+    files, monitor, stopper = _fit(module, work, schedule, hardware, config, folder)
+
+    final_file = folder / "rwkv-final.pth"
+    if rank_zero_only.rank == 0:
+        _save(model, config, final_file)
+    after = _evaluate("tuned", model, work.held_out, config)
+    result = RunResult(
+        final_file, [*files, final_file], monitor.losses, before, after, stopper.signal_name
+    )
+    say(_summary(config, hardware, result, monitor))
+    return result
+
+
+@dataclass(frozen=True)
+class Work:
+    """Data and objective of a run.
+
+    Attributes:
+        loader: micro-batches of this rank, epoch after epoch.
+        objective: maps them to losses.
+        held_out: documents of `--val_file`, or None.
+        batches_per_epoch: micro-batches of an epoch on each rank, a multiple of the accumulation.
+        lines: what the plan says about the data.
+    """
+
+    loader: DataLoader[Any]
+    objective: Objective
+    held_out: Documents | None
+    batches_per_epoch: int
+    lines: list[str]
+
+
+def _with_seed(config: TrainConfig) -> TrainConfig:
+    if config.random_seed < 0:
+        config = dataclasses.replace(config, random_seed=random.SystemRandom().randrange(2**31))
+    torch.manual_seed(config.random_seed)
+    return config
+
+
+def _prepare_folder(config: TrainConfig) -> Path:
+    """Creates the output folder and proves that a file can be written there."""
+    folder = Path(config.proj_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(b"\0" * 4096)
+            probe.flush()
+    except OSError as error:
+        raise ConfigError(
+            f"--proj_dir {folder} cannot be written ({error.strerror}): choose another folder or free some space"
+        ) from error
+    return folder
+
+
+def _model_shape(config: TrainConfig) -> ModelShape:
+    """Sizes of the checkpoint, checked against the flags; or those of a fresh model."""
+    if not config.load_model:
+        return ModelShape.from_sizes(
+            n_layer=config.n_layer,
+            n_embd=config.n_embd,
+            vocab_size=config.vocab_size,
+            head_size=config.head_size_a or 64,
+            dim_att=config.dim_att,
+            dim_ffn=config.dim_ffn,
+            double_extra_dim=bool(config.double_extra_dim),
+        )
+    info = inspect_checkpoint(config.load_model)
+    sizes = ("n_layer", "n_embd", "dim_att", "dim_ffn", "vocab_size", "head_size_a", "double_extra_dim")
+    problems = check_sizes(info.shape, {name: getattr(config, name) for name in sizes})
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return info.shape
+
+
+def _prepare_work(config: TrainConfig, hardware: Hardware, shape: ModelShape) -> Work:
+    def documents_of(path: str) -> Documents:
+        return open_documents(config.data_type, path, shape.vocab_size, ctx_len=config.ctx_len)
+
+    held_out = documents_of(config.val_file) if config.val_file else None
+    dataset = BatchDataset(  # accumulate follows
+        documents_of(config.data_file),
+        mode=config.dataload,
+        ctx_len=config.ctx_len,
+        micro_bsz=config.micro_bsz,
+        seed=config.random_seed,
+        rank=rank_zero_only.rank or 0,
+        world_size=config.devices * config.num_nodes,
+        epoch_steps=config.epoch_steps,
+    )
+    plan = dataset.plan
+    lines = [
+        f"data       {config.data_file or 'generated'}: {plan.documents:,} documents, {plan.tokens:,} tokens, "
+        f"--dataload {plan.mode}",
+        *(f"           {statement}" for statement in (*dataset.documents.statements, *plan.statements())),
+    ]
+    if held_out is not None:
+        lines.append(f"held out   {config.val_file}: {len(held_out):,} documents, {held_out.total_tokens:,} tokens")
+    return Work(dataset.loader(), SFTObjective(), held_out, len(dataset), lines)
+
+
+def make_schedule(config: TrainConfig, work: Work) -> Schedule:
+    """Learning rate over the optimizer steps of the epochs 0 … epoch_count - 1."""
+    steps_per_epoch = work.batches_per_epoch // config.accumulate_grad_batches
+    samples = config.devices * config.num_nodes * config.micro_bsz * config.accumulate_grad_batches
+    return Schedule(
+        lr_init=config.lr_init,
+        lr_final=config.lr_final,
+        warmup_steps=config.warmup_steps,
+        total_steps=steps_per_epoch * config.epoch_count,
+        first_step=steps_per_epoch * config.epoch_begin,
+        weight_decay=config.weight_decay,
+        weight_decay_final=config.weight_decay_final,
+        exit_tokens=config.my_exit_tokens,
+        tokens_per_step=samples * config.ctx_len,
+    )
+
+
+def _epochs(config: TrainConfig) -> int:
+    return min(config.epoch_count, config.my_exit + 1) - config.epoch_begin
+
+
+def _plan(
+    config: TrainConfig, hardware: Hardware, shape: ModelShape, work: Work, schedule: Schedule, folder: Path
+) -> str:
+    steps_per_epoch = work.batches_per_epoch // config.accumulate_grad_batches
+    steps = steps_per_epoch * _epochs(config)
+    rates = ", ".join(f"{schedule.learning_rate(step):.4g}" for step in (0, steps // 2, max(steps - 1, 0)))
+    weights = f"{config.quant_type} matrices" if config.quantised else "unquantised"
+    if config.trains_states:
+        trainable = f"{shape.state_parameter_count:,} state values; all weights frozen"
+    else:
+        trainable = f"all {shape.parameter_count:,} weights"
+    batch = config.micro_bsz * config.accumulate_grad_batches * config.devices * config.num_nodes
+    return "\n".join(
+        [
+            f"model      {config.load_model or 'fresh'}: {shape.parameter_count / 1e9:.3g} B parameters, "
+            f"{shape.n_layer} layers, n_embd {shape.n_embd}, {shape.n_head} heads of {shape.head_size}, {weights}",
+            f"training   {trainable}",
+            f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
+            *work.lines,
+            f"steps      {steps:,} ({_epochs(config)} epochs of {steps_per_epoch:,}), {batch} rows a step, "
+            f"ctx_len {config.ctx_len}",
+            f"rate       {rates} (start, middle, end); warm-up {config.warmup_steps} steps",
+            f"results    {folder}/",
+        ]
+    )
+
+
+def _load_model(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> RWKV6:
+    if config.load_model:
+        tensors = open_checkpoint(config.load_model)
+    else:
+        tensors = fresh_parameters(shape, config.random_seed, torch.float32)
+        if rank_zero_only.rank == 0:
+            save_model(folder / "rwkv-init.pth", tensors, _file_dtype(hardware))
+    states = load_state(config.load_state, shape) if config.load_state else None
+    options = LoadOptions(
+        device=hardware.device,
+        compute_dtype=hardware.compute_dtype,
+        quant_type=config.quant_type if config.quantised else None,
+        train_weights=not config.trains_states,
+        recompute=config.grad_cp == 1,
+        head_size_divisor=config.head_size_divisor,
+        dropout=config.dropout,
+    )
+    quiet = rank_zero_only.rank != 0 or shape.parameter_count < 200_000_000
+    with tqdm(total=len(parameter_shapes(shape)), desc="loading", unit="tensor", disable=quiet) as bar:
+        model = build_model(tensors, shape, options, lambda name: bar.update() and None)
+    if states is not None:
+        set_states(model, states)
+    return model
+
+
+def _file_dtype(hardware: Hardware) -> torch.dtype:
+    return torch.float32 if hardware.compute_dtype == torch.float32 else torch.bfloat16
+
+
+def _save(model: RWKV6, config: TrainConfig, path: Path) -> None:
+    """Writes the state alone, or with --train_type none the whole model in bf16."""
+    if config.trains_states:
+        save_state(path, state_tensors(model))
+    else:
+        names = parameter_shapes(model.shape)
+        tensors = {name: tensor.detach() for name, tensor in model.named_parameters() if name in names}
+        save_model(path, {name: tensors[name] for name in names}, torch.bfloat16)
+
+
+def _evaluate(label: str, model: RWKV6, held_out: Documents | None, config: TrainConfig) -> HeldOutLoss | None:
+    if held_out is None or rank_zero_only.rank != 0:
+        return None
+    loss = held_out_loss(model, held_out, config.ctx_len)
+    say(
+        f"held out   {label}: loss {loss.overall:.4f} over {loss.targets:,} tokens "
+        f"(first 64 positions {loss.start:.4f}, rest {loss.rest:.4f})"
+    )
+    return loss
+
+
+def _fit(
+    module: TrainingModule,
+    work: Work,
+    schedule: Schedule,
+    hardware: Hardware,
+    config: TrainConfig,
+    folder: Path,
+) -> tuple[list[Path], TrainingMonitor, Stopper]:
+    """Runs Lightning's loop.
+
+    Raises:
+        TrainingError: when a loss or gradient is not finite (the state before that step is saved), or
+            memory runs out.
+    """
+    epochs = _epochs(config)
+    if epochs < 1:
+        raise ConfigError(f"--my_exit {config.my_exit} lies before --epoch_begin {config.epoch_begin}: raise it")
+    accumulate = config.accumulate_grad_batches
+    trained_elements = sum(parameter.numel() for _, parameter in module.trained())
+    control = StepControl(schedule, accumulate)
+    sinks = _sinks(config, hardware, module, folder, work.batches_per_epoch // accumulate * epochs, trained_elements)
+    monitor = TrainingMonitor(control, sinks, config.epoch_begin, config.ctx_len)
+    saver = CheckpointSaver(
+        lambda path: _save(module.model, config, path), folder, config.epoch_begin, config.epoch_save
+    )
+    stopper = Stopper(schedule)
+    _quieten_lightning()
+    trainer = pl.Trainer(
+        **trainer_arguments(hardware, config, trained_elements),
+        max_epochs=epochs,
+        limit_train_batches=work.batches_per_epoch,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=GRADIENT_CLIP,
+        callbacks=[control, monitor, saver, stopper],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,
+        deterministic=hardware.device.type == "cpu",
+    )
+    try:
+        trainer.fit(module, work.loader)
+    except TrainingError as error:
+        last_good = folder / "rwkv-last-good.pth"
+        if rank_zero_only.rank == 0:
+            _save(module.model, config, last_good)
+        raise TrainingError(f"{error}; the weights before this step are in {last_good}") from error
+    except torch.cuda.OutOfMemoryError as error:
+        raise TrainingError(_memory_advice(config, hardware)) from error
+    finally:
+        for sink in sinks:
+            sink.close()
+    return saver.files, monitor, stopper
+
+
+def _sinks(
+    config: TrainConfig,
+    hardware: Hardware,
+    module: TrainingModule,
+    folder: Path,
+    steps: int,
+    trained_elements: int,
+) -> list[Sink]:
+    if rank_zero_only.rank != 0:
+        return []
+    engine = None if hardware.strategy == "single" else deepspeed_config(hardware.strategy, config, trained_elements)
+    sinks: list[Sink] = [FileSink(folder, config, engine), ProgressSink(steps)]
+    if config.wandb:
+        shape = module.model.shape
+        sinks.append(
+            WandbSink(config, f"{shape.vocab_size} ctx{config.ctx_len} L{shape.n_layer} D{shape.n_embd}")
+        )
+    if config.fapi_logging_callback:
+        sinks.append(HttpSink(config.fapi_logging_address))
+    return sinks
+
+
+def _memory_advice(config: TrainConfig, hardware: Hardware) -> str:
+    total = torch.cuda.get_device_properties(hardware.device).total_memory / 2**30
+    changes = []
+    if config.grad_cp == 0:
+        changes.append("--grad_cp 1")
+    if config.micro_bsz > 1:
+        changes.append(f"--micro_bsz {config.micro_bsz // 2} --accumulate_grad_batches {config.accumulate_grad_batches * 2}")
+    if not config.quantised and config.trains_states:
+        changes.append("--quant 1 --quant_type nf4")
+    if config.orpo:
+        changes.append(f"--rlhf_max_corpus_len {max(config.rlhf_max_corpus_len // 2, 1)}")
+    else:
+        changes.append(f"--ctx_len {max(config.ctx_len // 2, 1)}")
+    if config.quantised and config.quant_type == "int8":
+        changes.append("--quant_type nf4")
+    changes.append("a smaller base model")
+    return f"the GPU ran out of its {total:.1f} GiB; the cheapest ways out: {', or '.join(changes[:3])}"
+
+
+def _summary(config: TrainConfig, hardware: Hardware, result: RunResult, monitor: TrainingMonitor) -> str:
+    lines = [""]
+    if result.stopped_by:
+        lines.append(f"stopped by {result.stopped_by} after {len(result.losses)} steps; the state so far is saved")
+    if result.losses:
+        lines.append(f"steps      {len(result.losses):,}, loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}")
+    steady = sorted(monitor.step_seconds[2:])
+    if steady:
+        lines.append(f"speed      {steady[len(steady) // 2]:.3f} s/step (median)")
+    if hardware.on_gpu:
+        free, total = torch.cuda.mem_get_info(hardware.device)
+        peak = torch.cuda.max_memory_allocated(hardware.device)
+        lines.append(f"memory     allocator peak {peak / 2**30:.2f} GiB, device used {(total - free) / 2**30:.2f} GiB")
+    if result.before is not None and result.after is not None and math.isfinite(result.after.overall):
+        change = result.after.overall / result.before.overall - 1
+        lines.append(f"held out   {result.before.overall:.4f} -> {result.after.overall:.4f} ({change:+.1%})")
+    lines.append(f"saved      {', '.join(str(path) for path in result.files)}")
+    if config.trains_states:
+        merged = Path(config.proj_dir) / "merged.pth"
+        lines += [
+            "next       use the state file in a client that loads states, or make a model that contains it:",
+            f"           python merge_state.py {config.load_model} {result.final_file} {merged}",
+        ]
+    else:
+        lines += [
+            "next       tune a state on it:",
+            f"           python train.py --load_model {result.final_file} --data_file YOUR.jsonl",
+        ]
+    return "\n".join(lines)
+
+
+def _quieten_lightning() -> None:
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")

@@ -1,0 +1,20 @@
+"""What all tests share."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))  # for `from factories import ...`
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real inputs; tests that want it are skipped where there is none."""
+    folder = os.environ.get("RWKV_TEST_DATA", "")
+    if not folder:
+        pytest.skip("RWKV_TEST_DATA is not set")
+    if not Path(folder).is_dir():
+        pytest.skip(f"RWKV_TEST_DATA={folder} is not a folder")
+    return Path(folder)

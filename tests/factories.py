@@ -1,0 +1,103 @@
+"""Small models and states, made on the spot."""
+
+import math
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.checkpoint import save_model, save_state
+from src.model.parameters import ModelShape, fresh_parameters, state_shapes
+
+
+def tiny_shape(
+    n_layer: int = 2,
+    n_embd: int = 32,
+    head_size: int = 8,
+    vocab_size: int = 257,
+    *,
+    dim_att: int = 0,
+    dim_ffn: int = 0,
+    mix_lora_width: int = 8,
+    decay_lora_width: int = 16,
+) -> ModelShape:
+    """Sizes of a model small enough for a unit test; 0 means the usual rule."""
+    dim_att = dim_att or n_embd
+    assert dim_att % head_size == 0
+    return ModelShape(
+        n_layer=n_layer,
+        n_embd=n_embd,
+        dim_att=dim_att,
+        dim_ffn=dim_ffn or n_embd * 7 // 2,
+        vocab_size=vocab_size,
+        n_head=dim_att // head_size,
+        head_size=head_size,
+        mix_lora_width=mix_lora_width,
+        decay_lora_width=decay_lora_width,
+    )
+
+
+def tiny_parameters(
+    shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> dict[str, Tensor]:
+    """Weights of a model in which every part matters: a fresh model's zeros and tiny values are random.
+
+    A freshly initialised model is blind to most mistakes, because its output matrices, LoRAs and
+    biases are zero.
+    """
+    generator = torch.Generator().manual_seed(seed + 1)
+    parameters = {}
+    for key, tensor in fresh_parameters(shape, seed, torch.float32).items():
+        if not tensor.any() or key == "emb.weight":
+            scale = 1 / math.sqrt(tensor.shape[-1]) if tensor.dim() > 1 else 0.1
+            tensor = torch.randn(tensor.shape, generator=generator) * scale
+        elif key.endswith("_w2"):
+            tensor = tensor * 10
+        elif key.endswith(("ln0.weight", "ln1.weight", "ln2.weight", "ln_out.weight", "ln_x.weight")):
+            tensor = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        parameters[key] = tensor.to(dtype)
+    return parameters
+
+
+def tiny_states(
+    shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 0.5
+) -> dict[str, Tensor]:
+    """A random initial state for every layer, [H, N, N], not symmetric."""
+    generator = torch.Generator().manual_seed(seed + 2)
+    return {
+        key: (torch.randn(wanted, generator=generator) * scale).to(dtype)
+        for key, wanted in state_shapes(shape).items()
+    }
+
+
+def tiny_checkpoint(
+    path: str | os.PathLike[str],
+    n_layer: int = 2,
+    n_embd: int = 32,
+    head_size: int = 8,
+    vocab_size: int = 257,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    with_state: bool = False,
+    **sizes: Any,
+) -> ModelShape:
+    """Writes a model file of `tiny_parameters`, with `tiny_states` when asked for.
+
+    Args:
+        sizes: the keyword arguments of `tiny_shape`.
+    """
+    shape = tiny_shape(n_layer, n_embd, head_size, vocab_size, **sizes)
+    states = tiny_states(shape, seed) if with_state else {}
+    save_model(path, {**tiny_parameters(shape, seed), **states}, dtype)
+    return shape
+
+
+def tiny_state_file(
+    path: str | os.PathLike[str], shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Writes a state file of `tiny_states` and returns what it holds."""
+    states = tiny_states(shape, seed, dtype)
+    save_state(path, states, dtype)
+    return states

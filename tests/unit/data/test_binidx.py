@@ -1,0 +1,162 @@
+"""The binidx reader and writer, and every file that is refused."""
+
+import os
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from src.data.binidx import read_binidx, write_binidx
+from src.errors import DataError
+
+DOCUMENTS = [[5, 6, 7, 0], [9, 10, 0], [1, 0]]
+
+
+@pytest.fixture
+def prefix(tmp_path):
+    path = str(tmp_path / "data")
+    write_binidx(path, DOCUMENTS)
+    return path
+
+
+def edit_index(prefix, offset, replacement):
+    content = bytearray(Path(f"{prefix}.idx").read_bytes())
+    content[offset : offset + len(replacement)] = replacement
+    Path(f"{prefix}.idx").write_bytes(content)
+
+
+def test_the_index_has_the_documented_bytes(prefix):
+    expected = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, 3, 4)
+    expected += struct.pack("<3i", 4, 3, 2) + struct.pack("<3q", 0, 8, 14) + struct.pack("<4q", 0, 1, 2, 3)
+    assert Path(f"{prefix}.idx").read_bytes() == expected
+    assert Path(f"{prefix}.bin").read_bytes() == struct.pack("<9H", 5, 6, 7, 0, 9, 10, 0, 1, 0)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.int32, np.int64, np.uint16])
+def test_every_integer_type_reads_back(tmp_path, dtype):
+    largest = int(min(np.iinfo(dtype).max, 2**40))
+    write_binidx(tmp_path / "data", [*DOCUMENTS, [largest, 0]], dtype)
+    documents = read_binidx(str(tmp_path / "data"), largest + 1)
+    assert documents.stream.dtype == dtype
+    assert isinstance(documents.stream, np.memmap)
+    assert [documents.tokens(i).tolist() for i in range(4)] == [*DOCUMENTS, [largest, 0]]
+    assert documents.tokens(0).dtype == np.int64
+
+
+def test_a_suffix_is_tolerated(prefix):
+    for suffix in (".bin", ".idx"):
+        assert len(read_binidx(prefix + suffix, 11)) == 3
+
+
+def test_items_are_documents_even_where_the_document_index_joins_them(prefix):
+    content = Path(f"{prefix}.idx").read_bytes()[:-32] + struct.pack("<2q", 0, 3)
+    Path(f"{prefix}.idx").write_bytes(content)
+    edit_index(prefix, 26, struct.pack("<Q", 2))
+    assert read_binidx(prefix, 11).sizes.tolist() == [4, 3, 2]
+
+
+def test_token_zero_is_no_border(tmp_path):
+    write_binidx(tmp_path / "data", [[104, 0, 105, 0], [33, 0]], np.uint8)
+    assert read_binidx(str(tmp_path / "data"), 256).sizes.tolist() == [4, 2]
+
+
+def test_short_documents_are_left_out_and_counted(tmp_path):
+    write_binidx(tmp_path / "data", [[0], [5, 0], [], [6, 7]])
+    documents = read_binidx(str(tmp_path / "data"), 8)
+    assert documents.numbers.tolist() == [1, 3]
+    assert documents.tokens(1).tolist() == [6, 7]
+    assert documents.label(1).startswith("document 3 of ")
+    assert documents.statements == ("2 documents of fewer than two tokens left out.",)
+
+
+@pytest.mark.parametrize("suffix", ["idx", "bin"])
+def test_a_missing_file_is_named(prefix, suffix):
+    os.remove(f"{prefix}.{suffix}")
+    with pytest.raises(DataError, match=rf"data\.{suffix} is missing"):
+        read_binidx(prefix, 11)
+
+
+def test_text_given_as_binidx_is_recognised(tmp_path):
+    (tmp_path / "chats.jsonl").write_text("{}")
+    for name in ("chats", "chats.jsonl"):
+        with pytest.raises(DataError, match=r"--data_type jsonl --data_file .*chats\.jsonl"):
+            read_binidx(str(tmp_path / name), 11)
+
+
+@pytest.mark.parametrize(
+    ("offset", "replacement", "message"),
+    [
+        (0, b"NOTANIDX\x00", "no binidx index"),
+        (0, b"TNTIDX\x00\x00", "older kind TNTIDX"),
+        (9, struct.pack("<Q", 2), "version 2"),
+        (17, b"\x06", "floating-point"),
+        (17, b"\x07", "floating-point"),
+        (17, b"\x00", "dtype code 0; known are 1, 2, 3, 4, 5, 8"),
+        (17, b"\x04", r"disagree: the index speaks of 36 bytes|should begin at byte 16"),
+        (18, struct.pack("<Q", 4), "is damaged: 102 bytes"),
+        (18, struct.pack("<Q", 2**63), "is damaged: 102 bytes"),
+        (34, struct.pack("<i", -4), "document 0 has -4 tokens"),
+        (38, struct.pack("<i", 2), "document 2 should begin at byte 12, it says 14"),
+        (42, struct.pack("<i", 9), "disagree: the index speaks of 32 bytes of uint16 tokens, .* has 18"),
+        (54, struct.pack("<q", 2), "document 1 should begin at byte 8, it says 2"),
+        (78, struct.pack("<q", 5), "document index does not ascend from 0 to 3"),
+        (94, struct.pack("<q", -1), "document index does not ascend"),
+    ],
+)
+def test_a_damaged_index_is_refused(prefix, offset, replacement, message):
+    edit_index(prefix, offset, replacement)
+    with pytest.raises(DataError, match=message):
+        read_binidx(prefix, 11)
+
+
+@pytest.mark.parametrize("length", [0, 5, 20, 33, 34, 60, 101])
+def test_an_index_cut_short_is_refused(prefix, length):
+    Path(f"{prefix}.idx").write_bytes(Path(f"{prefix}.idx").read_bytes()[:length])
+    with pytest.raises(DataError, match=r"no binidx index|is cut short|is damaged"):
+        read_binidx(prefix, 11)
+
+
+@pytest.mark.parametrize("change", [-1, -18, 2])
+def test_tokens_of_another_length_are_refused(prefix, change):
+    content = Path(f"{prefix}.bin").read_bytes() + b"\x00\x00"
+    Path(f"{prefix}.bin").write_bytes(content[: len(content) - 2 + change])
+    with pytest.raises(DataError, match=r"data\.idx and .*data\.bin disagree"):
+        read_binidx(prefix, 11)
+
+
+@pytest.mark.parametrize("documents", [[], [[]], [[], []]])
+def test_empty_data_are_refused(tmp_path, documents):
+    write_binidx(tmp_path / "data", documents)
+    with pytest.raises(DataError, match="is empty"):
+        read_binidx(str(tmp_path / "data"), 11)
+
+
+def test_documents_of_one_token_are_refused(tmp_path):
+    write_binidx(tmp_path / "data", [[1], [2], []])
+    with pytest.raises(DataError, match="longest document has one token"):
+        read_binidx(str(tmp_path / "data"), 11)
+
+
+def test_a_token_beyond_the_vocabulary_is_named(prefix):
+    with pytest.raises(DataError, match="token id 10 in document 1, but the model's vocabulary has ids 0 to 9;"):
+        read_binidx(prefix, 10)
+
+
+def test_a_negative_token_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("src.data.documents._BLOCK_TOKENS", 4)
+    write_binidx(tmp_path / "data", [[1, 2, 3], [4, 5, 6], [7, -8]], np.int32)
+    with pytest.raises(DataError, match="token id -8 in document 2"):
+        read_binidx(str(tmp_path / "data"), 65536)
+
+
+@pytest.mark.parametrize("token", [-1, 65536])
+def test_the_writer_refuses_what_its_type_cannot_hold_and_leaves_nothing(tmp_path, token):
+    with pytest.raises(DataError, match=rf"Document 1 holds token {token}, which uint16 cannot"):
+        write_binidx(tmp_path / "data", [[1, 2], [3, token]])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_writer_refuses_floats(tmp_path):
+    with pytest.raises(DataError, match="cannot hold float32"):
+        write_binidx(tmp_path / "data", [[1, 2]], np.float32)

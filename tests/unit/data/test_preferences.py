@@ -1,0 +1,214 @@
+"""Preference files: what is read, what is refused, and the pairs made of it."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from src.data.preferences import (
+    MIXED,
+    PreferencePair,
+    PreferenceRow,
+    clean_text,
+    make_pairs,
+    pairs_from_tuples,
+    read_rows,
+)
+from src.errors import ConfigError, DataError
+from src.tokenizer import ByteTokenizer, tokenizer_for_vocabulary
+
+BYTES = ByteTokenizer()
+
+
+def written(folder: Path, content: str | bytes, name: str = "pairs.csv") -> str:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def test_csv_with_bom_quoted_newlines_and_missing_rejects(tmp_path: Path) -> None:
+    text = 'prompt,chosen,reject,note\r\n"a, ""b""","line one\nline two",worse,x\r\n\r\nc,d\r\n'
+    rows = read_rows(written(tmp_path, b"\xef\xbb\xbf" + text.encode()))
+    assert rows == [
+        PreferenceRow(2, 'a, "b"', "line one\nline two", "worse"),
+        PreferenceRow(5, "c", "d", ""),
+    ]
+
+
+def test_csv_fields_beyond_the_csv_modules_limit(tmp_path: Path) -> None:
+    limit = csv.field_size_limit()
+    rows = read_rows(written(tmp_path, f"chosen,prompt\n{'x' * (limit + 1)},p\n"))
+    assert len(rows[0].chosen) == limit + 1
+    assert csv.field_size_limit() == limit
+
+
+def test_jsonl_takes_reject_and_rejected(tmp_path: Path) -> None:
+    lines = [
+        '{"prompt": "p", "chosen": "c", "rejected": "r"}',
+        "",
+        '{"prompt": "q", "chosen": "é\\u2028", "reject": "s", "score": 3}',
+        '{"prompt": "p", "chosen": "c", "rejected": null}',
+    ]
+    rows = read_rows(written(tmp_path, "\n".join(lines) + "\n", "pairs.jsonl"))
+    assert rows == [
+        PreferenceRow(1, "p", "c", "r"),
+        PreferenceRow(3, "q", "é\u2028", "s"),
+        PreferenceRow(4, "p", "c", ""),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.csv", "", "is empty"),
+        ("a.csv", "prompt,chosen,reject\n", "holds no rows"),
+        ("a.csv", "prompt,answer\na,b\n", "no column 'chosen' (its first line has 'prompt' and 'answer')"),
+        ("a.csv", "question,answer\na,b\n", "no column 'prompt' and 'chosen'"),
+        ("a.csv", 'prompt,chosen\na,b\nc,"d\ne,f\n', "line 3 has a quote that is never closed"),
+        ("a.csv", 'prompt,chosen\n"a" b,c\n', "line 2 is no CSV"),
+        ("a.csv", "prompt,chosen\na,b\nc\n", "line 3 has 1 of the 2 fields"),
+        ("a.csv", "prompt,chosen\na,b\nc,Stra\xdfe\n".encode("latin-1"), "line 3 is not UTF-8: byte 0xdf"),
+        ("a.csv", "prompt,chosen\na,b\n".encode("utf-16"), "it looks like UTF-16"),
+        ("a.jsonl", '{"prompt": "p", "chosen": "c"}\n{"prompt"\n', "line 2 is no JSON"),
+        ("a.jsonl", "[1]\n", "line 1 is no JSON object"),
+        ("a.jsonl", '{"prompt": "p"}\n', "line 1: expected a text for 'chosen', found no such key"),
+        ("a.jsonl", '{"prompt": "p", "chosen": []}\n', "expected a text for 'chosen', found list"),
+    ],
+)
+def test_unreadable_files_are_refused_in_one_sentence(
+    tmp_path: Path, name: str, content: str | bytes, expected: str
+) -> None:
+    path = written(tmp_path, content, name)
+    with pytest.raises(DataError) as caught:
+        read_rows(path)
+    message = str(caught.value)
+    assert expected in message
+    assert path in message
+    assert "\n" not in message
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="No such file"):
+        read_rows(str(tmp_path / "none.csv"))
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ("  a\r\nb \n", "a\nb"),
+        ("a\n\nb", "a\nb"),
+        ("a\n\n\nb", "a\n\nb"),
+        ("a\n\n\n\nb", "a\n\nb"),
+        ("a\n\n\n\n\nb", "a\n\n\nb"),
+        ("a\r\n\r\nb", "a\nb"),
+    ],
+)
+def test_clean_text_halves_blank_lines_in_one_pass(before: str, after: str) -> None:
+    assert clean_text(before) == after
+
+
+def rows_of(count: int) -> list[PreferenceRow]:
+    return [PreferenceRow(i + 2, f"p{i}", f"c{i}", f"r{i}" if i % 2 else " ") for i in range(count)]
+
+
+def test_templates_of_seed_100_are_the_originals() -> None:
+    texts = make_pairs("f", rows_of(3), BYTES, 1000).texts
+    initials = "".join(text[0] for text in texts)
+    assert initials.startswith("UUUQUUIUUUUU")
+    assert [initials.count(letter) for letter in "UQI"] == [807, 80, 113]
+    assert texts[0] == "User: p0\n\nAssistant: c0\n\n"
+    assert texts[3] == "Question: p0\n\nAnswer: c0\n\n"
+    assert texts[6] == "Input: p0\n\nResponse: c0\n\n"
+
+
+def test_make_pairs_cycles_counts_and_shuffles() -> None:
+    made: list[int] = []
+    prepared = make_pairs("f", rows_of(3), BYTES, 7, template="user", on_pair=made.append)
+    assert made == list(range(1, 8))
+    assert [text.split(":")[1].split("\n")[0] for text in prepared.texts] == [
+        *(" p0", " p1", " p2"),
+        *(" p0", " p1", " p2"),
+        " p0",
+    ]
+    assert prepared.empty_rejects == 5
+    first = PreferencePair(
+        BYTES.encode("User: p0\n\nAssistant:"), BYTES.encode(" c0\n\n"), BYTES.encode(" \n\n")
+    )
+    assert prepared.pairs.count(first) == 3
+    assert first.as_tuple()[3:] == (0.5, 0.5)
+    assert prepared.pairs != sorted(prepared.pairs, key=lambda pair: pair.prompt)
+    assert make_pairs("f", rows_of(3), BYTES, 7, template="user").pairs == prepared.pairs
+    assert make_pairs("f", rows_of(3), BYTES, 7, template="user", seed=1).pairs != prepared.pairs
+
+
+def test_world_tokens_of_an_empty_reject() -> None:
+    pytest.importorskip("pyrwkv_tokenizer")
+    world = tokenizer_for_vocabulary(65536)
+    pair = make_pairs("f", [PreferenceRow(2, "hi", "yes", "")], world, 1, template="user").pairs[0]
+    assert pair.prompt == [24281, 59, 4571, 261, 5585, 41693, 59]
+    assert pair.rejected == [3336]
+
+
+def test_longest_cuts_prompts_at_the_beginning_and_answers_at_the_end() -> None:
+    rows = [PreferenceRow(2, "p" * 30, "c" * 30, "r"), PreferenceRow(3, "p", "c", "r")]
+    prepared = make_pairs("f", rows, BYTES, 2, template="user", longest=20)
+    assert prepared.shortened == 1
+    pair = next(pair for pair in prepared.pairs if len(pair.chosen) == 20)
+    assert BYTES.decode(pair.prompt) == "p" * 8 + "\n\nAssistant:"
+    assert BYTES.decode(pair.chosen) == " " + "c" * 19
+    assert BYTES.decode(pair.rejected) == " r\n\n"
+    assert "2 pairs, 0 without a reject, 1 shortened" in prepared.summary()[0]
+    assert prepared.summary()[1] == "  prompt tokens: min 19, median 19, max 20"
+
+
+def test_rows_without_prompt_or_chosen_answer_are_left_out_and_counted() -> None:
+    rows = [
+        PreferenceRow(2, " ", "c", "r"),
+        PreferenceRow(3, "p", "\n", "r"),
+        PreferenceRow(4, "p", "c", "r"),
+    ]
+    prepared = make_pairs("f", rows, BYTES, 2, template="user")
+    assert prepared.texts == ["User: p\n\nAssistant: c\n\n"] * 2
+    assert prepared.summary()[-1] == "2 rows left out, prompt or chosen is blank (first: line 2)"
+    with pytest.raises(DataError, match="none of the 2 rows"):
+        make_pairs("f", rows[:2], BYTES, 2)
+
+
+def test_make_pairs_refuses_impossible_numbers() -> None:
+    with pytest.raises(ConfigError, match="--target_pair_count 0"):
+        make_pairs("f", rows_of(1), BYTES, 0)
+    with pytest.raises(ConfigError, match="--max_len 0"):
+        make_pairs("f", rows_of(1), BYTES, 1, template=MIXED, longest=0)
+
+
+def test_pairs_from_tuples_gives_back_what_as_tuple_gave() -> None:
+    pairs = make_pairs("f", rows_of(5), BYTES, 9).pairs
+    assert pairs_from_tuples("f", [pair.as_tuple() for pair in pairs], 257) == pairs
+    no_reject = ([1], [2], [], 0.5, 0.5)
+    assert pairs_from_tuples("f", [no_reject], 257)[0].rejected == []
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({"blocks.0.att.time_state": 1}, "holds dict, not a list of preference pairs"),
+        ([], "holds an empty list"),
+        (["text"], "pair 1 has str"),
+        ([([1], [2], [3], 0.5, 0.5), ([1], [2], [3])], "pair 2 has 3 entries"),
+        ([([1], "no", [3], 0.5, 0.5)], "no list of token ids as its chosen"),
+        ([([1.5], [2], [3], 0.5, 0.5)], "no list of token ids as its prompt"),
+        ([([1], [2], [[3]], 0.5, 0.5)], "no list of token ids as its reject"),
+        ([([1], [], [3], 0.5, 0.5)], "has an empty chosen"),
+        ([([], [2], [3], 0.5, 0.5)], "has an empty prompt"),
+        ([([1], [257], [3], 0.5, 0.5)], "token 257 in its chosen, but the model knows 0 to 256"),
+        ([([1], [2], [-3], 0.5, 0.5)], "token -3 in its reject"),
+        ([([1], [2], [3], "a", 0.5)], "no number for a base log-probability"),
+    ],
+)
+def test_pairs_from_tuples_refuses_other_content(content: object, expected: str) -> None:
+    with pytest.raises(DataError) as caught:
+        pairs_from_tuples("some.save", content, 257)
+    assert expected in str(caught.value)
+    assert str(caught.value).startswith("some.save")

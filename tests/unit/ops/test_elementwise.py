@@ -1,0 +1,121 @@
+"""The element-wise definitions against loops written from the formulas, and their gradients in fp64."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.ops.elementwise import (
+    group_norm_silu_gate,
+    shift_mix,
+    shifted_tokens,
+    sigmoid_gated_residual,
+    squared_relu,
+)
+
+DOUBLE = torch.float64
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("with_carry", [False, True])
+@pytest.mark.parametrize("with_modulation", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 5])
+def test_shift_mix_is_the_formula_token_by_token(
+    groups: int, with_modulation: bool, with_carry: bool
+) -> None:
+    z, maa = normal(2, 5, 6), normal(groups, 6, seed=1)
+    modulation = normal(groups, 2, 5, 6, seed=2) if with_modulation else None
+    carry = normal(2, 6, seed=3) if with_carry else None
+    mixed = shift_mix(z, carry, maa, modulation, None)
+    assert mixed.shape == (groups, 2, 5, 6)
+    for g in range(groups):
+        for b in range(2):
+            for t in range(5):
+                start = carry[b] if carry is not None else torch.zeros(6, dtype=DOUBLE)
+                before = z[b, t - 1] if t else start
+                proportion = maa[g] + (modulation[g, b, t] if modulation is not None else 0)
+                torch.testing.assert_close(mixed[g, b, t], z[b, t] + (before - z[b, t]) * proportion)
+
+
+def test_shifted_tokens_follow_previous_across_segments_and_branches() -> None:
+    z, carry = normal(1, 9, 4), normal(2, 4, seed=1)
+    # Two prompts [0, 3) and [3, 5); continuations [5, 7) and [8, 9) of the first, [7, 8) of the second.
+    previous = torch.tensor([-1, 0, 1, -1, 3, 2, 5, 4, 2])
+    expected = [carry[0], z[0, 0], z[0, 1], carry[1], z[0, 3], z[0, 2], z[0, 5], z[0, 4], z[0, 2]]
+    assert torch.equal(shifted_tokens(z, carry, previous)[0], torch.stack(expected))
+    without = shifted_tokens(z, None, previous)[0]
+    assert torch.equal(without[[0, 3]], torch.zeros(2, 4, dtype=DOUBLE))
+    assert torch.equal(without[[1, 2, 4, 5]], torch.stack([z[0, i] for i in (0, 1, 3, 2)]))
+
+
+def test_a_packed_row_equals_its_segments_apart() -> None:
+    z, carry, maa = normal(1, 7, 4), normal(2, 4, seed=1), normal(5, 4, seed=2)
+    modulation = normal(5, 1, 7, 4, seed=3)
+    packed = shift_mix(z, carry, maa, modulation, torch.tensor([-1, 0, 1, -1, 3, 4, 5]))
+    for index, part in enumerate([slice(0, 3), slice(3, 7)]):
+        alone = shift_mix(z[:, part], carry[index : index + 1], maa, modulation[:, :, part], None)
+        torch.testing.assert_close(packed[:, :, part], alone)
+
+
+def test_shift_does_not_look_ahead() -> None:
+    z = normal(1, 6, 4)
+    changed = z.clone()
+    changed[0, 4] += 1.0
+    maa = normal(5, 4, seed=1)
+    difference = shift_mix(z, None, maa, None, None) - shift_mix(changed, None, maa, None, None)
+    assert not difference[:, :, :4].any()
+    assert difference[:, :, 4:].any()
+
+
+def test_group_norm_silu_gate_is_the_formula() -> None:
+    y, gate, weight, bias = (
+        normal(2, 3, 4, 8),
+        normal(2, 3, 32, seed=1),
+        normal(32, seed=2),
+        normal(32, seed=3),
+    )
+    eps = 64e-5
+    mean = y.mean(-1, keepdim=True)
+    variance = (y - mean).square().mean(-1, keepdim=True)
+    normalised = ((y - mean) / (variance + eps).sqrt()).view(2, 3, 32) * weight + bias
+    torch.testing.assert_close(
+        group_norm_silu_gate(y, gate, weight, bias, eps), normalised * gate * torch.sigmoid(gate)
+    )
+
+
+def test_activations_are_the_formulas() -> None:
+    x, r, value = normal(50), normal(50, seed=1), normal(50, seed=2)
+    torch.testing.assert_close(squared_relu(x), torch.where(x > 0, x * x, 0.0))
+    torch.testing.assert_close(sigmoid_gated_residual(x, r, value), x + value / (1 + torch.exp(-r)))
+
+
+BRANCHING = torch.tensor([-1, 0, -1, 2, 1, 3, 1])
+CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
+    "shift_mix": (lambda z, carry, maa, m: shift_mix(z, carry, maa, m, None),
+                  (normal(2, 3, 4), normal(2, 4), normal(5, 4), normal(5, 2, 3, 4))),
+    "shift_mix packed": (lambda z, carry, maa, m: shift_mix(z, carry, maa, m, BRANCHING),
+                         (normal(1, 7, 4), normal(2, 4), normal(2, 4), normal(2, 1, 7, 4))),
+    "shift_mix bare": (lambda z, maa: shift_mix(z, None, maa, None, None), (normal(2, 3, 4), normal(1, 4))),
+    "group_norm_silu_gate": (lambda y, g, w, b: group_norm_silu_gate(y, g, w, b, 64e-5),
+                             (normal(1, 3, 2, 4), normal(1, 3, 8), normal(8), normal(8))),
+    "squared_relu": (squared_relu, (normal(20),)),
+    "sigmoid_gated_residual": (sigmoid_gated_residual, (normal(20), normal(20, seed=1), normal(20, seed=2))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_against_finite_differences(name: str) -> None:
+    function, inputs = CASES[name]
+    assert torch.autograd.gradcheck(function, tuple(tensor.clone().requires_grad_() for tensor in inputs))
+
+
+def test_bf16_results_are_bf16() -> None:
+    z = normal(1, 3, 8).bfloat16()
+    maa = normal(2, 8)
+    assert shift_mix(z, None, maa, None, None).dtype == torch.bfloat16
+    y = normal(1, 3, 2, 4).bfloat16()
+    assert group_norm_silu_gate(y, z, normal(8), normal(8), 1e-5).dtype == torch.bfloat16

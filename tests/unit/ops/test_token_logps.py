@@ -1,0 +1,115 @@
+"""Chunked log-probabilities against log_softmax over all logits, values and gradients."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from src.ops.token_logps import token_logps
+
+ROWS, CHANNELS, VOCABULARY = 13, 8, 21
+
+
+def inputs(dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(ROWS, CHANNELS, dtype=dtype, generator=generator)
+    weight = torch.randn(VOCABULARY, CHANNELS, dtype=dtype, generator=generator)
+    targets = torch.randint(0, VOCABULARY, (ROWS,), generator=generator)
+    targets[[2, 7]] = -100
+    return hidden, weight, targets
+
+
+def dense_logps(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = hidden @ weight.t()
+    counted = targets >= 0
+    logp = torch.log_softmax(logits, -1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    return torch.where(counted, logp, 0.0), torch.where(counted, logits.max(-1).values, 0.0)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 13, 100, None])
+def test_values_and_both_gradients(chunk_tokens: int | None) -> None:
+    hidden, weight, targets = inputs()
+    by_logp, by_max = torch.randn(2, ROWS, dtype=torch.float64)
+    gradients = []
+    for compute in (lambda h, w: token_logps(h, w, targets, chunk_tokens=chunk_tokens),
+                    lambda h, w: dense_logps(h, w, targets)):  # fmt: skip
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        logp, max_logit = compute(h, w)
+        ((logp * by_logp).sum() + (max_logit * by_max).sum()).backward()
+        gradients.append((logp.detach(), max_logit.detach(), h.grad, w.grad))
+    for ours, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, reference)
+
+
+def test_gradcheck() -> None:
+    hidden, weight, targets = inputs()
+    assert torch.autograd.gradcheck(
+        lambda h, w: token_logps(h, w, targets, chunk_tokens=5),
+        (hidden.requires_grad_(), weight.requires_grad_()),
+    )
+
+
+def test_uncounted_rows_are_zero_without_gradient() -> None:
+    hidden, weight, targets = inputs()
+    hidden.requires_grad_()
+    logp, max_logit = token_logps(hidden, weight, targets, chunk_tokens=4)
+    (logp.sum() + max_logit.square().sum()).backward()
+    assert hidden.grad is not None
+    for row in (2, 7):
+        assert logp[row] == 0
+        assert max_logit[row] == 0
+        assert not hidden.grad[row].any()
+    assert hidden.grad[[0, 1, 3, 4, 5, 6]].abs().sum(1).min() > 0
+
+
+def test_the_largest_logit_may_be_the_target() -> None:
+    hidden, weight, _ = inputs()
+    targets = (hidden @ weight.t()).argmax(-1)
+    hidden.requires_grad_()
+    logp, max_logit = token_logps(hidden, weight, targets)
+    (logp.sum() + max_logit.sum()).backward()
+    again = hidden.detach().clone().requires_grad_()
+    expected_logp, expected_max = dense_logps(again, weight, targets)
+    (expected_logp.sum() + expected_max.sum()).backward()
+    torch.testing.assert_close(hidden.grad, again.grad)
+
+
+def test_a_frozen_head_gets_no_gradient_and_a_head_by_function_is_not_kept() -> None:
+    hidden, weight, targets = inputs(torch.float32)
+    calls: list[int] = []
+
+    def head() -> Tensor:
+        calls.append(1)
+        return weight.clone()
+
+    results = []
+    for head_weight in (weight, head):
+        h = hidden.clone().requires_grad_()
+        saved: list[Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):  # noqa: B023
+            logp, _ = token_logps(h, head_weight, targets, chunk_tokens=4)
+        logp.sum().backward()
+        results.append((logp, h.grad))
+        shapes = {tuple(t.shape) for t in saved}
+        allowed = {(ROWS, CHANNELS), (ROWS,)}
+        assert shapes <= (allowed | {(VOCABULARY, CHANNELS)} if head_weight is weight else allowed)
+    assert weight.grad is None
+    assert len(calls) == 2
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_bf16_inputs_are_summed_in_fp32() -> None:
+    hidden, weight, targets = inputs(torch.bfloat16)
+    logp, max_logit = token_logps(hidden, weight, targets, chunk_tokens=5)
+    assert logp.dtype == max_logit.dtype == torch.float32
+    logits = (hidden @ weight.t()).float()
+    expected = torch.log_softmax(logits, -1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    torch.testing.assert_close(logp, torch.where(targets >= 0, expected, 0.0))
+
+
+def test_no_rows() -> None:
+    _, weight, _ = inputs()
+    hidden = torch.zeros(0, CHANNELS, dtype=torch.float64, requires_grad=True)
+    logp, max_logit = token_logps(hidden, weight, torch.zeros(0, dtype=torch.int64))
+    (logp.sum() + max_logit.sum()).backward()
+    assert logp.shape == max_logit.shape == (0,)

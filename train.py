@@ -1,0 +1,24 @@
+"""Trains the initial state of an RWKV-6 model; `python train.py -h` lists the flags."""
+
+from src.cli import given_train_flags
+from src.errors import exit_on_user_error
+
+
+def main() -> None:
+    """Flags -> configuration -> run. Without any flag: the bundled demonstration."""
+    given = given_train_flags()
+    from src.config import TrainConfig
+
+    if given.get("demo") or not given:
+        from src.training.demo import run_demo
+
+        run_demo(given)
+        return
+    config = TrainConfig.from_flags(given)
+    from src.training.run import train
+
+    train(config)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
