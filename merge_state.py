@@ -31,9 +31,7 @@ def main() -> int:
     print(f"base     {shape.parameter_count:,} weights in {report.base_dtype}, copied bit for bit")
     print(f"written  {arguments.output} ({report.size_bytes:,} bytes)")
     print("next     load it like the base model: clients on the rwkv package (0.8.26 and later) start every")
-    print(
-        f"         conversation from the state; ChatRWKV and RWKV-Runner take {arguments.state_checkpoint} itself"
-    )
+    print("         conversation from the state; ChatRWKV and RWKV-Runner take the state file itself instead")
     return 0
 
 

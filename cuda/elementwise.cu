@@ -55,14 +55,23 @@ __device__ __forceinline__ void clear(float (&values)[kVector]) {
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }
 
+// The vector and the first row of this thread's tile; false for the threads left over at the end of the grid.
+__device__ __forceinline__ bool own_tile(int rows, int channels, int tile, int& channel, int& first) {
+  const unsigned thread = blockIdx.x * kThreads + threadIdx.x;
+  const unsigned vectors = unsigned(channels) / kVector;
+  channel = int(thread % vectors) * kVector;
+  first = int(thread / vectors) * tile;
+  return first < rows;
+}
+
 // ---- token shift and mix: out_g = z + (shifted - z) * (maa_g + modulation_g)
 
 // The shifted input of a row: the row before, the carried row or zero.
-__device__ __forceinline__ void load_shifted(const ShiftMix& a, int64_t row, int channel, float (&shifted)[kVector]) {
+__device__ __forceinline__ void load_shifted(const ShiftMix& a, int row, int channel, float (&shifted)[kVector]) {
   const void* source = a.z;
-  int64_t before = row - 1;
+  int before = row - 1;
   if (a.previous != nullptr) {
-    before = a.previous[row];
+    before = int(a.previous[row]);
   } else if (row % a.tokens == 0) {
     before = -1;
     if (a.carry != nullptr) {
@@ -71,7 +80,7 @@ __device__ __forceinline__ void load_shifted(const ShiftMix& a, int64_t row, int
     }
   }
   if (before >= 0) {
-    load(source, before * a.channels + channel, shifted);
+    load(source, int64_t(before) * a.channels + channel, shifted);
   } else {
     clear(shifted);
   }
@@ -79,19 +88,16 @@ __device__ __forceinline__ void load_shifted(const ShiftMix& a, int64_t row, int
 
 template <int kMixes, bool kModulated, int kTile>
 __global__ void __launch_bounds__(kThreads) shift_mix_forward_kernel(ShiftMix a, MixPointers outputs) {
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int vectors = a.channels / kVector;
-  const int channel = int(thread % vectors) * kVector;
-  const int64_t first = thread / vectors * kTile;
-  if (first >= a.rows) return;
+  int channel, first;
+  if (!own_tile(a.rows, a.channels, kTile, channel, first)) return;
   Packed maa[kMixes];
 #pragma unroll
   for (int g = 0; g < kMixes; ++g) maa[g] = load(a.maa, int64_t(g) * a.channels + channel);
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
-    const int64_t row = first + i;
+    const int row = first + i;
     if (row >= a.rows) break;
-    const int64_t offset = row * a.channels + channel;
+    const int64_t offset = int64_t(row) * a.channels + channel;
     float z[kVector], delta[kVector];
     load(a.z, offset, z);
     load_shifted(a, row, channel, delta);
@@ -103,7 +109,7 @@ __global__ void __launch_bounds__(kThreads) shift_mix_forward_kernel(ShiftMix a,
       unpack(maa[g], proportion);
       if (kModulated) {
         float modulation[kVector];
-        load(a.modulation, g * a.rows * a.channels + offset, modulation);
+        load(a.modulation, int64_t(g) * a.rows * a.channels + offset, modulation);
 #pragma unroll
         for (int j = 0; j < kVector; ++j) proportion[j] += modulation[j];
       }
@@ -117,9 +123,9 @@ __global__ void __launch_bounds__(kThreads) shift_mix_forward_kernel(ShiftMix a,
 // What a row sends back to the row it was mixed with: sum over g of grad_g * (maa_g + modulation_g).
 template <int kMixes, bool kModulated>
 __device__ __forceinline__ void gradient_to_previous(const ShiftMix& a, const MixPointers& grads,
-                                                     const Packed (&maa)[kMixes], int64_t row, int channel,
+                                                     const Packed (&maa)[kMixes], int row, int channel,
                                                      float (&to_previous)[kVector]) {
-  const int64_t offset = row * a.channels + channel;
+  const int64_t offset = int64_t(row) * a.channels + channel;
   clear(to_previous);
 #pragma unroll
   for (int g = 0; g < kMixes; ++g) {
@@ -129,7 +135,7 @@ __device__ __forceinline__ void gradient_to_previous(const ShiftMix& a, const Mi
     unpack(maa[g], proportion);
     if (kModulated) {
       float modulation[kVector];
-      load(a.modulation, g * a.rows * a.channels + offset, modulation);
+      load(a.modulation, int64_t(g) * a.rows * a.channels + offset, modulation);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) proportion[j] += modulation[j];
     }
@@ -144,11 +150,8 @@ template <int kMixes, bool kModulated, int kTile>
 __global__ void __launch_bounds__(kThreads)
     shift_mix_backward_kernel(ShiftMix a, MixPointers grads, const int* __restrict__ children, void* grad_z,
                               void* grad_carry, void* grad_modulation) {
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int vectors = a.channels / kVector;
-  const int channel = int(thread % vectors) * kVector;
-  const int64_t first = thread / vectors * kTile;
-  if (first >= a.rows) return;
+  int channel, first;
+  if (!own_tile(a.rows, a.channels, kTile, channel, first)) return;
   Packed maa[kMixes];
 #pragma unroll
   for (int g = 0; g < kMixes; ++g) maa[g] = load(a.maa, int64_t(g) * a.channels + channel);
@@ -159,9 +162,9 @@ __global__ void __launch_bounds__(kThreads)
   }
 #pragma unroll
   for (int i = kTile - 1; i >= 0; --i) {
-    const int64_t row = first + i;
+    const int row = first + i;
     if (row >= a.rows) continue;
-    const int64_t offset = row * a.channels + channel;
+    const int64_t offset = int64_t(row) * a.channels + channel;
     float delta[kVector];
     if (kModulated) {
       float z[kVector];
@@ -183,7 +186,7 @@ __global__ void __launch_bounds__(kThreads)
       }
       unpack(maa[g], proportion);
       if (kModulated) {
-        const int64_t modulation_offset = g * a.rows * a.channels + offset;
+        const int64_t modulation_offset = int64_t(g) * a.rows * a.channels + offset;
         float modulation[kVector];
         load(a.modulation, modulation_offset, modulation);
 #pragma unroll
@@ -223,20 +226,23 @@ __global__ void __launch_bounds__(kThreads)
     }
     store(grad_z, offset, total);
     if (grad_carry != nullptr && row % a.tokens == 0) {
-      store(grad_carry, row / a.tokens * a.channels + channel, to_previous);
+      store(grad_carry, int64_t(row / a.tokens) * a.channels + channel, to_previous);
     }
 #pragma unroll
     for (int j = 0; j < kVector; ++j) from_next[j] = to_previous[j];
   }
 }
 
-int64_t blocks_for(int64_t threads) { return (threads + kThreads - 1) / kThreads; }
+// Blocks for one thread per vector and tile of rows.
+int64_t blocks_for(int rows, int channels, int tile) {
+  const int64_t threads = (int64_t(rows) + tile - 1) / tile * (channels / kVector);
+  return (threads + kThreads - 1) / kThreads;
+}
 
 template <int kMixes, bool kModulated>
 cudaError_t launch_forward(const ShiftMix& a, const MixPointers& outputs, cudaStream_t stream) {
   constexpr int kTile = 4;
-  const int64_t threads = (a.rows + kTile - 1) / kTile * (a.channels / kVector);
-  shift_mix_forward_kernel<kMixes, kModulated, kTile><<<blocks_for(threads), kThreads, 0, stream>>>(a, outputs);
+  shift_mix_forward_kernel<kMixes, kModulated, kTile><<<blocks_for(a.rows, a.channels, kTile), kThreads, 0, stream>>>(a, outputs);
   return cudaGetLastError();
 }
 
@@ -244,8 +250,7 @@ template <int kMixes, bool kModulated>
 cudaError_t launch_backward(const ShiftMix& a, const MixPointers& grads, const int* children, void* grad_z,
                             void* grad_carry, void* grad_modulation, cudaStream_t stream) {
   constexpr int kTile = 4;
-  const int64_t threads = (a.rows + kTile - 1) / kTile * (a.channels / kVector);
-  shift_mix_backward_kernel<kMixes, kModulated, kTile><<<blocks_for(threads), kThreads, 0, stream>>>(
+  shift_mix_backward_kernel<kMixes, kModulated, kTile><<<blocks_for(a.rows, a.channels, kTile), kThreads, 0, stream>>>(
       a, grads, children, grad_z, grad_carry, grad_modulation);
   return cudaGetLastError();
 }
@@ -289,19 +294,16 @@ __device__ __forceinline__ float normalise(float (&y)[kVector], float eps, unsig
 template <int kLanes, int kTile>
 __global__ void __launch_bounds__(kThreads)
     group_norm_silu_gate_forward_kernel(const void* y, const void* gate, const void* weight, const void* bias,
-                                        float eps, void* output, int64_t rows, int channels) {
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int vectors = channels / kVector;
-  const int channel = int(thread % vectors) * kVector;
-  const int64_t first = thread / vectors * kTile;
+                                        float eps, void* output, int rows, int channels) {
   const unsigned mask = head_mask<kLanes>();
-  if (first >= rows) return;
+  int channel, first;
+  if (!own_tile(rows, channels, kTile, channel, first)) return;
   const Packed packed_weight = load(weight, channel), packed_bias = load(bias, channel);
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
-    const int64_t row = first + i;
+    const int row = first + i;
     if (row >= rows) break;
-    const int64_t offset = row * channels + channel;
+    const int64_t offset = int64_t(row) * channels + channel;
     float value[kVector], g[kVector], scale[kVector], shift[kVector];
     load(y, offset, value);
     load(gate, offset, g);
@@ -318,20 +320,17 @@ template <int kLanes, int kTile>
 __global__ void __launch_bounds__(kThreads)
     group_norm_silu_gate_backward_kernel(const void* y, const void* gate, const void* weight, const void* bias,
                                          float eps, const void* grad_output, void* grad_y, void* grad_gate,
-                                         int64_t rows, int channels) {
+                                         int rows, int channels) {
   constexpr float kShare = 1.0f / (kLanes * kVector);
-  const int64_t thread = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  const int vectors = channels / kVector;
-  const int channel = int(thread % vectors) * kVector;
-  const int64_t first = thread / vectors * kTile;
   const unsigned mask = head_mask<kLanes>();
-  if (first >= rows) return;
+  int channel, first;
+  if (!own_tile(rows, channels, kTile, channel, first)) return;
   const Packed packed_weight = load(weight, channel), packed_bias = load(bias, channel);
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
-    const int64_t row = first + i;
+    const int row = first + i;
     if (row >= rows) break;
-    const int64_t offset = row * channels + channel;
+    const int64_t offset = int64_t(row) * channels + channel;
     float value[kVector], g[kVector], grad[kVector], scale[kVector], shift[kVector];
     load(y, offset, value);
     load(gate, offset, g);
@@ -461,11 +460,11 @@ struct RowStatistics {
 
 __device__ __forceinline__ RowStatistics combine(const RowStatistics& a, const RowStatistics& b) {
   const bool a_leads = a.maximum > b.maximum || (a.maximum == b.maximum && a.index < b.index);
-  const RowStatistics& high = a_leads ? a : b;
-  const RowStatistics& low = a_leads ? b : a;
+  const float maximum = a_leads ? a.maximum : b.maximum, lower = a_leads ? b.maximum : a.maximum;
+  const float sum = a_leads ? a.sum : b.sum, lower_sum = a_leads ? b.sum : a.sum;
   // A thread without logits has sum 0 and maximum -inf.
-  const float rescaled = low.sum == 0.0f ? 0.0f : low.sum * __expf(low.maximum - high.maximum);
-  return {high.maximum, high.sum + rescaled, high.index};
+  const float rescaled = lower_sum == 0.0f ? 0.0f : lower_sum * __expf(lower - maximum);
+  return {maximum, sum + rescaled, a_leads ? a.index : b.index};
 }
 
 __global__ void __launch_bounds__(kRowThreads)
@@ -574,18 +573,14 @@ namespace {
 
 constexpr int kNormTile = 4;
 
-int64_t norm_blocks(int64_t rows, int channels) {
-  return blocks_for((rows + kNormTile - 1) / kNormTile * (channels / kVector));
-}
-
 }  // namespace
 
 cudaError_t group_norm_silu_gate_forward(const void* y, const void* gate, const void* weight, const void* bias,
-                                         float eps, void* output, int64_t rows, int channels, int head_size,
+                                         float eps, void* output, int rows, int channels, int head_size,
                                          cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   const auto launch = [&](auto kernel) {
-    kernel<<<norm_blocks(rows, channels), kThreads, 0, stream>>>(y, gate, weight, bias, eps, output, rows, channels);
+    kernel<<<blocks_for(rows, channels, kNormTile), kThreads, 0, stream>>>(y, gate, weight, bias, eps, output, rows, channels);
     return cudaGetLastError();
   };
   switch (head_size) {
@@ -599,10 +594,10 @@ cudaError_t group_norm_silu_gate_forward(const void* y, const void* gate, const 
 
 cudaError_t group_norm_silu_gate_backward(const void* y, const void* gate, const void* weight, const void* bias,
                                           float eps, const void* grad_output, void* grad_y, void* grad_gate,
-                                          int64_t rows, int channels, int head_size, cudaStream_t stream) {
+                                          int rows, int channels, int head_size, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   const auto launch = [&](auto kernel) {
-    kernel<<<norm_blocks(rows, channels), kThreads, 0, stream>>>(y, gate, weight, bias, eps, grad_output, grad_y,
+    kernel<<<blocks_for(rows, channels, kNormTile), kThreads, 0, stream>>>(y, gate, weight, bias, eps, grad_output, grad_y,
                                                                   grad_gate, rows, channels);
     return cudaGetLastError();
   };
@@ -636,7 +631,7 @@ cudaError_t sigmoid_gated_residual_backward(const void* r, const void* value, co
 }
 
 cudaError_t logit_statistics(const void* logits, const int64_t* targets, float* logp, float* max_logit,
-                             float* logsumexp, int* argmax, int64_t rows, int vocabulary, cudaStream_t stream) {
+                             float* logsumexp, int* argmax, int rows, int vocabulary, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   logit_statistics_kernel<<<rows, kRowThreads, 0, stream>>>(logits, targets, logp, max_logit, logsumexp, argmax,
                                                             vocabulary);
@@ -644,7 +639,7 @@ cudaError_t logit_statistics(const void* logits, const int64_t* targets, float* 
 }
 
 cudaError_t logit_gradient(void* logits, const int64_t* targets, const float* logsumexp, const int* argmax,
-                           const float* grad_logp, const float* grad_max_logit, int64_t rows, int vocabulary,
+                           const float* grad_logp, const float* grad_max_logit, int rows, int vocabulary,
                            cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   logit_gradient_kernel<<<rows, kRowThreads, 0, stream>>>(logits, targets, logsumexp, argmax, grad_logp,

@@ -1,6 +1,7 @@
 // Launchers of the element-wise kernels, between elementwise.cu (no torch header) and elementwise_binding.cpp.
 //
-// All activations are bf16, contiguous, 16-byte aligned; channel counts are multiples of 8. Arithmetic is fp32.
+// All activations are bf16, contiguous, 16-byte aligned; channel counts are multiples of 8, tensors have fewer than
+// 2^32 vectors of 8. Arithmetic is fp32.
 // Every launcher enqueues on `stream` and returns the launch's error.
 #pragma once
 
@@ -25,8 +26,8 @@ struct ShiftMix {
   const void* modulation;   // [mixes, rows, channels]
   const int64_t* previous;  // [rows], -1 where no token stands before; excludes carry
   int mixes;                // 1, 2 or 5
-  int64_t rows;             // sequences * tokens
-  int64_t tokens;           // per sequence
+  int rows;                 // sequences * tokens
+  int tokens;               // per sequence
   int channels;
 };
 
@@ -39,12 +40,12 @@ cudaError_t shift_mix_backward(const ShiftMix& arguments, const MixPointers& gra
 
 // y, gate, output: [rows, channels]; weight, bias: [channels]; head_size 16, 32, 64 or 128.
 cudaError_t group_norm_silu_gate_forward(const void* y, const void* gate, const void* weight, const void* bias,
-                                         float eps, void* output, int64_t rows, int channels, int head_size,
+                                         float eps, void* output, int rows, int channels, int head_size,
                                          cudaStream_t stream);
 
 cudaError_t group_norm_silu_gate_backward(const void* y, const void* gate, const void* weight, const void* bias,
                                           float eps, const void* grad_output, void* grad_y, void* grad_gate,
-                                          int64_t rows, int channels, int head_size, cudaStream_t stream);
+                                          int rows, int channels, int head_size, cudaStream_t stream);
 
 cudaError_t squared_relu_forward(const void* x, void* output, int64_t count, cudaStream_t stream);
 
@@ -60,11 +61,11 @@ cudaError_t sigmoid_gated_residual_backward(const void* r, const void* value, co
 // logits [rows, vocabulary] -> per row: log p(target), largest logit, their logsumexp, and where the largest is (the
 // lowest index of equal ones). A negative target gives logp 0 and max_logit 0.
 cudaError_t logit_statistics(const void* logits, const int64_t* targets, float* logp, float* max_logit,
-                             float* logsumexp, int* argmax, int64_t rows, int vocabulary, cudaStream_t stream);
+                             float* logsumexp, int* argmax, int rows, int vocabulary, cudaStream_t stream);
 
 // Overwrites the logits by their gradient; rows with a negative target become zero.
 cudaError_t logit_gradient(void* logits, const int64_t* targets, const float* logsumexp, const int* argmax,
-                           const float* grad_logp, const float* grad_max_logit, int64_t rows, int vocabulary,
+                           const float* grad_logp, const float* grad_max_logit, int rows, int vocabulary,
                            cudaStream_t stream);
 
 }  // namespace elementwise

@@ -13,7 +13,6 @@ import os
 import secrets
 import struct
 import sys
-import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -407,7 +406,7 @@ def _refuse_other_formats(path: Path, role: str) -> None:
             f"{path} is a .pth file in the format of torch before 1.6, which cannot be memory-mapped; "
             f"convert it once with {_conversion(weights_only=True)}"
         )
-    if tarfile.is_tarfile(path):
+    if head[257:262] == b"ustar":
         raise CheckpointError(
             f"{path} is a tar archive as torch wrote before 0.1.10, which cannot be memory-mapped; if you "
             "trust its origin, because loading this format can run code, convert it once with "

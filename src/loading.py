@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from src.model.parameters import ModelShape, parameter_shapes, quantizable_names, state_shapes
-from src.model.rwkv6 import RWKV6
+from src.model.rwkv6 import RWKV6, Recompute
 from src.quant import FrozenLinear
 
 
@@ -26,7 +26,7 @@ class LoadOptions:
         compute_dtype: dtype of activations and frozen weights.
         quant_type: packs the eight matrices of every layer; None keeps them in compute_dtype.
         train_weights: keep every weight as a trainable fp32 master instead of freezing it.
-        recompute: recompute each half layer in the backward pass (`--grad_cp 1`).
+        recompute: what every layer computes again in the backward pass.
         head_size_divisor: group norm eps is 1e-5 times its square.
         dropout: probability, see RWKV6.
     """
@@ -35,7 +35,7 @@ class LoadOptions:
     compute_dtype: torch.dtype
     quant_type: str | None = None
     train_weights: bool = False
-    recompute: bool = False
+    recompute: Recompute = Recompute.NOTHING
     head_size_divisor: int = 8
     dropout: float = 0.0
 

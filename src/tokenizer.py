@@ -15,7 +15,7 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any, Protocol
 
-from .errors import DataError
+from src.errors import DataError
 
 END_OF_DOCUMENT = 0
 WORLD_VOCABULARY = 65536

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..layout import SegmentLayout
-from .documents import Mask, Tokens
+from src.data.documents import Mask, Tokens
+from src.layout import SegmentLayout
+from src.losses import IGNORED_TARGET
 
-IGNORED_TARGET = -100
 PADDING_TOKEN = 0
 
 

@@ -21,8 +21,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
-from .documents import Documents, Positions, Tokens
+from src.data.documents import Documents, Positions, Tokens
+from src.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
 OLDER_MAGIC = b"TNTIDX\x00\x00"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import DataError
+from src.errors import DataError
 
 Tokens = npt.NDArray[np.integer[Any]]
 Positions = npt.NDArray[np.int64]

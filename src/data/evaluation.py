@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .batches import Batch, padded_batch
-from .documents import Documents
+from src.data.batches import Batch, padded_batch
+from src.data.documents import Documents
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
-from .documents import Positions
+from src.data.documents import Positions
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
@@ -41,36 +41,35 @@ class RowPlan:
     """Rows of one pass after another, in equal number every time.
 
     Each pass packs the documents in an order of its own. The number of rows that gives varies a
-    little, and an epoch of one pass must not: a pass with too many rows is packed from the
-    longest document down instead, which takes the same number of rows for every order of equals;
-    one with too few has its last rows halved. With several ranks rows are halved further until
-    each rank has as many, so that every document is seen once and none twice; only when no row
-    has two documents left is one repeated.
+    little, and must not if a step's place in its pass is to be known at once: a pass with too many
+    rows is packed from the longest document down instead, which takes the same number of rows for
+    every order of equals; one with too few has its last rows halved.
 
     Args:
         lengths: int64 [n], positions each document fills.
         capacity: positions of a row.
         seed: of the documents' order.
-        ranks: what the number of rows is a multiple of.
+
+    Attributes:
+        rows: number of rows of every pass.
     """
 
-    def __init__(self, lengths: Positions, capacity: int, seed: int, ranks: int) -> None:
+    def __init__(self, lengths: Positions, capacity: int, seed: int) -> None:
         self._lengths = lengths
         self._capacity = capacity
         self._seed = seed
         longest_first = best_fit(sorted(lengths.tolist(), reverse=True), capacity)
         first_pass = self._in_order(pass_generator(seed, 0).permutation(len(lengths)))
-        self._needed = max(len(longest_first), len(first_pass))
-        self.rows = -(-self._needed // ranks) * ranks
+        self.rows = max(len(longest_first), len(first_pass))
 
     def pass_rows(self, pass_number: int) -> list[list[int]]:
         """Rows of document numbers of a pass: a pure function of (lengths, capacity, seed, pass)."""
         generator = pass_generator(self._seed, pass_number)
         order = generator.permutation(len(self._lengths))
         rows = self._in_order(order)
-        if len(rows) > self._needed:
+        if len(rows) > self.rows:
             rows = self._in_order(order[np.argsort(-self._lengths[order], kind="stable")])
-        return _lengthened([rows[row] for row in generator.permutation(len(rows))], self.rows)
+        return _halved([rows[row] for row in generator.permutation(len(rows))], self.rows)
 
     def _in_order(self, order: Positions) -> list[list[int]]:
         rows = best_fit(self._lengths[order].tolist(), self._capacity)
@@ -82,19 +81,13 @@ def pass_generator(seed: int, pass_number: int) -> np.random.Generator:
     return np.random.default_rng((seed, pass_number))
 
 
-def _lengthened(rows: Iterable[list[int]], count: int) -> list[list[int]]:
-    """Halves rows from the last one back, then repeats documents, until there are `count`."""
+def _halved(rows: list[list[int]], count: int) -> list[list[int]]:
+    """Halves rows of several documents, from the last one back, until there are `count`."""
     rows = list(rows)
-    place = len(rows) - 1
-    while len(rows) < count and place >= 0:
-        row = rows[place]
-        if len(row) > 1:
-            rows[place] = row[: len(row) // 2]
-            rows.append(row[len(row) // 2 :])
-        else:
-            place -= 1
-    repeated = 0
     while len(rows) < count:
-        rows.append([rows[repeated][0]])
-        repeated += 1
+        for place in range(len(rows) - 1, -1, -1):
+            row = rows[place]
+            if len(row) > 1 and len(rows) < count:
+                rows[place] = row[: len(row) // 2]
+                rows.append(row[len(row) // 2 :])
     return rows

@@ -9,12 +9,14 @@ that a row takes.
 - `pack`: documents, each cut to R, share a row of micro_bsz·ctx_len positions, with the recurrent
   state reset at their borders; nothing padded, a row is as long as what it holds.
 
-Order. A step of the run is a batch per rank; step s of rank r is *slot* s·world_size + r, so that
-n ranks see what one rank sees in n accumulated steps. A pass visits every document once, in an
-order that is a function of (seed, pass); its slots come one after the other and a new pass
-follows. Nothing is dropped. At the end of a pass of `pad` and `only` the documents that are left
-are spread over the ranks, in smaller batches; when fewer documents than ranks are left, the ranks
-without one repeat documents of the pass, so that all ranks take equally many steps.
+Order. All batches of a run form one endless stream: pass after pass, each a permutation of the
+documents that is a function of (seed, pass). Ranks take turns: step s of rank r is batch
+s·world_size + r of the stream. So ranks share a pass without overlap, take equally many steps, and
+n ranks see what one rank sees in n steps. Nothing is dropped or repeated: the last batch of a pass
+may have fewer rows, and a step in which a pass ends takes its other batches from the next pass.
+
+An epoch is a number of steps of that stream. One pass means as many as it takes to see every
+document, rounded up to whole optimizer steps; the next epoch goes on where this one ended.
 """
 
 from __future__ import annotations
@@ -25,10 +27,10 @@ from dataclasses import dataclass
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import ConfigError, DataError
-from .batches import Batch, packed_batch, padded_batch
-from .documents import Documents, Positions
-from .packing import RowPlan, pass_generator
+from src.data.batches import Batch, packed_batch, padded_batch
+from src.data.documents import Documents, Positions
+from src.data.packing import RowPlan, pass_generator
+from src.errors import ConfigError, DataError
 
 MODES = ("get", "pad", "only", "pack")
 
@@ -50,8 +52,9 @@ class SamplingPlan:
         lost_tokens: their tokens beyond it, never seen (0 with `get`).
         unanswered_documents: left out, because no answer begins within ctx_len + 1 tokens.
         padding_share: of the positions of one pass, those that are padding: 0 to 1.
-        batches_per_pass: on each rank.
+        batches_per_pass: of all ranks together.
         batches_per_epoch: on each rank.
+        passes_per_epoch: how often an epoch goes through the data.
     """
 
     mode: str
@@ -65,11 +68,7 @@ class SamplingPlan:
     padding_share: float
     batches_per_pass: int
     batches_per_epoch: int
-
-    @property
-    def passes_per_epoch(self) -> float:
-        """How often an epoch goes through the data."""
-        return self.batches_per_epoch / self.batches_per_pass
+    passes_per_epoch: float
 
     def statements(self) -> tuple[str, ...]:
         """What happens to data that do not fit, one sentence each; empty when all do."""
@@ -105,6 +104,7 @@ class BatchDataset(Dataset[Batch]):
         world_size: processes that train on batches of their own.
         epoch_steps: batches of an epoch on each rank; 0 means one pass over the documents. With
             `get`, where nothing is exhausted, a pass is as many windows as the stream is long.
+        accumulate: batches of an optimizer step on each rank; an epoch is rounded up to whole ones.
 
     Raises:
         ConfigError: unknown mode, or `only` with more than one row.
@@ -122,11 +122,10 @@ class BatchDataset(Dataset[Batch]):
         rank: int = 0,
         world_size: int = 1,
         epoch_steps: int = 0,
+        accumulate: int = 1,
     ) -> None:
-        assert ctx_len >= 1
-        assert micro_bsz >= 1
-        assert seed >= 0
-        assert epoch_steps >= 0
+        assert min(ctx_len, micro_bsz, accumulate) >= 1
+        assert min(seed, epoch_steps) >= 0
         assert 0 <= rank < world_size
         if mode not in MODES:
             raise ConfigError(f"--dataload {mode} is unknown; known are {', '.join(MODES)}.")
@@ -150,30 +149,29 @@ class BatchDataset(Dataset[Batch]):
         self._rows: RowPlan | None = None
         if mode == "get":
             self._check_windows()
-            windows = -(-documents.total_tokens // ctx_len)
-            self._slots_per_pass = self._whole_steps(-(-windows // micro_bsz))
+            self._batches_per_pass = _ceil(documents.total_tokens, ctx_len * micro_bsz)
         elif not len(self._visited):
             raise DataError(
                 f"{documents.source} cannot be used with --ctx_len {ctx_len}: no answer begins within so "
                 "many tokens, and the loss is on answers only; use a larger --ctx_len."
             )
         elif mode == "pack":
-            self._rows = RowPlan(self._lengths, micro_bsz * ctx_len, seed, world_size)
-            self._slots_per_pass = self._rows.rows
+            self._rows = RowPlan(self._lengths, micro_bsz * ctx_len, seed)
+            self._batches_per_pass = self._rows.rows
         else:
-            self._slots_per_pass = self._whole_steps(-(-len(self._visited) // micro_bsz))
-        batches_per_pass = self._slots_per_pass // world_size
-        self.plan = self._make_plan(int(counted.sum()), batches_per_pass, epoch_steps or batches_per_pass)
+            self._batches_per_pass = _ceil(len(self._visited), micro_bsz)
+        steps = epoch_steps or _ceil(self._batches_per_pass, world_size)
+        self.plan = self._make_plan(int(counted.sum()), _ceil(steps, accumulate) * accumulate)
 
     def __len__(self) -> int:
         return self.plan.batches_per_epoch
 
     def __getitem__(self, step: int) -> Batch:
-        slot = step * self._world_size + self._rank
+        number = step * self._world_size + self._rank
         if self.mode == "get":
-            return self._windows(slot)
-        pass_number, place = divmod(slot, self._slots_per_pass)
-        indices = self._pass_slots(pass_number)[place]
+            return self._windows(number)
+        pass_number, place = divmod(number, self._batches_per_pass)
+        indices = self._pass_batches(pass_number)[place]
         make = packed_batch if self.mode == "pack" else padded_batch
         return make(
             [self.documents.tokens(index, self._row_tokens) for index in indices],
@@ -193,31 +191,20 @@ class BatchDataset(Dataset[Batch]):
         """Batches epoch by epoch; see `EpochSampler`. Batches are made in the calling process."""
         return DataLoader(self, batch_size=None, sampler=EpochSampler(len(self), epoch, skip_steps))
 
-    def _whole_steps(self, slots: int) -> int:
-        return -(-slots // self._world_size) * self._world_size
-
-    def _pass_slots(self, pass_number: int) -> list[Positions]:
-        """Indices of the documents of every slot of a pass."""
+    def _pass_batches(self, pass_number: int) -> list[Positions]:
+        """Indices of the documents of every batch of a pass, over all ranks."""
         if self._current_pass is None or self._current_pass[0] != pass_number:
             if self._rows is not None:
-                slots = [self._visited[row] for row in self._rows.pass_rows(pass_number)]
+                batches = [self._visited[row] for row in self._rows.pass_rows(pass_number)]
             else:
-                slots = self._one_document_per_row(pass_number)
-            self._current_pass = (pass_number, slots)
+                order = pass_generator(self._seed, pass_number).permutation(self._visited)
+                batches = np.split(order, range(self._micro_bsz, len(order), self._micro_bsz))
+            self._current_pass = (pass_number, batches)
         return self._current_pass[1]
 
-    def _one_document_per_row(self, pass_number: int) -> list[Positions]:
-        order = pass_generator(self._seed, pass_number).permutation(self._visited)
-        full = (self._slots_per_pass - self._world_size) * self._micro_bsz
-        slots = [order[start : start + self._micro_bsz] for start in range(0, full, self._micro_bsz)]
-        rest = order[full:]
-        if len(rest) < self._world_size:
-            rest = np.concatenate((rest, np.resize(order, self._world_size - len(rest))))
-        return slots + np.array_split(rest, self._world_size)
-
-    def _windows(self, slot: int) -> Batch:
+    def _windows(self, number: int) -> Batch:
         """Windows at uniformly random offsets in [0, total - R)."""
-        rng = np.random.default_rng((self._seed, _WINDOW_STREAM, slot))
+        rng = np.random.default_rng((self._seed, _WINDOW_STREAM, number))
         stream, mask = self.documents.stream, self.documents.stream_counted
         offsets = []
         for _ in range(self._micro_bsz):
@@ -242,11 +229,11 @@ class BatchDataset(Dataset[Batch]):
         total = self.documents.total_tokens
         if total <= self._row_tokens:
             raise DataError(
-                f"{self.documents.source} has {total} tokens, but --dataload get takes windows of ctx_len + 1 "
-                f"= {self._row_tokens} out of more than that; use a smaller --ctx_len, or --dataload pad."
+                f"{self.documents.source} has {total} tokens, but --dataload get takes windows of ctx_len + "
+                f"1 = {self._row_tokens} out of more than that; use a smaller --ctx_len, or --dataload pad."
             )
 
-    def _make_plan(self, counted_targets: int, batches_per_pass: int, batches_per_epoch: int) -> SamplingPlan:
+    def _make_plan(self, counted_targets: int, batches_per_epoch: int) -> SamplingPlan:
         documents = self.documents
         windows = self.mode == "get"
         sizes = documents.sizes[self._visited]
@@ -265,18 +252,19 @@ class BatchDataset(Dataset[Batch]):
             lost_tokens=0 if windows else int(lost.sum()),
             unanswered_documents=0 if windows else len(documents) - len(self._visited),
             padding_share=self._padding_share(),
-            batches_per_pass=batches_per_pass,
+            batches_per_pass=self._batches_per_pass,
             batches_per_epoch=batches_per_epoch,
+            passes_per_epoch=batches_per_epoch * self._world_size / self._batches_per_pass,
         )
 
     def _padding_share(self) -> float:
-        """Of the positions of the first pass, over all ranks."""
+        """Of the positions of the first pass."""
         if self.mode != "pad" or self._micro_bsz == 1:
             return 0.0
         lengths = np.minimum(self.documents.sizes, self._row_tokens) - 1
-        slots = [lengths[indices] for indices in self._pass_slots(0)]
-        positions = sum(int(slot.max()) * len(slot) for slot in slots)
-        return 1.0 - sum(int(slot.sum()) for slot in slots) / positions
+        batches = [lengths[indices] for indices in self._pass_batches(0)]
+        positions = sum(int(batch.max()) * len(batch) for batch in batches)
+        return 1.0 - int(self._lengths.sum()) / positions
 
 
 class EpochSampler(Sampler[int]):
@@ -310,6 +298,10 @@ class EpochSampler(Sampler[int]):
     @property
     def _skipped(self) -> int:
         return self._skip[1] if self._epoch == self._skip[0] else 0
+
+
+def _ceil(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
 
 
 def _listed(numbers: tuple[int, ...] | list[int]) -> str:

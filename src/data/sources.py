@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..errors import ConfigError
-from ..tokenizer import tokenizer_for_vocabulary
-from .binidx import read_binidx
-from .documents import Documents
-from .text import generated_documents, read_jsonl, read_text
+from src.data.binidx import read_binidx
+from src.data.documents import Documents
+from src.data.text import generated_documents, read_jsonl, read_text
+from src.errors import ConfigError
+from src.tokenizer import tokenizer_for_vocabulary
 
 DATA_TYPES = ("binidx", "jsonl", "utf-8", "dummy")
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ..errors import DataError
-from ..tokenizer import Tokenizer
-from .documents import Documents
+from src.data.documents import Documents
+from src.errors import DataError
+from src.tokenizer import Tokenizer
 
 LINE_FORMS = '{"text": …}, {"prompt": …, "response": …} or {"messages": [{"role": …, "content": …}, …]}'
 

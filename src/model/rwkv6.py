@@ -20,6 +20,7 @@ Source: "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import Enum
 from typing import Any
 
 import torch
@@ -140,6 +141,15 @@ class TimeMix(MixingWeights):
             (out [B, T, C], final recurrence matrices [B, H, N, N] fp32, or [roots, H, N, N] with a
             layout: those of the root segments).
         """
+        return self.attend(self.mixed_inputs(z, state, layout), state, layout)
+
+    def mixed_inputs(
+        self, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
+    ) -> tuple[Tensor, ...]:
+        """z [B, T, C] -> the inputs of decay, key, value, receptance and gate, [B, T, C] each.
+
+        Element-wise work and narrow products: cheap to compute again, five times z to keep.
+        """
         B, T, C = z.shape
         carry = None if state is None else state.att_shift
         previous = None if layout is None else layout.previous
@@ -147,16 +157,23 @@ class TimeMix(MixingWeights):
         hidden = torch.tanh(base @ self.time_maa_w1.to(z.dtype)).view(B * T, 5, -1).transpose(0, 1)
         modulation = torch.bmm(hidden, self.time_maa_w2.to(z.dtype)).view(5, B, T, C)
         maa = self.stacked(("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"), z)
-        z_w, z_k, z_v, z_r, z_g = shift_mix(z, carry, maa, modulation, previous).unbind(0)
+        return shift_mix(z, carry, maa, modulation, previous).unbind(0)
 
-        decay_hidden = torch.tanh(z_w @ self.time_decay_w1.to(z.dtype))
-        w_raw = self.time_decay.to(z.dtype) + decay_hidden @ self.time_decay_w2.to(z.dtype)
+    def attend(
+        self, inputs: tuple[Tensor, ...], state: LayerState | None = None, layout: SegmentLayout | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The matrices and the recurrence on `mixed_inputs`; returns what `forward` returns."""
+        z_w, z_k, z_v, z_r, z_g = inputs
+        dtype = z_w.dtype
+        B, T, _ = z_w.shape
+        decay_hidden = torch.tanh(z_w @ self.time_decay_w1.to(dtype))
+        w_raw = self.time_decay.to(dtype) + decay_hidden @ self.time_decay_w2.to(dtype)
         heads = (B, T, self.head_count, self.head_size)
         r, k, v = self.receptance(z_r).view(heads), self.key(z_k).view(heads), self.value(z_v).view(heads)
         start = self.time_state if state is None else state.wkv
         y, final = self._recur(r, k, v, w_raw.view(heads), start, layout)
 
-        weight, bias = self.ln_x.weight.to(z.dtype), self.ln_x.bias.to(z.dtype)
+        weight, bias = self.ln_x.weight.to(dtype), self.ln_x.bias.to(dtype)
         gated = group_norm_silu_gate(y, self.gate(z_g), weight, bias, self.group_norm_eps)
         return self.output(gated), final
 
@@ -197,21 +214,40 @@ class ChannelMix(MixingWeights):
         self, x: Tensor, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
     ) -> Tensor:
         """x [B, T, C] residual stream, z = ln2 x -> the new residual stream."""
+        return self.feed(x, self.mixed_inputs(z, state, layout))
+
+    def mixed_inputs(
+        self, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
+    ) -> tuple[Tensor, ...]:
+        """z [B, T, C] -> the inputs of key and receptance, [B, T, C] each."""
         carry = None if state is None else state.ffn_shift
         previous = None if layout is None else layout.previous
         maa = self.stacked(("time_maa_k", "time_maa_r"), z)
-        z_k, z_r = shift_mix(z, carry, maa, None, previous).unbind(0)
+        return shift_mix(z, carry, maa, None, previous).unbind(0)
+
+    def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The matrices on `mixed_inputs`; returns what `forward` returns."""
+        z_k, z_r = inputs
         value = self.value(squared_relu(self.key(z_k)))
         return sigmoid_gated_residual(x, self.receptance(z_r), value)
 
 
-class Block(nn.Module):
-    """One layer; layer 0 also normalises the embedding (`ln0`).
+class Recompute(Enum):
+    """What a layer computes again in the backward pass instead of keeping it.
 
-    With `recompute` each of the two halves keeps only its input and is computed again in the backward
-    pass. The recomputation stops at the last tensor the backward needs, so a half's closing product
-    with a frozen matrix, which keeps nothing, is not repeated.
+    NOTHING keeps every tensor the backward needs. INPUTS computes the norms and the mixers' inputs again,
+    which is cheap and saves most of the memory. ALL keeps only what enters the two halves of the layer;
+    the recomputation stops at the last tensor the backward needs, so a half's closing product with a
+    frozen matrix, which keeps nothing, is not repeated.
     """
+
+    NOTHING = "nothing"
+    INPUTS = "inputs"
+    ALL = "all"
+
+
+class Block(nn.Module):
+    """One layer; layer 0 also normalises the embedding (`ln0`)."""
 
     def __init__(self, shape: ModelShape, layer: int, head_size_divisor: int) -> None:
         super().__init__()
@@ -220,6 +256,7 @@ class Block(nn.Module):
         self.ln2 = Norm(shape.n_embd)
         self.att = TimeMix(shape, head_size_divisor)
         self.ffn = ChannelMix(shape)
+        self.recompute = Recompute.NOTHING
 
     def forward(
         self,
@@ -228,30 +265,38 @@ class Block(nn.Module):
         layout: SegmentLayout | None,
         *,
         ends: Tensor | None,
-        recompute: bool,
         dropout: float,
     ) -> tuple[Tensor, LayerState]:
         """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment)."""
+        recompute = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
 
-        def run(half: Callable[..., Any], x: Tensor) -> Any:
-            if recompute:
-                return checkpoint(half, x, state, use_reentrant=False, preserve_rng_state=dropout > 0)
-            return half(x, state)
+        def again(level: Recompute, function: Callable[[Tensor], Any], x: Tensor) -> Any:
+            if recompute is level:
+                return checkpoint(function, x, use_reentrant=False, preserve_rng_state=dropout > 0)
+            return function(x)
 
-        def mix_time(x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor, Tensor]:
+        def time_inputs(x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
             z = self.ln1(x)
-            out, final = self.att(z, state, layout)
-            return x + F.dropout(out, dropout, self.training), final, last_tokens(z, ends)
+            return self.att.mixed_inputs(z, state, layout), last_tokens(z, ends)
 
-        def mix_channels(x: Tensor, state: LayerState | None) -> tuple[Tensor, Tensor]:
+        def mix_time(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            inputs, shift = again(Recompute.INPUTS, time_inputs, x)
+            out, final = self.att.attend(inputs, state, layout)
+            return x + F.dropout(out, dropout, self.training), final, shift
+
+        def channel_inputs(x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
             z = self.ln2(x)
-            mixed = self.ffn(x, z, state, layout)
+            return self.ffn.mixed_inputs(z, state, layout), last_tokens(z, ends)
+
+        def mix_channels(x: Tensor) -> tuple[Tensor, Tensor]:
+            inputs, shift = again(Recompute.INPUTS, channel_inputs, x)
+            mixed = self.ffn.feed(x, inputs)
             if dropout:
                 mixed = x + F.dropout(mixed - x, dropout, self.training)
-            return mixed, last_tokens(z, ends)
+            return mixed, shift
 
-        x, final, att_shift = run(mix_time, x)
-        x, ffn_shift = run(mix_channels, x)
+        x, final, att_shift = again(Recompute.ALL, mix_time, x)
+        x, ffn_shift = again(Recompute.ALL, mix_channels, x)
         return x, LayerState(att_shift, final, ffn_shift)
 
 
@@ -264,16 +309,17 @@ class RWKV6(nn.Module):
         *,
         compute_dtype: torch.dtype = torch.float32,
         head_size_divisor: int = 8,
-        recompute: bool = False,
+        recompute: Recompute = Recompute.NOTHING,
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
         self.shape = shape
         self.compute_dtype = compute_dtype
-        self.recompute = recompute
         self.dropout = dropout
         self.emb = Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor) for i in range(shape.n_layer))
+        for block in self.blocks:
+            block.recompute = recompute
         self.ln_out = Norm(shape.n_embd)
         self.head = Linear(shape.n_embd, shape.vocab_size)
 
@@ -309,11 +355,10 @@ class RWKV6(nn.Module):
         first = self.blocks[0]
         x = F.dropout(first.ln0(x), self.dropout, self.training)
         ends = layout.last_positions if return_state and layout is not None else None
-        recompute = self.recompute and torch.is_grad_enabled()
         new_state: ModelState = []
         for i, block in enumerate(self.blocks):
             carried = None if state is None else state[i]
-            x, after = block(x, carried, layout, ends=ends, recompute=recompute, dropout=self.dropout)
+            x, after = block(x, carried, layout, ends=ends, dropout=self.dropout)
             if return_state:
                 new_state.append(after)
         return self.ln_out(x), new_state if return_state else None

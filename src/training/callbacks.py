@@ -91,6 +91,8 @@ class TrainingMonitor(pl.Callback):
         self.sinks = sinks
         self.epoch_begin = epoch_begin
         self.ctx_len = ctx_len
+        self.peak_bytes = 0
+        self.used_bytes = 0
         self.losses: list[float] = []
         self.step_seconds: list[float] = []
         self._samples = 0
@@ -143,6 +145,26 @@ class TrainingMonitor(pl.Callback):
         self._epoch_losses = []
         for sink in self.sinks:
             sink.epoch(record)
+
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Reads the GPU's memory while the run's own is still allocated."""
+        if module.device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(module.device)
+            self.used_bytes = total - free
+            self.peak_bytes = torch.cuda.max_memory_allocated(module.device)
+
+
+class AtEnd(pl.Callback):
+    """Calls a function on rank 0 after the last step, while the model is still on its device."""
+
+    def __init__(self, action: Callable[[], None]) -> None:
+        self.action = action
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Calls it."""
+        if trainer.is_global_zero:
+            self.action()
 
 
 class CheckpointSaver(pl.Callback):

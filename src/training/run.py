@@ -8,6 +8,7 @@ import math
 import random
 import tempfile
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,9 @@ from src.data.sources import open_documents
 from src.errors import ConfigError, TrainingError
 from src.loading import LoadOptions, build_model
 from src.model.parameters import ModelShape, fresh_parameters, parameter_shapes
-from src.model.rwkv6 import RWKV6
+from src.model.rwkv6 import RWKV6, Recompute
 from src.schedule import Schedule
-from src.training.callbacks import CheckpointSaver, StepControl, Stopper, TrainingMonitor
+from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
 from src.training.evaluation import HeldOutLoss, held_out_loss
 from src.training.hardware import Hardware, deepspeed_config, resolve_hardware, trainer_arguments
 from src.training.module import TrainingModule
@@ -77,23 +78,30 @@ def train(config: TrainConfig) -> RunResult:
         say(f"note: {line}")
     folder = _prepare_folder(config)
     shape = _model_shape(config)
-    work = _prepare_work(config, hardware, shape)
+    work = prepare_work(config, hardware, shape)
     schedule = make_schedule(config, work)
     say(_plan(config, hardware, shape, work, schedule, folder))
 
     model = _load_model(config, hardware, shape, folder)
     before = _evaluate("untuned", model, work.held_out, config)
     module = TrainingModule(model, work.objective, config)
-    files, monitor, stopper = _fit(module, work, schedule, hardware, config, folder)
-
     final_file = folder / "rwkv-final.pth"
-    if rank_zero_only.rank == 0:
+    after: list[HeldOutLoss | None] = []
+
+    def finish() -> None:
         _save(model, config, final_file)
-    after = _evaluate("tuned", model, work.held_out, config)
+        after.append(_evaluate("tuned", model, work.held_out, config))
+
+    files, monitor, stopper = fit(module, work, schedule, hardware, config, folder, finish)
     result = RunResult(
-        final_file, [*files, final_file], monitor.losses, before, after, stopper.signal_name
+        final_file=final_file,
+        files=[*files, final_file],
+        losses=monitor.losses,
+        before=before,
+        after=after[0] if after else None,
+        stopped_by=stopper.signal_name,
     )
-    say(_summary(config, hardware, result, monitor))
+    say(_summary(config, result, monitor))
     return result
 
 
@@ -158,7 +166,7 @@ def _model_shape(config: TrainConfig) -> ModelShape:
     return info.shape
 
 
-def _prepare_work(config: TrainConfig, hardware: Hardware, shape: ModelShape) -> Work:
+def prepare_work(config: TrainConfig, hardware: Hardware, shape: ModelShape) -> Work:
     def documents_of(path: str) -> Documents:
         return open_documents(config.data_type, path, shape.vocab_size, ctx_len=config.ctx_len)
 
@@ -232,6 +240,19 @@ def _plan(
     )
 
 
+def load_options(config: TrainConfig, hardware: Hardware) -> LoadOptions:
+    """How the flags want the model on its device."""
+    return LoadOptions(
+        device=hardware.device,
+        compute_dtype=hardware.compute_dtype,
+        quant_type=config.quant_type if config.quantised else None,
+        train_weights=not config.trains_states,
+        recompute=Recompute.NOTHING if config.grad_cp == 0 else Recompute.ALL,
+        head_size_divisor=config.head_size_divisor,
+        dropout=config.dropout,
+    )
+
+
 def _load_model(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> RWKV6:
     if config.load_model:
         tensors = open_checkpoint(config.load_model)
@@ -240,18 +261,9 @@ def _load_model(config: TrainConfig, hardware: Hardware, shape: ModelShape, fold
         if rank_zero_only.rank == 0:
             save_model(folder / "rwkv-init.pth", tensors, _file_dtype(hardware))
     states = load_state(config.load_state, shape) if config.load_state else None
-    options = LoadOptions(
-        device=hardware.device,
-        compute_dtype=hardware.compute_dtype,
-        quant_type=config.quant_type if config.quantised else None,
-        train_weights=not config.trains_states,
-        recompute=config.grad_cp == 1,
-        head_size_divisor=config.head_size_divisor,
-        dropout=config.dropout,
-    )
     quiet = rank_zero_only.rank != 0 or shape.parameter_count < 200_000_000
     with tqdm(total=len(parameter_shapes(shape)), desc="loading", unit="tensor", disable=quiet) as bar:
-        model = build_model(tensors, shape, options, lambda name: bar.update() and None)
+        model = build_model(tensors, shape, load_options(config, hardware), lambda name: bar.update() and None)
     if states is not None:
         set_states(model, states)
     return model
@@ -282,15 +294,16 @@ def _evaluate(label: str, model: RWKV6, held_out: Documents | None, config: Trai
     return loss
 
 
-def _fit(
+def fit(
     module: TrainingModule,
     work: Work,
     schedule: Schedule,
     hardware: Hardware,
     config: TrainConfig,
     folder: Path,
+    finish: Callable[[], None] = lambda: None,
 ) -> tuple[list[Path], TrainingMonitor, Stopper]:
-    """Runs Lightning's loop.
+    """Runs Lightning's loop; `finish` is called on rank 0 after the last step, before Lightning empties the GPU.
 
     Raises:
         TrainingError: when a loss or gradient is not finite (the state before that step is saved), or
@@ -315,7 +328,7 @@ def _fit(
         limit_train_batches=work.batches_per_epoch,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=GRADIENT_CLIP,
-        callbacks=[control, monitor, saver, stopper],
+        callbacks=[control, monitor, saver, stopper, AtEnd(finish)],
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -380,7 +393,7 @@ def _memory_advice(config: TrainConfig, hardware: Hardware) -> str:
     return f"the GPU ran out of its {total:.1f} GiB; the cheapest ways out: {', or '.join(changes[:3])}"
 
 
-def _summary(config: TrainConfig, hardware: Hardware, result: RunResult, monitor: TrainingMonitor) -> str:
+def _summary(config: TrainConfig, result: RunResult, monitor: TrainingMonitor) -> str:
     lines = [""]
     if result.stopped_by:
         lines.append(f"stopped by {result.stopped_by} after {len(result.losses)} steps; the state so far is saved")
@@ -389,10 +402,9 @@ def _summary(config: TrainConfig, hardware: Hardware, result: RunResult, monitor
     steady = sorted(monitor.step_seconds[2:])
     if steady:
         lines.append(f"speed      {steady[len(steady) // 2]:.3f} s/step (median)")
-    if hardware.on_gpu:
-        free, total = torch.cuda.mem_get_info(hardware.device)
-        peak = torch.cuda.max_memory_allocated(hardware.device)
-        lines.append(f"memory     allocator peak {peak / 2**30:.2f} GiB, device used {(total - free) / 2**30:.2f} GiB")
+    if monitor.used_bytes:
+        peak, used = monitor.peak_bytes / 2**30, monitor.used_bytes / 2**30
+        lines.append(f"memory     allocator peak {peak:.2f} GiB, device used {used:.2f} GiB")
     if result.before is not None and result.after is not None and math.isfinite(result.after.overall):
         change = result.after.overall / result.before.overall - 1
         lines.append(f"held out   {result.before.overall:.4f} -> {result.after.overall:.4f} ({change:+.1%})")

@@ -142,7 +142,7 @@ def test_a_long_list_of_wrong_keys_is_cut() -> None:
     for matrix in ("receptance", "key", "value", "gate", "output"):
         del shapes[f"blocks.1.att.{matrix}.weight"]
     (problem,) = key_problems(shapes, shape)
-    assert problem.endswith("blocks.1.att.output.weight and 2 more")
+    assert problem.endswith("blocks.1.att.value.weight and 2 more")
 
 
 def test_states_are_optional_but_complete() -> None:

@@ -1,0 +1,211 @@
+// Products with packed matrices for torch: the workspace, and an autograd node that keeps packed data only.
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/autograd/function.h>
+#include <torch/csrc/autograd/functions/utils.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/extension.h>
+
+#include <atomic>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <utility>
+
+#include "dequantize.h"
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::variable_list;
+
+// The buffers of one device. See DequantizationWorkspace in quant.py for what they are for.
+class Workspace {
+ public:
+  explicit Workspace(bool keep_dequantized) : keep_dequantized_(keep_dequantized) {}
+
+  void set_keep_dequantized(bool keep) {
+    keep_dequantized_ = keep;
+    clear();
+  }
+
+  void clear() { slots_.clear(); }
+
+  int64_t allocated_bytes() const {
+    int64_t bytes = 0;
+    for (const auto& [name, slot] : slots_) bytes += static_cast<int64_t>(slot.buffer.nbytes());
+    return bytes;
+  }
+
+  // The matrix [rows, columns] of `owner`, made by fill(buffer) unless its slot still holds it.
+  template <typename Fill>
+  Tensor matrix(int64_t owner, const std::string& slot_name, int64_t rows, int64_t columns,
+                const at::TensorOptions& options, const Fill& fill) {
+    Slot& slot = slots_[keep_dequantized_ ? slot_name : std::string()];
+    if (!slot.buffer.defined() || slot.buffer.numel() < rows * columns) {
+      slot = Slot();  // frees the old buffer before there is a new one
+      slot.buffer = at::empty({rows * columns}, options);
+    }
+    if (!keep_dequantized_ || slot.owner != owner) {
+      slot.owner = kNobody;
+      fill(slot.buffer);
+      slot.owner = owner;
+    }
+    return slot.buffer.as_strided({rows, columns}, {columns, 1});
+  }
+
+ private:
+  static constexpr int64_t kNobody = -1;
+  struct Slot {
+    Tensor buffer;
+    int64_t owner = kNobody;
+  };
+  bool keep_dequantized_;
+  std::unordered_map<std::string, Slot> slots_;
+};
+
+void check_tensor(const Tensor& tensor, at::ScalarType dtype, int64_t count, const Tensor& packed, const char* name) {
+  TORCH_CHECK(tensor.scalar_type() == dtype, name, " has dtype ", tensor.scalar_type(), ", expected ", dtype);
+  TORCH_CHECK(tensor.is_contiguous() && tensor.device() == packed.device(), name,
+              " must be contiguous and on the device of packed");
+  TORCH_CHECK(tensor.numel() == count, name, " has ", tensor.numel(), " elements, expected ", count);
+}
+
+int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
+
+class PackedMatrix {
+ public:
+  PackedMatrix(Tensor packed, Tensor absmax, std::optional<Tensor> absmax_scale, std::optional<Tensor> absmax_offset,
+               Tensor absmax_code, Tensor value_code, int bits, int64_t rows, int64_t columns, std::string slot,
+               std::shared_ptr<Workspace> workspace)
+      : packed_(std::move(packed)),
+        absmax_(std::move(absmax)),
+        absmax_scale_(absmax_scale.value_or(Tensor())),
+        absmax_offset_(absmax_offset.value_or(Tensor())),
+        absmax_code_(std::move(absmax_code)),
+        value_code_(std::move(value_code)),
+        bits_(bits),
+        rows_(rows),
+        columns_(columns),
+        slot_(std::move(slot)),
+        workspace_(std::move(workspace)),
+        identity_(next_identity()) {
+    const int64_t count = rows * columns;
+    TORCH_CHECK(packed_.is_cuda(), "packed is on ", packed_.device(), ", expected a CUDA device");
+    TORCH_CHECK(bits == 4 || bits == 8, "values have ", bits, " bits, expected 4 or 8");
+    TORCH_CHECK(count % 8 == 0, "the matrix has ", count, " values, expected a multiple of 8");
+    TORCH_CHECK(reinterpret_cast<uintptr_t>(packed_.const_data_ptr()) % 16 == 0, "packed must be 16-byte aligned");
+    TORCH_CHECK(absmax_scale_.defined() == absmax_offset_.defined(), "absmax_scale and absmax_offset go together");
+    const int64_t blocks = blocks_of(count, bits == 4 ? 64 : 256);
+    check_tensor(packed_, at::kByte, count * bits / 8, packed_, "packed");
+    check_tensor(absmax_, absmax_scale_.defined() ? at::kByte : at::kFloat, blocks, packed_, "absmax");
+    check_tensor(value_code_, at::kFloat, bits == 4 ? 16 : 256, packed_, "value_code");
+    if (absmax_scale_.defined()) {
+      TORCH_CHECK(bits == 4, "8-bit matrices have no double quantisation");
+      check_tensor(absmax_scale_, at::kFloat, blocks_of(blocks, 256), packed_, "absmax_scale");
+      check_tensor(absmax_offset_, at::kFloat, 1, packed_, "absmax_offset");
+      check_tensor(absmax_code_, at::kFloat, 256, packed_, "absmax_code");
+    }
+  }
+
+  // bf16 [rows, columns], contiguous, on the packed data's device.
+  void fill(const Tensor& dense) const {
+    TORCH_CHECK(dense.scalar_type() == at::kBFloat16 && dense.is_contiguous() && dense.device() == packed_.device() &&
+                    dense.numel() >= rows_ * columns_,
+                "the dense matrix must be contiguous bfloat16 on the packed data's device");
+    const c10::cuda::CUDAGuard guard(packed_.device());
+    dequantize::Packed matrix{};
+    matrix.packed = packed_.const_data_ptr();
+    matrix.absmax = absmax_.const_data_ptr();
+    matrix.absmax_scale = absmax_scale_.defined() ? absmax_scale_.const_data_ptr<float>() : nullptr;
+    matrix.absmax_offset = absmax_offset_.defined() ? absmax_offset_.const_data_ptr<float>() : nullptr;
+    matrix.absmax_code = absmax_code_.const_data_ptr<float>();
+    matrix.value_code = value_code_.const_data_ptr<float>();
+    matrix.bits = bits_;
+    matrix.count = rows_ * columns_;
+    const cudaError_t error =
+        dequantize::to_bf16(matrix, dense.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
+    TORCH_CHECK(error == cudaSuccess, "the CUDA kernel dequantize could not be launched: ", cudaGetErrorString(error));
+  }
+
+  // The dense matrix in the workspace, valid until the next dequantisation.
+  Tensor shared_dense() const {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    return workspace_->matrix(identity_, slot_, rows_, columns_, packed_.options().dtype(at::kBFloat16),
+                              [this](const Tensor& buffer) { fill(buffer); });
+  }
+
+  // Raises when x is not bf16 [..., columns] on the packed data's device.
+  void check_input(const Tensor& x) const {
+    TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.device() == packed_.device(), "x is ", x.scalar_type(), " on ",
+                x.device(), ", expected bfloat16 on ", packed_.device());
+    TORCH_CHECK(x.dim() > 0 && x.size(-1) == columns_, "x has shape ", x.sizes(), ", expected [..., ", columns_, "]");
+  }
+
+ private:
+  static int64_t next_identity() {
+    static std::atomic<int64_t> next{0};
+    return next++;
+  }
+
+  Tensor packed_, absmax_, absmax_scale_, absmax_offset_, absmax_code_, value_code_;
+  int bits_;
+  int64_t rows_, columns_;
+  std::string slot_;
+  std::shared_ptr<Workspace> workspace_;
+  int64_t identity_;
+};
+
+// dx = dy @ W. Holds the packed matrix, no tensor of the graph.
+struct FrozenProductBackward : public torch::autograd::Node {
+  std::shared_ptr<const PackedMatrix> matrix;
+
+  variable_list apply(variable_list&& grad_outputs) override {
+    TORCH_CHECK(!at::GradMode::is_enabled(), "the product with a packed matrix has no second derivative");
+    if (!grad_outputs[0].defined()) return {Tensor()};
+    return {at::matmul(grad_outputs[0], matrix->shared_dense())};
+  }
+
+  std::string name() const override { return "FrozenProductBackward"; }
+};
+
+// x [..., columns] bf16 -> [..., rows]; differentiable with respect to x.
+Tensor product(const std::shared_ptr<PackedMatrix>& matrix, const Tensor& x) {
+  matrix->check_input(x);
+  std::shared_ptr<FrozenProductBackward> node;
+  if (torch::autograd::compute_requires_grad(x)) {
+    node = std::shared_ptr<FrozenProductBackward>(new FrozenProductBackward(), torch::autograd::deleteNode);
+    node->set_next_edges(torch::autograd::collect_next_edges(x));
+    node->matrix = matrix;
+  }
+  Tensor result;
+  {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    result = at::linear(x, matrix->shared_dense());
+  }
+  if (node) torch::autograd::set_history(result, node);
+  return result;
+}
+
+Tensor shared_dense(const std::shared_ptr<PackedMatrix>& matrix) { return matrix->shared_dense(); }
+
+void fill(const std::shared_ptr<PackedMatrix>& matrix, const Tensor& dense) { matrix->fill(dense); }
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  // wrap_pybind_function keeps the types of torch's exceptions, that of memory running out above all.
+  py::class_<Workspace, std::shared_ptr<Workspace>>(module, "Workspace")
+      .def(py::init<bool>())
+      .def("set_keep_dequantized", &Workspace::set_keep_dequantized)
+      .def("clear", &Workspace::clear)
+      .def("allocated_bytes", &Workspace::allocated_bytes);
+  py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(module, "PackedMatrix")
+      .def(py::init<Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, Tensor, Tensor, int, int64_t, int64_t,
+                    std::string, std::shared_ptr<Workspace>>())
+      .def("fill", torch::wrap_pybind_function(fill))
+      .def("shared_dense", torch::wrap_pybind_function(shared_dense))
+      .def("product", torch::wrap_pybind_function(product));
+}

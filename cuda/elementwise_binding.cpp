@@ -1,0 +1,377 @@
+// Differentiable element-wise operators for torch: checks, memory and autograd around elementwise.cu.
+//
+// The autograd nodes are C++, because at small sizes a layer's time is what launching it costs. They save what is dear
+// (inputs that some product made) and recompute the rest; frozen parameters travel beside the saved tensors, so that
+// activation checkpointing does not handle them.
+
+#include <c10/cuda/CUDAGuard.h>
+#include <c10/cuda/CUDAStream.h>
+#include <torch/csrc/utils/pybind.h>
+#include <torch/extension.h>
+
+#include <limits>
+#include <optional>
+#include <tuple>
+#include <vector>
+
+#include "elementwise.h"
+
+namespace {
+
+using at::Tensor;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
+
+constexpr int kVector = 8;
+
+void check_launch(cudaError_t error, const char* name) {
+  TORCH_CHECK(error == cudaSuccess, "the CUDA kernel ", name, " could not be launched: ", cudaGetErrorString(error));
+}
+
+// Contiguous, and named in the message when it does not fit the kernels.
+Tensor prepared(const Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.is_cuda(), name, " is on ", tensor.device(), ", expected a CUDA device");
+  TORCH_CHECK(tensor.scalar_type() == at::kBFloat16, name, " has dtype ", tensor.scalar_type(), ", expected bfloat16");
+  return tensor.contiguous();
+}
+
+void check_shape(const Tensor& tensor, at::IntArrayRef shape, const char* name) {
+  TORCH_CHECK(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), ", expected ", shape);
+}
+
+void check_channels(int64_t channels, int64_t rows) {
+  TORCH_CHECK(channels % kVector == 0, "the channel count is ", channels, ", expected a multiple of ", kVector);
+  TORCH_CHECK(rows * (channels / kVector) < std::numeric_limits<uint32_t>::max() &&
+                  rows < std::numeric_limits<int32_t>::max(),
+              rows, " rows of ", channels, " channels are more than the kernels can index");
+}
+
+const void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
+
+void* mutable_pointer(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
+
+Tensor value_or_undefined(const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); }
+
+void refuse_double_backward() {
+  TORCH_CHECK(!at::GradMode::is_enabled(), "the fused element-wise operators have no second derivative");
+}
+
+// What forward and backward of the token shift share.
+elementwise::ShiftMix shift_mix_arguments(const Tensor& z, const Tensor& carry, const Tensor& maa,
+                                          const Tensor& modulation, const Tensor& previous) {
+  elementwise::ShiftMix arguments{};
+  arguments.z = pointer(z);
+  arguments.carry = pointer(carry);
+  arguments.maa = pointer(maa);
+  arguments.modulation = pointer(modulation);
+  arguments.previous = previous.defined() ? previous.const_data_ptr<int64_t>() : nullptr;
+  arguments.mixes = static_cast<int>(maa.size(0));
+  arguments.rows = static_cast<int>(z.size(0) * z.size(1));
+  arguments.tokens = static_cast<int>(z.size(1));
+  arguments.channels = static_cast<int>(z.size(2));
+  return arguments;
+}
+
+class ShiftMix : public torch::autograd::Function<ShiftMix> {
+ public:
+  static variable_list forward(AutogradContext* context, const Tensor& z_in, const std::optional<Tensor>& carry_in,
+                               const Tensor& maa_in, const std::optional<Tensor>& modulation_in,
+                               const std::optional<Tensor>& previous, const std::optional<Tensor>& children) {
+    const c10::cuda::CUDAGuard guard(z_in.device());
+    const Tensor z = prepared(z_in, "z");
+    TORCH_CHECK(z.dim() == 3, "z has ", z.dim(), " dimensions, expected [batch, tokens, channels]");
+    const int64_t batch = z.size(0), tokens = z.size(1), channels = z.size(2);
+    check_channels(channels, batch * tokens);
+    const Tensor maa = prepared(maa_in, "maa");
+    const int64_t mixes = maa.size(0);
+    TORCH_CHECK(mixes == 1 || mixes == 2 || mixes == 5, "maa holds ", mixes, " mixes, expected 1, 2 or 5");
+    check_shape(maa, {mixes, channels}, "maa");
+    Tensor carry, modulation;
+    if (carry_in) {
+      TORCH_CHECK(!previous, "carry and previous exclude each other here");
+      carry = prepared(*carry_in, "carry");
+      check_shape(carry, {batch, channels}, "carry");
+    }
+    if (modulation_in) {
+      modulation = prepared(*modulation_in, "modulation");
+      check_shape(modulation, {mixes, batch, tokens, channels}, "modulation");
+    }
+    if (previous) {
+      TORCH_CHECK(batch == 1, "a packed row has batch size 1, got ", batch);
+      check_shape(*previous, {tokens}, "previous");
+      TORCH_CHECK(children && children->sizes() == at::IntArrayRef({2, tokens}), "children must be [2, tokens]");
+      TORCH_CHECK(previous->device() == z.device() && children->device() == z.device(),
+                  "previous and children must be on z's device");
+      TORCH_CHECK(previous->is_contiguous() && children->is_contiguous(), "previous and children must be contiguous");
+    }
+
+    variable_list outputs(mixes);
+    elementwise::MixPointers pointers{};
+    for (int64_t g = 0; g < mixes; ++g) {
+      outputs[g] = at::empty_like(z);
+      pointers.mix[g] = mutable_pointer(outputs[g]);
+    }
+    const auto arguments = shift_mix_arguments(z, carry, maa, modulation, value_or_undefined(previous));
+    check_launch(elementwise::shift_mix_forward(arguments, pointers, c10::cuda::getCurrentCUDAStream()), "shift_mix");
+
+    context->set_materialize_grads(false);
+    const bool carry_gradient = carry_in && carry_in->requires_grad();
+    const bool modulation_gradient = modulation_in && modulation_in->requires_grad();
+    if (z_in.requires_grad() || carry_gradient || modulation_gradient) {
+      // Without modulation the proportions are constants and the backward needs no input at all.
+      if (modulation.defined()) {
+        context->save_for_backward({z, modulation, carry});
+      }
+      context->saved_data["maa"] = maa;
+      context->saved_data["shape"] = z.sizes().vec();
+      context->saved_data["carry_gradient"] = carry_gradient;
+      context->saved_data["modulation_gradient"] = modulation_gradient;
+      if (previous) {
+        context->saved_data["previous"] = *previous;
+        context->saved_data["children"] = *children;
+      }
+    }
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    refuse_double_backward();
+    const Tensor maa = context->saved_data["maa"].toTensor();
+    const auto shape = context->saved_data["shape"].toIntVector();
+    const c10::cuda::CUDAGuard guard(maa.device());
+    variable_list result(6);
+    std::vector<Tensor> grads(grad_outputs.size());
+    elementwise::MixPointers pointers{};
+    bool any = false;
+    for (size_t g = 0; g < grad_outputs.size(); ++g) {
+      if (!grad_outputs[g].defined()) continue;
+      grads[g] = prepared(grad_outputs[g], "the gradient of shift_mix");
+      pointers.mix[g] = mutable_pointer(grads[g]);
+      any = true;
+    }
+    if (!any) return result;
+
+    Tensor z, modulation, carry, previous, children;
+    const auto saved = context->get_saved_variables();
+    if (!saved.empty()) {
+      z = saved[0];
+      modulation = saved[1];
+      carry = saved[2];
+    }
+    if (context->saved_data.count("previous") != 0) {
+      previous = context->saved_data["previous"].toTensor();
+      children = context->saved_data["children"].toTensor();
+    }
+    const Tensor grad_z = at::empty(shape, maa.options());
+    elementwise::ShiftMix arguments = shift_mix_arguments(grad_z, carry, maa, modulation, previous);
+    arguments.z = pointer(z);
+    Tensor grad_carry, grad_modulation;
+    if (context->saved_data["carry_gradient"].toBool()) {
+      grad_carry = at::empty({shape[0], shape[2]}, maa.options());
+    }
+    if (context->saved_data["modulation_gradient"].toBool()) {
+      grad_modulation = at::empty_like(modulation);
+    }
+    check_launch(elementwise::shift_mix_backward(
+                     arguments, pointers, children.defined() ? children.const_data_ptr<int>() : nullptr,
+                     mutable_pointer(grad_z), mutable_pointer(grad_carry), mutable_pointer(grad_modulation),
+                     c10::cuda::getCurrentCUDAStream()),
+                 "shift_mix backward");
+    result[0] = grad_z;
+    result[1] = grad_carry;
+    result[3] = grad_modulation;
+    return result;
+  }
+};
+
+class GroupNormSiluGate : public torch::autograd::Function<GroupNormSiluGate> {
+ public:
+  static Tensor forward(AutogradContext* context, const Tensor& y_in, const Tensor& gate_in, const Tensor& weight_in,
+                        const Tensor& bias_in, double eps) {
+    const c10::cuda::CUDAGuard guard(y_in.device());
+    const Tensor y = prepared(y_in, "y"), gate = prepared(gate_in, "gate");
+    const Tensor weight = prepared(weight_in, "weight"), bias = prepared(bias_in, "bias");
+    TORCH_CHECK(y.dim() == 4, "y has ", y.dim(), " dimensions, expected [batch, tokens, heads, head size]");
+    const int64_t head_size = y.size(3), channels = y.size(2) * head_size;
+    TORCH_CHECK(head_size == 16 || head_size == 32 || head_size == 64 || head_size == 128, "the head size is ",
+                head_size, ", expected 16, 32, 64 or 128");
+    check_channels(channels, y.size(0) * y.size(1));
+    check_shape(gate, {y.size(0), y.size(1), channels}, "gate");
+    check_shape(weight, {channels}, "weight");
+    check_shape(bias, {channels}, "bias");
+    const Tensor output = at::empty_like(gate);
+    check_launch(elementwise::group_norm_silu_gate_forward(
+                     pointer(y), pointer(gate), pointer(weight), pointer(bias), static_cast<float>(eps),
+                     mutable_pointer(output), static_cast<int>(y.size(0) * y.size(1)), static_cast<int>(channels),
+                     static_cast<int>(head_size), c10::cuda::getCurrentCUDAStream()),
+                 "group_norm_silu_gate");
+    if (y_in.requires_grad() || gate_in.requires_grad()) {
+      context->save_for_backward({y, gate});
+      context->saved_data["weight"] = weight;
+      context->saved_data["bias"] = bias;
+      context->saved_data["eps"] = eps;
+    }
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    refuse_double_backward();
+    const auto saved = context->get_saved_variables();
+    const Tensor &y = saved[0], &gate = saved[1];
+    const Tensor weight = context->saved_data["weight"].toTensor(), bias = context->saved_data["bias"].toTensor();
+    const c10::cuda::CUDAGuard guard(y.device());
+    const Tensor grad_output = prepared(grad_outputs[0], "the gradient of group_norm_silu_gate");
+    const Tensor grad_y = at::empty_like(y), grad_gate = at::empty_like(gate);
+    check_launch(elementwise::group_norm_silu_gate_backward(
+                     pointer(y), pointer(gate), pointer(weight), pointer(bias),
+                     static_cast<float>(context->saved_data["eps"].toDouble()), pointer(grad_output),
+                     mutable_pointer(grad_y), mutable_pointer(grad_gate), static_cast<int>(y.size(0) * y.size(1)),
+                     static_cast<int>(gate.size(2)), static_cast<int>(y.size(3)), c10::cuda::getCurrentCUDAStream()),
+                 "group_norm_silu_gate backward");
+    return {grad_y, grad_gate, Tensor(), Tensor(), Tensor()};
+  }
+};
+
+void check_vectors(const Tensor& tensor, const char* name) {
+  TORCH_CHECK(tensor.numel() % kVector == 0, name, " has ", tensor.numel(), " values, expected a multiple of ",
+              kVector);
+}
+
+class SquaredRelu : public torch::autograd::Function<SquaredRelu> {
+ public:
+  static Tensor forward(AutogradContext* context, const Tensor& x_in) {
+    const c10::cuda::CUDAGuard guard(x_in.device());
+    const Tensor x = prepared(x_in, "x");
+    check_vectors(x, "x");
+    const Tensor output = at::empty_like(x);
+    check_launch(elementwise::squared_relu_forward(pointer(x), mutable_pointer(output), x.numel(),
+                                                   c10::cuda::getCurrentCUDAStream()),
+                 "squared_relu");
+    if (x_in.requires_grad()) context->save_for_backward({x});
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    refuse_double_backward();
+    const Tensor x = context->get_saved_variables()[0];
+    const c10::cuda::CUDAGuard guard(x.device());
+    const Tensor grad_output = prepared(grad_outputs[0], "the gradient of squared_relu");
+    const Tensor grad_x = at::empty_like(x);
+    check_launch(elementwise::squared_relu_backward(pointer(x), pointer(grad_output), mutable_pointer(grad_x),
+                                                    x.numel(), c10::cuda::getCurrentCUDAStream()),
+                 "squared_relu backward");
+    return {grad_x};
+  }
+};
+
+class SigmoidGatedResidual : public torch::autograd::Function<SigmoidGatedResidual> {
+ public:
+  static Tensor forward(AutogradContext* context, const Tensor& x_in, const Tensor& r_in, const Tensor& value_in) {
+    const c10::cuda::CUDAGuard guard(x_in.device());
+    const Tensor x = prepared(x_in, "x"), r = prepared(r_in, "r"), value = prepared(value_in, "value");
+    check_vectors(x, "x");
+    check_shape(r, x.sizes(), "r");
+    check_shape(value, x.sizes(), "value");
+    const Tensor output = at::empty_like(x);
+    check_launch(
+        elementwise::sigmoid_gated_residual_forward(pointer(x), pointer(r), pointer(value), mutable_pointer(output),
+                                                    x.numel(), c10::cuda::getCurrentCUDAStream()),
+        "sigmoid_gated_residual");
+    if (x_in.requires_grad() || r_in.requires_grad() || value_in.requires_grad()) {
+      context->save_for_backward({r, value});
+    }
+    return output;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    refuse_double_backward();
+    const auto saved = context->get_saved_variables();
+    const Tensor &r = saved[0], &value = saved[1];
+    const c10::cuda::CUDAGuard guard(r.device());
+    const Tensor grad_output = prepared(grad_outputs[0], "the gradient of sigmoid_gated_residual");
+    const Tensor grad_r = at::empty_like(r), grad_value = at::empty_like(value);
+    check_launch(elementwise::sigmoid_gated_residual_backward(
+                     pointer(r), pointer(value), pointer(grad_output), mutable_pointer(grad_r),
+                     mutable_pointer(grad_value), r.numel(), c10::cuda::getCurrentCUDAStream()),
+                 "sigmoid_gated_residual backward");
+    return {grad_outputs[0], grad_r, grad_value};
+  }
+};
+
+std::vector<Tensor> shift_mixes(const Tensor& z, const std::optional<Tensor>& carry, const Tensor& maa,
+                                const std::optional<Tensor>& modulation, const std::optional<Tensor>& previous,
+                                const std::optional<Tensor>& children) {
+  return ShiftMix::apply(z, carry, maa, modulation, previous, children);
+}
+
+Tensor group_norm_silu_gate(const Tensor& y, const Tensor& gate, const Tensor& weight, const Tensor& bias,
+                            double eps) {
+  return GroupNormSiluGate::apply(y, gate, weight, bias, eps);
+}
+
+Tensor squared_relu(const Tensor& x) { return SquaredRelu::apply(x); }
+
+Tensor sigmoid_gated_residual(const Tensor& x, const Tensor& r, const Tensor& value) {
+  return SigmoidGatedResidual::apply(x, r, value);
+}
+
+// Both check what both kernels rely on.
+void check_logits(const Tensor& logits, const Tensor& targets) {
+  TORCH_CHECK(logits.is_cuda() && logits.scalar_type() == at::kBFloat16 && logits.dim() == 2 && logits.is_contiguous(),
+              "logits must be a contiguous bfloat16 matrix [rows, vocabulary] on a CUDA device");
+  TORCH_CHECK(logits.size(1) % kVector == 0, "the vocabulary has ", logits.size(1), " entries, expected a multiple of ",
+              kVector);
+  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.is_contiguous() && targets.device() == logits.device(),
+              "targets must be contiguous int64 on the logits' device");
+  check_shape(targets, {logits.size(0)}, "targets");
+}
+
+template <typename Value>
+Value* row_values(const Tensor& tensor, const Tensor& logits, const char* name) {
+  TORCH_CHECK(tensor.is_contiguous() && tensor.device() == logits.device(), name,
+              " must be contiguous on the logits' device");
+  check_shape(tensor, {logits.size(0)}, name);
+  return tensor.data_ptr<Value>();
+}
+
+void logit_statistics(const Tensor& logits, const Tensor& targets, const Tensor& logp, const Tensor& max_logit,
+                      const Tensor& logsumexp, const Tensor& argmax) {
+  check_logits(logits, targets);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  check_launch(
+      elementwise::logit_statistics(pointer(logits), targets.const_data_ptr<int64_t>(),
+                                    row_values<float>(logp, logits, "logp"),
+                                    row_values<float>(max_logit, logits, "max_logit"),
+                                    row_values<float>(logsumexp, logits, "logsumexp"),
+                                    row_values<int>(argmax, logits, "argmax"), static_cast<int>(logits.size(0)),
+                                    static_cast<int>(logits.size(1)), c10::cuda::getCurrentCUDAStream()),
+      "logit_statistics");
+}
+
+void logit_gradient(const Tensor& logits, const Tensor& targets, const Tensor& logsumexp, const Tensor& argmax,
+                    const Tensor& grad_logp, const Tensor& grad_max_logit) {
+  check_logits(logits, targets);
+  const c10::cuda::CUDAGuard guard(logits.device());
+  check_launch(
+      elementwise::logit_gradient(mutable_pointer(logits), targets.const_data_ptr<int64_t>(),
+                                  row_values<float>(logsumexp, logits, "logsumexp"),
+                                  row_values<int>(argmax, logits, "argmax"),
+                                  row_values<float>(grad_logp, logits, "grad_logp"),
+                                  row_values<float>(grad_max_logit, logits, "grad_max_logit"),
+                                  static_cast<int>(logits.size(0)), static_cast<int>(logits.size(1)),
+                                  c10::cuda::getCurrentCUDAStream()),
+      "logit_gradient");
+}
+
+}  // namespace
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
+  // wrap_pybind_function lets Python exceptions pass that autograd's hooks raise inside (checkpointing ends a
+  // recomputation by one).
+  module.def("shift_mixes", torch::wrap_pybind_function(shift_mixes));
+  module.def("group_norm_silu_gate", torch::wrap_pybind_function(group_norm_silu_gate));
+  module.def("squared_relu", torch::wrap_pybind_function(squared_relu));
+  module.def("sigmoid_gated_residual", torch::wrap_pybind_function(sigmoid_gated_residual));
+  module.def("logit_statistics", torch::wrap_pybind_function(logit_statistics));
+  module.def("logit_gradient", torch::wrap_pybind_function(logit_gradient));
+}

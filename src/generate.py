@@ -1,0 +1,350 @@
+"""Text from a model: batched, recurrent sampling with carried state, and the scoring of given answers.
+
+Prompts of different length are read together in packed rows. From then on every row is one step of the
+recurrence per token, whatever came before, and a row that has finished leaves the batch.
+
+Random numbers belong to (seed, row number): which rows are sampled together, and in what order, changes
+nothing but the rounding of the model's output.
+
+Letters: B rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from src.data.preference_batches import PairForm, PreferenceDataset
+from src.data.preferences import PreferencePair
+from src.errors import CheckpointError
+from src.layout import SegmentLayout
+from src.losses import Role, slot
+from src.model.rwkv6 import RWKV6
+from src.model.state import LayerState, ModelState, select_rows
+from src.ops.token_logps import token_logps
+from src.tokenizer import Tokenizer
+
+PROMPT_CHUNK_TOKENS = 4096
+"""Prompt tokens read at a time: bounds the memory of the first phase, whatever the prompts' lengths."""
+
+_SAMPLING_STREAM = 0x5361_6D70  # keeps these random numbers apart from others of the same seed
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How tokens are chosen and when a row ends. Defaults are those of RWKV-LM-State-4bit-Orpo's rejects.
+
+    Attributes:
+        temperature: 0 takes the most probable token.
+        top_p: only the most probable tokens that together reach this are sampled.
+        presence_penalty: taken off the logit of every token seen in the answer.
+        frequency_penalty: taken off once for each time it was seen.
+        penalty_decay: factor on all counts per token generated.
+        max_tokens: longest answer.
+        stop: text that ends an answer; it stays in. Empty: none does.
+        forbidden_tokens: never sampled; without 0 among them, an end-of-document token ends a row.
+        seed: of the random numbers, 0 or more.
+    """
+
+    temperature: float = 1.0
+    top_p: float = 0.3
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 1.0
+    penalty_decay: float = 0.996
+    max_tokens: int = 1000
+    stop: str = "\n\n"
+    forbidden_tokens: tuple[int, ...] = (0,)
+    seed: int = 42
+
+    def problems(self) -> list[str]:
+        """What is wrong with the values, a clause each; names are those of the flags."""
+        checks = {
+            f"--temperature {self.temperature} must not be negative": self.temperature >= 0,
+            f"--top_p {self.top_p} must lie between 0 and 1": 0 <= self.top_p <= 1,
+            f"--penalty_decay {self.penalty_decay} must lie between 0 and 1": 0 <= self.penalty_decay <= 1,
+            f"--max_tokens {self.max_tokens} must be at least 1": self.max_tokens >= 1,
+            f"--seed {self.seed} must not be negative": self.seed >= 0,
+        }
+        return [problem for problem, fine in checks.items() if not fine]
+
+
+def generate(
+    model: RWKV6,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    settings: SamplingSettings,
+    *,
+    row_numbers: Sequence[int] | None = None,
+    on_finished: Callable[[int, int], None] = lambda row, tokens: None,
+) -> list[str]:
+    """Continues every prompt, from the model's `time_state`.
+
+    Bytes that are not valid UTF-8, such as a character cut off at `max_tokens`, appear as U+FFFD.
+
+    Args:
+        model: on any device; its mode and gradients are left as they are.
+        tokenizer: of its vocabulary.
+        prompts: B texts; an empty one is read as the end-of-document token.
+        settings: see SamplingSettings.
+        row_numbers: B numbers that the random numbers are drawn for; by default 0 … B - 1.
+        on_finished: called with a row's place among the prompts and its length in tokens, when it has ended.
+
+    Returns:
+        B answers, without their prompts, with the stop text where it was met.
+
+    Raises:
+        CheckpointError: the model's output is not finite.
+    """
+    numbers = list(range(len(prompts)) if row_numbers is None else row_numbers)
+    assert len(numbers) == len(prompts)
+    answers = [_Answer(tokenizer, settings) for _ in prompts]
+    if not prompts:
+        return []
+    encoded = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
+    draws = np.stack([_random_numbers(settings, number) for number in numbers])
+    with _inference(model):
+        logits, state = read_prompts(model, encoded)
+        sampler = _Sampler(settings, logits, torch.from_numpy(draws).to(logits.device))
+        active = list(range(len(prompts)))
+        while True:
+            tokens = sampler.sample(logits)
+            running = []
+            for place, token in enumerate(tokens.tolist()):
+                if token < 0:
+                    raise CheckpointError(
+                        "the model's output is not finite, so no token can be sampled: check the model and "
+                        "state files, and use --precision bf16 or fp32"
+                    )
+                answer = answers[active[place]]
+                if answer.take(token):
+                    on_finished(active[place], answer.tokens)
+                else:
+                    running.append(place)
+            if not running:
+                return [answer.text for answer in answers]
+            if len(running) < len(active):
+                active = [active[place] for place in running]
+                index = torch.tensor(running, device=logits.device)
+                tokens, state = tokens[index], select_rows(state, index)
+                sampler.keep(index)
+            hidden, after = model(tokens[:, None], state, return_state=True)
+            assert after is not None
+            state = after
+            logits = model.logits(hidden[:, -1]).float()
+
+
+def read_prompts(model: RWKV6, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, ModelState]:
+    """What the model expects after each prompt, and its memory of it.
+
+    Args:
+        model: starts every prompt from its `time_state`.
+        prompts: B lists of at least one token.
+
+    Returns:
+        (logits [B, V] fp32, state of B rows), on the model's device.
+    """
+    logits: list[Tensor] = []
+    states: list[ModelState] = []
+    for group in _chunks(prompts):
+        if len(group) == 1 and len(group[0]) > PROMPT_CHUNK_TOKENS:
+            last, state = _read_long_prompt(model, group[0])
+        else:
+            layout = SegmentLayout.packed([len(prompt) for prompt in group], model.device)
+            row = torch.tensor([[token for prompt in group for token in prompt]])
+            hidden, packed_state = model(row, layout=layout, return_state=True)
+            assert packed_state is not None
+            last, state = hidden[0, layout.last_positions.to(hidden.device)], packed_state
+        logits.append(model.logits(last).float())
+        states.append(state)
+    layers = zip(*states, strict=True)
+    return torch.cat(logits), [LayerState(*map(torch.cat, zip(*layer, strict=True))) for layer in layers]
+
+
+def _read_long_prompt(model: RWKV6, prompt: Sequence[int]) -> tuple[Tensor, ModelState]:
+    """Last hidden state [1, C] and the memory of a prompt, read in pieces."""
+    state: ModelState | None = None
+    for start in range(0, len(prompt), PROMPT_CHUNK_TOKENS):
+        piece = torch.tensor([list(prompt[start : start + PROMPT_CHUNK_TOKENS])])
+        hidden, state = model(piece, state, return_state=True)
+    assert state is not None
+    return hidden[:, -1], state
+
+
+def _chunks(prompts: Sequence[Sequence[int]]) -> Iterator[list[Sequence[int]]]:
+    """Neighbouring prompts of together at most PROMPT_CHUNK_TOKENS tokens; a longer one alone."""
+    group: list[Sequence[int]] = []
+    room = PROMPT_CHUNK_TOKENS
+    for prompt in prompts:
+        assert prompt, "a prompt without tokens"
+        if group and len(prompt) > room:
+            yield group
+            group, room = [], PROMPT_CHUNK_TOKENS
+        group.append(prompt)
+        room -= len(prompt)
+    if group:
+        yield group
+
+
+def sampling_probabilities(logits: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Probabilities after top-p, then temperature.
+
+    Where rounding keeps the sum of all probabilities below top_p, all tokens stay.
+
+    Args:
+        logits: [B, V] fp32.
+        temperature: 0 means top_p 0 at temperature 1: the most probable token, or those that share the top.
+        top_p: tokens with a probability below the threshold are out, and all that equal it stay.
+
+    Returns:
+        [B, V] fp32, each row summing up to 1.
+
+    Source: `PIPELINE.sample_logits` of the PyPI package rwkv 0.8.32.
+    """
+    if temperature == 0:
+        temperature, top_p = 1.0, 0.0
+    probabilities = logits.softmax(-1)
+    falling = probabilities.sort(-1, descending=True).values
+    reached = (falling.cumsum(-1) < top_p).sum(-1, keepdim=True)
+    threshold = falling.gather(-1, reached.clamp(max=logits.shape[-1] - 1))
+    kept = torch.where(probabilities >= threshold, probabilities, 0)
+    if temperature != 1:
+        # Divided by the largest first: a power far above 1 would round all of them to zero.
+        kept = (kept / falling[:, :1]).pow(1 / temperature)
+    return kept / kept.sum(-1, keepdim=True)
+
+
+def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
+    """The token at which the running sum of probabilities passes each uniform number.
+
+    Args:
+        probabilities: [B, V], not necessarily normalised.
+        uniform: [B] fp64 in [0, 1).
+
+    Returns:
+        int64 [B]; never a token of probability 0.
+    """
+    sums = probabilities.double().cumsum(-1)
+    total = sums[:, -1]
+    goal = torch.minimum(uniform * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(sums, goal[:, None], right=True)[:, 0]
+
+
+class _Sampler:
+    """Penalties, sampling and random numbers of the rows still running."""
+
+    def __init__(self, settings: SamplingSettings, logits: Tensor, draws: Tensor) -> None:
+        self._settings = settings
+        self._forbidden = torch.tensor(settings.forbidden_tokens, dtype=torch.int64, device=logits.device)
+        self._counts = torch.zeros_like(logits)
+        self._draws = draws
+        self._step = 0
+
+    def sample(self, logits: Tensor) -> Tensor:
+        """int64 [B] tokens for logits [B, V]; -1 where the logits are not finite."""
+        settings = self._settings
+        finite = logits.isfinite().all(-1)
+        scores = logits - self._counts * settings.frequency_penalty
+        if settings.presence_penalty:
+            scores -= settings.presence_penalty * (self._counts > 0)
+        scores.index_fill_(1, self._forbidden, -torch.inf)
+        scores = torch.where(finite[:, None], scores, 0)
+        probabilities = sampling_probabilities(scores, settings.temperature, settings.top_p)
+        tokens = draw(probabilities, self._draws[:, self._step])
+        self._counts *= settings.penalty_decay
+        self._counts.scatter_add_(1, tokens[:, None], torch.ones_like(self._counts[:, :1]))
+        self._step += 1
+        return torch.where(finite, tokens, -1)
+
+    def keep(self, index: Tensor) -> None:
+        """Goes on with the rows named by int64 [K]."""
+        self._counts = self._counts[index]
+        self._draws = self._draws[index]
+
+
+class _Answer:
+    """The text of one row while it grows. Stops are looked for in bytes: one can straddle tokens."""
+
+    def __init__(self, tokenizer: Tokenizer, settings: SamplingSettings) -> None:
+        self._tokenizer = tokenizer
+        self._stop = settings.stop.encode()
+        self._limit = settings.max_tokens
+        self._bytes = bytearray()
+        self.tokens = 0
+
+    def take(self, token: int) -> bool:
+        """Adds a token; True when the answer has ended with it."""
+        self.tokens += 1
+        if token == self._tokenizer.end_of_document:
+            return True
+        search_from = max(0, len(self._bytes) - len(self._stop) + 1)
+        self._bytes += self._tokenizer.decode_bytes([token])
+        if self._stop:
+            place = self._bytes.find(self._stop, search_from)
+            if place >= 0:
+                del self._bytes[place + len(self._stop) :]
+                return True
+        return self.tokens == self._limit
+
+    @property
+    def text(self) -> str:
+        """All of it so far."""
+        return self._bytes.decode("utf-8", errors="replace")
+
+
+def _random_numbers(settings: SamplingSettings, row: int) -> np.ndarray:
+    """[max_tokens] fp64 in [0, 1), the same for a row whatever is sampled beside it."""
+    return np.random.default_rng((settings.seed, _SAMPLING_STREAM, row)).random(settings.max_tokens)
+
+
+def answer_logps(
+    model: RWKV6,
+    pairs: Sequence[PreferencePair],
+    on_pair: Callable[[int], None] = lambda done: None,
+) -> list[tuple[float, float]]:
+    """Log-probabilities of chosen and rejected answers given their prompts, summed over the answer's tokens.
+
+    Args:
+        model: scored as it is, `time_state` included.
+        pairs: tokens of its vocabulary.
+        on_pair: called with the number of pairs done.
+
+    Returns:
+        (chosen, rejected) for every pair, in nats; 0 for an answer without tokens.
+    """
+    longest = max(len(tokens) for pair in pairs for tokens in (pair.prompt, pair.chosen, pair.rejected))
+    dataset = PreferenceDataset(
+        pairs, source="", form=PairForm.SHARED_PROMPT, longest=longest, micro_bsz=1, seed=0
+    )
+    sums: list[tuple[float, float]] = []
+    with _inference(model):
+        for batch in dataset.batches_in_order():
+            on_device = batch.to(model.device)
+            hidden, _ = model(on_device.tokens, layout=on_device.layout)
+            head = model.head.weight.to(model.compute_dtype)
+            logp, _ = token_logps(hidden[0], head, on_device.targets)
+            of_answers = [
+                logp.double()[on_device.groups == slot(0, role)].sum()
+                for role in (Role.CHOSEN, Role.REJECTED)
+            ]
+            chosen, rejected = torch.stack(of_answers).tolist()
+            sums.append((chosen, rejected))
+            on_pair(len(sums))
+    return sums
+
+
+@contextmanager
+def _inference(model: RWKV6) -> Iterator[None]:
+    """No gradients and no dropout; the model's mode is put back."""
+    was_training = model.training
+    model.eval()
+    try:
+        # Not inference_mode: what the model caches meanwhile must stay usable for training.
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,213 @@
+"""Seconds per step and memory of whole training steps on random weights of the true shapes.
+
+    python tests/bench/bench_step.py                       every row
+    python tests/bench/bench_step.py --rows sft-7b-1024,orpo-14b --steps 8
+
+Each row runs in a process of its own, so that its memory is its own. Time is the median of the steps
+after the first two; "peak" is torch's allocator, "used" what the device reports at the end, CUDA context
+included. Nothing is printed for a row whose gradients disagree with the plain fp32 path on a small model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(REPOSITORY))
+
+SIZES = {"1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (61, 4096)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line of the table: what is trained on what."""
+
+    size: str
+    ctx_len: int
+    grad_cp: int = 1
+    orpo: bool = False
+    flags: tuple[str, ...] = ()
+
+    @property
+    def title(self) -> str:
+        kind = "ORPO" if self.orpo else "SFT"
+        length = "512 + 512 / 512" if self.orpo else f"ctx {self.ctx_len}"
+        return f"{kind} {self.size.upper()} {length}, grad_cp {self.grad_cp}{' ' + ' '.join(self.flags) if self.flags else ''}"
+
+
+ROWS = {
+    "sft-1.6b-1024": Row("1.6b", 1024),
+    "sft-3b-1024": Row("3b", 1024),
+    "sft-7b-1024": Row("7b", 1024),
+    "sft-7b-4096": Row("7b", 4096),
+    "sft-7b-4096-keep": Row("7b", 4096, grad_cp=0),
+    "sft-14b-1024": Row("14b", 1024),
+    "orpo-1.6b": Row("1.6b", 1024, orpo=True),
+    "orpo-7b": Row("7b", 1024, orpo=True),
+    "orpo-14b": Row("14b", 1024, orpo=True),
+}
+
+
+def run_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[str, float]:
+    """Trains `steps` steps in this process and returns the figures."""
+    from src.cli import given_train_flags
+    from src.config import TrainConfig
+    from src.loading import build_model
+    from src.model.parameters import ModelShape
+    from src.training.hardware import resolve_hardware
+    from src.training.module import TrainingModule
+    from src.training.run import fit, load_options, make_schedule, prepare_work
+
+    layers, channels = SIZES[row.size]
+    shape = ModelShape.from_sizes(
+        n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096
+    )
+    folder = Path(tempfile.mkdtemp())
+    flags = [
+        "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
+        "--grad_cp", str(row.grad_cp), "--epoch_steps", str(steps), "--epoch_count", "1", "--epoch_save", "0",
+        "--strategy", strategy, "--quant", "1", "--quant_type", "nf4", *row.flags, *extra,
+    ]  # fmt: skip
+    flags += _preference_flags(folder) if row.orpo else _text_flags(folder, row.ctx_len, steps)
+    config = TrainConfig.from_flags(given_train_flags(flags))
+    hardware = resolve_hardware(config)
+    work = prepare_work(config, hardware, shape)
+    model = build_model(RandomTensors(shape, hardware.device), shape, load_options(config, hardware))
+    module = TrainingModule(model, work.objective, config)
+    _, monitor, _ = fit(module, work, make_schedule(config, work), hardware, config, folder)
+    return {
+        "seconds": statistics.median(monitor.step_seconds[2:]),
+        "peak_gib": monitor.peak_bytes / 2**30,
+        "used_gib": monitor.used_bytes / 2**30,
+        "loss": monitor.losses[-1],
+    }
+
+
+class RandomTensors(Mapping):  # type: ignore[type-arg]
+    """A checkpoint of random weights, each tensor made on the device when it is asked for."""
+
+    def __init__(self, shape: object, device: object) -> None:
+        import torch
+
+        from src.model.parameters import parameter_shapes
+
+        self._shapes = parameter_shapes(shape)  # type: ignore[arg-type]
+        self._device = device
+        self._generator = torch.Generator(device).manual_seed(1)  # type: ignore[arg-type]
+
+    def __getitem__(self, name: str) -> object:
+        import torch
+
+        size = self._shapes[name]
+        if name.endswith(("ln_x.weight", "ln0.weight", "ln1.weight", "ln2.weight", "ln_out.weight")):
+            return torch.ones(size, dtype=torch.bfloat16)
+        if name == "emb.weight":
+            return torch.randn(size, dtype=torch.bfloat16) * 0.1
+        values = torch.randn(size, device=self._device, dtype=torch.bfloat16, generator=self._generator)
+        if name.endswith("time_decay"):
+            return values - 4
+        return values * (0.02 if len(size) > 1 else 0.1)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
+
+
+def _text_flags(folder: Path, ctx_len: int, documents: int) -> list[str]:
+    import numpy as np
+
+    from src.data.binidx import write_binidx
+
+    rng = np.random.default_rng(0)
+    write_binidx(str(folder / "data"), [rng.integers(1, 65529, ctx_len + 1) for _ in range(documents)], np.int32)
+    return ["--data_file", str(folder / "data")]
+
+
+def _preference_flags(folder: Path) -> list[str]:
+    import numpy as np
+
+    from src.checkpoint import save_pairs
+    from src.data.preferences import PreferencePair
+
+    rng = np.random.default_rng(0)
+    pairs = [PreferencePair(*(rng.integers(1, 65529, 512).tolist() for _ in range(3))) for _ in range(16)]
+    save_pairs(folder / "pairs.save", pairs)
+    return ["--orpo", "1", "--rlhf_train_file", str(folder / "pairs.save"), "--rlhf_max_corpus_len", "512"]
+
+
+def gradients_agree() -> bool:
+    """Whether a small bf16 model's state gradients on the GPU follow the fp32 chunked form."""
+    import torch
+
+    from src.loading import LoadOptions, build_model
+    from src.model.rwkv6 import Recompute
+    from src.model.parameters import ModelShape
+    from src.training.objectives import SFTObjective
+    from src.data.batches import packed_batch
+
+    shape = ModelShape.from_sizes(n_layer=2, n_embd=256, vocab_size=1024)
+    device = torch.device("cuda")
+    generator = torch.Generator().manual_seed(0)
+    tensors = {name: tensor for name, tensor in RandomTensors(shape, torch.device("cuda")).items()}
+    import numpy as np
+
+    documents = [np.asarray(torch.randint(1, 1024, (n,), generator=generator)) for n in (70, 33, 129)]
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = build_model(tensors, shape, LoadOptions(device=device, compute_dtype=dtype, recompute=Recompute.ALL))
+        SFTObjective()(model, packed_batch(documents, [None] * 3, [0, 1, 2])).loss.backward()
+        gradients.append(torch.cat([block.att.time_state.grad.flatten() for block in model.blocks]))
+    exact, fast = gradients
+    error = ((fast - exact).norm() / exact.norm()).item()
+    print(f"state gradients, bf16 against fp32: relative error {error:.2e}", file=sys.stderr)
+    return error < 0.05
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--steps", type=int, default=8)
+    parser.add_argument("--strategy", default="deepspeed_stage_1")
+    parser.add_argument("--json", help="also write the figures here")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    options, extra = parser.parse_known_args()
+    if options.one:
+        print("RESULT " + json.dumps(run_row(ROWS[options.one], options.steps, options.strategy, extra)))
+        return
+
+    import torch
+
+    if not gradients_agree():
+        sys.exit("the fast path's gradients are wrong: nothing is timed")
+    results = {}
+    for name in options.rows.split(","):
+        command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps), "--strategy", options.strategy, *extra]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env={**os.environ})
+        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        if not lines:
+            print(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}", file=sys.stderr)
+            continue
+        results[name] = json.loads(lines[0][7:])
+        print(name, results[name], file=sys.stderr, flush=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit.strip() or 'unknown'}, {options.strategy}, nf4, bf16\n")
+    print("| work | s/step | peak GiB | used GiB |\n|---|---|---|---|")
+    for name, row in results.items():
+        print(f"| {ROWS[name].title} | {row['seconds']:.3f} | {row['peak_gib']:.2f} | {row['used_gib']:.2f} |")
+    if options.json:
+        Path(options.json).write_text(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""An inference client that nobody here wrote, PyPI's `rwkv`, gives this model's logits.
+
+The client is compared in fp32 on fp32 copies of the models, because it rounds ln0(emb) in the file's
+dtype. Its models: a random one of uneven sizes, the bundled demonstration's, and the real trained one of
+`RWKV_TEST_DATA` where that is set.
+"""
+
+import importlib
+import os
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from factories import tiny_checkpoint, tiny_state_file
+from torch import Tensor
+
+from src.checkpoint import open_checkpoint, save_model
+from src.loading import LoadOptions, build_model
+from src.model.rwkv6 import RWKV6
+
+ROOT = Path(__file__).resolve().parents[2]
+BUNDLED_MODELS = sorted((ROOT / "src" / "demo").glob("*.pth"))
+TOLERANCE = 1e-5
+"""Largest difference at a position over the position's largest logit; 2e-6 was measured on the 12-layer
+trained model over 100 tokens, torch 2.13 on an x86-64 CPU."""
+
+LENGTH_TOKENS = 48
+
+
+@pytest.fixture(scope="module")
+def client() -> Iterator[ModuleType]:
+    """The `rwkv` package, which reads its settings from the environment at import."""
+    settings = {"RWKV_V7_ON": "0", "RWKV_JIT_ON": "0", "RWKV_CUDA_ON": "0"}
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    yield importlib.import_module("rwkv.model")
+    for name, value in before.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def random_model(folder: Path, request: pytest.FixtureRequest) -> Path:
+    """Two layers of uneven sizes with every part active."""
+    tiny_checkpoint(folder / "source.pth", n_layer=2, n_embd=64, head_size=16, vocab_size=260, seed=3)
+    return folder / "source.pth"
+
+
+def trained_model(folder: Path, request: pytest.FixtureRequest) -> Path:
+    """The real one: 12 layers, 16 heads of size 8, vocabulary 256."""
+    path: Path = request.getfixturevalue("test_data") / "tiny-rwkv6-3m-utf16.pth"
+    return path
+
+
+def bundled(path: Path) -> Callable[[Path, pytest.FixtureRequest], Path]:
+    """A model of the bundled demonstration."""
+    return lambda folder, request: path
+
+
+SOURCES = [
+    pytest.param(random_model, id="random"),
+    pytest.param(trained_model, id="trained"),
+    *(pytest.param(bundled(path), id=path.stem) for path in BUNDLED_MODELS),
+]
+
+
+@pytest.fixture(scope="module", params=SOURCES)
+def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An fp32 copy of one model."""
+    folder = tmp_path_factory.mktemp("client")
+    path = folder / "fp32.pth"
+    save_model(path, open_checkpoint(request.param(folder, request)), torch.float32)
+    return path
+
+
+@pytest.fixture(scope="module")
+def merged(base: Path) -> Path:
+    """The same model with a random start state put in by merge_state.py."""
+    folder = base.parent
+    tiny_state_file(folder / "state.pth", open_checkpoint(base).info.shape, seed=5)
+    command = ["merge_state.py", str(base), str(folder / "state.pth"), str(folder / "merged.pth")]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "merge_state.py"), run_name="__main__")
+    assert ended.value.code == 0
+    return folder / "merged.pth"
+
+
+def load(path: Path) -> RWKV6:
+    """The model as this program has it, on the CPU in fp32."""
+    checkpoint = open_checkpoint(path)
+    return build_model(
+        checkpoint, checkpoint.info.shape, LoadOptions(torch.device("cpu"), torch.float32)
+    ).eval()
+
+
+def load_in_client(client: ModuleType, path: Path) -> Any:
+    """The model as the client has it; it adds the suffix itself."""
+    return client.RWKV(model=str(path.with_suffix("")), strategy="cpu fp32", verbose=False)
+
+
+def random_tokens(vocab_size: int) -> list[int]:
+    """Some tokens, the vocabulary's first and last among them."""
+    generator = torch.Generator().manual_seed(11)
+    return [0, vocab_size - 1, *torch.randint(vocab_size, (LENGTH_TOKENS - 2,), generator=generator).tolist()]
+
+
+@torch.no_grad()
+def logits_at_once(model: RWKV6, tokens: list[int]) -> Tensor:
+    """[T, V] from one pass over the sequence."""
+    hidden, _ = model(torch.tensor([tokens]))
+    return model.logits(hidden)[0]
+
+
+@torch.no_grad()
+def logits_step_by_step(model: RWKV6, tokens: list[int]) -> Tensor:
+    """[T, V] from one pass per token with a carried state."""
+    rows, state = [], None
+    for token in tokens:
+        hidden, state = model(torch.tensor([[token]]), state, return_state=True)
+        rows.append(model.logits(hidden)[0, 0])
+    return torch.stack(rows)
+
+
+def client_logits_step_by_step(client_model: Any, tokens: list[int]) -> Tensor:
+    """[T, V] from one call per token."""
+    rows, state = [], None
+    for token in tokens:
+        logits, state = client_model.forward([token], state)
+        rows.append(logits.clone())
+    return torch.stack(rows)
+
+
+def largest_relative_difference(actual: Tensor, expected: Tensor) -> float:
+    """Over the positions: largest difference over largest expected magnitude."""
+    return float(((actual - expected).abs().amax(1) / expected.abs().amax(1)).max())
+
+
+@pytest.mark.parametrize("with_state", [False, True], ids=["base", "merged"])
+def test_logits_are_the_clients(
+    client: ModuleType, request: pytest.FixtureRequest, base: Path, with_state: bool
+) -> None:
+    path: Path = request.getfixturevalue("merged") if with_state else base
+    model, client_model = load(path), load_in_client(client, path)
+    tokens = random_tokens(model.shape.vocab_size)
+
+    at_once, _ = client_model.forward(tokens, None, full_output=True)
+    step_by_step = client_logits_step_by_step(client_model, tokens)
+    for ours in (logits_at_once(model, tokens), logits_step_by_step(model, tokens)):
+        assert largest_relative_difference(ours, at_once) < TOLERANCE
+        assert largest_relative_difference(ours, step_by_step) < TOLERANCE
+
+
+def test_a_merged_state_changes_the_clients_logits(client: ModuleType, base: Path, merged: Path) -> None:
+    tokens = random_tokens(open_checkpoint(base).info.shape.vocab_size)
+    plain, _ = load_in_client(client, base).forward(tokens, None, full_output=True)
+    tuned, _ = load_in_client(client, merged).forward(tokens, None, full_output=True)
+    assert largest_relative_difference(tuned[:1], plain[:1]) > 1e-2
+
+
+def test_a_transposed_state_is_another_model(client: ModuleType, base: Path, merged: Path) -> None:
+    model = load(merged)
+    tokens = random_tokens(model.shape.vocab_size)
+    expected, _ = load_in_client(client, merged).forward(tokens, None, full_output=True)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.att.time_state.copy_(block.att.time_state.transpose(1, 2).clone())
+    assert largest_relative_difference(logits_at_once(model, tokens), expected) > 1e-2

@@ -1,0 +1,232 @@
+"""The house rules: imports point downward, and each outside library has one door."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ENTRY_SCRIPTS = ("train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_generate_reject.py")
+
+LEVELS = (
+    ("src.errors",),
+    ("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout"),
+    ("src.quant", "src.data", "src.ops"),
+    ("src.model",),
+    ("src.adapters", "src.checkpoint", "src.loading", "src.generate"),
+    ("src.training",),
+    ("src.cli",),
+)
+"""Rooms from the ground up: a module or a package. A file imports its own room and lower levels."""
+
+SIDEWAYS = {("src.generate", "src.loading"), ("src.generate", "src.checkpoint")}
+"""Imports within a level that are wanted: (who, whom)."""
+
+ONE_DOOR = {
+    "argparse": ("src.cli", *ENTRY_SCRIPTS),
+    "bitsandbytes": ("src.quant",),
+    "pyrwkv_tokenizer": ("src.tokenizer",),
+    "pytorch_lightning": ("src.training",),
+    "wandb": ("src.training",),
+    "deepspeed": ("src.training",),
+    "tqdm": ("src.training", "src.generate", *ENTRY_SCRIPTS),
+}
+"""Outside libraries and the only rooms that may import them."""
+
+HOST_VARIABLES = {
+    "LOCAL_RANK",
+    "RANK",
+    "WORLD_SIZE",
+    "HOME",
+    "PATH",
+    "CUDA_HOME",
+    "TORCH_EXTENSIONS_DIR",
+    "CC",
+    "CXX",
+}
+"""Environment variables that others set to tell a process where it is; reading them is no configuration."""
+
+
+def sources() -> list[Path]:
+    """Every Python file of the product."""
+    scripts = [ROOT / name for name in ENTRY_SCRIPTS if (ROOT / name).exists()]
+    return scripts + sorted((ROOT / "src").rglob("*.py"))
+
+
+def module_name(path: Path) -> str:
+    """`src.data.binidx` for a file below src, `train.py` for an entry script."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if len(parts) == 1:
+        return path.name
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def tree_of(path: Path) -> ast.Module:
+    """The parsed file."""
+    return ast.parse(path.read_text(encoding="utf-8"), str(path))
+
+
+def imported_modules(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, absolute module) of every import, those inside functions included."""
+    package = list(path.relative_to(ROOT).parent.parts)
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                full = ".".join([*base, alias.name])
+                is_module = (ROOT / Path(*full.split("."))).with_suffix(".py").exists()
+                yield node.lineno, full if is_module else ".".join(base)
+
+
+def belongs(module: str, room: str) -> bool:
+    """Whether a module is the room or inside it."""
+    return module == room or module.startswith(f"{room}.")
+
+
+def room_of(module: str) -> tuple[int, str]:
+    """(level, room) of a module; entry scripts live above all levels."""
+    if module in ENTRY_SCRIPTS:
+        return len(LEVELS), module
+    for level, rooms in enumerate(LEVELS):
+        for room in rooms:
+            if belongs(module, room):
+                return level, room
+    raise AssertionError(f"{module} has no room: give it one in LEVELS")
+
+
+def dotted(node: ast.expr) -> str:
+    """`os.environ.get` for such an expression, "" for others."""
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        prefix = dotted(node.value)
+        return f"{prefix}.{node.attr}" if prefix else ""
+    return ""
+
+
+def level_violations(path: Path) -> list[str]:
+    """Imports of a file that do not point downward."""
+    module = module_name(path)
+    if module == "src":
+        return []
+    level, room = room_of(module)
+    found = []
+    for line, target in imported_modules(path):
+        if not target.startswith("src."):
+            continue
+        target_level, target_room = room_of(target)
+        if room != target_room and target_level >= level and (room, target_room) not in SIDEWAYS:
+            found.append(f"{path.relative_to(ROOT)}:{line} ({room}) imports {target}")
+    return found
+
+
+def door_violations(path: Path) -> list[str]:
+    """Imports of a library outside its rooms."""
+    module = module_name(path)
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {target}"
+        for line, target in imported_modules(path)
+        for library, rooms in ONE_DOOR.items()
+        if belongs(target, library) and not any(belongs(module, room) for room in rooms)
+    ]
+
+
+def environment_reads(path: Path) -> list[str]:
+    """Reads of environment variables that are not the host's."""
+    found = []
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call) and dotted(node.func) in ("os.getenv", "os.environ.get"):
+            key = node.args[0]
+        elif (
+            isinstance(node, ast.Subscript)
+            and dotted(node.value) == "os.environ"
+            and isinstance(node.ctx, ast.Load)
+        ):
+            key = node.slice
+        else:
+            continue
+        name = key.value if isinstance(key, ast.Constant) else ast.unparse(key)
+        if name not in HOST_VARIABLES:
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno} reads {name}")
+    return found
+
+
+def test_imports_point_downward() -> None:
+    assert [violation for path in sources() for violation in level_violations(path)] == []
+
+
+def test_each_library_has_one_door() -> None:
+    assert [violation for path in sources() for violation in door_violations(path)] == []
+
+
+def test_configuration_needs_no_torch() -> None:
+    light = [
+        ROOT / "src" / name for name in ("errors.py", "config.py", "cli.py", "schedule.py", "tokenizer.py")
+    ]
+    heavy = [
+        (path.name, target)
+        for path in light
+        for _, target in imported_modules(path)
+        if belongs(target, "torch")
+    ]
+    assert heavy == []
+
+
+def test_only_the_checkpoint_module_loads_and_saves() -> None:
+    callers = {
+        module_name(path)
+        for path in sources()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and dotted(node) in ("torch.load", "torch.save")
+    }
+    assert callers == {"src.checkpoint"}
+
+
+def test_torch_load_is_always_weights_only() -> None:
+    calls = [
+        node
+        for node in ast.walk(tree_of(ROOT / "src" / "checkpoint.py"))
+        if isinstance(node, ast.Call) and dotted(node.func) == "torch.load"
+    ]
+    assert calls
+    for call in calls:
+        options = {keyword.arg: keyword.value for keyword in call.keywords}
+        assert isinstance(options.get("weights_only"), ast.Constant), ast.unparse(call)
+        assert options["weights_only"].value is True, ast.unparse(call)  # type: ignore[attr-defined]
+
+
+def test_no_setting_comes_from_the_environment() -> None:
+    assert [violation for path in sources() for violation in environment_reads(path)] == []
+
+
+def test_every_room_of_the_plan_is_checked() -> None:
+    rooms = {room_of(module_name(path))[1] for path in sources() if module_name(path) != "src"}
+    assert {
+        "src.errors",
+        "src.config",
+        "src.ops",
+        "src.model",
+        "src.checkpoint",
+        "src.training",
+        "src.cli",
+    } <= rooms
+
+
+def test_the_checks_see_a_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    culprit = tmp_path / "src" / "ops" / "culprit.py"
+    culprit.parent.mkdir(parents=True)
+    culprit.write_text(
+        "def f():\n    from ..training import run\n    import wandb.sdk\n    return os.environ['RWKV_CTXLEN']\n",
+        encoding="utf-8",
+    )
+    (tmp_path / "src" / "training").mkdir()
+    (tmp_path / "src" / "training" / "run.py").touch()
+    monkeypatch.setitem(globals(), "ROOT", tmp_path)
+    assert level_violations(culprit) == ["src/ops/culprit.py:2 (src.ops) imports src.training.run"]
+    assert door_violations(culprit) == ["src/ops/culprit.py:3 imports wandb.sdk"]
+    assert environment_reads(culprit) == ["src/ops/culprit.py:4 reads RWKV_CTXLEN"]

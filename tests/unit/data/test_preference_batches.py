@@ -1,0 +1,215 @@
+"""Micro-batches of pairs: what each position scores, and that all layouts give the same loss."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from factories import tiny_parameters, tiny_shape, tiny_states
+from torch import Tensor
+
+from src.data.preference_batches import PairForm, PreferenceBatch, PreferenceDataset
+from src.data.preferences import PreferencePair
+from src.errors import DataError
+from src.loading import LoadOptions, build_model
+from src.losses import (
+    IGNORED_TARGET,
+    PreferenceLoss,
+    Role,
+    orpo_loss,
+    orpo_loss_released,
+    slot,
+    targets_after,
+)
+from src.model.rwkv6 import RWKV6
+from src.ops.token_logps import token_logps
+from src.tokenizer import ByteTokenizer
+
+
+def random_pairs(lengths: list[tuple[int, int, int]], vocabulary: int = 257) -> list[PreferencePair]:
+    generator = random.Random(0)
+    return [
+        PreferencePair(*([generator.randrange(1, vocabulary) for _ in range(count)] for count in triple))
+        for triple in lengths
+    ]
+
+
+def dataset(
+    pairs: list[PreferencePair], form: PairForm = PairForm.SHARED_PROMPT, **changes: object
+) -> PreferenceDataset:
+    settings = {"source": "some.save", "form": form, "longest": 600, "micro_bsz": 2, "seed": 7, **changes}
+    return PreferenceDataset(pairs, **settings)  # type: ignore[arg-type]
+
+
+def test_shared_prompt_batch_token_by_token() -> None:
+    pairs = [PreferencePair([1, 2, 3], [4, 5], [6]), PreferencePair([7], [8, 9], [10, 11])]
+    batch = dataset(pairs).batch([0, 1])
+    # Roots: pair 0's prompt without its last token, then both answers to the one-token prompt.
+    assert batch.tokens.tolist() == [[1, 2, 7, 8, 7, 10, 3, 4, 3]]
+    assert batch.targets.tolist() == [2, 3, 8, 9, 10, 11, 4, 5, 6]
+    prompt, chosen, rejected = (slot(0, role) for role in Role)
+    other = [slot(1, Role.CHOSEN)] * 2 + [slot(1, Role.REJECTED)] * 2
+    assert batch.groups.tolist() == [prompt, prompt, *other, chosen, chosen, rejected]
+    assert batch.layout.lengths == (2, 2, 2, 2, 1)
+    assert batch.layout.roots == 3
+    assert batch.layout.parents.tolist() == [0, 0]
+    assert batch.reject_lengths.tolist() == [1, 2]
+    assert (batch.pairs, batch.token_count, batch.target_count) == (2, 9, 9)
+
+
+def test_two_rows_batch_token_by_token() -> None:
+    batch = dataset([PreferencePair([1, 2, 3], [4, 5], [6])], PairForm.TWO_ROWS).batch([0])
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 1, 2, 3]]
+    assert batch.targets.tolist() == [2, 3, 4, 5, IGNORED_TARGET, IGNORED_TARGET, 6]
+    prompt, chosen, rejected = (slot(0, role) for role in Role)
+    uncounted = slot(1, Role.PROMPT)
+    assert batch.groups.tolist() == [prompt, prompt, chosen, chosen, uncounted, uncounted, rejected]
+    assert batch.layout.lengths == (4, 3)
+    assert (batch.token_count, batch.target_count) == (7, 5)
+
+
+def test_released_batch_is_padded_with_zero_to_the_longer_row() -> None:
+    pairs = [PreferencePair([1, 2], [3, 4], [5, 4, 3]), PreferencePair([1], [2], [])]
+    batch = dataset(pairs, PairForm.RELEASED).batch([0, 1])
+    assert batch.tokens.tolist() == [[1, 2, 3, 0, 1, 2, 5, 4, 1, 0]]
+    assert batch.targets.tolist() == [2, 3, 4, 0, 2, 5, 4, 3, 2, 0]
+    assert batch.groups.tolist() == [0] * 4 + [1] * 4 + [2, 3]
+    assert batch.layout.lengths == (4, 4, 1, 1)
+    assert (batch.token_count, batch.target_count) == (8, 8)
+
+
+def test_blank_rejects_get_no_positions() -> None:
+    tokens = ByteTokenizer().encode
+    pairs = [
+        PreferencePair([1, 2], [3, 4], []),
+        PreferencePair([1, 2], [3, 4], tokens(" \n\n\u3000")),
+        PreferencePair([1, 2], [3, 4], tokens(" 0\n\n")),
+    ]
+    with_tokenizer = dataset(pairs, tokenizer=ByteTokenizer(), micro_bsz=3)
+    assert with_tokenizer.plan.plain_pairs == 2
+    batch = with_tokenizer.batch([0, 1, 2])
+    assert not set(batch.groups.tolist()) & {slot(0, Role.REJECTED), slot(1, Role.REJECTED)}
+    assert slot(2, Role.REJECTED) in batch.groups
+    assert dataset(pairs).plan.plain_pairs == 1
+    assert "2 of 3 pairs have no reject" in with_tokenizer.plan.statements()[0]
+
+
+def test_longest_shortens_and_counts() -> None:
+    pairs = random_pairs([(9, 3, 8), (2, 5, 2)])
+    cut = dataset(pairs, longest=4)
+    assert cut.batch([0]).layout.lengths == (3, 3, 4)
+    assert cut.batch([0]).tokens[0, :3].tolist() == pairs[0].prompt[-4:-1]
+    plan = cut.plan
+    assert (plan.shortened_prompts, plan.shortened_answers) == (1, 2)
+    assert "cuts 1 prompts (at their beginning) and 2 answers" in plan.statements()[0]
+    assert dataset(pairs).plan.statements() == ()
+    with pytest.raises(DataError, match="cuts every chosen answer of some[.]save: the shortest has 3"):
+        dataset(pairs, longest=2)
+
+
+@pytest.mark.parametrize("form", list(PairForm))
+def test_plan_counts_the_positions_of_a_pass(form: PairForm) -> None:
+    made = dataset(random_pairs([(9, 3, 8), (1, 5, 2), (4, 2, 0)]), form, micro_bsz=3)
+    assert made.plan.positions_per_pass == made.batch([0, 1, 2]).tokens.numel()
+
+
+@pytest.mark.parametrize(
+    ("count", "micro_bsz", "ranks"), [(11, 2, 1), (11, 2, 2), (12, 3, 2), (5, 1, 4), (2, 4, 3)]
+)
+def test_passes_are_permutations_shared_by_the_ranks(count: int, micro_bsz: int, ranks: int) -> None:
+    pairs = random_pairs([(2, 2, 2)] * count)
+    sets = [dataset(pairs, micro_bsz=micro_bsz, rank=rank, world_size=ranks) for rank in range(ranks)]
+    steps = len(sets[0])
+    passes = [
+        [
+            index
+            for step in range(steps)
+            for each in sets
+            for index in each[number * steps + step].sample_indices
+        ]
+        for number in range(3)
+    ]
+    for seen in passes:
+        assert set(seen) == set(range(count))
+        assert len(seen) - count < ranks
+    assert passes[0] != passes[1] or count < 3
+    again = dataset(pairs, micro_bsz=micro_bsz, rank=0, world_size=ranks)
+    assert again[2 * steps].sample_indices == sets[0][2 * steps].sample_indices
+
+
+def test_an_epoch_streams_through_passes() -> None:
+    made = dataset(random_pairs([(2, 2, 2)] * 5), micro_bsz=1, epoch_steps=3)
+    assert len(made) == 3
+    assert made.plan.passes_per_epoch == pytest.approx(0.6)
+    epochs = [[batch.sample_indices[0] for batch in made.loader(epoch)] for epoch in range(2)]
+    seen = epochs[0] + epochs[1]
+    assert sorted(seen[:5]) == [0, 1, 2, 3, 4]
+
+
+def test_batches_in_order_and_names() -> None:
+    made = dataset(random_pairs([(2, 2, 2)] * 5))
+    assert [batch.sample_indices for batch in made.batches_in_order()] == [(0, 1), (2, 3), (4,)]
+    assert made.describe(made.batch([3, 0])) == "pairs 4, 1 of some.save"
+    assert made.describe(made.batch([2])) == "pair 3 of some.save"
+
+
+def tiny_model() -> RWKV6:
+    shape = tiny_shape()
+    tensors = {**tiny_parameters(shape), **tiny_states(shape)}
+    return build_model(tensors, shape, LoadOptions(torch.device("cpu"), torch.float32))
+
+
+def loss_and_gradients(model: RWKV6, batch: PreferenceBatch) -> tuple[PreferenceLoss, list[Tensor]]:
+    states = [block.att.time_state for block in model.blocks]
+    hidden, _ = model(batch.tokens, layout=batch.layout)
+    logp, max_logit = token_logps(hidden[0], model.head.weight, batch.targets)
+    result = orpo_loss(logp, max_logit, batch.groups, batch.pairs, 0.5)
+    return result, list(torch.autograd.grad(result.loss, states))
+
+
+def test_prompt_computed_once_equals_two_rows_in_loss_and_state_gradient() -> None:
+    pairs = random_pairs([(17, 5, 9), (1, 4, 3), (2, 1, 40), (6, 3, 0), (33, 16, 1)])
+    model = tiny_model()
+    indices = range(len(pairs))
+    shared, shared_gradients = loss_and_gradients(model, dataset(pairs).batch(indices))
+    rows, rows_gradients = loss_and_gradients(model, dataset(pairs, PairForm.TWO_ROWS).batch(indices))
+    torch.testing.assert_close(shared.loss, rows.loss, rtol=1e-5, atol=0)
+    torch.testing.assert_close(shared.log_odds, rows.log_odds, rtol=1e-5, atol=1e-5)
+    for one, other in zip(shared_gradients, rows_gradients, strict=True):
+        assert (one - other).norm() <= 1e-5 * other.norm()
+        assert other.norm() > 0
+
+
+def test_a_batch_of_pairs_equals_each_pair_alone() -> None:
+    pairs = random_pairs([(17, 5, 9), (1, 4, 3), (6, 3, 0)])
+    model = tiny_model()
+    made = dataset(pairs)
+    together, gradients = loss_and_gradients(model, made.batch([0, 1, 2]))
+    alone = [loss_and_gradients(model, made.batch([index])) for index in range(3)]
+    losses = torch.stack([result.loss.detach() for result, _ in alone])
+    torch.testing.assert_close(together.pair_losses, losses, rtol=1e-5, atol=0)
+    for layer, gradient in enumerate(gradients):
+        mean = torch.stack([each[layer] for _, each in alone]).mean(0)
+        assert (gradient - mean).norm() <= 1e-5 * mean.norm()
+
+
+def test_released_batch_feeds_the_released_loss() -> None:
+    pairs = random_pairs([(5, 7, 9), (3, 12, 6)])
+    model = tiny_model()
+    made = dataset(pairs, PairForm.RELEASED)
+
+    def released(indices: list[int]) -> PreferenceLoss:
+        batch = made.batch(indices)
+        hidden, _ = model(batch.tokens, layout=batch.layout)
+        logp, max_logit = token_logps(hidden[0], model.head.weight, batch.targets)
+        after, _ = token_logps(hidden[0], model.head.weight, targets_after(batch.targets, batch.groups))
+        return orpo_loss_released(
+            logp, after, max_logit, batch.targets, batch.groups, batch.reject_lengths, 0.1
+        )
+
+    together = released([0, 1])
+    separate = torch.stack([released([index]).loss.detach() for index in range(2)])
+    torch.testing.assert_close(together.pair_losses, separate, rtol=1e-5, atol=0)
+    nll = dataset(pairs, PairForm.TWO_ROWS)
+    torch.testing.assert_close(together.nll, loss_and_gradients(model, nll.batch([0, 1]))[0].nll)

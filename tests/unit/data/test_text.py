@@ -1,0 +1,227 @@
+"""Text to documents: what the loss is taken on, and every line that is refused."""
+
+import json
+
+import numpy as np
+import pytest
+
+from src.data.sources import open_documents
+from src.data.text import WORLD_CHAT, Part
+from src.errors import ConfigError, DataError
+from src.tokenizer import ByteTokenizer, WorldTokenizer
+
+BYTES = ByteTokenizer()
+
+
+def write_lines(path, *records):
+    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def read_lines(path, *records, vocab_size=257):
+    return open_documents("jsonl", write_lines(path / "data.jsonl", *records), vocab_size, ctx_len=64)
+
+
+def text_and_counted(documents, index, tokenizer=BYTES):
+    """A document's text, and what the loss is taken on; end of document written as ∎."""
+    counted = documents.counted(index)
+    pieces = []
+    for chosen in (np.ones_like(counted), counted):
+        tokens = np.where(chosen, documents.tokens(index), -1).tolist()
+        pieces.append("".join("∎" if t == 0 else "." if t < 0 else tokenizer.decode([t]) for t in tokens))
+    return pieces[0], pieces[1].strip(".")
+
+
+def test_plain_lines_are_taken_as_they_stand_and_counted_whole(tmp_path):
+    documents = read_lines(tmp_path, {"text": " a\n\nb ", "id": 3}, {"text": "é"})
+    assert documents.tokens(0).tolist() == [*BYTES.encode(" a\n\nb "), 0]
+    assert documents.tokens(1).tolist() == [*BYTES.encode("é"), 0]
+    assert documents.counted(0) is None
+    assert documents.counted_targets(4).tolist() == [3, 2]
+    assert documents.statements == ()
+
+
+def test_prompt_and_response(tmp_path):
+    documents = read_lines(tmp_path, {"prompt": " hi ", "response": "yo\n"})
+    text, counted = text_and_counted(documents, 0)
+    assert text == "User: hi\n\nAssistant: yo\n\n∎"
+    assert counted == " yo\n\n∎"
+
+
+def test_a_conversation(tmp_path):
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "One?"},
+        {"role": "assistant", "content": "1"},
+        {"role": "user", "content": "Two?"},
+        {"role": "assistant", "content": "2", "model": "x"},
+    ]
+    documents = read_lines(tmp_path, {"messages": messages, "text": "ignored", "prompt": "ignored"})
+    text, counted = text_and_counted(documents, 0)
+    assert text == "System: Be brief.\n\nUser: One?\n\nAssistant: 1\n\nUser: Two?\n\nAssistant: 2\n\n∎"
+    expected = " 1\n\n" + "." * len("User: Two?\n\nAssistant:") + " 2\n\n∎"
+    assert counted == expected
+    assert documents.statements == (
+        "Conversations are written in the template World chat; the loss is on answers only.",
+    )
+
+
+def test_a_closing_question_is_not_counted(tmp_path):
+    messages = [{"role": role, "content": text} for role, text in (("assistant", "hello"), ("user", "bye"))]
+    text, counted = text_and_counted(read_lines(tmp_path, {"messages": messages}), 0)
+    assert text == "Assistant: hello\n\nUser: bye\n\n∎"
+    assert counted == " hello\n\n"
+
+
+def test_masks_are_exact_with_a_tokenizer_that_joins_characters(tmp_path):
+    world = WorldTokenizer()
+    documents = read_lines(tmp_path, {"prompt": "hi", "response": "好。"}, vocab_size=65536)
+    prompt, answer = world.encode("User: hi\n\nAssistant:"), world.encode(" 好。\n\n")
+    assert documents.tokens(0).tolist() == [*prompt, *answer, 0]
+    assert documents.counted(0).tolist() == [False] * len(prompt) + [True] * (len(answer) + 1)
+
+
+def test_blank_lines_inside_turns_are_replaced_and_counted(tmp_path):
+    documents = read_lines(
+        tmp_path,
+        {"prompt": "a\n\nb\n\n\n\nc", "response": "\n\nd\r\n\r\ne\n\n"},
+        {"prompt": "a\nb", "response": "c"},
+    )
+    assert text_and_counted(documents, 0)[0] == "User: a\nb\nc\n\nAssistant: d\ne\n\n∎"
+    assert documents.statements[1].startswith("3 runs of blank lines inside turns replaced")
+
+
+def test_counted_and_uncounted_documents_mix(tmp_path):
+    documents = read_lines(tmp_path, {"text": "abc"}, {"prompt": "a", "response": "b"})
+    assert documents.counted(0).all()
+    assert documents.counted_targets(1000).tolist() == [3, 5]
+    assert documents.counted_targets(len("User: a\n\nAssistant: b")).tolist() == [3, 2]
+
+
+def test_rendering_gives_a_prompt_as_clients_write_it():
+    parts, replaced = WORLD_CHAT.render([("user", "x"), ("assistant", "y")])
+    assert parts == [Part("User: x\n\nAssistant:", False), Part(" y\n\n", True)]
+    assert replaced == 0
+
+
+def test_byte_order_mark_blank_lines_and_carriage_returns_are_tolerated(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n  \n{"text": "two"}')
+    documents = open_documents("jsonl", str(path), 257, ctx_len=8)
+    assert BYTES.decode(documents.stream.tolist()) == "onetwo"
+    assert documents.label(1) == f"line 4 of {path}"
+
+
+def test_empty_texts_are_left_out_and_counted(tmp_path):
+    documents = read_lines(tmp_path, {"text": ""}, {"text": "a"})
+    assert documents.label(0).startswith("line 2 of")
+    assert documents.statements == ("1 line of fewer than two tokens left out.",)
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("{'text': 'a'}", r"not valid JSON \(Expecting property name .* at column 2\)"),
+        ('{"text": "a"', "not valid JSON"),
+        ('{"text": "a"} {"text": "b"}', r"not valid JSON \(Extra data at column 15\)"),
+        ("[" * 100_000, "nested too deeply"),
+        ('["a"]', "it is a list, expected an object"),
+        ("7", "it is a number"),
+        ("{}", "its keys are none"),
+        ('{"content": "a", "prompt": "b"}', r"its keys are 'content', 'prompt', expected \{\"text\": …\}"),
+        ('{"text": 5}', '"text" is a number, expected a string'),
+        ('{"text": null}', '"text" is null'),
+        (r'{"text": "a\ud800"}', "half of a surrogate pair"),
+        ('{"prompt": "a", "response": ["b"]}', '"response" is a list'),
+        ('{"prompt": "a", "response": " "}', '"response" is empty'),
+        ('{"messages": {}}', '"messages" is an object, expected a list'),
+        ('{"messages": []}', 'no message has the role "assistant"'),
+        ('{"messages": ["a"]}', "message 1 is a string, expected an object"),
+        ('{"messages": [{"role": "user"}]}', 'message 1 has no "content"'),
+        ('{"messages": [{"role": "user", "content": true}]}', '"content" is true or false'),
+        ('{"messages": [{"role": "user", "content": "a"}]}', 'no message has the role "assistant"'),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', "role 'bot'; known are system, user, assistant"),
+        ('{"messages": [{"role": "assistant", "content": "\\n"}]}', "message 1, an answer, is empty"),
+        (
+            '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "a"}]}',
+            "message 2 is a system message; it may only come first",
+        ),
+    ],
+)
+def test_a_malformed_line_is_named_with_file_number_and_reason(tmp_path, line, reason):
+    with pytest.raises(DataError, match=rf"data\.jsonl, line 3: .*{reason}"):
+        read_lines(tmp_path, {"text": "fine"}, "", line, {"text": "fine"})
+
+
+@pytest.mark.parametrize("data_type", ["jsonl", "utf-8"])
+class TestFilesThatCannotBeRead:
+    def refused(self, data_type, path, message):
+        with pytest.raises(DataError, match=message):
+            open_documents(data_type, str(path), 257, ctx_len=8)
+
+    def test_missing(self, data_type, tmp_path):
+        self.refused(data_type, tmp_path / "none", "none does not exist; check --data_file")
+        (tmp_path / "none.idx").touch()
+        self.refused(data_type, tmp_path / "none", "use --data_type binidx")
+
+    def test_directory(self, data_type, tmp_path):
+        self.refused(data_type, tmp_path, "is a directory")
+
+    @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"])
+    def test_empty(self, data_type, tmp_path, content):
+        (tmp_path / "data").write_bytes(content)
+        self.refused(data_type, tmp_path / "data", "data is empty")
+
+    def test_latin1(self, data_type, tmp_path):
+        (tmp_path / "data").write_bytes(b'{"text": "a"}\n{"text": "\xe9t\xe9"}\n')
+        self.refused(data_type, tmp_path / "data", r"data, line 2: not UTF-8 \(byte 0xe9")
+
+    def test_utf16(self, data_type, tmp_path):
+        (tmp_path / "data").write_bytes('{"text": "a"}\n'.encode("utf-16"))
+        self.refused(data_type, tmp_path / "data", "is UTF-16, expected UTF-8; convert it: `iconv")
+
+    def test_vocabulary_without_tokenizer(self, data_type, tmp_path):
+        with pytest.raises(DataError, match="vocabulary of 256"):
+            open_documents(data_type, str(tmp_path / "data"), 256, ctx_len=8)
+
+
+def test_lines_that_are_all_empty(tmp_path):
+    with pytest.raises(DataError, match="longest line has one token"):
+        read_lines(tmp_path, {"text": ""}, {"text": ""})
+
+
+@pytest.mark.parametrize("length", [1, 7, 8, 9, 15, 16, 17, 100])
+def test_every_token_of_a_text_file_is_a_target_once(tmp_path, length):
+    text = "".join(chr(97 + i % 26) for i in range(length))
+    (tmp_path / "book.txt").write_text(text)
+    documents = open_documents("utf-8", str(tmp_path / "book.txt"), 257, ctx_len=8)
+    assert documents.sizes.max() <= 9
+    targets = np.concatenate([documents.tokens(index)[1:] for index in range(len(documents))])
+    assert targets.tolist() == [*BYTES.encode(text)[1:], 0]
+    assert bool(documents.statements) == (len(documents) > 1) == (length > 8)
+
+
+def test_text_files_have_unix_lines_and_no_byte_order_mark(tmp_path):
+    (tmp_path / "book.txt").write_bytes(b"\xef\xbb\xbfa\r\nb\r\n")
+    documents = open_documents("utf-8", str(tmp_path / "book.txt"), 257, ctx_len=8)
+    assert documents.tokens(0).tolist() == [*BYTES.encode("a\nb\n"), 0]
+
+
+@pytest.mark.parametrize("vocab_size", [3, 17, 65536])
+def test_generated_data_are_the_same_every_time(vocab_size):
+    first, second = (open_documents("dummy", "", vocab_size, ctx_len=8) for _ in range(2))
+    assert len(first) == 64
+    assert first.stream.max() < vocab_size
+    assert (first.stream == second.stream).all()
+    assert all(first.tokens(index)[-1] == 0 and (first.tokens(index)[:-1] > 0).all() for index in range(64))
+
+
+def test_generated_data_need_a_vocabulary():
+    with pytest.raises(DataError, match="at least 3 entries, not 2"):
+        open_documents("dummy", "", 2, ctx_len=8)
+
+
+def test_unknown_data_type():
+    with pytest.raises(ConfigError, match="numpy is unknown; known are binidx, jsonl, utf-8, dummy"):
+        open_documents("numpy", "x", 257, ctx_len=8)
