@@ -4,7 +4,6 @@ import argparse
 import signal
 import sys
 
-from src.checkpoint import merge_state
 from src.errors import exit_on_user_error
 
 
@@ -18,6 +17,8 @@ def main() -> int:
     parser.add_argument("state_checkpoint", help="the state file (rwkv-final.pth), or a merged model")
     parser.add_argument("output", help="the model to write; it must be neither of the inputs")
     arguments = parser.parse_args()
+
+    from src.checkpoint import merge_state  # torch takes seconds to load; `-h` need not wait for it
 
     # An ended process must take its unfinished file with it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

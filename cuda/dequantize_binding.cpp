@@ -2,9 +2,8 @@
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/csrc/autograd/function.h>
-#include <torch/csrc/autograd/functions/utils.h>
 #include <torch/csrc/utils/pybind.h>
+#include <torch/custom_class.h>
 #include <torch/extension.h>
 
 #include <atomic>
@@ -75,7 +74,7 @@ void check_tensor(const Tensor& tensor, at::ScalarType dtype, int64_t count, con
 
 int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
 
-class PackedMatrix {
+class PackedMatrix : public torch::CustomClassHolder {
  public:
   PackedMatrix(Tensor packed, Tensor absmax, std::optional<Tensor> absmax_scale, std::optional<Tensor> absmax_offset,
                Tensor absmax_code, Tensor value_code, int bits, int64_t rows, int64_t columns, std::string slot,
@@ -158,40 +157,34 @@ class PackedMatrix {
   int64_t identity_;
 };
 
-// dx = dy @ W. Holds the packed matrix, no tensor of the graph.
-struct FrozenProductBackward : public torch::autograd::Node {
-  std::shared_ptr<const PackedMatrix> matrix;
+using PackedMatrixPointer = c10::intrusive_ptr<PackedMatrix>;
 
-  variable_list apply(variable_list&& grad_outputs) override {
-    TORCH_CHECK(!at::GradMode::is_enabled(), "the product with a packed matrix has no second derivative");
-    if (!grad_outputs[0].defined()) return {Tensor()};
-    return {at::matmul(grad_outputs[0], matrix->shared_dense())};
+// x @ W.T whose backward is dy @ W. The node holds the packed matrix and saves no tensor.
+class FrozenProduct : public torch::autograd::Function<FrozenProduct> {
+ public:
+  static Tensor forward(torch::autograd::AutogradContext* context, const Tensor& x, const PackedMatrixPointer& matrix) {
+    context->saved_data["matrix"] = c10::IValue::make_capsule(matrix);
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    return at::linear(x, matrix->shared_dense());
   }
 
-  std::string name() const override { return "FrozenProductBackward"; }
+  static variable_list backward(torch::autograd::AutogradContext* context, const variable_list& grad_outputs) {
+    TORCH_CHECK(!at::GradMode::is_enabled(), "the product with a packed matrix has no second derivative");
+    const auto holder = context->saved_data["matrix"].toCapsule();
+    const auto& matrix = static_cast<const PackedMatrix&>(*holder);
+    return {at::matmul(grad_outputs[0], matrix.shared_dense()), Tensor()};
+  }
 };
 
 // x [..., columns] bf16 -> [..., rows]; differentiable with respect to x.
-Tensor product(const std::shared_ptr<PackedMatrix>& matrix, const Tensor& x) {
+Tensor product(const PackedMatrixPointer& matrix, const Tensor& x) {
   matrix->check_input(x);
-  std::shared_ptr<FrozenProductBackward> node;
-  if (torch::autograd::compute_requires_grad(x)) {
-    node = std::shared_ptr<FrozenProductBackward>(new FrozenProductBackward(), torch::autograd::deleteNode);
-    node->set_next_edges(torch::autograd::collect_next_edges(x));
-    node->matrix = matrix;
-  }
-  Tensor result;
-  {
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    result = at::linear(x, matrix->shared_dense());
-  }
-  if (node) torch::autograd::set_history(result, node);
-  return result;
+  return FrozenProduct::apply(x, matrix);
 }
 
-Tensor shared_dense(const std::shared_ptr<PackedMatrix>& matrix) { return matrix->shared_dense(); }
+Tensor shared_dense(const PackedMatrixPointer& matrix) { return matrix->shared_dense(); }
 
-void fill(const std::shared_ptr<PackedMatrix>& matrix, const Tensor& dense) { matrix->fill(dense); }
+void fill(const PackedMatrixPointer& matrix, const Tensor& dense) { matrix->fill(dense); }
 
 }  // namespace
 
@@ -202,7 +195,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def("set_keep_dequantized", &Workspace::set_keep_dequantized)
       .def("clear", &Workspace::clear)
       .def("allocated_bytes", &Workspace::allocated_bytes);
-  py::class_<PackedMatrix, std::shared_ptr<PackedMatrix>>(module, "PackedMatrix")
+  py::class_<PackedMatrix, PackedMatrixPointer>(module, "PackedMatrix")
       .def(py::init<Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, Tensor, Tensor, int, int64_t, int64_t,
                     std::string, std::shared_ptr<Workspace>>())
       .def("fill", torch::wrap_pybind_function(fill))

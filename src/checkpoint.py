@@ -1,4 +1,4 @@
-"""Model and state files: the only caller of `torch.load` and `torch.save`.
+"""Model, state and pair files: the only caller of `torch.load` and `torch.save`.
 
 A file is opened by memory map and with `weights_only`, never in any other way: reading it costs
 address space, not memory, and runs no code that the file brings along. What it holds is recognised
@@ -14,7 +14,7 @@ import secrets
 import struct
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from src.data.preferences import PreferencePair, pairs_from_tuples
 from src.errors import CheckpointError
 from src.model.parameters import ModelShape, key_problems, state_key, state_shapes
 
@@ -304,9 +305,7 @@ def _read(path: PathLike, role: str) -> tuple[dict[str, Any], str]:
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not a {role}'s dict of names and tensors"
-        )
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a {role}'s dict of names and tensors")
     if not content:
         raise CheckpointError(f"{path} is an empty dict, not a {role}")
     stripped: dict[str, Any] = {}
@@ -541,8 +540,8 @@ def _own_copy(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.detach().to("cpu", dtype).clone(memory_format=torch.contiguous_format)
 
 
-def _write(path: PathLike, tensors: dict[str, Tensor]) -> None:
-    """Writes a dict of tensors so that `path` is at every moment the old file or the whole new one.
+def _write(path: PathLike, content: dict[str, Tensor] | list[Any]) -> None:
+    """Writes tensors or pairs so that `path` is at every moment the old file or the whole new one.
 
     A link is followed, and what it names is replaced.
 
@@ -555,13 +554,11 @@ def _write(path: PathLike, tensors: dict[str, Tensor]) -> None:
     if target.exists() and not target.is_file():
         raise CheckpointError(f"{path} is a device or pipe; give the name of an ordinary file")
     if not target.parent.is_dir():
-        raise CheckpointError(
-            f"{path} cannot be written: there is no folder {target.parent}; create it first"
-        )
+        raise CheckpointError(f"{path} cannot be written: there is no folder {target.parent}; create it first")
     unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished")
     try:
         with open(unfinished, "xb") as file:
-            torch.save(tensors, file)
+            torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, target)
@@ -571,7 +568,7 @@ def _write(path: PathLike, tensors: dict[str, Tensor]) -> None:
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
             raise CheckpointError(
-                f"{path} cannot be written: {cause.strerror}; {_size(tensors)} are needed in {target.parent}"
+                f"{path} cannot be written: {cause.strerror}; {_size(content)} are needed in {target.parent}"
             ) from error
         if cause is not None and not isinstance(cause, Exception):
             raise cause from None  # an interrupt
@@ -602,8 +599,10 @@ def _same_file(first: PathLike, second: PathLike) -> bool:
         return False
 
 
-def _size(tensors: Mapping[str, Tensor]) -> str:
-    size_bytes = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in tensors.values())
+def _size(content: Mapping[str, Tensor] | list[Any]) -> str:
+    if isinstance(content, list):
+        return f"{len(content)} pairs"
+    size_bytes = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in content.values())
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.2f} MiB"
 
 
@@ -613,3 +612,31 @@ def _dtype_name(dtype: torch.dtype) -> str:
 
 def _and_more(names: list[str]) -> str:
     return f" and {len(names) - 1} more" if len(names) > 1 else ""
+
+
+def load_pairs(path: PathLike, vocab_size: int) -> list[PreferencePair]:
+    """Reads preference pairs: a `.save` file of `save_pairs` or of RWKV-LM-State-4bit-Orpo.
+
+    Raises:
+        CheckpointError: The file is missing, damaged or was not written by `torch.save`.
+        DataError: It holds something else, or tokens outside a vocabulary of `vocab_size`.
+    """
+    if not Path(path).exists():
+        raise CheckpointError(f"pair file {path} does not exist; make it with PrepareOrpoDataset.py --output_save")
+    _refuse_other_formats(Path(path), "pair file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise CheckpointError(_unreadable(path, error)) from error
+    return pairs_from_tuples(str(path), content, vocab_size)
+
+
+def save_pairs(path: PathLike, pairs: Sequence[PreferencePair]) -> None:
+    """Writes preference pairs as a list of 5-tuples, atomically.
+
+    Raises:
+        CheckpointError: The file cannot be written.
+    """
+    _write(path, [pair.as_tuple() for pair in pairs])

@@ -47,16 +47,7 @@ def train_parser() -> SuggestingParser:
         description="Tunes the initial state of an RWKV-6 model. Without any flag it runs the bundled demonstration.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for spec in dataclasses.fields(TrainConfig):
-        title = spec.metadata["group"]
-        group = groups.setdefault(title, parser.add_argument_group(title))
-        group.add_argument(
-            f"--{spec.name}",
-            metavar=_metavar(spec),
-            default=argparse.SUPPRESS,
-            help=_help(spec).replace("%", "%%"),
-        )
+    _add_flags(parser, TrainConfig)
     refused = parser.add_argument_group("accepted at their default only (flags of RWKV-LM-State-4bit)")
     for name in UNSUPPORTED:
         refused.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
@@ -70,6 +61,32 @@ def given_train_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
         ConfigError: for unknown flags or missing values.
     """
     return dict(vars(train_parser().parse_args(arguments)))
+
+
+def _add_flags(parser: SuggestingParser, config_class: type) -> None:
+    """One flag per field of a configuration, in the groups the fields name; texts left for it to convert."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for spec in dataclasses.fields(config_class):
+        title = spec.metadata["group"]
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        groups[title].add_argument(
+            f"--{spec.name}",
+            metavar=_metavar(spec),
+            default=argparse.SUPPRESS,
+            help=_help(spec).replace("%", "%%"),
+        )
+
+
+def given_flags(config_class: type, prog: str, description: str) -> dict[str, str]:
+    """The flags on the command line of a script whose flags are the fields of `config_class`; only those given.
+
+    Raises:
+        ConfigError: for unknown flags or missing values.
+    """
+    parser = SuggestingParser(prog=prog, description=description)
+    _add_flags(parser, config_class)
+    return dict(vars(parser.parse_args()))
 
 
 def _metavar(spec: dataclasses.Field[object]) -> str:

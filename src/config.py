@@ -8,6 +8,7 @@ a wrong flag is refused within milliseconds.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ from typing import Any, get_type_hints
 from src.errors import ConfigError
 
 QUANT_TYPES = ("nf4", "fp4", "4bit", "int8")
+ACCELERATORS = ("auto", "gpu", "cuda", "cpu")
 PRECISIONS = ("bf16", "fp32", "fp16", "tf32")
 STRATEGIES = (
     "auto",
@@ -153,29 +155,14 @@ class TrainConfig:
         Raises:
             ConfigError: naming every problem at once.
         """
-        problems: list[str] = []
-        values: dict[str, Any] = {}
-        hints = get_type_hints(cls)
-        for name, text in given.items():
-            if name in UNSUPPORTED:
-                default, reason = UNSUPPORTED[name]
-                if not _same(text, default):
-                    problems.append(f"--{name} {text} is not supported ({reason}): leave it out")
-            else:
-                try:
-                    values[name] = hints[name](text)
-                except ValueError:
-                    kind = {int: "a whole number", float: "a number"}[hints[name]]
-                    problems.append(f"--{name} {text!r} is not {kind}")
-        for spec in dataclasses.fields(cls):
-            choices = spec.metadata["choices"]
-            if choices and spec.name in values and values[spec.name] not in choices:
-                allowed = ", ".join(str(choice) for choice in choices if choice != -1)
-                problems.append(f"--{spec.name} {values[spec.name]} is unknown: use one of {allowed}")
-        if problems:
-            raise ConfigError(_together(problems))
+        problems = [
+            f"--{name} {text} is not supported ({UNSUPPORTED[name][1]}): leave it out"
+            for name, text in given.items()
+            if name in UNSUPPORTED and not _same(text, UNSUPPORTED[name][0])
+        ]
+        values, wrong = _converted(cls, {name: given[name] for name in given if name not in UNSUPPORTED})
         config = cls(**_with_dependent_defaults(values))
-        problems = config._contradictions(given)
+        problems += [*wrong, *config._contradictions(given)]
         if problems:
             raise ConfigError(_together(problems))
         return config
@@ -294,6 +281,30 @@ def _data_type_of(data_file: str) -> str:
     return "utf-8"
 
 
+def _converted(cls: type, given: Mapping[str, str]) -> tuple[dict[str, Any], list[str]]:
+    """Texts as the types of the fields of `cls`, and what is wrong with those left out."""
+    values: dict[str, Any] = {}
+    problems: list[str] = []
+    hints = get_type_hints(cls)
+    for name, text in given.items():
+        try:
+            value = hints[name](text)
+        except ValueError:
+            kind = {int: "a whole number", float: "a number"}[hints[name]]
+            problems.append(f"--{name} {text!r} is not {kind}")
+            continue
+        if isinstance(value, float) and not math.isfinite(value):
+            problems.append(f"--{name} {text} is not a finite number")
+            continue
+        values[name] = value
+    for spec in dataclasses.fields(cls):
+        choices = spec.metadata["choices"]
+        if choices and spec.name in values and values[spec.name] not in choices:
+            allowed = ", ".join(str(choice) for choice in choices if choice != -1)
+            problems.append(f"--{spec.name} {values.pop(spec.name)} is unknown: use one of {allowed}")
+    return values, problems
+
+
 def _same(text: str, default: str) -> bool:
     try:
         return float(text) == float(default)
@@ -305,3 +316,118 @@ def _together(problems: list[str]) -> str:
     if len(problems) == 1:
         return problems[0]
     return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)
+
+
+@dataclass(frozen=True)
+class RejectConfig:
+    """Every flag of `rlhf_generate_reject.py`."""
+
+    load_model: str = flag("base_model/Anarchy-RWKV-2B-68.pth", "base model (.pth)", group="files")
+    load_state: str = flag("", "sample with this tuned state", group="files")
+    input_csv: str = flag("example.csv", "CSV or JSONL with prompt, chosen and perhaps reject", group="files")
+    output_csv: str = flag("rlhfoutput.csv", "CSV to write; a second start goes on at its end", group="files")
+    overwrite: int = flag(0, "1 also replaces rejects that the input has", (0, 1), "files")
+
+    template: str = flag(
+        "user", "what stands around a prompt", ("user", "question", "input"), "sampling"
+    )
+    temperature: float = flag(1.0, "0 takes the most probable token", group="sampling")
+    top_p: float = flag(0.3, "share of probability that may be sampled, from the top", group="sampling")
+    alpha_presence: float = flag(0.0, "taken off the logit of tokens already in the answer", group="sampling")
+    alpha_frequency: float = flag(1.0, "taken off once more for every time they are", group="sampling")
+    alpha_decay: float = flag(0.996, "factor on these counts per token", group="sampling")
+    max_tokens: int = flag(1000, "longest answer", group="sampling")
+    stop: str = flag(r"\n\n", r"text that ends an answer; \n is a line break", group="sampling")
+    allow_end: int = flag(0, "1: token 0 may be sampled and ends an answer", (0, 1), "sampling")
+    seed: int = flag(42, "the same seed gives the same answers", group="sampling")
+
+    batch: int = flag(16, "rows generated at a time", group="hardware")
+    accelerator: str = flag("auto", "auto takes a GPU if there is one", ACCELERATORS, "hardware")
+    precision: str = flag("", "default: bf16 on a GPU, fp32 on a CPU", PRECISIONS, "hardware")
+    quant: int = flag(0, "1 quantises the matrices, for models larger than the GPU", (0, 1), "hardware")
+    quant_type: str = flag("nf4", "4bit means fp4; int8 is blockwise 8-bit", QUANT_TYPES, "hardware")
+
+    @classmethod
+    def from_flags(cls, given: Mapping[str, str]) -> RejectConfig:
+        """Builds the configuration from flag texts.
+
+        Raises:
+            ConfigError: naming every problem at once.
+        """
+        values, problems = _converted(cls, given)
+        config = cls(**values)
+        checks = {
+            f"--temperature {config.temperature} must not be negative": config.temperature >= 0,
+            f"--top_p {config.top_p} must lie between 0 and 1": 0 <= config.top_p <= 1,
+            f"--alpha_decay {config.alpha_decay} must lie between 0 and 1": 0 <= config.alpha_decay <= 1,
+            f"--max_tokens {config.max_tokens} must be at least 1": config.max_tokens >= 1,
+            f"--batch {config.batch} must be at least 1": config.batch >= 1,
+            f"--seed {config.seed} must not be negative": config.seed >= 0,
+            "--load_model is empty: name a .pth file": bool(config.load_model),
+        }
+        problems += [problem for problem, fine in checks.items() if not fine]
+        if os.path.realpath(config.input_csv) == os.path.realpath(config.output_csv):
+            problems.append(f"--output_csv {config.output_csv} is the input: give another name")
+        if problems:
+            raise ConfigError(_together(problems))
+        return config
+
+
+@dataclass(frozen=True)
+class PairConfig:
+    """Every flag of `PrepareOrpoDataset.py`."""
+
+    load_model: str = flag("", "its vocabulary is used; empty: the World vocabulary", group="files")
+    input_csv: str = flag("ojousamatalkscript200.csv", "CSV or JSONL: prompt, chosen, reject", group="files")
+    output_save: str = flag("ojousama.save", "pairs for train.py; texts go to .jsonl beside", group="files")
+
+    target_pair_count: int = flag(10000, "pairs to make, the rows in order and again", group="pairs")
+    template: str = flag(
+        "mixed", "what stands around a prompt; mixed: 80 % user, 10 % question, 10 % input",
+        ("mixed", "user", "question", "input"), "pairs",
+    )  # fmt: skip
+    max_len: int = flag(
+        0, "most tokens of a prompt (cut at its beginning) and of an answer (at its end); 0: no limit",
+        group="pairs",
+    )  # fmt: skip
+    seed: int = flag(100, "of templates and order", group="pairs")
+
+    base_logp: int = flag(0, "1 stores log-probabilities under the model", (0, 1), "log-probabilities")
+    accelerator: str = flag("auto", "for --base_logp 1", ACCELERATORS, "log-probabilities")
+    precision: str = flag("", "default: bf16 on a GPU, fp32 on a CPU", PRECISIONS, "log-probabilities")
+    quant: int = flag(0, "1 quantises the model's matrices", (0, 1), "log-probabilities")
+    quant_type: str = flag("nf4", "for --quant 1", QUANT_TYPES, "log-probabilities")
+
+    fapi_logging_callback: int = flag(0, "1 posts the progress to fapi_logging_address", (0, 1), "logs")
+    fapi_logging_callback_step: int = flag(1000, "pairs between two posts", group="logs")
+    fapi_logging_address: str = flag("http://localhost:5000/", "see above", group="logs")
+
+    @property
+    def text_file(self) -> str:
+        """JSONL of the pairs' texts."""
+        return os.path.splitext(self.output_save)[0] + ".jsonl"
+
+    @classmethod
+    def from_flags(cls, given: Mapping[str, str]) -> PairConfig:
+        """Builds the configuration from flag texts.
+
+        Raises:
+            ConfigError: naming every problem at once.
+        """
+        values, problems = _converted(cls, given)
+        config = cls(**values)
+        files = {os.path.realpath(path) for path in (config.input_csv, config.output_save, config.text_file)}
+        checks = {
+            f"--target_pair_count {config.target_pair_count} must be at least 1": config.target_pair_count > 0,
+            f"--max_len {config.max_len} must not be negative": config.max_len >= 0,
+            f"--fapi_logging_callback_step {config.fapi_logging_callback_step} must be at least 1": (
+                config.fapi_logging_callback_step > 0
+            ),
+            "--base_logp 1 needs --load_model": bool(config.load_model) or not config.base_logp,
+            f"--output_save {config.output_save} cannot be used: it, the texts in {config.text_file} and the "
+            "input must be three files": len(files) == 3,
+        }
+        problems += [problem for problem, fine in checks.items() if not fine]
+        if problems:
+            raise ConfigError(_together(problems))
+        return config

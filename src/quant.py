@@ -15,7 +15,9 @@ Source: QLoRA, arXiv 2305.14314, sections 3 (NF4, double quantisation); 8-bit: a
 
 from __future__ import annotations
 
+import functools
 import logging
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +27,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from src.errors import ConfigError
+from src.errors import ConfigError, KernelError
+from src.ops.cuda_extension import load_extension
 
 QUANT_TYPES = ("nf4", "fp4", "4bit", "int8")
 
@@ -43,15 +46,29 @@ def _bitsandbytes_functional() -> Any:
     return bitsandbytes.functional
 
 
-_dynamic_codes: dict[torch.device, Tensor] = {}
+@functools.cache
+def dequantization_kernels() -> Any | None:
+    """The extension of `cuda/dequantize.cu`, built on first call; None, after one warning, where it cannot be."""
+    try:
+        return load_extension("dequantize")
+    except KernelError as error:
+        warnings.warn(
+            f"{error}. Dequantisation by bitsandbytes is used instead, at half the speed.", stacklevel=3
+        )
+        return None
 
 
+@functools.cache
 def _dynamic_code(device: torch.device) -> Tensor:
     """bitsandbytes' signed dynamic 8-bit code, fp32 [256], once per device."""
-    code = _dynamic_codes.get(device)
-    if code is None:
-        code = _bitsandbytes_functional().create_dynamic_map().to(device=device, dtype=torch.float32)
-        _dynamic_codes[device] = code
+    code: Tensor = _bitsandbytes_functional().create_dynamic_map()
+    return code.to(device=device, dtype=torch.float32)
+
+
+@functools.cache
+def _four_bit_code(name: str, device: torch.device) -> Tensor:
+    """The 16 values of "nf4" or "fp4", fp32, once per device."""
+    code: Tensor = _bitsandbytes_functional().get_4bit_type(name, device=device)
     return code
 
 
@@ -78,6 +95,8 @@ class DequantizationWorkspace:
     def __init__(self, keep_dequantized: bool = False) -> None:
         self._keep_dequantized = keep_dequantized
         self._slots: dict[tuple[torch.device, torch.dtype, str], _Slot] = {}
+        # The same on a GPU in bf16, where the kernel's extension keeps the slots: one object per device.
+        self._native: dict[torch.device, Any] = {}
 
     @property
     def keep_dequantized(self) -> bool:
@@ -87,16 +106,27 @@ class DequantizationWorkspace:
     @keep_dequantized.setter
     def keep_dequantized(self, keep: bool) -> None:
         self._keep_dequantized = keep
+        for native in self._native.values():
+            native.set_keep_dequantized(keep)
         self.clear()
 
     def clear(self) -> None:
         """Frees every buffer; later calls allocate anew."""
         self._slots.clear()
+        for native in self._native.values():
+            native.clear()
 
     @property
     def allocated_bytes(self) -> int:
         """Bytes all buffers take together."""
-        return sum(slot.buffer.numel() * slot.buffer.element_size() for slot in self._slots.values())
+        own = sum(slot.buffer.numel() * slot.buffer.element_size() for slot in self._slots.values())
+        return own + sum(native.allocated_bytes() for native in self._native.values())
+
+    def native(self, device: torch.device, kernels: Any) -> Any:
+        """The extension's workspace for a GPU."""
+        if device not in self._native:
+            self._native[device] = kernels.Workspace(self._keep_dequantized)
+        return self._native[device]
 
     def matrix(self, layer: FrozenLinear, fill: Callable[[Tensor], None]) -> Tensor:
         """The layer's dense matrix [out, in] in a shared buffer, filled by `fill` unless still there."""
@@ -157,6 +187,8 @@ class FrozenLinear(nn.Module):
         self.slot = slot
         self.workspace = SHARED_WORKSPACE if workspace is None else workspace
         self.contents = object()
+        self._native: Any | None = None
+        self._native_sought = False
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("absmax", absmax, persistent=False)
         self.register_buffer("absmax_scale", absmax_scale, persistent=False)
@@ -222,23 +254,66 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype; the product runs in `compute_dtype`."""
-        if x.dtype != self.compute_dtype:
-            product: Tensor = _FrozenProduct.apply(x.to(self.compute_dtype), self)
-            return product.to(x.dtype)
-        result: Tensor = _FrozenProduct.apply(x, self)
-        return result
+        native = self._native if self._native_sought else self._seek_native()
+        if native is None:
+            compute: Callable[[Tensor], Tensor] = self._product
+        else:
+            compute = native.product
+        if x.dtype is self.compute_dtype:
+            return compute(x)
+        return compute(x.to(self.compute_dtype)).to(x.dtype)
 
     def dequantized(self) -> Tensor:
         """The matrix [out, in] in `compute_dtype`, in memory of its own."""
         dense = torch.empty(
             self.out_features, self.in_features, dtype=self.compute_dtype, device=self.packed.device
         )
-        self._fill(dense)
+        native = self._seek_native()
+        if native is None:
+            self._fill(dense)
+        else:
+            native.fill(dense)
         return dense
 
     def shared_dense(self) -> Tensor:
         """The matrix [out, in] in the workspace: valid until the next dequantisation, never to be kept."""
-        return self.workspace.matrix(self, self._fill)
+        native = self._seek_native()
+        if native is None:
+            return self.workspace.matrix(self, self._fill)
+        dense: Tensor = native.shared_dense()
+        return dense
+
+    def _product(self, x: Tensor) -> Tensor:
+        result: Tensor = _FrozenProduct.apply(x, self)
+        return result
+
+    def _seek_native(self) -> Any | None:
+        """The kernel's handle of this matrix where there can be one (GPU, bf16), None elsewhere."""
+        if not self._native_sought:
+            self._native_sought = True
+            on_gpu = self.packed.is_cuda and self.compute_dtype is torch.bfloat16
+            whole_vectors = self.in_features * self.out_features % 8 == 0
+            if on_gpu and whole_vectors and (kernels := dequantization_kernels()) is not None:
+                self._native = self._packed_matrix(kernels)
+        return self._native
+
+    def _packed_matrix(self, kernels: Any) -> Any:
+        device = self.packed.device
+        dynamic = _dynamic_code(device)
+        four_bit = self.quant_type != "int8"
+        return kernels.PackedMatrix(
+            self.packed,
+            self.absmax,
+            self.absmax_scale,
+            self.absmax_offset,
+            dynamic,
+            _four_bit_code(_FOUR_BIT_CODE[self.quant_type], device) if four_bit else dynamic,
+            4 if four_bit else 8,
+            self.out_features,
+            self.in_features,
+            self.slot,
+            self.workspace.native(device, kernels),
+        )
 
     def extra_repr(self) -> str:
         """Shape and storage, for `print(model)`."""
@@ -283,8 +358,17 @@ class FrozenLinear(nn.Module):
             return moved if moved.dtype == buffer.dtype else buffer.to(moved.device)
 
         super()._apply(move, recurse)
-        self.contents = object()
+        self._forget_derived()
         return self
+
+    def _forget_derived(self) -> None:
+        """Drops what refers to the buffers as they were."""
+        self.contents = object()
+        self._native, self._native_sought = None, False
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles without the extension's handle; the copy seeks its own."""
+        return {**self.__dict__, "contents": object(), "_native": None, "_native_sought": False}
 
 
 class _FrozenProduct(torch.autograd.Function):

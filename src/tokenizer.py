@@ -66,9 +66,7 @@ class IncrementalDecoder:
 
     def finish(self) -> str:
         """What is left: nothing, or U+FFFD for a character that never became complete."""
-        rest = self._decoder.decode(b"", final=True)
-        self._decoder.reset()
-        return rest
+        return self._decoder.decode(b"", final=True)
 
 
 class ByteTokenizer:

@@ -31,6 +31,8 @@ class Batch:
         layout: borders of the documents in a packed row (B = 1); None when a row is one document.
         token_count: positions that are not padding.
         target_count: targets that are not -100.
+        step_weight: factor on the batch's mean loss that makes the plain mean over all batches of an
+            optimizer step (accumulated ones, all ranks) the mean over the step's targets.
     """
 
     tokens: Tensor
@@ -39,6 +41,7 @@ class Batch:
     layout: SegmentLayout | None
     token_count: int
     target_count: int
+    step_weight: float = 1.0
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch with its tensors on `device`."""

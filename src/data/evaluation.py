@@ -11,6 +11,7 @@ from torch import Tensor
 
 from src.data.batches import Batch, padded_batch
 from src.data.documents import Documents
+from src.errors import DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,9 +46,17 @@ def evaluation_batches(
         batch_tokens: positions of a batch at most, padding included; a longer row comes alone.
         rank: every `world_size`-th batch from this one on is yielded.
         world_size: processes that share the work; some may get a batch less.
+
+    Raises:
+        DataError: no document has an answer before the cut.
     """
     limit = ctx_len + 1
     visited = np.flatnonzero(documents.counted_targets(limit))
+    if not len(visited):
+        raise DataError(
+            f"{documents.source} holds nothing to evaluate with --ctx_len {ctx_len}: no answer begins within "
+            "so many tokens; use a larger --ctx_len."
+        )
     lengths = np.minimum(documents.sizes[visited], limit) - 1
     order = np.argsort(-lengths, kind="stable")
     start = number = 0

@@ -11,8 +11,8 @@ prompt's last token, whose successor is the answer's first:
 so every target is scored in the same context as in two full rows. A prompt of one token leaves nothing
 for a root; its answers are roots themselves.
 
-Which pairs make up which batch follows `src.data.sampling`: a pass visits every pair once, in an order
-that is a function of (seed, pass), and ranks share it without overlap.
+Which pairs make up which batch follows `src.data.sampling`: one endless stream of batches, pass after pass,
+each a permutation of the pairs that is a function of (seed, pass), of which ranks take turns.
 """
 
 from __future__ import annotations
@@ -59,6 +59,8 @@ class PreferenceBatch:
         sample_indices: the pairs, by their place in the data set.
         token_count: positions that are not padding.
         target_count: targets that count.
+        step_weight: factor on the batch's mean loss that makes the plain mean over all batches of an
+            optimizer step (accumulated ones, all ranks) the mean over the step's pairs.
     """
 
     tokens: Tensor
@@ -69,6 +71,7 @@ class PreferenceBatch:
     sample_indices: tuple[int, ...]
     token_count: int
     target_count: int
+    step_weight: float = 1.0
 
     @property
     def pairs(self) -> int:
@@ -98,7 +101,7 @@ class PreferencePlan:
         shortened_answers: answers that lost their end.
         longest: most tokens of a prompt and of an answer.
         positions_per_pass: of all pairs in the chosen form, padding included.
-        batches_per_pass: on each rank.
+        passes_per_epoch: how often an epoch goes through the pairs, all ranks together.
         batches_per_epoch: on each rank.
     """
 
@@ -108,21 +111,14 @@ class PreferencePlan:
     shortened_answers: int
     longest: int
     positions_per_pass: int
-    batches_per_pass: int
+    passes_per_epoch: float
     batches_per_epoch: int
-
-    @property
-    def passes_per_epoch(self) -> float:
-        """How often an epoch goes through the pairs."""
-        return self.batches_per_epoch / self.batches_per_pass
 
     def statements(self) -> tuple[str, ...]:
         """What the user should know about the pairs, one sentence each."""
         said = []
         if self.plain_pairs:
-            said.append(
-                f"{self.plain_pairs} of {self.pairs} pairs have no reject and train on the chosen answer."
-            )
+            said.append(f"{self.plain_pairs} of {self.pairs} pairs have no reject and train on the chosen answer.")
         if self.shortened_prompts or self.shortened_answers:
             said.append(
                 f"--rlhf_max_corpus_len {self.longest} cuts {self.shortened_prompts} prompts (at their "
@@ -134,8 +130,8 @@ class PreferencePlan:
 class PreferenceDataset(Dataset[PreferenceBatch]):
     """Every batch of a run, by its step: `dataset[step]` is a pure function of the arguments.
 
-    Steps count batches of this rank from the start of the run, without end; `len` is an epoch. At the end
-    of a pass the pairs that are left are spread over the ranks, in smaller batches.
+    Steps count batches of this rank from the start of the run, without end; `len` is an epoch. The last
+    batch of a pass may have fewer pairs.
 
     Args:
         pairs: at least one.
@@ -148,6 +144,7 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         rank: of this process, among `world_size`.
         world_size: processes that train on batches of their own.
         epoch_steps: batches of an epoch on each rank; 0 means one pass.
+        accumulate: batches of an optimizer step on each rank; an epoch is rounded up to whole ones.
 
     Raises:
         DataError: `longest` cuts every chosen answer.
@@ -166,12 +163,11 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         rank: int = 0,
         world_size: int = 1,
         epoch_steps: int = 0,
+        accumulate: int = 1,
     ) -> None:
         assert pairs
-        assert longest >= 1
-        assert micro_bsz >= 1
-        assert seed >= 0
-        assert epoch_steps >= 0
+        assert min(longest, micro_bsz, accumulate) >= 1
+        assert min(seed, epoch_steps) >= 0
         assert 0 <= rank < world_size
         shortest, largest = (pick(len(pair.chosen) for pair in pairs) for pick in (min, max))
         if shortest > longest:
@@ -187,28 +183,30 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
-        self._current_pass: tuple[int, list[np.ndarray]] | None = None
-        steps_per_pass = -(-len(pairs) // (micro_bsz * world_size))
-        self._slots_per_pass = steps_per_pass * world_size
+        self._batches_per_step = accumulate * world_size
+        self._batches_per_pass = _ceil(len(pairs), micro_bsz)
+        self._passes: dict[int, list[np.ndarray]] = {}
+        steps = _ceil(epoch_steps or _ceil(self._batches_per_pass, world_size), accumulate) * accumulate
         self.plan = PreferencePlan(
             pairs=len(pairs),
             plain_pairs=sum(self._plain),
             shortened_prompts=sum(len(pair.prompt) > longest for pair in pairs),
-            shortened_answers=sum(
-                len(tokens) > longest for pair in pairs for tokens in (pair.chosen, pair.rejected)
-            ),
+            shortened_answers=sum(len(tokens) > longest for pair in pairs for tokens in (pair.chosen, pair.rejected)),
             longest=longest,
             positions_per_pass=sum(self._positions(number) for number in range(len(pairs))),
-            batches_per_pass=steps_per_pass,
-            batches_per_epoch=epoch_steps or steps_per_pass,
+            passes_per_epoch=steps * world_size / self._batches_per_pass,
+            batches_per_epoch=steps,
         )
 
     def __len__(self) -> int:
         return self.plan.batches_per_epoch
 
     def __getitem__(self, step: int) -> PreferenceBatch:
-        pass_number, place = divmod(step * self._world_size + self._rank, self._slots_per_pass)
-        return self.batch(self._pass_slots(pass_number)[place].tolist())
+        number = step * self._world_size + self._rank
+        batch = self.batch(self._indices(number).tolist())
+        first = number // self._batches_per_step * self._batches_per_step
+        pairs = sum(len(self._indices(first + i)) for i in range(self._batches_per_step))
+        return replace(batch, step_weight=batch.pairs * self._batches_per_step / pairs)
 
     def batch(self, indices: Sequence[int]) -> PreferenceBatch:
         """The named pairs as one batch."""
@@ -232,17 +230,15 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         """Batches epoch by epoch; see `EpochSampler`. Batches are made in the calling process."""
         return DataLoader(self, batch_size=None, sampler=EpochSampler(len(self), epoch, skip_steps))
 
-    def _pass_slots(self, pass_number: int) -> list[np.ndarray]:
-        """Indices of the pairs of every slot of a pass; slot s·world_size + r is rank r's step s."""
-        if self._current_pass is None or self._current_pass[0] != pass_number:
+    def _indices(self, number: int) -> np.ndarray:
+        """The pairs of the batch with this number, all ranks counted on."""
+        pass_number, place = divmod(number, self._batches_per_pass)
+        if pass_number not in self._passes:
             order = pass_generator(self._seed, pass_number).permutation(len(self._pairs))
-            full = (self._slots_per_pass - self._world_size) * self._micro_bsz
-            rest = order[full:]
-            if len(rest) < self._world_size:
-                rest = np.concatenate((rest, np.resize(order, self._world_size - len(rest))))
-            slots = [order[start : start + self._micro_bsz] for start in range(0, full, self._micro_bsz)]
-            self._current_pass = (pass_number, slots + np.array_split(rest, self._world_size))
-        return self._current_pass[1]
+            # Two are kept, because an optimizer step may begin in one pass and end in the next.
+            self._passes = {known: self._passes[known] for known in list(self._passes)[-1:]}
+            self._passes[pass_number] = np.split(order, range(self._micro_bsz, len(order), self._micro_bsz))
+        return self._passes[pass_number][place]
 
     def _positions(self, index: int) -> int:
         pair = self._pairs[index]
@@ -326,9 +322,7 @@ def _add_released(segments: _Segments, place: int, pair: PreferencePair, plain: 
     width = max(map(len, rows)) - 1
     for side, row in enumerate(rows):
         padding = [0] * (width + 1 - len(row))
-        segments.add_root(
-            row[:-1] + padding, row[1:] + padding, [2 * place + side] * width, padding=len(padding)
-        )
+        segments.add_root(row[:-1] + padding, row[1:] + padding, [2 * place + side] * width, padding=len(padding))
 
 
 _ADD = {
@@ -342,3 +336,7 @@ def _is_blank(tokens: list[int], tokenizer: Tokenizer | None) -> bool:
     if not tokens:
         return True
     return tokenizer is not None and not tokenizer.decode(tokens).strip()
+
+
+def _ceil(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)

@@ -22,7 +22,7 @@ document, rounded up to whole optimizer steps; the next epoch goes on where this
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -141,9 +141,11 @@ class BatchDataset(Dataset[Batch]):
         self._seed = seed
         self._rank = rank
         self._world_size = world_size
-        self._current_pass: tuple[int, list[Positions]] | None = None
+        self._batches_per_step = accumulate * world_size
+        self._passes: dict[int, list[Positions]] = {}
 
         counted = documents.counted_targets(self._row_tokens)
+        self._counted = counted
         self._visited: Positions = np.flatnonzero(counted)
         self._lengths = np.minimum(documents.sizes[self._visited], self._row_tokens) - 1
         self._rows: RowPlan | None = None
@@ -168,16 +170,32 @@ class BatchDataset(Dataset[Batch]):
 
     def __getitem__(self, step: int) -> Batch:
         number = step * self._world_size + self._rank
-        if self.mode == "get":
-            return self._windows(number)
-        pass_number, place = divmod(number, self._batches_per_pass)
-        indices = self._pass_batches(pass_number)[place]
+        batch = self._windows(number) if self.mode == "get" else self._documents(number)
+        if self._batches_per_step == 1:
+            return batch
+        first = number // self._batches_per_step * self._batches_per_step
+        total = sum(self._target_count(first + i) for i in range(self._batches_per_step))
+        return replace(batch, step_weight=batch.target_count * self._batches_per_step / total)
+
+    def _documents(self, number: int) -> Batch:
+        indices = self._indices(number)
         make = packed_batch if self.mode == "pack" else padded_batch
         return make(
             [self.documents.tokens(index, self._row_tokens) for index in indices],
             [self.documents.counted(index, self._row_tokens) for index in indices],
             indices.tolist(),
         )
+
+    def _indices(self, number: int) -> Positions:
+        pass_number, place = divmod(number, self._batches_per_pass)
+        return self._pass_batches(pass_number)[place]
+
+    def _target_count(self, number: int) -> int:
+        """Targets that count in the batch with this number, all ranks counted on."""
+        if self.mode == "get":
+            unmasked = self.documents.stream_counted is None
+            return self._micro_bsz * (self._row_tokens - 1) if unmasked else self._windows(number).target_count
+        return int(self._counted[self._indices(number)].sum())
 
     def describe(self, batch: Batch) -> str:
         """Names what a batch was made of, for messages."""
@@ -193,14 +211,16 @@ class BatchDataset(Dataset[Batch]):
 
     def _pass_batches(self, pass_number: int) -> list[Positions]:
         """Indices of the documents of every batch of a pass, over all ranks."""
-        if self._current_pass is None or self._current_pass[0] != pass_number:
+        if pass_number not in self._passes:
             if self._rows is not None:
                 batches = [self._visited[row] for row in self._rows.pass_rows(pass_number)]
             else:
                 order = pass_generator(self._seed, pass_number).permutation(self._visited)
                 batches = np.split(order, range(self._micro_bsz, len(order), self._micro_bsz))
-            self._current_pass = (pass_number, batches)
-        return self._current_pass[1]
+            # Two are kept, because an optimizer step may begin in one pass and end in the next.
+            self._passes = {known: self._passes[known] for known in list(self._passes)[-1:]}
+            self._passes[pass_number] = batches
+        return self._passes[pass_number]
 
     def _windows(self, number: int) -> Batch:
         """Windows at uniformly random offsets in [0, total - R)."""

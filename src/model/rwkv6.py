@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src.layout import SegmentLayout
-from src.ops.elementwise import group_norm_silu_gate, shift_mix, sigmoid_gated_residual, squared_relu
-from src.ops.wkv6 import wkv6
 from src.model.parameters import ModelShape
 from src.model.state import LayerState, ModelState, last_tokens
+from src.ops.elementwise import group_norm_silu_gate, shift_mix, sigmoid_gated_residual, squared_relu
+from src.ops.wkv6 import wkv6
 
 LAYER_NORM_EPS = 1e-5
 
@@ -191,10 +191,12 @@ class TimeMix(MixingWeights):
             final = start.expand(layout.roots, *start.shape)
             outputs: list[Tensor] = []
         else:
-            y, final = wkv6(*(x[:, :split] for x in (r, k, v, w_raw)), u, start, layout.root_borders)
+            y, final = wkv6(
+                r[:, :split], k[:, :split], v[:, :split], w_raw[:, :split], u, start, layout.root_borders
+            )
             outputs = [y]
         starts = final.index_select(0, layout.parents)
-        y, _ = wkv6(*(x[:, split:] for x in (r, k, v, w_raw)), u, starts, layout.child_borders)
+        y, _ = wkv6(r[:, split:], k[:, split:], v[:, split:], w_raw[:, split:], u, starts, layout.child_borders)
         return torch.cat([*outputs, y], dim=1), final
 
 
@@ -249,14 +251,14 @@ class Recompute(Enum):
 class Block(nn.Module):
     """One layer; layer 0 also normalises the embedding (`ln0`)."""
 
-    def __init__(self, shape: ModelShape, layer: int, head_size_divisor: int) -> None:
+    def __init__(self, shape: ModelShape, layer: int, head_size_divisor: int, recompute: Recompute) -> None:
         super().__init__()
         self.ln0 = Norm(shape.n_embd) if layer == 0 else None
         self.ln1 = Norm(shape.n_embd)
         self.ln2 = Norm(shape.n_embd)
         self.att = TimeMix(shape, head_size_divisor)
         self.ffn = ChannelMix(shape)
-        self.recompute = Recompute.NOTHING
+        self.recompute = recompute
 
     def forward(
         self,
@@ -317,9 +319,7 @@ class RWKV6(nn.Module):
         self.compute_dtype = compute_dtype
         self.dropout = dropout
         self.emb = Embedding(shape.vocab_size, shape.n_embd)
-        self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor) for i in range(shape.n_layer))
-        for block in self.blocks:
-            block.recompute = recompute
+        self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor, recompute) for i in range(shape.n_layer))
         self.ln_out = Norm(shape.n_embd)
         self.head = Linear(shape.n_embd, shape.vocab_size)
 
@@ -352,8 +352,7 @@ class RWKV6(nn.Module):
         assert layout is None or (tokens.shape[0] == 1 and tokens.shape[1] == layout.tokens)
         assert not (return_state and layout is not None and layout.has_children)
         x = self.emb(tokens, self.device, self.compute_dtype)
-        first = self.blocks[0]
-        x = F.dropout(first.ln0(x), self.dropout, self.training)
+        x = F.dropout(self.blocks[0].ln0(x), self.dropout, self.training)  # type: ignore[operator]
         ends = layout.last_positions if return_state and layout is not None else None
         new_state: ModelState = []
         for i, block in enumerate(self.blocks):

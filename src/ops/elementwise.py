@@ -1,31 +1,98 @@
 """The element-wise parts of a layer: token shift and mix, group norm and gate, activations.
 
-Written in plain torch these functions are the definition, and the path for CPU, for other dtypes than bf16 and
-for trainable weights.
+Each function has one definition in plain torch (`*_torch`): the path for CPU, for other dtypes than bf16, for
+trainable parameters, and what the tests hold the kernels against. On a GPU, in bf16 and with frozen parameters the
+same formula runs as one kernel forward and one backward (`cuda/elementwise.cu`), in fp32 inside. What those save
+for backward: shift_mixes z and modulation (nothing without modulation), group_norm_silu_gate y and gate, squared_relu
+x, sigmoid_gated_residual r and value.
 
 Shape legend: B batch, T tokens, C channels, A attention channels, H heads, N head size, G mixes of one z.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
+import weakref
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from src.errors import KernelError
+from src.ops.cuda_extension import load_extension
 
-def shifted_tokens(z: Tensor, carry: Tensor | None, previous: Tensor | None) -> Tensor:
-    """The token before each token.
+_VECTOR = 8
+_HEAD_SIZES = (16, 32, 64, 128)
+_MIXES = (1, 2, 5)
+
+
+@functools.cache
+def fused_kernels() -> Any | None:
+    """The extension of `cuda/elementwise.cu`, built on first call; None, after one warning, where it cannot be."""
+    try:
+        return load_extension("elementwise")
+    except KernelError as error:
+        warnings.warn(f"{error}. Slower torch operations are used instead.", stacklevel=3)
+        return None
+
+
+def shift_mix(
+    z: Tensor, carry: Tensor | None, maa: Tensor, modulation: Tensor | None, previous: Tensor | None
+) -> Tensor:
+    """`shift_mixes` in one tensor [G, B, T, C]; taking it apart again costs a copy in backward."""
+    return torch.stack(shift_mixes(z, carry, maa, modulation, previous))
+
+
+def shift_mixes(
+    z: Tensor, carry: Tensor | None, maa: Tensor, modulation: Tensor | None, previous: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Mixes each token with the one before it, in G proportions: z + (shifted - z) * (maa_g + modulation_g).
 
     Args:
-        z: [B, T, C].
+        z: [B, T, C], the normalised input.
         carry: [B, C], what stands before the first token of each row; with `previous` [R, C], a row for each of
             the R entries of `previous` that are -1, in order. None is zero.
-        previous: int64 [T], position of the token before each token, -1 where there is none; needs B == 1.
-            None is t - 1.
+        maa: [G, C].
+        modulation: [G, B, T, C], data-dependent part of the proportions; None is zero.
+        previous: int64 [T], position of the token before each token, -1 where there is none; needs B == 1. None
+            is t - 1. Not to be changed in place after its first use.
 
     Returns:
-        [B, T, C] in z's dtype.
+        G tensors [B, T, C] in z's dtype.
+
+    Source: Eagle and Finch, arXiv 2404.05892, section 4.2 (ddlerp).
     """
+    if (
+        z.is_cuda
+        and z.dtype is torch.bfloat16
+        and z.shape[2] % _VECTOR == 0
+        and maa.shape[0] in _MIXES
+        and not maa.requires_grad
+        and (carry is None or previous is None)
+        and (kernels := fused_kernels()) is not None
+    ):
+        children = None if previous is None else _children(previous)
+        if carry is not None:
+            carry = carry.to(z.dtype)
+        return tuple(kernels.shift_mixes(z, carry, maa.to(z.dtype), modulation, previous, children))
+    return shift_mixes_torch(z, carry, maa, modulation, previous)
+
+
+def shift_mixes_torch(
+    z: Tensor, carry: Tensor | None, maa: Tensor, modulation: Tensor | None, previous: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Definition of `shift_mixes`."""
+    delta = shifted_tokens(z, carry, previous) - z
+    proportion = maa.to(z.dtype)[:, None, None, :]
+    if modulation is not None:
+        proportion = proportion + modulation
+    return (z + delta * proportion).unbind(0)
+
+
+def shifted_tokens(z: Tensor, carry: Tensor | None, previous: Tensor | None) -> Tensor:
+    """The token before each token, [B, T, C] in z's dtype; arguments as in `shift_mixes`."""
     if previous is None:
         first = torch.zeros_like(z[:, 0]) if carry is None else carry.to(z.dtype)
         return torch.cat((first.unsqueeze(1), z[:, :-1]), dim=1)
@@ -39,28 +106,38 @@ def shifted_tokens(z: Tensor, carry: Tensor | None, previous: Tensor | None) -> 
     return torch.where(starts.unsqueeze(1), at_starts, shifted).unsqueeze(0)
 
 
-def shift_mix(
-    z: Tensor, carry: Tensor | None, maa: Tensor, modulation: Tensor | None, previous: Tensor | None
-) -> Tensor:
-    """Mixes each token with the one before it, in G proportions: z + (shifted - z) * (maa_g + modulation_g).
+def continuations(previous: Tensor) -> Tensor:
+    """The inverse of `previous`: which tokens continue each token, as linked lists.
 
     Args:
-        z: [B, T, C], the normalised input.
-        carry: what stands before the first token, see `shifted_tokens`.
-        maa: [G, C].
-        modulation: [G, B, T, C], data-dependent part of the proportions; None is zero.
-        previous: int64 [T], see `shifted_tokens`.
+        previous: int64 [T], see `shift_mixes`.
 
     Returns:
-        [G, B, T, C] in z's dtype.
-
-    Source: Eagle and Finch, arXiv 2404.05892, section 4.2 (ddlerp).
+        int32 [2, T]: row 0 the first token that continues t, row 1 the next token after t that continues the same
+        one as t does; -1 ends a list. No transfer to the host.
     """
-    delta = shifted_tokens(z, carry, previous) - z
-    proportion = maa.to(z.dtype)[:, None, None, :]
-    if modulation is not None:
-        proportion = proportion + modulation
-    return z + delta * proportion
+    tokens = previous.shape[0]
+    ordered, order = torch.sort(previous, stable=True)
+    same_as_before = torch.zeros_like(ordered, dtype=torch.bool)
+    torch.eq(ordered[1:], ordered[:-1], out=same_as_before[1:])
+    lists = torch.full((2, tokens + 1), -1, dtype=torch.int32, device=previous.device)
+    order32 = order.to(torch.int32)
+    # Column T takes what has no place: entries that do not open a list, and starts of segments.
+    opened = torch.where(same_as_before | (ordered < 0), tokens, ordered)
+    lists[0].scatter_(0, opened, order32)
+    lists[1].scatter_(0, order[:-1], torch.where(same_as_before[1:] & (ordered[1:] >= 0), order32[1:], -1))
+    return lists[:, :tokens].contiguous()
+
+
+_last_continuations: tuple[weakref.ref[Tensor], Tensor] | None = None
+
+
+def _children(previous: Tensor) -> Tensor:
+    """`continuations` of the layout in use, made once for all layers of a step."""
+    global _last_continuations
+    if _last_continuations is None or _last_continuations[0]() is not previous:
+        _last_continuations = (weakref.ref(previous), continuations(previous))
+    return _last_continuations[1]
 
 
 def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -75,6 +152,21 @@ def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, 
     Returns:
         [B, T, A] in y's dtype.
     """
+    if (
+        y.is_cuda
+        and y.dtype is torch.bfloat16
+        and gate.dtype is torch.bfloat16
+        and y.shape[3] in _HEAD_SIZES
+        and not (weight.requires_grad or bias.requires_grad)
+        and (kernels := fused_kernels()) is not None
+    ):
+        fused: Tensor = kernels.group_norm_silu_gate(y, gate, weight.to(y.dtype), bias.to(y.dtype), eps)
+        return fused
+    return group_norm_silu_gate_torch(y, gate, weight, bias, eps)
+
+
+def group_norm_silu_gate_torch(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """Definition of `group_norm_silu_gate`."""
     batch, tokens, heads, head_size = y.shape
     rows = y.reshape(batch * tokens, heads * head_size)
     normalised = F.group_norm(rows, heads, weight.to(y.dtype), bias.to(y.dtype), eps)
@@ -83,9 +175,35 @@ def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, 
 
 def squared_relu(x: Tensor) -> Tensor:
     """relu(x)^2, any shape."""
+    if (
+        x.is_cuda
+        and x.dtype is torch.bfloat16
+        and x.shape[-1] % _VECTOR == 0
+        and (kernels := fused_kernels()) is not None
+    ):
+        fused: Tensor = kernels.squared_relu(x)
+        return fused
+    return squared_relu_torch(x)
+
+
+def squared_relu_torch(x: Tensor) -> Tensor:
+    """Definition of `squared_relu`."""
     return F.relu(x).square()
 
 
 def sigmoid_gated_residual(x: Tensor, r: Tensor, value: Tensor) -> Tensor:
     """x + sigmoid(r) * value, equal shapes: the channel mix' output added to the residual stream."""
+    if (
+        x.is_cuda
+        and x.dtype is r.dtype is value.dtype is torch.bfloat16
+        and x.shape[-1] % _VECTOR == 0
+        and (kernels := fused_kernels()) is not None
+    ):
+        fused: Tensor = kernels.sigmoid_gated_residual(x, r, value)
+        return fused
+    return sigmoid_gated_residual_torch(x, r, value)
+
+
+def sigmoid_gated_residual_torch(x: Tensor, r: Tensor, value: Tensor) -> Tensor:
+    """Definition of `sigmoid_gated_residual`."""
     return x + torch.sigmoid(r) * value

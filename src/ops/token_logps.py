@@ -1,7 +1,8 @@
 """Head, softmax and target log-probability in one, chunk by chunk over tokens.
 
 The logits of all tokens never exist at once: a chunk's logits are formed, reduced to two numbers per token and
-dropped; the backward forms them again.
+dropped; the backward forms them again. On a GPU in bf16 the chunk is reduced by one kernel and turned into its
+gradient in place by another (`cuda/elementwise.cu`), so no fp32 copy of it exists.
 
 Shape legend: M tokens (rows), C channels, V vocabulary.
 """
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from src.ops.elementwise import fused_kernels
+
 HeadWeight = Tensor | Callable[[], Tensor]
 
 _CHUNK_ELEMENTS = 1 << 25
-"""Logits formed at a time if `chunk_tokens` is not given: 512 tokens of a 65536 vocabulary, 128 MiB in fp32."""
+"""Logits formed at a time if `chunk_tokens` is not given: 512 tokens of a 65536 vocabulary, 64 MiB in bf16."""
 
 
 def token_logps(
@@ -62,23 +65,26 @@ class _TokenLogps(torch.autograd.Function):
         chunk_tokens: int | None,
     ) -> tuple[Tensor, Tensor]:
         dense = _dense(weight, weight_again)
-        rows = hidden.shape[0]
-        chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // dense.shape[0])
+        rows, vocabulary = hidden.shape[0], dense.shape[0]
+        chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary)
+        kernels = _kernels(hidden, vocabulary)
+        targets = targets.contiguous()
         sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         logp = torch.empty(rows, dtype=sum_dtype, device=hidden.device)
         max_logit = torch.empty_like(logp)
         logsumexp = torch.empty_like(logp)
-        argmax = torch.empty(rows, dtype=torch.int64, device=hidden.device)
+        argmax = torch.empty(
+            rows, dtype=torch.int64 if kernels is None else torch.int32, device=hidden.device
+        )
+        buffer = torch.empty(min(chunk, rows), vocabulary, dtype=hidden.dtype, device=hidden.device)
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
-            logits = (hidden[part] @ dense.t()).to(sum_dtype)
-            torch.max(logits, dim=-1, out=(max_logit[part], argmax[part]))
-            torch.logsumexp(logits, dim=-1, out=logsumexp[part])
-            target_logit = logits.gather(1, targets[part].clamp(min=0).unsqueeze(1)).squeeze(1)
-            torch.sub(target_logit, logsumexp[part], out=logp[part])
-        uncounted = targets < 0
-        logp.masked_fill_(uncounted, 0.0)
-        max_logit.masked_fill_(uncounted, 0.0)
+            logits = torch.mm(hidden[part], dense.t(), out=buffer[: min(chunk, rows - start)])
+            results = logp[part], max_logit[part], logsumexp[part], argmax[part]
+            if kernels is None:
+                _logit_statistics(logits, targets[part], *results)
+            else:
+                kernels.logit_statistics(logits, targets[part], *results)
         ctx.save_for_backward(hidden, weight, targets, logsumexp, argmax)
         ctx.weight_again = weight_again
         ctx.chunk = chunk
@@ -91,28 +97,65 @@ class _TokenLogps(torch.autograd.Function):
     ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
         hidden, weight, targets, logsumexp, argmax = ctx.saved_tensors
         dense = _dense(weight, ctx.weight_again)
-        counted = targets >= 0
-        grad_logp = torch.where(counted, grad_logp, 0.0)
-        grad_max_logit = torch.where(counted, grad_max_logit, 0.0)
+        rows, vocabulary, chunk = hidden.shape[0], dense.shape[0], ctx.chunk
+        kernels = _kernels(hidden, vocabulary)
+        grad_logp, grad_max_logit = grad_logp.contiguous(), grad_max_logit.contiguous()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = (
-            torch.zeros(dense.shape, dtype=logsumexp.dtype, device=dense.device)
-            if ctx.needs_input_grad[1]
-            else None
-        )
-        for start in range(0, hidden.shape[0], ctx.chunk):
-            part = slice(start, start + ctx.chunk)
-            grad_logits = (hidden[part] @ dense.t()).to(logsumexp.dtype)
-            grad_logits.sub_(logsumexp[part].unsqueeze(1)).exp_().mul_(grad_logp[part].neg().unsqueeze(1))
-            grad_logits.scatter_add_(1, targets[part].clamp(min=0).unsqueeze(1), grad_logp[part].unsqueeze(1))
-            grad_logits.scatter_add_(1, argmax[part].unsqueeze(1), grad_max_logit[part].unsqueeze(1))
-            rounded = grad_logits.to(hidden.dtype)
-            del grad_logits
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.zeros(dense.shape, dtype=logsumexp.dtype, device=dense.device)
+        buffer = torch.empty(min(chunk, rows), vocabulary, dtype=hidden.dtype, device=hidden.device)
+        for start in range(0, rows, chunk):
+            part = slice(start, start + chunk)
+            logits = torch.mm(hidden[part], dense.t(), out=buffer[: min(chunk, rows - start)])
+            arguments = targets[part], logsumexp[part], argmax[part], grad_logp[part], grad_max_logit[part]
+            if kernels is None:
+                _logit_gradient(logits, *arguments)
+            else:
+                kernels.logit_gradient(logits, *arguments)
             if grad_hidden is not None:
-                torch.mm(rounded, dense, out=grad_hidden[part])
+                torch.mm(logits, dense, out=grad_hidden[part])
             if grad_weight is not None:
-                grad_weight.add_(rounded.t() @ hidden[part])
+                grad_weight.add_(logits.t() @ hidden[part])
         return grad_hidden, None if grad_weight is None else grad_weight.to(dense.dtype), None, None, None
+
+
+def _logit_statistics(
+    logits: Tensor, targets: Tensor, logp: Tensor, max_logit: Tensor, logsumexp: Tensor, argmax: Tensor
+) -> None:
+    """Writes log p(target), largest logit (both 0 for a negative target), logsumexp and arg-max of each row."""
+    wide = logits.to(logp.dtype)
+    torch.max(wide, dim=-1, out=(max_logit, argmax))
+    torch.logsumexp(wide, dim=-1, out=logsumexp)
+    target_logit = wide.gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)
+    uncounted = targets < 0
+    torch.sub(target_logit, logsumexp, out=logp).masked_fill_(uncounted, 0.0)
+    max_logit.masked_fill_(uncounted, 0.0)
+
+
+def _logit_gradient(
+    logits: Tensor,
+    targets: Tensor,
+    logsumexp: Tensor,
+    argmax: Tensor,
+    grad_logp: Tensor,
+    grad_max_logit: Tensor,
+) -> None:
+    """Overwrites logits by the gradient of sum(grad_logp * logp) + sum(grad_max_logit * max_logit)."""
+    counted = targets >= 0
+    by_logp = torch.where(counted, grad_logp, 0.0).unsqueeze(1)
+    by_max = torch.where(counted, grad_max_logit, 0.0).unsqueeze(1)
+    gradient = torch.sub(logits.to(logsumexp.dtype), logsumexp.unsqueeze(1)).exp_().mul_(-by_logp)
+    gradient.scatter_add_(1, targets.clamp(min=0).unsqueeze(1), by_logp)
+    gradient.scatter_add_(1, argmax.unsqueeze(1), by_max)
+    logits.copy_(gradient)
+
+
+def _kernels(hidden: Tensor, vocabulary: int) -> Any | None:
+    """The fused kernels where they apply: bf16 on a GPU, rows of logits 16-byte aligned."""
+    return (
+        fused_kernels() if hidden.is_cuda and hidden.dtype is torch.bfloat16 and vocabulary % 8 == 0 else None
+    )
 
 
 def _dense(weight: Tensor | None, weight_again: Callable[[], Tensor] | None) -> Tensor:

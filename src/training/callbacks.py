@@ -97,7 +97,7 @@ class TrainingMonitor(pl.Callback):
         self.step_seconds: list[float] = []
         self._samples = 0
         self._tokens = 0
-        self._logs: list[dict[str, Any]] = []
+        self._logs: list[dict[str, float]] = []
         self._epoch_losses: list[float] = []
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
@@ -111,7 +111,7 @@ class TrainingMonitor(pl.Callback):
         assert isinstance(module, TrainingModule) and module.outcome is not None
         self._samples += len(batch.sample_indices)
         self._tokens += batch.token_count
-        self._logs.append(module.outcome.logs)
+        self._logs.append(module.outcome.logs())
         if (batch_idx + 1) % self.control.accumulate:
             return
         extra = _averages(self._logs)
@@ -243,14 +243,15 @@ def _gradient_norm(module: TrainingModule) -> Tensor:
     else:
         gradients = [parameter.grad for parameter in parameters]
     norms = torch._foreach_norm([gradient for gradient in gradients if gradient is not None])
-    return torch.linalg.vector_norm(torch.stack(norms))
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    return norm
 
 
-def _averages(logs: list[dict[str, Any]]) -> dict[str, float]:
+def _averages(logs: list[dict[str, float]]) -> dict[str, float]:
     names = {name for row in logs for name in row}
     averages = {}
     for name in sorted(names):
-        values = [float(row[name]) for row in logs if name in row]
+        values = [row[name] for row in logs if name in row]
         averages[name] = sum(values) / len(values)
     return averages
 

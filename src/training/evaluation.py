@@ -1,4 +1,4 @@
-"""Held-out loss of a model: the mean over all documents, and the start of documents apart from the rest."""
+"""What a model makes of held-out data, measured the same way before and after a run."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch
 
 from src.data.documents import Documents
 from src.data.evaluation import evaluation_batches
+from src.data.preference_batches import PreferenceDataset
 from src.model.rwkv6 import RWKV6
-from src.training.objectives import counted_logps
+from src.training.objectives import PreferenceObjective, counted_logps
 
 START_POSITIONS = 64
 _BATCH_TOKENS = 4096
@@ -32,6 +33,50 @@ class HeldOutLoss:
     rest: float
     targets: int
     documents: int
+
+    def __str__(self) -> str:
+        parts = f"first {START_POSITIONS} positions {self.start:.4f}, rest {self.rest:.4f}"
+        return f"loss {self.overall:.4f} over {self.targets:,} tokens of {self.documents} documents ({parts})"
+
+
+@dataclass(frozen=True)
+class HeldOutPreference:
+    """Means over held-out pairs.
+
+    Attributes:
+        nll: cross-entropy of prompt and chosen answer, nats per token.
+        accuracy: share of pairs whose chosen answer has the larger mean log-probability.
+        margin: mean log-probability per token of the chosen answer minus the rejected one's.
+        pairs: compared pairs, those without a reject left out.
+    """
+
+    nll: float
+    accuracy: float
+    margin: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return f"accuracy {self.accuracy:.1%}, margin {self.margin:+.4f}, nll {self.nll:.4f} over {self.pairs} pairs"
+
+
+HeldOut = HeldOutLoss | HeldOutPreference
+
+
+def held_out_preference(model: RWKV6, dataset: PreferenceDataset, objective: PreferenceObjective) -> HeldOutPreference:
+    """Scores every pair of the data set once, without gradients."""
+    was_training = model.training
+    model.eval()
+    nll, margins = [], []
+    with torch.no_grad():
+        for batch in dataset.batches_in_order():
+            result = objective.evaluate(model, batch)
+            nll.append(result.nll)
+            margins.append((result.logp_chosen - result.logp_rejected)[~result.is_plain])
+    model.train(was_training)
+    margin = torch.cat(margins)
+    return HeldOutPreference(
+        float(torch.cat(nll).mean()), float((margin > 0).float().mean()), float(margin.mean()), margin.numel()
+    )
 
 
 def held_out_loss(model: RWKV6, documents: Documents, ctx_len: int) -> HeldOutLoss:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision, Precision
+from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
 from src.config import TrainConfig
@@ -55,6 +56,11 @@ class Hardware:
         name = torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU, {torch.get_num_threads()} threads"
         engine = "single device" if self.strategy == "single" else self.strategy
         return f"{name}, {self.precision}, {engine}"
+
+
+def global_rank() -> int:
+    """This process's number among all of the run; 0 before Lightning has started others."""
+    return int(getattr(rank_zero_only, "rank", None) or 0)
 
 
 def resolve_hardware(config: TrainConfig) -> Hardware:

@@ -5,14 +5,23 @@ Adding an objective is adding a class here; the Lightning module knows none of t
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from src.data.batches import Batch
-from src.losses import sft_loss
+from src.data.preference_batches import PairForm, PreferenceBatch
+from src.losses import (
+    PreferenceLoss,
+    orpo_loss,
+    orpo_loss_released,
+    running_preference,
+    sft_loss,
+    targets_after,
+)
 from src.model.rwkv6 import RWKV6
 from src.ops.token_logps import token_logps
 
@@ -23,11 +32,11 @@ class Outcome:
 
     Attributes:
         loss: 0-d, to minimise.
-        logs: numbers to log by name; tensors are detached and read after the step.
+        logs: gives further numbers by name; called after the step, because it may wait for the device.
     """
 
     loss: Tensor
-    logs: dict[str, Any] = field(default_factory=dict)
+    logs: Callable[[], dict[str, float]] = dict
 
 
 class Objective(Protocol):
@@ -70,4 +79,53 @@ class SFTObjective:
         layout = None if batch.layout is None else batch.layout.to(model.device)
         hidden, _ = model(batch.tokens, layout=layout)
         logp, max_logit = counted_logps(model, hidden, batch.targets)
-        return Outcome(sft_loss(logp, max_logit, torch.ones_like(logp, dtype=torch.bool)))
+        loss = sft_loss(logp, max_logit, torch.ones_like(logp, dtype=torch.bool))
+        return Outcome(loss if batch.step_weight == 1.0 else loss * batch.step_weight)
+
+
+class PreferenceObjective:
+    """ORPO on packed pairs: `orpo_type` 0 as published, 1 as the original released it.
+
+    Args:
+        alpha: weight of the preference term.
+        orpo_type: 0 or 1.
+        debug: print each pair's weighted preference term.
+    """
+
+    def __init__(self, alpha: float, orpo_type: int, *, debug: bool = False) -> None:
+        self.alpha = alpha
+        self.orpo_type = orpo_type
+        self.debug = debug
+        self._running_preference = 0.5
+
+    @staticmethod
+    def form(orpo_type: int, shared_prompt: bool) -> PairForm:
+        """How pairs are laid out for a type of loss."""
+        if orpo_type == 1:
+            return PairForm.RELEASED
+        return PairForm.SHARED_PROMPT if shared_prompt else PairForm.TWO_ROWS
+
+    def __call__(self, model: RWKV6, batch: PreferenceBatch) -> Outcome:
+        result = self.evaluate(model, batch)
+        return Outcome(result.loss, lambda: self._logs(result))
+
+    def evaluate(self, model: RWKV6, batch: PreferenceBatch) -> PreferenceLoss:
+        """The loss and its parts."""
+        device = model.device
+        hidden, _ = model(batch.tokens, layout=batch.layout.to(device))
+        if self.orpo_type == 0:
+            logp, max_logit = counted_logps(model, hidden, batch.targets)
+            groups = batch.groups[batch.targets >= 0].to(device)
+            return orpo_loss(logp, max_logit, groups, batch.pairs, self.alpha)
+        rows, targets, groups = hidden[0], batch.targets.to(device), batch.groups.to(device)
+        logp, max_logit = token_logps(rows, head_of(model), targets)
+        logp_after, _ = token_logps(rows, head_of(model), targets_after(targets, groups))
+        reject_lengths = batch.reject_lengths.to(device)
+        return orpo_loss_released(logp, logp_after, max_logit, targets, groups, reject_lengths, self.alpha)
+
+    def _logs(self, result: PreferenceLoss) -> dict[str, float]:
+        self._running_preference = running_preference(self._running_preference, float(result.preferred_share))
+        if self.debug:
+            terms = ", ".join(f"{self.alpha * term:.6f}" for term in result.odds_loss.tolist())
+            print(f"preference terms: {terms}", flush=True)
+        return {**result.averages(), "pref_percentage": self._running_preference}

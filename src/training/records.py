@@ -103,8 +103,8 @@ class FileSink:
     """`train_log.txt` in the original's format and `metrics.jsonl`, one record per step."""
 
     def __init__(self, folder: Path, config: TrainConfig, deepspeed_config: dict[str, Any] | None) -> None:
-        self._log = open(folder / "train_log.txt", "a", encoding="utf-8")
-        self._metrics = open(folder / "metrics.jsonl", "a", encoding="utf-8")
+        self._log = (folder / "train_log.txt").open("a", encoding="utf-8")
+        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
         self._log.write(f"NEW RUN {datetime.now().strftime(TIMESTAMP)}\n{asdict(config)}\n")
         if deepspeed_config:
             self._log.write(f"{deepspeed_config}\n")

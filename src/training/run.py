@@ -4,40 +4,50 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import random
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.utilities.rank_zero import rank_zero_only
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from src.adapters.states import set_states, state_tensors
-from src.checkpoint import check_sizes, inspect_checkpoint, load_state, open_checkpoint, save_model, save_state
+from src.checkpoint import (
+    check_sizes,
+    inspect_checkpoint,
+    load_pairs,
+    load_state,
+    open_checkpoint,
+    save_model,
+    save_state,
+)
 from src.config import TrainConfig
 from src.data.documents import Documents
+from src.data.preference_batches import PreferenceDataset
 from src.data.sampling import BatchDataset
 from src.data.sources import open_documents
-from src.errors import ConfigError, TrainingError
+from src.errors import ConfigError, DataError, TrainingError
 from src.loading import LoadOptions, build_model
 from src.model.parameters import ModelShape, fresh_parameters, parameter_shapes
 from src.model.rwkv6 import RWKV6, Recompute
 from src.schedule import Schedule
+from src.tokenizer import tokenizer_for_vocabulary
 from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
-from src.training.evaluation import HeldOutLoss, held_out_loss
-from src.training.hardware import Hardware, deepspeed_config, resolve_hardware, trainer_arguments
+from src.training.evaluation import HeldOut, held_out_loss, held_out_preference
+from src.training.hardware import Hardware, deepspeed_config, global_rank, resolve_hardware, trainer_arguments
 from src.training.module import TrainingModule
-from src.training.objectives import Objective, SFTObjective
+from src.training.objectives import Objective, PreferenceObjective, SFTObjective
 from src.training.records import FileSink, HttpSink, ProgressSink, Sink, WandbSink
 
 GRADIENT_CLIP = 1.0
+_SMALL_SHARE = 0.01
 
 
 @dataclass(frozen=True)
@@ -48,21 +58,21 @@ class RunResult:
         final_file: the last checkpoint written.
         files: every checkpoint written, in order.
         losses: training loss of every optimizer step.
-        before, after: held-out losses, None without held-out data.
+        before, after: measurements on held-out data, None without held-out data.
         stopped_by: name of the signal that ended the run early, or None.
     """
 
     final_file: Path
     files: list[Path]
     losses: list[float]
-    before: HeldOutLoss | None
-    after: HeldOutLoss | None
+    before: HeldOut | None
+    after: HeldOut | None
     stopped_by: str | None
 
 
 def say(text: str = "") -> None:
     """Prints on rank 0 only."""
-    if rank_zero_only.rank == 0:
+    if global_rank() == 0:
         print(text, flush=True)
 
 
@@ -78,19 +88,21 @@ def train(config: TrainConfig) -> RunResult:
         say(f"note: {line}")
     folder = _prepare_folder(config)
     shape = _model_shape(config)
-    work = prepare_work(config, hardware, shape)
+    work = prepare_work(config, shape)
     schedule = make_schedule(config, work)
     say(_plan(config, hardware, shape, work, schedule, folder))
 
     model = _load_model(config, hardware, shape, folder)
-    before = _evaluate("untuned", model, work.held_out, config)
+    before = _evaluate("untuned", model, work)
+    if isinstance(work.objective, PreferenceObjective):
+        say(_preference_share(model, work, work.objective))
     module = TrainingModule(model, work.objective, config)
     final_file = folder / "rwkv-final.pth"
-    after: list[HeldOutLoss | None] = []
+    after: list[HeldOut | None] = []
 
     def finish() -> None:
         _save(model, config, final_file)
-        after.append(_evaluate("tuned", model, work.held_out, config))
+        after.append(_evaluate("tuned", model, work))
 
     files, monitor, stopper = fit(module, work, schedule, hardware, config, folder, finish)
     result = RunResult(
@@ -112,14 +124,14 @@ class Work:
     Attributes:
         loader: micro-batches of this rank, epoch after epoch.
         objective: maps them to losses.
-        held_out: documents of `--val_file`, or None.
+        measure: scores a model on the held-out data of `--val_file`; None without.
         batches_per_epoch: micro-batches of an epoch on each rank, a multiple of the accumulation.
         lines: what the plan says about the data.
     """
 
     loader: DataLoader[Any]
     objective: Objective
-    held_out: Documents | None
+    measure: Callable[[RWKV6], HeldOut] | None
     batches_per_epoch: int
     lines: list[str]
 
@@ -166,20 +178,29 @@ def _model_shape(config: TrainConfig) -> ModelShape:
     return info.shape
 
 
-def prepare_work(config: TrainConfig, hardware: Hardware, shape: ModelShape) -> Work:
+def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
+    """Opens the data and chooses the objective.
+
+    Raises:
+        DataError: for data that cannot be read or used.
+    """
+    return _preference_work(config, shape) if config.orpo else _text_work(config, shape)
+
+
+def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
     def documents_of(path: str) -> Documents:
         return open_documents(config.data_type, path, shape.vocab_size, ctx_len=config.ctx_len)
 
-    held_out = documents_of(config.val_file) if config.val_file else None
-    dataset = BatchDataset(  # accumulate follows
+    dataset = BatchDataset(
         documents_of(config.data_file),
         mode=config.dataload,
         ctx_len=config.ctx_len,
         micro_bsz=config.micro_bsz,
         seed=config.random_seed,
-        rank=rank_zero_only.rank or 0,
+        rank=global_rank(),
         world_size=config.devices * config.num_nodes,
         epoch_steps=config.epoch_steps,
+        accumulate=config.accumulate_grad_batches,
     )
     plan = dataset.plan
     lines = [
@@ -187,9 +208,64 @@ def prepare_work(config: TrainConfig, hardware: Hardware, shape: ModelShape) -> 
         f"--dataload {plan.mode}",
         *(f"           {statement}" for statement in (*dataset.documents.statements, *plan.statements())),
     ]
-    if held_out is not None:
+    measure: Callable[[RWKV6], HeldOut] | None = None
+    if config.val_file:
+        held_out = documents_of(config.val_file)
         lines.append(f"held out   {config.val_file}: {len(held_out):,} documents, {held_out.total_tokens:,} tokens")
-    return Work(dataset.loader(), SFTObjective(), held_out, len(dataset), lines)
+        measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len)
+    return Work(dataset.loader(), SFTObjective(), measure, len(dataset), lines)
+
+
+def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
+    try:
+        tokenizer = tokenizer_for_vocabulary(shape.vocab_size)
+    except DataError:  # pairs are tokens already; the tokenizer only recognises rejects of white space
+        tokenizer = None
+
+    def dataset_of(path: str, epoch_steps: int) -> PreferenceDataset:
+        return PreferenceDataset(
+            load_pairs(path, shape.vocab_size),
+            source=path,
+            form=PreferenceObjective.form(config.orpo_type, bool(config.orpo_shared_prompt)),
+            longest=config.rlhf_max_corpus_len,
+            micro_bsz=config.micro_bsz,
+            seed=config.random_seed,
+            tokenizer=tokenizer,
+            rank=global_rank(),
+            world_size=config.devices * config.num_nodes,
+            epoch_steps=epoch_steps,
+        )
+
+    dataset = dataset_of(config.rlhf_train_file, config.epoch_steps)
+    surplus = len(dataset) % config.accumulate_grad_batches
+    if surplus:
+        whole = len(dataset) - surplus + config.accumulate_grad_batches
+        dataset = dataset_of(config.rlhf_train_file, whole)
+    objective = PreferenceObjective(config.orpo_alpha, config.orpo_type, debug=bool(config.orpo_debug))
+    plan = dataset.plan
+    lines = [
+        f"pairs      {config.rlhf_train_file}: {plan.pairs:,} pairs, {plan.positions_per_pass:,} positions a pass",
+        *(f"           {statement}" for statement in plan.statements()),
+    ]
+    measure: Callable[[RWKV6], HeldOut] | None = None
+    if config.val_file:
+        held_out = dataset_of(config.val_file, 0)
+        lines.append(f"held out   {config.val_file}: {held_out.plan.pairs:,} pairs")
+        measure = partial(held_out_preference, dataset=held_out, objective=objective)
+    return Work(dataset.loader(), objective, measure, len(dataset), lines)
+
+
+def _preference_share(model: RWKV6, work: Work, objective: PreferenceObjective) -> str:
+    """How much of the first micro-batch's loss the preference term is."""
+    with torch.no_grad():
+        share = objective.evaluate(model, next(iter(work.loader))).averages()["preference_share"]
+    line = f"preference {share:.2%} of the first loss is the preference term (alpha {objective.alpha:g})"
+    if share < _SMALL_SHARE:
+        line += (
+            "\nwarning: under 1 % the run is plain SFT on the chosen answers; values near 0.1 to 0.5 weigh both terms"
+            " (small values such as 0.0006 belong to an older formula, see README)"
+        )
+    return line
 
 
 def make_schedule(config: TrainConfig, work: Work) -> Schedule:
@@ -254,14 +330,15 @@ def load_options(config: TrainConfig, hardware: Hardware) -> LoadOptions:
 
 
 def _load_model(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> RWKV6:
+    tensors: Mapping[str, torch.Tensor]
     if config.load_model:
         tensors = open_checkpoint(config.load_model)
     else:
         tensors = fresh_parameters(shape, config.random_seed, torch.float32)
-        if rank_zero_only.rank == 0:
+        if global_rank() == 0:
             save_model(folder / "rwkv-init.pth", tensors, _file_dtype(hardware))
     states = load_state(config.load_state, shape) if config.load_state else None
-    quiet = rank_zero_only.rank != 0 or shape.parameter_count < 200_000_000
+    quiet = global_rank() != 0 or shape.parameter_count < 200_000_000
     with tqdm(total=len(parameter_shapes(shape)), desc="loading", unit="tensor", disable=quiet) as bar:
         model = build_model(tensors, shape, load_options(config, hardware), lambda name: bar.update() and None)
     if states is not None:
@@ -283,15 +360,12 @@ def _save(model: RWKV6, config: TrainConfig, path: Path) -> None:
         save_model(path, {name: tensors[name] for name in names}, torch.bfloat16)
 
 
-def _evaluate(label: str, model: RWKV6, held_out: Documents | None, config: TrainConfig) -> HeldOutLoss | None:
-    if held_out is None or rank_zero_only.rank != 0:
+def _evaluate(label: str, model: RWKV6, work: Work) -> HeldOut | None:
+    if work.measure is None or global_rank() != 0:
         return None
-    loss = held_out_loss(model, held_out, config.ctx_len)
-    say(
-        f"held out   {label}: loss {loss.overall:.4f} over {loss.targets:,} tokens "
-        f"(first 64 positions {loss.start:.4f}, rest {loss.rest:.4f})"
-    )
-    return loss
+    measurement = work.measure(model)
+    say(f"held out   {label}: {measurement}")
+    return measurement
 
 
 def fit(
@@ -341,7 +415,7 @@ def fit(
         trainer.fit(module, work.loader)
     except TrainingError as error:
         last_good = folder / "rwkv-last-good.pth"
-        if rank_zero_only.rank == 0:
+        if global_rank() == 0:
             _save(module.model, config, last_good)
         raise TrainingError(f"{error}; the weights before this step are in {last_good}") from error
     except torch.cuda.OutOfMemoryError as error:
@@ -360,7 +434,7 @@ def _sinks(
     steps: int,
     trained_elements: int,
 ) -> list[Sink]:
-    if rank_zero_only.rank != 0:
+    if global_rank() != 0:
         return []
     engine = None if hardware.strategy == "single" else deepspeed_config(hardware.strategy, config, trained_elements)
     sinks: list[Sink] = [FileSink(folder, config, engine), ProgressSink(steps)]
@@ -380,7 +454,8 @@ def _memory_advice(config: TrainConfig, hardware: Hardware) -> str:
     if config.grad_cp == 0:
         changes.append("--grad_cp 1")
     if config.micro_bsz > 1:
-        changes.append(f"--micro_bsz {config.micro_bsz // 2} --accumulate_grad_batches {config.accumulate_grad_batches * 2}")
+        accumulate = config.accumulate_grad_batches * 2
+        changes.append(f"--micro_bsz {config.micro_bsz // 2} --accumulate_grad_batches {accumulate}")
     if not config.quantised and config.trains_states:
         changes.append("--quant 1 --quant_type nf4")
     if config.orpo:
@@ -405,9 +480,8 @@ def _summary(config: TrainConfig, result: RunResult, monitor: TrainingMonitor) -
     if monitor.used_bytes:
         peak, used = monitor.peak_bytes / 2**30, monitor.used_bytes / 2**30
         lines.append(f"memory     allocator peak {peak:.2f} GiB, device used {used:.2f} GiB")
-    if result.before is not None and result.after is not None and math.isfinite(result.after.overall):
-        change = result.after.overall / result.before.overall - 1
-        lines.append(f"held out   {result.before.overall:.4f} -> {result.after.overall:.4f} ({change:+.1%})")
+    if result.before is not None and result.after is not None:
+        lines += [f"held out   before: {result.before}", f"           after:  {result.after}"]
     lines.append(f"saved      {', '.join(str(path) for path in result.files)}")
     if config.trains_states:
         merged = Path(config.proj_dir) / "merged.pth"

@@ -80,7 +80,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[str, 
     flags += _preference_flags(folder) if row.orpo else _text_flags(folder, row.ctx_len, steps)
     config = TrainConfig.from_flags(given_train_flags(flags))
     hardware = resolve_hardware(config)
-    work = prepare_work(config, hardware, shape)
+    work = prepare_work(config, shape)
     model = build_model(RandomTensors(shape, hardware.device), shape, load_options(config, hardware))
     module = TrainingModule(model, work.objective, config)
     _, monitor, _ = fit(module, work, make_schedule(config, work), hardware, config, folder)

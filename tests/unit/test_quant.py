@@ -1,5 +1,7 @@
 """Frozen quantised linears: accuracy, gradients, what is kept, where it lives."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,16 +20,18 @@ def frozen(quant_type: str = "nf4", dtype: torch.dtype = torch.float32, **option
     return FrozenLinear.from_weight(random_weight(), quant_type, dtype, **options)
 
 
-# Relative error of normal weights, from 20 draws of 512x512: nf4 0.0917, fp4 0.133, int8 0.0089 (the 8-bit absmax
-# add 0.1 % of these); bounds 10 % above.
+# Relative error of normal weights, mean and deviation of 20 draws of 512x512 with bitsandbytes 0.50.2 on a CPU:
+# nf4 0.0920 +- 0.0002, fp4 0.1219 +- 0.0002, int8 0.01082 +- 0.00003.
 @pytest.mark.parametrize(
-    ("quant_type", "bound"), [("nf4", 0.101), ("fp4", 0.147), ("4bit", 0.147), ("int8", 0.0098)]
+    ("quant_type", "expected"), [("nf4", 0.0920), ("fp4", 0.1219), ("4bit", 0.1219), ("int8", 0.01082)]
 )
-def test_dequantised_matrix_is_close_to_the_weight(quant_type: str, bound: float) -> None:
+def test_dequantised_matrix_is_as_close_to_the_weight_as_its_type_allows(
+    quant_type: str, expected: float
+) -> None:
     weight = random_weight(512, 512)
     dense = FrozenLinear.from_weight(weight, quant_type, torch.float32).dequantized()
     error = ((dense - weight).norm() / weight.norm()).item()
-    assert bound / 2 < error < bound
+    assert error == pytest.approx(expected, rel=0.02)
 
 
 def test_4bit_is_fp4() -> None:
@@ -138,6 +142,14 @@ def test_broadcasting_buffers_in_place_carries_the_matrix() -> None:
     for mine, theirs in zip(other.buffers(), source.buffers(), strict=True):
         mine.copy_(theirs)
     assert torch.equal(other.dequantized(), source.dequantized())
+
+
+def test_a_copy_computes_the_same() -> None:
+    layer = frozen()
+    x = torch.randn(3, 128)
+    twin = copy.deepcopy(layer)
+    assert twin.packed is not layer.packed
+    assert torch.equal(twin(x), layer(x))
 
 
 def test_one_buffer_serves_all_layers() -> None:

@@ -6,6 +6,7 @@ import pytest
 from src.data.batches import IGNORED_TARGET
 from src.data.documents import Documents
 from src.data.evaluation import evaluation_batches
+from src.errors import DataError
 
 
 def made(sizes, counted=None):
@@ -58,3 +59,9 @@ def test_only_answers_count():
     counted = np.array([0, 0, 1, 0, 1, 0, 0, 1], bool)
     batches = list(evaluation_batches(made([5, 3], counted), ctx_len=3, batch_tokens=100))
     assert places(batches) == [(3, 1), (8, 1)]
+
+
+def test_answers_beyond_the_cut_are_an_error():
+    documents = made([4], np.array([0, 0, 0, 1], bool))
+    with pytest.raises(DataError, match="nothing to evaluate with --ctx_len 2"):
+        list(evaluation_batches(documents, ctx_len=2, batch_tokens=100))

@@ -114,28 +114,29 @@ def test_plan_counts_the_positions_of_a_pass(form: PairForm) -> None:
     assert made.plan.positions_per_pass == made.batch([0, 1, 2]).tokens.numel()
 
 
-@pytest.mark.parametrize(
-    ("count", "micro_bsz", "ranks"), [(11, 2, 1), (11, 2, 2), (12, 3, 2), (5, 1, 4), (2, 4, 3)]
-)
+@pytest.mark.parametrize(("count", "micro_bsz", "ranks"), [(11, 2, 1), (11, 2, 2), (12, 3, 2), (5, 1, 4), (2, 4, 3)])
 def test_passes_are_permutations_shared_by_the_ranks(count: int, micro_bsz: int, ranks: int) -> None:
     pairs = random_pairs([(2, 2, 2)] * count)
     sets = [dataset(pairs, micro_bsz=micro_bsz, rank=rank, world_size=ranks) for rank in range(ranks)]
-    steps = len(sets[0])
-    passes = [
-        [
-            index
-            for step in range(steps)
-            for each in sets
-            for index in each[number * steps + step].sample_indices
-        ]
-        for number in range(3)
-    ]
-    for seen in passes:
-        assert set(seen) == set(range(count))
-        assert len(seen) - count < ranks
-    assert passes[0] != passes[1] or count < 3
-    again = dataset(pairs, micro_bsz=micro_bsz, rank=0, world_size=ranks)
-    assert again[2 * steps].sample_indices == sets[0][2 * steps].sample_indices
+    batches = [each[step].sample_indices for step in range(3 * len(sets[0])) for each in sets]
+    stream = [index for batch in batches for index in batch]
+    for number in range(3):
+        assert sorted(stream[number * count : (number + 1) * count]) == list(range(count))
+    assert stream[:count] != stream[count : 2 * count] or count < 3
+    alone = dataset(pairs, micro_bsz=micro_bsz)
+    assert [alone[step].sample_indices for step in range(len(batches))] == batches
+
+
+def test_batches_weigh_by_their_pairs_within_an_optimizer_step() -> None:
+    pairs = random_pairs([(2, 2, 2)] * 5)
+    made = dataset(pairs, accumulate=2)
+    assert len(made) == 4
+    sizes = [made[step].pairs for step in range(4)]
+    assert sizes == [2, 2, 1, 2]
+    assert [made[step].step_weight for step in range(4)] == [1, 1, pytest.approx(2 / 3), pytest.approx(4 / 3)]
+    assert dataset(pairs)[2].step_weight == 1
+    shared = [dataset(pairs, rank=rank, world_size=2)[1] for rank in range(2)]
+    assert [batch.step_weight for batch in shared] == [pytest.approx(2 / 3), pytest.approx(4 / 3)]
 
 
 def test_an_epoch_streams_through_passes() -> None:
@@ -204,9 +205,7 @@ def test_released_batch_feeds_the_released_loss() -> None:
         hidden, _ = model(batch.tokens, layout=batch.layout)
         logp, max_logit = token_logps(hidden[0], model.head.weight, batch.targets)
         after, _ = token_logps(hidden[0], model.head.weight, targets_after(batch.targets, batch.groups))
-        return orpo_loss_released(
-            logp, after, max_logit, batch.targets, batch.groups, batch.reject_lengths, 0.1
-        )
+        return orpo_loss_released(logp, after, max_logit, batch.targets, batch.groups, batch.reject_lengths, 0.1)
 
     together = released([0, 1])
     separate = torch.stack([released([index]).loss.detach() for index in range(2)])

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from src.data import sampling
 from src.data.batches import IGNORED_TARGET
 from src.data.documents import Documents
 from src.data.sampling import BatchDataset, EpochSampler
@@ -207,6 +208,34 @@ class TestGet:
         documents = made([1, 2, 3, 4, 5], counted=[[1, 0, 0, 0, 0]])
         with pytest.raises(DataError, match="random windows met none"):
             dataset(documents, "get", 2)[0]
+
+
+@pytest.mark.parametrize("mode", ["get", "pad", "only", "pack"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_weighted_batches_of_an_optimizer_step_give_the_mean_over_its_targets(mode, masked):
+    counted = None if not masked else [np.arange(len(MANY.tokens(i))) % 3 > 0 for i in range(len(MANY))]
+    documents = made(*(MANY.tokens(i) for i in range(len(MANY))), counted=counted)
+    ranks = [
+        dataset(documents, mode, 10, 1 if mode == "only" else 3, rank=rank, world_size=2, accumulate=3)
+        for rank in range(2)
+    ]
+    assert len(ranks[0]) % 3 == 0
+    for first in range(0, 4 * len(ranks[0]), 3):
+        batches = [data[step] for step in range(first, first + 3) for data in ranks]
+        weights = [batch.step_weight for batch in batches]
+        expected = [batch.target_count * 6 / sum(b.target_count for b in batches) for batch in batches]
+        assert weights == pytest.approx(expected)
+
+
+def test_passes_are_made_once_even_where_a_step_spans_two(monkeypatch):
+    made_passes = []
+    original = sampling.pass_generator
+    monkeypatch.setattr(sampling, "pass_generator", lambda *key: made_passes.append(key[1]) or original(*key))
+    data = dataset(MANY, "pad", 10, 3, accumulate=4)
+    assert data.plan.batches_per_pass % 4, "a step has to span two passes"
+    for step in range(3 * len(data)):
+        data[step]
+    assert made_passes == sorted(set(made_passes))
 
 
 class TestRefusals:

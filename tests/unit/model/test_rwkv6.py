@@ -124,29 +124,6 @@ class TestStartState:
                 state.copy_(state.transpose(1, 2).clone())
         assert (hidden_of(model, tokens) - straight).abs().max() > 1e-2
 
-    def test_the_first_output_of_the_recurrence_is_state_times_receptance(self) -> None:
-        """y_0[i] = Σ_j r_0[j]·(S_0[i, j] + u[j]·k_0[j]·v_0[i]): the file's layout is [head, value, key]."""
-        model = tiny_model(tiny_shape(n_layer=1))
-        mix = model.blocks[0].att
-        z = torch.randn(1, 1, model.shape.n_embd, generator=torch.Generator().manual_seed(4))
-        seen: dict[str, Tensor] = {}
-        real = mix._recur
-
-        def spying(
-            r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, start: Tensor, layout: SegmentLayout | None
-        ) -> tuple[Tensor, Tensor]:
-            y, final = real(r, k, v, w_raw, start, layout)
-            r0, k0, v0 = r[0, 0], k[0, 0], v[0, 0]
-            from_state = torch.einsum("hj,hij->hi", r0, start)
-            seen["expected"] = from_state + torch.einsum("hj,hj,hi->hi", r0, mix.time_faaaa * k0, v0)
-            seen["y"] = y[0, 0]
-            return y, final
-
-        with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(mix, "_recur", spying)
-            mix(z)
-        assert_close(seen["y"], seen["expected"])
-
     @pytest.mark.parametrize("pieces", [(1,) * 12, (5, 7), (11, 1), (12,)])
     def test_carrying_the_state_equals_one_long_row(self, pieces: tuple[int, ...]) -> None:
         model = tiny_model()

@@ -7,8 +7,10 @@ import torch
 from torch import Tensor
 
 from src.ops.elementwise import (
+    continuations,
     group_norm_silu_gate,
     shift_mix,
+    shift_mixes,
     shifted_tokens,
     sigmoid_gated_residual,
     squared_relu,
@@ -19,6 +21,29 @@ DOUBLE = torch.float64
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+
+
+def test_shift_mixes_are_the_parts_of_shift_mix() -> None:
+    z, maa = normal(2, 3, 4), normal(5, 4, seed=1)
+    parts = shift_mixes(z, None, maa, None, None)
+    assert isinstance(parts, tuple)
+    assert torch.equal(torch.stack(parts), shift_mix(z, None, maa, None, None))
+
+
+@pytest.mark.parametrize("previous", [[-1], [-1, 0, 1], [-1, 0, 1, -1, 3, 2, 5, 4, 2, 2], [-1, -1, -1]])
+def test_continuations_list_every_token_once_under_the_one_before_it(previous: list[int]) -> None:
+    first, following = continuations(torch.tensor(previous)).tolist()
+    listed: dict[int, list[int]] = {}
+    for token in range(len(previous)):
+        child = first[token]
+        while child >= 0:
+            listed.setdefault(token, []).append(child)
+            child = following[child]
+    expected: dict[int, list[int]] = {}
+    for token, before in enumerate(previous):
+        if before >= 0:
+            expected.setdefault(before, []).append(token)
+    assert listed == expected
 
 
 @pytest.mark.parametrize("with_carry", [False, True])

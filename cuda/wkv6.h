@@ -1,0 +1,57 @@
+// Launchers of the WKV6 kernels: plain C++, no torch. Every pointer is device memory, 16-byte aligned.
+//
+// Shapes: B batch, T tokens, H heads, S sequences (B for a dense batch). Head size 64. States are [value, key].
+#ifndef WKV6_H
+#define WKV6_H
+
+#include <cstdint>
+#include <cuda_runtime_api.h>
+
+constexpr int kWkv6HeadSize = 64;
+constexpr int kWkv6TileTokens = 16;
+constexpr int kWkv6ChunkTokens = 64;  // a state checkpoint stands at the start of each chunk
+
+// How the tokens divide into sequences, and the sequences into segments that different blocks work on.
+struct Wkv6Layout {
+  int heads;
+  int sequences;
+  int tokens;              // of one sequence; with borders: of all
+  const int32_t* borders;  // [S + 1] for packed sequences, else null
+  int segment_tokens;      // a multiple of kWkv6ChunkTokens
+  int items;               // segments of all sequences; with borders an upper bound
+};
+
+struct Wkv6Forward {
+  Wkv6Layout layout;
+  const void *r, *k, *v, *w_raw;  // bf16 [B, T, H, 64]
+  const void* u;                  // bf16 or float [H, 64]
+  bool u_is_bf16;
+  const float* state;  // [H, 64, 64] or [S, H, 64, 64]
+  bool state_is_shared;
+  void* y;             // bf16 [B, T, H, 64]
+  float* final_state;  // [S, H, 64, 64]
+  void* checkpoints;   // bf16 [chunks, H, 64, 64] in the kernel's own order, or null when no backward follows
+  void* pair_weights;  // bf16 [chunks, H, 4, 16, 16], likewise
+  float* segment_states;  // [items, H, 64, 64] and
+  float* segment_decays;  // [items, H, 64]: scratch, only for more than one segment per sequence
+};
+
+struct Wkv6Backward {
+  Wkv6Layout layout;
+  const void *r, *k, *v, *w_raw, *dy;
+  const void* u;
+  bool u_is_bf16;
+  const void* checkpoints;
+  const void* pair_weights;
+  const float* dfinal_state;  // [S, H, 64, 64] or null
+  void *dr, *dk, *dv, *dw_raw;  // bf16 [B, T, H, 64]; all null when only the state's gradient is wanted
+  float* du;                    // [items, H, 64], to be summed over items, or null
+  float* dstate;                // [S, H, 64, 64] or null
+  float* segment_states;        // as above
+  float* segment_decays;
+};
+
+cudaError_t wkv6_forward(const Wkv6Forward& arguments, cudaStream_t stream);
+cudaError_t wkv6_backward(const Wkv6Backward& arguments, cudaStream_t stream);
+
+#endif

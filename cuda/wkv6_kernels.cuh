@@ -1,0 +1,1015 @@
+// The WKV6 kernels: forward, backward, and the pass that summarises a segment.
+//
+// One block of 4 warps works on one item: one head of one sequence, or of a segment of it. It walks over tiles of 16
+// tokens with the running state (or its gradient) in float registers. Inside a tile all products run on tensor cores.
+//
+// For tokens j < i of a tile the decays between them multiply to D[i, j]. The tile is halved again and again; at the
+// level with blocks of s tokens (s = 1, 2, 4, 8) a pair lies in the two halves of one block of 2s tokens, and there
+// D[i, j] = q[j] * p[i]: q multiplies the decays after j to its block's end, p those before i from its block's start.
+// All factors are in [0, 1]; there is no quotient, no difference of exponents and no running sum of logarithms, so
+// the result is right for every w_raw. At s = 16 the same p and q connect the tile with the states at its two ends.
+//
+// With R = r * p, K = k * q of a level and A[i, j] the sum over the levels of R K^T (and r u k on the diagonal):
+//   y   = R16 S + A v                          S' = W S + K16^T v
+//   dv  = A^T dy + K16 E                       E  = gradient of S', dS = W E + R16^T dy
+//   dr  = p16 (dy S^T) + sum_s p (dA_s K)      dA = lower triangle of dy v^T, dA_s its pairs of level s
+//   dk  = q16 (v E^T)  + sum_s q (dA_s^T R)
+// The gradient of log decay at token t sums the pairs that span t, each kind directly (no subtraction): those over the
+// whole tile, W rowsum(S E); r dr of later and k dk of earlier tokens with one end outside the tile; and per level r dr
+// of later tokens in t's block and k dk of earlier ones.
+#ifndef WKV6_KERNELS_CUH
+#define WKV6_KERNELS_CUH
+
+#include "wkv6.h"
+#include "wkv6_primitives.cuh"
+
+namespace wkv6 {
+
+constexpr int kN = kWkv6HeadSize;
+constexpr int kTile = kWkv6TileTokens;
+constexpr int kChunk = kWkv6ChunkTokens;
+constexpr int kTilesPerChunk = kChunk / kTile;
+constexpr int kThreads = 128;
+constexpr int kStateValues = kN * kN;
+constexpr float kLog2E = 1.4426950408889634f;
+// exp(-exp(80)) is 0 and exp(80) still finite, so that 0 * exp(w_raw) is 0 and not NaN for any larger w_raw.
+constexpr float kHighestRaw = 80.0f;
+
+WKV6_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+
+// What one block works on.
+struct Item {
+  int sequence;
+  int segment;      // of its sequence
+  int segments;     // of its sequence
+  int first_item;   // item of the sequence's segment 0
+  int begin;        // first token, as a row of the [B * T] tokens
+  int length;       // tokens; 0 only for an empty sequence
+  int first_chunk;  // slot of its first checkpoint
+};
+
+WKV6_DEVICE bool find_item(const Wkv6Layout& layout, int index, Item& item) {
+  int begin = 0, length = layout.tokens, chunks = 0;
+  item.first_item = 0;
+  if (layout.borders == nullptr) {
+    const int segments = ceil_div(length, layout.segment_tokens);
+    item.sequence = index / segments;
+    item.segments = segments;
+    item.first_item = item.sequence * segments;
+    begin = item.sequence * length;
+    chunks = item.sequence * ceil_div(length, kChunk);
+  } else {
+    int sequence = 0;
+    for (;; ++sequence) {
+      if (sequence == layout.sequences) return false;
+      begin = layout.borders[sequence];
+      length = layout.borders[sequence + 1] - begin;
+      item.segments = length > 0 ? ceil_div(length, layout.segment_tokens) : 1;
+      if (index < item.first_item + item.segments) break;
+      item.first_item += item.segments;
+      chunks += ceil_div(length, kChunk);
+    }
+    item.sequence = sequence;
+  }
+  item.segment = index - item.first_item;
+  const int offset = item.segment * layout.segment_tokens;
+  const int rest = length - offset;
+  item.begin = begin + offset;
+  item.length = rest < layout.segment_tokens ? rest : layout.segment_tokens;
+  item.first_chunk = chunks + offset / kChunk;
+  return true;
+}
+
+// exp(w_raw), bounded, and the decay exp(-exp(w_raw)).
+WKV6_DEVICE float raw_exponential(float w_raw) { return exp2_approximate(kLog2E * minimum(w_raw, kHighestRaw)); }
+WKV6_DEVICE float decay_of(float exponential) { return exp2_approximate(-kLog2E * exponential); }
+
+// Tile in shared memory: 16 rows of 64 bf16; the 16-byte pieces of a row are permuted so that neither the copies nor
+// the matrix loads meet in one bank.
+constexpr int kRowBytes = kN * 2;
+constexpr int kTileBytes = kTile * kRowBytes;
+WKV6_DEVICE uint32_t swizzled(int row, int piece) { return row * kRowBytes + ((piece ^ (row & 7)) << 4); }
+
+// Each thread of the block copies one 16-byte piece of a tile whose first row is token `first`.
+WKV6_DEVICE void copy_tile(uint32_t address, const void* tensor, int first, int end, int heads, int head) {
+  const int row = threadIdx.x >> 3, piece = threadIdx.x & 7;
+  const int token = first + row;
+  const bool exists = token < end;
+  const size_t offset = (static_cast<size_t>(exists ? token : 0) * heads + head) * kRowBytes + piece * 16;
+  copy_async(address + swizzled(row, piece), static_cast<const char*>(tensor) + offset, exists);
+}
+
+// Two fragments of 16 rows (lane / 4 and lane / 4 + 8) x 16 columns (two tiles of 8) as bf16 rows of `tensor`: a thread
+// swaps half of its values with its neighbour so that it can store 8 bytes at a time.
+WKV6_DEVICE void store_rows(
+    void* tensor, int first, int count, int heads, int head, int column, uint32_t low0, uint32_t low1, uint32_t high0,
+    uint32_t high1) {
+  const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
+  const bool odd = quad & 1;
+  const uint32_t low_received = shuffle_xor(odd ? low0 : low1, 1);
+  const uint32_t high_received = shuffle_xor(odd ? high0 : high1, 1);
+  const uint2 low = odd ? make_uint2(low_received, low1) : make_uint2(low0, low_received);
+  const uint2 high = odd ? make_uint2(high_received, high1) : make_uint2(high0, high_received);
+  char* base = static_cast<char*>(tensor) + ((static_cast<size_t>(first) + row) * heads + head) * kRowBytes +
+               (column + (odd ? 8 + 2 * (quad - 1) : 2 * quad)) * 2;
+  if (row < count) *reinterpret_cast<uint2*>(base) = low;
+  if (row + 8 < count) *reinterpret_cast<uint2*>(base + static_cast<size_t>(8) * heads * kRowBytes) = high;
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Forward. Warps own 16 value rows of the state each; the decays are worked out by all of them together.
+// ---------------------------------------------------------------------------------------------------------------------
+
+constexpr int kOperandRowBytes = kRowBytes + 16;  // rows start in different banks
+constexpr int kLevels = 4;
+constexpr int kLevelRows = 16;                              // 8 rows of R, then 8 rows of K
+constexpr int kForwardR16 = kLevels * kLevelRows;           // first row of R16
+constexpr int kForwardK16 = kForwardR16 + kTile;
+constexpr int kForwardOperandRows = kForwardK16 + kTile;
+constexpr int kForwardTotals = kForwardOperandRows * kOperandRowBytes;  // float [4 quarters][64]
+constexpr int kForwardWhole = kForwardTotals + 4 * kN * 4;              // float [64]
+constexpr int kPairRowBytes = 48;                                       // 16 bf16 and a gap against bank conflicts
+constexpr int kForwardPairs = kForwardWhole + kN * 4;
+constexpr int kForwardValues = kForwardPairs + kTile * kPairRowBytes;
+constexpr int kValueStages = 4;
+constexpr int kValueStageBytes = kTile * kPairRowBytes;  // 16 columns of one warp
+constexpr int kForwardSharedBytes = kForwardValues + 4 * kValueStages * kValueStageBytes;
+
+struct RawTile {
+  uint32_t r[4], k[4], w[4];  // 4 tokens x 2 channels
+};
+
+WKV6_DEVICE void load_raw(RawTile& raw, const Wkv6Forward& a, int first, int end, int head, int lane) {
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const int token = first + i;
+    raw.r[i] = raw.k[i] = 0;
+    raw.w[i] = 0xff80ff80u;  // -inf twice: a decay of 1, which leaves everything as it is
+    if (token < end) {
+      const size_t word = (static_cast<size_t>(token) * a.layout.heads + head) * (kN / 2) + lane;
+      raw.r[i] = static_cast<const uint32_t*>(a.r)[word];
+      raw.k[i] = static_cast<const uint32_t*>(a.k)[word];
+      raw.w[i] = static_cast<const uint32_t*>(a.w_raw)[word];
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward a) {
+  const int head = blockIdx.x, heads = a.layout.heads;
+  Item item;
+  if (!find_item(a.layout, blockIdx.y, item)) return;
+
+  const uint32_t shared = shared_base();
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int row = lane >> 2, pair = 2 * (lane & 3);
+  const int end = item.begin + item.length;
+  const int tiles = ceil_div(item.length, kTile);
+  const uint32_t values = shared + kForwardValues + warp * kValueStages * kValueStageBytes;
+
+  auto copy_values = [&](int tile) {
+    if (tile < tiles) {
+      const int t = lane >> 1, piece = lane & 1, token = item.begin + tile * kTile + t;
+      const bool exists = token < end;
+      const size_t offset =
+          (static_cast<size_t>(exists ? token : 0) * heads + head) * kRowBytes + warp * 32 + piece * 16;
+      copy_async(values + (tile % kValueStages) * kValueStageBytes + t * kPairRowBytes + piece * 16,
+                 static_cast<const char*>(a.v) + offset, exists);
+    }
+    commit_copies();
+  };
+  for (int tile = 0; tile < kValueStages - 1; ++tile) copy_values(tile);
+  RawTile raw;
+  load_raw(raw, a, item.begin + 4 * warp, end, head, lane);
+
+  // Entries above the diagonal stay zero.
+  for (int word = threadIdx.x; word < kTile * kPairRowBytes / 4; word += kThreads)
+    store_shared(shared + kForwardPairs + word * 4, 0u);
+
+  float bonus[2];
+  if (a.u_is_bf16) {
+    const uint32_t both = static_cast<const uint32_t*>(a.u)[head * (kN / 2) + lane];
+    bonus[0] = low_half(both), bonus[1] = high_half(both);
+  } else {
+    const float2 both = static_cast<const float2*>(a.u)[head * (kN / 2) + lane];
+    bonus[0] = both.x, bonus[1] = both.y;
+  }
+
+  // state[n]: values 16 warp + row (and + 8), keys 8 n + pair (and + 1).
+  float state[8][4];
+  const int own = (16 * warp + row) * kN + pair;
+  {
+    const size_t start = (a.state_is_shared ? 0 : static_cast<size_t>(item.sequence) * heads) + head;
+    const float* source = a.state + start * kStateValues + own;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const float2 low = *reinterpret_cast<const float2*>(source + 8 * n);
+      const float2 high = *reinterpret_cast<const float2*>(source + 8 * n + 8 * kN);
+      state[n][0] = low.x, state[n][1] = low.y, state[n][2] = high.x, state[n][3] = high.y;
+    }
+    for (int before = 0; before < item.segment; ++before) {
+      const size_t at = static_cast<size_t>(item.first_item + before) * heads + head;
+      const float* added = a.segment_states + at * kStateValues + own;
+      const float* decay = a.segment_decays + at * kN + pair;
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        const float2 w = *reinterpret_cast<const float2*>(decay + 8 * n);
+        const float2 low = *reinterpret_cast<const float2*>(added + 8 * n);
+        const float2 high = *reinterpret_cast<const float2*>(added + 8 * n + 8 * kN);
+        state[n][0] = w.x * state[n][0] + low.x, state[n][1] = w.y * state[n][1] + low.y;
+        state[n][2] = w.x * state[n][2] + high.x, state[n][3] = w.y * state[n][3] + high.y;
+      }
+    }
+  }
+
+  // Where this lane's two results of its warp's level belong in A; negative offsets are pairs of another level.
+  const int level = warp, size = 1 << level;
+  const int later = ((row >> level) << (level + 1)) | size | (row & (size - 1));
+  int pair_offset[2];
+#pragma unroll
+  for (int e = 0; e < 2; ++e) {
+    const int column = pair + e;
+    const int earlier = ((column >> level) << (level + 1)) | (column & (size - 1));
+    pair_offset[e] = (row >> level) == (column >> level) ? later * kPairRowBytes + earlier * 2 : -1;
+  }
+  // Rows of matrix loads: 16x16 pieces in the order (0, 0) (8, 0) (0, 8) (8, 8), and with the middle two swapped.
+  const int lower_first = (lane & 7) + ((lane >> 3) & 1) * 8, lower_piece = lane >> 4;
+  const int upper_first = (lane & 7) + (lane >> 4) * 8, upper_piece = (lane >> 3) & 1;
+
+  const uint32_t column_address = shared + lane * 4;  // this thread's two channels in an operand row
+  auto operand = [&](int r) { return column_address + r * kOperandRowBytes; };
+
+  for (int tile = 0; tile < tiles; ++tile) {
+    const int first = item.begin + tile * kTile;
+    // --- Each warp takes 4 tokens, each lane 2 channels: decays, and the operands of the levels inside 4 tokens.
+    float r[4][2], k[4][2], p[4][2], q[4][2], total[2];
+    float diagonal[4];
+    {
+      float decay[4][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        r[i][0] = low_half(raw.r[i]), r[i][1] = high_half(raw.r[i]);
+        k[i][0] = low_half(raw.k[i]), k[i][1] = high_half(raw.k[i]);
+        decay[i][0] = decay_of(raw_exponential(low_half(raw.w[i])));
+        decay[i][1] = decay_of(raw_exponential(high_half(raw.w[i])));
+        diagonal[i] = r[i][0] * bonus[0] * k[i][0] + r[i][1] * bonus[1] * k[i][1];
+      }
+      store_shared(operand(0 * kLevelRows + 2 * warp), raw.r[1]);
+      store_shared(operand(0 * kLevelRows + 2 * warp + 1), raw.r[3]);
+      store_shared(operand(0 * kLevelRows + 8 + 2 * warp), raw.k[0]);
+      store_shared(operand(0 * kLevelRows + 8 + 2 * warp + 1), raw.k[2]);
+      store_shared(operand(1 * kLevelRows + 2 * warp), raw.r[2]);
+      store_shared(operand(1 * kLevelRows + 2 * warp + 1), pack(r[3][0] * decay[2][0], r[3][1] * decay[2][1]));
+      store_shared(operand(1 * kLevelRows + 8 + 2 * warp), pack(k[0][0] * decay[1][0], k[0][1] * decay[1][1]));
+      store_shared(operand(1 * kLevelRows + 8 + 2 * warp + 1), raw.k[1]);
+      load_raw(raw, a, first + kTile + 4 * warp, end, head, lane);
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float low = decay[0][e] * decay[1][e], high = decay[2][e] * decay[3][e];
+        p[0][e] = 1.0f, p[1][e] = decay[0][e], p[2][e] = low, p[3][e] = low * decay[2][e];
+        q[0][e] = decay[1][e] * high, q[1][e] = high, q[2][e] = decay[3][e], q[3][e] = 1.0f;
+        total[e] = low * high;
+      }
+    }
+    store_shared(shared + kForwardTotals + warp * kN * 4 + lane * 8, total[0], total[1]);
+    {
+      const bool second = warp & 1;
+      const int to = 2 * kLevelRows + (second ? 0 : 8) + (warp >> 1) * 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        store_shared(operand(to + i), second ? pack(r[i][0] * p[i][0], r[i][1] * p[i][1])
+                                             : pack(k[i][0] * q[i][0], k[i][1] * q[i][1]));
+    }
+    {
+      // Sums over the 64 channels, one token per group of 8 lanes.
+      const bool upper = lane & 16, odd = lane & 8;
+      const float x = (upper ? diagonal[2] : diagonal[0]) + shuffle_xor(upper ? diagonal[0] : diagonal[2], 16);
+      const float z = (upper ? diagonal[3] : diagonal[1]) + shuffle_xor(upper ? diagonal[1] : diagonal[3], 16);
+      float sum = (odd ? z : x) + shuffle_xor(odd ? x : z, 8);
+      sum += shuffle_xor(sum, 4);
+      sum += shuffle_xor(sum, 2);
+      diagonal[0] = sum + shuffle_xor(sum, 1);
+    }
+    __syncthreads();
+
+    // --- The operands that reach beyond 4 tokens.
+    {
+      if ((lane & 7) == 0) {
+        const int t = 4 * warp + (lane >> 3);
+        store_shared_half(shared + kForwardPairs + t * kPairRowBytes + t * 2, pack(diagonal[0], 0.0f));
+      }
+      float quarter[4][2];
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        load_shared(shared + kForwardTotals + i * kN * 4 + lane * 8, quarter[i][0], quarter[i][1]);
+      float p8[2], q8[2], p16[2], q16[2];
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float low = quarter[0][e] * quarter[1][e], high = quarter[2][e] * quarter[3][e];
+        p8[e] = warp == 3 ? quarter[2][e] : 1.0f;
+        q8[e] = warp == 0 ? quarter[1][e] : 1.0f;
+        p16[e] = warp == 0 ? 1.0f : warp == 1 ? quarter[0][e] : warp == 2 ? low : low * quarter[2][e];
+        q16[e] = warp == 3 ? 1.0f : warp == 2 ? quarter[3][e] : warp == 1 ? high : quarter[1][e] * high;
+        total[e] = low * high;
+      }
+      if (warp == 0) store_shared(shared + kForwardWhole + lane * 8, total[0], total[1]);
+      const int to = 3 * kLevelRows + (warp >= 2 ? 0 : 8) + (warp & 1) * 4;
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const float rp0 = r[i][0] * p[i][0], rp1 = r[i][1] * p[i][1];
+        const float kq0 = k[i][0] * q[i][0], kq1 = k[i][1] * q[i][1];
+        store_shared(operand(to + i), warp >= 2 ? pack(rp0 * p8[0], rp1 * p8[1]) : pack(kq0 * q8[0], kq1 * q8[1]));
+        store_shared(operand(kForwardR16 + 4 * warp + i), pack(rp0 * p16[0], rp1 * p16[1]));
+        store_shared(operand(kForwardK16 + 4 * warp + i), pack(kq0 * q16[0], kq1 * q16[1]));
+      }
+    }
+    __syncthreads();
+
+    // --- One level of A per warp.
+    {
+      float sums[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+      const uint32_t from = shared + (level * kLevelRows + (lane & 7)) * kOperandRowBytes + (lane >> 3) * 16;
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        uint32_t later_rows[4], earlier_rows[4];
+        load_matrices(from + half * 64, later_rows);
+        load_matrices(from + 8 * kOperandRowBytes + half * 64, earlier_rows);
+        multiply_add(sums, later_rows[0], 0u, later_rows[1], 0u, earlier_rows[0], earlier_rows[1]);
+        multiply_add(sums, later_rows[2], 0u, later_rows[3], 0u, earlier_rows[2], earlier_rows[3]);
+      }
+      const uint32_t both = pack(sums[0], sums[1]);
+      if (pair_offset[0] >= 0) store_shared_half(shared + kForwardPairs + pair_offset[0], both);
+      if (pair_offset[1] >= 0) store_shared_half(shared + kForwardPairs + pair_offset[1], both >> 16);
+    }
+    // --- Output from the state before the tile, then the state after it.
+    wait_for_copies<kValueStages - 2>();
+    __syncwarp();
+    uint32_t value[4];
+    load_matrices_transposed(
+        values + (tile % kValueStages) * kValueStageBytes + upper_first * kPairRowBytes + upper_piece * 16, value);
+    float y[2][4] = {};
+    {
+      uint32_t rounded[8][2];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        rounded[n][0] = pack(state[n][0], state[n][1]);
+        rounded[n][1] = pack(state[n][2], state[n][3]);
+      }
+      if (a.checkpoints != nullptr && tile % kTilesPerChunk == 0) {
+        const size_t slot = static_cast<size_t>(item.first_chunk + tile / kTilesPerChunk) * heads + head;
+        uint4* to = static_cast<uint4*>(a.checkpoints) + slot * (kStateValues / 8) + warp * 128 + lane;
+#pragma unroll
+        for (int n = 0; n < 4; ++n)
+          to[n * 32] =
+              make_uint4(rounded[2 * n][0], rounded[2 * n][1], rounded[2 * n + 1][0], rounded[2 * n + 1][1]);
+      }
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        uint32_t r16[4];
+        load_matrices(
+            shared + (kForwardR16 + lower_first) * kOperandRowBytes + (2 * step + lower_piece) * 16, r16);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+          multiply_add(y[half], r16[0], r16[1], r16[2], r16[3], rounded[2 * step][half], rounded[2 * step + 1][half]);
+      }
+    }
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+      uint32_t k16[4];
+      load_matrices_transposed(
+          shared + (kForwardK16 + lower_first) * kOperandRowBytes + (2 * step + lower_piece) * 16, k16);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int n = 2 * step + half;
+        float w0, w1;
+        load_shared(shared + kForwardWhole + (8 * n + pair) * 4, w0, w1);
+        state[n][0] *= w0, state[n][1] *= w1, state[n][2] *= w0, state[n][3] *= w1;
+        multiply_add(state[n], value[0], value[1], value[2], value[3], k16[2 * half], k16[2 * half + 1]);
+      }
+    }
+    __syncthreads();
+
+    // --- Output from the tile itself.
+    uint32_t pairs[4];
+    load_matrices(shared + kForwardPairs + lower_first * kPairRowBytes + lower_piece * 16, pairs);
+    multiply_add(y[0], pairs[0], pairs[1], pairs[2], pairs[3], value[0], value[2]);
+    multiply_add(y[1], pairs[0], pairs[1], pairs[2], pairs[3], value[1], value[3]);
+    if (a.pair_weights != nullptr && (tile & 3) == warp) {
+      uint32_t turned[4];
+      load_matrices_transposed(shared + kForwardPairs + upper_first * kPairRowBytes + upper_piece * 16, turned);
+      const size_t slot = static_cast<size_t>(item.first_chunk + tile / kTilesPerChunk) * heads + head;
+      static_cast<uint4*>(a.pair_weights)[(slot * kTilesPerChunk + tile % kTilesPerChunk) * 32 + lane] =
+          make_uint4(turned[0], turned[1], turned[2], turned[3]);
+    }
+    store_rows(a.y, first, end - first, heads, head, 16 * warp, pack(y[0][0], y[0][1]), pack(y[1][0], y[1][1]),
+               pack(y[0][2], y[0][3]), pack(y[1][2], y[1][3]));
+    __syncwarp();
+    copy_values(tile + kValueStages - 1);
+  }
+
+  if (item.segment == item.segments - 1) {
+    float* to = a.final_state + (static_cast<size_t>(item.sequence) * heads + head) * kStateValues + own;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      *reinterpret_cast<float2*>(to + 8 * n) = make_float2(state[n][0], state[n][1]);
+      *reinterpret_cast<float2*>(to + 8 * n + 8 * kN) = make_float2(state[n][2], state[n][3]);
+    }
+  }
+}
+
+// ---------------------------------------------------------------------------------------------------------------------
+// Backward and segment summaries. Warps own 16 key channels each. A thread holds, of a tile, channels 16 warp + row and
+// + 8 (index c), tokens 8 h + pair + e (halves h, neighbours e): the layout in which a tile loaded transposed arrives,
+// in which the tensor cores want operands channel x token, and in which they deliver results channel x token.
+// ---------------------------------------------------------------------------------------------------------------------
+
+// Decay products of one thread's tokens of one channel. At level s, p of its two tokens is (p[s], first * p[s]) and q is
+// (second * q[s], q[s]); s = 2, 4, 8, 16 stand at index 0 to 3, and p[0] = q[0] = 1.
+struct Products {
+  float first[2];   // decay of the even token, per half
+  float second[2];  // of the odd one
+  float p[2][3];    // per half: s = 4, 8, 16
+  float q[2][3];
+  float whole;
+};
+
+WKV6_DEVICE void decay_products(Products& d, const float (&decay)[2][2]) {
+  const int quad = threadIdx.x & 3;
+  float eight[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    d.first[h] = decay[h][0], d.second[h] = decay[h][1];
+    const float two = decay[h][0] * decay[h][1];
+    const float other_two = shuffle_xor(two, 1);
+    const float four = two * other_two;
+    const float other_four = shuffle_xor(four, 2);
+    d.p[h][0] = quad & 1 ? other_two : 1.0f;
+    d.q[h][0] = quad & 1 ? 1.0f : other_two;
+    d.p[h][1] = d.p[h][0] * (quad & 2 ? other_four : 1.0f);
+    d.q[h][1] = d.q[h][0] * (quad & 2 ? 1.0f : other_four);
+    eight[h] = four * other_four;
+  }
+  d.p[0][2] = d.p[0][1], d.p[1][2] = d.p[1][1] * eight[0];
+  d.q[0][2] = d.q[0][1] * eight[1], d.q[1][2] = d.q[1][1];
+  d.whole = eight[0] * eight[1];
+}
+
+// w_raw fragment -> decay; tokens from `count` on decay by 1. `exponential` gets exp(w_raw).
+WKV6_DEVICE void decays(const uint32_t (&w)[4], int count, float (&decay)[2][2][2], float (&exponential)[2][2][2]) {
+  const int pair = 2 * (threadIdx.x & 3);
+#pragma unroll
+  for (int c = 0; c < 2; ++c)
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+#pragma unroll
+      for (int e = 0; e < 2; ++e) {
+        const float raw = e ? high_half(w[2 * h + c]) : low_half(w[2 * h + c]);
+        exponential[c][h][e] = raw_exponential(raw);
+        decay[c][h][e] = 8 * h + pair + e < count ? decay_of(exponential[c][h][e]) : 1.0f;
+      }
+}
+
+// state = whole * state + operand^T rows: `operand` channel x token, `rows` a tile token x value in shared memory.
+WKV6_DEVICE void advance(float (&state)[8][4], float whole0, float whole1, const uint32_t (&operand)[4], uint32_t rows) {
+  const int lane = threadIdx.x & 31;
+  const int row = (lane & 7) + ((lane >> 3) & 1) * 8, piece = lane >> 4;
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    uint32_t m[4];
+    load_matrices_transposed(rows + swizzled(row, 2 * step + piece), m);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float(&x)[4] = state[2 * step + half];
+      x[0] *= whole0, x[1] *= whole0, x[2] *= whole1, x[3] *= whole1;
+      multiply_add(x, operand[0], operand[1], operand[2], operand[3], m[2 * half], m[2 * half + 1]);
+    }
+  }
+}
+
+// A [value, key] matrix in global memory <-> fragments with rows = own key channels, columns = values.
+WKV6_DEVICE size_t own_state_offset() {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  return static_cast<size_t>(2 * (lane & 3)) * kN + 16 * warp + (lane >> 2);
+}
+
+// Continues `gradient` (after the item's sequence) to the end of segment `segment`.
+WKV6_DEVICE void fold_later_segments(
+    float (&gradient)[8][4], const float* states, const float* decays, const Item& item, int segment, int heads, int head) {
+  const int warp = threadIdx.x >> 5, row = (threadIdx.x & 31) >> 2;
+  for (int after = item.segments - 1; after > segment; --after) {
+    const size_t at = static_cast<size_t>(item.first_item + after) * heads + head;
+    const float* added = states + at * kStateValues + own_state_offset();
+    const float whole0 = decays[at * kN + 16 * warp + row], whole1 = decays[at * kN + 16 * warp + row + 8];
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      gradient[n][0] = whole0 * gradient[n][0] + added[(8 * n) * kN];
+      gradient[n][1] = whole0 * gradient[n][1] + added[(8 * n + 1) * kN];
+      gradient[n][2] = whole1 * gradient[n][2] + added[(8 * n) * kN + 8];
+      gradient[n][3] = whole1 * gradient[n][3] + added[(8 * n + 1) * kN + 8];
+    }
+  }
+}
+
+WKV6_DEVICE void load_state_gradient(float (&gradient)[8][4], const float* source) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i)
+      gradient[n][i] = source == nullptr ? 0.0f : source[own_state_offset() + (8 * n + (i & 1)) * kN + (i >> 1) * 8];
+}
+
+WKV6_DEVICE void store_state(float* to, const float (&state)[8][4]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) to[own_state_offset() + (8 * n + (i & 1)) * kN + (i >> 1) * 8] = state[n][i];
+}
+
+// What a segment does to a state that passes through it: state' = decay * state + added. Forward in time (kLater false)
+// from k, w_raw, v; for gradients, backward in time, from r, w_raw, dy.
+struct Summary {
+  Wkv6Layout layout;
+  const void *operand, *w_raw, *rows;
+  float *added, *decay;
+  bool of_all;  // also of the segment (forward the last, backward the first) after which no other comes
+};
+
+constexpr int kSummaryStages = 4;
+constexpr int kSummarySharedBytes = kSummaryStages * 3 * kTileBytes;
+
+template <bool kBackward>
+__global__ void __launch_bounds__(kThreads, 4) summary_kernel(const Summary a) {
+  const int head = blockIdx.x, heads = a.layout.heads;
+  Item item;
+  if (!find_item(a.layout, blockIdx.y, item)) return;
+  if (!a.of_all && item.segment == (kBackward ? 0 : item.segments - 1)) return;
+  const uint32_t shared = shared_base();
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = lane >> 2;
+  const int end = item.begin + item.length;
+  const int tiles = ceil_div(item.length, kTile);
+
+  auto copy = [&](int step) {
+    if (step < tiles) {
+      const int first = item.begin + (kBackward ? tiles - 1 - step : step) * kTile;
+      const uint32_t stage = shared + (step % kSummaryStages) * 3 * kTileBytes;
+      copy_tile(stage, a.operand, first, end, heads, head);
+      copy_tile(stage + kTileBytes, a.w_raw, first, end, heads, head);
+      copy_tile(stage + 2 * kTileBytes, a.rows, first, end, heads, head);
+    }
+    commit_copies();
+  };
+  for (int step = 0; step < kSummaryStages - 1; ++step) copy(step);
+
+  float state[8][4] = {};
+  float decay_total[2] = {1.0f, 1.0f};
+  const int own_row = (lane & 7) + (lane >> 4) * 8, own_piece = 2 * warp + ((lane >> 3) & 1);
+  for (int step = 0; step < tiles; ++step) {
+    wait_for_copies<kSummaryStages - 2>();
+    __syncthreads();
+    copy(step + kSummaryStages - 1);
+    const uint32_t stage = shared + (step % kSummaryStages) * 3 * kTileBytes;
+    const int count = item.length - (kBackward ? tiles - 1 - step : step) * kTile;
+    uint32_t x[4], w[4];
+    load_matrices_transposed(stage + swizzled(own_row, own_piece), x);
+    load_matrices_transposed(stage + kTileBytes + swizzled(own_row, own_piece), w);
+    float decay[2][2][2], exponential[2][2][2];
+    decays(w, count, decay, exponential);
+    uint32_t operand[4];
+    float whole[2];
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      Products d;
+      decay_products(d, decay[c]);
+      whole[c] = d.whole;
+      decay_total[c] *= d.whole;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const float f0 = kBackward ? d.p[h][2] : d.second[h] * d.q[h][2];
+        const float f1 = kBackward ? d.first[h] * d.p[h][2] : d.q[h][2];
+        operand[2 * h + c] = pack(low_half(x[2 * h + c]) * f0, high_half(x[2 * h + c]) * f1);
+      }
+    }
+    advance(state, whole[0], whole[1], operand, stage + 2 * kTileBytes);
+  }
+  const size_t at = static_cast<size_t>(blockIdx.y) * heads + head;
+  store_state(a.added + at * kStateValues, state);
+  if ((lane & 3) == 0) {
+    a.decay[at * kN + 16 * warp + row] = decay_total[0];
+    a.decay[at * kN + 16 * warp + row + 8] = decay_total[1];
+  }
+}
+
+// dstate from the summaries of all segments; for when no other gradient is wanted.
+__global__ void __launch_bounds__(kThreads) fold_kernel(const Wkv6Backward a) {
+  const int head = blockIdx.x, heads = a.layout.heads;
+  // The item of a sequence's segment 0 is found by walking, as the other kernels do.
+  Item item;
+  for (int index = 0;; ++index) {
+    if (!find_item(a.layout, index, item)) return;
+    if (item.sequence == static_cast<int>(blockIdx.y)) break;
+    index = item.first_item + item.segments - 1;
+  }
+  const size_t at = (static_cast<size_t>(item.sequence) * heads + head) * kStateValues;
+  float gradient[8][4];
+  load_state_gradient(gradient, a.dfinal_state == nullptr ? nullptr : a.dfinal_state + at);
+  fold_later_segments(gradient, a.segment_states, a.segment_decays, item, -1, heads, head);
+  store_state(a.dstate + at, gradient);
+}
+
+constexpr int kSlots = kTilesPerChunk;
+constexpr int kSlotTensors = 5;  // r, k, v, w_raw, dy
+constexpr int kSlotBytes = kSlotTensors * kTileBytes;
+constexpr int kBackwardPairs = kSlots * kSlotBytes;                             // A^T fragments, 512 bytes per slot
+constexpr int kBackwardStates = kBackwardPairs + kSlots * 512;                  // bf16 states before the chunk's tiles
+constexpr int kBackwardGradients = kBackwardStates + kSlots * kStateValues * 2; // E [key][value], bf16, two of them
+constexpr int kBackwardK16 = kBackwardGradients + 2 * kStateValues * 2;         // K16 [key][token], bf16, two of them
+constexpr int kBackwardSharedBytes = kBackwardK16 + 2 * kN * kTile * 2;
+
+// Row = key channel, 16 tokens in two pieces of 16 bytes.
+WKV6_DEVICE uint32_t k16_offset(int channel, int piece) {
+  return channel * 32 + ((piece ^ ((channel >> 2) & 1)) << 4);
+}
+
+template <bool kWithDu>
+__global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backward a) {
+  const int head = blockIdx.x, heads = a.layout.heads;
+  Item item;
+  if (!find_item(a.layout, blockIdx.y, item)) {
+    if (kWithDu && threadIdx.x < kN) a.du[(static_cast<size_t>(blockIdx.y) * heads + head) * kN + threadIdx.x] = 0.0f;
+    return;
+  }
+
+  const uint32_t shared = shared_base();
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const int row = lane >> 2, quad = lane & 3, pair = 2 * quad;
+  const int end = item.begin + item.length;
+  const int chunks = ceil_div(item.length, kChunk);
+  const int own_channel = 16 * warp + row;
+
+  // Tile `tile` of chunk `chunk` lies in this slot: tiles are used last to first, and each makes room for the chunk
+  // before, whose first tiles are wanted first.
+  auto slot_of = [&](int chunk, int tile) { return (chunks - 1 - chunk) & 1 ? kSlots - 1 - tile : tile; };
+  auto copy = [&](int chunk, int tile) {
+    if (chunk >= 0) {
+      const int slot = slot_of(chunk, tile);
+      const int first = item.begin + chunk * kChunk + tile * kTile;
+      const uint32_t to = shared + slot * kSlotBytes;
+      copy_tile(to, a.r, first, end, heads, head);
+      copy_tile(to + kTileBytes, a.k, first, end, heads, head);
+      copy_tile(to + 2 * kTileBytes, a.v, first, end, heads, head);
+      copy_tile(to + 3 * kTileBytes, a.w_raw, first, end, heads, head);
+      copy_tile(to + 4 * kTileBytes, a.dy, first, end, heads, head);
+      if (warp == tile) {
+        const size_t at = static_cast<size_t>(item.first_chunk + chunk) * heads + head;
+        copy_async(shared + kBackwardPairs + slot * 512 + lane * 16,
+                   static_cast<const uint4*>(a.pair_weights) + (at * kTilesPerChunk + tile) * 32 + lane, first < end);
+      }
+    }
+    commit_copies();
+  };
+  for (int tile = 0; tile < kTilesPerChunk; ++tile) copy(chunks - 1, tile);
+
+  float bonus[2];
+#pragma unroll
+  for (int c = 0; c < 2; ++c) {
+    const int at = head * kN + own_channel + 8 * c;
+    bonus[c] = a.u_is_bf16 ? low_half(static_cast<const unsigned short*>(a.u)[at]) : static_cast<const float*>(a.u)[at];
+  }
+  float du[2] = {0.0f, 0.0f};
+
+  const size_t state_at = (static_cast<size_t>(item.sequence) * heads + head) * kStateValues;
+  float gradient[8][4];  // E: own channels x values
+  load_state_gradient(gradient, a.dfinal_state == nullptr ? nullptr : a.dfinal_state + state_at);
+  fold_later_segments(gradient, a.segment_states, a.segment_decays, item, item.segment, heads, head);
+
+  const int lower_first = (lane & 7) + ((lane >> 3) & 1) * 8, lower_piece = lane >> 4;
+  const int upper_first = (lane & 7) + (lane >> 4) * 8, upper_piece = (lane >> 3) & 1;
+  const uint32_t own_tile = swizzled(upper_first, 2 * warp + upper_piece);  // own channels, to be loaded transposed
+  const uint32_t stash = shared + kBackwardStates + threadIdx.x * 16;
+  // Which pairs of an 8x8 block on the diagonal belong to the levels s = 4, 2, 1; rows i, columns j, and transposed.
+  const bool four = row >= 4 && quad < 2, four_t = row < 4 && quad >= 2;
+  const bool two = (row & 2) && !(quad & 1) && (row >> 2) == (quad >> 1);
+  const bool two_t = !(row & 2) && (quad & 1) && (row >> 2) == (quad >> 1);
+  const bool one = (row & 1) && (row >> 1) == quad, one_t = !(row & 1) && (row >> 1) == quad;
+
+  for (int chunk = chunks - 1; chunk >= 0; --chunk) {
+    // --- States before each tile of the chunk, from its checkpoint.
+    const int last = ceil_div(item.length - chunk * kChunk, kTile) < kTilesPerChunk
+                         ? ceil_div(item.length - chunk * kChunk, kTile) - 1
+                         : kTilesPerChunk - 1;
+    float state[8][4];
+    uint32_t rounded[8][2];
+    {
+      const size_t at = static_cast<size_t>(item.first_chunk + chunk) * heads + head;
+      const uint4* from = static_cast<const uint4*>(a.checkpoints) + at * (kStateValues / 8) + warp * 32 + lane;
+      uint4 loaded[4];
+#pragma unroll
+      for (int block = 0; block < 4; ++block) loaded[block] = from[block * 128];
+#pragma unroll
+      for (int block = 0; block < 4; ++block) {
+        // The forward's fragments are value x key; turned they are key x value.
+        rounded[2 * block][0] = transpose(loaded[block].x);
+        rounded[2 * block + 1][0] = transpose(loaded[block].y);
+        rounded[2 * block][1] = transpose(loaded[block].z);
+        rounded[2 * block + 1][1] = transpose(loaded[block].w);
+      }
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+          state[n][2 * c] = low_half(rounded[n][c]), state[n][2 * c + 1] = high_half(rounded[n][c]);
+    }
+    wait_for_copies<1>();  // all but the chunk's last tile
+    __syncthreads();
+    for (int tile = 0;; ++tile) {
+      const uint32_t to = stash + tile * kStateValues * 2;
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        store_shared(to + n * kThreads * 16, rounded[2 * n][0], rounded[2 * n][1], rounded[2 * n + 1][0],
+                     rounded[2 * n + 1][1]);
+      if (tile == last) break;
+      const uint32_t slot = shared + slot_of(chunk, tile) * kSlotBytes;
+      uint32_t k[4], w[4];
+      load_matrices_transposed(slot + kTileBytes + own_tile, k);
+      load_matrices_transposed(slot + 3 * kTileBytes + own_tile, w);
+      float decay[2][2][2], exponential[2][2][2], whole[2];
+      decays(w, kTile, decay, exponential);
+      uint32_t operand[4];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+        Products d;
+        decay_products(d, decay[c]);
+        whole[c] = d.whole;
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+          operand[2 * h + c] =
+              pack(low_half(k[2 * h + c]) * d.second[h] * d.q[h][2], high_half(k[2 * h + c]) * d.q[h][2]);
+      }
+      advance(state, whole[0], whole[1], operand, slot + 2 * kTileBytes);
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+        rounded[n][0] = pack(state[n][0], state[n][1]), rounded[n][1] = pack(state[n][2], state[n][3]);
+    }
+
+    wait_for_copies<0>();
+    __syncthreads();
+    for (int tile = last; tile >= 0; --tile) {
+      const uint32_t slot = shared + slot_of(chunk, tile) * kSlotBytes;
+      const int first = item.begin + chunk * kChunk + tile * kTile;
+      const int count = end - first;
+      const uint32_t buffer = tile & 1;
+#pragma unroll
+      for (int n = 0; n < 4; ++n)
+        load_shared(stash + tile * kStateValues * 2 + n * kThreads * 16, rounded[2 * n][0], rounded[2 * n][1],
+                    rounded[2 * n + 1][0], rounded[2 * n + 1][1]);
+
+      // --- E as an operand, for this warp and, in shared memory, for the others.
+      uint32_t e16[8][2];
+#pragma unroll
+      for (int n = 0; n < 8; ++n) {
+        e16[n][0] = pack(gradient[n][0], gradient[n][1]);
+        e16[n][1] = pack(gradient[n][2], gradient[n][3]);
+        const uint32_t to = shared + kBackwardGradients + buffer * kStateValues * 2 + pair * 2;
+        store_shared(to + swizzled(own_channel, n), e16[n][0]);
+        store_shared(to + swizzled(own_channel + 8, n), e16[n][1]);
+      }
+
+      // --- Products over the value columns: dA, the inter-tile parts of dr and dk, rowsum(S E).
+      float dpairs0[4] = {}, dpairs1[4] = {};  // columns j = 0..7 and 8..15
+      float dr16[2][4] = {}, dk16[2][4] = {};  // [half of the tokens][channel c, neighbour e]
+      float span[2];
+      {
+        float se0[4] = {}, se1[4] = {};
+#pragma unroll
+        for (int step = 0; step < 4; ++step) {
+          const uint32_t at = swizzled(lower_first, 2 * step + lower_piece);
+          uint32_t dy[4], v[4];
+          load_matrices(slot + 4 * kTileBytes + at, dy);
+          load_matrices(slot + 2 * kTileBytes + at, v);
+          const uint32_t(&s0)[2] = rounded[2 * step], (&s1)[2] = rounded[2 * step + 1];
+          const uint32_t(&e0)[2] = e16[2 * step], (&e1)[2] = e16[2 * step + 1];
+          multiply_add(dpairs0, dy[0], dy[1], dy[2], dy[3], v[0], v[2]);
+          multiply_add(dpairs1, dy[0], dy[1], dy[2], dy[3], v[1], v[3]);
+          multiply_add(dr16[0], s0[0], s0[1], s1[0], s1[1], dy[0], dy[2]);
+          multiply_add(dr16[1], s0[0], s0[1], s1[0], s1[1], dy[1], dy[3]);
+          multiply_add(dk16[0], e0[0], e0[1], e1[0], e1[1], v[0], v[2]);
+          multiply_add(dk16[1], e0[0], e0[1], e1[0], e1[1], v[1], v[3]);
+          multiply_add(se0, s0[0], s0[1], s1[0], s1[1], e0[0], e1[0]);
+          multiply_add(se1, s0[0], s0[1], s1[0], s1[1], e0[1], e1[1]);
+        }
+        const int from = 4 * row + (row >> 1);  // the lane that holds the diagonal of this row
+        span[0] = shuffle_from(row & 1 ? se0[1] : se0[0], from);
+        span[1] = shuffle_from(row & 1 ? se1[3] : se1[2], from);
+      }
+
+      // --- Decays and this thread's tokens; r and k carry the factor of their own pair of tokens from here on.
+      uint32_t r_words[4], k_words[4], w_words[4];
+      load_matrices_transposed(slot + own_tile, r_words);
+      load_matrices_transposed(slot + kTileBytes + own_tile, k_words);
+      load_matrices_transposed(slot + 3 * kTileBytes + own_tile, w_words);
+      float exponential[2][2][2];
+      Products d[2];
+      {
+        float decay[2][2][2];
+        decays(w_words, count, decay, exponential);
+        decay_products(d[0], decay[0]);
+        decay_products(d[1], decay[1]);
+      }
+      float r[2][2][2], k[2][2][2];
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          r[c][h][0] = low_half(r_words[2 * h + c]), r[c][h][1] = high_half(r_words[2 * h + c]) * d[c].first[h];
+          k[c][h][0] = low_half(k_words[2 * h + c]) * d[c].second[h], k[c][h][1] = high_half(k_words[2 * h + c]);
+        }
+
+      // --- s = 16. dr and dk are collected without the factors first and second; x = r dr, z = k dk.
+      float dr[2][2][2], dk[2][2][2], x[2][2][2], z[2][2][2], dlog[2][2][2];
+      uint32_t r16[4];
+#pragma unroll
+      for (int c = 0; c < 2; ++c) {
+#pragma unroll
+        for (int h = 0; h < 2; ++h) {
+          const float p = d[c].p[h][2], q = d[c].q[h][2];
+          const float rp0 = r[c][h][0] * p, rp1 = r[c][h][1] * p, kq0 = k[c][h][0] * q, kq1 = k[c][h][1] * q;
+          r16[2 * h + c] = pack(rp0, rp1);
+          store_shared(shared + kBackwardK16 + buffer * kN * kTile * 2 + k16_offset(own_channel + 8 * c, h) + quad * 4,
+                       pack(kq0, kq1));
+          dr[c][h][0] = p * dr16[h][2 * c], dr[c][h][1] = p * dr16[h][2 * c + 1];
+          dk[c][h][0] = q * dk16[h][2 * c], dk[c][h][1] = q * dk16[h][2 * c + 1];
+          x[c][h][0] = rp0 * dr16[h][2 * c], x[c][h][1] = rp1 * dr16[h][2 * c + 1];
+          z[c][h][0] = kq0 * dk16[h][2 * c], z[c][h][1] = kq1 * dk16[h][2 * c + 1];
+        }
+        float later = x[c][1][0] + x[c][1][1], earlier = z[c][0][0] + z[c][0][1];
+        later += shuffle_xor(later, 1), earlier += shuffle_xor(earlier, 1);
+        later += shuffle_xor(later, 2), earlier += shuffle_xor(earlier, 2);
+        const float whole_span = d[c].whole * span[c];
+        dlog[c][0][0] = dlog[c][0][1] = whole_span + later;
+        dlog[c][1][0] = dlog[c][1][1] = whole_span + earlier;
+      }
+
+      // --- dA of the tile as operands: 8x8 blocks (i, j), and transposed.
+      const uint32_t upper_left = pack(dpairs0[0], dpairs0[1]), lower_left = pack(dpairs0[2], dpairs0[3]);
+      const uint32_t lower_right = pack(dpairs1[2], dpairs1[3]);
+      const uint32_t block[2] = {upper_left, lower_right};
+      const uint32_t block_t[2] = {transpose(upper_left), transpose(lower_right)};
+      const uint32_t lower_left_t = transpose(lower_left);
+
+      // --- s = 8: i in the second half of the tile, j in the first.
+      {
+        uint32_t later_operand[2], earlier_operand[2];
+        float later[2][2], earlier[2][2];
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            later[c][e] = r[c][1][e] * d[c].p[1][1], earlier[c][e] = k[c][0][e] * d[c].q[0][1];
+          later_operand[c] = pack(later[c][0], later[c][1]), earlier_operand[c] = pack(earlier[c][0], earlier[c][1]);
+        }
+        float to_later[4] = {}, to_earlier[4] = {};
+        multiply_add(to_later, earlier_operand[0], earlier_operand[1], lower_left);
+        multiply_add(to_earlier, later_operand[0], later_operand[1], lower_left_t);
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            dr[c][1][e] += d[c].p[1][1] * to_later[2 * c + e], x[c][1][e] += later[c][e] * to_later[2 * c + e];
+            dk[c][0][e] += d[c].q[0][1] * to_earlier[2 * c + e], z[c][0][e] += earlier[c][e] * to_earlier[2 * c + e];
+          }
+      }
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        // Totals over 4 tokens: later ones of x for lanes of the first 4 tokens, earlier ones of z for the others.
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          float sum = quad < 2 ? z[c][h][0] + z[c][h][1] : x[c][h][0] + x[c][h][1];
+          sum += shuffle_xor(sum, 1);
+          sum = shuffle_xor(sum, 2);
+          dlog[c][h][0] += sum, dlog[c][h][1] += sum;
+        }
+        // --- s = 4
+        {
+          uint32_t later_operand[2], earlier_operand[2];
+          float later[2][2], earlier[2][2];
+#pragma unroll
+          for (int c = 0; c < 2; ++c) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e)
+              later[c][e] = r[c][h][e] * d[c].p[h][0], earlier[c][e] = k[c][h][e] * d[c].q[h][0];
+            later_operand[c] = pack(later[c][0], later[c][1]), earlier_operand[c] = pack(earlier[c][0], earlier[c][1]);
+          }
+          float to_later[4] = {}, to_earlier[4] = {};
+          multiply_add(to_later, earlier_operand[0], earlier_operand[1], four ? block[h] : 0u);
+          multiply_add(to_earlier, later_operand[0], later_operand[1], four_t ? block_t[h] : 0u);
+#pragma unroll
+          for (int c = 0; c < 2; ++c)
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+              dr[c][h][e] += d[c].p[h][0] * to_later[2 * c + e], x[c][h][e] += later[c][e] * to_later[2 * c + e];
+              dk[c][h][e] += d[c].q[h][0] * to_earlier[2 * c + e];
+              z[c][h][e] += earlier[c][e] * to_earlier[2 * c + e];
+            }
+        }
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+          const float sum = shuffle_xor(quad & 1 ? x[c][h][0] + x[c][h][1] : z[c][h][0] + z[c][h][1], 1);
+          dlog[c][h][0] += sum, dlog[c][h][1] += sum;
+        }
+        // --- s = 2 and 1, and the diagonal; then dr, dk and dlog are complete.
+        float to_later[4] = {}, to_earlier[4] = {}, next_later[4] = {}, next_earlier[4] = {};
+        multiply_add(to_later, pack(k[0][h][0], k[0][h][1]), pack(k[1][h][0], k[1][h][1]), two ? block[h] : 0u);
+        multiply_add(to_earlier, pack(r[0][h][0], r[0][h][1]), pack(r[1][h][0], r[1][h][1]), two_t ? block_t[h] : 0u);
+        multiply_add(next_later, k_words[2 * h], k_words[2 * h + 1], one ? block[h] & 0x0000ffffu : 0u);
+        multiply_add(next_earlier, r_words[2 * h], r_words[2 * h + 1], one_t ? block_t[h] & 0xffff0000u : 0u);
+        float diagonal[2];
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          diagonal[e] = shuffle_from(h ? dpairs1[2 + e] : dpairs0[e], (pair + e) * 4 + quad);
+#pragma unroll
+        for (int c = 0; c < 2; ++c) {
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            dr[c][h][e] += to_later[2 * c + e], x[c][h][e] += r[c][h][e] * to_later[2 * c + e];
+            dk[c][h][e] += to_earlier[2 * c + e], z[c][h][e] += k[c][h][e] * to_earlier[2 * c + e];
+          }
+          dlog[c][h][0] += x[c][h][1], dlog[c][h][1] += z[c][h][0];
+          dr[c][h][1] = dr[c][h][1] * d[c].first[h] + next_later[2 * c + 1];
+          dk[c][h][0] = dk[c][h][0] * d[c].second[h] + next_earlier[2 * c];
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const uint32_t r_word = r_words[2 * h + c], k_word = k_words[2 * h + c];
+            const float r_own = e ? high_half(r_word) : low_half(r_word);
+            const float k_own = e ? high_half(k_word) : low_half(k_word);
+            dr[c][h][e] += diagonal[e] * bonus[c] * k_own;
+            dk[c][h][e] += diagonal[e] * bonus[c] * r_own;
+            if (kWithDu) du[c] += diagonal[e] * r_own * k_own;
+          }
+        }
+      }
+
+      // --- E before the tile.
+      advance(gradient, d[0].whole, d[1].whole, r16, slot + 4 * kTileBytes);
+
+      auto store_channels = [&](void* tensor, const float(&value)[2][2][2]) {
+        store_rows(tensor, first, count, heads, head, 16 * warp, transpose(pack(value[0][0][0], value[0][0][1])),
+                   transpose(pack(value[1][0][0], value[1][0][1])), transpose(pack(value[0][1][0], value[0][1][1])),
+                   transpose(pack(value[1][1][0], value[1][1][1])));
+      };
+      store_channels(a.dr, dr);
+      store_channels(a.dk, dk);
+#pragma unroll
+      for (int c = 0; c < 2; ++c)
+#pragma unroll
+        for (int h = 0; h < 2; ++h)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) dlog[c][h][e] *= -exponential[c][h][e];
+      store_channels(a.dw_raw, dlog);
+
+      // --- dv of this warp's value columns needs E and K16 of all channels.
+      __syncthreads();
+      if (tile == last) {
+        for (int ahead = 0; ahead < kTilesPerChunk - 1 - last; ++ahead) copy(chunk - 1, ahead);
+      } else {
+        copy(chunk - 1, kTilesPerChunk - 2 - tile);
+      }
+      float dv[2][4] = {};
+      {
+        uint32_t pairs[4], dy[4];
+        load_shared(shared + kBackwardPairs + slot_of(chunk, tile) * 512 + lane * 16, pairs[0], pairs[1], pairs[2],
+                    pairs[3]);
+        load_matrices_transposed(slot + 4 * kTileBytes + swizzled(lower_first, 2 * warp + lower_piece), dy);
+        multiply_add(dv[0], pairs[0], pairs[1], pairs[2], pairs[3], dy[0], dy[1]);
+        multiply_add(dv[1], pairs[0], pairs[1], pairs[2], pairs[3], dy[2], dy[3]);
+      }
+#pragma unroll
+      for (int step = 0; step < 4; ++step) {
+        uint32_t k16[4], e[4];
+        load_matrices_transposed(
+            shared + kBackwardK16 + buffer * kN * kTile * 2 + k16_offset(16 * step + upper_first, upper_piece), k16);
+        load_matrices_transposed(shared + kBackwardGradients + buffer * kStateValues * 2 +
+                                     swizzled(16 * step + lower_first, 2 * warp + lower_piece),
+                                 e);
+        multiply_add(dv[0], k16[0], k16[1], k16[2], k16[3], e[0], e[1]);
+        multiply_add(dv[1], k16[0], k16[1], k16[2], k16[3], e[2], e[3]);
+      }
+      store_rows(a.dv, first, count, heads, head, 16 * warp, pack(dv[0][0], dv[0][1]), pack(dv[1][0], dv[1][1]),
+                 pack(dv[0][2], dv[0][3]), pack(dv[1][2], dv[1][3]));
+    }
+    __syncthreads();
+    copy(chunk - 1, kTilesPerChunk - 1);
+  }
+
+  if (a.dstate != nullptr && item.segment == 0) store_state(a.dstate + state_at, gradient);
+  if (kWithDu) {
+#pragma unroll
+    for (int c = 0; c < 2; ++c) {
+      du[c] += shuffle_xor(du[c], 1);
+      du[c] += shuffle_xor(du[c], 2);
+      if (quad == 0) a.du[(static_cast<size_t>(blockIdx.y) * heads + head) * kN + own_channel + 8 * c] = du[c];
+    }
+  }
+}
+
+}  // namespace wkv6
+
+#endif

@@ -1,0 +1,223 @@
+"""The two steps before preference training: rejects from the base model, and pairs of tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import urllib.request
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from src.adapters.states import set_states
+from src.checkpoint import inspect_checkpoint, load_state, open_checkpoint, save_pairs
+from src.config import PairConfig, RejectConfig, TrainConfig
+from src.data.preferences import TEMPLATES, PreparedPairs, make_pairs, read_rows
+from src.data.reject_file import RejectFile, plan_groups
+from src.errors import ConfigError, DataError, TrainingError
+from src.generate import SamplingSettings, answer_logps, generate
+from src.loading import LoadOptions, build_model
+from src.model.rwkv6 import RWKV6
+from src.tokenizer import WORLD_VOCABULARY, Tokenizer, tokenizer_for_vocabulary
+from src.training.hardware import resolve_hardware
+
+_POST_TIMEOUT_SECONDS = 2.0
+_HASHED_BYTES = 1 << 28
+
+
+def generate_rejects(config: RejectConfig) -> None:
+    """Fills the reject column of a preference file by sampling from a model; see `RejectConfig`.
+
+    Rows are written in input order, a group at a time. Started again with the same flags, it goes on where the
+    output ends, and the file comes out the same as from one run: random numbers belong to (seed, row), and groups
+    are the same whatever was done before.
+
+    Raises:
+        UserError: for everything the user can put right.
+    """
+    rows = read_rows(config.input_csv)
+    shape = inspect_checkpoint(config.load_model).shape
+    tokenizer = tokenizer_for_vocabulary(shape.vocab_size)
+    groups = plan_groups(rows, config.batch, overwrite=bool(config.overwrite))
+    options = _load_options(config)
+    settings = {**dataclasses.asdict(config), "precision": str(options.compute_dtype).removeprefix("torch.")}
+    for irrelevant in ("input_csv", "output_csv", "accelerator", "load_model", "load_state"):
+        del settings[irrelevant]
+    settings["load_model"] = _identity(config.load_model)
+    settings["load_state"] = _identity(config.load_state)
+
+    with RejectFile(config.output_csv, rows, settings) as file:
+        left = [group for group in groups if group.start >= file.rows_done]
+        total, to_generate = (sum(len(group.generated) for group in some) for some in (groups, left))
+        if not left:
+            print(f"{config.output_csv} is complete already, all {len(rows):,} rows of it")
+            return
+        if file.rows_done:
+            print(f"{config.output_csv} has {file.rows_done:,} of {len(rows):,} rows, going on from there")
+        sample = _sampler(config, options, tokenizer) if to_generate else None
+        with tqdm(total=total, initial=total - to_generate, desc="rejects", unit="row", dynamic_ncols=True) as bar:
+            for group in left:
+                answers: list[str] = []
+                if sample and group.generated:
+                    prompts = [rows[number].prompt for number in group.generated]
+                    answers = sample(prompts, group.generated, lambda *_: bar.update())
+                file.append(group, dict(zip(group.generated, answers, strict=True)))
+    print(f"written    {config.output_csv}: {len(rows):,} rows, {total:,} with a new reject")
+    print(
+        f"next       python PrepareOrpoDataset.py --load_model {config.load_model} --input_csv {config.output_csv} "
+        "--output_save pairs.save --target_pair_count 1000"
+    )
+
+
+def _sampler(
+    config: RejectConfig, options: LoadOptions, tokenizer: Tokenizer
+) -> Callable[[Sequence[str], Sequence[int], Callable[[int, int], None]], list[str]]:
+    """Loads the model and returns a function of (prompts, row numbers, on_finished) that answers."""
+    model = _load_model(config.load_model, config.load_state, options)
+    settings, template = sampling_settings(config), TEMPLATES[config.template]
+
+    def sample(prompts: Sequence[str], numbers: Sequence[int], on_finished: Callable[[int, int], None]) -> list[str]:
+        texts = [template.prompt(prompt.replace("\r\n", "\n")) for prompt in prompts]
+        try:
+            return generate(model, tokenizer, texts, settings, row_numbers=numbers, on_finished=on_finished)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"no GPU memory left with {len(prompts)} rows at a time: use a smaller --batch than {config.batch}, "
+                "or --quant 1, or --accelerator cpu"
+            ) from error
+
+    return sample
+
+
+def sampling_settings(config: RejectConfig) -> SamplingSettings:
+    """The flags as `generate` wants them."""
+    return SamplingSettings(
+        temperature=config.temperature,
+        top_p=config.top_p,
+        presence_penalty=config.alpha_presence,
+        frequency_penalty=config.alpha_frequency,
+        penalty_decay=config.alpha_decay,
+        max_tokens=config.max_tokens,
+        stop=config.stop.replace("\\n", "\n"),
+        forbidden_tokens=() if config.allow_end else (0,),
+        seed=config.seed,
+    )
+
+
+def prepare_pairs(config: PairConfig) -> PreparedPairs:
+    """Turns a preference file into the `.save` file that train.py reads; see `PairConfig`.
+
+    Raises:
+        UserError: for everything the user can put right; nothing is written then.
+    """
+    rows = read_rows(config.input_csv)
+    vocab_size = inspect_checkpoint(config.load_model).shape.vocab_size if config.load_model else WORLD_VOCABULARY
+    tokenizer = tokenizer_for_vocabulary(vocab_size)
+    _require_folder(config.output_save)
+
+    def post(made: int) -> None:
+        if config.fapi_logging_callback and made % config.fapi_logging_callback_step == 0:
+            _post_status(config.fapi_logging_address, f"{made} of {config.target_pair_count} pairs")
+
+    prepared = make_pairs(
+        config.input_csv,
+        rows,
+        tokenizer,
+        config.target_pair_count,
+        template=config.template,
+        longest=config.max_len or None,
+        seed=config.seed,
+        on_pair=post,
+    )
+    if config.base_logp:
+        prepared = _with_base_logps(prepared, config)
+    _write_texts(config.text_file, prepared.texts)
+    save_pairs(config.output_save, prepared.pairs)
+
+    for line in prepared.summary():
+        print(line)
+    print(f"written    {config.output_save} and {config.text_file}")
+    model = config.load_model or "MODEL.pth"
+    print(f"next       python train.py --orpo 1 --load_model {model} --rlhf_train_file {config.output_save}")
+    return prepared
+
+
+def _with_base_logps(prepared: PreparedPairs, config: PairConfig) -> PreparedPairs:
+    """Scores each different pair once."""
+    model = _load_model(config.load_model, "", _load_options(config))
+    different = {(*map(tuple, (pair.prompt, pair.chosen, pair.rejected)),): pair for pair in prepared.pairs}
+    with tqdm(total=len(different), desc="log-probabilities", unit="pair", dynamic_ncols=True) as bar:
+        scored = answer_logps(model, list(different.values()), lambda _: bar.update())
+    logps = dict(zip(different, scored, strict=True))
+    pairs = []
+    for pair in prepared.pairs:
+        chosen, rejected = logps[tuple(pair.prompt), tuple(pair.chosen), tuple(pair.rejected)]
+        pairs.append(dataclasses.replace(pair, chosen_base_logp=chosen, rejected_base_logp=rejected))
+    return dataclasses.replace(prepared, pairs=pairs)
+
+
+def _load_options(config: RejectConfig | PairConfig) -> LoadOptions:
+    hardware = resolve_hardware(TrainConfig(accelerator=config.accelerator, precision=config.precision))
+    return LoadOptions(
+        device=hardware.device,
+        compute_dtype=hardware.compute_dtype,
+        quant_type=config.quant_type if config.quant else None,
+    )
+
+
+def _load_model(model_path: str, state_path: str, options: LoadOptions) -> RWKV6:
+    checkpoint = open_checkpoint(model_path)
+    states = load_state(state_path, checkpoint.info.shape) if state_path else None
+    with tqdm(total=len(checkpoint), desc="loading", unit="tensor", leave=False, dynamic_ncols=True) as bar:
+        model = build_model(checkpoint, checkpoint.info.shape, options, lambda _: bar.update())
+    if states is not None:
+        set_states(model, states)
+    return model
+
+
+def _identity(path: str) -> str:
+    """What tells a file from another: its name and size, and for a state file's size its content too."""
+    if not path:
+        return ""
+    size = os.path.getsize(path)
+    if size > _HASHED_BYTES:
+        return f"{os.path.basename(path)}, {size} bytes"
+    return f"{os.path.basename(path)}, sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
+
+
+def _require_folder(path: str) -> None:
+    folder = os.path.dirname(os.path.abspath(path))
+    if not os.path.isdir(folder):
+        raise ConfigError(f"--output_save {path} cannot be written: there is no folder {folder}; create it first")
+
+
+def _write_texts(path: str, texts: Sequence[str]) -> None:
+    """One `{"text": …}` line per text, in a file that is complete or not there."""
+    unfinished = f"{path}.unfinished"
+    try:
+        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+            for text in texts:
+                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written ({error.strerror}): name another --output_save.") from error
+    finally:
+        Path(unfinished).unlink(missing_ok=True)
+
+
+def _post_status(address: str, text: str) -> None:
+    """POST of the progress; a listener that is not there is no error."""
+    request = urllib.request.Request(
+        address.rstrip("/") + "/ProcessingCallback",
+        data=json.dumps({"statusinfo": text}).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=_POST_TIMEOUT_SECONDS):
+        pass

@@ -1,0 +1,436 @@
+"""Whole runs of train.py on tiny models."""
+
+import json
+import re
+import signal
+import socket
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+import torch
+from factories import tiny_checkpoint, tiny_shape, tiny_state_file
+from running import RUN_FILES, Ended, files_in, metrics, run_script, started, train, try_train, write_documents
+from torch import Tensor
+
+from src.checkpoint import inspect_checkpoint, load_state, open_checkpoint, save_model
+from src.model.parameters import parameter_shapes, state_shapes
+
+LENGTHS = [30, 12, 25, 18, 9, 33]
+SHAPE = tiny_shape()
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model of two layers, bf16 like published ones."""
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    tiny_checkpoint(path, dtype=torch.bfloat16)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six documents."""
+    return write_documents(tmp_path_factory.mktemp("data") / "documents", LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
+    """One run of two epochs of three steps, and its folder."""
+    folder = tmp_path_factory.mktemp("finished") / "new" / "folder"
+    return train(folder, load_model=base, data_file=data, epoch_steps=3, epoch_count=2, val_file=data), folder
+
+
+def states_in(path: Path) -> dict[str, Tensor]:
+    """States of a file in fp32."""
+    return {name: state.float() for name, state in load_state(path, SHAPE).items()}
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """Over all states."""
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+class TestWhatARunLeaves:
+    def test_exactly_these_files(self, finished: tuple[Ended, Path]) -> None:
+        assert files_in(finished[1]) == {*RUN_FILES, "rwkv-0.pth", "rwkv-1.pth"}
+
+    def test_a_state_file_holds_the_states_and_nothing_else(self, finished: tuple[Ended, Path]) -> None:
+        for name in ("rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"):
+            content = torch.load(finished[1] / name, weights_only=True)
+            assert {key: tuple(state.shape) for key, state in content.items()} == state_shapes(SHAPE)
+            assert {state.dtype for state in content.values()} == {torch.bfloat16}
+            assert all(state.any() and state.isfinite().all() for state in content.values())
+            values = SHAPE.head_size**2 * SHAPE.n_head
+            assert all(state.untyped_storage().nbytes() == 2 * values for state in content.values())
+
+    def test_the_final_file_is_the_last_epochs(self, finished: tuple[Ended, Path]) -> None:
+        folder = finished[1]
+        assert largest_difference(states_in(folder / "rwkv-final.pth"), states_in(folder / "rwkv-1.pth")) == 0
+        assert largest_difference(states_in(folder / "rwkv-final.pth"), states_in(folder / "rwkv-0.pth")) > 0
+
+    def test_train_log_has_the_originals_lines(self, finished: tuple[Ended, Path]) -> None:
+        lines = (finished[1] / "train_log.txt").read_text(encoding="utf-8").splitlines()
+        assert re.fullmatch(r"NEW RUN \d{4}(-\d\d){5}", lines[0])
+        assert eval(lines[1], {"__builtins__": {}})["ctx_len"] == 1024
+        epoch_line = re.compile(
+            r"(\d+) (\d+\.\d{6}) (\d+\.\d{4}) (\d\.\d{8}) \d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{6} (\d+)"
+        )
+        epochs = [epoch_line.fullmatch(line) for line in lines[2:]]
+        assert [match and (match[1], match[5]) for match in epochs] == [("0", "0"), ("1", "1")]
+        records = metrics(finished[1])
+        for number, match in enumerate(epochs):
+            assert match
+            mean = sum(record["loss"] for record in records[3 * number : 3 * number + 3]) / 3
+            assert float(match[2]) == pytest.approx(mean, abs=1e-6)
+            assert float(match[3]) == pytest.approx(torch.tensor(mean).exp().item(), rel=1e-3)
+            assert float(match[4]) == pytest.approx(records[3 * number + 2]["lr"])
+
+    def test_metrics_has_one_record_per_step(self, finished: tuple[Ended, Path]) -> None:
+        records = metrics(finished[1])
+        keys = {
+            "step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "seconds", "tokens", "nominal_tokens",
+            "tokens_per_s",
+        }  # fmt: skip
+        assert [set(record) for record in records] == [keys] * 6
+        assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+        assert [record["epoch"] for record in records] == [0, 0, 0, 1, 1, 1]
+        assert [record["lr"] for record in records] == pytest.approx([0.2, 0.28, 0.36, 0.44, 0.52, 0.6])
+        assert sorted(record["tokens"] + 1 for record in records) == sorted(LENGTHS)
+        assert {record["nominal_tokens"] for record in records} == {1024}
+
+    def test_the_plan_comes_first(self, finished: tuple[Ended, Path]) -> None:
+        out = finished[0].out
+        for expected in (
+            "2 layers, n_embd 32, 4 heads of 8",
+            f"{SHAPE.state_parameter_count:,} state values",
+            f"6 documents, {sum(LENGTHS)} tokens",
+            "6 (2 epochs of 3)",
+            "0.2, 0.44, 0.6 (start, middle, end)",
+            f"{finished[1]}/",
+        ):
+            assert expected in out
+        assert out.index("results") < out.index("held out   untuned")
+
+    def test_it_ends_with_the_next_command_which_works(self, finished: tuple[Ended, Path], base: Path) -> None:
+        command = re.search(r"python (merge_state\.py) (\S+) (\S+) (\S+)", finished[0].out)
+        assert command
+        assert command[2] == str(base)
+        merged = run_script(*command.groups())
+        assert merged.code == 0
+        assert inspect_checkpoint(command[4]).has_state
+        Path(command[4]).unlink()
+
+    def test_held_out_loss_falls_on_the_training_data_itself(self, finished: tuple[Ended, Path]) -> None:
+        losses = re.findall(r"held out   (untuned|tuned): loss (\d+\.\d+)", finished[0].out)
+        assert [label for label, _ in losses] == ["untuned", "tuned"]
+        assert float(losses[1][1]) < float(losses[0][1])
+
+    def test_progress_shows_loss_rate_and_speed(self, finished: tuple[Ended, Path]) -> None:
+        assert re.search(r"6/6 .*loss \d+\.\d+, lr 0\.6, [\d,]+ tokens/s", finished[0].err)
+
+
+class TestEpochs:
+    @pytest.mark.parametrize(
+        ("flags", "files"),
+        [
+            ({"epoch_count": 4, "epoch_save": 2}, {"rwkv-0.pth", "rwkv-2.pth", "rwkv-3.pth"}),
+            ({"epoch_count": 3, "epoch_save": 0}, {"rwkv-2.pth"}),
+            ({"epoch_count": 4, "epoch_begin": 2}, {"rwkv-2.pth", "rwkv-3.pth"}),
+            ({"epoch_count": 9, "my_exit": 1}, {"rwkv-0.pth", "rwkv-1.pth"}),
+        ],
+        ids=lambda value: " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "",
+    )
+    def test_which_are_saved(
+        self, flags: dict[str, int], files: set[str], base: Path, data: Path, tmp_path: Path
+    ) -> None:
+        train(tmp_path, load_model=base, data_file=data, epoch_steps=1, **flags)
+        assert files_in(tmp_path) == {*RUN_FILES, *files}
+
+    def test_no_epoch_steps_means_one_pass(self, base: Path, data: Path, tmp_path: Path) -> None:
+        train(tmp_path, load_model=base, data_file=data, epoch_count=1)
+        assert sorted(record["tokens"] + 1 for record in metrics(tmp_path)) == sorted(LENGTHS)
+
+    def test_my_exit_tokens_ends_the_run(self, base: Path, data: Path, tmp_path: Path) -> None:
+        train(tmp_path, load_model=base, data_file=data, ctx_len=40, epoch_steps=50, my_exit_tokens=160, warmup_steps=0)
+        assert len(metrics(tmp_path)) == 4
+        assert "rwkv-final.pth" in files_in(tmp_path)
+
+    def test_logs_are_appended(self, base: Path, data: Path, tmp_path: Path) -> None:
+        for _ in range(2):
+            train(tmp_path, load_model=base, data_file=data, epoch_steps=1, epoch_count=1)
+        assert (tmp_path / "train_log.txt").read_text(encoding="utf-8").count("NEW RUN") == 2
+        assert len(metrics(tmp_path)) == 2
+
+
+class TestSameness:
+    @pytest.mark.parametrize(
+        "flags",
+        [{"micro_bsz": 2}, {"dataload": "pack", "ctx_len": 40}, {"dataload": "get", "ctx_len": 16}],
+        ids=["pad", "pack", "get"],
+    )
+    def test_two_runs_are_bitwise_equal(self, flags: dict[str, object], base: Path, data: Path, tmp_path: Path) -> None:
+        for name in ("one", "two"):
+            train(tmp_path / name, load_model=base, data_file=data, epoch_steps=4, epoch_count=1, **flags)
+        final = [tmp_path / name / "rwkv-final.pth" for name in ("one", "two")]
+        assert largest_difference(states_in(final[0]), states_in(final[1])) == 0
+        losses = [[r["loss"] for r in metrics(tmp_path / name)] for name in ("one", "two")]
+        assert losses[0] == losses[1]
+
+    def test_another_seed_is_another_run(self, base: Path, data: Path, tmp_path: Path) -> None:
+        for seed in (1, 2):
+            train(tmp_path / str(seed), load_model=base, data_file=data, epoch_steps=3, epoch_count=1, random_seed=seed)
+        assert [r["loss"] for r in metrics(tmp_path / "1")] != [r["loss"] for r in metrics(tmp_path / "2")]
+
+    @pytest.mark.parametrize("lengths", [[16] * 8, LENGTHS], ids=["equal lengths", "unequal lengths"])
+    def test_accumulating_2_times_1_equals_1_times_2(self, lengths: list[int], base: Path, tmp_path: Path) -> None:
+        """Every token of a step weighs the same, however the step is cut into micro-batches."""
+        documents = write_documents(tmp_path / "documents", lengths)
+        common = {"load_model": base, "data_file": documents, "epoch_count": 1, "lr_init": 0.1, "lr_final": 0.1}
+        train(tmp_path / "1x2", micro_bsz=2, epoch_steps=3, **common)
+        train(tmp_path / "2x1", micro_bsz=1, accumulate_grad_batches=2, epoch_steps=6, **common)
+        one, two = metrics(tmp_path / "1x2"), metrics(tmp_path / "2x1")
+        assert len(one) == len(two) == 3
+        assert [r["tokens"] for r in one] == [r["tokens"] for r in two]
+        assert [r["loss"] for r in one] == pytest.approx([r["loss"] for r in two], rel=1e-5)
+        assert [r["grad_norm"] for r in one] == pytest.approx([r["grad_norm"] for r in two], rel=1e-4)
+        one_state, two_state = (
+            states_in(tmp_path / "1x2" / "rwkv-final.pth"),
+            states_in(tmp_path / "2x1" / "rwkv-final.pth"),
+        )
+        assert largest_difference(one_state, two_state) < 2e-3  # a unit in bf16's last place at 0.3
+
+    def test_recomputation_changes_nothing(self, base: Path, data: Path, tmp_path: Path) -> None:
+        for grad_cp in (0, 1):
+            train(
+                tmp_path / str(grad_cp), load_model=base, data_file=data, epoch_steps=3, epoch_count=1, grad_cp=grad_cp
+            )
+        final = [states_in(tmp_path / name / "rwkv-final.pth") for name in ("0", "1")]
+        assert largest_difference(*final) == 0
+
+
+class TestStarts:
+    def test_load_state_starts_from_the_file(self, base: Path, data: Path, tmp_path: Path) -> None:
+        tiny_state_file(tmp_path / "start.pth", SHAPE, seed=9)
+        common = {"load_model": base, "data_file": data, "epoch_steps": 1, "epoch_count": 1}
+        train(tmp_path / "still", load_state=tmp_path / "start.pth", lr_init=0, lr_final=0, **common)
+        kept = states_in(tmp_path / "still" / "rwkv-final.pth")
+        assert largest_difference(kept, states_in(tmp_path / "start.pth")) == 0
+
+    def test_a_merged_base_continues_from_its_state(self, base: Path, data: Path, tmp_path: Path) -> None:
+        tiny_state_file(tmp_path / "start.pth", SHAPE, seed=9)
+        assert run_script("merge_state.py", base, tmp_path / "start.pth", tmp_path / "merged.pth").code == 0
+        common = {"data_file": data, "epoch_steps": 3, "epoch_count": 1}
+        train(tmp_path / "merged", load_model=tmp_path / "merged.pth", **common)
+        train(tmp_path / "loaded", load_model=base, load_state=tmp_path / "start.pth", **common)
+        train(tmp_path / "zero", load_model=base, **common)
+        final = {name: states_in(tmp_path / name / "rwkv-final.pth") for name in ("merged", "loaded", "zero")}
+        assert largest_difference(final["merged"], final["loaded"]) == 0
+        assert largest_difference(final["merged"], final["zero"]) > 0.1
+
+    def test_load_state_wins_over_the_state_of_a_merged_base(self, base: Path, data: Path, tmp_path: Path) -> None:
+        tiny_state_file(tmp_path / "first.pth", SHAPE, seed=1)
+        tiny_state_file(tmp_path / "second.pth", SHAPE, seed=2)
+        assert run_script("merge_state.py", base, tmp_path / "first.pth", tmp_path / "merged.pth").code == 0
+        train(
+            tmp_path / "out", load_model=tmp_path / "merged.pth", load_state=tmp_path / "second.pth",
+            data_file=data, epoch_steps=1, epoch_count=1, lr_init=0, lr_final=0,
+        )  # fmt: skip
+        final = states_in(tmp_path / "out" / "rwkv-final.pth")
+        assert largest_difference(final, states_in(tmp_path / "second.pth")) == 0
+
+
+class TestModes:
+    @pytest.mark.parametrize("quant_type", ["nf4", "fp4", "4bit", "int8"])
+    def test_quantised(self, quant_type: str, data: Path, tmp_path: Path) -> None:
+        tiny_checkpoint(tmp_path / "base.pth", n_embd=64, dtype=torch.bfloat16)
+        train(
+            tmp_path / "out", load_model=tmp_path / "base.pth", data_file=data, quant=1, quant_type=quant_type,
+            epoch_steps=2, epoch_count=1,
+        )  # fmt: skip
+        assert len(metrics(tmp_path / "out")) == 2
+
+    def test_bf16(self, base: Path, data: Path, tmp_path: Path) -> None:
+        common = {"load_model": base, "data_file": data, "epoch_steps": 3, "epoch_count": 1}
+        for precision in ("bf16", "fp32"):
+            train(tmp_path / precision, precision=precision, **common)
+        losses = {name: [r["loss"] for r in metrics(tmp_path / name)] for name in ("bf16", "fp32")}
+        assert losses["bf16"] != losses["fp32"]
+        assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+    @pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2_offload"])
+    def test_deepspeed_on_a_cpu_is_said_to_be_a_single_device(
+        self, strategy: str, base: Path, data: Path, tmp_path: Path
+    ) -> None:
+        ended = train(tmp_path, load_model=base, data_file=data, strategy=strategy, epoch_steps=1, epoch_count=1)
+        assert f"note: --strategy {strategy} needs a GPU: running on a single device instead" in ended.out
+
+    def test_generated_data(self, base: Path, tmp_path: Path) -> None:
+        train(tmp_path, load_model=base, data_type="dummy", epoch_steps=2, epoch_count=1)
+        assert len(metrics(tmp_path)) == 2
+
+    def test_chats_train_on_answers_only(self, base: Path, tmp_path: Path) -> None:
+        lines = [
+            {"prompt": "Say a.", "response": "a\n\nb"},
+            {"messages": [{"role": "user", "content": "b?"}, {"role": "assistant", "content": "b"}]},
+            {"text": "User: c?\n\nAssistant: c"},
+        ]
+        path = tmp_path / "chats.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        ended = train(tmp_path / "out", load_model=base, data_file=path, epoch_count=2)
+        assert "the loss is on answers only" in ended.out
+        assert "blank lines" in ended.out
+        assert len(metrics(tmp_path / "out")) == 6
+
+    def test_a_fresh_model_is_trained_whole_and_can_then_be_tuned(self, data: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "whole"
+        ended = train(
+            folder, train_type="none", n_layer=2, n_embd=32, head_size_a=8, vocab_size=257, data_file=data, ctx_len=16,
+            epoch_steps=4, epoch_count=1, lr_init=1e-2, lr_final=1e-3, micro_bsz=2, weight_decay=0.01,
+        )  # fmt: skip
+        assert files_in(folder) == {*RUN_FILES, "rwkv-init.pth", "rwkv-0.pth"}
+        shape = inspect_checkpoint(folder / "rwkv-final.pth").shape
+        assert (shape.n_layer, shape.n_embd, shape.head_size, shape.vocab_size) == (2, 32, 8, 257)
+        first, last = open_checkpoint(folder / "rwkv-init.pth"), open_checkpoint(folder / "rwkv-final.pth")
+        assert list(last) == list(parameter_shapes(shape))
+        unmoved = [name for name in last if torch.equal(first[name].float(), last[name].float())]
+        assert len(unmoved) < len(last) / 4, unmoved
+        assert not torch.equal(first["head.weight"].float(), last["head.weight"].float())
+
+        assert f"python train.py --load_model {folder / 'rwkv-final.pth'}" in ended.out
+        train(tmp_path / "tuned", load_model=folder / "rwkv-final.pth", data_file=data, epoch_steps=2, epoch_count=1)
+        assert files_in(tmp_path / "tuned") == {*RUN_FILES, "rwkv-0.pth"}
+
+    def test_state_tuning_learns(self, base: Path, data: Path, tmp_path: Path) -> None:
+        train(tmp_path, load_model=base, data_file=data, epoch_count=8, ctx_len=24)
+        records = metrics(tmp_path)
+        epochs = [sum(r["loss"] for r in records if r["epoch"] == epoch) / 6 for epoch in (0, 7)]
+        assert epochs[1] < 0.95 * epochs[0]
+
+
+class TestStops:
+    @pytest.fixture
+    def poisoned(self, base: Path, tmp_path: Path) -> Path:
+        """A base whose row for token 200 is NaN."""
+        tensors = {name: tensor.clone() for name, tensor in open_checkpoint(base).items()}
+        tensors["emb.weight"][200] = float("nan")
+        save_model(tmp_path / "poisoned.pth", tensors)
+        return tmp_path / "poisoned.pth"
+
+    @pytest.mark.parametrize("accumulate", [1, 2])
+    def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good_state(
+        self, accumulate: int, poisoned: Path, tmp_path: Path
+    ) -> None:
+        from src.data.binidx import write_binidx
+
+        documents = [[5, 6, 7 + number, 8, 9, 0] for number in range(6)]
+        documents[3][2] = 200
+        write_binidx(tmp_path / "documents", documents)
+        ended = try_train(
+            tmp_path / "out", load_model=poisoned, data_file=tmp_path / "documents",
+            accumulate_grad_batches=accumulate, epoch_count=1,
+        )  # fmt: skip
+        assert ended.code == 2
+        assert "Traceback" not in ended.err
+        taken = len(metrics(tmp_path / "out"))
+        message = ended.err.splitlines()[-1]
+        assert f"the loss is not finite at step {taken + 1} " in message
+        assert re.search(r"\b3\b", message.partition("step")[2].partition(" ")[2])
+        assert str(tmp_path / "out" / "rwkv-last-good.pth") in message
+        assert files_in(tmp_path / "out") == {"rwkv-last-good.pth", "train_log.txt", "metrics.jsonl"}
+        states = states_in(tmp_path / "out" / "rwkv-last-good.pth")
+        assert all(state.isfinite().all() for state in states.values())
+        assert any(state.any() for state in states.values()) == (taken > 0)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+    def test_a_signal_finishes_the_step_and_saves(
+        self, number: signal.Signals, base: Path, data: Path, tmp_path: Path
+    ) -> None:
+        flags = [
+            *("--load_model", base, "--data_file", data, "--proj_dir", tmp_path, "--accelerator", "cpu", "--quant", 0),
+            *("--epoch_steps", 100_000),
+        ]
+        with started("train.py", *flags) as process:
+            wait_until(lambda: len(metrics(tmp_path)) >= 3 or process.poll() is not None, seconds=60)
+            process.send_signal(number)
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 0, err
+        assert "Traceback" not in err
+        assert f"stopped by {number.name} after {len(metrics(tmp_path))} steps" in out
+        assert {*RUN_FILES} <= files_in(tmp_path) <= {*RUN_FILES, "rwkv-0.pth"}
+        assert any(state.any() for state in states_in(tmp_path / "rwkv-final.pth").values())
+
+
+class TestOutside:
+    @pytest.fixture
+    def server(self) -> Iterator[tuple[str, list[tuple[str, dict[str, float]]]]]:
+        """An address, and what was posted there."""
+        posted: list[tuple[str, dict[str, float]]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                posted.append((self.path, json.loads(body)))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, format: str, *args: object) -> None:
+                """Says nothing."""
+
+        http = HTTPServer(("127.0.0.1", 0), Handler)
+        thread = threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.02})
+        thread.start()
+        yield f"http://127.0.0.1:{http.server_port}/", posted
+        http.shutdown()
+        thread.join()
+        http.server_close()
+
+    def test_the_callback_posts_when_asked(
+        self, server: tuple[str, list[tuple[str, dict[str, float]]]], base: Path, data: Path, tmp_path: Path
+    ) -> None:
+        address, posted = server
+        train(
+            tmp_path, load_model=base, data_file=data, epoch_steps=2, epoch_count=1, fapi_logging_callback=1,
+            fapi_logging_address=address,
+        )  # fmt: skip
+        assert [path for path, _ in posted] == ["/LoggingCallback"] * 2
+        losses = [record["loss"] for record in metrics(tmp_path)]
+        assert [body for _, body in posted] == [
+            {"step": step, "loss": loss, "loss2": 0.0, "pref": 0.0} for step, loss in enumerate(losses, start=1)
+        ]
+
+    def test_a_deaf_callback_address_stops_nothing(self, base: Path, data: Path, tmp_path: Path) -> None:
+        ended = train(
+            tmp_path, load_model=base, data_file=data, epoch_steps=2, epoch_count=1, fapi_logging_callback=1,
+            fapi_logging_address="http://127.0.0.1:9/",
+        )  # fmt: skip
+        assert ended.err.count("does not answer") == 1
+
+    def test_nothing_is_sent_unless_asked(
+        self, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def refuse(*arguments: object, **options: object) -> None:
+            raise AssertionError(f"a connection was opened: {arguments}")
+
+        monkeypatch.setattr(urllib.request, "urlopen", refuse)
+        monkeypatch.setattr(socket.socket, "connect", refuse)
+        monkeypatch.setattr(socket, "create_connection", refuse)
+        train(tmp_path, load_model=base, data_file=data, epoch_steps=2, epoch_count=1)
+
+
+def wait_until(condition: object, seconds: float) -> None:
+    """Polls until true.
+
+    Raises:
+        TimeoutError: after so many seconds.
+    """
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.05)

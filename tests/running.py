@@ -1,0 +1,129 @@
+"""Runs the program's scripts in tests: in this process where that is enough, because imports take seconds."""
+
+import contextlib
+import io
+import json
+import os
+import runpy
+import signal
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from src.data.binidx import write_binidx
+
+ROOT = Path(__file__).resolve().parents[1]
+
+RUN_FILES = {"rwkv-final.pth", "train_log.txt", "metrics.jsonl"}
+"""What every finished run leaves, beside `rwkv-{epoch}.pth`."""
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a script ended: its exit code and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+def run_script(script: str, *arguments: object, **flags: object) -> Ended:
+    """Runs a script of the repository's root in this process, as `python SCRIPT ...` would.
+
+    Args:
+        script: its file name.
+        arguments: words of the command line.
+        flags: `name=value` becomes `--name value`.
+    """
+    words = [str(word) for word in arguments]
+    for name, value in flags.items():
+        words += [f"--{name}", str(value)]
+    out, err = io.StringIO(), io.StringIO()
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+    ):
+        patch.setattr(sys, "argv", [script, *words])
+        try:
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+            code: Any = 0
+        except SystemExit as end:
+            code = end.code
+        finally:
+            torch.use_deterministic_algorithms(deterministic)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+    assert isinstance(code, int), code
+    return Ended(code, out.getvalue(), err.getvalue())
+
+
+def train(folder: Path, **flags: object) -> Ended:
+    """Runs train.py on the CPU, unquantised unless asked, with results in `folder`; it must end well."""
+    ended = try_train(folder, **flags)
+    assert ended.code == 0, ended.err
+    return ended
+
+
+def try_train(folder: Path, **flags: object) -> Ended:
+    """As `train`, whatever the end."""
+    return run_script("train.py", **{"proj_dir": folder, "accelerator": "cpu", "quant": 0, **flags})
+
+
+@contextlib.contextmanager
+def started(
+    script: str, *words: object, environment: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
+    """The same in a process of its own, which is gone afterwards."""
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / script), *map(str, words)],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, **(environment or {})},
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    """Records of `metrics.jsonl`; a line that is still being written is left out."""
+    path = folder / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [
+        json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")
+    ]
+
+
+def files_in(folder: Path) -> set[str]:
+    """Names of everything in a folder, hidden files included."""
+    return {entry.name for entry in folder.iterdir()}
+
+
+def write_documents(
+    prefix: Path, lengths: list[int], vocab_size: int = 257, seed: int = 0, dtype: Any = np.uint16
+) -> Path:
+    """Writes a binidx of documents with some regularity: each a short random phrase, repeated; 0 at the end."""
+    generator = np.random.default_rng(seed)
+    documents = []
+    for length in lengths:
+        phrase = generator.integers(1, vocab_size, size=7)
+        documents.append([*np.resize(phrase, length - 1).tolist(), 0])
+    write_binidx(prefix, documents, dtype)
+    return prefix

@@ -1,0 +1,77 @@
+"""The command line of train.py."""
+
+import contextlib
+import io
+
+import pytest
+
+from src.cli import given_train_flags, train_parser
+from src.config import TrainConfig
+from src.errors import ConfigError
+
+
+def refusal(*arguments: str) -> str:
+    """The message that refuses this command line."""
+    with pytest.raises(ConfigError) as refused:
+        given_train_flags(arguments)
+    return str(refused.value)
+
+
+def test_only_given_flags_are_returned_as_texts() -> None:
+    assert given_train_flags([]) == {}
+    assert given_train_flags(["--ctx_len", "512", "--lr_init=1e-2"]) == {"ctx_len": "512", "lr_init": "1e-2"}
+
+
+def test_a_negative_number_is_a_value() -> None:
+    given = given_train_flags(
+        ["--weight_decay_final", "-1", "--random_seed", "-1", "--tiny_att_layer", "-999"]
+    )
+    assert given == {"weight_decay_final": "-1", "random_seed": "-1", "tiny_att_layer": "-999"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("--ctxlen", "--ctx_len"),
+        ("--load-model", "--load_model"),
+        ("--quant-type", "--quant_type"),
+        ("--epochs_count", "--epoch_count"),
+        ("--orpo_alhpa", "--orpo_alpha"),
+    ],
+)
+def test_an_unknown_flag_suggests_the_nearest(typed: str, meant: str) -> None:
+    assert f"unknown flag {typed}: did you mean {meant}?" in refusal(typed, "1")
+
+
+def test_a_flag_like_no_other_points_to_the_help() -> None:
+    assert "unknown flag --zzzzzzz; see train.py -h" in refusal("--zzzzzzz", "1")
+
+
+def test_all_unknown_flags_are_named_at_once() -> None:
+    message = refusal("--ctxlen", "5", "--micro_bzs=2")
+    assert "--ctxlen" in message
+    assert "did you mean --micro_bsz?" in message
+
+
+def test_a_shortened_flag_is_not_guessed() -> None:
+    assert "unknown flag --ctx" in refusal("--ctx", "5")
+
+
+def test_a_missing_value_is_named() -> None:
+    assert "--ctx_len" in refusal("--ctx_len")
+
+
+def test_a_stray_word_is_named() -> None:
+    assert "'model.pth' belongs to no flag" in refusal("model.pth")
+
+
+def test_the_help_shows_every_flag_and_exits_with_0() -> None:
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
+        train_parser().parse_args(["-h"])
+    assert ended.value.code == 0
+    text = printed.getvalue()
+    missing = [name for name in TrainConfig.__dataclass_fields__ if f"--{name} " not in text]
+    assert missing == []
+    assert "--dpo" not in text
+    assert "None" not in text

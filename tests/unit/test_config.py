@@ -1,0 +1,230 @@
+"""Flags to a configuration: defaults, what is refused, and in which words."""
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src.config import UNSUPPORTED, TrainConfig
+from src.errors import ConfigError
+
+ROOT = Path(__file__).resolve().parents[2]
+
+FLAGS = (
+    # files
+    "load_model", "load_state", "proj_dir", "data_file", "data_type", "val_file", "demo",
+    # model
+    "my_testing", "train_type", "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a",
+    "head_size_divisor", "double_extra_dim", "load_partial", "quant", "quant_type", "dropout",
+    # data
+    "ctx_len", "dataload", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count",
+    "epoch_begin", "epoch_save", "random_seed",
+    # optimizer
+    "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "weight_decay_final",
+    "layerwise_lr", "my_exit", "my_exit_tokens",
+    # preference training
+    "orpo", "orpo_type", "orpo_alpha", "orpo_debug", "orpo_shared_prompt", "rlhf_max_corpus_len",
+    "rlhf_train_file",
+    # hardware
+    "accelerator", "devices", "num_nodes", "strategy", "precision", "grad_cp", "ds_bucket_mb",
+    # logs
+    "wandb", "fapi_logging_callback", "fapi_logging_address",
+)  # fmt: skip
+"""Every flag of train.py. Adding one is a decision: it belongs here and in README's table too."""
+
+REFUSED = (
+    "pre_ffn", "head_qk", "tiny_att_dim", "tiny_att_layer", "my_pile_version", "my_pile_stage",
+    "my_pile_shift", "my_pile_edecay", "my_sample_len", "my_ffn_shift", "my_att_shift", "my_pos_emb", "magic_prime",
+    "my_random_steps", "my_qa_mask", "dpo", "dpo_beta",
+)  # fmt: skip
+"""Flags of the original that mean nothing here."""
+
+DEFAULTS = {
+    "my_testing": "x060", "train_type": "states", "accelerator": "auto", "strategy": "auto", "devices": 1,
+    "quant": 1, "quant_type": "nf4", "dataload": "pad", "ctx_len": 1024, "micro_bsz": 1, "epoch_steps": 0,
+    "epoch_count": 4, "epoch_save": 1, "lr_init": 1.0, "lr_final": 0.01, "warmup_steps": 10, "beta1": 0.9,
+    "beta2": 0.99, "adam_eps": 1e-8, "weight_decay": 0.0, "grad_cp": 1, "random_seed": 42, "orpo_type": 0,
+    "orpo_alpha": 0.1, "fapi_logging_callback": 0, "accumulate_grad_batches": 1, "num_nodes": 1,
+    "proj_dir": "out", "epoch_begin": 0, "orpo": 0,
+}  # fmt: skip
+
+BASE = {"load_model": "base.pth", "data_file": "data"}
+
+
+def config(**flags: object) -> TrainConfig:
+    """A configuration from the two necessary flags and these."""
+    return TrainConfig.from_flags({**BASE, **{name: str(value) for name, value in flags.items()}})
+
+
+def problem(flags: dict[str, str]) -> str:
+    """The message that refuses these flags."""
+    with pytest.raises(ConfigError) as refused:
+        TrainConfig.from_flags(flags)
+    return str(refused.value)
+
+
+class TestFlagList:
+    def test_the_flags_are_these(self) -> None:
+        assert tuple(spec.name for spec in dataclasses.fields(TrainConfig)) == FLAGS
+
+    def test_the_refused_flags_are_these(self) -> None:
+        assert tuple(UNSUPPORTED) == REFUSED
+
+    def test_every_flag_says_what_it_does(self) -> None:
+        silent = [spec.name for spec in dataclasses.fields(TrainConfig) if len(spec.metadata["help"]) < 4]
+        assert silent == []
+
+
+class TestDefaults:
+    def test_a_short_command_is_a_good_command(self) -> None:
+        made = config()
+        assert {name: getattr(made, name) for name in DEFAULTS} == DEFAULTS
+
+    def test_full_training_has_its_own(self) -> None:
+        made = config(train_type="none")
+        assert (made.quant, made.dataload) == (0, "get")
+
+    def test_what_is_given_wins(self) -> None:
+        made = config(train_type="none", dataload="pack", quant=0, lr_init="6e-4", ctx_len=77)
+        assert (made.dataload, made.quant, made.lr_init, made.ctx_len) == ("pack", 0, 6e-4, 77)
+
+    def test_it_is_a_value(self) -> None:
+        with pytest.raises(dataclasses.FrozenInstanceError):
+            config().ctx_len = 1  # type: ignore[misc]
+        assert config() == config()
+
+    def test_the_data_type_is_found_from_the_file(self, tmp_path: Path) -> None:
+        for name in ("a.jsonl", "b.txt", "c.idx", "c.bin"):
+            (tmp_path / name).touch()
+        found = [config(data_file=tmp_path / name).data_type for name in ("a.jsonl", "b.txt", "c", "missing")]
+        assert found == ["jsonl", "utf-8", "binidx", "binidx"]
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("flags", "expected"),
+        [
+            ({"quant_type": "nf5"}, "--quant_type nf5 is unknown: use one of nf4, fp4, 4bit, int8"),
+            ({"train_type": "lora"}, "--train_type lora is unknown: use one of states, none"),
+            ({"my_testing": "x070"}, "--my_testing x070 is unknown: use one of x060"),
+            ({"strategy": "ddp"}, "--strategy ddp is unknown"),
+            ({"precision": "bf17"}, "--precision bf17 is unknown"),
+            ({"dataload": "all"}, "--dataload all is unknown"),
+            ({"quant": "2"}, "--quant 2 is unknown: use one of 0, 1"),
+            ({"ctx_len": "1k"}, "--ctx_len '1k' is not a whole number"),
+            ({"micro_bsz": "1.5"}, "--micro_bsz '1.5' is not a whole number"),
+            ({"lr_init": "high"}, "--lr_init 'high' is not a number"),
+            ({"ctx_len": "0"}, "--ctx_len 0 must be at least 1"),
+            ({"accumulate_grad_batches": "0"}, "--accumulate_grad_batches 0 must be at least 1"),
+            ({"epoch_steps": "-1"}, "--epoch_steps -1 must not be negative"),
+            ({"lr_final": "-1"}, "--lr_final -1.0 must not be negative"),
+            ({"dropout": "1"}, "--dropout 1.0 must lie between 0 and 1"),
+            ({"beta2": "1"}, "--beta2 1.0 must lie between 0 and 1"),
+            ({"orpo_alpha": "1.5"}, "--orpo_alpha 1.5 must lie between 0 and 1"),
+            ({"epoch_begin": "4"}, "--epoch_begin 4 leaves nothing to train with --epoch_count 4"),
+            ({"dataload": "only", "micro_bsz": "2"}, "--micro_bsz 2 must be 1"),
+            ({"strategy": "deepspeed_stage_3"}, "which packed weights cannot take: use --quant 0"),
+            ({"strategy": "deepspeed_stage_3_offload"}, "which packed weights cannot take: use --quant 0"),
+            (
+                {"train_type": "none", "quant": "1"},
+                "--quant 1 freezes the matrices, --train_type none trains them",
+            ),
+            ({"train_type": "none", "orpo": "1"}, "--orpo 1 trains states: use --train_type states"),
+            ({"train_type": "none", "load_state": "s.pth"}, "--load_state has no use with --train_type none"),
+            ({"orpo": "1", "dataload": "pad"}, "--dataload has no meaning with --orpo 1"),
+            ({"orpo": "1", "rlhf_train_file": ""}, "--rlhf_train_file is missing"),
+            ({"data_type": "dummy", "val_file": "v"}, "--val_file has no meaning with --data_type dummy"),
+            ({"accelerator": "cpu", "precision": "fp16"}, "--precision fp16 needs a GPU"),
+            ({"fapi_logging_callback": "1", "fapi_logging_address": ""}, "--fapi_logging_address is empty"),
+        ],
+        ids=lambda value: " ".join(f"{k} {v}" for k, v in value.items()) if isinstance(value, dict) else "",
+    )
+    def test_one_sentence_with_flag_value_and_way_out(self, flags: dict[str, str], expected: str) -> None:
+        message = problem({**BASE, **flags})
+        assert expected in message
+        assert "\n" not in message
+
+    @pytest.mark.parametrize("name", ["nan", "inf", "-inf"])
+    @pytest.mark.parametrize("flag", ["lr_init", "lr_final", "adam_eps", "weight_decay", "beta1"])
+    def test_numbers_are_finite(self, flag: str, name: str) -> None:
+        assert f"--{flag}" in problem({**BASE, flag: name})
+
+    def test_a_base_model_and_data_are_needed(self) -> None:
+        message = problem({"ctx_len": "512"})
+        assert "--load_model is missing" in message
+        assert "--data_file is missing" in message
+
+    def test_a_fresh_model_needs_its_sizes(self) -> None:
+        message = problem({"train_type": "none", "data_file": "d", "n_layer": "2"})
+        assert "--n_embd is missing" in message
+        assert "--vocab_size is missing" in message
+        assert "--n_layer is missing" not in message
+
+    def test_generated_data_need_no_file(self) -> None:
+        assert TrainConfig.from_flags({"load_model": "base.pth", "data_type": "dummy"}).data_type == "dummy"
+
+    def test_all_problems_are_reported_at_once(self) -> None:
+        message = problem(
+            {
+                "ctx_len": "0",
+                "strategy": "deepspeed_stage_3",
+                "dataload": "only",
+                "micro_bsz": "4",
+                "beta1": "2",
+            }
+        )
+        lines = message.splitlines()
+        assert lines[0] == "6 problems:"
+        assert len(lines) == 7
+        for flag in ("ctx_len", "strategy", "micro_bsz", "beta1", "load_model", "data_file"):
+            assert any(f"--{flag}" in line for line in lines), flag
+
+    def test_unreadable_values_and_contradictions_are_reported_together(self) -> None:
+        flags = {
+            "load_model": "b",
+            "ctx_len": "x",
+            "lr_init": "y",
+            "quant_type": "z",
+            "dpo": "1",
+            "beta1": "3",
+        }
+        message = problem(flags)
+        assert message.startswith("6 problems:")
+        for flag in ("ctx_len", "lr_init", "quant_type", "dpo", "beta1", "data_file"):
+            assert f"--{flag}" in message
+
+
+class TestFlagsOfTheOriginal:
+    @pytest.mark.parametrize("name", REFUSED)
+    def test_accepted_at_the_default(self, name: str) -> None:
+        config(**{name: UNSUPPORTED[name][0]})
+
+    def test_a_default_may_be_written_differently(self) -> None:
+        config(dpo_beta="0.010", my_pile_version="01")
+
+    @pytest.mark.parametrize("name", REFUSED)
+    def test_refused_by_name_otherwise(self, name: str) -> None:
+        message = problem({**BASE, name: "7"})
+        assert f"--{name} 7 is not supported" in message
+        assert UNSUPPORTED[name][1] in message
+
+    def test_what_has_no_effect_is_said(self) -> None:
+        notes = " ".join(config(load_partial=1, orpo=1, layerwise_lr=0).notes())
+        for flag in ("--load_partial 1", "--data_file data", "--layerwise_lr 0"):
+            assert flag in notes
+        assert config().notes() == []
+
+
+def test_a_wrong_flag_is_refused_without_loading_torch() -> None:
+    program = (
+        "import sys; sys.argv = ['train.py', '--ctx_len', '0']\n"
+        "import runpy\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["2", "False"]
