@@ -53,3 +53,9 @@ cudaError_t wkv6_backward(const Wkv6Backward& a, cudaStream_t stream) {
   }
   return a.du != nullptr ? launch_backward<true>(a, stream) : launch_backward<false>(a, stream);
 }
+
+int wkv6_multiprocessors(int device) {
+  int count = 0;
+  const cudaError_t error = cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device);
+  return error == cudaSuccess && count > 0 ? count : 1;
+}

@@ -54,4 +54,7 @@ struct Wkv6Backward {
 cudaError_t wkv6_forward(const Wkv6Forward& arguments, cudaStream_t stream);
 cudaError_t wkv6_backward(const Wkv6Backward& arguments, cudaStream_t stream);
 
+// Multiprocessors of a GPU; 1 when it cannot be asked.
+int wkv6_multiprocessors(int device);
+
 #endif

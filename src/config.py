@@ -95,7 +95,9 @@ class TrainConfig:
     adam_eps: float = flag(1e-8, "Adam", group="optimizer")
     weight_decay: float = flag(0.0, "above 0: AdamW", group="optimizer")
     weight_decay_final: float = flag(-1.0, "above 0: weight decay moves there like the rate", group="optimizer")
-    layerwise_lr: int = flag(1, "with train_type none, 2x the rate for time_decay; no effect on states", (0, 1), "optimizer")
+    layerwise_lr: int = flag(
+        1, "with train_type none, 2x the rate for time_decay; no effect on states", (0, 1), "optimizer"
+    )
     my_exit: int = flag(99999999, "stop after the epoch with this number", group="optimizer")
     my_exit_tokens: int = flag(0, "cosine schedule over that many nominal tokens, then stop", group="optimizer")
 
@@ -114,7 +116,11 @@ class TrainConfig:
     num_nodes: int = flag(1, "machines", group="hardware")
     strategy: str = flag("auto", "auto: one device without DeepSpeed, several with stage 1", STRATEGIES, "hardware")
     precision: str = flag("", "bf16 (default on a GPU), fp32 (default on a CPU), fp16, tf32", PRECISIONS, "hardware")
-    grad_cp: int = flag(1, "1 recomputes each layer in the backward pass, 0 keeps everything", (0, 1), "hardware")
+    grad_cp: int = flag(
+        1, "1 recomputes each layer in the backward pass, 0 keeps everything, 2 keeps what fits into memory",
+        (0, 1, 2), "hardware",
+    )  # fmt: skip
+    memory_gib: float = flag(0.0, "GPU memory --grad_cp 2 may use in all; 0 is the whole card", group="hardware")
     ds_bucket_mb: int = flag(200, "upper limit of DeepSpeed's buckets, million bytes", group="hardware")
 
     # Logs
@@ -232,7 +238,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a", "epoch_steps", "epoch_begin",
-    "epoch_save", "lr_init", "lr_final", "adam_eps", "weight_decay",
+    "epoch_save", "lr_init", "lr_final", "adam_eps", "weight_decay", "memory_gib",
 )  # fmt: skip
 
 _PRETRAINING = "it belongs to pre-training"

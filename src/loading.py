@@ -89,7 +89,8 @@ def _place_packed(model: RWKV6, module_name: str, weight: Tensor, options: LoadO
     parent_name, _, child_name = module_name.rpartition(".")
     on_device = weight.to(options.device, options.compute_dtype)
     assert options.quant_type is not None
-    linear = FrozenLinear.from_weight(on_device, options.quant_type, options.compute_dtype)
+    kind = module_name.split(".", 2)[2]
+    linear = FrozenLinear.from_weight(on_device, options.quant_type, options.compute_dtype, slot=kind)
     setattr(model.get_submodule(parent_name), child_name, linear)
 
 

@@ -6,6 +6,9 @@ from pathlib import Path
 
 import pytest
 
+# Models here are so small that a second thread only waits; subprocesses inherit it.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 sys.path.insert(0, str(Path(__file__).parent))  # for `from factories import ...`
 
 

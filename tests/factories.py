@@ -38,9 +38,7 @@ def tiny_shape(
     )
 
 
-def tiny_parameters(
-    shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.float32
-) -> dict[str, Tensor]:
+def tiny_parameters(shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     """Weights of a model in which every part matters: a fresh model's zeros and tiny values are random.
 
     A freshly initialised model is blind to most mistakes, because its output matrices, LoRAs and
@@ -66,8 +64,7 @@ def tiny_states(
     """A random initial state for every layer, [H, N, N], not symmetric."""
     generator = torch.Generator().manual_seed(seed + 2)
     return {
-        key: (torch.randn(wanted, generator=generator) * scale).to(dtype)
-        for key, wanted in state_shapes(shape).items()
+        key: (torch.randn(wanted, generator=generator) * scale).to(dtype) for key, wanted in state_shapes(shape).items()
     }
 
 

@@ -259,9 +259,7 @@ def fresh_parameters(shape: ModelShape, seed: int, dtype: torch.dtype) -> dict[s
     return parameters
 
 
-def _fresh_value(
-    key: str, key_shape: Shape, layer: int, shape: ModelShape, generator: torch.Generator
-) -> Tensor:
+def _fresh_value(key: str, key_shape: Shape, layer: int, shape: ModelShape, generator: torch.Generator) -> Tensor:
     """The fp32 value of one parameter; the table is `fresh_parameters`' docstring."""
     name = _LAYER_KEY.sub("", key)
     depth = layer / (shape.n_layer - 1) if shape.n_layer > 1 else 0.0

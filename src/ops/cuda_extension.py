@@ -18,8 +18,8 @@ from src.errors import KernelError
 
 SOURCE_DIRECTORY = Path(__file__).resolve().parents[2] / "cuda"
 LOWEST_CAPABILITY = (8, 0)
-NVCC_FLAGS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-lineinfo")
-CXX_FLAGS = ("-O2", "-std=c++17")
+NVCC_FLAGS = ("-O3", "--expt-relaxed-constexpr", "-lineinfo")
+CXX_FLAGS = ("-O2",)
 
 # What the compilers and their helpers print first when something is wrong.
 _ERROR_LINE = re.compile(
@@ -51,9 +51,7 @@ _REMEDIES = (
         "install a C++ compiler (for example the package g++)",
     ),
 )
-_DEFAULT_REMEDY = (
-    "check that the CUDA toolkit matches torch's CUDA version and that a C++17 compiler is installed"
-)
+_DEFAULT_REMEDY = "check that the CUDA toolkit matches torch's CUDA version and that a C++17 compiler is installed"
 
 
 def load_extension(name: str) -> ModuleType:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -59,8 +60,9 @@ class StepControl(pl.Callback):
         norm = _gradient_norm(module)
         *values, self.grad_norm = torch.cat([losses, norm.reshape(1).to(losses.device)]).tolist()
         self.loss = sum(values) / len(values)
-        bad = [sample for value, (_, samples) in zip(values, pending, strict=True) if not _finite(value) for sample in samples]
-        if bad or not _finite(self.grad_norm):
+        bad_batches = [row for value, (_, row) in zip(values, pending, strict=True) if not math.isfinite(value)]
+        bad = [sample for row in bad_batches for sample in row]
+        if bad or not math.isfinite(self.grad_norm):
             samples = bad or [sample for _, row in pending for sample in row]
             what = "loss" if bad else "gradient"
             raise TrainingError(
@@ -108,7 +110,8 @@ class TrainingMonitor(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
     ) -> None:
         """Adds the micro-batch up; writes the record when it closed an optimizer step."""
-        assert isinstance(module, TrainingModule) and module.outcome is not None
+        assert isinstance(module, TrainingModule)
+        assert module.outcome is not None
         self._samples += len(batch.sample_indices)
         self._tokens += batch.token_count
         self._logs.append(module.outcome.logs())
@@ -153,6 +156,13 @@ class TrainingMonitor(pl.Callback):
             free, total = torch.cuda.mem_get_info(module.device)
             self.used_bytes = total - free
             self.peak_bytes = torch.cuda.max_memory_allocated(module.device)
+        self.close()
+
+    def close(self) -> None:
+        """Closes the sinks, once."""
+        for sink in self.sinks:
+            sink.close()
+        self.sinks = ()
 
 
 class AtEnd(pl.Callback):
@@ -255,6 +265,3 @@ def _averages(logs: list[dict[str, float]]) -> dict[str, float]:
         averages[name] = sum(values) / len(values)
     return averages
 
-
-def _finite(value: float) -> bool:
-    return value - value == 0.0

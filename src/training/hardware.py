@@ -80,7 +80,9 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
         if config.precision in ("fp16", "tf32"):
             raise ConfigError(f"--precision {config.precision} needs a GPU and none is used: use fp32 or bf16")
         if config.devices * config.num_nodes > 1:
-            raise ConfigError(f"--devices {config.devices} --num_nodes {config.num_nodes} needs GPUs: use 1 and 1 on a CPU")
+            raise ConfigError(
+                f"--devices {config.devices} --num_nodes {config.num_nodes} needs GPUs: use 1 and 1 on a CPU"
+            )
         if config.uses_deepspeed:
             notes.append(f"--strategy {config.strategy} needs a GPU: running on a single device instead")
         return Hardware(torch.device("cpu"), config.precision or "fp32", "single", notes)

@@ -42,6 +42,7 @@ from src.tokenizer import tokenizer_for_vocabulary
 from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
 from src.training.evaluation import HeldOut, held_out_loss, held_out_preference
 from src.training.hardware import Hardware, deepspeed_config, global_rank, resolve_hardware, trainer_arguments
+from src.training.memory import MemoryPlan, plan_memory
 from src.training.module import TrainingModule
 from src.training.objectives import Objective, PreferenceObjective, SFTObjective
 from src.training.records import FileSink, HttpSink, ProgressSink, Sink, WandbSink
@@ -93,6 +94,7 @@ def train(config: TrainConfig) -> RunResult:
     say(_plan(config, hardware, shape, work, schedule, folder))
 
     model = _load_model(config, hardware, shape, folder)
+    choose_recomputation(model, work, config)
     before = _evaluate("untuned", model, work)
     if isinstance(work.objective, PreferenceObjective):
         say(_preference_share(model, work, work.objective))
@@ -126,6 +128,7 @@ class Work:
         objective: maps them to losses.
         measure: scores a model on the held-out data of `--val_file`; None without.
         batches_per_epoch: micro-batches of an epoch on each rank, a multiple of the accumulation.
+        row_tokens: most positions of a micro-batch.
         lines: what the plan says about the data.
     """
 
@@ -133,6 +136,7 @@ class Work:
     objective: Objective
     measure: Callable[[RWKV6], HeldOut] | None
     batches_per_epoch: int
+    row_tokens: int
     lines: list[str]
 
 
@@ -213,7 +217,8 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         held_out = documents_of(config.val_file)
         lines.append(f"held out   {config.val_file}: {len(held_out):,} documents, {held_out.total_tokens:,} tokens")
         measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len)
-    return Work(dataset.loader(), SFTObjective(), measure, len(dataset), lines)
+    longest = min(config.ctx_len, int(dataset.documents.sizes.max())) if plan.mode == "pad" else config.ctx_len
+    return Work(dataset.loader(), SFTObjective(), measure, len(dataset), config.micro_bsz * longest, lines)
 
 
 def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
@@ -252,7 +257,9 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
         held_out = dataset_of(config.val_file, 0)
         lines.append(f"held out   {config.val_file}: {held_out.plan.pairs:,} pairs")
         measure = partial(held_out_preference, dataset=held_out, objective=objective)
-    return Work(dataset.loader(), objective, measure, len(dataset), lines)
+    segments = 3 if config.orpo_shared_prompt and config.orpo_type == 0 else 4
+    row_tokens = config.micro_bsz * segments * config.rlhf_max_corpus_len
+    return Work(dataset.loader(), objective, measure, len(dataset), row_tokens, lines)
 
 
 def _preference_share(model: RWKV6, work: Work, objective: PreferenceObjective) -> str:
@@ -346,6 +353,18 @@ def _load_model(config: TrainConfig, hardware: Hardware, shape: ModelShape, fold
     return model
 
 
+def choose_recomputation(model: RWKV6, work: Work, config: TrainConfig) -> None:
+    """`--grad_cp 2`: from free memory on a GPU; on a CPU, where memory is not the limit, the light mode."""
+    if config.grad_cp != 2:
+        return
+    if model.device.type == "cuda":
+        plan = plan_memory(model, work.row_tokens, config.memory_gib)
+    else:
+        plan = MemoryPlan(model.shape.n_layer, model.shape.n_layer, keep_dequantized=False)
+    plan.apply(model)
+    say(f"memory     {plan}")
+
+
 def _file_dtype(hardware: Hardware) -> torch.dtype:
     return torch.float32 if hardware.compute_dtype == torch.float32 else torch.bfloat16
 
@@ -421,8 +440,7 @@ def fit(
     except torch.cuda.OutOfMemoryError as error:
         raise TrainingError(_memory_advice(config, hardware)) from error
     finally:
-        for sink in sinks:
-            sink.close()
+        monitor.close()
     return saver.files, monitor, stopper
 
 

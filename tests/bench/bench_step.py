@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -41,7 +40,7 @@ class Row:
     def title(self) -> str:
         kind = "ORPO" if self.orpo else "SFT"
         length = "512 + 512 / 512" if self.orpo else f"ctx {self.ctx_len}"
-        return f"{kind} {self.size.upper()} {length}, grad_cp {self.grad_cp}{' ' + ' '.join(self.flags) if self.flags else ''}"
+        return " ".join([f"{kind} {self.size.upper()} {length}, grad_cp {self.grad_cp}", *self.flags])
 
 
 ROWS = {
@@ -50,6 +49,7 @@ ROWS = {
     "sft-7b-1024": Row("7b", 1024),
     "sft-7b-4096": Row("7b", 4096),
     "sft-7b-4096-keep": Row("7b", 4096, grad_cp=0),
+    "sft-7b-4096-fit": Row("7b", 4096, grad_cp=2, flags=("--memory_gib", "22.5")),
     "sft-14b-1024": Row("14b", 1024),
     "orpo-1.6b": Row("1.6b", 1024, orpo=True),
     "orpo-7b": Row("7b", 1024, orpo=True),
@@ -65,7 +65,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[str, 
     from src.model.parameters import ModelShape
     from src.training.hardware import resolve_hardware
     from src.training.module import TrainingModule
-    from src.training.run import fit, load_options, make_schedule, prepare_work
+    from src.training.run import choose_recomputation, fit, load_options, make_schedule, prepare_work
 
     layers, channels = SIZES[row.size]
     shape = ModelShape.from_sizes(
@@ -82,6 +82,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[str, 
     hardware = resolve_hardware(config)
     work = prepare_work(config, shape)
     model = build_model(RandomTensors(shape, hardware.device), shape, load_options(config, hardware))
+    choose_recomputation(model, work, config)
     module = TrainingModule(model, work.objective, config)
     _, monitor, _ = fit(module, work, make_schedule(config, work), hardware, config, folder)
     return {
@@ -148,20 +149,19 @@ def _preference_flags(folder: Path) -> list[str]:
 
 def gradients_agree() -> bool:
     """Whether a small bf16 model's state gradients on the GPU follow the fp32 chunked form."""
+    import numpy as np
     import torch
 
-    from src.loading import LoadOptions, build_model
-    from src.model.rwkv6 import Recompute
-    from src.model.parameters import ModelShape
-    from src.training.objectives import SFTObjective
     from src.data.batches import packed_batch
+    from src.loading import LoadOptions, build_model
+    from src.model.parameters import ModelShape
+    from src.model.rwkv6 import Recompute
+    from src.training.objectives import SFTObjective
 
     shape = ModelShape.from_sizes(n_layer=2, n_embd=256, vocab_size=1024)
     device = torch.device("cuda")
     generator = torch.Generator().manual_seed(0)
-    tensors = {name: tensor for name, tensor in RandomTensors(shape, torch.device("cuda")).items()}
-    import numpy as np
-
+    tensors = dict(RandomTensors(shape, torch.device("cuda")))
     documents = [np.asarray(torch.randint(1, 1024, (n,), generator=generator)) for n in (70, 33, 129)]
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
@@ -192,16 +192,20 @@ def main() -> None:
         sys.exit("the fast path's gradients are wrong: nothing is timed")
     results = {}
     for name in options.rows.split(","):
-        command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps), "--strategy", options.strategy, *extra]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env={**os.environ})
+        command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps)]
+        command += ["--strategy", options.strategy, *extra]
+        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if not lines:
             print(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}", file=sys.stderr)
             continue
         results[name] = json.loads(lines[0][7:])
         print(name, results[name], file=sys.stderr, flush=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True).stdout
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit.strip() or 'unknown'}, {options.strategy}, nf4, bf16\n")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit or 'unknown'}")
+    print(f"{options.strategy}, nf4, bf16, median of {options.steps - 2} steps after 2\n")
     print("| work | s/step | peak GiB | used GiB |\n|---|---|---|---|")
     for name, row in results.items():
         print(f"| {ROWS[name].title} | {row['seconds']:.3f} | {row['peak_gib']:.2f} | {row['used_gib']:.2f} |")

@@ -18,9 +18,7 @@ SCRIPT = str(ROOT / "merge_state.py")
 
 
 def merge(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, SCRIPT, *arguments], cwd=folder, capture_output=True, text=True, check=False
-    )
+    return subprocess.run([sys.executable, SCRIPT, *arguments], cwd=folder, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture
@@ -179,6 +177,4 @@ def test_the_real_model_is_merged(tmp_path: Path, test_data: Path) -> None:
     assert (run.returncode, run.stderr) == (0, "")
     assert "12 layers of state [16, 8, 8]" in run.stdout
     merged = open_checkpoint(tmp_path / "merged.pth")
-    assert all(
-        torch.equal(merged[key], tensor) for key, tensor in {**open_checkpoint(base), **states}.items()
-    )
+    assert all(torch.equal(merged[key], tensor) for key, tensor in {**open_checkpoint(base), **states}.items())

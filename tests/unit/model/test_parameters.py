@@ -20,9 +20,7 @@ from src.model.parameters import (
 
 
 def world_shape(n_layer: int, n_embd: int, double_extra_dim: bool = False) -> ModelShape:
-    return ModelShape.from_sizes(
-        n_layer=n_layer, n_embd=n_embd, vocab_size=65536, double_extra_dim=double_extra_dim
-    )
+    return ModelShape.from_sizes(n_layer=n_layer, n_embd=n_embd, vocab_size=65536, double_extra_dim=double_extra_dim)
 
 
 @pytest.mark.parametrize(
@@ -35,9 +33,7 @@ def world_shape(n_layer: int, n_embd: int, double_extra_dim: bool = False) -> Mo
         pytest.param(world_shape(32, 2048), 2_043_682_816, 4_194_304, id="community 2B"),
     ],
 )
-def test_published_models_have_their_published_sizes(
-    shape: ModelShape, parameters: int, state_parameters: int
-) -> None:
+def test_published_models_have_their_published_sizes(shape: ModelShape, parameters: int, state_parameters: int) -> None:
     assert shape.parameter_count == parameters
     assert shape.state_parameter_count == state_parameters
     shapes = parameter_shapes(shape)
@@ -68,9 +64,7 @@ def test_sizes_are_read_back_from_shapes(shape: ModelShape) -> None:
 
 def test_keys_and_their_order_are_those_of_a_real_file(test_data: Path) -> None:
     path = test_data / "tiny-rwkv6-3m-utf16.pth"
-    real = {
-        key: tuple(tensor.shape) for key, tensor in torch.load(path, weights_only=True, mmap=True).items()
-    }
+    real = {key: tuple(tensor.shape) for key, tensor in torch.load(path, weights_only=True, mmap=True).items()}
     shape = ModelShape.from_shapes(real)
     assert shape == ModelShape(
         n_layer=12,
@@ -106,9 +100,7 @@ def test_states_are_one_square_per_head_and_layer() -> None:
         ({"blocks.3.ln1.weight": (32,)}, r"layer 2 \(blocks.2\) is missing although layer 3 is there"),
     ],
 )
-def test_sizes_that_cannot_be_read_are_refused(
-    change: dict[str, tuple[int, ...] | None], message: str
-) -> None:
+def test_sizes_that_cannot_be_read_are_refused(change: dict[str, tuple[int, ...] | None], message: str) -> None:
     shapes = parameter_shapes(tiny_shape(n_layer=2))
     for key, value in change.items():
         shapes.pop(key, None)
@@ -151,18 +143,14 @@ def test_states_are_optional_but_complete() -> None:
     shapes[state_key(1)] = (4, 8, 8)
     assert key_problems(shapes, shape) == ["missing blocks.0.att.time_state"]
     shapes[state_key(0)] = (4, 8, 7)
-    assert key_problems(shapes, shape) == [
-        "misshapen blocks.0.att.time_state of shape [4, 8, 7] instead of [4, 8, 8]"
-    ]
+    assert key_problems(shapes, shape) == ["misshapen blocks.0.att.time_state of shape [4, 8, 7] instead of [4, 8, 8]"]
 
 
 def test_sizes_typed_by_hand_follow_the_original_rules() -> None:
     shape = ModelShape.from_sizes(n_layer=3, n_embd=96, vocab_size=300, head_size=16)
     assert (shape.dim_att, shape.dim_ffn, shape.n_head) == (96, 320, 6)  # 3.5·96 = 336, down to 10·32
     assert (shape.mix_lora_width, shape.decay_lora_width) == (32, 64)
-    wide = ModelShape.from_sizes(
-        n_layer=1, n_embd=64, vocab_size=300, dim_att=128, dim_ffn=96, double_extra_dim=True
-    )
+    wide = ModelShape.from_sizes(n_layer=1, n_embd=64, vocab_size=300, dim_att=128, dim_ffn=96, double_extra_dim=True)
     assert (wide.dim_att, wide.dim_ffn, wide.n_head) == (128, 96, 2)
     assert (wide.mix_lora_width, wide.decay_lora_width) == (64, 128)
 
