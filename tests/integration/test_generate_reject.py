@@ -93,7 +93,7 @@ def test_other_settings_do_not_mix_into_a_finished_file(folder: Path, capsys: py
         run()
 
 
-def test_killed_and_restarted_gives_the_same_file(folder: Path) -> None:
+def test_killed_and_restarted_gives_the_same_file(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = {"max_tokens": "80", "batch": "2", "stop": ""}
     whole = run(output_csv="whole.csv", **changes)
     command = [sys.executable, SCRIPT]
@@ -112,10 +112,9 @@ def test_killed_and_restarted_gives_the_same_file(folder: Path) -> None:
     assert 2 <= done < 8, "the run was not cut off in its middle"
     assert whole.startswith((folder / "out.csv").read_bytes()[: json.loads(record.read_text())["bytes_done"]])
 
-    finished = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
-    assert finished.returncode == 0, finished.stderr
-    assert f"has {done} of 8 rows, going on from there" in finished.stdout
-    assert (folder / "out.csv").read_bytes() == whole
+    capsys.readouterr()
+    assert run(**changes) == whole
+    assert f"has {done} of 8 rows, going on from there" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

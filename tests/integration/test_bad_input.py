@@ -1,0 +1,436 @@
+"""What a user can get wrong: one clear sentence, exit code 2, nothing half-written."""
+
+import json
+import resource
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from factories import tiny_checkpoint, tiny_shape, tiny_state_file
+from running import Ended, files_in, run_script, started, train, try_train, write_documents
+
+from src.data.binidx import write_binidx
+
+LENGTHS = [30, 12, 25]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """A base model of 2 layers, n_embd 32, vocabulary 257."""
+    tiny_checkpoint(tmp_path / "base.pth", dtype=torch.bfloat16)
+    return tmp_path / "base.pth"
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Three documents."""
+    return write_documents(tmp_path / "documents", LENGTHS)
+
+
+def refusal(ended: Ended, folder: Path) -> str:
+    """The sentence that refused; checks how the program ended and what it left."""
+    assert ended.code == 2, ended.out + ended.err
+    assert "Traceback" not in ended.err + ended.out
+    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    message = ended.err[ended.err.index("error: ") + len("error: ") :].strip()
+    assert "\n" not in message
+    assert len(message) > 20
+    left = files_in(folder) if folder.is_dir() else set()
+    assert not [name for name in left if "pth" in name], left
+    return message
+
+
+class TestModelFile:
+    def broken(self, path: Path, base: Path, kind: str) -> None:
+        """Makes a model file of this kind at `path`."""
+        content = base.read_bytes()
+        weights = torch.load(base, weights_only=True)
+        if kind == "truncated":
+            path.write_bytes(content[: len(content) // 2])
+        elif kind == "truncated at the end":
+            path.write_bytes(content[:-100])
+        elif kind == "empty":
+            path.touch()
+        elif kind == "text":
+            path.write_text("not a model\n", encoding="utf-8")
+        elif kind == "zip of something else":
+            shutil.make_archive(str(path.with_suffix("")), "zip", path.parent, "documents.idx")
+            path.with_suffix(".zip").rename(path)
+        elif kind == "folder":
+            path.mkdir()
+        elif kind == "list":
+            torch.save([1, 2, 3], path)
+        elif kind == "tensor":
+            torch.save(torch.zeros(3), path)
+        elif kind == "foreign object":
+            torch.save({"emb.weight": Path("x")}, path)
+        elif kind == "state file":
+            tiny_state_file(path, tiny_shape())
+        elif kind == "RWKV-5":
+            renamed = {key.replace("time_maa", "time_mix"): value for key, value in weights.items() if "_w" not in key}
+            torch.save(renamed, path)
+        elif kind == "RWKV-7":
+            torch.save({"blocks.0.att.r_k": torch.zeros(4, 8), "emb.weight": torch.zeros(257, 32)}, path)
+        elif kind == "key missing":
+            del weights["blocks.1.ffn.value.weight"]
+            torch.save(weights, path)
+        elif kind == "key superfluous":
+            torch.save({**weights, "blocks.1.att.extra": torch.zeros(1)}, path)
+        elif kind == "key misshapen":
+            torch.save({**weights, "blocks.1.ffn.value.weight": torch.zeros(32, 7)}, path)
+        elif kind == "layer missing":
+            torch.save({key: value for key, value in weights.items() if "blocks.0" not in key}, path)
+        else:
+            assert kind == "missing", kind
+
+    @pytest.mark.parametrize(
+        ("kind", "expected"),
+        [
+            ("missing", "does not exist"),
+            ("truncated", "incomplete"),
+            ("truncated at the end", "incomplete"),
+            ("empty", "empty file"),
+            ("text", "a text file"),
+            ("zip of something else", "damaged or not a checkpoint"),
+            ("folder", "is a directory"),
+            ("list", "holds a list"),
+            ("tensor", "holds a Tensor"),
+            ("foreign object", "could run foreign code"),
+            ("state file", "is a state file, and the base model"),
+            ("RWKV-5", "is an RWKV-5 model"),
+            ("RWKV-7", "is an RWKV-7 model"),
+            ("key missing", "blocks.1.ffn.value.weight"),
+            ("key superfluous", "blocks.1.att.extra"),
+            ("key misshapen", "blocks.1.ffn.value.weight"),
+            ("layer missing", "layer 0"),
+        ],
+    )
+    def test_is_refused(self, kind: str, expected: str, base: Path, data: Path, tmp_path: Path) -> None:
+        path = tmp_path / "broken.pth"
+        self.broken(path, base, kind)
+        message = refusal(try_train(tmp_path / "out", load_model=path, data_file=data), tmp_path / "out")
+        assert str(path) in message
+        assert expected in message
+
+    @pytest.mark.parametrize(
+        ("flag", "given", "actual"),
+        [
+            ("n_layer", 24, 2),
+            ("n_embd", 2048, 32),
+            ("dim_att", 64, 32),
+            ("dim_ffn", 96, 112),
+            ("vocab_size", 65536, 257),
+            ("head_size_a", 64, 8),
+        ],
+    )
+    def test_a_size_that_contradicts_it_is_refused_with_both_numbers(
+        self, flag: str, given: int, actual: int, base: Path, data: Path, tmp_path: Path
+    ) -> None:
+        ended = try_train(tmp_path / "out", load_model=base, data_file=data, **{flag: given})
+        message = refusal(ended, tmp_path / "out")
+        assert f"--{flag} {given} contradicts the checkpoint, which has {actual}" in message
+
+    def test_all_sizes_that_contradict_it_are_named_at_once(self, base: Path, data: Path, tmp_path: Path) -> None:
+        ended = try_train(
+            tmp_path / "out", load_model=base, data_file=data, n_layer=24, n_embd=2048, double_extra_dim=1
+        )
+        message = refusal(ended, tmp_path / "out")
+        assert all(flag in message for flag in ("--n_layer 24", "--n_embd 2048", "--double_extra_dim 1"))
+
+    @pytest.mark.parametrize(("layers", "expected"), [(3, "the time_state of 3 layers"), (2, "has shape [8, 4, 4]")])
+    def test_a_state_of_another_model_is_refused(
+        self, layers: int, expected: str, base: Path, data: Path, tmp_path: Path
+    ) -> None:
+        tiny_state_file(tmp_path / "state.pth", tiny_shape(n_layer=layers, head_size=4))
+        ended = try_train(tmp_path / "out", load_model=base, load_state=tmp_path / "state.pth", data_file=data)
+        assert expected in refusal(ended, tmp_path / "out")
+
+
+def no_index(prefix: Path) -> None:
+    """Only the tokens."""
+    prefix.with_suffix(".idx").unlink()
+
+
+def no_tokens(prefix: Path) -> None:
+    """Only the index."""
+    prefix.with_suffix(".bin").unlink()
+
+
+def shorter_tokens(prefix: Path) -> None:
+    """The token file lost its last byte."""
+    path = prefix.with_suffix(".bin")
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def index_of_other_data(prefix: Path) -> None:
+    """The index of a file with one document more."""
+    tokens = prefix.with_suffix(".bin").read_bytes()
+    write_documents(prefix, [*LENGTHS, 5])
+    prefix.with_suffix(".bin").write_bytes(tokens)
+
+
+def cut_index(prefix: Path) -> None:
+    """The index lost its end."""
+    path = prefix.with_suffix(".idx")
+    path.write_bytes(path.read_bytes()[:-8])
+
+
+def foreign_index(prefix: Path) -> None:
+    """Another kind of file under the index's name."""
+    prefix.with_suffix(".idx").write_bytes(b"PK\3\4" + bytes(100))
+
+
+def floating_tokens(prefix: Path) -> None:
+    """A dtype code that means float."""
+    path = prefix.with_suffix(".idx")
+    content = bytearray(path.read_bytes())
+    struct.pack_into("<B", content, 17, 6)
+    path.write_bytes(content)
+
+
+def another_vocabulary(prefix: Path) -> None:
+    """A token beyond the model's 257."""
+    write_binidx(prefix, [[1, 2, 0], [3, 257, 0]])
+
+
+def no_documents(prefix: Path) -> None:
+    """An index of nothing."""
+    write_binidx(prefix, [])
+
+
+def empty_documents(prefix: Path) -> None:
+    """Documents without tokens."""
+    write_binidx(prefix, [[], []])
+
+
+def single_tokens(prefix: Path) -> None:
+    """Documents of one token each."""
+    write_binidx(prefix, [[0], [0], [0]])
+
+
+class TestBinidx:
+    @pytest.mark.parametrize(
+        ("spoil", "expected"),
+        [
+            (no_index, "documents.idx is missing"),
+            (no_tokens, "documents.bin is missing"),
+            (shorter_tokens, "disagree"),
+            (index_of_other_data, "disagree"),
+            (cut_index, "is damaged"),
+            (foreign_index, "is no binidx index"),
+            (floating_tokens, "floating-point"),
+            (another_vocabulary, "token id 257 in document 1"),
+            (no_documents, "is empty"),
+            (empty_documents, "is empty"),
+            (single_tokens, "one token"),
+        ],
+        ids=lambda value: value.__name__ if callable(value) else "",
+    )
+    def test_is_refused(
+        self, spoil: Callable[[Path], None], expected: str, base: Path, data: Path, tmp_path: Path
+    ) -> None:
+        spoil(data)
+        ended = try_train(tmp_path / "out", load_model=base, data_file=data)
+        assert expected in refusal(ended, tmp_path / "out")
+
+    def test_held_out_data_too(self, base: Path, data: Path, tmp_path: Path) -> None:
+        ended = try_train(tmp_path / "out", load_model=base, data_file=data, val_file=tmp_path / "absent")
+        assert "absent.idx is missing" in refusal(ended, tmp_path / "out")
+
+    @pytest.mark.parametrize("ctx_len", [66, 67, 4096])
+    def test_get_needs_more_than_a_window(self, ctx_len: int, base: Path, data: Path, tmp_path: Path) -> None:
+        total = sum(LENGTHS)
+        ended = try_train(tmp_path / "out", load_model=base, data_file=data, dataload="get", ctx_len=ctx_len)
+        message = refusal(ended, tmp_path / "out")
+        assert f"{total} tokens" in message
+        assert f"= {ctx_len + 1} " in message
+
+    def test_get_works_on_one_token_more_than_a_window(self, base: Path, data: Path, tmp_path: Path) -> None:
+        flags = {"load_model": base, "data_file": data, "epoch_steps": 1, "epoch_count": 1}
+        train(tmp_path / "out", dataload="get", ctx_len=sum(LENGTHS) - 2, **flags)
+
+
+class TestText:
+    @pytest.mark.parametrize(
+        ("line", "reason"),
+        [
+            ('{"text": "a"', "not valid JSON"),
+            ('{"text": "a"} {"text": "b"}', "not valid JSON"),
+            ('["a"]', "expected an object"),
+            ('{"txt": "a"}', "text"),
+            ('{"text": 5}', "text"),
+            ('{"prompt": "a"}', "response"),
+            ('{"messages": []}', "messages"),
+            ('{"messages": [{"role": "robot", "content": "a"}]}', "robot"),
+            ('{"messages": [{"role": "user"}]}', "content"),
+        ],
+    )
+    def test_a_malformed_line_is_named(self, line: str, reason: str, base: Path, tmp_path: Path) -> None:
+        path = tmp_path / "lines.jsonl"
+        path.write_text(json.dumps({"text": "fine"}) + "\n\n" + line + "\n", encoding="utf-8")
+        message = refusal(try_train(tmp_path / "out", load_model=base, data_file=path), tmp_path / "out")
+        assert f"{path}, line 3: " in message
+        assert reason in message
+
+    @pytest.mark.parametrize(
+        ("name", "content", "expected"),
+        [
+            ("empty.jsonl", b"", "is empty"),
+            ("blank.jsonl", b"\n\n\n", "is empty"),
+            ("empty.txt", b"", "is empty"),
+            ("latin.txt", "é".encode("latin-1"), "not UTF-8"),
+            ("latin.jsonl", '{"text": "é"}'.encode("latin-1"), "line 1: not UTF-8"),
+            ("wide.txt", "text".encode("utf-16"), "is UTF-16"),
+            ("silent.jsonl", b'{"text": ""}\n', "one token"),
+        ],
+    )
+    def test_unusable_files(self, name: str, content: bytes, expected: str, base: Path, tmp_path: Path) -> None:
+        (tmp_path / name).write_bytes(content)
+        ended = try_train(tmp_path / "out", load_model=base, data_file=tmp_path / name)
+        assert expected in refusal(ended, tmp_path / "out")
+
+    @pytest.mark.parametrize("data_type", ["jsonl", "utf-8"])
+    def test_a_missing_file(self, data_type: str, base: Path, tmp_path: Path) -> None:
+        path = tmp_path / "absent"
+        ended = try_train(tmp_path / "out", load_model=base, data_file=path, data_type=data_type)
+        assert f"{path} does not exist" in refusal(ended, tmp_path / "out")
+
+    def test_text_with_a_vocabulary_of_no_known_tokenizer(self, tmp_path: Path) -> None:
+        tiny_checkpoint(tmp_path / "base.pth", vocab_size=256)
+        path = tmp_path / "lines.jsonl"
+        path.write_text('{"text": "a"}\n', encoding="utf-8")
+        ended = try_train(tmp_path / "out", load_model=tmp_path / "base.pth", data_file=path)
+        assert "256" in refusal(ended, tmp_path / "out")
+
+
+class TestOutput:
+    @pytest.mark.parametrize("place", ["a file", "below a file"])
+    def test_a_folder_that_cannot_be(self, place: str, base: Path, data: Path, tmp_path: Path) -> None:
+        (tmp_path / "file").write_text("mine", encoding="utf-8")
+        folder = tmp_path / "file" if place == "a file" else tmp_path / "file" / "out"
+        message = refusal(try_train(folder, load_model=base, data_file=data), folder)
+        assert f"--proj_dir {folder} cannot be written" in message
+        assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+    def test_a_read_only_folder(self, base: Path, data: Path, tmp_path: Path) -> None:
+        folder = Path("/proc/rwkv-out") if Path("/proc/self").exists() else tmp_path / "locked" / "out"
+        if folder.parent == tmp_path / "locked":
+            folder.parent.mkdir(mode=0o500)
+        message = refusal(try_train(folder, load_model=base, data_file=data), folder)
+        assert f"--proj_dir {folder} cannot be written" in message
+
+    @pytest.fixture
+    def little_space(self) -> object:
+        """Call it with a number of bytes: no file can grow beyond, as on a full disk."""
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        yield lambda size_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    def test_a_full_disk_is_seen_before_anything_is_read(
+        self, little_space: Callable[[int], None], base: Path, data: Path, tmp_path: Path
+    ) -> None:
+        little_space(1024)
+        message = refusal(try_train(tmp_path / "out", load_model=base, data_file=data), tmp_path / "out")
+        assert f"--proj_dir {tmp_path / 'out'} cannot be written" in message
+
+    def test_a_disk_that_fills_up_leaves_no_half_checkpoint(
+        self, little_space: Callable[[int], None], data: Path, tmp_path: Path
+    ) -> None:
+        tiny_checkpoint(tmp_path / "wide.pth", n_layer=3, n_embd=64, head_size=32)
+        little_space(8192)
+        ended = try_train(
+            tmp_path / "out", load_model=tmp_path / "wide.pth", data_file=data, epoch_steps=1, epoch_count=1
+        )
+        message = refusal(ended, tmp_path / "out")
+        assert "rwkv-0.pth cannot be written" in message
+        assert "MiB are needed" in message
+
+
+class TestFlags:
+    def test_a_quant_type_that_does_not_exist(self, base: Path, data: Path, tmp_path: Path) -> None:
+        ended = try_train(tmp_path / "out", load_model=base, data_file=data, quant=1, quant_type="nf5")
+        message = refusal(ended, tmp_path / "out")
+        assert message == "--quant_type nf5 is unknown: use one of nf4, fp4, 4bit, int8"
+        assert not (tmp_path / "out").exists()
+
+    def test_contradictions_are_reported_all_at_once_before_anything_is_read(self, tmp_path: Path) -> None:
+        ended = try_train(
+            tmp_path / "out", load_model=tmp_path / "absent.pth", data_file=tmp_path / "absent", quant=1,
+            strategy="deepspeed_stage_3", dataload="only", micro_bsz=2, precision="fp16",
+        )  # fmt: skip
+        assert ended.code == 2
+        assert ended.err.startswith("error: 3 problems:\n")
+        assert len(ended.err.splitlines()) == 4
+        assert all(flag in ended.err for flag in ("--strategy", "--micro_bsz", "--precision"))
+        assert not (tmp_path / "out").exists()
+
+    def test_an_unknown_flag_suggests_the_nearest(self, tmp_path: Path) -> None:
+        ended = try_train(tmp_path / "out", ctxlen=512)
+        assert (
+            refusal(ended, tmp_path / "out")
+            == "unknown flag --ctxlen: did you mean --ctx_len?; '512' belongs to no flag"
+        )
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+    @pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+    def test_a_gpu_where_there_is_none(self, accelerator: str, base: Path, data: Path, tmp_path: Path) -> None:
+        ended = try_train(tmp_path / "out", load_model=base, data_file=data, accelerator=accelerator)
+        message = refusal(ended, tmp_path / "out")
+        assert f"--accelerator {accelerator}" in message
+        assert "no CUDA GPU" in message
+
+    def test_several_devices_on_a_cpu(self, base: Path, data: Path, tmp_path: Path) -> None:
+        ended = try_train(tmp_path / "out", load_model=base, data_file=data, devices=2)
+        assert "--devices 2" in refusal(ended, tmp_path / "out")
+
+    def test_my_exit_before_the_first_epoch(self, base: Path, data: Path, tmp_path: Path) -> None:
+        ended = try_train(tmp_path / "out", load_model=base, data_file=data, epoch_begin=2, my_exit=0)
+        assert "--my_exit 0" in refusal(ended, tmp_path / "out")
+
+
+class TestMerge:
+    @pytest.mark.parametrize(
+        "inputs", ["no base", "state as base", "base as state", "output is base", "output is state"]
+    )
+    def test_is_refused(self, inputs: str, base: Path, tmp_path: Path) -> None:
+        state, output = tmp_path / "state.pth", tmp_path / "new" / "merged.pth"
+        tiny_state_file(state, tiny_shape())
+        words = {
+            "no base": (tmp_path / "absent.pth", state, output),
+            "state as base": (state, state, output),
+            "base as state": (base, base, output),
+            "output is base": (base, state, base),
+            "output is state": (base, state, state),
+        }[inputs]
+        before = {path: path.read_bytes() for path in (base, state)}
+        ended = run_script("merge_state.py", *words)
+        refusal(ended, tmp_path / "new")
+        assert {path: path.read_bytes() for path in before} == before
+
+
+class TestOwnProcess:
+    """The same through a process of its own: nothing but the sentence reaches stderr."""
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            (("--load_model", "absent.pth", "--data_file", "absent"), "error: model file absent.pth does not exist"),
+            (("--quant_type", "nf5", "--ctx_len", "0"), "error: 4 problems:"),
+        ],
+        ids=["late", "early"],
+    )
+    def test_exit_code_and_stderr(
+        self, words: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.chdir(tmp_path)
+        with started("train.py", *words) as process:
+            out, err = process.communicate(timeout=60)
+        assert process.returncode == 2
+        assert err.startswith(expected)
+        assert len(err.splitlines()) == (1 if "problems" not in err else 5)
+        assert out == ""
+        assert not list(tmp_path.rglob("*.pth"))
