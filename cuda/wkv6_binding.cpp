@@ -143,8 +143,10 @@ enum : size_t { kR, kK, kV, kW, kU, kState, kBorders, kSegment, kSave };
 class Wkv6 : public torch::autograd::Function<Wkv6> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& r, const Tensor& k, const Tensor& v,
-                               const Tensor& w_raw, const Tensor& u, const Tensor& state, const Tensor& borders,
-                               int64_t segment_tokens, bool tokens_need_gradient) {
+                               const Tensor& w_raw, const Tensor& u, const Tensor& state,
+                               const std::optional<Tensor>& given_borders, int64_t segment_tokens,
+                               bool tokens_need_gradient) {
+    const Tensor borders = given_borders.value_or(Tensor());
     const ForwardResult result =
         run_forward(r, k, v, w_raw, u, state, borders, segment_tokens, tokens_need_gradient);
     ctx->set_materialize_grads(false);
@@ -238,6 +240,7 @@ std::tuple<Tensor, Tensor> wkv6(const Tensor& r_given, const Tensor& k_given, co
               heads, ", ", kSize, "]");
   TORCH_CHECK(u.scalar_type() == at::kBFloat16 || u.scalar_type() == at::kFloat, "u has dtype ", u.scalar_type(),
               ", expected bfloat16 or float32");
+  std::optional<Tensor> given_borders;  // absent, not undefined: an undefined input breaks the autograd node
   Tensor borders;
   if (borders_given) {
     borders = borders_given->to(at::kInt).contiguous();
@@ -245,6 +248,7 @@ std::tuple<Tensor, Tensor> wkv6(const Tensor& r_given, const Tensor& k_given, co
                 r.device());
     TORCH_CHECK(borders.dim() == 1 && borders.size(0) >= 2 && r.size(0) == 1, "cu_seqlens has shape ",
                 borders.sizes(), " beside batch size ", r.size(0), ", expected [S + 1] beside 1");
+    given_borders = borders;
   }
   const int64_t sequences = borders.defined() ? borders.size(0) - 1 : r.size(0);
   check_tensor(state, "state", r);
@@ -261,7 +265,7 @@ std::tuple<Tensor, Tensor> wkv6(const Tensor& r_given, const Tensor& k_given, co
     return {result.y, result.final_state};
   }
   const variable_list results =
-      Wkv6::apply(r, k, v, w_raw, u, state, borders, segment_tokens, tokens_need_gradient);
+      Wkv6::apply(r, k, v, w_raw, u, state, given_borders, segment_tokens, tokens_need_gradient);
   return {results[0], results[1]};
 }
 

@@ -88,8 +88,9 @@ def log1mexp(a: Tensor) -> Tensor:
     Source: Mächler, "Accurately computing log(1 - exp(-|a|))", 2012.
     """
     border = -math.log(2)
+    # Clamped because where() multiplies the infinite slope that this branch has at 0 by 0, which is NaN.
     far = torch.log1p(-torch.exp(a.clamp(max=border)))
-    near = torch.log(-torch.expm1(a.clamp(min=border)))
+    near = torch.log(-torch.expm1(a))
     return torch.where(a < border, far, near)
 
 
@@ -203,9 +204,7 @@ def orpo_loss(logp: Tensor, max_logit: Tensor, slots: Tensor, pairs: int, alpha:
     logp_chosen, logp_rejected = means[:, Role.CHOSEN], means[:, Role.REJECTED]
 
     # A plain pair has no odds; an arbitrary finite pair of inputs keeps NaN out of its (zero) gradient.
-    log_odds = log_odds_ratio(
-        torch.where(has_reject, logp_chosen, -1.0), torch.where(has_reject, logp_rejected, -1.0)
-    )
+    log_odds = log_odds_ratio(torch.where(has_reject, logp_chosen, -1.0), torch.where(has_reject, logp_rejected, -1.0))
     odds_loss = torch.where(has_reject, -F.logsigmoid(log_odds), 0.0)
     pair_losses = torch.where(has_reject, (1 - alpha) * nll + alpha * odds_loss, nll)
     penalty = (L2WRAP_FACTOR * squares.sum(1) / counts.sum(1)).mean().to(logp.dtype)

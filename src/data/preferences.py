@@ -56,13 +56,9 @@ def read_rows(path: str) -> list[PreferenceRow]:
             cannot be read, with its line.
     """
     text = _read_text(path)
-    rows = list(
-        _jsonl_rows(path, text) if Path(path).suffix in (".jsonl", ".json") else _csv_rows(path, text)
-    )
+    rows = list(_jsonl_rows(path, text) if Path(path).suffix in (".jsonl", ".json") else _csv_rows(path, text))
     if not rows:
-        raise DataError(
-            f"{path} holds no rows: write at least one prompt with a chosen answer below the header."
-        )
+        raise DataError(f"{path} holds no rows: write at least one prompt with a chosen answer below the header.")
     return rows
 
 
@@ -70,9 +66,7 @@ def _read_text(path: str) -> str:
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise DataError(
-            f"{path} cannot be read ({error.strerror}): give the path of a CSV or JSONL file."
-        ) from error
+        raise DataError(f"{path} cannot be read ({error.strerror}): give the path of a CSV or JSONL file.") from error
     try:
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -96,8 +90,7 @@ def _csv_rows(path: str, text: str) -> Iterator[PreferenceRow]:
     if missing:
         found, lacking = (" and ".join(map(repr, some)) for some in (names, missing))
         raise DataError(
-            f"{path} has no column {lacking} (its first line has {found}): name the columns "
-            "prompt,chosen,reject there."
+            f"{path} has no column {lacking} (its first line has {found}): name the columns prompt,chosen,reject there."
         )
     rejected = next((names.index(name) for name in ("reject", "rejected") if name in names), len(names))
     for line, fields in records:
@@ -130,11 +123,7 @@ def _csv_records(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
             except StopIteration:
                 return
             except csv.Error as error:
-                reason = (
-                    "has a quote that is never closed"
-                    if "end of data" in str(error)
-                    else f"is no CSV ({error})"
-                )
+                reason = "has a quote that is never closed" if "end of data" in str(error) else f"is no CSV ({error})"
                 raise DataError(
                     f"{path} line {line} {reason}: put fields with quotes, commas or line breaks in quotes, "
                     "and write each quote inside twice."
@@ -162,6 +151,11 @@ def _jsonl_rows(path: str, text: str) -> Iterator[PreferenceRow]:
             if not isinstance(value, str):
                 found = "no such key" if value is None else type(value).__name__
                 raise DataError(f"{path} line {line}: expected a text for {key!r}, found {found}.")
+            if any("\ud800" <= character <= "\udfff" for character in value):
+                raise DataError(
+                    f"{path} line {line}: the text of {key!r} holds half of a surrogate pair, which is no "
+                    "character; write the whole pair, or remove it."
+                )
         yield PreferenceRow(line, texts["prompt"], texts["chosen"], texts[rejected_key])
 
 
@@ -365,9 +359,7 @@ def pairs_from_tuples(source: str, content: Any, vocab_size: int) -> list[Prefer
     for number, item in enumerate(content, start=1):
         if not isinstance(item, (tuple, list)) or len(item) != 5:
             found = f"{len(item)} entries" if isinstance(item, (tuple, list)) else type(item).__name__
-            raise DataError(
-                f"{source} pair {number} has {found}, not (prompt, chosen, reject, logp, logp): {remedy}."
-            )
+            raise DataError(f"{source} pair {number} has {found}, not (prompt, chosen, reject, logp, logp): {remedy}.")
         for name, tokens in zip(("prompt", "chosen", "reject"), item[:3], strict=True):
             _check_tokens(f"{source} pair {number}", name, tokens, vocab_size, remedy)
         if not all(isinstance(logp, (int, float)) for logp in item[3:]):

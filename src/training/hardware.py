@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision, Precision
-from pytorch_lightning.utilities import rank_zero_only
 from torch import nn
 
 from src.config import TrainConfig
@@ -58,9 +57,18 @@ class Hardware:
         return f"{name}, {self.precision}, {engine}"
 
 
-def global_rank() -> int:
-    """This process's number among all of the run; 0 before Lightning has started others."""
-    return int(getattr(rank_zero_only, "rank", None) or 0)
+def global_rank(devices: int = 1) -> int:
+    """This process's number among all of the run, as its launcher tells it.
+
+    Args:
+        devices: processes per machine; needed where the launcher gives machine and local number only.
+            Without it the result is right about being 0, which is what printing and saving ask.
+    """
+    for name in ("RANK", "SLURM_PROCID"):
+        if name in os.environ:
+            return int(os.environ[name])
+    machine = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
+    return machine * devices + int(os.environ.get("LOCAL_RANK", "0"))
 
 
 def resolve_hardware(config: TrainConfig) -> Hardware:

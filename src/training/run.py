@@ -201,7 +201,7 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         ctx_len=config.ctx_len,
         micro_bsz=config.micro_bsz,
         seed=config.random_seed,
-        rank=global_rank(),
+        rank=global_rank(config.devices),
         world_size=config.devices * config.num_nodes,
         epoch_steps=config.epoch_steps,
         accumulate=config.accumulate_grad_batches,
@@ -236,7 +236,7 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
             micro_bsz=config.micro_bsz,
             seed=config.random_seed,
             tokenizer=tokenizer,
-            rank=global_rank(),
+            rank=global_rank(config.devices),
             world_size=config.devices * config.num_nodes,
             epoch_steps=epoch_steps,
         )

@@ -75,6 +75,7 @@ def test_jsonl_takes_reject_and_rejected(tmp_path: Path) -> None:
         ("a.jsonl", "[1]\n", "line 1 is no JSON object"),
         ("a.jsonl", '{"prompt": "p"}\n', "line 1: expected a text for 'chosen', found no such key"),
         ("a.jsonl", '{"prompt": "p", "chosen": []}\n', "expected a text for 'chosen', found list"),
+        ("a.jsonl", '{"prompt": "p", "chosen": "\\ud83d"}\n', "half of a surrogate pair"),
     ],
 )
 def test_unreadable_files_are_refused_in_one_sentence(
@@ -133,9 +134,7 @@ def test_make_pairs_cycles_counts_and_shuffles() -> None:
         " p0",
     ]
     assert prepared.empty_rejects == 5
-    first = PreferencePair(
-        BYTES.encode("User: p0\n\nAssistant:"), BYTES.encode(" c0\n\n"), BYTES.encode(" \n\n")
-    )
+    first = PreferencePair(BYTES.encode("User: p0\n\nAssistant:"), BYTES.encode(" c0\n\n"), BYTES.encode(" \n\n"))
     assert prepared.pairs.count(first) == 3
     assert first.as_tuple()[3:] == (0.5, 0.5)
     assert prepared.pairs != sorted(prepared.pairs, key=lambda pair: pair.prompt)

@@ -1,0 +1,95 @@
+"""Objectives on a tiny model: both layouts of a preference pair, packed and padded rows."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from factories import tiny_parameters, tiny_shape
+
+from src.data.batches import packed_batch, padded_batch
+from src.data.preference_batches import PairForm, PreferenceBatch, PreferenceDataset
+from src.data.preferences import PreferencePair
+from src.loading import LoadOptions, build_model
+from src.model.rwkv6 import RWKV6, Recompute
+from src.training.objectives import PreferenceObjective, SFTObjective
+
+
+def tiny_model(recompute: Recompute = Recompute.NOTHING) -> RWKV6:
+    shape = tiny_shape()
+    options = LoadOptions(torch.device("cpu"), torch.float32, recompute=recompute)
+    model = build_model(tiny_parameters(shape), shape, options)
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.att.time_state.copy_(torch.randn(block.att.time_state.shape, generator=generator) * 0.3)
+    return model
+
+
+def state_gradients(model: RWKV6, loss: torch.Tensor) -> torch.Tensor:
+    loss.backward()
+    return torch.cat([block.att.time_state.grad.flatten() for block in model.blocks])
+
+
+def preference_batch(form: PairForm, pairs: list[PreferencePair]) -> PreferenceBatch:
+    dataset = PreferenceDataset(pairs, source="test", form=form, longest=64, micro_bsz=len(pairs), seed=1)
+    return dataset.batch(range(len(pairs)))
+
+
+PAIRS = [
+    PreferencePair([5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16]),
+    PreferencePair([21], [22, 23], [24]),
+    PreferencePair(list(range(30, 55)), [60] * 17, [61, 62]),
+    PreferencePair([70, 71], [72, 73, 74], []),
+]
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+def test_shared_prompt_and_two_full_rows_agree(recompute: Recompute) -> None:
+    results = []
+    for form in (PairForm.SHARED_PROMPT, PairForm.TWO_ROWS):
+        model = tiny_model(recompute)
+        outcome = PreferenceObjective(0.3, 0)(model, preference_batch(form, PAIRS))
+        results.append((outcome.loss.item(), outcome.logs(), state_gradients(model, outcome.loss)))
+    (loss, logs, gradient), (loss_two, logs_two, gradient_two) = results
+    assert loss == pytest.approx(loss_two, rel=1e-5)
+    assert logs == pytest.approx(logs_two, rel=1e-4, abs=1e-6)
+    # L2Wrap covers a shared prompt once and two full prompts twice: a part in 1e4 of a small term.
+    difference = (gradient - gradient_two).norm() / gradient_two.norm()
+    assert difference < 1e-4
+    assert logs["plain_pairs"] == 1
+
+
+def test_micro_batch_of_pairs_is_the_mean_of_its_pairs() -> None:
+    together = PreferenceObjective(0.3, 0)(tiny_model(), preference_batch(PairForm.SHARED_PROMPT, PAIRS))
+    alone = [
+        PreferenceObjective(0.3, 0)(tiny_model(), preference_batch(PairForm.SHARED_PROMPT, [pair])).loss.item()
+        for pair in PAIRS
+    ]
+    assert together.loss.item() == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+
+
+def test_released_formula_runs_on_padded_rows_and_logs_the_original_names() -> None:
+    outcome = PreferenceObjective(0.1, 1)(tiny_model(), preference_batch(PairForm.RELEASED, PAIRS[:3]))
+    assert torch.isfinite(outcome.loss)
+    assert {"pref_percentage", "loss_1_token_chosen", "loss_2_odds_ratio"} <= set(outcome.logs())
+
+
+def test_packed_and_padded_rows_agree() -> None:
+    rng = np.random.default_rng(3)
+    documents = [rng.integers(1, 257, size) for size in (9, 33, 2, 70)]
+    masks = [None, rng.random(33) < 0.5, None, None]
+    results = []
+    for make in (packed_batch, padded_batch):
+        model = tiny_model()
+        loss = SFTObjective()(model, make(documents, masks, range(4))).loss
+        results.append((loss.item(), state_gradients(model, loss)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
+
+
+def test_step_weight_scales_the_loss() -> None:
+    batch = packed_batch([np.arange(1, 20)], [None], [0])
+    plain = SFTObjective()(tiny_model(), batch).loss.item()
+    weighted = SFTObjective()(tiny_model(), type(batch)(**{**vars(batch), "step_weight": 0.25})).loss.item()
+    assert weighted == pytest.approx(plain / 4, rel=1e-6)
