@@ -317,9 +317,7 @@ def answer_logps(
         (chosen, rejected) for every pair, in nats; 0 for an answer without tokens.
     """
     longest = max(len(tokens) for pair in pairs for tokens in (pair.prompt, pair.chosen, pair.rejected))
-    dataset = PreferenceDataset(
-        pairs, source="", form=PairForm.SHARED_PROMPT, longest=longest, micro_bsz=1, seed=0
-    )
+    dataset = PreferenceDataset(pairs, source="", form=PairForm.SHARED_PROMPT, longest=longest, micro_bsz=1, seed=0)
     sums: list[tuple[float, float]] = []
     with _inference(model):
         for batch in dataset.batches_in_order():
@@ -328,8 +326,7 @@ def answer_logps(
             head = model.head.weight.to(model.compute_dtype)
             logp, _ = token_logps(hidden[0], head, on_device.targets)
             of_answers = [
-                logp.double()[on_device.groups == slot(0, role)].sum()
-                for role in (Role.CHOSEN, Role.REJECTED)
+                logp.double()[on_device.groups == slot(0, role)].sum() for role in (Role.CHOSEN, Role.REJECTED)
             ]
             chosen, rejected = torch.stack(of_answers).tolist()
             sums.append((chosen, rejected))

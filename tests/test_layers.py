@@ -15,7 +15,7 @@ LEVELS = (
     ("src.quant", "src.data", "src.ops"),
     ("src.model",),
     ("src.adapters", "src.checkpoint", "src.loading", "src.generate"),
-    ("src.training",),
+    ("src.training", "src.demo"),
     ("src.cli",),
 )
 """Rooms from the ground up: a module or a package. A file imports its own room and lower levels."""

@@ -72,6 +72,10 @@ def counted_logps(model: RWKV6, hidden: Tensor, targets: Tensor) -> tuple[Tensor
     return token_logps(rows, head_of(model), flat.to(rows.device, non_blocking=True))
 
 
+def _weighted(loss: Tensor, weight: float) -> Tensor:
+    return loss if weight == 1.0 else loss * weight
+
+
 class SFTObjective:
     """Next-token cross-entropy with L2Wrap over the counted targets."""
 
@@ -80,7 +84,7 @@ class SFTObjective:
         hidden, _ = model(batch.tokens, layout=layout)
         logp, max_logit = counted_logps(model, hidden, batch.targets)
         loss = sft_loss(logp, max_logit, torch.ones_like(logp, dtype=torch.bool))
-        return Outcome(loss if batch.step_weight == 1.0 else loss * batch.step_weight)
+        return Outcome(_weighted(loss, batch.step_weight))
 
 
 class PreferenceObjective:
@@ -107,7 +111,7 @@ class PreferenceObjective:
 
     def __call__(self, model: RWKV6, batch: PreferenceBatch) -> Outcome:
         result = self.evaluate(model, batch)
-        return Outcome(result.loss, lambda: self._logs(result))
+        return Outcome(_weighted(result.loss, batch.step_weight), lambda: self._logs(result))
 
     def evaluate(self, model: RWKV6, batch: PreferenceBatch) -> PreferenceLoss:
         """The loss and its parts."""

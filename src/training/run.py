@@ -239,13 +239,10 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
             rank=global_rank(config.devices),
             world_size=config.devices * config.num_nodes,
             epoch_steps=epoch_steps,
+            accumulate=config.accumulate_grad_batches,
         )
 
     dataset = dataset_of(config.rlhf_train_file, config.epoch_steps)
-    surplus = len(dataset) % config.accumulate_grad_batches
-    if surplus:
-        whole = len(dataset) - surplus + config.accumulate_grad_batches
-        dataset = dataset_of(config.rlhf_train_file, whole)
     objective = PreferenceObjective(config.orpo_alpha, config.orpo_type, debug=bool(config.orpo_debug))
     plan = dataset.plan
     lines = [

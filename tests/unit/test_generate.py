@@ -112,9 +112,7 @@ def test_rows_do_not_depend_on_their_company(model: RWKV6) -> None:
     assert len(set(generate(model, BYTES, ["a"] * 4, SETTINGS))) == 4
 
 
-def test_prompts_longer_than_a_chunk_are_read_in_pieces(
-    model: RWKV6, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prompts_longer_than_a_chunk_are_read_in_pieces(model: RWKV6, monkeypatch: pytest.MonkeyPatch) -> None:
     prompts = [BYTES.encode(prompt) for prompt in PROMPTS]
     logits, state = read_prompts(model, prompts)
     whole = generate(model, BYTES, PROMPTS, SETTINGS)
@@ -145,9 +143,7 @@ class ScriptedModel(RWKV6):
             rows = tokens[0, firsts].float()
             hidden = torch.zeros(1, tokens.shape[1], 2)
             hidden[0, layout.last_positions, 0] = rows
-            return hidden, [
-                LayerState(rows[:, None], torch.zeros(len(rows), 1, 1, 1), torch.zeros(len(rows), 1))
-            ]
+            return hidden, [LayerState(rows[:, None], torch.zeros(len(rows), 1, 1, 1), torch.zeros(len(rows), 1))]
         self.rows_computed.append(len(tokens))
         old = state[0]
         said = old.ffn_shift + 1
@@ -161,9 +157,7 @@ class ScriptedModel(RWKV6):
         return logits
 
 
-def say(
-    scripts: dict[str, bytes], **changes: object
-) -> tuple[list[str], ScriptedModel, list[tuple[int, int]]]:
+def say(scripts: dict[str, bytes], **changes: object) -> tuple[list[str], ScriptedModel, list[tuple[int, int]]]:
     model = ScriptedModel({ord(prompt): script for prompt, script in scripts.items()})
     settings = replace(SamplingSettings(frequency_penalty=0.0, max_tokens=8), **changes)
     finished: list[tuple[int, int]] = []

@@ -94,9 +94,7 @@ def test_log1mexp_matches_high_precision_on_both_branches() -> None:
         (-1e-6, -2.0, 15.670097, 1.6e-7),
     ],
 )
-def test_log_odds_ratio_check_values(
-    chosen: float, rejected: float, log_odds: float, odds_loss: float
-) -> None:
+def test_log_odds_ratio_check_values(chosen: float, rejected: float, log_odds: float, odds_loss: float) -> None:
     value = log_odds_ratio(torch.tensor(chosen), torch.tensor(rejected))
     assert value.item() == pytest.approx(log_odds, abs=2e-6)
     assert -F.logsigmoid(value).item() == pytest.approx(odds_loss, abs=1e-6)

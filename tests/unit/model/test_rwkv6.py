@@ -10,7 +10,7 @@ from torch import Tensor
 from src.layout import SegmentLayout
 from src.loading import LoadOptions, build_model
 from src.model.parameters import ModelShape, parameter_shapes, state_key, state_shapes
-from src.model.rwkv6 import RWKV6
+from src.model.rwkv6 import RWKV6, Recompute
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
@@ -178,9 +178,9 @@ class TestPackedRows:
                         assert_close(one[index], other[0])
 
     @pytest.mark.parametrize("prompts", [(6, 3), (1, 9), (4,), (0, 5)])
-    @pytest.mark.parametrize("recompute", [False, True])
+    @pytest.mark.parametrize("recompute", [Recompute.NOTHING, Recompute.ALL])
     def test_answers_that_branch_off_a_prompt_equal_full_rows(
-        self, prompts: tuple[int, ...], recompute: bool
+        self, prompts: tuple[int, ...], recompute: Recompute
     ) -> None:
         model = tiny_model(recompute=recompute)
         answers = [length + 2 for length in range(2 * len(prompts))]
@@ -209,13 +209,14 @@ class TestPackedRows:
 
 
 class TestRecomputation:
+    @pytest.mark.parametrize("recompute", [Recompute.INPUTS, Recompute.ALL])
     @pytest.mark.parametrize("quant_type", [None, "nf4"])
-    def test_gradients_are_equal_with_and_without(self, quant_type: str | None) -> None:
+    def test_gradients_are_equal_with_and_without(self, recompute: Recompute, quant_type: str | None) -> None:
         shape = tiny_shape(n_embd=64)
         tokens = tokens_of(shape, 2, 20)
         results = []
-        for recompute in (False, True):
-            model = tiny_model(shape, recompute=recompute, quant_type=quant_type)
+        for mode in (Recompute.NOTHING, recompute):
+            model = tiny_model(shape, recompute=mode, quant_type=quant_type)
             loss = model.logits(model(tokens)[0]).logsumexp(-1).mean()
             results.append((loss.detach(), state_gradients(model, loss)))
         (loss_kept, kept), (loss_again, again) = results
@@ -224,16 +225,33 @@ class TestRecomputation:
             assert kept[name].any()
             assert torch.equal(kept[name], again[name]), name
 
-    def test_all_weights_gradients_are_equal_with_and_without(self) -> None:
+    @pytest.mark.parametrize("recompute", [Recompute.INPUTS, Recompute.ALL])
+    def test_all_weights_gradients_are_equal_with_and_without(self, recompute: Recompute) -> None:
         gradients = []
-        for recompute in (False, True):
-            model = tiny_model(recompute=recompute, train_weights=True)
+        for mode in (Recompute.NOTHING, recompute):
+            model = tiny_model(recompute=mode, train_weights=True)
             model(tokens_of(model.shape, 2, 9))[0].square().mean().backward()
             gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         kept, again = gradients
         assert kept.keys() == again.keys() == parameter_shapes(tiny_shape()).keys() - {"head.weight"}
         for name in kept:
             assert torch.equal(kept[name], again[name]), name
+
+    def test_it_keeps_less(self) -> None:
+        kept_bytes = []
+        for mode in (Recompute.NOTHING, Recompute.INPUTS, Recompute.ALL):
+            model = tiny_model(recompute=mode)
+            seen: dict[int, int] = {}
+
+            def note(tensor: Tensor, seen: dict[int, int] = seen) -> Tensor:
+                seen[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+                return tensor
+
+            with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+                hidden, _ = model(tokens_of(model.shape, 1, 64))
+            kept_bytes.append(sum(seen.values()))
+            assert hidden.requires_grad
+        assert kept_bytes[0] > kept_bytes[1] > kept_bytes[2]
 
 
 class TestDropout:
@@ -246,10 +264,11 @@ class TestDropout:
         model.eval()
         assert torch.equal(hidden_of(model, tokens), hidden_of(tiny_model(), tokens))
 
-    def test_recomputation_draws_the_same_elements(self) -> None:
+    @pytest.mark.parametrize("recompute", [Recompute.INPUTS, Recompute.ALL])
+    def test_recomputation_draws_the_same_elements(self, recompute: Recompute) -> None:
         gradients = []
-        for recompute in (False, True):
-            model = tiny_model(dropout=0.3, recompute=recompute)
+        for mode in (Recompute.NOTHING, recompute):
+            model = tiny_model(dropout=0.3, recompute=mode)
             torch.manual_seed(7)
             loss = model(tokens_of(model.shape, 1, 10))[0].square().mean()
             gradients.append(state_gradients(model, loss))
