@@ -9,6 +9,7 @@
 #include <atomic>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <utility>
@@ -19,6 +20,24 @@ namespace {
 
 using at::Tensor;
 using torch::autograd::variable_list;
+
+// Parts of messages. Not streams, nor TORCH_CHECK which uses them: on a machine where the compiler's libstdc++ was not
+// the one that Python had loaded, the first std::ostringstream in an extension ended the process.
+std::string text(const char* part) { return part; }
+std::string text(int64_t part) { return std::to_string(part); }
+std::string text(at::ScalarType part) { return c10::toString(part); }
+std::string text(const at::Device& part) { return part.str(); }
+std::string text(at::IntArrayRef part) {
+  std::string result = "[";
+  for (const int64_t size : part) result += (result.size() > 1 ? ", " : "") + std::to_string(size);
+  return result + "]";
+}
+
+// Raises RuntimeError in Python.
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) throw std::runtime_error((text(parts) + ...));
+}
 
 // The buffers of one device. See DequantizationWorkspace in quant.py for what they are for.
 class Workspace {
@@ -66,10 +85,10 @@ class Workspace {
 };
 
 void check_tensor(const Tensor& tensor, at::ScalarType dtype, int64_t count, const Tensor& packed, const char* name) {
-  TORCH_CHECK(tensor.scalar_type() == dtype, name, " has dtype ", tensor.scalar_type(), ", expected ", dtype);
-  TORCH_CHECK(tensor.is_contiguous() && tensor.device() == packed.device(), name,
+  require(tensor.scalar_type() == dtype, name, " has dtype ", tensor.scalar_type(), ", expected ", dtype);
+  require(tensor.is_contiguous() && tensor.device() == packed.device(), name,
               " must be contiguous and on the device of packed");
-  TORCH_CHECK(tensor.numel() == count, name, " has ", tensor.numel(), " elements, expected ", count);
+  require(tensor.numel() == count, name, " has ", tensor.numel(), " elements, expected ", count);
 }
 
 int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / block; }
@@ -92,17 +111,17 @@ class PackedMatrix : public torch::CustomClassHolder {
         workspace_(std::move(workspace)),
         identity_(next_identity()) {
     const int64_t count = rows * columns;
-    TORCH_CHECK(packed_.is_cuda(), "packed is on ", packed_.device(), ", expected a CUDA device");
-    TORCH_CHECK(bits == 4 || bits == 8, "values have ", bits, " bits, expected 4 or 8");
-    TORCH_CHECK(count % 8 == 0, "the matrix has ", count, " values, expected a multiple of 8");
-    TORCH_CHECK(reinterpret_cast<uintptr_t>(packed_.const_data_ptr()) % 16 == 0, "packed must be 16-byte aligned");
-    TORCH_CHECK(absmax_scale_.defined() == absmax_offset_.defined(), "absmax_scale and absmax_offset go together");
+    require(packed_.is_cuda(), "packed is on ", packed_.device(), ", expected a CUDA device");
+    require(bits == 4 || bits == 8, "values have ", bits, " bits, expected 4 or 8");
+    require(count % 8 == 0, "the matrix has ", count, " values, expected a multiple of 8");
+    require(reinterpret_cast<uintptr_t>(packed_.const_data_ptr()) % 16 == 0, "packed must be 16-byte aligned");
+    require(absmax_scale_.defined() == absmax_offset_.defined(), "absmax_scale and absmax_offset go together");
     const int64_t blocks = blocks_of(count, bits == 4 ? 64 : 256);
     check_tensor(packed_, at::kByte, count * bits / 8, packed_, "packed");
     check_tensor(absmax_, absmax_scale_.defined() ? at::kByte : at::kFloat, blocks, packed_, "absmax");
     check_tensor(value_code_, at::kFloat, bits == 4 ? 16 : 256, packed_, "value_code");
     if (absmax_scale_.defined()) {
-      TORCH_CHECK(bits == 4, "8-bit matrices have no double quantisation");
+      require(bits == 4, "8-bit matrices have no double quantisation");
       check_tensor(absmax_scale_, at::kFloat, blocks_of(blocks, 256), packed_, "absmax_scale");
       check_tensor(absmax_offset_, at::kFloat, 1, packed_, "absmax_offset");
       check_tensor(absmax_code_, at::kFloat, 256, packed_, "absmax_code");
@@ -111,7 +130,7 @@ class PackedMatrix : public torch::CustomClassHolder {
 
   // bf16 [rows, columns], contiguous, on the packed data's device.
   void fill(const Tensor& dense) const {
-    TORCH_CHECK(dense.scalar_type() == at::kBFloat16 && dense.is_contiguous() && dense.device() == packed_.device() &&
+    require(dense.scalar_type() == at::kBFloat16 && dense.is_contiguous() && dense.device() == packed_.device() &&
                     dense.numel() >= rows_ * columns_,
                 "the dense matrix must be contiguous bfloat16 on the packed data's device");
     const c10::cuda::CUDAGuard guard(packed_.device());
@@ -126,7 +145,7 @@ class PackedMatrix : public torch::CustomClassHolder {
     matrix.count = rows_ * columns_;
     const cudaError_t error =
         dequantize::to_bf16(matrix, dense.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
-    TORCH_CHECK(error == cudaSuccess, "the CUDA kernel dequantize could not be launched: ", cudaGetErrorString(error));
+    require(error == cudaSuccess, "the CUDA kernel dequantize could not be launched: ", cudaGetErrorString(error));
   }
 
   // The dense matrix in the workspace, valid until the next dequantisation.
@@ -138,9 +157,9 @@ class PackedMatrix : public torch::CustomClassHolder {
 
   // Raises when x is not bf16 [..., columns] on the packed data's device.
   void check_input(const Tensor& x) const {
-    TORCH_CHECK(x.scalar_type() == at::kBFloat16 && x.device() == packed_.device(), "x is ", x.scalar_type(), " on ",
+    require(x.scalar_type() == at::kBFloat16 && x.device() == packed_.device(), "x is ", x.scalar_type(), " on ",
                 x.device(), ", expected bfloat16 on ", packed_.device());
-    TORCH_CHECK(x.dim() > 0 && x.size(-1) == columns_, "x has shape ", x.sizes(), ", expected [..., ", columns_, "]");
+    require(x.dim() > 0 && x.size(-1) == columns_, "x has shape ", x.sizes(), ", expected [..., ", columns_, "]");
   }
 
  private:
@@ -169,7 +188,7 @@ class FrozenProduct : public torch::autograd::Function<FrozenProduct> {
   }
 
   static variable_list backward(torch::autograd::AutogradContext* context, const variable_list& grad_outputs) {
-    TORCH_CHECK(!at::GradMode::is_enabled(), "the product with a packed matrix has no second derivative");
+    require(!at::GradMode::is_enabled(), "the product with a packed matrix has no second derivative");
     const auto holder = context->saved_data["matrix"].toCapsule();
     const auto& matrix = static_cast<const PackedMatrix&>(*holder);
     return {at::matmul(grad_outputs[0], matrix.shared_dense()), Tensor()};

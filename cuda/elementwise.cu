@@ -571,7 +571,7 @@ cudaError_t shift_mix_backward(const ShiftMix& a, const MixPointers& grads, cons
 
 namespace {
 
-constexpr int kNormTile = 4;
+constexpr int kNormTile = 2;
 
 }  // namespace
 

@@ -11,6 +11,8 @@
 
 #include <limits>
 #include <optional>
+#include <stdexcept>
+#include <string>
 #include <tuple>
 #include <vector>
 
@@ -24,24 +26,42 @@ using torch::autograd::variable_list;
 
 constexpr int kVector = 8;
 
+// Parts of messages. Not streams, nor TORCH_CHECK which uses them: on a machine where the compiler's libstdc++ was not
+// the one that Python had loaded, the first std::ostringstream in an extension ended the process.
+std::string text(const char* part) { return part; }
+std::string text(int64_t part) { return std::to_string(part); }
+std::string text(at::ScalarType part) { return c10::toString(part); }
+std::string text(const at::Device& part) { return part.str(); }
+std::string text(at::IntArrayRef part) {
+  std::string result = "[";
+  for (const int64_t size : part) result += (result.size() > 1 ? ", " : "") + std::to_string(size);
+  return result + "]";
+}
+
+// Raises RuntimeError in Python.
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) throw std::runtime_error((text(parts) + ...));
+}
+
 void check_launch(cudaError_t error, const char* name) {
-  TORCH_CHECK(error == cudaSuccess, "the CUDA kernel ", name, " could not be launched: ", cudaGetErrorString(error));
+  require(error == cudaSuccess, "the CUDA kernel ", name, " could not be launched: ", cudaGetErrorString(error));
 }
 
 // Contiguous, and named in the message when it does not fit the kernels.
 Tensor prepared(const Tensor& tensor, const char* name) {
-  TORCH_CHECK(tensor.is_cuda(), name, " is on ", tensor.device(), ", expected a CUDA device");
-  TORCH_CHECK(tensor.scalar_type() == at::kBFloat16, name, " has dtype ", tensor.scalar_type(), ", expected bfloat16");
+  require(tensor.is_cuda(), name, " is on ", tensor.device(), ", expected a CUDA device");
+  require(tensor.scalar_type() == at::kBFloat16, name, " has dtype ", tensor.scalar_type(), ", expected bfloat16");
   return tensor.contiguous();
 }
 
 void check_shape(const Tensor& tensor, at::IntArrayRef shape, const char* name) {
-  TORCH_CHECK(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), ", expected ", shape);
+  require(tensor.sizes() == shape, name, " has shape ", tensor.sizes(), ", expected ", shape);
 }
 
 void check_channels(int64_t channels, int64_t rows) {
-  TORCH_CHECK(channels % kVector == 0, "the channel count is ", channels, ", expected a multiple of ", kVector);
-  TORCH_CHECK(rows * (channels / kVector) < std::numeric_limits<uint32_t>::max() &&
+  require(channels % kVector == 0, "the channel count is ", channels, ", expected a multiple of ", kVector);
+  require(rows * (channels / kVector) < std::numeric_limits<uint32_t>::max() &&
                   rows < std::numeric_limits<int32_t>::max(),
               rows, " rows of ", channels, " channels are more than the kernels can index");
 }
@@ -53,7 +73,7 @@ void* mutable_pointer(const Tensor& tensor) { return tensor.defined() ? tensor.m
 Tensor value_or_undefined(const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); }
 
 void refuse_double_backward() {
-  TORCH_CHECK(!at::GradMode::is_enabled(), "the fused element-wise operators have no second derivative");
+  require(!at::GradMode::is_enabled(), "the fused element-wise operators have no second derivative");
 }
 
 // What forward and backward of the token shift share.
@@ -79,16 +99,16 @@ class ShiftMix : public torch::autograd::Function<ShiftMix> {
                                const std::optional<Tensor>& previous, const std::optional<Tensor>& children) {
     const c10::cuda::CUDAGuard guard(z_in.device());
     const Tensor z = prepared(z_in, "z");
-    TORCH_CHECK(z.dim() == 3, "z has ", z.dim(), " dimensions, expected [batch, tokens, channels]");
+    require(z.dim() == 3, "z has ", z.dim(), " dimensions, expected [batch, tokens, channels]");
     const int64_t batch = z.size(0), tokens = z.size(1), channels = z.size(2);
     check_channels(channels, batch * tokens);
     const Tensor maa = prepared(maa_in, "maa");
     const int64_t mixes = maa.size(0);
-    TORCH_CHECK(mixes == 1 || mixes == 2 || mixes == 5, "maa holds ", mixes, " mixes, expected 1, 2 or 5");
+    require(mixes == 1 || mixes == 2 || mixes == 5, "maa holds ", mixes, " mixes, expected 1, 2 or 5");
     check_shape(maa, {mixes, channels}, "maa");
     Tensor carry, modulation;
     if (carry_in) {
-      TORCH_CHECK(!previous, "carry and previous exclude each other here");
+      require(!previous, "carry and previous exclude each other here");
       carry = prepared(*carry_in, "carry");
       check_shape(carry, {batch, channels}, "carry");
     }
@@ -97,12 +117,12 @@ class ShiftMix : public torch::autograd::Function<ShiftMix> {
       check_shape(modulation, {mixes, batch, tokens, channels}, "modulation");
     }
     if (previous) {
-      TORCH_CHECK(batch == 1, "a packed row has batch size 1, got ", batch);
+      require(batch == 1, "a packed row has batch size 1, got ", batch);
       check_shape(*previous, {tokens}, "previous");
-      TORCH_CHECK(children && children->sizes() == at::IntArrayRef({2, tokens}), "children must be [2, tokens]");
-      TORCH_CHECK(previous->device() == z.device() && children->device() == z.device(),
+      require(children && children->sizes() == at::IntArrayRef({2, tokens}), "children must be [2, tokens]");
+      require(previous->device() == z.device() && children->device() == z.device(),
                   "previous and children must be on z's device");
-      TORCH_CHECK(previous->is_contiguous() && children->is_contiguous(), "previous and children must be contiguous");
+      require(previous->is_contiguous() && children->is_contiguous(), "previous and children must be contiguous");
     }
 
     variable_list outputs(mixes);
@@ -191,9 +211,9 @@ class GroupNormSiluGate : public torch::autograd::Function<GroupNormSiluGate> {
     const c10::cuda::CUDAGuard guard(y_in.device());
     const Tensor y = prepared(y_in, "y"), gate = prepared(gate_in, "gate");
     const Tensor weight = prepared(weight_in, "weight"), bias = prepared(bias_in, "bias");
-    TORCH_CHECK(y.dim() == 4, "y has ", y.dim(), " dimensions, expected [batch, tokens, heads, head size]");
+    require(y.dim() == 4, "y has ", y.dim(), " dimensions, expected [batch, tokens, heads, head size]");
     const int64_t head_size = y.size(3), channels = y.size(2) * head_size;
-    TORCH_CHECK(head_size == 16 || head_size == 32 || head_size == 64 || head_size == 128, "the head size is ",
+    require(head_size == 16 || head_size == 32 || head_size == 64 || head_size == 128, "the head size is ",
                 head_size, ", expected 16, 32, 64 or 128");
     check_channels(channels, y.size(0) * y.size(1));
     check_shape(gate, {y.size(0), y.size(1), channels}, "gate");
@@ -233,7 +253,7 @@ class GroupNormSiluGate : public torch::autograd::Function<GroupNormSiluGate> {
 };
 
 void check_vectors(const Tensor& tensor, const char* name) {
-  TORCH_CHECK(tensor.numel() % kVector == 0, name, " has ", tensor.numel(), " values, expected a multiple of ",
+  require(tensor.numel() % kVector == 0, name, " has ", tensor.numel(), " values, expected a multiple of ",
               kVector);
 }
 
@@ -317,18 +337,18 @@ Tensor sigmoid_gated_residual(const Tensor& x, const Tensor& r, const Tensor& va
 
 // Both check what both kernels rely on.
 void check_logits(const Tensor& logits, const Tensor& targets) {
-  TORCH_CHECK(logits.is_cuda() && logits.scalar_type() == at::kBFloat16 && logits.dim() == 2 && logits.is_contiguous(),
+  require(logits.is_cuda() && logits.scalar_type() == at::kBFloat16 && logits.dim() == 2 && logits.is_contiguous(),
               "logits must be a contiguous bfloat16 matrix [rows, vocabulary] on a CUDA device");
-  TORCH_CHECK(logits.size(1) % kVector == 0, "the vocabulary has ", logits.size(1), " entries, expected a multiple of ",
+  require(logits.size(1) % kVector == 0, "the vocabulary has ", logits.size(1), " entries, expected a multiple of ",
               kVector);
-  TORCH_CHECK(targets.scalar_type() == at::kLong && targets.is_contiguous() && targets.device() == logits.device(),
+  require(targets.scalar_type() == at::kLong && targets.is_contiguous() && targets.device() == logits.device(),
               "targets must be contiguous int64 on the logits' device");
   check_shape(targets, {logits.size(0)}, "targets");
 }
 
 template <typename Value>
 Value* row_values(const Tensor& tensor, const Tensor& logits, const char* name) {
-  TORCH_CHECK(tensor.is_contiguous() && tensor.device() == logits.device(), name,
+  require(tensor.is_contiguous() && tensor.device() == logits.device(), name,
               " must be contiguous on the logits' device");
   check_shape(tensor, {logits.size(0)}, name);
   return tensor.data_ptr<Value>();

@@ -32,8 +32,9 @@ constexpr int kTilesPerChunk = kChunk / kTile;
 constexpr int kThreads = 128;
 constexpr int kStateValues = kN * kN;
 constexpr float kLog2E = 1.4426950408889634f;
-// exp(-exp(80)) is 0 and exp(80) still finite, so that 0 * exp(w_raw) is 0 and not NaN for any larger w_raw.
-constexpr float kHighestRaw = 80.0f;
+constexpr float kLog2Log2E = 0.5287663729448977f;
+constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kHuge = 3.0e38f;
 
 WKV6_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
@@ -80,9 +81,9 @@ WKV6_DEVICE bool find_item(const Wkv6Layout& layout, int index, Item& item) {
   return true;
 }
 
-// exp(w_raw), bounded, and the decay exp(-exp(w_raw)).
-WKV6_DEVICE float raw_exponential(float w_raw) { return exp2_approximate(kLog2E * minimum(w_raw, kHighestRaw)); }
-WKV6_DEVICE float decay_of(float exponential) { return exp2_approximate(-kLog2E * exponential); }
+// rate = log2(e) * exp(w_raw), and the decay exp(-exp(w_raw)) = 2^-rate.
+WKV6_DEVICE float rate_of(float w_raw) { return exp2_approximate(w_raw * kLog2E + kLog2Log2E); }
+WKV6_DEVICE float decay_of(float rate) { return exp2_approximate(-rate); }
 
 // Tile in shared memory: 16 rows of 64 bf16; the 16-byte pieces of a row are permuted so that neither the copies nor
 // the matrix loads meet in one bank.
@@ -90,30 +91,37 @@ constexpr int kRowBytes = kN * 2;
 constexpr int kTileBytes = kTile * kRowBytes;
 WKV6_DEVICE uint32_t swizzled(int row, int piece) { return row * kRowBytes + ((piece ^ (row & 7)) << 4); }
 
-// Each thread of the block copies one 16-byte piece of a tile whose first row is token `first`.
-WKV6_DEVICE void copy_tile(uint32_t address, const void* tensor, int first, int end, int heads, int head) {
-  const int row = threadIdx.x >> 3, piece = threadIdx.x & 7;
-  const int token = first + row;
-  const bool exists = token < end;
-  const size_t offset = (static_cast<size_t>(exists ? token : 0) * heads + head) * kRowBytes + piece * 16;
-  copy_async(address + swizzled(row, piece), static_cast<const char*>(tensor) + offset, exists);
+// Each thread of the block copies one 16-byte piece of a tile. `piece` counts such pieces from the tensor's start.
+WKV6_DEVICE void copy_tile(uint32_t address, const void* tensor, uint32_t piece, bool exists) {
+  copy_async(address, static_cast<const uint4*>(tensor) + (exists ? piece : 0u), exists);
 }
 
-// Two fragments of 16 rows (lane / 4 and lane / 4 + 8) x 16 columns (two tiles of 8) as bf16 rows of `tensor`: a thread
-// swaps half of its values with its neighbour so that it can store 8 bytes at a time.
-WKV6_DEVICE void store_rows(
-    void* tensor, int first, int count, int heads, int head, int column, uint32_t low0, uint32_t low1, uint32_t high0,
-    uint32_t high1) {
-  const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
-  const bool odd = quad & 1;
-  const uint32_t low_received = shuffle_xor(odd ? low0 : low1, 1);
-  const uint32_t high_received = shuffle_xor(odd ? high0 : high1, 1);
-  const uint2 low = odd ? make_uint2(low_received, low1) : make_uint2(low0, low_received);
-  const uint2 high = odd ? make_uint2(high_received, high1) : make_uint2(high0, high_received);
-  char* base = static_cast<char*>(tensor) + ((static_cast<size_t>(first) + row) * heads + head) * kRowBytes +
-               (column + (odd ? 8 + 2 * (quad - 1) : 2 * quad)) * 2;
-  if (row < count) *reinterpret_cast<uint2*>(base) = low;
-  if (row + 8 < count) *reinterpret_cast<uint2*>(base + static_cast<size_t>(8) * heads * kRowBytes) = high;
+// The reverse: the piece that copy_tile would bring, from shared memory to `tensor`.
+WKV6_DEVICE void store_tile(void* tensor, uint32_t address, uint32_t piece, bool exists) {
+  uint4 words;
+  load_shared(address, words.x, words.y, words.z, words.w);
+  if (exists) static_cast<uint4*>(tensor)[piece] = words;
+}
+
+// The threads' pieces of a tile's 16 rows, for copy_tile and store_tile: `at` in shared memory, `piece` in a tensor.
+struct CopyPlace {
+  int row;
+  uint32_t at, piece;
+  __device__ __forceinline__ CopyPlace(int begin, int heads, int head) {
+    row = threadIdx.x >> 3;
+    const int column = threadIdx.x & 7;
+    at = swizzled(row, column);
+    piece = (static_cast<uint32_t>(begin + row) * heads + head) * 8 + column;
+  }
+};
+
+// Where this lane's row of a 16x16 piece of a tile begins, columns 16 step and on; the four 8x8 matrices in the order of
+// an A fragment.
+WKV6_DEVICE void piece_offsets(uint32_t (&offset)[4]) {
+  const int lane = threadIdx.x & 31;
+  const int row = (lane & 7) + ((lane >> 3) & 1) * 8, piece = lane >> 4;
+#pragma unroll
+  for (int step = 0; step < 4; ++step) offset[step] = swizzled(row, 2 * step + piece);
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
@@ -127,34 +135,45 @@ constexpr int kForwardR16 = kLevels * kLevelRows;           // first row of R16
 constexpr int kForwardK16 = kForwardR16 + kTile;
 constexpr int kForwardOperandRows = kForwardK16 + kTile;
 constexpr int kForwardTotals = kForwardOperandRows * kOperandRowBytes;  // float [4 quarters][64]
-constexpr int kForwardWhole = kForwardTotals + 4 * kN * 4;              // float [64]
+constexpr int kForwardWhole = kForwardTotals + 4 * kN * 4;              // float, as whole_offset says
 constexpr int kPairRowBytes = 48;                                       // 16 bf16 and a gap against bank conflicts
-constexpr int kForwardPairs = kForwardWhole + kN * 4;
-constexpr int kForwardValues = kForwardPairs + kTile * kPairRowBytes;
-constexpr int kValueStages = 4;
-constexpr int kValueStageBytes = kTile * kPairRowBytes;  // 16 columns of one warp
-constexpr int kForwardSharedBytes = kForwardValues + 4 * kValueStages * kValueStageBytes;
+constexpr int kWholeQuadBytes = 80;  // 16 floats and a gap against bank conflicts
+constexpr int kForwardPairs = kForwardWhole + 4 * kWholeQuadBytes;
+constexpr int kForwardValues = (kForwardPairs + kTile * kPairRowBytes + 127) / 128 * 128;
+constexpr int kValueStages = 4;  // tiles of v, which y replaces
+constexpr int kForwardSharedBytes = kForwardValues + kValueStages * kTileBytes;
+
+// Decays of the whole tile lie so that a thread of the state update finds its 16 channels, 8 n + pair, side by side.
+WKV6_DEVICE uint32_t whole_offset(int quad, int n) { return quad * kWholeQuadBytes + n * 8; }
 
 struct RawTile {
   uint32_t r[4], k[4], w[4];  // 4 tokens x 2 channels
 };
 
-WKV6_DEVICE void load_raw(RawTile& raw, const Wkv6Forward& a, int first, int end, int head, int lane) {
+// `count`: how many of the 4 tokens exist.
+WKV6_DEVICE void load_raw(RawTile& raw, const Wkv6Forward& a, uint32_t word, uint32_t words_per_token, int count) {
+  const uint32_t *r = static_cast<const uint32_t*>(a.r), *k = static_cast<const uint32_t*>(a.k),
+                 *w = static_cast<const uint32_t*>(a.w_raw);
+  if (count >= 4) {
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int token = first + i;
-    raw.r[i] = raw.k[i] = 0;
-    raw.w[i] = 0xff80ff80u;  // -inf twice: a decay of 1, which leaves everything as it is
-    if (token < end) {
-      const size_t word = (static_cast<size_t>(token) * a.layout.heads + head) * (kN / 2) + lane;
-      raw.r[i] = static_cast<const uint32_t*>(a.r)[word];
-      raw.k[i] = static_cast<const uint32_t*>(a.k)[word];
-      raw.w[i] = static_cast<const uint32_t*>(a.w_raw)[word];
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t at = word + i * words_per_token;
+      raw.r[i] = r[at], raw.k[i] = k[at], raw.w[i] = w[at];
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const uint32_t at = word + i * words_per_token;
+      raw.r[i] = i < count ? r[at] : 0u;
+      raw.k[i] = i < count ? k[at] : 0u;
+      raw.w[i] = i < count ? w[at] : 0xff80ff80u;  // -inf twice: a decay of 1, which leaves everything as it is
     }
   }
 }
 
-__global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward a) {
+constexpr int kForwardBlocks = 4;  // on one multiprocessor, by registers
+
+__global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const Wkv6Forward a) {
   const int head = blockIdx.x, heads = a.layout.heads;
   Item item;
   if (!find_item(a.layout, blockIdx.y, item)) return;
@@ -162,24 +181,28 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
   const uint32_t shared = shared_base();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int row = lane >> 2, pair = 2 * (lane & 3);
-  const int end = item.begin + item.length;
   const int tiles = ceil_div(item.length, kTile);
-  const uint32_t values = shared + kForwardValues + warp * kValueStages * kValueStageBytes;
+  const uint32_t values = shared + kForwardValues;
 
+  const CopyPlace place(item.begin, heads, head);
   auto copy_values = [&](int tile) {
-    if (tile < tiles) {
-      const int t = lane >> 1, piece = lane & 1, token = item.begin + tile * kTile + t;
-      const bool exists = token < end;
-      const size_t offset =
-          (static_cast<size_t>(exists ? token : 0) * heads + head) * kRowBytes + warp * 32 + piece * 16;
-      copy_async(values + (tile % kValueStages) * kValueStageBytes + t * kPairRowBytes + piece * 16,
-                 static_cast<const char*>(a.v) + offset, exists);
-    }
+    if (tile < tiles)
+      copy_tile(values + (tile % kValueStages) * kTileBytes + place.at, a.v, place.piece + tile * kTile * heads * 8,
+                tile * kTile + place.row < item.length);
     commit_copies();
   };
-  for (int tile = 0; tile < kValueStages - 1; ++tile) copy_values(tile);
+  // Brings y of a finished tile to memory and makes room for v of a later one.
+  auto retire = [&](int tile) {
+    store_tile(a.y, values + (tile % kValueStages) * kTileBytes + place.at, place.piece + tile * kTile * heads * 8,
+               tile * kTile + place.row < item.length);
+    copy_values(tile + kValueStages);
+  };
+  for (int tile = 0; tile < kValueStages; ++tile) copy_values(tile);
+  const uint32_t words_per_token = heads * (kN / 2);
+  uint32_t raw_word = (static_cast<uint32_t>(item.begin + 4 * warp) * heads + head) * (kN / 2) + lane;
+  int raw_count = item.length - 4 * warp;
   RawTile raw;
-  load_raw(raw, a, item.begin + 4 * warp, end, head, lane);
+  load_raw(raw, a, raw_word, words_per_token, raw_count);
 
   // Entries above the diagonal stay zero.
   for (int word = threadIdx.x; word < kTile * kPairRowBytes / 4; word += kThreads)
@@ -206,6 +229,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
       const float2 high = *reinterpret_cast<const float2*>(source + 8 * n + 8 * kN);
       state[n][0] = low.x, state[n][1] = low.y, state[n][2] = high.x, state[n][3] = high.y;
     }
+#pragma unroll 2
     for (int before = 0; before < item.segment; ++before) {
       const size_t at = static_cast<size_t>(item.first_item + before) * heads + head;
       const float* added = a.segment_states + at * kStateValues + own;
@@ -234,12 +258,13 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
   // Rows of matrix loads: 16x16 pieces in the order (0, 0) (8, 0) (0, 8) (8, 8), and with the middle two swapped.
   const int lower_first = (lane & 7) + ((lane >> 3) & 1) * 8, lower_piece = lane >> 4;
   const int upper_first = (lane & 7) + (lane >> 4) * 8, upper_piece = (lane >> 3) & 1;
+  const uint32_t value_load = values + swizzled(upper_first, 2 * warp + upper_piece);
+  const uint32_t y_store = values + swizzled(lower_first, 2 * warp + lower_piece);
 
   const uint32_t column_address = shared + lane * 4;  // this thread's two channels in an operand row
   auto operand = [&](int r) { return column_address + r * kOperandRowBytes; };
 
   for (int tile = 0; tile < tiles; ++tile) {
-    const int first = item.begin + tile * kTile;
     // --- Each warp takes 4 tokens, each lane 2 channels: decays, and the operands of the levels inside 4 tokens.
     float r[4][2], k[4][2], p[4][2], q[4][2], total[2];
     float diagonal[4];
@@ -249,8 +274,8 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
       for (int i = 0; i < 4; ++i) {
         r[i][0] = low_half(raw.r[i]), r[i][1] = high_half(raw.r[i]);
         k[i][0] = low_half(raw.k[i]), k[i][1] = high_half(raw.k[i]);
-        decay[i][0] = decay_of(raw_exponential(low_half(raw.w[i])));
-        decay[i][1] = decay_of(raw_exponential(high_half(raw.w[i])));
+        decay[i][0] = decay_of(rate_of(low_half(raw.w[i])));
+        decay[i][1] = decay_of(rate_of(high_half(raw.w[i])));
         diagonal[i] = r[i][0] * bonus[0] * k[i][0] + r[i][1] * bonus[1] * k[i][1];
       }
       store_shared(operand(0 * kLevelRows + 2 * warp), raw.r[1]);
@@ -261,7 +286,8 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
       store_shared(operand(1 * kLevelRows + 2 * warp + 1), pack(r[3][0] * decay[2][0], r[3][1] * decay[2][1]));
       store_shared(operand(1 * kLevelRows + 8 + 2 * warp), pack(k[0][0] * decay[1][0], k[0][1] * decay[1][1]));
       store_shared(operand(1 * kLevelRows + 8 + 2 * warp + 1), raw.k[1]);
-      load_raw(raw, a, first + kTile + 4 * warp, end, head, lane);
+      raw_word += kTile * words_per_token, raw_count -= kTile;
+      load_raw(raw, a, raw_word, words_per_token, raw_count);
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float low = decay[0][e] * decay[1][e], high = decay[2][e] * decay[3][e];
@@ -272,12 +298,14 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
     }
     store_shared(shared + kForwardTotals + warp * kN * 4 + lane * 8, total[0], total[1]);
     {
-      const bool second = warp & 1;
-      const int to = 2 * kLevelRows + (second ? 0 : 8) + (warp >> 1) * 4;
+      const int to = 2 * kLevelRows + (warp >> 1) * 4;
+      if (warp & 1) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i)
-        store_shared(operand(to + i), second ? pack(r[i][0] * p[i][0], r[i][1] * p[i][1])
-                                             : pack(k[i][0] * q[i][0], k[i][1] * q[i][1]));
+        for (int i = 0; i < 4; ++i) store_shared(operand(to + i), pack(r[i][0] * p[i][0], r[i][1] * p[i][1]));
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_shared(operand(to + 8 + i), pack(k[i][0] * q[i][0], k[i][1] * q[i][1]));
+      }
     }
     {
       // Sums over the 64 channels, one token per group of 8 lanes.
@@ -289,7 +317,9 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
       sum += shuffle_xor(sum, 2);
       diagonal[0] = sum + shuffle_xor(sum, 1);
     }
+    wait_for_copies<kValueStages - 2>();
     __syncthreads();
+    if (tile > 0) retire(tile - 1);
 
     // --- The operands that reach beyond 4 tokens.
     {
@@ -301,25 +331,32 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
 #pragma unroll
       for (int i = 0; i < 4; ++i)
         load_shared(shared + kForwardTotals + i * kN * 4 + lane * 8, quarter[i][0], quarter[i][1]);
-      float p8[2], q8[2], p16[2], q16[2];
+      float factor8[2], p16[2], q16[2];
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float low = quarter[0][e] * quarter[1][e], high = quarter[2][e] * quarter[3][e];
-        p8[e] = warp == 3 ? quarter[2][e] : 1.0f;
-        q8[e] = warp == 0 ? quarter[1][e] : 1.0f;
+        factor8[e] = warp == 3 ? quarter[2][e] : warp == 0 ? quarter[1][e] : 1.0f;
         p16[e] = warp == 0 ? 1.0f : warp == 1 ? quarter[0][e] : warp == 2 ? low : low * quarter[2][e];
         q16[e] = warp == 3 ? 1.0f : warp == 2 ? quarter[3][e] : warp == 1 ? high : quarter[1][e] * high;
         total[e] = low * high;
       }
-      if (warp == 0) store_shared(shared + kForwardWhole + lane * 8, total[0], total[1]);
-      const int to = 3 * kLevelRows + (warp >= 2 ? 0 : 8) + (warp & 1) * 4;
+      if (warp == 0) store_shared(shared + kForwardWhole + whole_offset(lane & 3, lane >> 2), total[0], total[1]);
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) p[i][e] *= r[i][e], q[i][e] *= k[i][e];
+      const int to = 3 * kLevelRows + (warp & 1) * 4;
+      if (warp >= 2) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_shared(operand(to + i), pack(p[i][0] * factor8[0], p[i][1] * factor8[1]));
+      } else {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) store_shared(operand(to + 8 + i), pack(q[i][0] * factor8[0], q[i][1] * factor8[1]));
+      }
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const float rp0 = r[i][0] * p[i][0], rp1 = r[i][1] * p[i][1];
-        const float kq0 = k[i][0] * q[i][0], kq1 = k[i][1] * q[i][1];
-        store_shared(operand(to + i), warp >= 2 ? pack(rp0 * p8[0], rp1 * p8[1]) : pack(kq0 * q8[0], kq1 * q8[1]));
-        store_shared(operand(kForwardR16 + 4 * warp + i), pack(rp0 * p16[0], rp1 * p16[1]));
-        store_shared(operand(kForwardK16 + 4 * warp + i), pack(kq0 * q16[0], kq1 * q16[1]));
+        store_shared(operand(kForwardR16 + 4 * warp + i), pack(p[i][0] * p16[0], p[i][1] * p16[1]));
+        store_shared(operand(kForwardK16 + 4 * warp + i), pack(q[i][0] * q16[0], q[i][1] * q16[1]));
       }
     }
     __syncthreads();
@@ -341,11 +378,8 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
       if (pair_offset[1] >= 0) store_shared_half(shared + kForwardPairs + pair_offset[1], both >> 16);
     }
     // --- Output from the state before the tile, then the state after it.
-    wait_for_copies<kValueStages - 2>();
-    __syncwarp();
     uint32_t value[4];
-    load_matrices_transposed(
-        values + (tile % kValueStages) * kValueStageBytes + upper_first * kPairRowBytes + upper_piece * 16, value);
+    load_matrices_transposed(value_load + (tile % kValueStages) * kTileBytes, value);
     float y[2][4] = {};
     {
       uint32_t rounded[8][2];
@@ -377,11 +411,13 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
       uint32_t k16[4];
       load_matrices_transposed(
           shared + (kForwardK16 + lower_first) * kOperandRowBytes + (2 * step + lower_piece) * 16, k16);
+      float whole[2][2];
+      load_shared(shared + kForwardWhole + whole_offset(pair / 2, 2 * step), whole[0][0], whole[0][1], whole[1][0],
+                  whole[1][1]);
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int n = 2 * step + half;
-        float w0, w1;
-        load_shared(shared + kForwardWhole + (8 * n + pair) * 4, w0, w1);
+        const float w0 = whole[half][0], w1 = whole[half][1];
         state[n][0] *= w0, state[n][1] *= w1, state[n][2] *= w0, state[n][3] *= w1;
         multiply_add(state[n], value[0], value[1], value[2], value[3], k16[2 * half], k16[2 * half + 1]);
       }
@@ -400,10 +436,13 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Wkv6Forward 
       static_cast<uint4*>(a.pair_weights)[(slot * kTilesPerChunk + tile % kTilesPerChunk) * 32 + lane] =
           make_uint4(turned[0], turned[1], turned[2], turned[3]);
     }
-    store_rows(a.y, first, end - first, heads, head, 16 * warp, pack(y[0][0], y[0][1]), pack(y[1][0], y[1][1]),
-               pack(y[0][2], y[0][3]), pack(y[1][2], y[1][3]));
-    __syncwarp();
-    copy_values(tile + kValueStages - 1);
+    // y takes the place of v, of which this warp alone reads these columns.
+    store_matrices(y_store + (tile % kValueStages) * kTileBytes, pack(y[0][0], y[0][1]), pack(y[0][2], y[0][3]),
+                   pack(y[1][0], y[1][1]), pack(y[1][2], y[1][3]));
+  }
+  if (tiles > 0) {
+    __syncthreads();
+    retire(tiles - 1);
   }
 
   if (item.segment == item.segments - 1) {
@@ -453,9 +492,8 @@ WKV6_DEVICE void decay_products(Products& d, const float (&decay)[2][2]) {
   d.whole = eight[0] * eight[1];
 }
 
-// w_raw fragment -> decay; tokens from `count` on decay by 1. `exponential` gets exp(w_raw).
-WKV6_DEVICE void decays(const uint32_t (&w)[4], int count, float (&decay)[2][2][2], float (&exponential)[2][2][2]) {
-  const int pair = 2 * (threadIdx.x & 3);
+// w_raw fragment -> rate and decay; tokens from `count` on decay by 1.
+WKV6_DEVICE void decays(const uint32_t (&w)[4], int count, float (&decay)[2][2][2], float (&rate)[2][2][2]) {
 #pragma unroll
   for (int c = 0; c < 2; ++c)
 #pragma unroll
@@ -463,19 +501,28 @@ WKV6_DEVICE void decays(const uint32_t (&w)[4], int count, float (&decay)[2][2][
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
         const float raw = e ? high_half(w[2 * h + c]) : low_half(w[2 * h + c]);
-        exponential[c][h][e] = raw_exponential(raw);
-        decay[c][h][e] = 8 * h + pair + e < count ? decay_of(exponential[c][h][e]) : 1.0f;
+        rate[c][h][e] = rate_of(raw);
+        decay[c][h][e] = decay_of(rate[c][h][e]);
       }
+  if (count < kTile) {
+    const int pair = 2 * (threadIdx.x & 3);
+#pragma unroll
+    for (int c = 0; c < 2; ++c)
+#pragma unroll
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int e = 0; e < 2; ++e)
+          if (8 * h + pair + e >= count) decay[c][h][e] = 1.0f;
+  }
 }
 
 // state = whole * state + operand^T rows: `operand` channel x token, `rows` a tile token x value in shared memory.
-WKV6_DEVICE void advance(float (&state)[8][4], float whole0, float whole1, const uint32_t (&operand)[4], uint32_t rows) {
-  const int lane = threadIdx.x & 31;
-  const int row = (lane & 7) + ((lane >> 3) & 1) * 8, piece = lane >> 4;
+WKV6_DEVICE void advance(float (&state)[8][4], float whole0, float whole1, const uint32_t (&operand)[4], uint32_t rows,
+                         const uint32_t (&offset)[4]) {
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     uint32_t m[4];
-    load_matrices_transposed(rows + swizzled(row, 2 * step + piece), m);
+    load_matrices_transposed(rows + offset[step], m);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float(&x)[4] = state[2 * step + half];
@@ -495,6 +542,7 @@ WKV6_DEVICE size_t own_state_offset() {
 WKV6_DEVICE void fold_later_segments(
     float (&gradient)[8][4], const float* states, const float* decays, const Item& item, int segment, int heads, int head) {
   const int warp = threadIdx.x >> 5, row = (threadIdx.x & 31) >> 2;
+#pragma unroll 2
   for (int after = item.segments - 1; after > segment; --after) {
     const size_t at = static_cast<size_t>(item.first_item + after) * heads + head;
     const float* added = states + at * kStateValues + own_state_offset();
@@ -537,23 +585,25 @@ constexpr int kSummaryStages = 4;
 constexpr int kSummarySharedBytes = kSummaryStages * 3 * kTileBytes;
 
 template <bool kBackward>
-__global__ void __launch_bounds__(kThreads, 4) summary_kernel(const Summary a) {
+__global__ void __launch_bounds__(kThreads, 6) summary_kernel(const Summary a) {
   const int head = blockIdx.x, heads = a.layout.heads;
   Item item;
   if (!find_item(a.layout, blockIdx.y, item)) return;
   if (!a.of_all && item.segment == (kBackward ? 0 : item.segments - 1)) return;
   const uint32_t shared = shared_base();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = lane >> 2;
-  const int end = item.begin + item.length;
   const int tiles = ceil_div(item.length, kTile);
 
+  const CopyPlace place(item.begin, heads, head);
   auto copy = [&](int step) {
     if (step < tiles) {
-      const int first = item.begin + (kBackward ? tiles - 1 - step : step) * kTile;
-      const uint32_t stage = shared + (step % kSummaryStages) * 3 * kTileBytes;
-      copy_tile(stage, a.operand, first, end, heads, head);
-      copy_tile(stage + kTileBytes, a.w_raw, first, end, heads, head);
-      copy_tile(stage + 2 * kTileBytes, a.rows, first, end, heads, head);
+      const int tile = kBackward ? tiles - 1 - step : step;
+      const uint32_t stage = shared + place.at + (step % kSummaryStages) * 3 * kTileBytes;
+      const uint32_t piece = place.piece + tile * kTile * heads * 8;
+      const bool exists = tile * kTile + place.row < item.length;
+      copy_tile(stage, a.operand, piece, exists);
+      copy_tile(stage + kTileBytes, a.w_raw, piece, exists);
+      copy_tile(stage + 2 * kTileBytes, a.rows, piece, exists);
     }
     commit_copies();
   };
@@ -561,7 +611,9 @@ __global__ void __launch_bounds__(kThreads, 4) summary_kernel(const Summary a) {
 
   float state[8][4] = {};
   float decay_total[2] = {1.0f, 1.0f};
-  const int own_row = (lane & 7) + (lane >> 4) * 8, own_piece = 2 * warp + ((lane >> 3) & 1);
+  const uint32_t own_tile = swizzled((lane & 7) + (lane >> 4) * 8, 2 * warp + ((lane >> 3) & 1));
+  uint32_t offset[4];
+  piece_offsets(offset);
   for (int step = 0; step < tiles; ++step) {
     wait_for_copies<kSummaryStages - 2>();
     __syncthreads();
@@ -569,10 +621,10 @@ __global__ void __launch_bounds__(kThreads, 4) summary_kernel(const Summary a) {
     const uint32_t stage = shared + (step % kSummaryStages) * 3 * kTileBytes;
     const int count = item.length - (kBackward ? tiles - 1 - step : step) * kTile;
     uint32_t x[4], w[4];
-    load_matrices_transposed(stage + swizzled(own_row, own_piece), x);
-    load_matrices_transposed(stage + kTileBytes + swizzled(own_row, own_piece), w);
-    float decay[2][2][2], exponential[2][2][2];
-    decays(w, count, decay, exponential);
+    load_matrices_transposed(stage + own_tile, x);
+    load_matrices_transposed(stage + kTileBytes + own_tile, w);
+    float decay[2][2][2], rate[2][2][2];
+    decays(w, count, decay, rate);
     uint32_t operand[4];
     float whole[2];
 #pragma unroll
@@ -588,7 +640,7 @@ __global__ void __launch_bounds__(kThreads, 4) summary_kernel(const Summary a) {
         operand[2 * h + c] = pack(low_half(x[2 * h + c]) * f0, high_half(x[2 * h + c]) * f1);
       }
     }
-    advance(state, whole[0], whole[1], operand, stage + 2 * kTileBytes);
+    advance(state, whole[0], whole[1], operand, stage + 2 * kTileBytes, offset);
   }
   const size_t at = static_cast<size_t>(blockIdx.y) * heads + head;
   store_state(a.added + at * kStateValues, state);
@@ -619,18 +671,29 @@ constexpr int kSlots = kTilesPerChunk;
 constexpr int kSlotTensors = 5;  // r, k, v, w_raw, dy
 constexpr int kSlotBytes = kSlotTensors * kTileBytes;
 constexpr int kBackwardPairs = kSlots * kSlotBytes;                             // A^T fragments, 512 bytes per slot
-constexpr int kBackwardStates = kBackwardPairs + kSlots * 512;                  // bf16 states before the chunk's tiles
-constexpr int kBackwardGradients = kBackwardStates + kSlots * kStateValues * 2; // E [key][value], bf16, two of them
-constexpr int kBackwardK16 = kBackwardGradients + 2 * kStateValues * 2;         // K16 [key][token], bf16, two of them
-constexpr int kBackwardSharedBytes = kBackwardK16 + 2 * kN * kTile * 2;
+constexpr int kBackwardStates = kBackwardPairs + kSlots * 512;  // bf16 states before a chunk's tiles but the last
+constexpr int kBackwardGradients = kBackwardStates + (kSlots - 1) * kStateValues * 2;  // E [key][value], bf16, two
+constexpr int kBackwardSharedBytes = kBackwardGradients + 2 * kStateValues * 2;
+constexpr int kBackwardBlocks = 2;  // on one multiprocessor of sm_90, by registers and by shared memory
 
-// Row = key channel, 16 tokens in two pieces of 16 bytes.
-WKV6_DEVICE uint32_t k16_offset(int channel, int piece) {
-  return channel * 32 + ((piece ^ ((channel >> 2) & 1)) << 4);
+// A checkpoint as fragments of own channels x values; the forward's are values x keys.
+WKV6_DEVICE void load_checkpoint(uint32_t (&state)[8][2], const void* checkpoints, size_t slot) {
+  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
+  const uint4* from = static_cast<const uint4*>(checkpoints) + slot * (kStateValues / 8) + warp * 32 + lane;
+  uint4 loaded[4];
+#pragma unroll
+  for (int block = 0; block < 4; ++block) loaded[block] = from[block * 128];
+#pragma unroll
+  for (int block = 0; block < 4; ++block) {
+    state[2 * block][0] = transpose(loaded[block].x);
+    state[2 * block + 1][0] = transpose(loaded[block].y);
+    state[2 * block][1] = transpose(loaded[block].z);
+    state[2 * block + 1][1] = transpose(loaded[block].w);
+  }
 }
 
 template <bool kWithDu>
-__global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backward a) {
+__global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(const Wkv6Backward a) {
   const int head = blockIdx.x, heads = a.layout.heads;
   Item item;
   if (!find_item(a.layout, blockIdx.y, item)) {
@@ -641,30 +704,45 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
   const uint32_t shared = shared_base();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   const int row = lane >> 2, quad = lane & 3, pair = 2 * quad;
-  const int end = item.begin + item.length;
   const int chunks = ceil_div(item.length, kChunk);
   const int own_channel = 16 * warp + row;
 
   // Tile `tile` of chunk `chunk` lies in this slot: tiles are used last to first, and each makes room for the chunk
   // before, whose first tiles are wanted first.
   auto slot_of = [&](int chunk, int tile) { return (chunks - 1 - chunk) & 1 ? kSlots - 1 - tile : tile; };
+  const CopyPlace place(item.begin, heads, head);
   auto copy = [&](int chunk, int tile) {
     if (chunk >= 0) {
       const int slot = slot_of(chunk, tile);
-      const int first = item.begin + chunk * kChunk + tile * kTile;
-      const uint32_t to = shared + slot * kSlotBytes;
-      copy_tile(to, a.r, first, end, heads, head);
-      copy_tile(to + kTileBytes, a.k, first, end, heads, head);
-      copy_tile(to + 2 * kTileBytes, a.v, first, end, heads, head);
-      copy_tile(to + 3 * kTileBytes, a.w_raw, first, end, heads, head);
-      copy_tile(to + 4 * kTileBytes, a.dy, first, end, heads, head);
+      const int first = chunk * kChunk + tile * kTile;
+      const uint32_t to = shared + slot * kSlotBytes + place.at;
+      const uint32_t piece = place.piece + first * heads * 8;
+      const bool exists = first + place.row < item.length;
+      copy_tile(to, a.r, piece, exists);
+      copy_tile(to + kTileBytes, a.k, piece, exists);
+      copy_tile(to + 2 * kTileBytes, a.v, piece, exists);
+      copy_tile(to + 3 * kTileBytes, a.w_raw, piece, exists);
+      copy_tile(to + 4 * kTileBytes, a.dy, piece, exists);
       if (warp == tile) {
         const size_t at = static_cast<size_t>(item.first_chunk + chunk) * heads + head;
         copy_async(shared + kBackwardPairs + slot * 512 + lane * 16,
-                   static_cast<const uint4*>(a.pair_weights) + (at * kTilesPerChunk + tile) * 32 + lane, first < end);
+                   static_cast<const uint4*>(a.pair_weights) + (at * kTilesPerChunk + tile) * 32 + lane,
+                   first < item.length);
       }
     }
     commit_copies();
+  };
+  // Brings the gradients of a finished tile, which lie where its inputs did, to memory; the slot's next tile follows.
+  auto retire = [&](int chunk, int tile) {
+    const int first = chunk * kChunk + tile * kTile;
+    const uint32_t from = shared + slot_of(chunk, tile) * kSlotBytes + place.at;
+    const uint32_t piece = place.piece + first * heads * 8;
+    const bool exists = first + place.row < item.length;
+    store_tile(a.dr, from, piece, exists);
+    store_tile(a.dk, from + 2 * kTileBytes, piece, exists);
+    store_tile(a.dw_raw, from + 3 * kTileBytes, piece, exists);
+    store_tile(a.dv, from + 4 * kTileBytes, piece, exists);
+    copy(chunk - 1, kTilesPerChunk - 1 - tile);
   };
   for (int tile = 0; tile < kTilesPerChunk; ++tile) copy(chunks - 1, tile);
 
@@ -681,9 +759,14 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
   load_state_gradient(gradient, a.dfinal_state == nullptr ? nullptr : a.dfinal_state + state_at);
   fold_later_segments(gradient, a.segment_states, a.segment_decays, item, item.segment, heads, head);
 
+  uint32_t offset[4];
+  piece_offsets(offset);
   const int lower_first = (lane & 7) + ((lane >> 3) & 1) * 8, lower_piece = lane >> 4;
   const int upper_first = (lane & 7) + (lane >> 4) * 8, upper_piece = (lane >> 3) & 1;
-  const uint32_t own_tile = swizzled(upper_first, 2 * warp + upper_piece);  // own channels, to be loaded transposed
+  const uint32_t own_tile = swizzled(upper_first, 2 * warp + upper_piece);     // own channels, to be loaded transposed
+  const uint32_t own_values = swizzled(lower_first, 2 * warp + lower_piece);   // own value columns, likewise
+  const uint32_t gradient_store = shared + kBackwardGradients + warp * 16 * kRowBytes;
+  const uint32_t gradient_load = shared + kBackwardGradients + own_values;
   const uint32_t stash = shared + kBackwardStates + threadIdx.x * 16;
   // Which pairs of an 8x8 block on the diagonal belong to the levels s = 4, 2, 1; rows i, columns j, and transposed.
   const bool four = row >= 4 && quad < 2, four_t = row < 4 && quad >= 2;
@@ -698,20 +781,8 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
                          : kTilesPerChunk - 1;
     float state[8][4];
     uint32_t rounded[8][2];
+    load_checkpoint(rounded, a.checkpoints, static_cast<size_t>(item.first_chunk + chunk) * heads + head);
     {
-      const size_t at = static_cast<size_t>(item.first_chunk + chunk) * heads + head;
-      const uint4* from = static_cast<const uint4*>(a.checkpoints) + at * (kStateValues / 8) + warp * 32 + lane;
-      uint4 loaded[4];
-#pragma unroll
-      for (int block = 0; block < 4; ++block) loaded[block] = from[block * 128];
-#pragma unroll
-      for (int block = 0; block < 4; ++block) {
-        // The forward's fragments are value x key; turned they are key x value.
-        rounded[2 * block][0] = transpose(loaded[block].x);
-        rounded[2 * block + 1][0] = transpose(loaded[block].y);
-        rounded[2 * block][1] = transpose(loaded[block].z);
-        rounded[2 * block + 1][1] = transpose(loaded[block].w);
-      }
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -720,19 +791,18 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
     }
     wait_for_copies<1>();  // all but the chunk's last tile
     __syncthreads();
-    for (int tile = 0;; ++tile) {
+    for (int tile = 0; tile < last; ++tile) {
       const uint32_t to = stash + tile * kStateValues * 2;
 #pragma unroll
       for (int n = 0; n < 4; ++n)
         store_shared(to + n * kThreads * 16, rounded[2 * n][0], rounded[2 * n][1], rounded[2 * n + 1][0],
                      rounded[2 * n + 1][1]);
-      if (tile == last) break;
       const uint32_t slot = shared + slot_of(chunk, tile) * kSlotBytes;
       uint32_t k[4], w[4];
       load_matrices_transposed(slot + kTileBytes + own_tile, k);
       load_matrices_transposed(slot + 3 * kTileBytes + own_tile, w);
-      float decay[2][2][2], exponential[2][2][2], whole[2];
-      decays(w, kTile, decay, exponential);
+      float decay[2][2][2], rate[2][2][2], whole[2];
+      decays(w, kTile, decay, rate);
       uint32_t operand[4];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
@@ -744,7 +814,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
           operand[2 * h + c] =
               pack(low_half(k[2 * h + c]) * d.second[h] * d.q[h][2], high_half(k[2 * h + c]) * d.q[h][2]);
       }
-      advance(state, whole[0], whole[1], operand, slot + 2 * kTileBytes);
+      advance(state, whole[0], whole[1], operand, slot + 2 * kTileBytes, offset);
 #pragma unroll
       for (int n = 0; n < 8; ++n)
         rounded[n][0] = pack(state[n][0], state[n][1]), rounded[n][1] = pack(state[n][2], state[n][3]);
@@ -754,13 +824,14 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
     __syncthreads();
     for (int tile = last; tile >= 0; --tile) {
       const uint32_t slot = shared + slot_of(chunk, tile) * kSlotBytes;
-      const int first = item.begin + chunk * kChunk + tile * kTile;
-      const int count = end - first;
+      const int count = item.length - chunk * kChunk - tile * kTile;
       const uint32_t buffer = tile & 1;
+      if (tile < last) {
 #pragma unroll
-      for (int n = 0; n < 4; ++n)
-        load_shared(stash + tile * kStateValues * 2 + n * kThreads * 16, rounded[2 * n][0], rounded[2 * n][1],
-                    rounded[2 * n + 1][0], rounded[2 * n + 1][1]);
+        for (int n = 0; n < 4; ++n)
+          load_shared(stash + tile * kStateValues * 2 + n * kThreads * 16, rounded[2 * n][0], rounded[2 * n][1],
+                      rounded[2 * n + 1][0], rounded[2 * n + 1][1]);
+      }
 
       // --- E as an operand, for this warp and, in shared memory, for the others.
       uint32_t e16[8][2];
@@ -768,10 +839,11 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
       for (int n = 0; n < 8; ++n) {
         e16[n][0] = pack(gradient[n][0], gradient[n][1]);
         e16[n][1] = pack(gradient[n][2], gradient[n][3]);
-        const uint32_t to = shared + kBackwardGradients + buffer * kStateValues * 2 + pair * 2;
-        store_shared(to + swizzled(own_channel, n), e16[n][0]);
-        store_shared(to + swizzled(own_channel + 8, n), e16[n][1]);
       }
+#pragma unroll
+      for (int step = 0; step < 4; ++step)
+        store_matrices(gradient_store + buffer * kStateValues * 2 + offset[step], e16[2 * step][0], e16[2 * step][1],
+                       e16[2 * step + 1][0], e16[2 * step + 1][1]);
 
       // --- Products over the value columns: dA, the inter-tile parts of dr and dk, rowsum(S E).
       float dpairs0[4] = {}, dpairs1[4] = {};  // columns j = 0..7 and 8..15
@@ -781,10 +853,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
         float se0[4] = {}, se1[4] = {};
 #pragma unroll
         for (int step = 0; step < 4; ++step) {
-          const uint32_t at = swizzled(lower_first, 2 * step + lower_piece);
           uint32_t dy[4], v[4];
-          load_matrices(slot + 4 * kTileBytes + at, dy);
-          load_matrices(slot + 2 * kTileBytes + at, v);
+          load_matrices(slot + 4 * kTileBytes + offset[step], dy);
+          load_matrices(slot + 2 * kTileBytes + offset[step], v);
           const uint32_t(&s0)[2] = rounded[2 * step], (&s1)[2] = rounded[2 * step + 1];
           const uint32_t(&e0)[2] = e16[2 * step], (&e1)[2] = e16[2 * step + 1];
           multiply_add(dpairs0, dy[0], dy[1], dy[2], dy[3], v[0], v[2]);
@@ -806,11 +877,11 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
       load_matrices_transposed(slot + own_tile, r_words);
       load_matrices_transposed(slot + kTileBytes + own_tile, k_words);
       load_matrices_transposed(slot + 3 * kTileBytes + own_tile, w_words);
-      float exponential[2][2][2];
+      float rate[2][2][2];
       Products d[2];
       {
         float decay[2][2][2];
-        decays(w_words, count, decay, exponential);
+        decays(w_words, count, decay, rate);
         decay_products(d[0], decay[0]);
         decay_products(d[1], decay[1]);
       }
@@ -825,7 +896,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
 
       // --- s = 16. dr and dk are collected without the factors first and second; x = r dr, z = k dk.
       float dr[2][2][2], dk[2][2][2], x[2][2][2], z[2][2][2], dlog[2][2][2];
-      uint32_t r16[4];
+      uint32_t r16[4], k16[4];
 #pragma unroll
       for (int c = 0; c < 2; ++c) {
 #pragma unroll
@@ -833,8 +904,7 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
           const float p = d[c].p[h][2], q = d[c].q[h][2];
           const float rp0 = r[c][h][0] * p, rp1 = r[c][h][1] * p, kq0 = k[c][h][0] * q, kq1 = k[c][h][1] * q;
           r16[2 * h + c] = pack(rp0, rp1);
-          store_shared(shared + kBackwardK16 + buffer * kN * kTile * 2 + k16_offset(own_channel + 8 * c, h) + quad * 4,
-                       pack(kq0, kq1));
+          k16[2 * h + c] = pack(kq0, kq1);
           dr[c][h][0] = p * dr16[h][2 * c], dr[c][h][1] = p * dr16[h][2 * c + 1];
           dk[c][h][0] = q * dk16[h][2 * c], dk[c][h][1] = q * dk16[h][2 * c + 1];
           x[c][h][0] = rp0 * dr16[h][2 * c], x[c][h][1] = rp1 * dr16[h][2 * c + 1];
@@ -847,6 +917,9 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
         dlog[c][0][0] = dlog[c][0][1] = whole_span + later;
         dlog[c][1][0] = dlog[c][1][1] = whole_span + earlier;
       }
+
+      // K16 takes the place of k, of which this warp alone reads these columns.
+      store_matrices_transposed(slot + kTileBytes + own_tile, k16[0], k16[1], k16[2], k16[3]);
 
       // --- dA of the tile as operands: 8x8 blocks (i, j), and transposed.
       const uint32_t upper_left = pack(dpairs0[0], dpairs0[1]), lower_left = pack(dpairs0[2], dpairs0[3]);
@@ -940,63 +1013,62 @@ __global__ void __launch_bounds__(kThreads, 2) backward_kernel(const Wkv6Backwar
             const uint32_t r_word = r_words[2 * h + c], k_word = k_words[2 * h + c];
             const float r_own = e ? high_half(r_word) : low_half(r_word);
             const float k_own = e ? high_half(k_word) : low_half(k_word);
-            dr[c][h][e] += diagonal[e] * bonus[c] * k_own;
-            dk[c][h][e] += diagonal[e] * bonus[c] * r_own;
+            const float weight = diagonal[e] * bonus[c];
+            dr[c][h][e] += weight * k_own;
+            dk[c][h][e] += weight * r_own;
             if (kWithDu) du[c] += diagonal[e] * r_own * k_own;
           }
         }
       }
 
       // --- E before the tile.
-      advance(gradient, d[0].whole, d[1].whole, r16, slot + 4 * kTileBytes);
+      advance(gradient, d[0].whole, d[1].whole, r16, slot + 4 * kTileBytes, offset);
 
-      auto store_channels = [&](void* tensor, const float(&value)[2][2][2]) {
-        store_rows(tensor, first, count, heads, head, 16 * warp, transpose(pack(value[0][0][0], value[0][0][1])),
-                   transpose(pack(value[1][0][0], value[1][0][1])), transpose(pack(value[0][1][0], value[0][1][1])),
-                   transpose(pack(value[1][1][0], value[1][1][1])));
+      // dr and dw take the places of r and w, of which this warp alone reads these columns; dk has to wait.
+      auto store_channels = [&](uint32_t to, const float(&value)[2][2][2]) {
+        store_matrices_transposed(to + own_tile, pack(value[0][0][0], value[0][0][1]), pack(value[1][0][0], value[1][0][1]),
+                                  pack(value[0][1][0], value[0][1][1]), pack(value[1][1][0], value[1][1][1]));
       };
-      store_channels(a.dr, dr);
-      store_channels(a.dk, dk);
+      store_channels(slot, dr);
 #pragma unroll
       for (int c = 0; c < 2; ++c)
 #pragma unroll
         for (int h = 0; h < 2; ++h)
 #pragma unroll
-          for (int e = 0; e < 2; ++e) dlog[c][h][e] *= -exponential[c][h][e];
-      store_channels(a.dw_raw, dlog);
+          // Where exp(w_raw) overflows the decay is 0 and dlog exactly 0: the bound keeps their product from being NaN.
+          for (int e = 0; e < 2; ++e) dlog[c][h][e] *= -kLn2 * minimum(rate[c][h][e], kHuge);
+      store_channels(slot + 3 * kTileBytes, dlog);
 
       // --- dv of this warp's value columns needs E and K16 of all channels.
       __syncthreads();
       if (tile == last) {
         for (int ahead = 0; ahead < kTilesPerChunk - 1 - last; ++ahead) copy(chunk - 1, ahead);
       } else {
-        copy(chunk - 1, kTilesPerChunk - 2 - tile);
+        retire(chunk, tile + 1);
       }
+      store_channels(slot + 2 * kTileBytes, dk);  // v is no longer wanted by anyone
       float dv[2][4] = {};
       {
         uint32_t pairs[4], dy[4];
         load_shared(shared + kBackwardPairs + slot_of(chunk, tile) * 512 + lane * 16, pairs[0], pairs[1], pairs[2],
                     pairs[3]);
-        load_matrices_transposed(slot + 4 * kTileBytes + swizzled(lower_first, 2 * warp + lower_piece), dy);
+        load_matrices_transposed(slot + 4 * kTileBytes + own_values, dy);
         multiply_add(dv[0], pairs[0], pairs[1], pairs[2], pairs[3], dy[0], dy[1]);
         multiply_add(dv[1], pairs[0], pairs[1], pairs[2], pairs[3], dy[2], dy[3]);
       }
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
-        uint32_t k16[4], e[4];
-        load_matrices_transposed(
-            shared + kBackwardK16 + buffer * kN * kTile * 2 + k16_offset(16 * step + upper_first, upper_piece), k16);
-        load_matrices_transposed(shared + kBackwardGradients + buffer * kStateValues * 2 +
-                                     swizzled(16 * step + lower_first, 2 * warp + lower_piece),
-                                 e);
-        multiply_add(dv[0], k16[0], k16[1], k16[2], k16[3], e[0], e[1]);
-        multiply_add(dv[1], k16[0], k16[1], k16[2], k16[3], e[2], e[3]);
+        uint32_t keys[4], e[4];
+        load_matrices(slot + kTileBytes + offset[step], keys);
+        load_matrices_transposed(gradient_load + buffer * kStateValues * 2 + step * 16 * kRowBytes, e);
+        multiply_add(dv[0], keys[0], keys[1], keys[2], keys[3], e[0], e[1]);
+        multiply_add(dv[1], keys[0], keys[1], keys[2], keys[3], e[2], e[3]);
       }
-      store_rows(a.dv, first, count, heads, head, 16 * warp, pack(dv[0][0], dv[0][1]), pack(dv[1][0], dv[1][1]),
-                 pack(dv[0][2], dv[0][3]), pack(dv[1][2], dv[1][3]));
+      store_matrices(slot + 4 * kTileBytes + own_values, pack(dv[0][0], dv[0][1]), pack(dv[0][2], dv[0][3]),
+                     pack(dv[1][0], dv[1][1]), pack(dv[1][2], dv[1][3]));
     }
     __syncthreads();
-    copy(chunk - 1, kTilesPerChunk - 1);
+    retire(chunk, 0);
   }
 
   if (a.dstate != nullptr && item.segment == 0) store_state(a.dstate + state_at, gradient);

@@ -39,6 +39,10 @@ WKV6_DEVICE void load_shared(uint32_t address, uint32_t& a, uint32_t& b, uint32_
                : "memory");
 }
 
+WKV6_DEVICE void load_shared(uint32_t address, float& x, float& y, float& z, float& w) {
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x), "=f"(y), "=f"(z), "=f"(w) : "r"(address) : "memory");
+}
+
 // Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
 WKV6_DEVICE void load_matrices(uint32_t address, uint32_t (&m)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
@@ -52,11 +56,35 @@ WKV6_DEVICE void load_matrices_transposed(uint32_t address, uint32_t (&m)[4]) {
                : "r"(address)
                : "memory");
 }
+// The reverse of load_matrices: four fragments to the rows that the lanes name.
+WKV6_DEVICE void store_matrices(uint32_t address, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m0), "r"(m1),
+               "r"(m2), "r"(m3)
+               : "memory");
+#else
+  const int lane = threadIdx.x & 31, row = lane >> 2;
+  const uint32_t at = 4 * (lane & 3);
+  store_shared(__shfl_sync(0xffffffffu, address, row) + at, m0);
+  store_shared(__shfl_sync(0xffffffffu, address, 8 + row) + at, m1);
+  store_shared(__shfl_sync(0xffffffffu, address, 16 + row) + at, m2);
+  store_shared(__shfl_sync(0xffffffffu, address, 24 + row) + at, m3);
+#endif
+}
 // Transposes one 8x8 matrix of 16-bit values held as a fragment.
 WKV6_DEVICE uint32_t transpose(uint32_t fragment) {
   uint32_t result;
   asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(result) : "r"(fragment));
   return result;
+}
+WKV6_DEVICE void store_matrices_transposed(uint32_t address, uint32_t m0, uint32_t m1, uint32_t m2, uint32_t m3) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(m0),
+               "r"(m1), "r"(m2), "r"(m3)
+               : "memory");
+#else
+  store_matrices(address, transpose(m0), transpose(m1), transpose(m2), transpose(m3));
+#endif
 }
 
 // c += a * b, bfloat16 operands, float sums.

@@ -121,6 +121,7 @@ class TrainConfig:
         (0, 1, 2), "hardware",
     )  # fmt: skip
     memory_gib: float = flag(0.0, "GPU memory --grad_cp 2 may use in all; 0 is the whole card", group="hardware")
+    cuda_graph: int = flag(1, "1 records a step per shape and replays it, 0 issues every kernel", (0, 1), "hardware")
     ds_bucket_mb: int = flag(200, "upper limit of DeepSpeed's buckets, million bytes", group="hardware")
 
     # Logs

@@ -52,9 +52,7 @@ def dequantization_kernels() -> Any | None:
     try:
         return load_extension("dequantize")
     except KernelError as error:
-        warnings.warn(
-            f"{error}. Dequantisation by bitsandbytes is used instead, at half the speed.", stacklevel=3
-        )
+        warnings.warn(f"{error}. Dequantisation by bitsandbytes is used instead, at half the speed.", stacklevel=3)
         return None
 
 
@@ -67,8 +65,10 @@ def _dynamic_code(device: torch.device) -> Tensor:
 
 @functools.cache
 def _four_bit_code(name: str, device: torch.device) -> Tensor:
-    """The 16 values of "nf4" or "fp4", fp32, once per device."""
+    """The 16 values of "nf4" or "fp4", fp32, once per device; fp4's code 8 is -0, as in bitsandbytes' kernel."""
     code: Tensor = _bitsandbytes_functional().get_4bit_type(name, device=device)
+    if name == "fp4":
+        code[8] = -0.0
     return code
 
 
@@ -89,7 +89,8 @@ class DequantizationWorkspace:
     costs one layer of dense matrices.
 
     A buffer's contents are overwritten by the next dequantisation, in stream order: all layers that share a
-    workspace must run on one stream per device, as a model's forward and backward do.
+    workspace must run on one stream per device, as a model's forward and backward do. Call `clear` before
+    capturing a CUDA graph: the capture must not find matrices that its replays will not.
     """
 
     def __init__(self, keep_dequantized: bool = False) -> None:
@@ -120,7 +121,16 @@ class DequantizationWorkspace:
     def allocated_bytes(self) -> int:
         """Bytes all buffers take together."""
         own = sum(slot.buffer.numel() * slot.buffer.element_size() for slot in self._slots.values())
-        return own + sum(native.allocated_bytes() for native in self._native.values())
+        on_gpus: int = sum(native.allocated_bytes() for native in self._native.values())
+        return own + on_gpus
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DequantizationWorkspace:
+        """Copies of layers go on sharing the buffers."""
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Pickles the setting, not the buffers."""
+        return {"_keep_dequantized": self._keep_dequantized, "_slots": {}, "_native": {}}
 
     def native(self, device: torch.device, kernels: Any) -> Any:
         """The extension's workspace for a GPU."""
@@ -219,9 +229,7 @@ class FrozenLinear(nn.Module):
             ConfigError: `quant_type` is none of `QUANT_TYPES`.
         """
         if quant_type not in QUANT_TYPES:
-            raise ConfigError(
-                f"--quant_type {quant_type} is unknown; choose one of {', '.join(QUANT_TYPES)}."
-            )
+            raise ConfigError(f"--quant_type {quant_type} is unknown; choose one of {', '.join(QUANT_TYPES)}.")
         assert weight.ndim == 2, f"weight has shape {tuple(weight.shape)}, expected [out, in]"
         functional = _bitsandbytes_functional()
         dense = weight.detach().contiguous()
@@ -265,9 +273,7 @@ class FrozenLinear(nn.Module):
 
     def dequantized(self) -> Tensor:
         """The matrix [out, in] in `compute_dtype`, in memory of its own."""
-        dense = torch.empty(
-            self.out_features, self.in_features, dtype=self.compute_dtype, device=self.packed.device
-        )
+        dense = torch.empty(self.out_features, self.in_features, dtype=self.compute_dtype, device=self.packed.device)
         native = self._seek_native()
         if native is None:
             self._fill(dense)

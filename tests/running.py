@@ -8,8 +8,9 @@ import runpy
 import signal
 import subprocess
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from src.data.binidx import write_binidx
 
@@ -101,6 +103,24 @@ def started(
         process.wait()
 
 
+class GivenLoss:
+    """An objective whose loss is a function of (model, batch)."""
+
+    recordable = False
+
+    def __init__(self, function: Callable[[Any, Any], Tensor]) -> None:
+        self.function = function
+
+    def stage(self, model: Any, batch: Any) -> Any:
+        return batch
+
+    def compute(self, model: Any, staged: Any) -> tuple[Tensor, Any]:
+        return self.function(model, staged), None
+
+    def logs(self, result: Any) -> dict[str, float]:
+        return {}
+
+
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Records of `metrics.jsonl`; a line that is still being written is left out."""
     path = folder / "metrics.jsonl"
@@ -127,3 +147,16 @@ def write_documents(
         documents.append([*np.resize(phrase, length - 1).tolist(), 0])
     write_binidx(prefix, documents, dtype)
     return prefix
+
+
+def wait_until(condition: Callable[[], bool], seconds: float) -> None:
+    """Polls until the condition holds.
+
+    Raises:
+        TimeoutError: after so many seconds.
+    """
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            raise TimeoutError
+        time.sleep(0.05)

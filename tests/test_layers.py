@@ -12,7 +12,8 @@ ENTRY_SCRIPTS = ("train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_ge
 LEVELS = (
     ("src.errors",),
     ("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout"),
-    ("src.quant", "src.data", "src.ops"),
+    ("src.data", "src.ops"),
+    ("src.quant",),
     ("src.model",),
     ("src.adapters", "src.checkpoint", "src.loading", "src.generate"),
     ("src.training", "src.demo"),

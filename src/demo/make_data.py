@@ -5,6 +5,7 @@ Nothing in the program imports this file: it is the record of how the bundled fi
 
 from __future__ import annotations
 
+import csv
 import gzip
 import json
 import random
@@ -20,33 +21,42 @@ NOVELS = "usr/lib/R/site-library/janeaustenr/data/Rdata.rdb"
 JARGON = "usr/share/doc/jargon-text/jargon.txt.gz"
 DEVIL = "usr/share/dictd/devil.dict.dz"
 
-LONGEST_PASSAGE_BYTES = 511
-SHORTEST_PASSAGE_BYTES = 300
-TRAINING_PASSAGES = 640
-HELD_OUT_PASSAGES = 48
+POETRY = {"Job", "Psa", "Prv", "Eccl", "SSol", "Lam"}  # book names as `bible` abbreviates them
+
+HELD_OUT_CHAPTERS = 24
+PASSAGE_BYTES = (256, 383)  # shortest and longest
+PASSAGES_PER_HELD_OUT_CHAPTER = 2
+TRAINING_PASSAGES = 800
+PROMPT_BYTES = (24, 120)
+ANSWER_BYTES = (48, 120)
+TRAINING_PAIRS, HELD_OUT_PAIRS = 120, 24
+
 _VERSE = re.compile(r"([0-9]?[A-Za-z]+)(\d+):(\d+) (.*)")
 _CHAPTER = re.compile(r"chapter\b.*", re.IGNORECASE)
 _R_STRING_VECTOR, _R_HEADER_BYTES = 16, 14
 
 
 def main() -> None:
-    """Writes base.jsonl and base-held-out.jsonl, sft.jsonl and sft-held-out.jsonl."""
-    packages, output = Path(sys.argv[1]), Path(sys.argv[2])
-    output.mkdir(parents=True, exist_ok=True)
+    """Writes the base model's text to the second folder, and the two demonstrations' data to the third."""
+    packages, base_folder, demo_folder = map(Path, sys.argv[1:])
     base = [chapter for novel in read_novels(packages / NOVELS) for chapter in chapters(novel)]
     base += groups(jargon_entries(packages / JARGON), 4000) + groups(devil_entries(packages / DEVIL), 4000)
-    chance = random.Random(6)
-    chance.shuffle(base)
-    write(output / "base-held-out.jsonl", base[:24])
-    write(output / "base.jsonl", base[24:])
+    random.Random(6).shuffle(base)
+    write_documents(base_folder / "base-held-out.jsonl", base[:24])
+    write_documents(base_folder / "base.jsonl", base[24:])
 
-    scripture = [list(chapter_passages(verses)) for verses in scripture_chapters()]
-    scripture = [passages for passages in scripture if passages]
-    chance.shuffle(scripture)
-    held_out = [chance.choice(passages) for passages in scripture[:HELD_OUT_PASSAGES]]
-    training = [passage for passages in scripture[HELD_OUT_PASSAGES:] for passage in passages]
-    write(output / "sft-held-out.jsonl", held_out)
-    write(output / "sft.jsonl", chance.sample(training, TRAINING_PASSAGES))
+    chance = random.Random(5)
+    poems = poetry_chapters()
+    chance.shuffle(poems)
+    held_out, training = poems[:HELD_OUT_CHAPTERS], poems[HELD_OUT_CHAPTERS:]
+    choices = [passages(poem) for poem in held_out]
+    picked = [chance.sample(some, min(PASSAGES_PER_HELD_OUT_CHAPTER, len(some))) for some in choices]
+    write_documents(demo_folder / "sft-held-out.jsonl", [passage for some in picked for passage in some])
+    everything = [passage for poem in training for passage in passages(poem)]
+    write_documents(demo_folder / "sft.jsonl", chance.sample(everything, TRAINING_PASSAGES))
+    for name, some, count in (("orpo", training, TRAINING_PAIRS), ("orpo-held-out", held_out, HELD_OUT_PAIRS)):
+        pairs = [pair for poem in some for pair in verse_pairs(poem)]
+        write_pairs(demo_folder / f"{name}.csv", chance.sample(pairs, count))
 
 
 def read_novels(database: Path) -> Iterator[list[str]]:
@@ -94,30 +104,34 @@ def devil_entries(path: Path) -> list[str]:
     return [entry.strip() for entry in re.split(r"\n\n(?=[A-Z][A-Z' -]+, )", text)[1:]]
 
 
-def scripture_chapters() -> Iterator[list[str]]:
-    """Verses of each chapter of the King James Bible, a line each: "3:16 For God so loved ..."."""
+def poetry_chapters() -> list[list[tuple[str, str]]]:
+    """(number, words) of the verses of each chapter of the King James Bible's books of poetry."""
     text = subprocess.run(["bible", "-f", "gen1:1-re22:21"], capture_output=True, text=True, check=True).stdout
-    verses: dict[tuple[str, str], list[str]] = {}
-    for line in text.splitlines():
-        match = _VERSE.match(line)
-        if match:
-            book, chapter, verse, words = match.groups()
-            verses.setdefault((book, chapter), []).append(f"{chapter}:{verse} {words.strip()}")
-    yield from verses.values()
+    verses: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    for book, chapter, verse, words in _VERSE.findall(text):
+        if book in POETRY:
+            verses.setdefault((book, chapter), []).append((f"{chapter}:{verse}", words.strip()))
+    return list(verses.values())
 
 
-def chapter_passages(verses: Iterable[str]) -> Iterator[str]:
-    """Runs of whole verses, each as long as a row takes."""
-    run = ""
-    for verse in verses:
-        line = f"{verse}\n"
-        if run and len(run) + len(line) > LONGEST_PASSAGE_BYTES:
-            if len(run) >= SHORTEST_PASSAGE_BYTES:
-                yield run
-            run = ""
-        run += line
-    if SHORTEST_PASSAGE_BYTES <= len(run) <= LONGEST_PASSAGE_BYTES:
-        yield run
+def passages(poem: list[tuple[str, str]]) -> list[str]:
+    """Runs of whole numbered verses, a line each."""
+    shortest, longest = PASSAGE_BYTES
+    runs = [""]
+    for number, words in poem:
+        line = f"{number} {words}\n"
+        if len(runs[-1]) + len(line) > longest:
+            runs.append("")
+        runs[-1] += line
+    return [run for run in runs if shortest <= len(run) <= longest]
+
+
+def verse_pairs(poem: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """(verse, the verse that follows it), every other one a prompt."""
+    words = [text for _, text in poem]
+    pairs = zip(words[::2], words[1::2], strict=False)
+    (p_least, p_most), (a_least, a_most) = PROMPT_BYTES, ANSWER_BYTES
+    return [(p, a) for p, a in pairs if p_least <= len(p) <= p_most and a_least <= len(a) <= a_most]
 
 
 def unwrapped(lines: Iterable[str]) -> str:
@@ -136,10 +150,18 @@ def groups(entries: list[str], least_characters: int) -> list[str]:
     return documents
 
 
-def write(path: Path, texts: list[str]) -> None:
+def write_documents(path: Path, texts: list[str]) -> None:
     """One {"text": ...} a line."""
     with open(path, "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+
+
+def write_pairs(path: Path, pairs: list[tuple[str, str]]) -> None:
+    """A CSV of prompts and chosen answers whose reject column is empty."""
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(("prompt", "chosen", "reject"))
+        table.writerows((prompt, answer, "") for prompt, answer in pairs)
 
 
 if __name__ == "__main__":

@@ -328,6 +328,10 @@ class RWKV6(nn.Module):
         """Where the computation happens."""
         return self.ln_out.weight.device
 
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [B, T], on the host or on the model's device -> [B, T, C] on the model's device."""
+        return self.emb(tokens, self.device, self.compute_dtype)  # type: ignore[no-any-return]
+
     def forward(
         self,
         tokens: Tensor,
@@ -339,7 +343,7 @@ class RWKV6(nn.Module):
         """Runs the layers over T tokens.
 
         Args:
-            tokens: int64 [B, T]; on the host or on the model's device.
+            tokens: int64 [B, T], or what `embed` made of them, [B, T, C].
             state: memory carried from earlier tokens; None starts every row from `time_state`.
             layout: segments of a packed row (B = 1); excludes `state`.
             return_state: also return the memory after the last token of each row, or of each segment
@@ -351,7 +355,7 @@ class RWKV6(nn.Module):
         assert state is None or layout is None, "a carried state and a packed layout exclude each other"
         assert layout is None or (tokens.shape[0] == 1 and tokens.shape[1] == layout.tokens)
         assert not (return_state and layout is not None and layout.has_children)
-        x = self.emb(tokens, self.device, self.compute_dtype)
+        x = tokens if tokens.is_floating_point() else self.embed(tokens)
         x = F.dropout(self.blocks[0].ln0(x), self.dropout, self.training)  # type: ignore[operator]
         ends = layout.last_positions if return_state and layout is not None else None
         new_state: ModelState = []

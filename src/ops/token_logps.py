@@ -1,8 +1,10 @@
 """Head, softmax and target log-probability in one, chunk by chunk over tokens.
 
 The logits of all tokens never exist at once: a chunk's logits are formed, reduced to two numbers per token and
-dropped; the backward forms them again. On a GPU in bf16 the chunk is reduced by one kernel and turned into its
-gradient in place by another (`cuda/elementwise.cu`), so no fp32 copy of it exists.
+dropped. `token_logps` forms them again in backward, since any loss may follow. `head_sft_loss` knows the loss
+and so each row's weight: it turns a chunk's logits into their gradient while they are there, two products with
+the head instead of three. On a GPU in bf16 a chunk is reduced by one kernel and turned into its gradient in
+place by another (`cuda/elementwise.cu`); no fp32 copy of it exists.
 
 Shape legend: M tokens (rows), C channels, V vocabulary.
 """
@@ -16,12 +18,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from src.losses import L2WRAP_FACTOR, sft_loss
 from src.ops.elementwise import fused_kernels
 
 HeadWeight = Tensor | Callable[[], Tensor]
 
 _CHUNK_ELEMENTS = 1 << 25
-"""Logits formed at a time if `chunk_tokens` is not given: 512 tokens of a 65536 vocabulary, 64 MiB in bf16."""
+"""Logits formed at a time if `chunk_tokens` is not given: 512 tokens of a 65536 vocabulary, 64 MiB."""
 
 
 def token_logps(
@@ -52,6 +55,57 @@ def token_logps(
     return logp, max_logit
 
 
+def head_sft_loss(
+    hidden: Tensor, head_weight: HeadWeight, targets: Tensor, *, chunk_tokens: int | None = None
+) -> Tensor:
+    """`losses.sft_loss` of `token_logps`, with the gradient formed in the forward.
+
+    Args:
+        hidden, head_weight, targets, chunk_tokens: as for `token_logps`; a head that requires grad takes the
+            longer way.
+
+    Returns:
+        0-d fp32 (fp64 for fp64 inputs): mean cross-entropy over the counted rows, with L2Wrap's gradient.
+    """
+    if isinstance(head_weight, Tensor) and head_weight.requires_grad:
+        logp, max_logit = token_logps(hidden, head_weight, targets, chunk_tokens=chunk_tokens)
+        return sft_loss(logp, max_logit, targets >= 0)
+    dense = head_weight if isinstance(head_weight, Tensor) else head_weight()
+    loss: Tensor = _HeadSftLoss.apply(hidden, dense.detach(), targets, chunk_tokens)
+    return loss
+
+
+class _HeadSftLoss(torch.autograd.Function):
+    """Saves the gradient of hidden; the backward scales it."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, dense: Tensor, targets: Tensor, chunk_tokens: int | None) -> Tensor:
+        rows, vocabulary = hidden.shape[0], dense.shape[0]
+        chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary)
+        counted = targets >= 0
+        values = _RowValues(hidden, targets, _kernels(hidden, vocabulary))
+        share = counted.to(values.logp.dtype) / counted.sum().clamp(min=1)
+        by_logp = share.neg()
+        grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        buffer = torch.empty(min(chunk, rows), vocabulary, dtype=hidden.dtype, device=hidden.device)
+        for start in range(0, rows, chunk):
+            part = slice(start, start + chunk)
+            logits = torch.mm(hidden[part], dense.t(), out=buffer[: min(chunk, rows - start)])
+            values.reduce(logits, part)
+            if grad_hidden is not None:
+                by_max = values.max_logit[part] * share[part]
+                values.to_gradient(logits, part, by_logp[part], by_max.mul_(2 * L2WRAP_FACTOR))
+                torch.mm(logits, dense, out=grad_hidden[part])
+        ctx.save_for_backward(grad_hidden)
+        return (values.logp * by_logp).sum()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None, None]:
+        (grad_hidden,) = ctx.saved_tensors
+        return grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None
+
+
 class _TokenLogps(torch.autograd.Function):
     """Saves hidden, targets, logsumexp and arg-max of each row; recomputes logits chunk by chunk."""
 
@@ -67,28 +121,16 @@ class _TokenLogps(torch.autograd.Function):
         dense = _dense(weight, weight_again)
         rows, vocabulary = hidden.shape[0], dense.shape[0]
         chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary)
-        kernels = _kernels(hidden, vocabulary)
-        targets = targets.contiguous()
-        sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp = torch.empty(rows, dtype=sum_dtype, device=hidden.device)
-        max_logit = torch.empty_like(logp)
-        logsumexp = torch.empty_like(logp)
-        argmax = torch.empty(
-            rows, dtype=torch.int64 if kernels is None else torch.int32, device=hidden.device
-        )
+        values = _RowValues(hidden, targets, _kernels(hidden, vocabulary))
         buffer = torch.empty(min(chunk, rows), vocabulary, dtype=hidden.dtype, device=hidden.device)
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             logits = torch.mm(hidden[part], dense.t(), out=buffer[: min(chunk, rows - start)])
-            results = logp[part], max_logit[part], logsumexp[part], argmax[part]
-            if kernels is None:
-                _logit_statistics(logits, targets[part], *results)
-            else:
-                kernels.logit_statistics(logits, targets[part], *results)
-        ctx.save_for_backward(hidden, weight, targets, logsumexp, argmax)
+            values.reduce(logits, part)
+        ctx.save_for_backward(hidden, weight, values.targets, values.logsumexp, values.argmax)
         ctx.weight_again = weight_again
         ctx.chunk = chunk
-        return logp, max_logit
+        return values.logp, values.max_logit
 
     @staticmethod
     @once_differentiable
@@ -98,7 +140,7 @@ class _TokenLogps(torch.autograd.Function):
         hidden, weight, targets, logsumexp, argmax = ctx.saved_tensors
         dense = _dense(weight, ctx.weight_again)
         rows, vocabulary, chunk = hidden.shape[0], dense.shape[0], ctx.chunk
-        kernels = _kernels(hidden, vocabulary)
+        values = _RowValues(hidden, targets, _kernels(hidden, vocabulary), logsumexp, argmax)
         grad_logp, grad_max_logit = grad_logp.contiguous(), grad_max_logit.contiguous()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
@@ -108,11 +150,7 @@ class _TokenLogps(torch.autograd.Function):
         for start in range(0, rows, chunk):
             part = slice(start, start + chunk)
             logits = torch.mm(hidden[part], dense.t(), out=buffer[: min(chunk, rows - start)])
-            arguments = targets[part], logsumexp[part], argmax[part], grad_logp[part], grad_max_logit[part]
-            if kernels is None:
-                _logit_gradient(logits, *arguments)
-            else:
-                kernels.logit_gradient(logits, *arguments)
+            values.to_gradient(logits, part, grad_logp[part], grad_max_logit[part])
             if grad_hidden is not None:
                 torch.mm(logits, dense, out=grad_hidden[part])
             if grad_weight is not None:
@@ -120,10 +158,54 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(dense.dtype), None, None, None
 
 
+class _RowValues:
+    """What is kept of each row's logits, [M] each: logp, max_logit, logsumexp (fp32 or fp64) and argmax.
+
+    Given logsumexp and argmax, only `to_gradient` is of use.
+    """
+
+    def __init__(
+        self,
+        hidden: Tensor,
+        targets: Tensor,
+        kernels: Any | None,
+        logsumexp: Tensor | None = None,
+        argmax: Tensor | None = None,
+    ) -> None:
+        self.kernels = kernels
+        self.targets = targets.contiguous()
+        if logsumexp is not None and argmax is not None:
+            self.logsumexp, self.argmax = logsumexp, argmax
+            return
+        sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        self.logp = torch.empty(targets.shape, dtype=sum_dtype, device=hidden.device)
+        self.max_logit = torch.empty_like(self.logp)
+        self.logsumexp = torch.empty_like(self.logp)
+        index_dtype = torch.int64 if kernels is None else torch.int32
+        self.argmax = torch.empty(targets.shape, dtype=index_dtype, device=hidden.device)
+
+    def reduce(self, logits: Tensor, part: slice) -> None:
+        """Fills the values of the rows `part`, whose logits [rows, V] these are."""
+        compute = _logit_statistics if self.kernels is None else self.kernels.logit_statistics
+        compute(
+            logits,
+            self.targets[part],
+            self.logp[part],
+            self.max_logit[part],
+            self.logsumexp[part],
+            self.argmax[part],
+        )
+
+    def to_gradient(self, logits: Tensor, part: slice, grad_logp: Tensor, grad_max_logit: Tensor) -> None:
+        """Overwrites the logits of the rows `part` by their gradient."""
+        compute = _logit_gradient if self.kernels is None else self.kernels.logit_gradient
+        compute(logits, self.targets[part], self.logsumexp[part], self.argmax[part], grad_logp, grad_max_logit)
+
+
 def _logit_statistics(
     logits: Tensor, targets: Tensor, logp: Tensor, max_logit: Tensor, logsumexp: Tensor, argmax: Tensor
 ) -> None:
-    """Writes log p(target), largest logit (both 0 for a negative target), logsumexp and arg-max of each row."""
+    """Writes log p(target) and largest logit (0 for a negative target), logsumexp and arg-max of each row."""
     wide = logits.to(logp.dtype)
     torch.max(wide, dim=-1, out=(max_logit, argmax))
     torch.logsumexp(wide, dim=-1, out=logsumexp)
@@ -153,9 +235,7 @@ def _logit_gradient(
 
 def _kernels(hidden: Tensor, vocabulary: int) -> Any | None:
     """The fused kernels where they apply: bf16 on a GPU, rows of logits 16-byte aligned."""
-    return (
-        fused_kernels() if hidden.is_cuda and hidden.dtype is torch.bfloat16 and vocabulary % 8 == 0 else None
-    )
+    return fused_kernels() if hidden.is_cuda and hidden.dtype is torch.bfloat16 and vocabulary % 8 == 0 else None
 
 
 def _dense(weight: Tensor | None, weight_again: Callable[[], Tensor] | None) -> Tensor:

@@ -1,21 +1,22 @@
 """The WKV6 operator in tiles of tokens, in plain torch: the CPU path, and any GPU without a built kernel.
 
-Shapes: B batch, T tokens, H heads, N head size, S sequences, M tiles, L tile length. States are [..., value, key].
+Shapes: B batch, T tokens, H heads, N head size, S sequences, M tiles, L tile length. States are
+[..., value, key].
 
-A tile is L tokens of one sequence. Everything inside a tile is a batched matrix product over all tiles and heads; only
-the state walks from tile to tile. Between tokens j < i of a tile lies the decay product
+A tile is L tokens of one sequence. Everything inside a tile is a batched matrix product over all tiles and
+heads; only the state walks from tile to tile. Between tokens j < i of a tile lies the decay product
 
     D[i, j] = Π_{j < m < i} decay[m],
 
-which is never formed as an exponent of a difference or as a quotient (both fail for strong decays). Instead the tile
-is halved again and again: at the level with blocks of s tokens, a pair whose ends lie in the two blocks of one block
-of 2s has D[i, j] = q[j] · p[i], where q multiplies the decays after j to the end of its block and p those from the
-start of i's block to before i. Both are products of numbers in [0, 1], so they are right for every w_raw, and each
-pair belongs to exactly one level. The gradient of w_raw sums, for each token, the pairs that span it, each kind of
-pair on its own; nothing is subtracted, so nothing cancels.
+which is never formed as an exponent of a difference or as a quotient (both fail for strong decays). Instead the
+tile is halved again and again: at the level with blocks of s tokens, a pair whose ends lie in the two blocks of
+one block of 2s has D[i, j] = q[j] · p[i], where q multiplies the decays after j to the end of its block and p
+those from the start of i's block to before i. Both are products of numbers in [0, 1], so they are right for every
+w_raw, and each pair belongs to exactly one level. The gradient of w_raw sums, for each token, the pairs that span
+it, each kind of pair on its own; nothing is subtracted, so nothing cancels.
 
-Memory: the forward saves its inputs and one state per span of `SPAN_TOKENS` tokens; the backward recomputes a span at
-a time. Accumulation in float32 (float64 for float64 inputs).
+Memory: the forward saves its inputs and one state per span of `SPAN_TOKENS` tokens; the backward recomputes a
+span at a time. Accumulation in float32 (float64 for float64 inputs).
 """
 
 from collections.abc import Iterator, Sequence
@@ -39,8 +40,8 @@ PADDING_W_RAW = -torch.inf  # decay 1: with r = k = v = 0 a padding token change
 class _Tiling:
     """How tokens are cut into tiles, in the order the state scan visits them.
 
-    Step c holds tile c of every sequence that is long enough, longest sequence first, so the tiles of a step are
-    neighbours, and so are the tiles of successive steps.
+    Step c holds tile c of every sequence that is long enough, longest sequence first, so the tiles of a step
+    are neighbours, and so are the tiles of successive steps.
     """
 
     active: tuple[int, ...]  # sequences that still run at each step; never rises
@@ -312,8 +313,8 @@ def wkv6_chunked(
     Returns:
         y [B, T, H, N] in r's dtype, and the final states [B or S, H, N, N] in the accumulation dtype.
 
-    Source: Yang et al. 2024, "Gated Linear Attention" (arXiv 2312.06635), section 4, for the chunked form; the halving
-    of tiles replaces its secondary chunks.
+    Source: Yang et al. 2024, "Gated Linear Attention" (arXiv 2312.06635), section 4, for the chunked form; the
+    halving of tiles replaces its secondary chunks.
     """
     batch, tokens = r.shape[:2]
     tiling = _plan_tiles((tokens,) * batch if lengths is None else lengths, batch, r.device)

@@ -145,6 +145,8 @@ def trainer_arguments(hardware: Hardware, config: TrainConfig, trained_elements:
     strategy = DeepSpeedStrategy(
         config=deepspeed_config(hardware.strategy, config, trained_elements),
         precision_plugin=_UntouchedDeepSpeedPrecision("32-true"),
+        # One process has nobody to talk to: gloo keeps NCCL's buffers off the card.
+        process_group_backend="gloo" if config.devices * config.num_nodes == 1 else None,
     )
     return {**arguments, "strategy": strategy}
 

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from src.config import TrainConfig
 from src.model.rwkv6 import RWKV6
-from src.training.objectives import Objective, Outcome
+from src.training.graphs import GraphedObjective
+from src.training.objectives import Objective, Outcome, outcome_of
 
 FP16_LOSS_SCALE = 4096.0
 """fp16 gradients of activations underflow near 6e-8; losses are scaled by this and gradients divided by it."""
@@ -30,6 +31,8 @@ class TrainingModule(pl.LightningModule):
         self.model = model
         self.objective = objective
         self.config = config
+        wanted = config.cuda_graph and config.trains_states and not config.dropout and model.device.type == "cuda"
+        self.graphed = GraphedObjective(objective, model) if wanted and objective.recordable else None
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
         if self.loss_scale != 1.0:
@@ -42,7 +45,7 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch; `outcome` keeps the numbers to log."""
-        outcome = self.objective(self.model, batch)
+        outcome = self.graphed(batch) if self.graphed else outcome_of(self.objective, self.model, batch)
         self.outcome = Outcome(outcome.loss.detach(), outcome.logs)
         return outcome.loss * self.loss_scale if self.loss_scale != 1.0 else outcome.loss
 

@@ -1,6 +1,9 @@
 """What a batch costs: objectives map (model, batch) to a loss and the numbers to log.
 
-Adding an objective is adding a class here; the Lightning module knows none of them.
+An objective works in two parts. `stage` puts everything the device needs there: the only place that looks
+at the batch. `compute` then is a function of device tensors alone, without a copy from the host or a wait
+for the device, so that `graphs.py` can record it once and replay it. Adding an objective is adding a class
+here; the Lightning module knows none of them.
 """
 
 from __future__ import annotations
@@ -14,16 +17,19 @@ from torch import Tensor
 
 from src.data.batches import Batch
 from src.data.preference_batches import PairForm, PreferenceBatch
+from src.layout import SegmentLayout
 from src.losses import (
+    IGNORED_TARGET,
     PreferenceLoss,
+    Role,
     orpo_loss,
     orpo_loss_released,
     running_preference,
-    sft_loss,
+    slot,
     targets_after,
 )
 from src.model.rwkv6 import RWKV6
-from src.ops.token_logps import token_logps
+from src.ops.token_logps import head_sft_loss, token_logps
 
 
 @dataclass(frozen=True)
@@ -39,17 +45,79 @@ class Outcome:
     logs: Callable[[], dict[str, float]] = dict
 
 
-class Objective(Protocol):
-    """A training loss."""
+@dataclass(frozen=True)
+class Staged:
+    """A batch on the device.
 
-    def __call__(self, model: RWKV6, batch: Any) -> Outcome:
-        """Computes the loss of one micro-batch."""
+    Attributes:
+        tensors: by name; shapes and dtypes are what a recorded computation depends on.
+        layout: of a packed row, or None; of it only tensors, number of roots and their tokens matter.
+        pairs: preference pairs of the batch.
+    """
+
+    tensors: dict[str, Tensor]
+    layout: SegmentLayout | None = None
+    pairs: int = 0
+
+
+class Objective(Protocol):
+    """A training loss.
+
+    Attributes:
+        recordable: whether positions without a target leave the loss as it is, so that batches may be padded to
+            few shapes and recorded.
+    """
+
+    recordable: bool
+
+    def stage(self, model: RWKV6, batch: Any, grain: int = 1) -> Staged:
+        """Moves what `compute` needs to the model's device; `grain` as for `counted_positions`."""
         ...
+
+    def compute(self, model: RWKV6, staged: Staged) -> tuple[Tensor, Any]:
+        """The loss, and what `logs` needs."""
+        ...
+
+    def logs(self, result: Any) -> dict[str, float]:
+        """Further numbers from what `compute` returned; waits for the device."""
+        ...
+
+
+def outcome_of(objective: Objective, model: RWKV6, batch: Any) -> Outcome:
+    """Stages and computes one micro-batch."""
+    loss, result = objective.compute(model, objective.stage(model, batch))
+    return Outcome(loss, lambda: objective.logs(result))
 
 
 def head_of(model: RWKV6) -> Any:
     """The head as `token_logps` wants it: its weight in the computation dtype."""
     return model.head.weight.to(model.compute_dtype)
+
+
+def counted_positions(targets: Tensor, grain: int = 1) -> tuple[Tensor, Tensor]:
+    """Places and values of the targets that count.
+
+    Args:
+        targets: int64 of any shape, on the host; negative ones do not count.
+        grain: the number of places is filled up to a multiple of it, as far as there are targets.
+
+    Returns:
+        (positions int64 [M], targets int64 [M]) in row-major order; filled-up places are position 0 with a
+        target that does not count.
+    """
+    flat = targets.reshape(-1)
+    positions = (flat >= 0).nonzero().squeeze(1)
+    values = flat[positions]
+    missing = min(-(-positions.numel() // grain) * grain, flat.numel()) - positions.numel()
+    if missing:
+        positions = torch.cat([positions, positions.new_zeros(missing)])
+        values = torch.cat([values, values.new_full((missing,), IGNORED_TARGET)])
+    return positions, values
+
+
+def rows_at(hidden: Tensor, positions: Tensor) -> Tensor:
+    """hidden [B, T, C] -> [M, C], the positions the head is to be applied to."""
+    return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
 
 
 def counted_logps(model: RWKV6, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -63,28 +131,38 @@ def counted_logps(model: RWKV6, hidden: Tensor, targets: Tensor) -> tuple[Tensor
     Returns:
         (logp [M], max_logit [M]) fp32, M the number of counted targets, in row-major order.
     """
-    flat = targets.reshape(-1)
-    positions = (flat >= 0).nonzero().squeeze(1)
-    rows = hidden.reshape(-1, hidden.shape[-1])
-    if positions.numel() < flat.numel():
-        rows = rows.index_select(0, positions.to(rows.device, non_blocking=True))
-        flat = flat[positions]
-    return token_logps(rows, head_of(model), flat.to(rows.device, non_blocking=True))
-
-
-def _weighted(loss: Tensor, weight: float) -> Tensor:
-    return loss if weight == 1.0 else loss * weight
+    positions, counted = counted_positions(targets)
+    rows = rows_at(hidden, positions.to(hidden.device))
+    return token_logps(rows, head_of(model), counted.to(hidden.device))
 
 
 class SFTObjective:
     """Next-token cross-entropy with L2Wrap over the counted targets."""
 
-    def __call__(self, model: RWKV6, batch: Batch) -> Outcome:
-        layout = None if batch.layout is None else batch.layout.to(model.device)
-        hidden, _ = model(batch.tokens, layout=layout)
-        logp, max_logit = counted_logps(model, hidden, batch.targets)
-        loss = sft_loss(logp, max_logit, torch.ones_like(logp, dtype=torch.bool))
-        return Outcome(_weighted(loss, batch.step_weight))
+    recordable = True
+
+    def stage(self, model: RWKV6, batch: Batch, grain: int = 1) -> Staged:
+        """See Objective."""
+        device = model.device
+        positions, targets = counted_positions(batch.targets, grain)
+        tensors = {
+            "x": model.embed(batch.tokens),
+            "positions": positions.to(device, non_blocking=True),
+            "targets": targets.to(device, non_blocking=True),
+            "weight": torch.tensor(batch.step_weight, device=device),
+        }
+        return Staged(tensors, None if batch.layout is None else batch.layout.to(device))
+
+    def compute(self, model: RWKV6, staged: Staged) -> tuple[Tensor, Any]:
+        """See Objective."""
+        hidden, _ = model(staged.tensors["x"], layout=staged.layout)
+        rows = rows_at(hidden, staged.tensors["positions"])
+        loss = head_sft_loss(rows, head_of(model), staged.tensors["targets"])
+        return loss * staged.tensors["weight"], None
+
+    def logs(self, result: Any) -> dict[str, float]:
+        """See Objective."""
+        return {}
 
 
 class PreferenceObjective:
@@ -100,6 +178,7 @@ class PreferenceObjective:
         self.alpha = alpha
         self.orpo_type = orpo_type
         self.debug = debug
+        self.recordable = orpo_type == 0
         self._running_preference = 0.5
 
     @staticmethod
@@ -109,27 +188,43 @@ class PreferenceObjective:
             return PairForm.RELEASED
         return PairForm.SHARED_PROMPT if shared_prompt else PairForm.TWO_ROWS
 
-    def __call__(self, model: RWKV6, batch: PreferenceBatch) -> Outcome:
-        result = self.evaluate(model, batch)
-        return Outcome(_weighted(result.loss, batch.step_weight), lambda: self._logs(result))
-
-    def evaluate(self, model: RWKV6, batch: PreferenceBatch) -> PreferenceLoss:
-        """The loss and its parts."""
+    def stage(self, model: RWKV6, batch: PreferenceBatch, grain: int = 1) -> Staged:
+        """See Objective."""
         device = model.device
-        hidden, _ = model(batch.tokens, layout=batch.layout.to(device))
-        if self.orpo_type == 0:
-            logp, max_logit = counted_logps(model, hidden, batch.targets)
-            groups = batch.groups[batch.targets >= 0].to(device)
-            return orpo_loss(logp, max_logit, groups, batch.pairs, self.alpha)
-        rows, targets, groups = hidden[0], batch.targets.to(device), batch.groups.to(device)
-        logp, max_logit = token_logps(rows, head_of(model), targets)
-        logp_after, _ = token_logps(rows, head_of(model), targets_after(targets, groups))
-        reject_lengths = batch.reject_lengths.to(device)
-        return orpo_loss_released(logp, logp_after, max_logit, targets, groups, reject_lengths, self.alpha)
+        positions, targets = counted_positions(batch.targets, grain)
+        groups = batch.groups[positions].masked_fill(targets < 0, slot(batch.pairs, Role.PROMPT))
+        tensors = {
+            "x": model.embed(batch.tokens),
+            "positions": positions.to(device, non_blocking=True),
+            "targets": targets.to(device, non_blocking=True),
+            "groups": groups.to(device, non_blocking=True),
+            "reject_lengths": batch.reject_lengths.to(device, non_blocking=True),
+            "weight": torch.tensor(batch.step_weight, device=device),
+        }
+        return Staged(tensors, batch.layout.to(device), batch.pairs)
 
-    def _logs(self, result: PreferenceLoss) -> dict[str, float]:
+    def compute(self, model: RWKV6, staged: Staged) -> tuple[Tensor, PreferenceLoss]:
+        """See Objective."""
+        tensors = staged.tensors
+        hidden, _ = model(tensors["x"], layout=staged.layout)
+        rows, targets, groups = rows_at(hidden, tensors["positions"]), tensors["targets"], tensors["groups"]
+        logp, max_logit = token_logps(rows, head_of(model), targets)
+        if self.orpo_type == 0:
+            result = orpo_loss(logp, max_logit, groups, staged.pairs, self.alpha)
+        else:
+            logp_after, _ = token_logps(rows, head_of(model), targets_after(targets, groups))
+            lengths = tensors["reject_lengths"]
+            result = orpo_loss_released(logp, logp_after, max_logit, targets, groups, lengths, self.alpha)
+        return result.loss * tensors["weight"], result
+
+    def logs(self, result: PreferenceLoss) -> dict[str, float]:
+        """See Objective."""
         self._running_preference = running_preference(self._running_preference, float(result.preferred_share))
         if self.debug:
             terms = ", ".join(f"{self.alpha * term:.6f}" for term in result.odds_loss.tolist())
             print(f"preference terms: {terms}", flush=True)
         return {**result.averages(), "pref_percentage": self._running_preference}
+
+    def evaluate(self, model: RWKV6, batch: PreferenceBatch) -> PreferenceLoss:
+        """The loss and its parts, outside of training."""
+        return self.compute(model, self.stage(model, batch))[1]

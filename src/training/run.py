@@ -85,6 +85,13 @@ def train(config: TrainConfig) -> RunResult:
     """
     config = _with_seed(config)
     hardware = resolve_hardware(config)
+    try:
+        return _train(config, hardware)
+    except torch.cuda.OutOfMemoryError as error:
+        raise TrainingError(_memory_advice(config, hardware)) from error
+
+
+def _train(config: TrainConfig, hardware: Hardware) -> RunResult:
     for line in [*config.notes(), *hardware.notes]:
         say(f"note: {line}")
     folder = _prepare_folder(config)
@@ -396,8 +403,7 @@ def fit(
     """Runs Lightning's loop; `finish` is called on rank 0 after the last step, before Lightning empties the GPU.
 
     Raises:
-        TrainingError: when a loss or gradient is not finite (the state before that step is saved), or
-            memory runs out.
+        TrainingError: when a loss or gradient is not finite; the state before that step is saved.
     """
     epochs = _epochs(config)
     if epochs < 1:
@@ -434,8 +440,6 @@ def fit(
         if global_rank() == 0:
             _save(module.model, config, last_good)
         raise TrainingError(f"{error}; the weights before this step are in {last_good}") from error
-    except torch.cuda.OutOfMemoryError as error:
-        raise TrainingError(_memory_advice(config, hardware)) from error
     finally:
         monitor.close()
     return saver.files, monitor, stopper
@@ -466,7 +470,7 @@ def _sinks(
 def _memory_advice(config: TrainConfig, hardware: Hardware) -> str:
     total = torch.cuda.get_device_properties(hardware.device).total_memory / 2**30
     changes = []
-    if config.grad_cp == 0:
+    if config.grad_cp != 1:
         changes.append("--grad_cp 1")
     if config.micro_bsz > 1:
         accumulate = config.accumulate_grad_batches * 2
@@ -479,7 +483,7 @@ def _memory_advice(config: TrainConfig, hardware: Hardware) -> str:
         changes.append(f"--ctx_len {max(config.ctx_len // 2, 1)}")
     if config.quantised and config.quant_type == "int8":
         changes.append("--quant_type nf4")
-    changes.append("a smaller base model")
+    changes += ["a GPU that no other program uses (see nvidia-smi)", "a smaller base model"]
     return f"the GPU ran out of its {total:.1f} GiB; the cheapest ways out: {', or '.join(changes[:3])}"
 
 

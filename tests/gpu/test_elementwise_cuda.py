@@ -17,9 +17,9 @@ pytestmark = [
 
 EPS = 64e-5
 
-# Rounding the exact result to bf16 once gives a relative error (of the norm) of 0.0017; gradients of one value that
-# two roundings reach give 0.0024. Measured 0.0016 to 0.0020 on an H200.
-BOUND = 2.5e-3
+# Rounding an exact result to bf16 gives a relative error (of the norm) of 0.0017 on many values, at most
+# 2^-8 = 0.0039 on one; everything else is fp32.
+BOUND, BOUND_OF_FEW = 2.5e-3, 4e-3
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +73,8 @@ def compare(
     for position, (ours, reference) in enumerate(zip(*results, strict=True)):
         assert ours.dtype == torch.bfloat16
         assert ours.shape == reference.shape
-        assert error(ours, reference) < BOUND, f"{name}: result {position}"
+        bound = BOUND if ours.numel() >= 256 else BOUND_OF_FEW
+        assert error(ours, reference) < bound, f"{name}: result {position}"
 
 
 SHAPES = [(1, 1, 8), (1, 15, 64), (2, 60, 320), (3, 7, 2048), (1, 500, 2560)]
@@ -203,6 +204,33 @@ def test_other_streams_and_strided_inputs() -> None:
     torch.cuda.current_stream().wait_stream(stream)
     for first, second in zip(expected, strided, strict=True):
         assert torch.equal(first, second)
+
+
+def test_a_cuda_graph_replays_forward_and_backward() -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    z, modulation = normal(1, 33, 128).requires_grad_(), normal(2, 1, 33, 128, seed=1).requires_grad_()
+    maa, grad = normal(2, 128, seed=2), normal(1, 33, 128, seed=3)
+
+    def step() -> tuple[Tensor, ...]:
+        out = layer(z, maa, modulation)
+        return (out.detach(), *torch.autograd.grad(out, (z, modulation), grad))
+
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = step()
+        with torch.no_grad():
+            z.copy_(normal(1, 33, 128, seed=7))
+        graph.replay()
+        for ours, eager in zip(captured, step(), strict=True):
+            assert torch.equal(ours, eager)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def test_only_dear_tensors_are_saved() -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from src.losses import sft_loss
 from src.ops import token_logps as module
-from src.ops.token_logps import token_logps
+from src.ops.token_logps import head_sft_loss, token_logps
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,3 +127,23 @@ def test_memory_is_one_chunk_of_bf16_logits() -> None:
     (logp.sum() + max_logit.square().sum()).backward()
     chunk_bytes = 256 * 65536 * 2
     assert torch.cuda.max_memory_allocated() - before < 1.2 * chunk_bytes
+
+
+def test_sft_loss_with_its_head_is_the_loss_of_token_logps() -> None:
+    hidden, weight, targets = inputs(67, 128, 65536)
+    results = []
+    for fused in (True, False):
+        h = hidden.clone().requires_grad_()
+        if fused:
+            loss = head_sft_loss(h, weight, targets, chunk_tokens=32)
+        else:
+            logp, max_logit = token_logps(h, weight, targets, chunk_tokens=32)
+            loss = sft_loss(logp, max_logit, targets >= 0)
+        loss.backward()
+        results.append((loss.detach(), h.grad))
+    (loss, grad), (expected_loss, expected_grad) = results
+    torch.testing.assert_close(loss, expected_loss)
+    assert grad is not None
+    assert expected_grad is not None
+    # The same kernels on the same logits; weights of rows differ in the last bit of fp32.
+    assert ((grad - expected_grad).float().norm() / expected_grad.float().norm()).item() < 1e-3

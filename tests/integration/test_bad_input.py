@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from factories import tiny_checkpoint, tiny_shape, tiny_state_file
-from running import Ended, files_in, started, train, try_train, write_documents
+from running import Ended, files_in, metrics, started, train, try_train, write_documents
 
 from src.data.binidx import write_binidx
 
@@ -256,6 +256,7 @@ class TestBinidx:
     def test_get_works_on_one_token_more_than_a_window(self, base: Path, data: Path, tmp_path: Path) -> None:
         flags = {"load_model": base, "data_file": data, "epoch_steps": 1, "epoch_count": 1}
         train(tmp_path / "out", dataload="get", ctx_len=sum(LENGTHS) - 2, **flags)
+        assert len(metrics(tmp_path / "out")) == 1
 
 
 class TestText:

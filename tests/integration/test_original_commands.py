@@ -78,7 +78,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
     return tmp_path
 
 
-def run_sft(workplace: Path) -> None:
+def check_sft_runs(workplace: Path) -> None:
     """Runs the SFT command with accelerator, sizes and epochs replaced; two steps."""
     replaced = {"--accelerator": "cpu", "--n_layer": "2", "--n_embd": "64", "--epoch_steps": "2", "--epoch_count": "1"}
     arguments = words(SFT)
@@ -94,13 +94,13 @@ def run_sft(workplace: Path) -> None:
 
 
 def test_sft_runs(workplace: Path) -> None:
-    run_sft(workplace)
+    check_sft_runs(workplace)
 
 
 def test_sft_runs_on_the_originals_sample(workplace: Path, test_data: Path) -> None:
     for suffix in (".bin", ".idx"):
         shutil.copy(test_data / f"default_text_document{suffix}", workplace / "dataset" / f"dataset{suffix}")
-    run_sft(workplace)
+    check_sft_runs(workplace)
 
 
 def test_the_sft_command_refuses_a_model_of_another_size(workplace: Path) -> None:

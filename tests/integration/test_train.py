@@ -5,7 +5,6 @@ import re
 import signal
 import socket
 import threading
-import time
 import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -14,7 +13,18 @@ from pathlib import Path
 import pytest
 import torch
 from factories import tiny_checkpoint, tiny_shape, tiny_state_file
-from running import RUN_FILES, Ended, files_in, metrics, run_script, started, train, try_train, write_documents
+from running import (
+    RUN_FILES,
+    Ended,
+    files_in,
+    metrics,
+    run_script,
+    started,
+    train,
+    try_train,
+    wait_until,
+    write_documents,
+)
 from torch import Tensor
 
 from src.checkpoint import inspect_checkpoint, load_state, open_checkpoint, save_model
@@ -411,6 +421,22 @@ class TestOutside:
         )  # fmt: skip
         assert ended.err.count("does not answer") == 1
 
+    def test_wandb_without_an_account_or_network_goes_on_offline(
+        self, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("WANDB_MODE", "WANDB_API_KEY"):
+            monkeypatch.delenv(name, raising=False)
+        environment = {"WANDB_BASE_URL": "http://127.0.0.1:9", "HOME": str(tmp_path / "home")}
+        words = [
+            *("--load_model", base, "--data_file", data, "--proj_dir", tmp_path / "out", "--accelerator", "cpu"),
+            *("--quant", 0, "--epoch_steps", 2, "--epoch_count", 1, "--wandb", "project"),
+        ]
+        with started("train.py", *words, environment=environment) as process:
+            _, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        assert "logging offline" in err
+        assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))
+
     def test_nothing_is_sent_unless_asked(
         self, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -421,16 +447,3 @@ class TestOutside:
         monkeypatch.setattr(socket.socket, "connect", refuse)
         monkeypatch.setattr(socket, "create_connection", refuse)
         train(tmp_path, load_model=base, data_file=data, epoch_steps=2, epoch_count=1)
-
-
-def wait_until(condition: object, seconds: float) -> None:
-    """Polls until true.
-
-    Raises:
-        TimeoutError: after so many seconds.
-    """
-    end = time.monotonic() + seconds
-    while not condition():  # type: ignore[operator]
-        if time.monotonic() > end:
-            raise TimeoutError
-        time.sleep(0.05)

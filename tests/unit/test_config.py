@@ -28,7 +28,8 @@ FLAGS = (
     "orpo", "orpo_type", "orpo_alpha", "orpo_debug", "orpo_shared_prompt", "rlhf_max_corpus_len",
     "rlhf_train_file",
     # hardware
-    "accelerator", "devices", "num_nodes", "strategy", "precision", "grad_cp", "ds_bucket_mb",
+    "accelerator", "devices", "num_nodes", "strategy", "precision", "grad_cp", "memory_gib", "cuda_graph",
+    "ds_bucket_mb",
     # logs
     "wandb", "fapi_logging_callback", "fapi_logging_address",
 )  # fmt: skip
@@ -199,10 +200,10 @@ class TestRefusals:
 class TestFlagsOfTheOriginal:
     @pytest.mark.parametrize("name", REFUSED)
     def test_accepted_at_the_default(self, name: str) -> None:
-        config(**{name: UNSUPPORTED[name][0]})
+        assert config(**{name: UNSUPPORTED[name][0]}) == config()
 
     def test_a_default_may_be_written_differently(self) -> None:
-        config(dpo_beta="0.010", my_pile_version="01")
+        assert config(dpo_beta="0.010", my_pile_version="01") == config()
 
     @pytest.mark.parametrize("name", REFUSED)
     def test_refused_by_name_otherwise(self, name: str) -> None:
@@ -224,7 +225,5 @@ def test_a_wrong_flag_is_refused_without_loading_torch() -> None:
         "try: runpy.run_path('train.py', run_name='__main__')\n"
         "except SystemExit as end: print(end.code, 'torch' in sys.modules)"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False"]

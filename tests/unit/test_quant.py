@@ -25,9 +25,7 @@ def frozen(quant_type: str = "nf4", dtype: torch.dtype = torch.float32, **option
 @pytest.mark.parametrize(
     ("quant_type", "expected"), [("nf4", 0.0920), ("fp4", 0.1219), ("4bit", 0.1219), ("int8", 0.01082)]
 )
-def test_dequantised_matrix_is_as_close_to_the_weight_as_its_type_allows(
-    quant_type: str, expected: float
-) -> None:
+def test_dequantised_matrix_is_as_close_to_the_weight_as_its_type_allows(quant_type: str, expected: float) -> None:
     weight = random_weight(512, 512)
     dense = FrozenLinear.from_weight(weight, quant_type, torch.float32).dequantized()
     error = ((dense - weight).norm() / weight.norm()).item()
@@ -46,9 +44,7 @@ def test_unknown_type_names_the_known_ones() -> None:
 
 @pytest.mark.parametrize("shape", [(128,), (3, 128), (2, 3, 128), (0, 128)])
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
-def test_forward_and_backward_are_products_with_the_dense_matrix(
-    quant_type: str, shape: tuple[int, ...]
-) -> None:
+def test_forward_and_backward_are_products_with_the_dense_matrix(quant_type: str, shape: tuple[int, ...]) -> None:
     layer = frozen(quant_type)
     x = torch.randn(shape, requires_grad=True)
     y = layer(x)
@@ -88,9 +84,7 @@ def test_autograd_saves_nothing_and_the_weight_never_changes(quant_type: str, ke
     model = nn.Sequential(
         frozen(quant_type, workspace=workspace, slot="a"),
         nn.Tanh(),
-        FrozenLinear.from_weight(
-            random_weight(128, 96), quant_type, torch.float32, workspace=workspace, slot="b"
-        ),
+        FrozenLinear.from_weight(random_weight(128, 96), quant_type, torch.float32, workspace=workspace, slot="b"),
     )
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     start = nn.Parameter(torch.randn(4, 128))
@@ -155,9 +149,7 @@ def test_a_copy_computes_the_same() -> None:
 def test_one_buffer_serves_all_layers() -> None:
     workspace = DequantizationWorkspace()
     first = frozen(workspace=workspace, slot="key")
-    second = FrozenLinear.from_weight(
-        random_weight(32, 64, 1), "nf4", torch.float32, workspace=workspace, slot="value"
-    )
+    second = FrozenLinear.from_weight(random_weight(32, 64, 1), "nf4", torch.float32, workspace=workspace, slot="value")
     dense = first.shared_dense()
     again = second.shared_dense()
     assert dense.data_ptr() == again.data_ptr()
@@ -172,9 +164,7 @@ def test_kept_matrices_are_dequantised_once_until_another_of_their_kind_comes(
 ) -> None:
     workspace = DequantizationWorkspace(keep_dequantized=True)
     layers = [
-        FrozenLinear.from_weight(
-            random_weight(seed=seed), "nf4", torch.float32, workspace=workspace, slot=slot
-        )
+        FrozenLinear.from_weight(random_weight(seed=seed), "nf4", torch.float32, workspace=workspace, slot=slot)
         for seed, slot in enumerate(["key", "value", "key"])
     ]
     filled: list[int] = []

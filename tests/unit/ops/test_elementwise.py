@@ -49,9 +49,7 @@ def test_continuations_list_every_token_once_under_the_one_before_it(previous: l
 @pytest.mark.parametrize("with_carry", [False, True])
 @pytest.mark.parametrize("with_modulation", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 5])
-def test_shift_mix_is_the_formula_token_by_token(
-    groups: int, with_modulation: bool, with_carry: bool
-) -> None:
+def test_shift_mix_is_the_formula_token_by_token(groups: int, with_modulation: bool, with_carry: bool) -> None:
     z, maa = normal(2, 5, 6), normal(groups, 6, seed=1)
     modulation = normal(groups, 2, 5, 6, seed=2) if with_modulation else None
     carry = normal(2, 6, seed=3) if with_carry else None

@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.ops.token_logps import token_logps
+from src.losses import sft_loss
+from src.ops.token_logps import head_sft_loss, token_logps
 
 ROWS, CHANNELS, VOCABULARY = 13, 8, 21
 
@@ -113,3 +114,38 @@ def test_no_rows() -> None:
     logp, max_logit = token_logps(hidden, weight, torch.zeros(0, dtype=torch.int64))
     (logp.sum() + max_logit.sum()).backward()
     assert logp.shape == max_logit.shape == (0,)
+
+
+@pytest.mark.parametrize("head", ["tensor", "function", "trainable"])
+@pytest.mark.parametrize("chunk_tokens", [4, 13, None])
+def test_sft_loss_with_its_head_is_the_loss_of_token_logps(chunk_tokens: int | None, head: str) -> None:
+    hidden, weight, targets = inputs()
+    results = []
+    for fused in (True, False):
+        h = hidden.clone().requires_grad_()
+        w = weight.clone().requires_grad_(head == "trainable")
+        if fused:
+            loss = head_sft_loss(h, w if head != "function" else lambda: weight, targets, chunk_tokens=chunk_tokens)
+        else:
+            logp, max_logit = token_logps(h, w, targets)
+            loss = sft_loss(logp, max_logit, targets >= 0)
+        (3.0 * loss).backward()
+        results.append((loss.detach(), h.grad, *([w.grad] if head == "trainable" else [])))
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference)
+    assert results[0][1] is not None
+    assert not results[0][1][[2, 7]].any()
+
+
+def test_sft_loss_without_gradient_or_without_counted_rows() -> None:
+    hidden, weight, targets = inputs()
+    with torch.no_grad():
+        loss = head_sft_loss(hidden, weight, targets)
+    logp, _ = token_logps(hidden, weight, targets)
+    torch.testing.assert_close(loss, -logp.sum() / (targets >= 0).sum())
+    hidden.requires_grad_()
+    nothing = head_sft_loss(hidden, weight, torch.full_like(targets, -100))
+    nothing.backward()
+    assert nothing == 0
+    assert hidden.grad is not None
+    assert not hidden.grad.any()

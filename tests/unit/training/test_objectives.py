@@ -2,46 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
-from factories import tiny_parameters, tiny_shape
+from tiny_training import PAIRS, preference_batch, state_gradients, tiny_model
 
 from src.data.batches import packed_batch, padded_batch
-from src.data.preference_batches import PairForm, PreferenceBatch, PreferenceDataset
-from src.data.preferences import PreferencePair
-from src.loading import LoadOptions, build_model
-from src.model.rwkv6 import RWKV6, Recompute
-from src.training.objectives import PreferenceObjective, SFTObjective
-
-
-def tiny_model(recompute: Recompute = Recompute.NOTHING) -> RWKV6:
-    shape = tiny_shape()
-    options = LoadOptions(torch.device("cpu"), torch.float32, recompute=recompute)
-    model = build_model(tiny_parameters(shape), shape, options)
-    generator = torch.Generator().manual_seed(5)
-    with torch.no_grad():
-        for block in model.blocks:
-            block.att.time_state.copy_(torch.randn(block.att.time_state.shape, generator=generator) * 0.3)
-    return model
-
-
-def state_gradients(model: RWKV6, loss: torch.Tensor) -> torch.Tensor:
-    loss.backward()
-    return torch.cat([block.att.time_state.grad.flatten() for block in model.blocks])
-
-
-def preference_batch(form: PairForm, pairs: list[PreferencePair]) -> PreferenceBatch:
-    dataset = PreferenceDataset(pairs, source="test", form=form, longest=64, micro_bsz=len(pairs), seed=1)
-    return dataset.batch(range(len(pairs)))
-
-
-PAIRS = [
-    PreferencePair([5, 6, 7, 8, 9], [10, 11, 12], [13, 14, 15, 16]),
-    PreferencePair([21], [22, 23], [24]),
-    PreferencePair(list(range(30, 55)), [60] * 17, [61, 62]),
-    PreferencePair([70, 71], [72, 73, 74], []),
-]
+from src.data.preference_batches import PairForm
+from src.model.rwkv6 import Recompute
+from src.training.objectives import PreferenceObjective, SFTObjective, outcome_of
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))
@@ -49,7 +20,7 @@ def test_shared_prompt_and_two_full_rows_agree(recompute: Recompute) -> None:
     results = []
     for form in (PairForm.SHARED_PROMPT, PairForm.TWO_ROWS):
         model = tiny_model(recompute)
-        outcome = PreferenceObjective(0.3, 0)(model, preference_batch(form, PAIRS))
+        outcome = outcome_of(PreferenceObjective(0.3, 0), model, preference_batch(form, PAIRS))
         results.append((outcome.loss.item(), outcome.logs(), state_gradients(model, outcome.loss)))
     (loss, logs, gradient), (loss_two, logs_two, gradient_two) = results
     assert loss == pytest.approx(loss_two, rel=1e-5)
@@ -61,16 +32,16 @@ def test_shared_prompt_and_two_full_rows_agree(recompute: Recompute) -> None:
 
 
 def test_micro_batch_of_pairs_is_the_mean_of_its_pairs() -> None:
-    together = PreferenceObjective(0.3, 0)(tiny_model(), preference_batch(PairForm.SHARED_PROMPT, PAIRS))
+    together = outcome_of(PreferenceObjective(0.3, 0), tiny_model(), preference_batch(PairForm.SHARED_PROMPT, PAIRS))
     alone = [
-        PreferenceObjective(0.3, 0)(tiny_model(), preference_batch(PairForm.SHARED_PROMPT, [pair])).loss.item()
+        outcome_of(PreferenceObjective(0.3, 0), tiny_model(), preference_batch(PairForm.SHARED_PROMPT, [pair])).loss
         for pair in PAIRS
     ]
-    assert together.loss.item() == pytest.approx(sum(alone) / len(alone), rel=1e-5)
+    assert together.loss.item() == pytest.approx(sum(alone).item() / len(alone), rel=1e-5)
 
 
 def test_released_formula_runs_on_padded_rows_and_logs_the_original_names() -> None:
-    outcome = PreferenceObjective(0.1, 1)(tiny_model(), preference_batch(PairForm.RELEASED, PAIRS[:3]))
+    outcome = outcome_of(PreferenceObjective(0.1, 1), tiny_model(), preference_batch(PairForm.RELEASED, PAIRS[:3]))
     assert torch.isfinite(outcome.loss)
     assert {"pref_percentage", "loss_1_token_chosen", "loss_2_odds_ratio"} <= set(outcome.logs())
 
@@ -82,7 +53,7 @@ def test_packed_and_padded_rows_agree() -> None:
     results = []
     for make in (packed_batch, padded_batch):
         model = tiny_model()
-        loss = SFTObjective()(model, make(documents, masks, range(4))).loss
+        loss = outcome_of(SFTObjective(), model, make(documents, masks, range(4))).loss
         results.append((loss.item(), state_gradients(model, loss)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
@@ -90,6 +61,6 @@ def test_packed_and_padded_rows_agree() -> None:
 
 def test_step_weight_scales_the_loss() -> None:
     batch = packed_batch([np.arange(1, 20)], [None], [0])
-    plain = SFTObjective()(tiny_model(), batch).loss.item()
-    weighted = SFTObjective()(tiny_model(), type(batch)(**{**vars(batch), "step_weight": 0.25})).loss.item()
+    plain = outcome_of(SFTObjective(), tiny_model(), batch).loss.item()
+    weighted = outcome_of(SFTObjective(), tiny_model(), replace(batch, step_weight=0.25)).loss.item()
     assert weighted == pytest.approx(plain / 4, rel=1e-6)

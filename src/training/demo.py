@@ -1,0 +1,215 @@
+"""The bundled demonstrations: a small base model learns a style it has never seen.
+
+`python train.py` tunes a state on plain text; `python train.py --demo orpo` goes the whole way of preference
+training, from a CSV of prompts and good answers. Both measure on texts that were not trained on. Any flag of
+train.py given beside them overrides the demonstration's own. `src/demo/README.md` says where model and texts
+come from.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from src.adapters.states import set_states
+from src.checkpoint import load_state, open_checkpoint
+from src.config import PairConfig, RejectConfig, TrainConfig
+from src.data.preferences import TEMPLATES, read_rows
+from src.errors import ConfigError
+from src.generate import SamplingSettings, generate
+from src.loading import build_model
+from src.tokenizer import tokenizer_for_vocabulary
+from src.training.evaluation import START_POSITIONS, HeldOutLoss, HeldOutPreference
+from src.training.hardware import global_rank, resolve_hardware
+from src.training.preparation import generate_rejects, prepare_pairs
+from src.training.run import RunResult, load_options, say, train
+
+BUNDLE = Path(__file__).resolve().parents[1] / "demo"
+
+SFT_FLAGS = {
+    "proj_dir": "out/demo-sft",
+    "ctx_len": "512",
+    "micro_bsz": "4",
+    "epoch_steps": "100",
+    "epoch_count": "1",
+    "lr_init": "6",
+    "lr_final": "0.1",
+    "grad_cp": "0",
+}
+ORPO_FLAGS = {
+    "orpo": "1",
+    "proj_dir": "out/demo-orpo",
+    "micro_bsz": "4",
+    "epoch_steps": "60",
+    "epoch_count": "1",
+    "lr_init": "8",
+    "lr_final": "0.1",
+    "grad_cp": "0",
+}
+"""The demonstrations' own settings. So few steps want a larger rate than the default, which suits a long run."""
+
+TEMPLATE = "user"
+TURN_END = "\n\n"
+SAMPLE_PROMPT = "My son"
+SAMPLE_TOKENS = 160
+REJECT_FLAGS = {"template": TEMPLATE, "top_p": "0.6", "alpha_frequency": "0", "max_tokens": "100", "batch": "48"}
+"""Among bytes a frequency penalty would forbid the common letters."""
+
+
+def run_demo(given: Mapping[str, str]) -> RunResult:
+    """Runs the demonstration that `--demo` names, by default sft.
+
+    Args:
+        given: flags of the command line as texts; they override the demonstration's.
+
+    Raises:
+        UserError: for everything the user can put right.
+    """
+    given = {"demo": "sft", **given}
+    reserved = ["train_type"] if given["demo"] == "sft" else ["train_type", "rlhf_train_file", "val_file"]
+    if wrong := [f"--{name} {given[name]}" for name in reserved if name in given]:
+        raise ConfigError(f"--demo {given['demo']} brings its own: leave {' and '.join(wrong)} out")
+    return _orpo_demo(given) if given["demo"] == "orpo" else _sft_demo(given)
+
+
+def _sft_demo(given: Mapping[str, str]) -> RunResult:
+    files = {"load_model": "base.pth", "data_file": "sft.jsonl", "val_file": "sft-held-out.jsonl"}
+    config = TrainConfig.from_flags({**{flag: _bundled(name) for flag, name in files.items()}, **SFT_FLAGS, **given})
+    say(
+        "A demonstration: a small model of bytes, raised on novels and dictionaries, learns the style of biblical\n"
+        "poetry, of which it has never seen a line. Only its initial state is trained.\n"
+    )
+    before = _sample(config, SAMPLE_PROMPT)
+    result = train(config)
+    after = _sample(config, SAMPLE_PROMPT, result.final_file)
+    say(_samples(SAMPLE_PROMPT, before, after))
+    if isinstance(result.before, HeldOutLoss) and isinstance(result.after, HeldOutLoss):
+        say(_loss_table(result.before, result.after))
+    say(_closing(config, "python train.py --demo orpo"))
+    return result
+
+
+def _orpo_demo(given: Mapping[str, str]) -> RunResult:
+    folder = Path(given.get("proj_dir", ORPO_FLAGS["proj_dir"]))
+    files = {
+        "load_model": _bundled("base.pth"),
+        "rlhf_train_file": str(folder / "pairs.save"),
+        "val_file": str(folder / "held-out.save"),
+    }
+    config = TrainConfig.from_flags({**files, **ORPO_FLAGS, **given})
+    say(
+        "A demonstration: a small model of bytes, raised on novels and dictionaries, learns to prefer the verse that\n"
+        "follows in the Bible to its own continuation. Only its initial state is trained.\n"
+    )
+    if global_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        _make_pairs(config, "orpo.csv", config.rlhf_train_file, config.epoch_steps * config.micro_bsz)
+        _make_pairs(config, "orpo-held-out.csv", config.val_file, most=0)
+    prompt = TEMPLATES[TEMPLATE].prompt(read_rows(_bundled("orpo-held-out.csv"))[0].prompt)
+    before = _sample(config, prompt, stop=TURN_END)
+    result = train(config)
+    after = _sample(config, prompt, result.final_file, stop=TURN_END)
+    say(_samples(prompt, before, after))
+    if isinstance(result.before, HeldOutPreference) and isinstance(result.after, HeldOutPreference):
+        say(_preference_table(result.before, result.after))
+    say(_closing(config, "python rlhf_generate_reject.py -h"))
+    return result
+
+
+def _make_pairs(config: TrainConfig, source: str, pairs_file: str, most: int) -> None:
+    """CSV -> rejects sampled from the base model -> pairs of tokens, by what the two scripts call.
+
+    Args:
+        config: of the training to come.
+        source: bundled CSV without rejects.
+        pairs_file: the `.save` file to write; two CSVs go beside it.
+        most: rows to use, 0 for all.
+    """
+    stem = Path(pairs_file).with_suffix("")
+    prompts, complete = f"{stem}-prompts.csv", f"{stem}-rejects.csv"
+    rows = read_rows(_bundled(source))[: most or None]
+    with open(prompts, "w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("prompt", "chosen", "reject"))
+        table.writerows((row.prompt, row.chosen, "") for row in rows)
+    for leftover in (complete, f"{complete}.run.json"):
+        Path(leftover).unlink(missing_ok=True)
+    common = {"load_model": config.load_model, "accelerator": config.accelerator, "template": TEMPLATE}
+    if config.precision:
+        common["precision"] = config.precision
+    rejecting = {"input_csv": prompts, "output_csv": complete}
+    generate_rejects(RejectConfig.from_flags({**common, **REJECT_FLAGS, **rejecting}))
+    pairing = {"input_csv": complete, "output_save": pairs_file, "target_pair_count": str(len(rows))}
+    prepare_pairs(PairConfig.from_flags({**common, **pairing}))
+    say()
+
+
+def _sample(config: TrainConfig, prompt: str, state_file: Path | None = None, stop: str = "") -> str:
+    """A continuation by the base model, with the state of a file if one is given; "" on other ranks than 0.
+
+    The base is not quantised here, as in most clients, whatever it was while training.
+    """
+    if global_rank() != 0:
+        return ""
+    checkpoint = open_checkpoint(config.load_model)
+    shape = checkpoint.info.shape
+    options = replace(load_options(config, resolve_hardware(config)), quant_type=None)
+    model = build_model(checkpoint, shape, options)
+    if state_file is not None:
+        set_states(model, load_state(state_file, shape))
+    settings = SamplingSettings(top_p=0.7, frequency_penalty=0.0, max_tokens=SAMPLE_TOKENS, stop=stop)
+    return generate(model, tokenizer_for_vocabulary(shape.vocab_size), [prompt], settings)[0]
+
+
+def _samples(prompt: str, before: str, after: str) -> str:
+    lines = [f"\nsamples    the model's continuation of {prompt!r}"]
+    for label, text in (("before", before), ("after", after)):
+        lines += [f"  {label}:", *(f"    | {line}" for line in f"{prompt}{text}".rstrip().splitlines())]
+    return "\n".join(lines)
+
+
+def _loss_table(before: HeldOutLoss, after: HeldOutLoss) -> str:
+    rows = (
+        ("whole documents", before.overall, after.overall),
+        (f"first {START_POSITIONS} positions", before.start, after.start),
+        ("the rest", before.rest, after.rest),
+    )
+    scope = f"{before.documents} documents of together {before.targets:,} tokens, not trained on"
+    return "\n".join(
+        [
+            f"\nheld-out loss, nats per token: {scope}",
+            f"  {'':<20}{'before':>9}{'after':>9}{'change':>9}",
+            *(f"  {name:<20}{old:>9.4f}{new:>9.4f}{new / old - 1:>+9.1%}" for name, old, new in rows),
+        ]
+    )
+
+
+def _preference_table(before: HeldOutPreference, after: HeldOutPreference) -> str:
+    return "\n".join(
+        [
+            f"\nheld-out preference: {before.pairs} pairs, never trained on",
+            f"  {'':<44}{'before':>9}{'after':>9}",
+            f"  {'pairs whose chosen answer is more probable':<44}{before.accuracy:>9.1%}{after.accuracy:>9.1%}",
+            f"  {'margin of log-probability, nats per token':<44}{before.margin:>+9.4f}{after.margin:>+9.4f}",
+        ]
+    )
+
+
+def _closing(config: TrainConfig, other_command: str) -> str:
+    folder = Path(config.proj_dir)
+    files = [f"  {path} ({path.stat().st_size:,} bytes)" for path in sorted(folder.iterdir()) if path.is_file()]
+    base, state = config.load_model, folder / "rwkv-final.pth"
+    commands = (
+        f"python merge_state.py {base} {state} {folder / 'merged.pth'}",
+        other_command,
+        "python train.py --load_model YOUR-RWKV-6.pth --data_file YOUR.jsonl --val_file HELD-OUT.jsonl",
+    )
+    return "\n".join(["\nfiles", *files, "next", *(f"  {command}" for command in commands)])
+
+
+def _bundled(name: str) -> str:
+    """Path of a bundled file as one would type it from here."""
+    return os.path.relpath(BUNDLE / name)

@@ -1,0 +1,101 @@
+"""Recorded steps against steps issued kernel by kernel."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from factories import tiny_parameters, tiny_shape
+
+from src.data.batches import Batch, packed_batch, padded_batch
+from src.data.preference_batches import PairForm, PreferenceDataset
+from src.data.preferences import PreferencePair
+from src.loading import LoadOptions, build_model
+from src.model.rwkv6 import RWKV6, Recompute
+from src.quant import SHARED_WORKSPACE
+from src.training.graphs import GraphedObjective
+from src.training.objectives import Objective, PreferenceObjective, SFTObjective, outcome_of
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+
+def model(recompute: Recompute) -> RWKV6:
+    shape = tiny_shape(n_layer=3, n_embd=256, head_size=64)
+    options = LoadOptions(torch.device("cuda"), torch.bfloat16, "nf4", recompute=recompute)
+    return build_model(tiny_parameters(shape), shape, options)
+
+
+def documents(*sizes: int) -> list[np.ndarray]:
+    rng = np.random.default_rng(sum(sizes))
+    return [rng.integers(1, 257, size) for size in sizes]
+
+
+def text_batches() -> list[Batch]:
+    rows = [padded_batch(documents(a, b), [None, None], [0, 1]) for a, b in ((300, 290), (310, 200), (333, 5))]
+    packs = [packed_batch(documents(*sizes), [None] * len(sizes), range(len(sizes))) for sizes in ((200, 50), (90, 160, 3))]
+    return [*rows, *packs] * 3
+
+
+def preference_batches() -> list[object]:
+    rng = np.random.default_rng(1)
+    pairs = [PreferencePair(*(rng.integers(1, 257, n).tolist() for n in (20 + i, 60, 61))) for i in range(6)]
+    data = PreferenceDataset(pairs, source="test", form=PairForm.SHARED_PROMPT, longest=64, micro_bsz=2, seed=1)
+    return [data[step] for step in range(9)]
+
+
+def trajectory(objective: Objective, batches: list[object], recompute: Recompute, graphed: bool) -> list[torch.Tensor]:
+    made = model(recompute)
+    recorder = GraphedObjective(objective, made) if graphed else None
+    states = [parameter for parameter in made.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.Adam(states, lr=0.05, fused=True)
+    losses = []
+    for batch in batches:
+        outcome = recorder(batch) if recorder else outcome_of(objective, made, batch)
+        outcome.loss.backward()
+        outcome.logs()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(outcome.loss.detach().clone())
+    if recorder is not None:
+        assert recorder._graphs, "nothing was recorded"
+    return [torch.stack(losses), *(state.detach() for state in states)]
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+@pytest.mark.parametrize("keep_dequantized", [False, True])
+@pytest.mark.parametrize("kind", ["text", "pairs"])
+def test_recorded_steps_take_the_same_trajectory(recompute: Recompute, keep_dequantized: bool, kind: str) -> None:
+    batches = text_batches() if kind == "text" else preference_batches()
+    results = []
+    SHARED_WORKSPACE.keep_dequantized = keep_dequantized
+    try:
+        for graphed in (False, True):
+            objective = SFTObjective() if kind == "text" else PreferenceObjective(0.3, 0)
+            results.append(trajectory(objective, batches, recompute, graphed))
+    finally:
+        SHARED_WORKSPACE.keep_dequantized = False
+    for eager, recorded in zip(*results, strict=True):
+        torch.testing.assert_close(recorded, eager, rtol=2e-2, atol=2e-3)
+
+
+def test_eager_work_between_replays_changes_nothing() -> None:
+    batch = packed_batch(documents(200, 50), [None] * 2, range(2))
+    other = replace(batch, tokens=batch.tokens.flip(1))
+    made = model(Recompute.ALL)
+    recorder = GraphedObjective(SFTObjective(), made)
+    SHARED_WORKSPACE.keep_dequantized = True
+    try:
+        losses = []
+        for _ in range(4):
+            losses.append(recorder(batch).loss.item())
+            with torch.no_grad():
+                outcome_of(SFTObjective(), made, other)
+        assert len(recorder._graphs) == 1
+        assert max(losses) - min(losses) < 1e-3
+    finally:
+        SHARED_WORKSPACE.keep_dequantized = False

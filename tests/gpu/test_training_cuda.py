@@ -1,0 +1,260 @@
+"""Whole runs on a GPU: dtypes under DeepSpeed, what changes and what does not, and how runs end."""
+
+import math
+import re
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import tiny_checkpoint, tiny_shape
+from running import RUN_FILES, files_in, metrics, started, train, try_train, wait_until, write_documents
+
+from src.checkpoint import load_state, open_checkpoint, save_model
+from src.config import TrainConfig
+from src.data.binidx import write_binidx
+from src.errors import TrainingError
+from src.loading import build_model
+from src.model.parameters import state_shapes
+from src.training.hardware import resolve_hardware
+from src.training.module import TrainingModule
+from src.training.run import Work, fit, load_options, make_schedule, prepare_work
+
+pytest.importorskip("bitsandbytes")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+]
+
+SIZES: dict[str, Any] = {"n_layer": 3, "n_embd": 128, "head_size": 64}
+SHAPE = tiny_shape(**SIZES)
+STRATEGIES = ("auto", "deepspeed_stage_1", "deepspeed_stage_2")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base model of three layers with heads of 64, bf16 like published ones."""
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    tiny_checkpoint(path, dtype=torch.bfloat16, **SIZES)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Documents longer and shorter than a tile of the operator."""
+    return write_documents(tmp_path_factory.mktemp("data") / "documents", [200, 33, 64, 129, 16, 90])
+
+
+class Prepared:
+    """A run up to the point where Lightning's loop would begin."""
+
+    def __init__(self, folder: Path, base: Path, data: Path, **flags: object) -> None:
+        given = {"load_model": base, "data_file": data, "proj_dir": folder, "accelerator": "gpu", **flags}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.config = TrainConfig.from_flags({name: str(value) for name, value in given.items()})
+        self.hardware = resolve_hardware(self.config)
+        self.work: Work = prepare_work(self.config, SHAPE)
+        checkpoint = open_checkpoint(base)
+        self.model = build_model(checkpoint, SHAPE, load_options(self.config, self.hardware))
+        self.states = [self.model.get_parameter(name) for name in state_shapes(SHAPE)]
+
+    def fit(self, finish: Callable[[TrainingModule], None] = lambda module: None) -> None:
+        """Lightning's loop; `finish` is called after the last step."""
+        module = TrainingModule(self.model, self.work.objective, self.config)
+        schedule = make_schedule(self.config, self.work)
+        fit(module, self.work, schedule, self.hardware, self.config, self.folder, lambda: finish(module))
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Every registered tensor by name."""
+        return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_dtypes_stay_and_only_states_change(
+    strategy: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Prepared(tmp_path, base, data, strategy=strategy, quant_type="nf4", epoch_steps=3, epoch_count=1)
+    before = {name: tensor.detach().cpu().clone() for name, tensor in run.tensors().items()}
+    during: list[dict[str, tuple[torch.dtype, str]]] = []
+
+    stage = run.work.objective.stage
+
+    def observing(model: Any, batch: Any) -> Any:
+        during.append({name: (tensor.dtype, tensor.device.type) for name, tensor in run.tensors().items()})
+        return stage(model, batch)
+
+    monkeypatch.setattr(run.work.objective, "stage", observing)
+    run.fit()
+
+    states = set(state_shapes(SHAPE))
+    expected = {name: tensor.dtype for name, tensor in before.items()}
+    assert {expected[name] for name in states} == {torch.float32}
+    assert expected["head.weight"] == torch.bfloat16
+    assert sum(dtype == torch.uint8 for dtype in expected.values()) >= 8 * SHAPE.n_layer
+    assert len(during) == 3
+    for seen in during:
+        assert {name: dtype for name, (dtype, _) in seen.items()} == expected
+        assert {device for _, device in seen.values()} == {"cuda"}
+    after = {name: tensor.detach().cpu() for name, tensor in run.tensors().items()}
+    assert {name: tensor.dtype for name, tensor in after.items()} == expected
+    assert {name for name in before if not torch.equal(before[name], after[name])} == states
+    assert not run.model.emb.host_table.is_cuda  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_the_adam_moments_are_fp32(strategy: str, base: Path, data: Path, tmp_path: Path) -> None:
+    run = Prepared(tmp_path, base, data, strategy=strategy, epoch_steps=2, epoch_count=1)
+    moments: list[torch.dtype] = []
+
+    def look(module: TrainingModule) -> None:
+        (optimizer,) = module.trainer.optimizers
+        inner = getattr(optimizer, "optimizer", optimizer)
+        for state in inner.state.values():
+            moments.extend(state[name].dtype for name in ("exp_avg", "exp_avg_sq"))
+
+    run.fit(look)
+    assert moments
+    assert set(moments) == {torch.float32}
+
+
+@pytest.mark.parametrize("strategy", [*STRATEGIES, "deepspeed_stage_2_offload"])
+def test_a_run_leaves_what_it_should(strategy: str, base: Path, data: Path, tmp_path: Path) -> None:
+    ended = train(
+        tmp_path, load_model=base, data_file=data, accelerator="gpu", quant=1, strategy=strategy, epoch_steps=3,
+        epoch_count=2, val_file=data, accumulate_grad_batches=3, micro_bsz=2,
+    )  # fmt: skip
+    assert files_in(tmp_path) == {*RUN_FILES, "rwkv-0.pth", "rwkv-1.pth"}
+    assert len(metrics(tmp_path)) == 2
+    for state in load_state(tmp_path / "rwkv-final.pth", SHAPE).values():
+        assert state.dtype == torch.bfloat16
+        assert state.isfinite().all()
+        assert state.any()
+    assert "allocator peak" in ended.out
+    assert re.search(r"held out   tuned: loss \d", ended.out)
+
+
+def losses_of(folder: Path) -> list[float]:
+    """Loss of every step."""
+    return [record["loss"] for record in metrics(folder)]
+
+
+@pytest.mark.parametrize("grad_cp", [0, 1, 2])
+@pytest.mark.parametrize("quant_type", ["none", "nf4", "fp4", "int8"])
+def test_gpu_and_cpu_see_the_same_loss(quant_type: str, grad_cp: int, base: Path, data: Path, tmp_path: Path) -> None:
+    """bf16 on both; the first step has the same state, later ones feel the rounding of earlier ones."""
+    quantised = {"quant": 0} if quant_type == "none" else {"quant": 1, "quant_type": quant_type}
+    for accelerator in ("cpu", "gpu"):
+        train(
+            tmp_path / accelerator, load_model=base, data_file=data, accelerator=accelerator, precision="bf16",
+            grad_cp=grad_cp, epoch_steps=6, epoch_count=1, **quantised,
+        )  # fmt: skip
+    on_cpu, on_gpu = losses_of(tmp_path / "cpu"), losses_of(tmp_path / "gpu")
+    assert on_gpu[0] == pytest.approx(on_cpu[0], rel=5e-3)
+    assert on_gpu == pytest.approx(on_cpu, rel=2e-2)
+
+
+def test_packed_and_padded_rows_see_the_same_documents(base: Path, data: Path, tmp_path: Path) -> None:
+    for dataload in ("pad", "pack"):
+        train(
+            tmp_path / dataload, load_model=base, data_file=data, accelerator="gpu", quant=1, dataload=dataload,
+            micro_bsz=6, ctx_len=256, epoch_count=1,
+        )  # fmt: skip
+    padded, packed = losses_of(tmp_path / "pad"), losses_of(tmp_path / "pack")
+    assert len(padded) == len(packed) == 1
+    assert packed == pytest.approx(padded, rel=5e-3)
+
+
+def test_recorded_steps_are_the_issued_ones(base: Path, tmp_path: Path) -> None:
+    """Lengths repeat, so that with --cuda_graph 1 most steps are replays."""
+    documents = write_documents(tmp_path / "documents", [64] * 8)
+    for cuda_graph in (0, 1):
+        train(
+            tmp_path / str(cuda_graph), load_model=base, data_file=documents, accelerator="gpu", quant=1,
+            cuda_graph=cuda_graph, epoch_count=2, lr_init=0.1,
+        )  # fmt: skip
+    issued, recorded = metrics(tmp_path / "0"), metrics(tmp_path / "1")
+    assert len(issued) == 16
+    for name in ("loss", "grad_norm"):
+        assert [r[name] for r in recorded] == pytest.approx([r[name] for r in issued], rel=1e-2), name
+
+
+def test_deepspeed_takes_the_steps_of_a_single_device(base: Path, data: Path, tmp_path: Path) -> None:
+    for strategy in STRATEGIES:
+        train(
+            tmp_path / strategy, load_model=base, data_file=data, accelerator="gpu", quant=1, strategy=strategy,
+            epoch_steps=6, epoch_count=1, accumulate_grad_batches=2, lr_init=0.1,
+        )  # fmt: skip
+    reference = metrics(tmp_path / "auto")
+    for strategy in STRATEGIES[1:]:
+        records = metrics(tmp_path / strategy)
+        assert [r["lr"] for r in records] == [r["lr"] for r in reference]
+        for name in ("loss", "grad_norm"):
+            assert [r[name] for r in records] == pytest.approx([r[name] for r in reference], rel=1e-2), name
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_loss_that_is_not_finite_stops_before_the_step(strategy: str, base: Path, tmp_path: Path) -> None:
+    tensors = {name: tensor.clone() for name, tensor in open_checkpoint(base).items()}
+    tensors["emb.weight"][200] = math.nan
+    save_model(tmp_path / "poisoned.pth", tensors)
+    documents = [[5, 6, 7 + number, 8, 9, 0] for number in range(6)]
+    documents[3][2] = 200
+    write_binidx(tmp_path / "documents", documents)
+    folder = tmp_path / "out"
+    ended = try_train(
+        folder, load_model=tmp_path / "poisoned.pth", data_file=tmp_path / "documents", accelerator="gpu", quant=1,
+        strategy=strategy, epoch_count=1,
+    )  # fmt: skip
+    assert ended.code == 2
+    assert "Traceback" not in ended.err
+    assert f"the loss is not finite at step {len(metrics(folder)) + 1} (samples [3])" in ended.err
+    assert files_in(folder) == {"rwkv-last-good.pth", "train_log.txt", "metrics.jsonl"}
+    assert all(state.isfinite().all() for state in load_state(folder / "rwkv-last-good.pth", SHAPE).values())
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_a_gradient_that_is_not_finite_stops_before_the_step(
+    strategy: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    run = Prepared(tmp_path, base, data, strategy=strategy, epoch_steps=3, epoch_count=1)
+    run.states[1].register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(TrainingError, match="the gradient is not finite at step 1 "):
+        run.fit()
+    assert not any(state.any() for state in load_state(tmp_path / "rwkv-last-good.pth", SHAPE).values())
+
+
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_1"])
+def test_ctrl_c_finishes_the_step_and_saves(strategy: str, base: Path, data: Path, tmp_path: Path) -> None:
+    words = [
+        *("--load_model", base, "--data_file", data, "--proj_dir", tmp_path, "--accelerator", "gpu"),
+        *("--strategy", strategy, "--epoch_steps", 1_000_000),
+    ]
+    with started("train.py", *words) as process:
+        wait_until(lambda: len(metrics(tmp_path)) >= 20 or process.poll() is not None, seconds=300)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "Traceback" not in err
+    assert f"stopped by SIGINT after {len(metrics(tmp_path))} steps" in out
+    assert any(state.any() for state in load_state(tmp_path / "rwkv-final.pth", SHAPE).values())
+
+
+def test_running_out_of_memory_says_what_to_change(base: Path, data: Path, tmp_path: Path) -> None:
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)
+    try:
+        ended = try_train(
+            tmp_path, load_model=base, data_type="dummy", accelerator="gpu", grad_cp=0, micro_bsz=64, epoch_count=1
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
+    assert ended.code == 2, ended.out
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert "the GPU ran out of its " in line
+    assert "--grad_cp 1, or --micro_bsz 32 --accumulate_grad_batches 2, or --quant 1 --quant_type nf4" in line
+    assert "rwkv-final.pth" not in files_in(tmp_path)

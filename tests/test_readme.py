@@ -1,0 +1,69 @@
+"""README says what is so: its flag table, its commands, the files it names."""
+
+import dataclasses
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from src.cli import given_train_flags
+from src.config import UNSUPPORTED, PairConfig, RejectConfig, TrainConfig
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PLACES = {"train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_generate_reject.py"}
+
+
+def flag_table() -> list[tuple[str, str]]:
+    """(flag, default) of the rows of train.py's table."""
+    return re.findall(r"^\| `--(\w+)` \| ([^|]*?) ?\|", README, re.MULTILINE)
+
+
+def commands() -> list[str]:
+    """Lines of code blocks that call one of the scripts, continued lines joined."""
+    joined = README.replace("\\\n", " ")
+    blocks = [line.strip() for line in joined.splitlines() if line.startswith("    ")]
+    return [line for line in blocks if any(place in line for place in PLACES)]
+
+
+def test_the_flag_table_is_complete_and_in_order() -> None:
+    fields = {spec.name: spec.default for spec in dataclasses.fields(TrainConfig)}
+    assert [name for name, _ in flag_table()] == list(fields)
+    for name, shown in flag_table():
+        assert shown.strip("` ") in ("", str(fields[name])), name
+
+
+def test_every_flag_it_names_exists() -> None:
+    known = {*TrainConfig.__dataclass_fields__, *UNSUPPORTED}
+    for config in (RejectConfig, PairConfig):
+        known |= set(config.__dataclass_fields__)
+    named = re.findall(r"`--(\w+)(\*?)", README)
+    unknown = [
+        name for name, star in named if name not in known and not (star and any(k.startswith(name) for k in known))
+    ]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "train.py" in c and "&&" not in c])
+def test_its_training_commands_are_accepted(command: str) -> None:
+    python, script, *words = shlex.split(command)
+    assert (python, script) == ("python", "train.py")
+    given = given_train_flags(words)
+    if "demo" not in given:
+        TrainConfig.from_flags(given)
+
+
+def test_the_two_commands_of_the_first_screen() -> None:
+    first_screen = README[:2500]
+    assert "pip install -r requirements.txt && python train.py\n" in first_screen
+    assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest\n" in first_screen
+    runner = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    assert "-r requirements.txt -r tests/requirements.txt" in runner
+    assert "\npython -m pytest" in runner
+
+
+def test_the_files_it_names_exist() -> None:
+    named = set(re.findall(r"\]\((?!http)([^)#]+)\)", README))
+    named |= set(re.findall(r"`((?:src|tests|cuda)/[\w./-]+)`", README))
+    assert [name for name in sorted(named) if not (ROOT / name).exists()] == []

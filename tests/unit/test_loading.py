@@ -1,0 +1,112 @@
+"""From a checkpoint's tensors to a model."""
+
+from collections.abc import Iterator, Mapping
+
+import pytest
+import torch
+from factories import tiny_parameters, tiny_shape, tiny_states
+from torch import Tensor
+
+from src.loading import LoadOptions, build_model
+from src.model.parameters import parameter_shapes, quantizable_names, state_shapes
+from src.quant import FrozenLinear
+
+SHAPE = tiny_shape(n_embd=64)
+CPU = torch.device("cpu")
+
+
+class OneAtATime(Mapping[str, Tensor]):
+    """Tensors by name; remembers the order in which they were taken."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.taken: list[str] = []
+
+    def __getitem__(self, key: str) -> Tensor:
+        self.taken.append(key)
+        return self.tensors[key].clone()
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.tensors)
+
+    def __len__(self) -> int:
+        return len(self.tensors)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_frozen_model(dtype: torch.dtype) -> None:
+    model = build_model(tiny_parameters(SHAPE), SHAPE, LoadOptions(CPU, dtype))
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == set(state_shapes(SHAPE))
+    for name, parameter in model.named_parameters():
+        assert parameter.dtype == (torch.float32 if name in trainable else dtype), name
+        assert parameter.is_leaf
+    assert model.training
+
+
+def test_every_tensor_is_where_its_name_says() -> None:
+    tensors = {**tiny_parameters(SHAPE), **tiny_states(SHAPE)}
+    model = build_model(tensors, SHAPE, LoadOptions(CPU, torch.float32))
+    placed = dict(model.named_parameters())
+    assert model.emb.host_table is not None
+    placed["emb.weight"] = model.emb.host_table  # type: ignore[assignment]
+    assert placed.keys() == tensors.keys()
+    for name in tensors:
+        assert torch.equal(placed[name], tensors[name]), name
+
+
+def test_states_start_at_zero_or_from_the_file() -> None:
+    plain = build_model(tiny_parameters(SHAPE), SHAPE, LoadOptions(CPU, torch.float32))
+    states = tiny_states(SHAPE, dtype=torch.bfloat16)
+    merged = build_model({**tiny_parameters(SHAPE), **states}, SHAPE, LoadOptions(CPU, torch.float32))
+    for name, state in states.items():
+        assert not plain.get_parameter(name).any()
+        assert torch.equal(merged.get_parameter(name), state.float())
+
+
+def test_training_does_not_write_into_the_file_s_tensors() -> None:
+    tensors = {**tiny_parameters(SHAPE), **tiny_states(SHAPE)}
+    before = {name: tensor.clone() for name, tensor in tensors.items()}
+    for train_weights in (False, True):
+        options = LoadOptions(CPU, torch.float32, train_weights=train_weights)
+        model = build_model(tensors, SHAPE, options)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(1)
+    assert all(torch.equal(before[name], tensors[name]) for name in tensors)
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "4bit", "int8"])
+def test_the_eight_matrices_of_a_layer_are_packed_and_nothing_else(quant_type: str) -> None:
+    model = build_model(tiny_parameters(SHAPE), SHAPE, LoadOptions(CPU, torch.bfloat16, quant_type=quant_type))
+    packed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
+    assert packed == set(quantizable_names(SHAPE))
+    assert len(packed) == 8 * SHAPE.n_layer
+    assert {name for name, _ in model.named_parameters()} == (
+        parameter_shapes(SHAPE).keys() | state_shapes(SHAPE).keys()
+    ) - packed - {"emb.weight"}
+
+
+def test_full_training_has_fp32_masters_of_every_weight() -> None:
+    options = LoadOptions(CPU, torch.bfloat16, train_weights=True)
+    model = build_model(tiny_parameters(SHAPE, dtype=torch.bfloat16), SHAPE, options)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == set(parameter_shapes(SHAPE))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+
+
+def test_full_training_of_packed_matrices_is_a_programming_error() -> None:
+    options = LoadOptions(CPU, torch.float32, quant_type="nf4", train_weights=True)
+    with pytest.raises(AssertionError):
+        build_model(tiny_parameters(SHAPE), SHAPE, options)
+
+
+def test_tensors_are_taken_once_and_one_after_the_other() -> None:
+    source = OneAtATime(tiny_parameters(SHAPE))
+    reported: list[str] = []
+    build_model(source, SHAPE, LoadOptions(CPU, torch.bfloat16, quant_type="nf4"), reported.append)
+    assert source.taken == reported == list(parameter_shapes(SHAPE))

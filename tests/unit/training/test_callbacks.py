@@ -1,0 +1,252 @@
+"""What happens around the steps, without Lightning's loop."""
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from factories import tiny_parameters, tiny_shape
+from running import GivenLoss
+from torch import Tensor
+
+from src.config import TrainConfig
+from src.errors import TrainingError
+from src.loading import LoadOptions, build_model
+from src.schedule import Schedule
+from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
+from src.training.module import TrainingModule
+from src.training.records import EpochRecord, StepRecord
+
+SCHEDULE = Schedule(lr_init=1.0, lr_final=0.1, warmup_steps=0, total_steps=10, weight_decay=0.5)
+
+
+def module(**flags: object) -> TrainingModule:
+    """A training module whose loss is the batch's number times the sum of the first state."""
+    given = {"load_model": "base.pth", "data_file": "data", **{name: str(v) for name, v in flags.items()}}
+    shape = tiny_shape()
+    model = build_model(tiny_parameters(shape), shape, LoadOptions(torch.device("cpu"), torch.float32))
+
+    def loss(model: Any, batch: Any) -> Tensor:
+        return 1 + batch.factor * model.get_parameter("blocks.0.att.time_state").sum()
+
+    return TrainingModule(model, GivenLoss(loss), TrainConfig.from_flags(given))
+
+
+def batch(*samples: int, factor: float = 1.0) -> Any:
+    """What the callbacks read of a batch."""
+    return SimpleNamespace(sample_indices=samples, token_count=10 * len(samples), factor=factor)
+
+
+def trainer(made: TrainingModule, **changes: object) -> Any:
+    """What the callbacks read of a trainer."""
+    values = {
+        "global_step": 0, "current_epoch": 0, "max_epochs": 3, "world_size": 1, "is_global_zero": True,
+        "should_stop": False, "optimizers": [made.configure_optimizers()], **changes,
+    }  # fmt: skip
+    return SimpleNamespace(**values)
+
+
+def run_batch(control: StepControl, loop: Any, made: TrainingModule, item: Any, number: int) -> None:
+    """One micro-batch as Lightning runs it."""
+    control.on_train_batch_start(loop, made, item, number)
+    loss: Tensor = made.training_step(item, number)
+    loss.backward()
+    control.on_before_optimizer_step(loop, made, loop.optimizers[0])
+    control.on_train_batch_end(loop, made, None, item, number)
+
+
+class TestStepControl:
+    def test_it_sets_rate_and_weight_decay_of_every_group(self) -> None:
+        made = module(train_type="states", weight_decay=0.5)
+        loop = trainer(made, global_step=9)
+        loop.optimizers[0].param_groups[0]["lr_scale"] = 2.0
+        StepControl(SCHEDULE, 1).on_train_batch_start(loop, made, batch(0), 0)
+        assert loop.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.2)
+        assert loop.optimizers[0].param_groups[0]["weight_decay"] == 0.5
+
+    def test_loss_and_norm_of_a_step(self) -> None:
+        made, control = module(), StepControl(SCHEDULE, 1)
+        run_batch(control, trainer(made), made, batch(4, factor=2.0), 0)
+        assert control.loss == pytest.approx(1.0)
+        assert control.grad_norm == pytest.approx(2.0 * (4 * 8 * 8) ** 0.5)
+
+    @pytest.mark.parametrize("factor", [float("nan"), float("inf"), float("-inf")])
+    def test_a_loss_that_is_not_finite_is_refused_with_step_and_sample(self, factor: float) -> None:
+        made, control = module(), StepControl(SCHEDULE, 1)
+        made.model.get_parameter("blocks.0.att.time_state").data.fill_(1.0)
+        with pytest.raises(TrainingError, match=r"the loss is not finite at step 8 \(samples \[3, 5\]\)"):
+            run_batch(control, trainer(made, global_step=7), made, batch(3, 5, factor=factor), 0)
+
+    def test_only_the_bad_micro_batch_of_an_accumulated_step_is_named(self) -> None:
+        made, control = module(), StepControl(SCHEDULE, 3)
+        made.model.get_parameter("blocks.0.att.time_state").data.fill_(1.0)
+        loop = trainer(made)
+        run_batch(control, loop, made, batch(1), 0)
+        run_batch(control, loop, made, batch(2, factor=float("nan")), 1)
+        with pytest.raises(TrainingError, match=r"the loss is not finite at step 1 \(samples \[2\]\)"):
+            run_batch(control, loop, made, batch(3), 2)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_a_gradient_that_is_not_finite_is_refused_though_the_loss_is_fine(self, value: float) -> None:
+        made, control = module(), StepControl(SCHEDULE, 1)
+        state = made.model.get_parameter("blocks.1.att.time_state")
+        state.register_hook(lambda gradient: gradient + value)
+        made.objective = GivenLoss(lambda model, item: state.sum())
+        with pytest.raises(TrainingError, match=r"the gradient is not finite at step 1 \(samples \[6\]\)"):
+            run_batch(control, trainer(made), made, batch(6), 0)
+
+    def test_an_accumulated_step_has_the_mean_loss_and_starts_afresh(self) -> None:
+        made, control = module(), StepControl(SCHEDULE, 2)
+        made.model.get_parameter("blocks.0.att.time_state").data.fill_(1 / 256)
+        loop = trainer(made)
+        for number, factor in enumerate((1.0, 3.0)):
+            run_batch(control, loop, made, batch(number, factor=factor), number)
+        assert control.loss == pytest.approx(3.0)
+        for number, factor in enumerate((0.0, 0.0), start=2):
+            run_batch(control, loop, made, batch(number, factor=factor), number)
+        assert control.loss == pytest.approx(1.0)
+
+
+class Remembering:
+    """A sink that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.steps: list[StepRecord] = []
+        self.epochs: list[EpochRecord] = []
+        self.closed = 0
+
+    def step(self, record: StepRecord) -> None:
+        self.steps.append(record)
+
+    def epoch(self, record: EpochRecord) -> None:
+        self.epochs.append(record)
+
+    def close(self) -> None:
+        self.closed += 1
+
+
+class TestMonitor:
+    def test_one_record_per_optimizer_step_and_epoch(self) -> None:
+        made, control, sink = module(), StepControl(SCHEDULE, 2), Remembering()
+        monitor = TrainingMonitor(control, [sink], epoch_begin=5, ctx_len=100)
+        loop = trainer(made)
+        monitor.on_train_start(loop, made)
+        for number, item in enumerate([batch(0), batch(1, 2), batch(3), batch(4)]):
+            run_batch(control, loop, made, item, number)
+            loop.global_step += number % 2
+            monitor.on_train_batch_end(loop, made, None, item, number)
+        monitor.on_train_epoch_end(loop, made)
+        monitor.on_train_end(loop, made)
+        assert [record.step for record in sink.steps] == [1, 2]
+        assert [record.tokens for record in sink.steps] == [30, 20]
+        assert [record.nominal_tokens for record in sink.steps] == [300, 200]
+        assert [(record.epoch, record.local_epoch) for record in sink.epochs] == [(5, 0)]
+        assert sink.epochs[0].loss == pytest.approx(sum(monitor.losses) / 2)
+        assert sink.closed == 1
+
+    def test_an_epoch_without_a_step_writes_nothing(self) -> None:
+        made, sink = module(), Remembering()
+        TrainingMonitor(StepControl(SCHEDULE, 1), [sink], 0, 100).on_train_epoch_end(trainer(made), made)
+        assert sink.epochs == []
+
+
+class TestSaver:
+    @pytest.mark.parametrize(
+        ("epoch_save", "epoch_begin", "saved"),
+        [
+            (1, 0, ["rwkv-0.pth", "rwkv-1.pth", "rwkv-2.pth"]),
+            (2, 0, ["rwkv-0.pth", "rwkv-2.pth"]),
+            (3, 4, ["rwkv-4.pth", "rwkv-6.pth"]),
+            (0, 0, ["rwkv-2.pth"]),
+        ],
+    )
+    def test_which_epochs(self, epoch_save: int, epoch_begin: int, saved: list[str], tmp_path: Path) -> None:
+        written: list[Path] = []
+        saver = CheckpointSaver(written.append, tmp_path, epoch_begin, epoch_save)
+        for epoch in range(3):
+            saver.on_train_epoch_end(trainer(module(), current_epoch=epoch), module())
+        assert [path.name for path in written] == saved
+        assert saver.files == written
+
+    def test_other_ranks_write_nothing(self, tmp_path: Path) -> None:
+        written: list[Path] = []
+        saver = CheckpointSaver(written.append, tmp_path, 0, 1)
+        saver.on_train_epoch_end(trainer(module(), is_global_zero=False), module())
+        assert written == []
+
+
+class TestStopper:
+    @pytest.fixture(autouse=True)
+    def handlers(self) -> Iterator[None]:
+        """Puts the signals back."""
+        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+        yield
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
+    def test_a_signal_asks_to_stop_after_the_step(self, number: signal.Signals) -> None:
+        stopper, made = Stopper(SCHEDULE), module()
+        loop = trainer(made)
+        stopper.on_train_start(loop, made)
+        stopper.on_train_batch_end(loop, made, None, None, 0)
+        assert not loop.should_stop
+        os.kill(os.getpid(), number)
+        assert not loop.should_stop
+        stopper.on_train_batch_end(loop, made, None, None, 1)
+        assert loop.should_stop
+        assert stopper.signal_name == number.name
+
+    def test_a_second_ctrl_c_stops_at_once(self) -> None:
+        stopper, made = Stopper(SCHEDULE), module()
+        stopper.on_train_start(trainer(made), made)
+        os.kill(os.getpid(), signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    @pytest.mark.parametrize("way", ["end", "exception"])
+    def test_the_signals_are_given_back(self, way: str) -> None:
+        stopper, made = Stopper(SCHEDULE), module()
+        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        stopper.on_train_start(trainer(made), made)
+        assert signal.getsignal(signal.SIGINT) != before[0]
+        if way == "end":
+            stopper.on_train_end(trainer(made), made)
+        else:
+            stopper.on_exception(trainer(made), made, RuntimeError())
+        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+
+    def test_the_end_of_a_token_schedule(self) -> None:
+        schedule = Schedule(1.0, 0.1, 0, 10, exit_tokens=100, tokens_per_step=10)
+        stopper, made = Stopper(schedule), module()
+        loop = trainer(made, global_step=9)
+        stopper.on_train_batch_end(loop, made, None, None, 8)
+        assert not loop.should_stop
+        loop.global_step = 10
+        stopper.on_train_batch_end(loop, made, None, None, 9)
+        assert loop.should_stop
+
+    def test_one_rank_stops_all(self) -> None:
+        stopper, made = Stopper(SCHEDULE), module()
+        asked: list[bool] = []
+
+        def decide(wish: bool, all: bool) -> bool:
+            asked.append(wish)
+            assert not all
+            return True
+
+        loop = trainer(made, world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=decide))
+        stopper.on_train_batch_end(loop, made, None, None, 0)
+        assert asked == [False]
+        assert loop.should_stop
+
+
+def test_at_end_acts_on_rank_0_only() -> None:
+    calls: list[str] = []
+    for is_first in (True, False):
+        AtEnd(lambda: calls.append("done")).on_train_end(trainer(module(), is_global_zero=is_first), module())
+    assert calls == ["done"]

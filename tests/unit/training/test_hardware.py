@@ -1,0 +1,167 @@
+"""From flags to a device and an engine; the machine is imagined."""
+
+import pytest
+import torch
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision
+from pytorch_lightning.strategies import DeepSpeedStrategy
+from torch import nn
+
+from src.config import TrainConfig
+from src.errors import ConfigError
+from src.training.hardware import Hardware, deepspeed_config, global_rank, resolve_hardware, trainer_arguments
+
+
+def config(**flags: object) -> TrainConfig:
+    """A configuration from the two necessary flags and these."""
+    given = {"load_model": "base.pth", "data_file": "data", **{name: str(v) for name, v in flags.items()}}
+    return TrainConfig.from_flags(given)
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine without a GPU."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with two GPUs of compute capability 9.0."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+
+
+@pytest.mark.usefixtures("no_gpu")
+class TestWithoutGpu:
+    def test_auto_is_the_cpu_in_fp32(self) -> None:
+        hardware = resolve_hardware(config())
+        assert (hardware.device.type, hardware.precision, hardware.strategy) == ("cpu", "fp32", "single")
+        assert hardware.notes == []
+
+    @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
+    def test_what_was_asked_for(self, precision: str, dtype: torch.dtype) -> None:
+        assert resolve_hardware(config(precision=precision)).compute_dtype == dtype
+
+    @pytest.mark.parametrize(
+        ("flags", "expected"),
+        [
+            ({"accelerator": "gpu"}, "--accelerator gpu was asked for and no CUDA GPU is visible"),
+            ({"accelerator": "cuda"}, "--accelerator cuda was asked for"),
+            ({"precision": "fp16"}, "--precision fp16 needs a GPU"),
+            ({"precision": "tf32"}, "--precision tf32 needs a GPU"),
+            ({"devices": 2}, "--devices 2 --num_nodes 1 needs GPUs"),
+            ({"num_nodes": 2}, "--devices 1 --num_nodes 2 needs GPUs"),
+        ],
+    )
+    def test_what_is_not_there_is_refused(self, flags: dict[str, object], expected: str) -> None:
+        with pytest.raises(ConfigError) as refused:
+            resolve_hardware(config(**flags))
+        assert expected in str(refused.value)
+
+    def test_an_engine_becomes_a_single_device_and_says_so(self) -> None:
+        hardware = resolve_hardware(config(strategy="deepspeed_stage_2"))
+        assert hardware.strategy == "single"
+        assert hardware.notes == ["--strategy deepspeed_stage_2 needs a GPU: running on a single device instead"]
+
+
+@pytest.mark.usefixtures("two_gpus")
+class TestWithGpus:
+    @pytest.mark.parametrize(
+        ("flags", "strategy"),
+        [
+            ({}, "single"),
+            ({"devices": 2}, "deepspeed_stage_1"),
+            ({"num_nodes": 4}, "deepspeed_stage_1"),
+            ({"strategy": "deepspeed_stage_2"}, "deepspeed_stage_2"),
+        ],
+    )
+    def test_the_engine(self, flags: dict[str, object], strategy: str) -> None:
+        hardware = resolve_hardware(config(**flags))
+        assert (hardware.device.type, hardware.precision, hardware.strategy) == ("cuda", "bf16", strategy)
+
+    def test_the_cpu_can_still_be_chosen(self) -> None:
+        assert resolve_hardware(config(accelerator="cpu")).device.type == "cpu"
+
+    def test_more_devices_than_there_are(self) -> None:
+        with pytest.raises(ConfigError, match="--devices 3 was asked for and 2 GPU"):
+            resolve_hardware(config(devices=3))
+
+    def test_an_old_gpu_has_no_bf16(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+        with pytest.raises(ConfigError, match=r"needs compute capability 8\.0 and this GPU has 7\.5"):
+            resolve_hardware(config())
+        assert resolve_hardware(config(precision="fp32")).precision == "fp32"
+
+    def test_each_process_has_its_own_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        assert resolve_hardware(config(devices=2)).device == torch.device("cuda", 1)
+
+
+class TestDeepSpeedConfiguration:
+    def test_there_is_no_section_that_casts(self) -> None:
+        for strategy in ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload"):
+            made = deepspeed_config(strategy, config(), trained_elements=1000)
+            assert not {"bf16", "fp16", "amp", "torch_autocast"} & made.keys()
+
+    @pytest.mark.parametrize(("trained_elements", "bucket"), [(1000, 1000), (10**9, 50_000_000), (0, 1)])
+    def test_buckets_fit_what_is_trained_up_to_ds_bucket_mb(self, trained_elements: int, bucket: int) -> None:
+        zero = deepspeed_config("deepspeed_stage_1", config(), trained_elements)["zero_optimization"]
+        assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket
+
+    def test_the_stage_and_where_the_optimizer_is(self) -> None:
+        plain = deepspeed_config("deepspeed_stage_2", config(), 1)["zero_optimization"]
+        offload = deepspeed_config("deepspeed_stage_2_offload", config(), 1)["zero_optimization"]
+        assert (plain["stage"], "offload_optimizer" in plain) == (2, False)
+        assert (offload["stage"], offload["offload_optimizer"]["device"]) == (2, "cpu")
+
+    def test_nothing_overlaps_on_one_device(self) -> None:
+        zero = deepspeed_config("deepspeed_stage_1", config(), 1)["zero_optimization"]
+        assert zero["overlap_comm"] is False
+
+
+class TestTrainerArguments:
+    def test_a_single_device_has_no_strategy(self) -> None:
+        made = trainer_arguments(Hardware(torch.device("cpu"), "fp32", "single"), config(), 1)
+        assert (made["accelerator"], made["devices"], made["num_nodes"]) == ("cpu", 1, 1)
+        assert "strategy" not in made
+
+    def test_the_engines_precision_leaves_every_dtype(self) -> None:
+        hardware = Hardware(torch.device("cuda"), "bf16", "deepspeed_stage_1")
+        made = trainer_arguments(hardware, config(strategy="deepspeed_stage_1"), 1)
+        assert made["accelerator"] == "gpu"
+        assert isinstance(made["strategy"], DeepSpeedStrategy)
+        precision = made["strategy"].precision_plugin
+        assert isinstance(precision, DeepSpeedPrecision)
+        module = nn.Module()
+        module.state = nn.Parameter(torch.zeros(2))
+        module.weight = nn.Parameter(torch.zeros(2, dtype=torch.bfloat16), requires_grad=False)
+        module.register_buffer("packed", torch.zeros(2, dtype=torch.uint8))
+        module.register_buffer("absmax", torch.zeros(2, dtype=torch.float16))
+        before = {name: tensor.dtype for name, tensor in module.state_dict().items()}
+        converted = precision.convert_module(module)
+        assert {name: tensor.dtype for name, tensor in converted.state_dict().items()} == before
+        batch = torch.zeros(2, dtype=torch.float64)
+        assert precision.convert_input(batch) is batch
+
+
+class TestRank:
+    @pytest.mark.parametrize(
+        ("environment", "rank"),
+        [
+            ({}, 0),
+            ({"RANK": "5", "LOCAL_RANK": "1"}, 5),
+            ({"SLURM_PROCID": "3"}, 3),
+            ({"LOCAL_RANK": "1"}, 1),
+            ({"LOCAL_RANK": "1", "NODE_RANK": "2"}, 5),
+            ({"LOCAL_RANK": "0", "GROUP_RANK": "1"}, 2),
+        ],
+    )
+    def test_as_the_launcher_tells_it(
+        self, environment: dict[str, str], rank: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        for name in ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        assert global_rank(devices=2) == rank

@@ -1,0 +1,175 @@
+"""Where the numbers of a run go."""
+
+import json
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from src.config import TrainConfig
+from src.training.records import EpochRecord, FileSink, HttpSink, ProgressSink, StepRecord, WandbSink
+
+
+def step_record(step: int = 1, **changes: Any) -> StepRecord:
+    """A record of plausible numbers."""
+    values = {
+        "step": step, "epoch": 0, "loss": 2.5, "lr": 0.5, "weight_decay": 0.0, "grad_norm": 0.1, "seconds": 0.25,
+        "tokens": 100, "nominal_tokens": 2048, **changes,
+    }  # fmt: skip
+    return StepRecord(**values)
+
+
+def config(**flags: object) -> TrainConfig:
+    """A configuration from the two necessary flags and these."""
+    given = {"load_model": "base.pth", "data_file": "data", **{name: str(v) for name, v in flags.items()}}
+    return TrainConfig.from_flags(given)
+
+
+def test_speed_counts_real_tokens() -> None:
+    assert step_record().tokens_per_s == 400
+    assert step_record(seconds=0.0).tokens_per_s == 0
+
+
+class TestFiles:
+    def test_lines_and_records(self, tmp_path: Path) -> None:
+        sink = FileSink(tmp_path, config(), {"zero_optimization": {"stage": 1}})
+        sink.step(step_record(1, extra={"pref_percentage": 0.5}))
+        sink.step(step_record(2))
+        sink.epoch(EpochRecord(3, 1, 2.5, 0.5))
+        sink.close()
+        lines = (tmp_path / "train_log.txt").read_text(encoding="utf-8").splitlines()
+        assert lines[2] == "{'zero_optimization': {'stage': 1}}"
+        assert lines[3].startswith("3 2.500000 12.1825 0.50000000 ")
+        assert lines[3].endswith(" 1")
+        first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+        assert first["pref_percentage"] == 0.5
+        assert "extra" not in first
+        assert second["tokens_per_s"] == 400
+
+    def test_an_enormous_loss_is_written_too(self, tmp_path: Path) -> None:
+        sink = FileSink(tmp_path, config(), None)
+        sink.epoch(EpochRecord(0, 0, 1000.0, 0.5))
+        sink.close()
+        assert " inf " in (tmp_path / "train_log.txt").read_text(encoding="utf-8")
+
+    def test_a_record_is_there_as_soon_as_its_step_is_done(self, tmp_path: Path) -> None:
+        sink = FileSink(tmp_path, config(), None)
+        sink.step(step_record())
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
+        sink.close()
+
+
+def test_the_bar_shows_the_mean_of_the_epoch(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = ProgressSink(4)
+    sink.step(step_record(1, loss=1.0))
+    sink.step(step_record(2, loss=2.0))
+    sink.epoch(EpochRecord(0, 0, 1.5, 0.5))
+    sink.step(step_record(3, loss=4.0))
+    sink.close()
+    shown = capsys.readouterr().err
+    assert "epoch 0: mean loss 1.5000" in shown
+    assert "3/4" in shown
+    assert "loss 4.0000, lr 0.5, 400 tokens/s" in shown
+
+
+class FakeWandb:
+    """Stands for the `wandb` package: remembers what it is told."""
+
+    def __init__(self, *, reachable: bool) -> None:
+        self.reachable = reachable
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[tuple[dict[str, float], int]] = []
+        self.finished = 0
+        self.errors = SimpleNamespace(Error=ConnectionError)
+
+    def Settings(self, **settings: Any) -> dict[str, Any]:
+        return settings
+
+    def init(self, **options: Any) -> "FakeWandb":
+        self.started.append(options)
+        if not self.reachable and options.get("mode") != "offline":
+            raise ConnectionError("no network")
+        return self
+
+    def log(self, row: dict[str, float], step: int) -> None:
+        self.logged.append((row, step))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+class TestWandb:
+    @pytest.fixture
+    def reachable(self, monkeypatch: pytest.MonkeyPatch) -> FakeWandb:
+        """A reachable server."""
+        fake = FakeWandb(reachable=True)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        return fake
+
+    def test_the_originals_names(self, reachable: FakeWandb) -> None:
+        sink = WandbSink(config(wandb="my project", proj_dir="there"), "257 ctx1024 L2 D32")
+        sink.step(step_record(1))
+        sink.step(step_record(2, extra={"pref_percentage": 0.6}))
+        sink.epoch(EpochRecord(0, 0, 1.0, 0.5))
+        sink.close()
+        (options,) = reachable.started
+        assert (options["project"], options["dir"]) == ("my project", "there")
+        assert options["name"].startswith("257 ctx1024 L2 D32 20")
+        assert options["config"]["ctx_len"] == 1024
+        (first, one), (second, two) = reachable.logged
+        assert (one, two) == (1, 2)
+        assert first.keys() == {"loss", "lr", "wd", "Gtokens"}
+        assert second.keys() == {"loss", "lr", "wd", "Gtokens", "kt/s", "pref_percentage"}
+        assert second["Gtokens"] == pytest.approx(2 * 2048 / 1e9)
+        assert second["kt/s"] == pytest.approx(2048 / 0.25 / 1000)
+        assert reachable.finished == 1
+
+    def test_without_network_it_goes_on_offline_and_says_so(
+        self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        fake = FakeWandb(reachable=False)
+        monkeypatch.setitem(sys.modules, "wandb", fake)
+        sink = WandbSink(config(wandb="p"), "run")
+        sink.step(step_record())
+        sink.close()
+        assert [options.get("mode") for options in fake.started] == [None, "offline"]
+        assert fake.started[0]["settings"]["init_timeout"] <= 60
+        assert len(fake.logged) == 1
+        assert "warning: wandb is not reachable (no network); logging offline" in capsys.readouterr().err
+
+
+class TestHttp:
+    def test_four_fields_are_posted(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sent: list[urllib.request.Request] = []
+
+        def accept(request: urllib.request.Request, timeout: float) -> SimpleNamespace:
+            sent.append(request)
+            return SimpleNamespace(close=lambda: None)
+
+        monkeypatch.setattr(urllib.request, "urlopen", accept)
+        for address in ("http://host:5000/", "http://host:5000"):
+            extra = {"loss_2_odds_ratio": 0.25, "pref_percentage": 0.75}
+            HttpSink(address).step(step_record(7, extra=extra))
+        assert {request.full_url for request in sent} == {"http://host:5000/LoggingCallback"}
+        assert {request.method for request in sent} == {"POST"}
+        assert isinstance(sent[0].data, bytes)
+        assert json.loads(sent[0].data) == {"step": 7, "loss": 2.5, "loss2": 0.25, "pref": 0.75}
+
+    @pytest.mark.parametrize(
+        "error", [urllib.error.URLError("refused"), TimeoutError("slow"), ConnectionResetError("gone")]
+    )
+    def test_an_address_that_does_not_answer_is_said_once(
+        self, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        def fail(*arguments: object, **options: object) -> None:
+            raise error
+
+        monkeypatch.setattr(urllib.request, "urlopen", fail)
+        sink = HttpSink("http://host/")
+        sink.step(step_record(1))
+        sink.step(step_record(2))
+        assert capsys.readouterr().err.count("does not answer") == 1

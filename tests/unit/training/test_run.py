@@ -1,0 +1,102 @@
+"""Parts of a run that need no run."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from factories import tiny_checkpoint, tiny_shape
+from running import write_documents
+
+from src.config import TrainConfig
+from src.errors import TrainingError
+from src.training import run
+from src.training.hardware import Hardware
+from src.training.run import make_schedule, prepare_work
+
+SHAPE = tiny_shape()
+LAST = ("a GPU that no other program uses (see nvidia-smi)", "a smaller base model")
+
+
+def config(data: Path, **flags: object) -> TrainConfig:
+    """A configuration from the two necessary flags and these."""
+    given = {"load_model": "base.pth", "data_file": str(data), **{name: str(v) for name, v in flags.items()}}
+    return TrainConfig.from_flags(given)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Seven documents."""
+    return write_documents(tmp_path / "documents", [10, 12, 9, 30, 5, 6, 22])
+
+
+class TestSchedule:
+    @pytest.mark.parametrize("accumulate", [1, 2, 3])
+    def test_the_rate_reaches_lr_final_at_the_last_optimizer_step(self, accumulate: int, data: Path) -> None:
+        chosen = config(
+            data, epoch_steps=12, epoch_count=5, accumulate_grad_batches=accumulate, warmup_steps=2, lr_final=0.03
+        )
+        schedule = make_schedule(chosen, prepare_work(chosen, SHAPE))
+        steps = 5 * 12 // accumulate
+        assert schedule.total_steps == steps
+        assert schedule.learning_rate(steps - 1) == pytest.approx(0.03)
+        assert schedule.learning_rate(steps - 2) > 0.03
+
+    def test_an_epoch_is_a_whole_number_of_optimizer_steps(self, data: Path) -> None:
+        for flags in ({}, {"epoch_steps": 10}):
+            chosen = config(data, accumulate_grad_batches=4, **flags)
+            assert prepare_work(chosen, SHAPE).batches_per_epoch % 4 == 0
+
+    def test_later_epochs_continue_the_schedule(self, data: Path) -> None:
+        chosen = config(data, epoch_steps=10, epoch_count=6, epoch_begin=4)
+        schedule = make_schedule(chosen, prepare_work(chosen, SHAPE))
+        assert (schedule.first_step, schedule.total_steps) == (40, 60)
+        assert schedule.learning_rate(19) == pytest.approx(0.01)
+
+    def test_nominal_tokens_of_a_step(self, data: Path) -> None:
+        chosen = config(data, micro_bsz=3, accumulate_grad_batches=2, ctx_len=50)
+        assert make_schedule(chosen, prepare_work(chosen, SHAPE)).tokens_per_step == 300
+
+
+class TestMemoryAdvice:
+    @pytest.mark.parametrize(
+        ("flags", "expected"),
+        [
+            (
+                {"grad_cp": 0, "micro_bsz": 4, "quant": 0},
+                ["--grad_cp 1", "--micro_bsz 2 --accumulate_grad_batches 2", "--quant 1 --quant_type nf4"],
+            ),
+            ({}, ["--ctx_len 512", *LAST]),
+            ({"quant_type": "int8"}, ["--ctx_len 512", "--quant_type nf4", LAST[0]]),
+            ({"orpo": 1, "grad_cp": 2}, ["--grad_cp 1", "--rlhf_max_corpus_len 300", LAST[0]]),
+        ],
+    )
+    def test_the_cheapest_changes(
+        self, flags: dict[str, object], expected: list[str], data: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        properties = SimpleNamespace(total_memory=8 * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+        hardware = Hardware(torch.device("cuda"), "bf16", "single")
+        advice = run._memory_advice(config(data, **flags), hardware)
+        assert advice == f"the GPU ran out of its 8.0 GiB; the cheapest ways out: {', or '.join(expected)}"
+
+
+@pytest.mark.parametrize("place", ["_load_model", "_evaluate", "fit"])
+def test_memory_may_run_out_anywhere(place: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run_out(*arguments: object, **options: object) -> None:
+        raise torch.cuda.OutOfMemoryError("CUDA out of memory")
+
+    tiny_checkpoint(tmp_path / "base.pth")
+    chosen = config(data, load_model=tmp_path / "base.pth", proj_dir=tmp_path / "out", accelerator="cpu", quant=0)
+    properties = SimpleNamespace(total_memory=8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(run, place, run_out)
+    with pytest.raises(TrainingError, match="the cheapest ways out"):
+        run.train(chosen)
+
+
+def test_a_seed_of_minus_one_is_drawn(data: Path) -> None:
+    drawn = {run._with_seed(config(data, random_seed=-1)).random_seed for _ in range(3)}
+    assert len(drawn) == 3
+    assert min(drawn) >= 0
+    assert run._with_seed(config(data, random_seed=7)).random_seed == 7
