@@ -60,7 +60,7 @@ def test_the_two_commands_of_the_first_screen() -> None:
     assert "pip install -r requirements.txt -r tests/requirements.txt && python -m pytest\n" in first_screen
     runner = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
     assert "-r requirements.txt -r tests/requirements.txt" in runner
-    assert "\npython -m pytest" in runner
+    assert " python -m pytest " in runner
 
 
 def test_the_files_it_names_exist() -> None:

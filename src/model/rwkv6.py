@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 from src.layout import SegmentLayout
 from src.model.parameters import ModelShape
 from src.model.state import LayerState, ModelState, last_tokens
-from src.ops.elementwise import group_norm_silu_gate, shift_mix, sigmoid_gated_residual, squared_relu
+from src.ops.elementwise import group_norm_silu_gate, shift_mixes, sigmoid_gated_residual, squared_relu
 from src.ops.wkv6 import wkv6
 
 LAYER_NORM_EPS = 1e-5
@@ -153,11 +153,11 @@ class TimeMix(MixingWeights):
         B, T, C = z.shape
         carry = None if state is None else state.att_shift
         previous = None if layout is None else layout.previous
-        base = shift_mix(z, carry, self.stacked(("time_maa_x",), z), None, previous)[0]
+        (base,) = shift_mixes(z, carry, self.stacked(("time_maa_x",), z), None, previous)
         hidden = torch.tanh(base @ self.time_maa_w1.to(z.dtype)).view(B * T, 5, -1).transpose(0, 1)
         modulation = torch.bmm(hidden, self.time_maa_w2.to(z.dtype)).view(5, B, T, C)
         maa = self.stacked(("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"), z)
-        return shift_mix(z, carry, maa, modulation, previous).unbind(0)
+        return shift_mixes(z, carry, maa, modulation, previous)
 
     def attend(
         self, inputs: tuple[Tensor, ...], state: LayerState | None = None, layout: SegmentLayout | None = None
@@ -225,7 +225,7 @@ class ChannelMix(MixingWeights):
         carry = None if state is None else state.ffn_shift
         previous = None if layout is None else layout.previous
         maa = self.stacked(("time_maa_k", "time_maa_r"), z)
-        return shift_mix(z, carry, maa, None, previous).unbind(0)
+        return shift_mixes(z, carry, maa, None, previous)
 
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """The matrices on `mixed_inputs`; returns what `forward` returns."""

@@ -33,7 +33,7 @@ SFT_FLAGS = {
     "proj_dir": "out/demo-sft",
     "ctx_len": "512",
     "micro_bsz": "4",
-    "epoch_steps": "100",
+    "epoch_steps": "120",
     "epoch_count": "1",
     "lr_init": "6",
     "lr_final": "0.1",

@@ -37,7 +37,8 @@ def documents(*sizes: int) -> list[np.ndarray]:
 
 def text_batches() -> list[Batch]:
     rows = [padded_batch(documents(a, b), [None, None], [0, 1]) for a, b in ((300, 290), (310, 200), (333, 5))]
-    packs = [packed_batch(documents(*sizes), [None] * len(sizes), range(len(sizes))) for sizes in ((200, 50), (90, 160, 3))]
+    packed = ((200, 50), (90, 160, 3))
+    packs = [packed_batch(documents(*sizes), [None] * len(sizes), range(len(sizes))) for sizes in packed]
     return [*rows, *packs] * 3
 
 

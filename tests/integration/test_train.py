@@ -447,3 +447,4 @@ class TestOutside:
         monkeypatch.setattr(socket.socket, "connect", refuse)
         monkeypatch.setattr(socket, "create_connection", refuse)
         train(tmp_path, load_model=base, data_file=data, epoch_steps=2, epoch_count=1)
+        assert len(metrics(tmp_path)) == 2
