@@ -1,10 +1,11 @@
-"""Builds the CUDA sources of `cuda/` on first use and loads them, quietly, or says exactly what went wrong."""
+"""Builds the CUDA sources of `cuda/` on first use and loads them, or says exactly what went wrong."""
 
 import functools
 import logging
 import os
 import re
 import sysconfig
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -52,13 +53,15 @@ _REMEDIES = (
     ),
 )
 _DEFAULT_REMEDY = "check that the CUDA toolkit matches torch's CUDA version and that a C++17 compiler is installed"
+STALE_LOCK_SECONDS = 900.0
 
 
 def load_extension(name: str) -> ModuleType:
-    """Builds `cuda/{name}.cu` with `cuda/{name}_binding.cpp` once, for the current GPU only, and returns the module.
+    """Builds `cuda/{name}.cu` with `cuda/{name}_binding.cpp` for the current GPU, once; returns the module.
 
-    Finished builds are kept in torch's extension folder (TORCH_EXTENSIONS_DIR, default ~/.cache/torch_extensions), so
-    only the first run on a machine waits for the compiler. Sources are found relative to this file.
+    Finished builds are kept in torch's extension folder (TORCH_EXTENSIONS_DIR, default
+    ~/.cache/torch_extensions), so only the first run on a machine waits for the compiler. Sources are found
+    relative to this file.
 
     Args:
         name: the extension, for example "wkv6".
@@ -69,8 +72,8 @@ def load_extension(name: str) -> ModuleType:
     """
     if not torch.cuda.is_available():
         raise KernelError(
-            f"the CUDA extension {name!r} needs an NVIDIA GPU and a CUDA build of torch, and torch {torch.__version__} "
-            "sees none; run on the CPU (--accelerator cpu) or install torch with CUDA"
+            f"the CUDA extension {name!r} needs an NVIDIA GPU and a CUDA build of torch, and torch "
+            f"{torch.__version__} sees none; run on the CPU (--accelerator cpu) or install torch with CUDA"
         )
     return _load_for_capability(name, torch.cuda.get_device_capability())
 
@@ -80,8 +83,8 @@ def _load_for_capability(name: str, capability: tuple[int, int]) -> ModuleType:
     number = f"{capability[0]}{capability[1]}"
     if capability < LOWEST_CAPABILITY:
         raise KernelError(
-            f"the CUDA extension {name!r} needs a GPU of compute capability 8.0 (Ampere) or newer, this one has "
-            f"{capability[0]}.{capability[1]}; use a newer GPU or the CPU (--accelerator cpu)"
+            f"the CUDA extension {name!r} needs a GPU of compute capability 8.0 (Ampere) or newer, this one "
+            f"has {capability[0]}.{capability[1]}; use a newer GPU or the CPU (--accelerator cpu)"
         )
     return _build(
         name,
@@ -100,9 +103,10 @@ def _build(name: str, build_name: str, sources: list[Path], nvcc_flags: list[str
         )
     log: Path | None = None
     try:
-        # _get_build_directory is what `load` itself calls; naming the folder here lets the log stand beside the build.
+        # What `load` itself calls; naming the folder here lets the log stand beside the build.
         folder = Path(cpp_extension._get_build_directory(build_name, verbose=False))
         log = folder / "build.log"
+        _remove_stale_lock(folder / "lock")
         with _quiet_build_environment():
             module = cpp_extension.load(
                 name=build_name,
@@ -157,9 +161,18 @@ def remedy(output: str) -> str:
     return _DEFAULT_REMEDY
 
 
+def _remove_stale_lock(lock: Path) -> None:
+    """A build that was killed leaves torch's lock behind, and the next would wait for it for ever."""
+    try:
+        if time.time() - lock.stat().st_mtime > STALE_LOCK_SECONDS:
+            lock.unlink()
+    except FileNotFoundError:
+        pass
+
+
 @contextmanager
 def _quiet_build_environment() -> Iterator[None]:
-    """Finds the ninja of this Python environment even when it is not activated; mutes torch's build remarks."""
+    """Finds ninja in this Python environment even when it is not activated; mutes torch's remarks."""
     path = os.environ.get("PATH", "")
     scripts = sysconfig.get_path("scripts")
     logger = logging.getLogger("torch.utils.cpp_extension")

@@ -1,7 +1,10 @@
 """The WKV6 operator: its contract, the checks of its arguments, the choice of a backend.
 
-Shapes: B batch, T tokens, H heads, N head size, S packed sequences. The state is [H, value, key], as in checkpoints.
+Shapes: B batch, T tokens, H heads, N head size, S packed sequences. The state is [H, value, key], as in
+checkpoints.
 """
+
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -32,9 +35,9 @@ def wkv6(
         S[i, j] <- exp(-exp(w_raw[t, j])) · S[i, j] + k[t, j] · v[t, i]
 
     for every head, i the value and j the key index. Right for every w_raw from -inf to +inf and every T >= 1.
-    Gradients exist for r, k, v, w_raw, u and state, also those that enter by the final state; only those asked for
-    are computed. The running state and every sum are float32 (float64 for float64 inputs); the CUDA kernel rounds
-    operands of its matrix products to bfloat16.
+    Gradients exist for r, k, v, w_raw, u and state, also those that enter by the final state; only those asked
+    for are computed. The running state and every sum are float32 (float64 for float64 inputs); the CUDA kernel
+    rounds operands of its matrix products to bfloat16.
 
     Args:
         r: receptance [B, T, H, N], bfloat16, float16, float32 or float64.
@@ -42,11 +45,11 @@ def wkv6(
         v: value, as r.
         w_raw: decay on the checkpoint's scale, as r.
         u: bonus of the current token [H, N], any float dtype.
-        state: start state, float32 (float64 allowed for float64 inputs): [H, N, N] shared by all sequences, or one per
-            sequence, [B, H, N, N], with cu_seqlens [S, H, N, N].
-        cu_seqlens: int32 or int64 [S + 1], borders of the sequences packed into one row (then B == 1), from 0 to T,
-            never falling, on r's device. A sequence of length 0 passes its state on. The CUDA kernel trusts the values
-            (checking them would stop the GPU); the other backends check them.
+        state: start state, float32 (float64 allowed for float64 inputs): [H, N, N] shared by all sequences, or
+            one per sequence, [B, H, N, N], with cu_seqlens [S, H, N, N].
+        cu_seqlens: int32 or int64 [S + 1], borders of the sequences packed into one row (then B == 1), from 0 to
+            T, never falling, on r's device. A sequence of length 0 passes its state on. The CUDA kernel trusts
+            the values (checking them would stop the GPU); the other backends check them.
         backend: "reference", "chunked" or "cuda"; None takes "cuda" for bfloat16 on a GPU at head size 64, else
             "chunked". Where the kernel cannot be built, None warns once, with the reason, and takes "chunked".
 
@@ -64,8 +67,8 @@ def wkv6(
     if backend == "cuda":
         if not r.is_cuda or r.dtype != torch.bfloat16 or r.shape[3] != CUDA_HEAD_SIZE:
             raise KernelError(
-                f"the CUDA kernel of wkv6 takes bfloat16 on a GPU at head size {CUDA_HEAD_SIZE}, got {r.dtype} on "
-                f'{r.device} at head size {r.shape[3]}; use backend="chunked"'
+                f"the CUDA kernel of wkv6 takes bfloat16 on a GPU at head size {CUDA_HEAD_SIZE}, got {r.dtype} "
+                f'on {r.device} at head size {r.shape[3]}; use backend="chunked"'
             )
         return wkv6_cuda(r, k, v, w_raw, u, state, cu_seqlens)
     if backend not in BACKENDS:
@@ -83,7 +86,7 @@ def _check_arguments(
     """Raises ValueError naming the first argument that does not fit; returns the number of sequences."""
     if r.dim() != 4 or 0 in r.shape:
         raise ValueError(f"r has shape {list(r.shape)}, expected [B, T, H, N] with no empty dimension")
-    batch, tokens, heads, size = r.shape
+    batch, _, heads, size = r.shape
     if r.dtype not in TOKEN_DTYPES:
         raise ValueError(f"r is {r.dtype}, expected bfloat16, float16, float32 or float64")
     for name, tensor in (("k", k), ("v", v), ("w_raw", w_raw)):
@@ -108,8 +111,8 @@ def _check_arguments(
     shared = (heads, size, size)
     if state.shape != shared and state.shape != (sequences, *shared):
         raise ValueError(
-            f"state has shape {list(state.shape)}, expected [H, value, key] = {list(shared)} or one per sequence, "
-            f"{[sequences, *shared]}"
+            f"state has shape {list(state.shape)}, expected [H, value, key] = {list(shared)} or one per "
+            f"sequence, {[sequences, *shared]}"
         )
     state_dtypes = (torch.float32, torch.float64) if r.dtype == torch.float64 else (torch.float32,)
     if state.dtype not in state_dtypes:
@@ -124,7 +127,7 @@ def _check_arguments(
 def _lengths(cu_seqlens: Tensor, tokens: int) -> list[int]:
     """Sequence lengths in tokens; waits for the GPU when cu_seqlens lives there."""
     borders = cu_seqlens.tolist()
-    lengths = [end - begin for begin, end in zip(borders[:-1], borders[1:], strict=True)]
+    lengths = [end - begin for begin, end in pairwise(borders)]
     if borders[0] != 0 or borders[-1] != tokens or min(lengths) < 0:
         raise ValueError(f"cu_seqlens is {borders}, expected borders that never fall, from 0 to T = {tokens}")
     return lengths

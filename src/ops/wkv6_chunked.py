@@ -8,12 +8,12 @@ heads; only the state walks from tile to tile. Between tokens j < i of a tile li
 
     D[i, j] = Π_{j < m < i} decay[m],
 
-which is never formed as an exponent of a difference or as a quotient (both fail for strong decays). Instead the
-tile is halved again and again: at the level with blocks of s tokens, a pair whose ends lie in the two blocks of
-one block of 2s has D[i, j] = q[j] · p[i], where q multiplies the decays after j to the end of its block and p
-those from the start of i's block to before i. Both are products of numbers in [0, 1], so they are right for every
-w_raw, and each pair belongs to exactly one level. The gradient of w_raw sums, for each token, the pairs that span
-it, each kind of pair on its own; nothing is subtracted, so nothing cancels.
+which is never formed as an exponent of a difference or as a quotient (both fail for strong decays). Instead
+the tile is halved again and again: at the level with blocks of s tokens, a pair whose ends lie in the two
+blocks of one block of 2s has D[i, j] = q[j] · p[i], where q multiplies the decays after j to the end of its
+block and p those from the start of i's block to before i. Both are products of numbers in [0, 1], so they are
+right for every w_raw, and each pair belongs to exactly one level. The gradient of w_raw sums, for each token,
+the pairs that span it, each kind of pair on its own; nothing is subtracted, so nothing cancels.
 
 Memory: the forward saves its inputs and one state per span of `SPAN_TOKENS` tokens; the backward recomputes a
 span at a time. Accumulation in float32 (float64 for float64 inputs).
@@ -28,9 +28,7 @@ from torch import Tensor
 
 from src.ops.wkv6_reference import W_RAW_LIMIT
 
-TILE_TOKENS = (
-    16  # power of two; matrix work inside a tile grows with it, the number of states shrinks with it
-)
+TILE_TOKENS = 16  # power of two; matrix work inside a tile grows with it, the number of states shrinks with it
 SPAN_TOKENS = 1024  # tokens of one sequence whose intermediate values exist at the same time
 
 PADDING_W_RAW = -torch.inf  # decay 1: with r = k = v = 0 a padding token changes nothing
@@ -46,9 +44,7 @@ class _Tiling:
 
     active: tuple[int, ...]  # sequences that still run at each step; never rises
     rank_to_sequence: tuple[int, ...]  # sequences, longest first
-    slots: (
-        Tensor | None
-    )  # int64 [tokens]: row of each token in the flattened tiles; None when it is a plain view
+    slots: Tensor | None  # int64 [tokens]: row of each token in the flattened tiles; None when it is a plain view
     batch: int
 
     @property
@@ -107,9 +103,7 @@ def _plan_tiles(lengths: Sequence[int], batch: int, device: torch.device) -> _Ti
 class _Decays:
     """Decay products of tiles; each tensor [M, H, L, N], values in [0, 1]."""
 
-    levels: tuple[
-        tuple[Tensor, Tensor], ...
-    ]  # (p, q) for blocks of 1, 2, 4, ... L/2 tokens; level 0 is all ones
+    levels: tuple[tuple[Tensor, Tensor], ...]  # (p, q) for blocks of 1, 2, 4, ... L/2 tokens; level 0 is all ones
     before: Tensor  # decays from the tile's start to before the token
     after: Tensor  # decays after the token to the tile's end
     whole: Tensor  # [M, H, 1, N]: all of the tile
@@ -137,7 +131,7 @@ def _decay_products(w_raw: Tensor, *, with_levels: bool) -> _Decays:
 
 
 def _level_masks(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each level: [L, L] 1 where (i, j) is a pair of that level; [L, L] 1 where i > t lie in one block."""
+    """For each level, [L, L]: 1 where (i, j) is a pair of it; 1 where i > t lie in one block."""
     token = torch.arange(TILE_TOKENS, device=like.device)
     row, column = token[:, None], token[None, :]
     size = 1
@@ -157,7 +151,7 @@ def _pair_weights(r: Tensor, k: Tensor, u: Tensor, decays: _Decays) -> Tensor:
 
 
 def _scan_states(start: Tensor, whole: Tensor, added: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """State before each tile [M, H, V, K], and the states [S, H, V, K] after the last; `start` is left alone."""
+    """State before each tile [M, H, V, K], and the states [S, H, V, K] after the last."""
     running = start.clone()
     states = torch.empty_like(added)
     first = 0
@@ -169,9 +163,7 @@ def _scan_states(start: Tensor, whole: Tensor, added: Tensor, active: Sequence[i
     return states, running
 
 
-def _scan_state_gradients(
-    end: Tensor, whole: Tensor, added: Tensor, active: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def _scan_state_gradients(end: Tensor, whole: Tensor, added: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Gradient of the state after each tile [M, H, V, K], and before the first [S, H, V, K]."""
     running = end.clone()
     gradients = torch.empty_like(added)
@@ -201,8 +193,7 @@ class _ChunkedWKV6(torch.autograd.Function):
         running = state.to(dtype)[order]
         bonus = u.to(dtype)
         inputs = [
-            tiling.scatter(x, dtype, padding)
-            for x, padding in ((r, 0.0), (k, 0.0), (v, 0.0), (w_raw, PADDING_W_RAW))
+            tiling.scatter(x, dtype, padding) for x, padding in ((r, 0.0), (k, 0.0), (v, 0.0), (w_raw, PADDING_W_RAW))
         ]
         y = torch.empty_like(inputs[0])
         span_starts = []
@@ -313,8 +304,8 @@ def wkv6_chunked(
     Returns:
         y [B, T, H, N] in r's dtype, and the final states [B or S, H, N, N] in the accumulation dtype.
 
-    Source: Yang et al. 2024, "Gated Linear Attention" (arXiv 2312.06635), section 4, for the chunked form; the
-    halving of tiles replaces its secondary chunks.
+    Source: Yang et al. 2024, "Gated Linear Attention" (arXiv 2312.06635), section 4, for the chunked form;
+    the halving of tiles replaces its secondary chunks.
     """
     batch, tokens = r.shape[:2]
     tiling = _plan_tiles((tokens,) * batch if lengths is None else lengths, batch, r.device)

@@ -51,14 +51,14 @@ def wkv6_cuda(
 ) -> tuple[Tensor, Tensor]:
     """Runs the CUDA kernel; arguments and results as `src.ops.wkv6.wkv6`, in bfloat16 at head size 64.
 
-    Numerics: running state, its gradient and all sums in float32; operands of matrix products rounded to bfloat16.
-    Saved for the backward: the inputs, the state every 64 tokens in bfloat16 and the weights of token pairs inside
-    tiles of 16 (together 1.25 times y); nothing when no gradient is wanted, and only r and w_raw when the state's
-    alone is. Results are the same bits in every run.
+    Numerics: running state, its gradient and all sums in float32; operands of matrix products rounded to
+    bfloat16. Saved for the backward: the inputs, the state every 64 tokens in bfloat16 and the weights of token
+    pairs inside tiles of 16 (together 1.25 times y); nothing when no gradient is wanted, and only r and w_raw when
+    the state's alone is. Results are the same bits in every run.
 
     Args:
-        segment_tokens: long sequences are cut into segments of this many tokens (a multiple of 64) that run at the
-            same time; 0 chooses from the size of the GPU.
+        segment_tokens: long sequences are cut into segments of this many tokens (a multiple of 64) that run at
+            the same time; 0 chooses from the size of the GPU.
 
     Raises:
         KernelError: the kernel cannot be built.

@@ -2,8 +2,8 @@
 
 Shapes: B batch, T tokens, H heads, N head size, S sequences. The state is [..., H, value, key].
 
-Slow (autograd keeps every state) and as accurate as its dtype: run in float64 it is what every other backend is
-compared with.
+Slow (autograd keeps every state) and as accurate as its dtype: run in float64 it is what every other backend
+is compared with.
 """
 
 from collections.abc import Sequence

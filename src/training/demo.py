@@ -55,7 +55,7 @@ TEMPLATE = "user"
 TURN_END = "\n\n"
 SAMPLE_PROMPT = "My son"
 SAMPLE_TOKENS = 160
-REJECT_FLAGS = {"template": TEMPLATE, "top_p": "0.6", "alpha_frequency": "0", "max_tokens": "100", "batch": "48"}
+REJECT_FLAGS = {"template": TEMPLATE, "top_p": "1.0", "alpha_frequency": "0", "max_tokens": "100", "batch": "48"}
 """Among bytes a frequency penalty would forbid the common letters."""
 
 

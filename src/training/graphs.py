@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import OrderedDict
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.func import functional_call
 
 from src.data.batches import Batch
 from src.data.preference_batches import PreferenceBatch
@@ -51,7 +53,7 @@ class GraphedObjective:
         assert model.dropout == 0
         self.objective = objective
         self.model = model
-        self._states = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self._states = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         self._graphs: OrderedDict[Key, _RecordedStep] = OrderedDict()
         self._seen: set[Key] = set()
         self._pool: Any = None
@@ -65,11 +67,11 @@ class GraphedObjective:
             loss, result = self.objective.compute(self.model, staged)
             return Outcome(loss, lambda: self.objective.logs(result))
         recorded.load(staged)
-        loss = _Replay.apply(recorded, *self._states)
+        loss = _Replay.apply(recorded, *self._states.values())
         return Outcome(loss, lambda: self.objective.logs(recorded.result))
 
     def _recorded(self, staged: Staged) -> _RecordedStep | None:
-        key = (*_key(staged), *(state.data_ptr() for state in self._states))
+        key = (*_key(staged), *(state.data_ptr() for state in self._states.values()))
         if key in self._graphs:
             self._graphs.move_to_end(key)
             return self._graphs[key]
@@ -91,11 +93,29 @@ class GraphedObjective:
         return self._graphs[key]
 
 
+class _Step(nn.Module):
+    """Loss and gradients in one call, so that recomputation, too, happens while the states are swapped."""
+
+    def __init__(self, objective: Objective, model: RWKV6) -> None:
+        super().__init__()
+        self.objective = objective
+        self.model = model
+
+    def forward(self, staged: Staged, states: list[Tensor]) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+        loss, result = self.objective.compute(self.model, staged)
+        return loss.detach(), result, torch.autograd.grad(loss, states)
+
+
 class _RecordedStep:
     """One recorded computation with its fixed inputs, loss and gradients."""
 
     def __init__(
-        self, objective: Objective, model: RWKV6, states: list[nn.Parameter], staged: Staged, pool: Any
+        self,
+        objective: Objective,
+        model: RWKV6,
+        states: Mapping[str, nn.Parameter],
+        staged: Staged,
+        pool: Any,
     ) -> None:
         tensors = {name: tensor.clone() for name, tensor in staged.tensors.items()}
         layout = None if staged.layout is None else _cloned(staged.layout)
@@ -107,9 +127,13 @@ class _RecordedStep:
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.graph, pool=pool):
-            self.loss, self.result = objective.compute(model, self.inputs)
-            self.gradients = torch.autograd.grad(self.loss, states)
-            self.loss = self.loss.detach()
+            # Aliases of the states, born on the recording's stream: the parameters' own gradient accumulators
+            # belong to another stream, and waiting for that one cannot be recorded.
+            aliases = {f"model.{name}": state.detach().requires_grad_() for name, state in states.items()}
+            step = _Step(objective, model)
+            self.loss, self.result, self.gradients = functional_call(
+                step, aliases, (self.inputs, list(aliases.values()))
+            )
         SHARED_WORKSPACE.clear()
 
     def load(self, staged: Staged) -> None:
@@ -130,7 +154,8 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, recorded: _RecordedStep, *states: Tensor) -> Tensor:
         recorded.graph.replay()
         ctx.gradients = recorded.gradients
-        return recorded.loss.clone()
+        loss: Tensor = recorded.loss.clone()
+        return loss
 
     @staticmethod
     @once_differentiable

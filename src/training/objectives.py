@@ -178,7 +178,7 @@ class PreferenceObjective:
         self.alpha = alpha
         self.orpo_type = orpo_type
         self.debug = debug
-        self.recordable = orpo_type == 0
+        self.recordable = False  # pairs have many lengths: a shape seldom comes back
         self._running_preference = 0.5
 
     @staticmethod

@@ -1,13 +1,15 @@
-"""Times the WKV6 operator: this project's CUDA kernel, flash-linear-attention when installed, and the torch form.
+"""Times the WKV6 operator: this project's CUDA kernel, flash-linear-attention if installed, and the torch form.
 
     python tests/bench/bench_wkv6.py [--shapes B,T,H ...] [--skip fla torch] [--segment_tokens N ...]
 
-Prints a markdown table, or, when a quick comparison with float64 fails, the errors and nothing else (exit code 1).
+Prints a markdown table, or, when a quick comparison with float64 fails, the errors and nothing else (exit code
+1).
 
-Per operator: milliseconds of forward, and of forward + backward with all gradients but u's (frozen in state tuning).
-"GPU" is the sum of kernel times from the profiler; "wall" the median over calls from launch to finish, host included,
-caches flushed between calls. FLA takes a log decay in float32, ours the raw one: "FLA" is its operator alone, "FLA +
-decay" adds that transformation in both directions (the like-for-like figure), "FLA safe" also bounds log decay at -20.
+Per operator: milliseconds of forward, and of forward + backward with all gradients but u's (frozen in state
+tuning). "GPU" is the sum of kernel times from the profiler; "wall" the median over calls from launch to finish,
+host included, caches flushed between calls. FLA takes a log decay in float32, ours the raw one: "FLA" is its
+operator alone, "FLA + decay" adds that transformation in both directions (the like-for-like figure), "FLA safe"
+also bounds log decay at -20.
 "Floor" is 6 + 10 times the bytes of y (each tensor once, a bf16 checkpoint every 64 tokens) at 4.3 TB/s.
 """
 
@@ -16,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -38,23 +41,23 @@ Operator = Callable[[Inputs], Tensor]
 def draw(batch: int, tokens: int, heads: int) -> Inputs:
     generator = torch.Generator("cuda").manual_seed(0)
     shape = (batch, tokens, heads, SIZE)
-    inputs = {
-        name: (0.5 * torch.randn(*shape, generator=generator, device="cuda")).bfloat16() for name in ("r", "k", "v")
-    }
-    inputs["w_raw"] = (1.5 * torch.randn(*shape, generator=generator, device="cuda") - 3).bfloat16()
-    inputs["state"] = 0.5 * torch.randn(heads, SIZE, SIZE, generator=generator, device="cuda")
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, device="cuda")
+
+    inputs = {name: (0.5 * normal(*shape)).bfloat16() for name in ("r", "k", "v")}
+    inputs["w_raw"] = (1.5 * normal(*shape) - 3).bfloat16()
+    inputs["state"] = 0.5 * normal(heads, SIZE, SIZE)
     for tensor in inputs.values():
         tensor.requires_grad_()
-    inputs["u"] = (0.5 * torch.randn(heads, SIZE, generator=generator, device="cuda")).bfloat16()
-    inputs["dy"] = torch.randn(*shape, generator=generator, device="cuda").bfloat16()
+    inputs["u"] = (0.5 * normal(heads, SIZE)).bfloat16()
+    inputs["dy"] = normal(*shape).bfloat16()
     return inputs
 
 
 def ours(segment_tokens: int) -> Operator:
     def run(x: Inputs) -> Tensor:
-        return wkv6_cuda(
-            x["r"], x["k"], x["v"], x["w_raw"], x["u"], x["state"], segment_tokens=segment_tokens
-        )[0]
+        return wkv6_cuda(x["r"], x["k"], x["v"], x["w_raw"], x["u"], x["state"], segment_tokens=segment_tokens)[0]
 
     return run
 
@@ -148,9 +151,8 @@ def versions() -> str:
         parts.append(f"flash-linear-attention {fla.__version__}")
     except ImportError:
         pass
-    commit = subprocess.run(
-        ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    )
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True)
     return ", ".join([*parts, f"commit {commit.stdout.strip() or 'unknown'}"])
 
 
@@ -182,15 +184,14 @@ def main() -> int:
         floor = 16 * batch * tokens * heads * SIZE * 2 / FLOOR_BYTES_PER_SECOND * 1000
         for name, operator in operators.items():
             x = draw(batch, tokens, heads)
-            forward = kernel_milliseconds(lambda run=operator, x=x: forward_only(run, x))  # type: ignore[misc]
-            both = kernel_milliseconds(lambda run=operator, x=x: forward_and_backward(run, x))  # type: ignore[misc]
-            wall = "-"
-            if "wall" not in arguments.skip:
-                wall = f"{wall_milliseconds(lambda run=operator, x=x: forward_and_backward(run, x)):.3f}"  # type: ignore[misc]
-            print(
-                f"| B{batch} T{tokens} H{heads} | {name} | {forward:.3f} | {both:.3f} | {wall} | {floor:.3f} |",
-                flush=True,
-            )
+            both_ways = partial(forward_and_backward, operator, x)
+            figures = [
+                f"{kernel_milliseconds(partial(forward_only, operator, x)):.3f}",
+                f"{kernel_milliseconds(both_ways):.3f}",
+                "-" if "wall" in arguments.skip else f"{wall_milliseconds(both_ways):.3f}",
+                f"{floor:.3f}",
+            ]
+            print(f"| B{batch} T{tokens} H{heads} | {name} | {' | '.join(figures)} |", flush=True)
     return 0
 
 

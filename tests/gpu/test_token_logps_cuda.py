@@ -48,7 +48,8 @@ def test_values_and_gradients(
     ((expected * by_logp).sum() + (expected_max * by_max).sum()).backward()
     assert logits.grad is not None
 
-    # fp32 sums with the fast exponential, measured 3e-6; a row of the chunked product may round differently.
+    # The kernel sums in fp32: most rows agree to 1e-5. A chunked product may round a logit to the next bf16 value
+    # (2^-8 of it), which the looser bound allows.
     torch.testing.assert_close(logp.double(), expected, rtol=1e-4, atol=2e-2)
     assert (logp.double() - expected).abs().median() < 1e-5
     torch.testing.assert_close(max_logit.double(), expected_max, rtol=1e-2, atol=0)
@@ -57,7 +58,7 @@ def test_values_and_gradients(
         (ours_weight.grad, logits.grad.t() @ hidden.double()),
     ):
         assert ours is not None
-        # bf16 gradients of logits and a bf16 result: 0.0024 measured.
+        # Two roundings to bf16, of the logits' gradient and of the result: 0.0017 each, times two.
         assert ((ours.double() - reference).norm() / reference.norm()).item() < 5e-3
     assert not ours_hidden.grad[~counted].any()  # type: ignore[index]
 

@@ -1,8 +1,9 @@
 """The CUDA kernel of wkv6 against float64: the operator's acceptance list.
 
-Relative RMS on the tensors as returned. Limits: y, dr, dk, dv 3.5e-3, dw_raw 4e-3, dstate 2.5e-3. They are those of
-bf16 operands (2^-9 relative at most, 1.7e-3 RMS each, products of two) plus the rounding of bf16 results. Float64 comes
-from the chunked form, which unit tests hold to the token loop within 1e-13; up to 65 tokens from the loop itself.
+Relative RMS on the tensors as returned. Limits: y, dr, dk, dv 3.5e-3, dw_raw 4e-3, dstate 2.5e-3. They are those
+of bf16 operands (2^-9 relative at most, 1.7e-3 RMS each, products of two) plus the rounding of bf16 results.
+Float64 comes from the chunked form, which unit tests hold to the token loop within 1e-13; up to 65 tokens from the
+loop itself.
 """
 
 from collections.abc import Callable, Iterator
@@ -45,7 +46,10 @@ def poisoned_memory() -> Iterator[None]:
 
 
 def spikes(low: float, high: float) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda normal, uniform: torch.where(uniform < 0.05, low + (high - low) * (normal.abs() % 1), normal - 4)
+    def draw_spikes(normal: Tensor, uniform: Tensor) -> Tensor:
+        return torch.where(uniform < 0.05, low + (high - low) * (normal.abs() % 1), normal - 4)
+
+    return draw_spikes
 
 
 def infinities(normal: Tensor, uniform: Tensor) -> Tensor:
@@ -107,7 +111,8 @@ def run(
             y, final = wkv6(*leaves.values(), cu_seqlens, backend=backend)
         outputs = [y, final] if final_gradient else [y]
         cotangents = [torch.randn(x.shape, generator=generator, device="cuda").bfloat16().to(x.dtype) for x in outputs]
-        gradients = torch.autograd.grad(outputs, [leaves[name] for name in wanted], cotangents, materialize_grads=True)
+        sources = [leaves[name] for name in wanted]
+        gradients = torch.autograd.grad(outputs, sources, cotangents, materialize_grads=True)
         results = {"y": y.detach(), "final": final.detach()}
         return results | {f"d{name}": gradient for name, gradient in zip(wanted, gradients, strict=True)}
 
@@ -243,8 +248,8 @@ def test_other_stream_and_strided_inputs() -> None:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        strided = {n: t.transpose(1, 2).contiguous().transpose(1, 2) if t.dim() == 4 else t for n, t in inputs.items()}
-        y, final = wkv6(*strided.values())
+        strided = [inputs[name].transpose(1, 2).contiguous().transpose(1, 2) for name in TOKEN_NAMES]
+        y, final = wkv6(*strided, inputs["u"], inputs["state"])
     stream.synchronize()
     assert_accurate({"y": y, "final": final}, truth)
 

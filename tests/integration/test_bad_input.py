@@ -1,10 +1,11 @@
 """What a user can get wrong: one clear sentence, exit code 2, nothing half-written."""
 
+import contextlib
 import json
 import resource
 import shutil
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -328,31 +329,31 @@ class TestOutput:
         message = refusal(try_train(folder, load_model=base, data_file=data), folder)
         assert f"--proj_dir {folder} cannot be written" in message
 
-    @pytest.fixture
-    def little_space(self) -> object:
-        """Call it with a number of bytes: no file can grow beyond, as on a full disk."""
-        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-        yield lambda size_bytes: resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-
-    def test_a_full_disk_is_seen_before_anything_is_read(
-        self, little_space: Callable[[int], None], base: Path, data: Path, tmp_path: Path
-    ) -> None:
-        little_space(1024)
-        message = refusal(try_train(tmp_path / "out", load_model=base, data_file=data), tmp_path / "out")
+    def test_a_full_disk_is_seen_before_anything_is_read(self, base: Path, data: Path, tmp_path: Path) -> None:
+        with no_file_beyond(1024):
+            ended = try_train(tmp_path / "out", load_model=base, data_file=data)
+        message = refusal(ended, tmp_path / "out")
         assert f"--proj_dir {tmp_path / 'out'} cannot be written" in message
 
-    def test_a_disk_that_fills_up_leaves_no_half_checkpoint(
-        self, little_space: Callable[[int], None], data: Path, tmp_path: Path
-    ) -> None:
+    def test_a_disk_that_fills_up_leaves_no_half_checkpoint(self, data: Path, tmp_path: Path) -> None:
         tiny_checkpoint(tmp_path / "wide.pth", n_layer=3, n_embd=64, head_size=32)
-        little_space(8192)
-        ended = try_train(
-            tmp_path / "out", load_model=tmp_path / "wide.pth", data_file=data, epoch_steps=1, epoch_count=1
-        )
+        flags = {"load_model": tmp_path / "wide.pth", "data_file": data, "epoch_steps": 1, "epoch_count": 1}
+        with no_file_beyond(8192):
+            ended = try_train(tmp_path / "out", **flags)
         message = refusal(ended, tmp_path / "out")
         assert "rwkv-0.pth cannot be written" in message
         assert "MiB are needed" in message
+
+
+@contextlib.contextmanager
+def no_file_beyond(size_bytes: int) -> Iterator[None]:
+    """Inside, no file of this process can grow beyond so many bytes, as on a full disk."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size_bytes, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 class TestFlags:

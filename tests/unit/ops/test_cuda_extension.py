@@ -1,5 +1,6 @@
-"""Builds of `cuda/` that fail must say why in one sentence; good ones must be quiet and not depend on the folder."""
+"""Builds of `cuda/` that fail must say why in one sentence; good ones must be quiet."""
 
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 from src.errors import KernelError
 from src.ops import cuda_extension
 
-NVCC_LOG = """Error building extension 'wkv6_sm90': [1/3] /usr/local/cuda/bin/nvcc -DTORCH_EXTENSION_NAME=wkv6_sm90 -c wkv6.cu
+NVCC_LOG = """Error building extension 'wkv6_sm90': [1/3] /usr/local/cuda/bin/nvcc -c wkv6.cu
 FAILED: wkv6.cuda.o
 /usr/local/cuda/bin/nvcc -DTORCH_EXTENSION_NAME=wkv6_sm90 -c wkv6.cu
 /repo/cuda/wkv6.cu(12): error: identifier "foo" is undefined
@@ -20,9 +21,7 @@ ninja: build stopped: subcommand failed.
 
 
 def test_first_error_is_the_compilers() -> None:
-    assert (
-        cuda_extension.first_error(NVCC_LOG) == '/repo/cuda/wkv6.cu(12): error: identifier "foo" is undefined'
-    )
+    assert cuda_extension.first_error(NVCC_LOG) == '/repo/cuda/wkv6.cu(12): error: identifier "foo" is undefined'
 
 
 @pytest.mark.parametrize(
@@ -87,13 +86,20 @@ def test_failed_build_names_the_first_error_and_the_log(
     assert capfd.readouterr() == ("", "")
 
 
-NVCC_ARCHITECTURES = ("80", "86", "89", "90", "120")
+def test_only_an_old_lock_is_removed(tmp_path: Path) -> None:
+    lock = tmp_path / "lock"
+    cuda_extension._remove_stale_lock(lock)
+    lock.touch()
+    cuda_extension._remove_stale_lock(lock)
+    assert lock.exists()
+    old = lock.stat().st_mtime - 2 * cuda_extension.STALE_LOCK_SECONDS
+    os.utime(lock, (old, old))
+    cuda_extension._remove_stale_lock(lock)
+    assert not lock.exists()
 
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
-@pytest.mark.parametrize(
-    "source", sorted(cuda_extension.SOURCE_DIRECTORY.glob("*.cu")), ids=lambda path: path.name
-)
+@pytest.mark.parametrize("source", sorted(cuda_extension.SOURCE_DIRECTORY.glob("*.cu")), ids=lambda path: path.name)
 def test_sources_include_no_torch_header(source: Path) -> None:
     listing = subprocess.run(
         ["nvcc", "-M", "-std=c++17", str(source)], capture_output=True, text=True, check=True

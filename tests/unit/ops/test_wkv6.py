@@ -164,9 +164,7 @@ def test_float32_is_right_for_strong_decays(spike: str) -> None:
 def test_infinite_decays_are_exact(backend: str) -> None:
     inputs = draw_inputs(1, 40, 2, 8)
     choice = torch.randint(0, 3, inputs["w_raw"].shape, generator=torch.Generator().manual_seed(4))
-    inputs["w_raw"] = torch.where(
-        choice == 0, torch.inf, torch.where(choice == 1, -torch.inf, inputs["w_raw"])
-    )
+    inputs["w_raw"] = torch.where(choice == 0, torch.inf, torch.where(choice == 1, -torch.inf, inputs["w_raw"]))
     results = run_with_gradients(inputs, backend)
     assert all(bool(tensor.isfinite().all()) for tensor in results.values())
     assert_close(results, run_with_gradients(inputs, "reference"), 1e-13)
@@ -229,9 +227,7 @@ def test_inputs_need_not_be_contiguous() -> None:
 
 def test_automatic_choice_on_cpu_is_chunked() -> None:
     inputs = draw_inputs(1, 18, 1, 4)
-    torch.testing.assert_close(
-        wkv6(*inputs.values())[0], wkv6(*inputs.values(), backend="chunked")[0], rtol=0, atol=0
-    )
+    torch.testing.assert_close(wkv6(*inputs.values())[0], wkv6(*inputs.values(), backend="chunked")[0], rtol=0, atol=0)
 
 
 def median_seconds(run, repeats: int) -> float:  # type: ignore[no-untyped-def]
