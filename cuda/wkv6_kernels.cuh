@@ -572,8 +572,8 @@ WKV6_DEVICE void store_state(float* to, const float (&state)[8][4]) {
     for (int i = 0; i < 4; ++i) to[own_state_offset() + (8 * n + (i & 1)) * kN + (i >> 1) * 8] = state[n][i];
 }
 
-// What a segment does to a state that passes through it: state' = decay * state + added. Forward in time (kLater false)
-// from k, w_raw, v; for gradients, backward in time, from r, w_raw, dy.
+// What a segment does to a state that passes through it: state' = decay * state + added. Forward in time from k, w_raw,
+// v; for gradients (kBackward) backward in time, from r, w_raw, dy.
 struct Summary {
   Wkv6Layout layout;
   const void *operand, *w_raw, *rows;
