@@ -25,7 +25,8 @@ from src.tokenizer import tokenizer_for_vocabulary
 from src.training.evaluation import START_POSITIONS, HeldOutLoss, HeldOutPreference
 from src.training.hardware import global_rank, resolve_hardware
 from src.training.preparation import generate_rejects, prepare_pairs
-from src.training.run import RunResult, load_options, say, train
+from src.training.report import RunResult, say
+from src.training.run import load_options, train
 
 BUNDLE = Path(__file__).resolve().parents[1] / "demo"
 
@@ -43,9 +44,10 @@ ORPO_FLAGS = {
     "orpo": "1",
     "proj_dir": "out/demo-orpo",
     "micro_bsz": "4",
-    "epoch_steps": "60",
+    "epoch_steps": "100",
     "epoch_count": "1",
-    "lr_init": "8",
+    "orpo_alpha": "0.5",
+    "lr_init": "6",
     "lr_final": "0.1",
     "grad_cp": "0",
 }
@@ -55,8 +57,8 @@ TEMPLATE = "user"
 TURN_END = "\n\n"
 SAMPLE_PROMPT = "My son"
 SAMPLE_TOKENS = 160
-REJECT_FLAGS = {"template": TEMPLATE, "top_p": "1.0", "alpha_frequency": "0", "max_tokens": "100", "batch": "48"}
-"""Among bytes a frequency penalty would forbid the common letters."""
+REJECT_FLAGS = {"temperature": "1.2", "top_p": "1", "alpha_frequency": "0", "max_tokens": "100", "batch": "52"}
+"""A frequency penalty would forbid the common letters of a byte vocabulary."""
 
 
 def run_demo(given: Mapping[str, str]) -> RunResult:

@@ -65,7 +65,8 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[str, 
     from src.model.parameters import ModelShape
     from src.training.hardware import resolve_hardware
     from src.training.module import TrainingModule
-    from src.training.run import choose_recomputation, fit, load_options, make_schedule, prepare_work
+    from src.training.run import choose_recomputation, fit, load_options
+    from src.training.work import make_schedule, prepare_work
 
     layers, channels = SIZES[row.size]
     shape = ModelShape.from_sizes(

@@ -20,7 +20,8 @@ from src.loading import build_model
 from src.model.parameters import state_shapes
 from src.training.hardware import resolve_hardware
 from src.training.module import TrainingModule
-from src.training.run import Work, fit, load_options, make_schedule, prepare_work
+from src.training.run import fit, load_options
+from src.training.work import Work, make_schedule, prepare_work
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [

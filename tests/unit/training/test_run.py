@@ -12,7 +12,8 @@ from src.config import TrainConfig
 from src.errors import TrainingError
 from src.training import run
 from src.training.hardware import Hardware
-from src.training.run import make_schedule, prepare_work
+from src.training.report import memory_advice
+from src.training.work import make_schedule, prepare_work
 
 SHAPE = tiny_shape()
 LAST = ("a GPU that no other program uses (see nvidia-smi)", "a smaller base model")
@@ -77,7 +78,7 @@ class TestMemoryAdvice:
         properties = SimpleNamespace(total_memory=8 * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         hardware = Hardware(torch.device("cuda"), "bf16", "single")
-        advice = run._memory_advice(config(data, **flags), hardware)
+        advice = memory_advice(config(data, **flags), hardware)
         assert advice == f"the GPU ran out of its 8.0 GiB; the cheapest ways out: {', or '.join(expected)}"
 
 

@@ -1,0 +1,122 @@
+"""What a run says: its plan before, its summary after, and advice when memory runs out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from src.config import TrainConfig
+from src.model.parameters import ModelShape
+from src.schedule import Schedule
+from src.training.callbacks import TrainingMonitor
+from src.training.evaluation import HeldOut
+from src.training.hardware import Hardware, global_rank
+from src.training.work import Work, epochs_of
+
+
+def say(text: str = "") -> None:
+    """Prints on rank 0 only."""
+    if global_rank() == 0:
+        print(text, flush=True)
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run leaves.
+
+    Attributes:
+        final_file: the last checkpoint written.
+        files: every checkpoint written, in order.
+        losses: training loss of every optimizer step.
+        before, after: measurements on held-out data, None without held-out data.
+        stopped_by: name of the signal that ended the run early, or None.
+    """
+
+    final_file: Path
+    files: list[Path]
+    losses: list[float]
+    before: HeldOut | None
+    after: HeldOut | None
+    stopped_by: str | None
+
+
+def plan_of(
+    config: TrainConfig, hardware: Hardware, shape: ModelShape, work: Work, schedule: Schedule, folder: Path
+) -> str:
+    steps_per_epoch = work.batches_per_epoch // config.accumulate_grad_batches
+    steps = steps_per_epoch * epochs_of(config)
+    rates = ", ".join(f"{schedule.learning_rate(step):.4g}" for step in (0, steps // 2, max(steps - 1, 0)))
+    weights = f"{config.quant_type} matrices" if config.quantised else "unquantised"
+    if config.trains_states:
+        trainable = f"{shape.state_parameter_count:,} state values; all weights frozen"
+    else:
+        trainable = f"all {shape.parameter_count:,} weights"
+    batch = config.micro_bsz * config.accumulate_grad_batches * config.devices * config.num_nodes
+    rows = f"longest text {config.rlhf_max_corpus_len}" if config.orpo else f"ctx_len {config.ctx_len}"
+    warm_up = f"warm-up {config.warmup_steps} steps"
+    if config.warmup_steps >= steps:
+        warm_up += ", longer than the run: the rate never reaches --lr_init"
+    return "\n".join(
+        [
+            f"model      {config.load_model or 'fresh'}: {shape.parameter_count / 1e9:.3g} B parameters, "
+            f"{shape.n_layer} layers, n_embd {shape.n_embd}, {shape.n_head} heads of {shape.head_size}, {weights}",
+            f"training   {trainable}",
+            f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
+            *work.lines,
+            f"steps      {steps:,} ({epochs_of(config)} epochs of {steps_per_epoch:,}), "
+            f"{batch} {'pairs' if config.orpo else 'rows'} a step, {rows}",
+            f"rate       {rates} (start, middle, end); {warm_up}",
+            f"results    {folder}/",
+        ]
+    )
+
+
+def summary_of(config: TrainConfig, result: RunResult, monitor: TrainingMonitor) -> str:
+    lines = [""]
+    if result.stopped_by:
+        lines.append(f"stopped by {result.stopped_by} after {len(result.losses)} steps; the state so far is saved")
+    if result.losses:
+        lines.append(f"steps      {len(result.losses):,}, loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}")
+    steady = sorted(monitor.step_seconds[2:])
+    if steady:
+        lines.append(f"speed      {steady[len(steady) // 2]:.3f} s/step (median)")
+    if monitor.used_bytes:
+        peak, used = monitor.peak_bytes / 2**30, monitor.used_bytes / 2**30
+        lines.append(f"memory     allocator peak {peak:.2f} GiB, device used {used:.2f} GiB")
+    if result.before is not None and result.after is not None:
+        lines += [f"held out   before: {result.before}", f"           after:  {result.after}"]
+    lines.append(f"saved      {', '.join(str(path) for path in result.files)}")
+    if config.trains_states:
+        merged = Path(config.proj_dir) / "merged.pth"
+        lines += [
+            "next       use the state file in a client that loads states, or make a model that contains it:",
+            f"           python merge_state.py {config.load_model} {result.final_file} {merged}",
+        ]
+    else:
+        lines += [
+            "next       tune a state on it:",
+            f"           python train.py --load_model {result.final_file} --data_file YOUR.jsonl",
+        ]
+    return "\n".join(lines)
+
+
+def memory_advice(config: TrainConfig, hardware: Hardware) -> str:
+    total = torch.cuda.get_device_properties(hardware.device).total_memory / 2**30
+    changes = []
+    if config.grad_cp != 1:
+        changes.append("--grad_cp 1")
+    if config.micro_bsz > 1:
+        accumulate = config.accumulate_grad_batches * 2
+        changes.append(f"--micro_bsz {config.micro_bsz // 2} --accumulate_grad_batches {accumulate}")
+    if not config.quantised and config.trains_states:
+        changes.append("--quant 1 --quant_type nf4")
+    if config.orpo:
+        changes.append(f"--rlhf_max_corpus_len {max(config.rlhf_max_corpus_len // 2, 1)}")
+    else:
+        changes.append(f"--ctx_len {max(config.ctx_len // 2, 1)}")
+    if config.quantised and config.quant_type == "int8":
+        changes.append("--quant_type nf4")
+    changes += ["a GPU that no other program uses (see nvidia-smi)", "a smaller base model"]
+    return f"the GPU ran out of its {total:.1f} GiB; the cheapest ways out: {', or '.join(changes[:3])}"

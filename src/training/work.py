@@ -1,0 +1,145 @@
+"""What a run works on: its data, objective and schedule, from the flags."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch.utils.data import DataLoader
+
+from src.checkpoint import load_pairs
+from src.config import TrainConfig
+from src.data.documents import Documents
+from src.data.preference_batches import PreferenceDataset
+from src.data.sampling import BatchDataset
+from src.data.sources import open_documents
+from src.errors import DataError
+from src.model.parameters import ModelShape
+from src.model.rwkv6 import RWKV6
+from src.schedule import Schedule
+from src.tokenizer import tokenizer_for_vocabulary
+from src.training.evaluation import HeldOut, held_out_loss, held_out_preference
+from src.training.hardware import global_rank
+from src.training.objectives import Objective, PreferenceObjective, SFTObjective
+
+
+@dataclass(frozen=True)
+class Work:
+    """Data and objective of a run.
+
+    Attributes:
+        loader: micro-batches of this rank, epoch after epoch.
+        objective: maps them to losses.
+        measure: scores a model on the held-out data of `--val_file`; None without.
+        batches_per_epoch: micro-batches of an epoch on each rank, a multiple of the accumulation.
+        row_tokens: most positions of a micro-batch.
+        lines: what the plan says about the data.
+    """
+
+    loader: DataLoader[Any]
+    objective: Objective
+    measure: Callable[[RWKV6], HeldOut] | None
+    batches_per_epoch: int
+    row_tokens: int
+    lines: list[str]
+
+
+def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
+    """Opens the data and chooses the objective.
+
+    Raises:
+        DataError: for data that cannot be read or used.
+    """
+    return _preference_work(config, shape) if config.orpo else _text_work(config, shape)
+
+
+def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
+    def documents_of(path: str) -> Documents:
+        return open_documents(config.data_type, path, shape.vocab_size, ctx_len=config.ctx_len)
+
+    dataset = BatchDataset(
+        documents_of(config.data_file),
+        mode=config.dataload,
+        ctx_len=config.ctx_len,
+        micro_bsz=config.micro_bsz,
+        seed=config.random_seed,
+        rank=global_rank(config.devices),
+        world_size=config.devices * config.num_nodes,
+        epoch_steps=config.epoch_steps,
+        accumulate=config.accumulate_grad_batches,
+    )
+    plan = dataset.plan
+    lines = [
+        f"data       {config.data_file or 'generated'}: {plan.documents:,} documents, {plan.tokens:,} tokens, "
+        f"--dataload {plan.mode}",
+        *(f"           {statement}" for statement in (*dataset.documents.statements, *plan.statements())),
+    ]
+    measure: Callable[[RWKV6], HeldOut] | None = None
+    if config.val_file:
+        held_out = documents_of(config.val_file)
+        lines.append(f"held out   {config.val_file}: {len(held_out):,} documents, {held_out.total_tokens:,} tokens")
+        measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len)
+    longest = min(config.ctx_len, int(dataset.documents.sizes.max())) if plan.mode == "pad" else config.ctx_len
+    return Work(dataset.loader(), SFTObjective(), measure, len(dataset), config.micro_bsz * longest, lines)
+
+
+def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
+    try:
+        tokenizer = tokenizer_for_vocabulary(shape.vocab_size)
+    except DataError:  # pairs are tokens already; the tokenizer only recognises rejects of white space
+        tokenizer = None
+
+    def dataset_of(path: str, epoch_steps: int) -> PreferenceDataset:
+        return PreferenceDataset(
+            load_pairs(path, shape.vocab_size),
+            source=path,
+            form=PreferenceObjective.form(config.orpo_type, bool(config.orpo_shared_prompt)),
+            longest=config.rlhf_max_corpus_len,
+            micro_bsz=config.micro_bsz,
+            seed=config.random_seed,
+            tokenizer=tokenizer,
+            rank=global_rank(config.devices),
+            world_size=config.devices * config.num_nodes,
+            epoch_steps=epoch_steps,
+            accumulate=config.accumulate_grad_batches,
+        )
+
+    dataset = dataset_of(config.rlhf_train_file, config.epoch_steps)
+    objective = PreferenceObjective(config.orpo_alpha, config.orpo_type, debug=bool(config.orpo_debug))
+    plan = dataset.plan
+    lines = [
+        f"pairs      {config.rlhf_train_file}: {plan.pairs:,} pairs, {plan.positions_per_pass:,} positions a pass",
+        *(f"           {statement}" for statement in plan.statements()),
+    ]
+    measure: Callable[[RWKV6], HeldOut] | None = None
+    if config.val_file:
+        held_out = dataset_of(config.val_file, 0)
+        lines.append(f"held out   {config.val_file}: {held_out.plan.pairs:,} pairs")
+        measure = partial(held_out_preference, dataset=held_out, objective=objective)
+    segments = 3 if config.orpo_shared_prompt and config.orpo_type == 0 else 4
+    row_tokens = config.micro_bsz * segments * config.rlhf_max_corpus_len
+    return Work(dataset.loader(), objective, measure, len(dataset), row_tokens, lines)
+
+
+def make_schedule(config: TrainConfig, work: Work) -> Schedule:
+    """Learning rate over the optimizer steps of the epochs 0 … epoch_count - 1."""
+    steps_per_epoch = work.batches_per_epoch // config.accumulate_grad_batches
+    samples = config.devices * config.num_nodes * config.micro_bsz * config.accumulate_grad_batches
+    return Schedule(
+        lr_init=config.lr_init,
+        lr_final=config.lr_final,
+        warmup_steps=config.warmup_steps,
+        total_steps=steps_per_epoch * config.epoch_count,
+        first_step=steps_per_epoch * config.epoch_begin,
+        weight_decay=config.weight_decay,
+        weight_decay_final=config.weight_decay_final,
+        exit_tokens=config.my_exit_tokens,
+        tokens_per_step=samples * config.ctx_len,
+    )
+
+
+def epochs_of(config: TrainConfig) -> int:
+    """Epochs this run trains."""
+    return min(config.epoch_count, config.my_exit + 1) - config.epoch_begin
