@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from src.model.parameters import ModelShape, parameter_shapes, quantizable_names, state_shapes
-from src.model.rwkv6 import RWKV6, Recompute
+from src.model.recompute import Recompute
+from src.model.rwkv6 import RWKV6
 from src.quant import FrozenLinear
 
 

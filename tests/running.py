@@ -83,6 +83,20 @@ def try_train(folder: Path, **flags: object) -> Ended:
     return run_script("train.py", **{"proj_dir": folder, "accelerator": "cpu", "quant": 0, **flags})
 
 
+def refusal(ended: Ended, folder: Path) -> str:
+    """The sentence that refused; checks how the program ended and what it left."""
+    assert ended.code == 2, ended.out + ended.err
+    assert "Traceback" not in ended.err + ended.out
+    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    message = ended.err[ended.err.index("error: ") + len("error: ") :].strip()
+    assert "\n" not in message
+    assert len(message) > 20
+    left = files_in(folder) if folder.is_dir() else set()
+    assert not [name for name in left if "pth" in name], left
+    return message
+
+
 @contextlib.contextmanager
 def started(
     script: str, *words: object, environment: Mapping[str, str] | None = None

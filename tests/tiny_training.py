@@ -8,7 +8,8 @@ from factories import tiny_parameters, tiny_shape
 from src.data.preference_batches import PairForm, PreferenceBatch, PreferenceDataset
 from src.data.preferences import PreferencePair
 from src.loading import LoadOptions, build_model
-from src.model.rwkv6 import RWKV6, Recompute
+from src.model.recompute import Recompute
+from src.model.rwkv6 import RWKV6
 
 
 def tiny_model(recompute: Recompute = Recompute.NOTHING) -> RWKV6:

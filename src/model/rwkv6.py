@@ -19,17 +19,13 @@ Source: "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from enum import Enum
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from src.layout import SegmentLayout
 from src.model.parameters import ModelShape
+from src.model.recompute import Recompute, Recomputed
 from src.model.state import LayerState, ModelState, last_tokens
 from src.ops.elementwise import group_norm_silu_gate, shift_mixes, sigmoid_gated_residual, squared_relu
 from src.ops.wkv6 import wkv6
@@ -141,7 +137,8 @@ class TimeMix(MixingWeights):
             (out [B, T, C], final recurrence matrices [B, H, N, N] fp32, or [roots, H, N, N] with a
             layout: those of the root segments).
         """
-        return self.attend(self.mixed_inputs(z, state, layout), state, layout)
+        gated, final = self.attend(self.mixed_inputs(z, state, layout), state, layout)
+        return self.output(gated), final
 
     def mixed_inputs(
         self, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
@@ -162,7 +159,7 @@ class TimeMix(MixingWeights):
     def attend(
         self, inputs: tuple[Tensor, ...], state: LayerState | None = None, layout: SegmentLayout | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The matrices and the recurrence on `mixed_inputs`; returns what `forward` returns."""
+        """The recurrence and its gate on `mixed_inputs`: what `output` is applied to, and the final matrices."""
         z_w, z_k, z_v, z_r, z_g = inputs
         dtype = z_w.dtype
         B, T, _ = z_w.shape
@@ -174,8 +171,7 @@ class TimeMix(MixingWeights):
         y, final = self._recur(r, k, v, w_raw.view(heads), start, layout)
 
         weight, bias = self.ln_x.weight.to(dtype), self.ln_x.bias.to(dtype)
-        gated = group_norm_silu_gate(y, self.gate(z_g), weight, bias, self.group_norm_eps)
-        return self.output(gated), final
+        return group_norm_silu_gate(y, self.gate(z_g), weight, bias, self.group_norm_eps), final
 
     def _recur(
         self, r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, start: Tensor, layout: SegmentLayout | None
@@ -234,20 +230,6 @@ class ChannelMix(MixingWeights):
         return sigmoid_gated_residual(x, self.receptance(z_r), value)
 
 
-class Recompute(Enum):
-    """What a layer computes again in the backward pass instead of keeping it.
-
-    NOTHING keeps every tensor the backward needs. INPUTS computes the norms and the mixers' inputs again,
-    which is cheap and saves most of the memory. ALL keeps only what enters the two halves of the layer;
-    the recomputation stops at the last tensor the backward needs, so a half's closing product with a
-    frozen matrix, which keeps nothing, is not repeated.
-    """
-
-    NOTHING = "nothing"
-    INPUTS = "inputs"
-    ALL = "all"
-
-
 class Block(nn.Module):
     """One layer; layer 0 also normalises the embedding (`ln0`)."""
 
@@ -259,6 +241,9 @@ class Block(nn.Module):
         self.att = TimeMix(shape, head_size_divisor)
         self.ffn = ChannelMix(shape)
         self.recompute = recompute
+        self._time_again = Recomputed(self.ln1, self.att)
+        self._time_inputs_again = Recomputed(self.ln1, self.att, unused=("time_state",))
+        self._channels_again = Recomputed(self.ln2, self.ffn)
 
     def forward(
         self,
@@ -270,36 +255,32 @@ class Block(nn.Module):
         dropout: float,
     ) -> tuple[Tensor, LayerState]:
         """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment)."""
-        recompute = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
+        level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
+        inputs_again, all_again = level is Recompute.INPUTS, level is Recompute.ALL
 
-        def again(level: Recompute, function: Callable[[Tensor], Any], x: Tensor) -> Any:
-            if recompute is level:
-                return checkpoint(function, x, use_reentrant=False, preserve_rng_state=dropout > 0)
-            return function(x)
-
-        def time_inputs(x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        def time_inputs(x: Tensor) -> tuple[Tensor, ...]:
             z = self.ln1(x)
-            return self.att.mixed_inputs(z, state, layout), last_tokens(z, ends)
+            return *self.att.mixed_inputs(z, state, layout), last_tokens(z, ends)
 
-        def mix_time(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            inputs, shift = again(Recompute.INPUTS, time_inputs, x)
-            out, final = self.att.attend(inputs, state, layout)
-            return x + F.dropout(out, dropout, self.training), final, shift
+        def mix_time(x: Tensor) -> tuple[Tensor, ...]:
+            *inputs, shift = self._time_inputs_again(time_inputs, x) if inputs_again else time_inputs(x)
+            return *self.att.attend(tuple(inputs), state, layout), shift
 
-        def channel_inputs(x: Tensor) -> tuple[tuple[Tensor, ...], Tensor]:
+        def channel_inputs(x: Tensor) -> tuple[Tensor, ...]:
             z = self.ln2(x)
-            return self.ffn.mixed_inputs(z, state, layout), last_tokens(z, ends)
+            return *self.ffn.mixed_inputs(z, state, layout), last_tokens(z, ends)
 
-        def mix_channels(x: Tensor) -> tuple[Tensor, Tensor]:
-            inputs, shift = again(Recompute.INPUTS, channel_inputs, x)
-            mixed = self.ffn.feed(x, inputs)
-            if dropout:
-                mixed = x + F.dropout(mixed - x, dropout, self.training)
-            return mixed, shift
+        def mix_channels(x: Tensor) -> tuple[Tensor, ...]:
+            *inputs, shift = self._channels_again(channel_inputs, x) if inputs_again else channel_inputs(x)
+            return self.ffn.feed(x, tuple(inputs)), shift
 
-        x, final, att_shift = again(Recompute.ALL, mix_time, x)
-        x, ffn_shift = again(Recompute.ALL, mix_channels, x)
-        return x, LayerState(att_shift, final, ffn_shift)
+        gated, final, att_shift = self._time_again(mix_time, x) if all_again else mix_time(x)
+        # The closing product keeps nothing when its matrix is frozen, so it stays out of what is repeated.
+        x = x + F.dropout(self.att.output(gated), dropout, self.training)
+        mixed, ffn_shift = self._channels_again(mix_channels, x) if all_again else mix_channels(x)
+        if dropout:
+            mixed = x + F.dropout(mixed - x, dropout, self.training)
+        return mixed, LayerState(att_shift, final, ffn_shift)
 
 
 class RWKV6(nn.Module):

@@ -36,7 +36,7 @@ SFT_FLAGS = {
     "micro_bsz": "4",
     "epoch_steps": "120",
     "epoch_count": "1",
-    "lr_init": "6",
+    "lr_init": "8",
     "lr_final": "0.1",
     "grad_cp": "0",
 }
@@ -46,8 +46,8 @@ ORPO_FLAGS = {
     "micro_bsz": "4",
     "epoch_steps": "100",
     "epoch_count": "1",
-    "orpo_alpha": "0.5",
-    "lr_init": "6",
+    "orpo_alpha": "0.8",
+    "lr_init": "10",
     "lr_final": "0.1",
     "grad_cp": "0",
 }
@@ -57,7 +57,7 @@ TEMPLATE = "user"
 TURN_END = "\n\n"
 SAMPLE_PROMPT = "My son"
 SAMPLE_TOKENS = 160
-REJECT_FLAGS = {"temperature": "1.2", "top_p": "1", "alpha_frequency": "0", "max_tokens": "100", "batch": "52"}
+REJECT_FLAGS = {"temperature": "1.2", "top_p": "1", "alpha_frequency": "0", "max_tokens": "100", "batch": "54"}
 """A frequency penalty would forbid the common letters of a byte vocabulary."""
 
 

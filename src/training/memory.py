@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from src.model.parameters import ModelShape
-from src.model.rwkv6 import RWKV6, Recompute
+from src.model.recompute import Recompute
+from src.model.rwkv6 import RWKV6
 from src.quant import SHARED_WORKSPACE, FrozenLinear
 
 _WORKING_BYTES = 700 * 2**20

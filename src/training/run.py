@@ -20,7 +20,8 @@ from src.config import TrainConfig
 from src.errors import ConfigError, TrainingError
 from src.loading import LoadOptions, build_model
 from src.model.parameters import ModelShape, fresh_parameters, parameter_shapes
-from src.model.rwkv6 import RWKV6, Recompute
+from src.model.recompute import Recompute
+from src.model.rwkv6 import RWKV6
 from src.schedule import Schedule
 from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
 from src.training.evaluation import HeldOut

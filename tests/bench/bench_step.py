@@ -156,7 +156,7 @@ def gradients_agree() -> bool:
     from src.data.batches import packed_batch
     from src.loading import LoadOptions, build_model
     from src.model.parameters import ModelShape
-    from src.model.rwkv6 import Recompute
+    from src.model.recompute import Recompute
     from src.training.objectives import SFTObjective, outcome_of
 
     shape = ModelShape.from_sizes(n_layer=2, n_embd=256, vocab_size=1024)

@@ -54,7 +54,7 @@ def error(ours: Tensor, reference: Tensor) -> float:
     return ((ours.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30)).item()
 
 
-def compare(
+def check_against_definition(
     name: str, fused: Callable[..., object], tensors: list[Tensor | None], wanted: list[int], *rest: object
 ) -> None:
     """Outputs and the gradients of `wanted` tensors, fused in bf16 against the definition in fp64."""
@@ -90,7 +90,7 @@ def test_shift_mixes(shape: tuple[int, int, int], groups: int, with_modulation: 
     modulation = normal(groups, *shape, seed=2) if with_modulation else None
     carry = normal(batch, channels, seed=3) if with_carry else None
     wanted = [0] + [1] * with_carry + [3] * with_modulation
-    compare("shift_mixes", shift_mixes, [z, carry, maa, modulation], wanted, None)
+    check_against_definition("shift_mixes", shift_mixes, [z, carry, maa, modulation], wanted, None)
 
 
 LAYOUTS = {
@@ -108,7 +108,7 @@ def test_shift_mixes_over_segments(layout: str, groups: int, with_modulation: bo
     previous = torch.tensor(LAYOUTS[layout]).cuda()
     shape = (1, len(previous), 64)
     modulation = normal(groups, *shape, seed=2) if with_modulation else None
-    compare(
+    check_against_definition(
         "shift_mixes",
         shift_mixes,
         [normal(*shape), None, normal(groups, 64, seed=1), modulation],
@@ -125,7 +125,7 @@ def test_shift_mixes_with_some_outputs_unused() -> None:
     tensors = [normal(2, 9, 64), None, normal(5, 64, seed=1), normal(5, 2, 9, 64, seed=2)]
     DEFINITIONS["shift_mixes"] = chosen(definition)
     try:
-        compare("shift_mixes", chosen(shift_mixes), tensors, [0, 3], None)
+        check_against_definition("shift_mixes", chosen(shift_mixes), tensors, [0, 3], None)
     finally:
         DEFINITIONS["shift_mixes"] = definition
 
@@ -135,7 +135,7 @@ def test_shift_mixes_with_some_outputs_unused() -> None:
 def test_group_norm_silu_gate(batch: int, tokens: int, head_size: int) -> None:
     heads = 5
     channels = heads * head_size
-    compare(
+    check_against_definition(
         "group_norm_silu_gate",
         group_norm_silu_gate,
         [
@@ -152,14 +152,14 @@ def test_group_norm_silu_gate(batch: int, tokens: int, head_size: int) -> None:
 def test_group_norm_of_a_large_mean_is_exact() -> None:
     y = (normal(1, 4, 2, 64) + 256.0).bfloat16()
     tensors: list[Tensor | None] = [y, normal(1, 4, 128, seed=1), normal(128, seed=2), normal(128, seed=3)]
-    compare("group_norm_silu_gate", group_norm_silu_gate, tensors, [0, 1], EPS)
+    check_against_definition("group_norm_silu_gate", group_norm_silu_gate, tensors, [0, 1], EPS)
 
 
 @pytest.mark.parametrize("shape", [(8,), (3, 5, 64), (1, 77, 2048)])
 def test_activations(shape: tuple[int, ...]) -> None:
-    compare("squared_relu", squared_relu, [normal(*shape)], [0])
+    check_against_definition("squared_relu", squared_relu, [normal(*shape)], [0])
     tensors: list[Tensor | None] = [normal(*shape, seed=seed) for seed in range(3)]
-    compare("sigmoid_gated_residual", sigmoid_gated_residual, tensors, [0, 1, 2])
+    check_against_definition("sigmoid_gated_residual", sigmoid_gated_residual, tensors, [0, 1, 2])
 
 
 def layer(z: Tensor, maa: Tensor, modulation: Tensor) -> Tensor:

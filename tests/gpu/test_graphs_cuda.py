@@ -13,7 +13,8 @@ from src.data.batches import Batch, packed_batch, padded_batch
 from src.data.preference_batches import PairForm, PreferenceDataset
 from src.data.preferences import PreferencePair
 from src.loading import LoadOptions, build_model
-from src.model.rwkv6 import RWKV6, Recompute
+from src.model.recompute import Recompute
+from src.model.rwkv6 import RWKV6
 from src.quant import SHARED_WORKSPACE
 from src.training.graphs import GraphedObjective, padded
 from src.training.objectives import Objective, PreferenceObjective, SFTObjective, outcome_of

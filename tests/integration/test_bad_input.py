@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from factories import tiny_checkpoint, tiny_shape, tiny_state_file
-from running import Ended, files_in, metrics, started, train, try_train, write_documents
+from running import metrics, refusal, started, train, try_train, write_documents
 
 from src.data.binidx import write_binidx
 
@@ -29,20 +29,6 @@ def base(tmp_path: Path) -> Path:
 def data(tmp_path: Path) -> Path:
     """Three documents."""
     return write_documents(tmp_path / "documents", LENGTHS)
-
-
-def refusal(ended: Ended, folder: Path) -> str:
-    """The sentence that refused; checks how the program ended and what it left."""
-    assert ended.code == 2, ended.out + ended.err
-    assert "Traceback" not in ended.err + ended.out
-    errors = [line for line in ended.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    message = ended.err[ended.err.index("error: ") + len("error: ") :].strip()
-    assert "\n" not in message
-    assert len(message) > 20
-    left = files_in(folder) if folder.is_dir() else set()
-    assert not [name for name in left if "pth" in name], left
-    return message
 
 
 class TestModelFile:

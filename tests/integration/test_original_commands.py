@@ -1,5 +1,7 @@
 """The commands of RWKV-LM-State-4bit's README, word for word."""
 
+import csv
+import json
 import shlex
 import shutil
 from pathlib import Path
@@ -30,13 +32,22 @@ ORPO = (
     "--orpo_debug 0 --orpo_type 0 --rlhf_train_file orpotest.save " + COMMON + " \\\n"
 )
 """Ends in a stray backslash, as it does there."""
+REJECTS = "python rlhf_generate_reject.py --load_model M --input_csv IN --output_csv OUT"
+PAIRS = "python PrepareOrpoDataset.py --load_model M --input_csv IN --output_save OUT --target_pair_count 1000"
 
 
-def words(command: str) -> list[str]:
-    """The command's words as a shell makes them, without `python train.py`."""
+def words(command: str, script: str = "train.py") -> list[str]:
+    """The command's words as a shell makes them, without `python SCRIPT`."""
     joined = command.replace("\\\n", " ")
-    python, script, *arguments = shlex.split(joined)
-    assert (python, script) == ("python", "train.py")
+    python, given_script, *arguments = shlex.split(joined)
+    assert (python, given_script) == ("python", script)
+    return arguments
+
+
+def replaced(arguments: list[str], **values: str) -> list[str]:
+    """The words with other values for flags that are there."""
+    for flag, value in values.items():
+        arguments[arguments.index(f"--{flag}") + 1] = value
     return arguments
 
 
@@ -80,10 +91,7 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
 
 def check_sft_runs(workplace: Path) -> None:
     """Runs the SFT command with accelerator, sizes and epochs replaced; two steps."""
-    replaced = {"--accelerator": "cpu", "--n_layer": "2", "--n_embd": "64", "--epoch_steps": "2", "--epoch_count": "1"}
-    arguments = words(SFT)
-    for flag, value in replaced.items():
-        arguments[arguments.index(flag) + 1] = value
+    arguments = replaced(words(SFT), accelerator="cpu", n_layer="2", n_embd="64", epoch_steps="2", epoch_count="1")
     ended = run_script("train.py", *arguments)
     assert ended.code == 0, ended.err
     folder = workplace / "1B6-State-Tuning"
@@ -104,9 +112,69 @@ def test_sft_runs_on_the_originals_sample(workplace: Path, test_data: Path) -> N
 
 
 def test_the_sft_command_refuses_a_model_of_another_size(workplace: Path) -> None:
-    arguments = words(SFT)
-    arguments[arguments.index("--accelerator") + 1] = "cpu"
-    ended = run_script("train.py", *arguments)
+    ended = run_script("train.py", *replaced(words(SFT), accelerator="cpu"))
     assert ended.code == 2
     assert "--n_layer 24 contradicts the checkpoint, which has 2" in ended.err
     assert "--n_embd 2048 contradicts the checkpoint, which has 64" in ended.err
+
+
+CSV = """prompt,chosen,reject
+"What is rain?","Water that falls from clouds.
+
+It fills rivers, lakes and wells.",
+雨是什么？,从云里落下的水。,
+"Say ""yes"", please.",Yes.,
+"""
+
+
+@pytest.fixture
+def preference_workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a World-vocabulary model where the ORPO command looks for it, and a CSV without rejects."""
+    (tmp_path / "base_model").mkdir()
+    tiny_checkpoint(
+        tmp_path / "base_model" / "Anarchy-RWKV-2B-68.pth", n_embd=32, vocab_size=65536, dtype=torch.bfloat16
+    )
+    (tmp_path / "answers.csv").write_text(CSV, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    return tmp_path
+
+
+def test_the_three_orpo_commands_run_one_after_the_other(preference_workplace: Path) -> None:
+    model = "base_model/Anarchy-RWKV-2B-68.pth"
+    arguments = words(REJECTS, "rlhf_generate_reject.py")
+    arguments = replaced(arguments, load_model=model, input_csv="answers.csv", output_csv="preferences.csv")
+    ended = run_script("rlhf_generate_reject.py", *arguments, accelerator="cpu", max_tokens=6)
+    assert ended.code == 0, ended.err
+    with open("preferences.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    with open("answers.csv", encoding="utf-8", newline="") as file:
+        given = list(csv.DictReader(file))
+    assert [(row["prompt"], row["chosen"]) for row in rows] == [(row["prompt"], row["chosen"]) for row in given]
+    assert all(row["reject"].strip() for row in rows)
+
+    arguments = words(PAIRS, "PrepareOrpoDataset.py")
+    arguments = replaced(arguments, load_model=model, input_csv="preferences.csv", output_save="orpotest.save")
+    ended = run_script("PrepareOrpoDataset.py", *arguments)
+    assert ended.code == 0, ended.err
+    pairs = torch.load("orpotest.save", weights_only=True)
+    assert len(pairs) == 1000
+    assert {(type(pair), len(pair), *pair[3:]) for pair in pairs} == {(tuple, 5, 0.5, 0.5)}
+    assert all(len(prompt) > 3 and chosen and reject for prompt, chosen, reject, *_ in pairs)
+    texts = Path("orpotest.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(texts[1]) == {"text": "User: 雨是什么？\n\nAssistant: 从云里落下的水。\n\n"}
+    assert len(texts) == 1000
+
+    arguments = replaced(words(ORPO), accelerator="cpu", n_layer="2", n_embd="32", epoch_steps="2", epoch_count="1")
+    ended = run_script("train.py", *arguments)
+    assert ended.code == 0, ended.err
+    folder = preference_workplace / "2BStateOrpo12"
+    assert files_in(folder) - {"wandb"} == {*RUN_FILES, "rwkv-0.pth"}
+    assert len(metrics(folder)) == 2
+    states = torch.load(folder / "rwkv-final.pth", weights_only=True)
+    assert set(states) == {"blocks.0.att.time_state", "blocks.1.att.time_state"}
+    assert all(state.isfinite().all() and state.any() for state in states.values())
+    assert "--data_file default_text_document is ignored" in ended.out
+    assert "warning: under 1 % the run is plain SFT" in ended.out
+    left = {"base_model", "answers.csv", "preferences.csv", "preferences.csv.run.json", "orpotest.save"}
+    assert files_in(preference_workplace) == left | {"orpotest.jsonl", "2BStateOrpo12"}

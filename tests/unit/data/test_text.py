@@ -156,30 +156,30 @@ def test_a_malformed_line_is_named_with_file_number_and_reason(tmp_path, line, r
 
 @pytest.mark.parametrize("data_type", ["jsonl", "utf-8"])
 class TestFilesThatCannotBeRead:
-    def refused(self, data_type, path, message):
+    def check_refused(self, data_type, path, message):
         with pytest.raises(DataError, match=message):
             open_documents(data_type, str(path), 257, ctx_len=8)
 
     def test_missing(self, data_type, tmp_path):
-        self.refused(data_type, tmp_path / "none", "none does not exist; check --data_file")
+        self.check_refused(data_type, tmp_path / "none", "none does not exist; check --data_file")
         (tmp_path / "none.idx").touch()
-        self.refused(data_type, tmp_path / "none", "use --data_type binidx")
+        self.check_refused(data_type, tmp_path / "none", "use --data_type binidx")
 
     def test_directory(self, data_type, tmp_path):
-        self.refused(data_type, tmp_path, "is a directory")
+        self.check_refused(data_type, tmp_path, "is a directory")
 
     @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"])
     def test_empty(self, data_type, tmp_path, content):
         (tmp_path / "data").write_bytes(content)
-        self.refused(data_type, tmp_path / "data", "data is empty")
+        self.check_refused(data_type, tmp_path / "data", "data is empty")
 
     def test_latin1(self, data_type, tmp_path):
         (tmp_path / "data").write_bytes(b'{"text": "a"}\n{"text": "\xe9t\xe9"}\n')
-        self.refused(data_type, tmp_path / "data", r"data, line 2: not UTF-8 \(byte 0xe9")
+        self.check_refused(data_type, tmp_path / "data", r"data, line 2: not UTF-8 \(byte 0xe9")
 
     def test_utf16(self, data_type, tmp_path):
         (tmp_path / "data").write_bytes('{"text": "a"}\n'.encode("utf-16"))
-        self.refused(data_type, tmp_path / "data", "is UTF-16, expected UTF-8; convert it: `iconv")
+        self.check_refused(data_type, tmp_path / "data", "is UTF-16, expected UTF-8; convert it: `iconv")
 
     def test_vocabulary_without_tokenizer(self, data_type, tmp_path):
         with pytest.raises(DataError, match="vocabulary of 256"):

@@ -10,7 +10,8 @@ from torch import Tensor
 from src.layout import SegmentLayout
 from src.loading import LoadOptions, build_model
 from src.model.parameters import ModelShape, parameter_shapes, state_key, state_shapes
-from src.model.rwkv6 import RWKV6, Recompute
+from src.model.recompute import Recompute
+from src.model.rwkv6 import RWKV6
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-5
@@ -273,7 +274,8 @@ class TestDropout:
             loss = model(tokens_of(model.shape, 1, 10))[0].square().mean()
             gradients.append(state_gradients(model, loss))
         for name in gradients[0]:
-            assert torch.equal(gradients[0][name], gradients[1][name]), name
+            # Other elements would change gradients by their own size; the order of sums may differ.
+            torch.testing.assert_close(gradients[0][name], gradients[1][name], rtol=1e-3, atol=1e-7)
 
 
 class TestDtypes:

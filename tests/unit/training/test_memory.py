@@ -8,7 +8,8 @@ from factories import tiny_parameters, tiny_shape
 
 from src.loading import LoadOptions, build_model
 from src.model.parameters import ModelShape
-from src.model.rwkv6 import RWKV6, Recompute
+from src.model.recompute import Recompute
+from src.model.rwkv6 import RWKV6
 from src.training.memory import MemoryPlan, kept_bytes, plan_memory
 
 GIB = 2**30

@@ -11,7 +11,7 @@ from tiny_training import PAIRS, preference_batch, state_gradients, tiny_model
 
 from src.data.batches import packed_batch, padded_batch
 from src.data.preference_batches import PairForm
-from src.model.rwkv6 import Recompute
+from src.model.recompute import Recompute
 from src.training.objectives import PreferenceObjective, SFTObjective, outcome_of
 
 
