@@ -51,7 +51,8 @@ def wkv6(
             T, never falling, on r's device. A sequence of length 0 passes its state on. The CUDA kernel trusts
             the values (checking them would stop the GPU); the other backends check them.
         backend: "reference", "chunked" or "cuda"; None takes "cuda" for bfloat16 on a GPU at head size 64, else
-            "reference" for a single token and "chunked" for more. Where the kernel cannot be built, None warns once, with the reason, and takes "chunked".
+            "reference" for a single token and "chunked" for more. Where the kernel cannot be built, None warns once,
+            with the reason, and goes on as on a CPU.
 
     Returns:
         y [B, T, H, N] in r's dtype; final states [B or S, H, N, N], float32 (float64 for float64 inputs).
@@ -63,10 +64,8 @@ def wkv6(
     sequences = _check_arguments(r, k, v, w_raw, u, state, cu_seqlens)
     if backend is None:
         fits = r.is_cuda and r.dtype == torch.bfloat16 and r.shape[3] == CUDA_HEAD_SIZE
-        if fits and kernel_is_available(r.device):
-            backend = "cuda"
-        else:
-            backend = "reference" if r.shape[1] == 1 else "chunked"
+        in_torch = "reference" if r.shape[1] == 1 else "chunked"
+        backend = "cuda" if fits and kernel_is_available(r.device) else in_torch
     if backend == "cuda":
         if not r.is_cuda or r.dtype != torch.bfloat16 or r.shape[3] != CUDA_HEAD_SIZE:
             raise KernelError(
