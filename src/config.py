@@ -190,6 +190,12 @@ class TrainConfig:
                 f"--epoch_begin {self.epoch_begin} leaves nothing to train with --epoch_count {self.epoch_count}: "
                 "epochs are numbered from epoch_begin to epoch_count - 1"
             )
+        elif self.my_exit < self.epoch_begin:
+            problems.append(f"--my_exit {self.my_exit} lies before --epoch_begin {self.epoch_begin}: raise it")
+        if self.random_seed < -1:
+            problems.append(f"--random_seed {self.random_seed} must be at least 0, or -1 to draw one")
+        if self.random_seed == -1 and self.devices * self.num_nodes > 1:
+            problems.append("--random_seed -1 would draw one for each GPU, and all need the same: give a number")
         if self.trains_states and not self.load_model:
             problems.append("--load_model is missing: state tuning needs a base model (.pth)")
         if not self.trains_states:
@@ -239,7 +245,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a", "epoch_steps", "epoch_begin",
-    "epoch_save", "lr_init", "lr_final", "adam_eps", "weight_decay", "memory_gib",
+    "epoch_save", "warmup_steps", "lr_init", "lr_final", "adam_eps", "weight_decay", "memory_gib",
 )  # fmt: skip
 
 _PRETRAINING = "it belongs to pre-training"
@@ -283,6 +289,8 @@ def _with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
 def _data_type_of(data_file: str) -> str:
     if data_file.endswith((".jsonl", ".json")):
         return "jsonl"
+    if data_file.endswith((".bin", ".idx")):
+        return "binidx"
     if os.path.exists(data_file + ".idx") or not os.path.isfile(data_file):
         return "binidx"
     return "utf-8"

@@ -309,7 +309,7 @@ def _must_be_a_file(path: str) -> None:
         return
     if Path(path).is_dir():
         raise DataError(f"{path} is a directory; --data_file names one file.")
-    advice = "check --data_file"
+    advice = "check the path"
     if Path(f"{path}.idx").is_file():
         advice = f"for {path}.idx use --data_type binidx"
     elif Path(f"{path}.jsonl").is_file():

@@ -24,14 +24,20 @@ from src.training.records import EpochRecord, Sink, StepRecord
 class StepControl(pl.Callback):
     """Sets the learning rate before a step and refuses to take one with a non-finite loss or gradient."""
 
-    def __init__(self, schedule: Schedule, accumulate: int) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        accumulate: int,
+        describe: Callable[[Any], str] = lambda batch: f"samples {list(batch.sample_indices)}",
+    ) -> None:
         self.schedule = schedule
         self.accumulate = accumulate
+        self.describe = describe
         self.learning_rate = 0.0
         self.weight_decay = 0.0
         self.loss = 0.0
         self.grad_norm = 0.0
-        self._pending: list[tuple[Tensor, tuple[int, ...]]] = []
+        self._pending: list[tuple[Tensor, Any]] = []
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Puts the scheduled rate and weight decay into the optimizer."""
@@ -41,7 +47,7 @@ class StepControl(pl.Callback):
             group["lr"] = self.learning_rate * group["lr_scale"]
             if group["decays"]:
                 group["weight_decay"] = self.weight_decay
-        self._batch_indices = tuple(batch.sample_indices)
+        self._batch = batch
         self._closes_step = (batch_idx + 1) % self.accumulate == 0
 
     def on_before_optimizer_step(
@@ -60,13 +66,12 @@ class StepControl(pl.Callback):
         norm = _gradient_norm(module)
         *values, self.grad_norm = torch.cat([losses, norm.reshape(1).to(losses.device)]).tolist()
         self.loss = sum(values) / len(values)
-        bad_batches = [row for value, (_, row) in zip(values, pending, strict=True) if not math.isfinite(value)]
-        bad = [sample for row in bad_batches for sample in row]
+        bad = [batch for value, (_, batch) in zip(values, pending, strict=True) if not math.isfinite(value)]
         if bad or not math.isfinite(self.grad_norm):
-            samples = bad or [sample for _, row in pending for sample in row]
             what = "loss" if bad else "gradient"
+            where = "; ".join(self.describe(batch) for batch in bad or [batch for _, batch in pending])
             raise TrainingError(
-                f"the {what} is not finite at step {trainer.global_step + 1} (samples {samples}): the step was not "
+                f"the {what} is not finite at step {trainer.global_step + 1} ({where}): the step was not "
                 "taken; lower --lr_init or look at these samples"
             )
 
@@ -80,9 +85,9 @@ class StepControl(pl.Callback):
         else:
             self._pending.append(self._current(module))
 
-    def _current(self, module: TrainingModule) -> tuple[Tensor, tuple[int, ...]]:
+    def _current(self, module: TrainingModule) -> tuple[Tensor, Any]:
         assert module.outcome is not None
-        return module.outcome.loss, self._batch_indices
+        return module.outcome.loss, self._batch
 
 
 class TrainingMonitor(pl.Callback):
@@ -204,8 +209,9 @@ class Stopper(pl.Callback):
     A second Ctrl-C stops at once, without saving.
     """
 
-    def __init__(self, schedule: Schedule) -> None:
+    def __init__(self, schedule: Schedule, accumulate: int = 1) -> None:
         self.schedule = schedule
+        self.accumulate = accumulate
         self.signal_name: str | None = None
         self._handlers: dict[int, Any] = {}
 
@@ -217,7 +223,9 @@ class Stopper(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Asks all ranks whether one of them wants to stop."""
+        """Asks all ranks whether one of them wants to stop, once the optimizer step is complete."""
+        if (batch_idx + 1) % self.accumulate:
+            return
         wants_stop = self.signal_name is not None or self.schedule.exhausted(trainer.global_step)
         if trainer.world_size > 1:
             wants_stop = trainer.strategy.reduce_boolean_decision(wants_stop, all=False)

@@ -33,21 +33,21 @@ BUNDLE = Path(__file__).resolve().parents[1] / "demo"
 SFT_FLAGS = {
     "proj_dir": "out/demo-sft",
     "ctx_len": "512",
-    "micro_bsz": "4",
-    "epoch_steps": "120",
+    "micro_bsz": "2",
+    "epoch_steps": "200",
     "epoch_count": "1",
-    "lr_init": "8",
+    "lr_init": "5",
     "lr_final": "0.1",
     "grad_cp": "0",
 }
 ORPO_FLAGS = {
     "orpo": "1",
     "proj_dir": "out/demo-orpo",
-    "micro_bsz": "4",
-    "epoch_steps": "100",
+    "micro_bsz": "2",
+    "epoch_steps": "160",
     "epoch_count": "1",
     "orpo_alpha": "0.8",
-    "lr_init": "10",
+    "lr_init": "6",
     "lr_final": "0.1",
     "grad_cp": "0",
 }
@@ -107,7 +107,10 @@ def _orpo_demo(given: Mapping[str, str]) -> RunResult:
         "follows in the Bible to its own continuation. Only its initial state is trained.\n"
     )
     if global_rank() == 0:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--proj_dir {folder} cannot be written ({error.strerror}): choose another") from error
         _make_pairs(config, "orpo.csv", config.rlhf_train_file, config.epoch_steps * config.micro_bsz)
         _make_pairs(config, "orpo-held-out.csv", config.val_file, most=0)
     prompt = TEMPLATES[TEMPLATE].prompt(read_rows(_bundled("orpo-held-out.csv"))[0].prompt)
@@ -142,6 +145,7 @@ def _make_pairs(config: TrainConfig, source: str, pairs_file: str, most: int) ->
     common = {"load_model": config.load_model, "accelerator": config.accelerator, "template": TEMPLATE}
     if config.precision:
         common["precision"] = config.precision
+    say(f"{len(rows)} prompts of {source}: rejects by the base model, then pairs of tokens")
     rejecting = {"input_csv": prompts, "output_csv": complete}
     generate_rejects(RejectConfig.from_flags({**common, **REJECT_FLAGS, **rejecting}))
     pairing = {"input_csv": complete, "output_save": pairs_file, "target_pair_count": str(len(rows))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -35,7 +36,9 @@ class HeldOutLoss:
     documents: int
 
     def __str__(self) -> str:
-        parts = f"first {START_POSITIONS} positions {self.start:.4f}, rest {self.rest:.4f}"
+        parts = f"first {START_POSITIONS} positions {self.start:.4f}"
+        if not math.isnan(self.rest):
+            parts += f", rest {self.rest:.4f}"
         return f"loss {self.overall:.4f} over {self.targets:,} tokens of {self.documents} documents ({parts})"
 
 

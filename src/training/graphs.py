@@ -126,15 +126,17 @@ class _RecordedStep:
         torch.cuda.synchronize(model.device)
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph, pool=pool):
-            # Aliases of the states, born on the recording's stream: the parameters' own gradient accumulators
-            # belong to another stream, and waiting for that one cannot be recorded.
-            aliases = {f"model.{name}": state.detach().requires_grad_() for name, state in states.items()}
-            step = _Step(objective, model)
-            self.loss, self.result, self.gradients = functional_call(
-                step, aliases, (self.inputs, list(aliases.values()))
-            )
-        SHARED_WORKSPACE.clear()
+        try:
+            with torch.cuda.graph(self.graph, pool=pool):
+                # Aliases of the states, born on the recording's stream: the parameters' own gradient accumulators
+                # belong to another stream, and waiting for that one cannot be recorded.
+                aliases = {f"model.{name}": state.detach().requires_grad_() for name, state in states.items()}
+                step = _Step(objective, model)
+                self.loss, self.result, self.gradients = functional_call(
+                    step, aliases, (self.inputs, list(aliases.values()))
+                )
+        finally:
+            SHARED_WORKSPACE.clear()  # after a failure, too: what was only recorded was never computed
 
     def load(self, staged: Staged) -> None:
         """Copies a batch of the same shapes into the recording's inputs."""

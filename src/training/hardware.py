@@ -64,11 +64,17 @@ def global_rank(devices: int = 1) -> int:
         devices: processes per machine; needed where the launcher gives machine and local number only.
             Without it the result is right about being 0, which is what printing and saving ask.
     """
-    for name in ("RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return int(os.environ[name])
+    if "RANK" in os.environ:
+        return int(os.environ["RANK"])
+    # Lightning's own processes have LOCAL_RANK, and in a SLURM job all of them inherit one SLURM_PROCID.
+    if "LOCAL_RANK" not in os.environ and "SLURM_PROCID" in os.environ:
+        return int(os.environ["SLURM_PROCID"])
     machine = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
     return machine * devices + int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
 
 
 def resolve_hardware(config: TrainConfig) -> Hardware:
@@ -98,7 +104,7 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
     visible = torch.cuda.device_count()
     if config.devices > visible:
         raise ConfigError(f"--devices {config.devices} was asked for and {visible} GPU(s) are visible: lower --devices")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    device = torch.device("cuda", _local_rank())
     capability = torch.cuda.get_device_capability(device)
     if capability < OLDEST_CAPABILITY and (config.precision or "bf16") in ("bf16", "tf32"):
         raise ConfigError(

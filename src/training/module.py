@@ -31,8 +31,10 @@ class TrainingModule(pl.LightningModule):
         self.model = model
         self.objective = objective
         self.config = config
-        wanted = config.cuda_graph and config.trains_states and not config.dropout and model.device.type == "cuda"
-        self.graphed = GraphedObjective(objective, model) if wanted and objective.recordable else None
+        # A recording takes its gradients from the unscaled loss, which fp16 cannot hold.
+        recordable = objective.recordable and model.device.type == "cuda" and model.compute_dtype != torch.float16
+        wanted = recordable and config.cuda_graph and config.trains_states and not config.dropout
+        self.graphed = GraphedObjective(objective, model) if wanted else None
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
         if self.loss_scale != 1.0:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -13,11 +14,12 @@ import urllib.request
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TextIO
 
 from tqdm import tqdm
 
 from src.config import TrainConfig
+from src.errors import TrainingError
 
 TIMESTAMP = "%Y-%m-%d-%H-%M-%S"
 
@@ -103,29 +105,39 @@ class FileSink:
     """`train_log.txt` in the original's format and `metrics.jsonl`, one record per step."""
 
     def __init__(self, folder: Path, config: TrainConfig, deepspeed_config: dict[str, Any] | None) -> None:
+        self._folder = folder
         self._log = (folder / "train_log.txt").open("a", encoding="utf-8")
         self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
-        self._log.write(f"NEW RUN {datetime.now().strftime(TIMESTAMP)}\n{asdict(config)}\n")
-        if deepspeed_config:
-            self._log.write(f"{deepspeed_config}\n")
-        self._log.flush()
+        engine = f"{deepspeed_config}\n" if deepspeed_config else ""
+        self._write(self._log, f"NEW RUN {datetime.now().strftime(TIMESTAMP)}\n{asdict(config)}\n{engine}")
 
     def step(self, record: StepRecord) -> None:
         row = {**asdict(record), "tokens_per_s": record.tokens_per_s}
         row.update(row.pop("extra"))
-        self._metrics.write(json.dumps(row) + "\n")
-        self._metrics.flush()
+        self._write(self._metrics, json.dumps(row) + "\n")
 
     def epoch(self, record: EpochRecord) -> None:
-        self._log.write(
+        self._write(
+            self._log,
             f"{record.epoch} {record.loss:.6f} {_exponential(record.loss):.4f} {record.lr:.8f} "
-            f"{datetime.now()} {record.local_epoch}\n"
+            f"{datetime.now()} {record.local_epoch}\n",
         )
-        self._log.flush()
 
     def close(self) -> None:
-        self._log.close()
-        self._metrics.close()
+        for file in (self._log, self._metrics):
+            # What a full disk did not take is tried once more here; `_write` has reported it.
+            with contextlib.suppress(OSError):
+                file.close()
+
+    def _write(self, file: TextIO, text: str) -> None:
+        try:
+            file.write(text)
+            file.flush()
+        except OSError as error:
+            self.close()
+            raise TrainingError(
+                f"{file.name} cannot be written ({error.strerror}): free some space in {self._folder}"
+            ) from error
 
 
 class WandbSink:

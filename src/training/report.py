@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,10 @@ class RunResult:
     stopped_by: str | None
 
 
+def _counted(parameters: int) -> str:
+    return f"{parameters / 1e9:.3g} B" if parameters >= 10**8 else f"{parameters / 1e6:.3g} M"
+
+
 def plan_of(
     config: TrainConfig, hardware: Hardware, shape: ModelShape, work: Work, schedule: Schedule, folder: Path
 ) -> str:
@@ -57,20 +62,32 @@ def plan_of(
     rows = f"longest text {config.rlhf_max_corpus_len}" if config.orpo else f"ctx_len {config.ctx_len}"
     warm_up = f"warm-up {config.warmup_steps} steps"
     if config.warmup_steps >= steps:
-        warm_up += ", longer than the run: the rate never reaches --lr_init"
+        warm_up += f", the run has {steps}: the rate never reaches --lr_init"
     return "\n".join(
         [
-            f"model      {config.load_model or 'fresh'}: {shape.parameter_count / 1e9:.3g} B parameters, "
+            f"model      {config.load_model or 'fresh'}: {_counted(shape.parameter_count)} parameters, "
             f"{shape.n_layer} layers, n_embd {shape.n_embd}, {shape.n_head} heads of {shape.head_size}, {weights}",
             f"training   {trainable}",
             f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
             *work.lines,
             f"steps      {steps:,} ({epochs_of(config)} epochs of {steps_per_epoch:,}), "
-            f"{batch} {'pairs' if config.orpo else 'rows'} a step, {rows}",
+            f"{batch} {'pairs' if config.orpo else 'rows'} a step at most, {rows}",
+            *_rounded(config, work),
             f"rate       {rates} (start, middle, end); {warm_up}",
             f"results    {folder}/",
         ]
     )
+
+
+def _rounded(config: TrainConfig, work: Work) -> list[str]:
+    """Says so when an epoch is longer than asked for, to end with a whole optimizer step."""
+    added = work.batches_per_epoch - config.epoch_steps
+    if not config.epoch_steps or not added:
+        return []
+    return [
+        f"           --epoch_steps {config.epoch_steps} is rounded up to {work.batches_per_epoch}, a multiple of "
+        f"--accumulate_grad_batches {config.accumulate_grad_batches}"
+    ]
 
 
 def summary_of(config: TrainConfig, result: RunResult, monitor: TrainingMonitor) -> str:
@@ -90,14 +107,16 @@ def summary_of(config: TrainConfig, result: RunResult, monitor: TrainingMonitor)
     lines.append(f"saved      {', '.join(str(path) for path in result.files)}")
     if config.trains_states:
         merged = Path(config.proj_dir) / "merged.pth"
+        merging = shlex.join([config.load_model, str(result.final_file), str(merged)])
         lines += [
             "next       use the state file in a client that loads states, or make a model that contains it:",
-            f"           python merge_state.py {config.load_model} {result.final_file} {merged}",
+            f"           python merge_state.py {merging}",
         ]
     else:
         lines += [
             "next       tune a state on it:",
-            f"           python train.py --load_model {result.final_file} --data_file YOUR.jsonl",
+            f"           python train.py --load_model {shlex.quote(str(result.final_file))} --data_file YOUR.jsonl "
+            f"--proj_dir {shlex.quote(config.proj_dir.rstrip('/') + '-state')}",
         ]
     return "\n".join(lines)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import random
+import re
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -35,6 +36,7 @@ from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
 GRADIENT_CLIP = 1.0
 _SMALL_SHARE = 0.01
+_WRITTEN = re.compile(r"rwkv-(\d+|final|init|last-good)\.pth")
 
 
 def train(config: TrainConfig) -> RunResult:
@@ -45,6 +47,8 @@ def train(config: TrainConfig) -> RunResult:
     """
     config = _with_seed(config)
     hardware = resolve_hardware(config)
+    # From here on the engine is the one that runs, not what was asked for: `auto` with several GPUs is DeepSpeed.
+    config = dataclasses.replace(config, strategy=hardware.strategy)
     try:
         return _train(config, hardware)
     except torch.cuda.OutOfMemoryError as error:
@@ -89,6 +93,7 @@ def _train(config: TrainConfig, hardware: Hardware) -> RunResult:
 def _with_seed(config: TrainConfig) -> TrainConfig:
     if config.random_seed < 0:
         config = dataclasses.replace(config, random_seed=random.SystemRandom().randrange(2**31))
+        say(f"note: --random_seed {config.random_seed} was drawn")
     torch.manual_seed(config.random_seed)
     return config
 
@@ -96,6 +101,12 @@ def _with_seed(config: TrainConfig) -> TrainConfig:
 def _prepare_folder(config: TrainConfig) -> Path:
     """Creates the output folder and proves that a file can be written there."""
     folder = Path(config.proj_dir)
+    base = Path(config.load_model).resolve()
+    if config.trains_states and base.parent == folder.resolve() and _WRITTEN.fullmatch(base.name):
+        raise ConfigError(
+            f"--load_model {config.load_model} would be written over, because it lies in --proj_dir {folder} and has "
+            "the name of a result: choose another --proj_dir"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -221,17 +232,15 @@ def fit(
         TrainingError: when a loss or gradient is not finite; the state before that step is saved.
     """
     epochs = epochs_of(config)
-    if epochs < 1:
-        raise ConfigError(f"--my_exit {config.my_exit} lies before --epoch_begin {config.epoch_begin}: raise it")
     accumulate = config.accumulate_grad_batches
     trained_elements = sum(parameter.numel() for _, parameter in module.trained())
-    control = StepControl(schedule, accumulate)
+    control = StepControl(schedule, accumulate, work.describe)
     sinks = _sinks(config, hardware, module, folder, work.batches_per_epoch // accumulate * epochs, trained_elements)
     monitor = TrainingMonitor(control, sinks, config.epoch_begin, config.ctx_len)
     saver = CheckpointSaver(
         lambda path: _save(module.model, config, path), folder, config.epoch_begin, config.epoch_save
     )
-    stopper = Stopper(schedule)
+    stopper = Stopper(schedule, accumulate)
     _quieten_lightning()
     trainer = pl.Trainer(
         **trainer_arguments(hardware, config, trained_elements),

@@ -35,6 +35,7 @@ class Work:
         measure: scores a model on the held-out data of `--val_file`; None without.
         batches_per_epoch: micro-batches of an epoch on each rank, a multiple of the accumulation.
         row_tokens: most positions of a micro-batch.
+        describe: names what a micro-batch was made of, for messages.
         lines: what the plan says about the data.
     """
 
@@ -43,6 +44,7 @@ class Work:
     measure: Callable[[RWKV6], HeldOut] | None
     batches_per_epoch: int
     row_tokens: int
+    describe: Callable[[Any], str]
     lines: list[str]
 
 
@@ -82,7 +84,8 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         lines.append(f"held out   {config.val_file}: {len(held_out):,} documents, {held_out.total_tokens:,} tokens")
         measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len)
     longest = min(config.ctx_len, int(dataset.documents.sizes.max())) if plan.mode == "pad" else config.ctx_len
-    return Work(dataset.loader(), SFTObjective(), measure, len(dataset), config.micro_bsz * longest, lines)
+    row_tokens = config.micro_bsz * longest
+    return Work(dataset.loader(), SFTObjective(), measure, len(dataset), row_tokens, dataset.describe, lines)
 
 
 def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
@@ -120,7 +123,7 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
         measure = partial(held_out_preference, dataset=held_out, objective=objective)
     segments = 3 if config.orpo_shared_prompt and config.orpo_type == 0 else 4
     row_tokens = config.micro_bsz * segments * config.rlhf_max_corpus_len
-    return Work(dataset.loader(), objective, measure, len(dataset), row_tokens, lines)
+    return Work(dataset.loader(), objective, measure, len(dataset), row_tokens, dataset.describe, lines)
 
 
 def make_schedule(config: TrainConfig, work: Work) -> Schedule:

@@ -308,6 +308,15 @@ class TestOutput:
         assert f"--proj_dir {folder} cannot be written" in message
         assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
 
+    @pytest.mark.parametrize("name", ["rwkv-final.pth", "rwkv-0.pth"])
+    def test_a_base_model_is_not_written_over(self, name: str, base: Path, data: Path, tmp_path: Path) -> None:
+        trained = tmp_path / name
+        trained.write_bytes(base.read_bytes())
+        ended = try_train(tmp_path, load_model=trained, data_file=data, epoch_count=1)
+        assert ended.code == 2
+        assert "would be written over" in ended.err
+        assert trained.read_bytes() == base.read_bytes()
+
     def test_a_read_only_folder(self, base: Path, data: Path, tmp_path: Path) -> None:
         folder = Path("/proc/rwkv-out") if Path("/proc/self").exists() else tmp_path / "locked" / "out"
         if folder.parent == tmp_path / "locked":

@@ -130,6 +130,7 @@ It fills rivers, lakes and wells.",
 @pytest.fixture
 def preference_workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder with a World-vocabulary model where the ORPO command looks for it, and a CSV without rejects."""
+    pytest.importorskip("pyrwkv_tokenizer")
     (tmp_path / "base_model").mkdir()
     tiny_checkpoint(
         tmp_path / "base_model" / "Anarchy-RWKV-2B-68.pth", n_embd=32, vocab_size=65536, dtype=torch.bfloat16

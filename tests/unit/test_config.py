@@ -99,8 +99,9 @@ class TestDefaults:
     def test_the_data_type_is_found_from_the_file(self, tmp_path: Path) -> None:
         for name in ("a.jsonl", "b.txt", "c.idx", "c.bin"):
             (tmp_path / name).touch()
-        found = [config(data_file=tmp_path / name).data_type for name in ("a.jsonl", "b.txt", "c", "missing")]
-        assert found == ["jsonl", "utf-8", "binidx", "binidx"]
+        names = ("a.jsonl", "b.txt", "c", "missing", "c.bin", "c.idx")
+        found = [config(data_file=tmp_path / name).data_type for name in names]
+        assert found == ["jsonl", "utf-8", *["binidx"] * 4]
 
 
 class TestRefusals:
@@ -119,6 +120,10 @@ class TestRefusals:
             ({"lr_init": "high"}, "--lr_init 'high' is not a number"),
             ({"ctx_len": "0"}, "--ctx_len 0 must be at least 1"),
             ({"accumulate_grad_batches": "0"}, "--accumulate_grad_batches 0 must be at least 1"),
+            ({"warmup_steps": "-4"}, "--warmup_steps -4 must not be negative"),
+            ({"random_seed": "-5"}, "--random_seed -5 must be at least 0, or -1 to draw one"),
+            ({"random_seed": "-1", "devices": "2"}, "--random_seed -1 would draw one for each GPU"),
+            ({"my_exit": "1", "epoch_begin": "2"}, "--my_exit 1 lies before --epoch_begin 2: raise it"),
             ({"epoch_steps": "-1"}, "--epoch_steps -1 must not be negative"),
             ({"lr_final": "-1"}, "--lr_final -1.0 must not be negative"),
             ({"dropout": "1"}, "--dropout 1.0 must lie between 0 and 1"),

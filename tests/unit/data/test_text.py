@@ -161,7 +161,7 @@ class TestFilesThatCannotBeRead:
             open_documents(data_type, str(path), 257, ctx_len=8)
 
     def test_missing(self, data_type, tmp_path):
-        self.check_refused(data_type, tmp_path / "none", "none does not exist; check --data_file")
+        self.check_refused(data_type, tmp_path / "none", "none does not exist; check the path")
         (tmp_path / "none.idx").touch()
         self.check_refused(data_type, tmp_path / "none", "use --data_type binidx")
 

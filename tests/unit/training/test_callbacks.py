@@ -201,6 +201,16 @@ class TestStopper:
         assert loop.should_stop
         assert stopper.signal_name == number.name
 
+    def test_an_accumulated_step_is_finished(self) -> None:
+        stopper, made = Stopper(SCHEDULE, accumulate=3), module()
+        stopper.signal_name = "SIGINT"
+        loop = trainer(made)
+        for batch_idx in (3, 4):
+            stopper.on_train_batch_end(loop, made, None, None, batch_idx)
+            assert not loop.should_stop
+        stopper.on_train_batch_end(loop, made, None, None, 5)
+        assert loop.should_stop
+
     def test_a_second_ctrl_c_stops_at_once(self) -> None:
         stopper, made = Stopper(SCHEDULE), module()
         stopper.on_train_start(trainer(made), made)

@@ -94,7 +94,13 @@ class TestWithGpus:
         assert resolve_hardware(config(precision="fp32")).precision == "fp32"
 
     def test_each_process_has_its_own_device(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("SLURM_LOCALID", "0")
         monkeypatch.setenv("LOCAL_RANK", "1")
+        assert resolve_hardware(config(devices=2)).device == torch.device("cuda", 1)
+
+    def test_each_process_of_a_slurm_job_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("LOCAL_RANK", raising=False)
+        monkeypatch.setenv("SLURM_LOCALID", "1")
         assert resolve_hardware(config(devices=2)).device == torch.device("cuda", 1)
 
 
@@ -155,6 +161,7 @@ class TestRank:
             ({"LOCAL_RANK": "1"}, 1),
             ({"LOCAL_RANK": "1", "NODE_RANK": "2"}, 5),
             ({"LOCAL_RANK": "0", "GROUP_RANK": "1"}, 2),
+            ({"LOCAL_RANK": "1", "SLURM_PROCID": "0"}, 1),
         ],
     )
     def test_as_the_launcher_tells_it(

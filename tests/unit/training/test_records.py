@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from src.config import TrainConfig
+from src.errors import TrainingError
 from src.training.records import EpochRecord, FileSink, HttpSink, ProgressSink, StepRecord, WandbSink
 
 
@@ -55,6 +56,20 @@ class TestFiles:
         sink.epoch(EpochRecord(0, 0, 1000.0, 0.5))
         sink.close()
         assert " inf " in (tmp_path / "train_log.txt").read_text(encoding="utf-8")
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+    def test_a_full_disk_is_said_once(self, tmp_path: Path) -> None:
+        (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+        sink = FileSink(tmp_path, config(), None)
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl cannot be written"):
+            sink.step(step_record())
+        sink.close()
+
+    @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+    def test_a_disk_full_from_the_start(self, tmp_path: Path) -> None:
+        (tmp_path / "train_log.txt").symlink_to("/dev/full")
+        with pytest.raises(TrainingError, match=r"train_log\.txt cannot be written"):
+            FileSink(tmp_path, config(), None)
 
     def test_a_record_is_there_as_soon_as_its_step_is_done(self, tmp_path: Path) -> None:
         sink = FileSink(tmp_path, config(), None)

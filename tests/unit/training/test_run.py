@@ -101,3 +101,13 @@ def test_a_seed_of_minus_one_is_drawn(data: Path) -> None:
     assert len(drawn) == 3
     assert min(drawn) >= 0
     assert run._with_seed(config(data, random_seed=7)).random_seed == 7
+
+
+def test_the_engine_that_runs_is_the_one_the_run_knows(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` on several GPUs is DeepSpeed, and gradients are then read through its accessors."""
+    seen: list[TrainConfig] = []
+    chosen = Hardware(torch.device("cuda", 0), "bf16", "deepspeed_stage_1")
+    monkeypatch.setattr(run, "resolve_hardware", lambda config: chosen)
+    monkeypatch.setattr(run, "_train", lambda config, hardware: seen.append(config))
+    run.train(config(data, devices=2))
+    assert seen[0].uses_deepspeed
