@@ -29,7 +29,13 @@ class SuggestingParser(argparse.ArgumentParser):
         """
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            raise ConfigError("; ".join(self._complaint(text) for text in unknown))
+            # A text behind an unknown flag is that flag's value.
+            stray = [
+                text
+                for before, text in zip(["", *unknown], unknown, strict=False)
+                if text.startswith("-") or not before.startswith("-") or "=" in before
+            ]
+            raise ConfigError("; ".join(self._complaint(text) for text in stray))
         return known
 
     def _complaint(self, text: str) -> str:

@@ -151,6 +151,10 @@ class TrainConfig:
             lines.append("--load_partial 1 is not needed: states missing in a base model start at zero")
         if self.orpo and self.data_file:
             lines.append(f"--data_file {self.data_file} is ignored: --orpo 1 trains on --rlhf_train_file")
+        if not self.trains_states and self.lr_init > _LARGE_RATE:
+            lines.append(
+                f"--lr_init {self.lr_init:g} suits states; weights (--train_type none) usually want 1e-3 or less"
+            )
         if self.layerwise_lr == 0 and self.trains_states:
             lines.append("--layerwise_lr 0 has no effect on states: they all have one rate")
         return lines
@@ -209,10 +213,10 @@ class TrainConfig:
             problems.append("--data_file is missing: name a binidx prefix, a .jsonl or a text file")
         if self.dataload == "only" and self.micro_bsz > 1:
             problems.append(f"--dataload only gives rows of unequal length: --micro_bsz {self.micro_bsz} must be 1")
-        if self.strategy.startswith("deepspeed_stage_3") and self.quantised:
+        if self.strategy.startswith("deepspeed_stage_3"):
             problems.append(
-                f"--strategy {self.strategy} shards every parameter, which packed weights cannot take: "
-                "use --quant 0 or deepspeed_stage_1"
+                f"--strategy {self.strategy} shards every weight, which packed weights cannot take and the layers here "
+                "do not gather: use deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
             )
         if self.data_type == "dummy" and self.val_file:
             problems.append("--val_file has no meaning with --data_type dummy: leave one of them out")
@@ -238,6 +242,8 @@ class TrainConfig:
             ]
         return problems
 
+
+_LARGE_RATE = 1e-2
 
 _POSITIVE = (
     "ctx_len", "micro_bsz", "accumulate_grad_batches", "epoch_count", "devices", "num_nodes",
@@ -394,7 +400,7 @@ class PairConfig:
 
     load_model: str = flag("", "its vocabulary is used; empty: the World vocabulary", group="files")
     input_csv: str = flag("ojousamatalkscript200.csv", "CSV or JSONL: prompt, chosen, reject", group="files")
-    output_save: str = flag("ojousama.save", "pairs for train.py; texts go to .jsonl beside", group="files")
+    output_save: str = flag("ojousama.save", "pairs for train.py; texts go to .texts.jsonl beside", group="files")
 
     target_pair_count: int = flag(10000, "pairs to make, the rows in order and again", group="pairs")
     template: str = flag(
@@ -420,7 +426,7 @@ class PairConfig:
     @property
     def text_file(self) -> str:
         """JSONL of the pairs' texts."""
-        return os.path.splitext(self.output_save)[0] + ".jsonl"
+        return os.path.splitext(self.output_save)[0] + ".texts.jsonl"
 
     @classmethod
     def from_flags(cls, given: Mapping[str, str]) -> PairConfig:

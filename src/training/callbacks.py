@@ -67,9 +67,16 @@ class StepControl(pl.Callback):
         *values, self.grad_norm = torch.cat([losses, norm.reshape(1).to(losses.device)]).tolist()
         self.loss = sum(values) / len(values)
         bad = [batch for value, (_, batch) in zip(values, pending, strict=True) if not math.isfinite(value)]
-        if bad or not math.isfinite(self.grad_norm):
-            what = "loss" if bad else "gradient"
-            where = "; ".join(self.describe(batch) for batch in bad or [batch for _, batch in pending])
+        if trainer.world_size > 1:
+            # All ranks learn of it, so that all stop at the same step and none waits for another.
+            everywhere = trainer.strategy.all_gather(torch.tensor([self.loss, self.grad_norm], device=module.device))
+            self.loss, norm_everywhere = everywhere.view(-1, 2).mean(0).tolist()
+        else:
+            norm_everywhere = self.grad_norm
+        if not (math.isfinite(self.loss) and math.isfinite(norm_everywhere)):
+            what = "gradient" if math.isfinite(self.loss) else "loss"
+            guilty = bad or ([batch for _, batch in pending] if what == "gradient" else [])
+            where = "; ".join(self.describe(batch) for batch in guilty) or "in the samples of another GPU"
             raise TrainingError(
                 f"the {what} is not finite at step {trainer.global_step + 1} ({where}): the step was not "
                 "taken; lower --lr_init or look at these samples"

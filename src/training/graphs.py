@@ -83,10 +83,10 @@ class GraphedObjective:
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
             self._graphs[key] = _RecordedStep(self.objective, self.model, self._states, staged, self._pool)
-        except torch.cuda.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except RuntimeError as error:  # out of memory is one of them: what runs unrecorded need not fit twice
             self._works = False
+            self._graphs.clear()
+            torch.cuda.empty_cache()
             first_line = str(error).splitlines()[0]
             warnings.warn(f"no CUDA graph can be recorded ({first_line}); steps run unrecorded", stacklevel=2)
             return None

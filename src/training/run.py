@@ -107,6 +107,8 @@ def _prepare_folder(config: TrainConfig) -> Path:
             f"--load_model {config.load_model} would be written over, because it lies in --proj_dir {folder} and has "
             "the name of a result: choose another --proj_dir"
         )
+    if (folder / "rwkv-final.pth").exists():
+        say(f"note: {folder} holds an earlier run: its checkpoints are written over, its logs continued")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

@@ -75,7 +75,7 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
     plan = dataset.plan
     lines = [
         f"data       {config.data_file or 'generated'}: {plan.documents:,} documents, {plan.tokens:,} tokens, "
-        f"--dataload {plan.mode}",
+        f"{plan.counted_targets_per_pass:,} targets a pass, --dataload {plan.mode}",
         *(f"           {statement}" for statement in (*dataset.documents.statements, *plan.statements())),
     ]
     measure: Callable[[RWKV6], HeldOut] | None = None

@@ -45,8 +45,8 @@ def run(**changes: str) -> PairConfig:
 
 def test_files_and_counts(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run()
-    assert sorted(path.name for path in folder.iterdir()) == ["base.pth", "in.csv", "out.jsonl", "out.save"]
-    lines = (folder / "out.jsonl").read_text(encoding="utf-8").splitlines()
+    assert sorted(path.name for path in folder.iterdir()) == ["base.pth", "in.csv", "out.save", "out.texts.jsonl"]
+    lines = (folder / "out.texts.jsonl").read_text(encoding="utf-8").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     assert "".join(text[0] for text in texts) == "UUUQUUIUUUUU"
     assert texts[0] == "User: What, now?\n\nAssistant: One\nTwo\n\n"
@@ -85,7 +85,7 @@ def test_jsonl_with_rejected(folder: Path) -> None:
         " b\n\n",
         " c\n\n",
     ]
-    assert "é" in (folder / "out.jsonl").read_text(encoding="utf-8")
+    assert "é" in (folder / "out.texts.jsonl").read_text(encoding="utf-8")
 
 
 def test_without_a_model_the_world_vocabulary_is_used(folder: Path) -> None:
@@ -148,7 +148,7 @@ def test_posts_only_when_asked_to(folder: Path) -> None:
         ({"target_pair_count": "0"}, "--target_pair_count 0"),
         ({"template": "other"}, "--template other is unknown: use one of mixed, user, question, input"),
         ({"output_save": "in.csv"}, "must be three files"),
-        ({"output_save": "out.jsonl"}, "must be three files"),
+        ({"input_csv": "out.texts.jsonl"}, "must be three files"),
         ({"load_model": "", "base_logp": "1"}, "--base_logp 1 needs --load_model"),
     ],
 )

@@ -131,8 +131,8 @@ class TestRefusals:
             ({"orpo_alpha": "1.5"}, "--orpo_alpha 1.5 must lie between 0 and 1"),
             ({"epoch_begin": "4"}, "--epoch_begin 4 leaves nothing to train with --epoch_count 4"),
             ({"dataload": "only", "micro_bsz": "2"}, "--micro_bsz 2 must be 1"),
-            ({"strategy": "deepspeed_stage_3"}, "which packed weights cannot take: use --quant 0"),
-            ({"strategy": "deepspeed_stage_3_offload"}, "which packed weights cannot take: use --quant 0"),
+            ({"strategy": "deepspeed_stage_3"}, "shards every weight"),
+            ({"strategy": "deepspeed_stage_3_offload", "quant": "0"}, "do not gather: use deepspeed_stage_1"),
             (
                 {"train_type": "none", "quant": "1"},
                 "--quant 1 freezes the matrices, --train_type none trains them",
