@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from src.adapters.states import set_states
 from src.checkpoint import load_state, open_checkpoint
 from src.config import PairConfig, RejectConfig, TrainConfig
@@ -34,7 +36,7 @@ SFT_FLAGS = {
     "proj_dir": "out/demo-sft",
     "ctx_len": "512",
     "micro_bsz": "2",
-    "epoch_steps": "200",
+    "epoch_steps": "180",
     "epoch_count": "1",
     "lr_init": "5",
     "lr_final": "0.1",
@@ -74,6 +76,9 @@ def run_demo(given: Mapping[str, str]) -> RunResult:
     reserved = ["train_type"] if given["demo"] == "sft" else ["train_type", "rlhf_train_file", "val_file"]
     if wrong := [f"--{name} {given[name]}" for name in reserved if name in given]:
         raise ConfigError(f"--demo {given['demo']} brings its own: leave {' and '.join(wrong)} out")
+    if "load_model" not in given:
+        # The bundled model's matrices are so small that on a busy machine threads wait for each other most of the time.
+        torch.set_num_threads(1)
     return _orpo_demo(given) if given["demo"] == "orpo" else _sft_demo(given)
 
 

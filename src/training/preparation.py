@@ -24,7 +24,7 @@ from src.generate import SamplingSettings, answer_logps, generate
 from src.loading import LoadOptions, build_model
 from src.model.rwkv6 import RWKV6
 from src.tokenizer import WORLD_VOCABULARY, Tokenizer, tokenizer_for_vocabulary
-from src.training.hardware import resolve_hardware
+from src.training.hardware import resolve_hardware, spare_threads
 
 _POST_TIMEOUT_SECONDS = 2.0
 _HASHED_BYTES = 1 << 28
@@ -172,6 +172,7 @@ def _load_options(config: RejectConfig | PairConfig) -> LoadOptions:
 
 def _load_model(model_path: str, state_path: str, options: LoadOptions) -> RWKV6:
     checkpoint = open_checkpoint(model_path)
+    spare_threads(options.device, checkpoint.info.shape)
     states = load_state(state_path, checkpoint.info.shape) if state_path else None
     with tqdm(total=len(checkpoint), desc="loading", unit="tensor", leave=False, dynamic_ncols=True) as bar:
         model = build_model(checkpoint, checkpoint.info.shape, options, lambda _: bar.update())

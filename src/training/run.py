@@ -26,7 +26,14 @@ from src.model.rwkv6 import RWKV6
 from src.schedule import Schedule
 from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
 from src.training.evaluation import HeldOut
-from src.training.hardware import Hardware, deepspeed_config, global_rank, resolve_hardware, trainer_arguments
+from src.training.hardware import (
+    Hardware,
+    deepspeed_config,
+    global_rank,
+    resolve_hardware,
+    spare_threads,
+    trainer_arguments,
+)
 from src.training.memory import MemoryPlan, plan_memory
 from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
@@ -60,6 +67,7 @@ def _train(config: TrainConfig, hardware: Hardware) -> RunResult:
         say(f"note: {line}")
     folder = _prepare_folder(config)
     shape = _model_shape(config)
+    spare_threads(hardware.device, shape)
     work = prepare_work(config, shape)
     schedule = make_schedule(config, work)
     say(plan_of(config, hardware, shape, work, schedule, folder))

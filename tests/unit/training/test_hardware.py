@@ -8,7 +8,15 @@ from torch import nn
 
 from src.config import TrainConfig
 from src.errors import ConfigError
-from src.training.hardware import Hardware, deepspeed_config, global_rank, resolve_hardware, trainer_arguments
+from src.model.parameters import ModelShape
+from src.training.hardware import (
+    Hardware,
+    deepspeed_config,
+    global_rank,
+    resolve_hardware,
+    spare_threads,
+    trainer_arguments,
+)
 
 
 def config(**flags: object) -> TrainConfig:
@@ -172,3 +180,17 @@ class TestRank:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
         assert global_rank(devices=2) == rank
+
+
+@pytest.mark.parametrize(("layers", "environment", "expected"), [(2, None, 1), (2, "2", 2), (40, None, 2)])
+def test_a_small_model_on_a_cpu_gets_one_thread(
+    monkeypatch: pytest.MonkeyPatch, layers: int, environment: str | None, expected: int
+) -> None:
+    set_to = [2]
+    monkeypatch.setattr(torch, "set_num_threads", lambda count: set_to.append(count))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if environment:
+        monkeypatch.setenv("OMP_NUM_THREADS", environment)
+    shape = ModelShape.from_sizes(n_layer=layers, n_embd=256, vocab_size=257)
+    spare_threads(torch.device("cpu"), shape)
+    assert set_to[-1] == expected
