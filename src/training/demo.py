@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from src.adapters.states import set_states
 from src.checkpoint import load_state, open_checkpoint
 from src.config import PairConfig, RejectConfig, TrainConfig
@@ -25,7 +23,7 @@ from src.generate import SamplingSettings, generate
 from src.loading import build_model
 from src.tokenizer import tokenizer_for_vocabulary
 from src.training.evaluation import START_POSITIONS, HeldOutLoss, HeldOutPreference
-from src.training.hardware import global_rank, resolve_hardware
+from src.training.hardware import global_rank, resolve_hardware, spare_threads
 from src.training.preparation import generate_rejects, prepare_pairs
 from src.training.report import RunResult, say
 from src.training.run import load_options, train
@@ -76,9 +74,6 @@ def run_demo(given: Mapping[str, str]) -> RunResult:
     reserved = ["train_type"] if given["demo"] == "sft" else ["train_type", "rlhf_train_file", "val_file"]
     if wrong := [f"--{name} {given[name]}" for name in reserved if name in given]:
         raise ConfigError(f"--demo {given['demo']} brings its own: leave {' and '.join(wrong)} out")
-    if "load_model" not in given:
-        # The bundled model's matrices are so small that on a busy machine threads wait for each other most of the time.
-        torch.set_num_threads(1)
     return _orpo_demo(given) if given["demo"] == "orpo" else _sft_demo(given)
 
 
@@ -167,7 +162,9 @@ def _sample(config: TrainConfig, prompt: str, state_file: Path | None = None, st
         return ""
     checkpoint = open_checkpoint(config.load_model)
     shape = checkpoint.info.shape
-    options = replace(load_options(config, resolve_hardware(config)), quant_type=None)
+    hardware = resolve_hardware(config)
+    spare_threads(hardware.device, shape)
+    options = replace(load_options(config, hardware), quant_type=None)
     model = build_model(checkpoint, shape, options)
     if state_file is not None:
         set_states(model, load_state(state_file, shape))

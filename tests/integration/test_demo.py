@@ -100,7 +100,7 @@ def test_preference_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     chain = {
         f"{part}{ending}"
         for part in ("pairs", "held-out")
-        for ending in ("-prompts.csv", "-rejects.csv", "-rejects.csv.run.json", ".save", ".jsonl")
+        for ending in ("-prompts.csv", "-rejects.csv", "-rejects.csv.run.json", ".save", ".texts.jsonl")
     }
     assert files_in(tmp_path) == RUN_FILES | {"rwkv-0.pth"} | chain
     assert len(read_rows(str(tmp_path / "pairs-rejects.csv"))) == 4
