@@ -34,7 +34,7 @@ SFT_FLAGS = {
     "proj_dir": "out/demo-sft",
     "ctx_len": "512",
     "micro_bsz": "2",
-    "epoch_steps": "180",
+    "epoch_steps": "160",
     "epoch_count": "1",
     "lr_init": "5",
     "lr_final": "0.1",
@@ -55,7 +55,7 @@ ORPO_FLAGS = {
 
 TEMPLATE = "user"
 TURN_END = "\n\n"
-SAMPLE_PROMPT = "My son"
+SAMPLE_PROMPT = "My heart"
 SAMPLE_TOKENS = 160
 REJECT_FLAGS = {"temperature": "1.2", "top_p": "1", "alpha_frequency": "0", "max_tokens": "100", "batch": "54"}
 """A frequency penalty would forbid the common letters of a byte vocabulary."""
@@ -168,7 +168,7 @@ def _sample(config: TrainConfig, prompt: str, state_file: Path | None = None, st
     model = build_model(checkpoint, shape, options)
     if state_file is not None:
         set_states(model, load_state(state_file, shape))
-    settings = SamplingSettings(top_p=0.7, frequency_penalty=0.0, max_tokens=SAMPLE_TOKENS, stop=stop)
+    settings = SamplingSettings(top_p=0.5, frequency_penalty=0.0, max_tokens=SAMPLE_TOKENS, stop=stop)
     return generate(model, tokenizer_for_vocabulary(shape.vocab_size), [prompt], settings)[0]
 
 

@@ -162,7 +162,7 @@ def test_the_three_orpo_commands_run_one_after_the_other(preference_workplace: P
     assert len(pairs) == 1000
     assert {(type(pair), len(pair), *pair[3:]) for pair in pairs} == {(tuple, 5, 0.5, 0.5)}
     assert all(len(prompt) > 3 and chosen and reject for prompt, chosen, reject, *_ in pairs)
-    texts = Path("orpotest.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = Path("orpotest.texts.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(texts[1]) == {"text": "User: 雨是什么？\n\nAssistant: 从云里落下的水。\n\n"}
     assert len(texts) == 1000
 
@@ -178,4 +178,4 @@ def test_the_three_orpo_commands_run_one_after_the_other(preference_workplace: P
     assert "--data_file default_text_document is ignored" in ended.out
     assert "warning: under 1 % the run is plain SFT" in ended.out
     left = {"base_model", "answers.csv", "preferences.csv", "preferences.csv.run.json", "orpotest.save"}
-    assert files_in(preference_workplace) == left | {"orpotest.jsonl", "2BStateOrpo12"}
+    assert files_in(preference_workplace) == left | {"orpotest.texts.jsonl", "2BStateOrpo12"}
