@@ -168,7 +168,7 @@ def _sample(config: TrainConfig, prompt: str, state_file: Path | None = None, st
     model = build_model(checkpoint, shape, options)
     if state_file is not None:
         set_states(model, load_state(state_file, shape))
-    settings = SamplingSettings(top_p=0.5, frequency_penalty=0.0, max_tokens=SAMPLE_TOKENS, stop=stop)
+    settings = SamplingSettings(top_p=0.6, frequency_penalty=0.0, max_tokens=SAMPLE_TOKENS, stop=stop)
     return generate(model, tokenizer_for_vocabulary(shape.vocab_size), [prompt], settings)[0]
 
 
