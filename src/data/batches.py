@@ -6,7 +6,7 @@ Legend: B rows, T tokens of a row.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -42,15 +42,6 @@ class Batch:
     token_count: int
     target_count: int
     step_weight: float = 1.0
-
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        """The same batch with its tensors on `device`."""
-        return replace(
-            self,
-            tokens=self.tokens.to(device, non_blocking=non_blocking),
-            targets=self.targets.to(device, non_blocking=non_blocking),
-            layout=None if self.layout is None else self.layout.to(device),
-        )
 
 
 def padded_batch(

@@ -28,10 +28,6 @@ class EvaluationBatch:
     batch: Batch
     positions: Tensor
 
-    def to(self, device: torch.device | str) -> EvaluationBatch:
-        """The same with its tensors on `device`."""
-        return EvaluationBatch(self.batch.to(device), self.positions.to(device))
-
 
 def evaluation_batches(
     documents: Documents, *, ctx_len: int, batch_tokens: int, rank: int = 0, world_size: int = 1

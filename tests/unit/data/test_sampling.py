@@ -105,11 +105,6 @@ class TestContents:
         assert data.plan.unanswered_documents == 1
         assert "1 documents left out" in data.plan.statements()[0]
 
-    def test_batches_move_with_their_layout(self):
-        for mode in ("pad", "pack"):
-            moved = one_pass(dataset(SHARED, mode, 8))[0].to("meta")
-            assert moved.tokens.device.type == moved.targets.device.type == "meta"
-            assert moved.layout is None or moved.layout.previous.device.type == "meta"
 
 
 @pytest.mark.parametrize("mode", ["pad", "only", "pack"])
