@@ -57,16 +57,19 @@ class Workspace {
     return bytes;
   }
 
+  // Whose matrix, and how often its packed data had been written when it was dequantised.
+  using Owner = std::pair<int64_t, int64_t>;
+
   // The matrix [rows, columns] of `owner`, made by fill(buffer) unless its slot still holds it.
   template <typename Fill>
-  Tensor matrix(int64_t owner, const std::string& slot_name, int64_t rows, int64_t columns,
+  Tensor matrix(const Owner& owner, const std::string& slot_name, int64_t rows, int64_t columns,
                 const at::TensorOptions& options, const Fill& fill) {
     Slot& slot = slots_[keep_dequantized_ ? slot_name : std::string()];
     if (!slot.buffer.defined() || slot.buffer.numel() < rows * columns) {
       slot = Slot();  // frees the old buffer before there is a new one
       slot.buffer = at::empty({rows * columns}, options);
     }
-    if (!keep_dequantized_ || slot.owner != owner) {
+    if (slot.owner != owner) {
       slot.owner = kNobody;
       fill(slot.buffer);
       slot.owner = owner;
@@ -75,10 +78,10 @@ class Workspace {
   }
 
  private:
-  static constexpr int64_t kNobody = -1;
+  static constexpr Owner kNobody = {-1, 0};
   struct Slot {
     Tensor buffer;
-    int64_t owner = kNobody;
+    Owner owner = kNobody;
   };
   bool keep_dequantized_;
   std::unordered_map<std::string, Slot> slots_;
@@ -151,7 +154,7 @@ class PackedMatrix : public torch::CustomClassHolder {
   // The dense matrix in the workspace, valid until the next dequantisation.
   Tensor shared_dense() const {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    return workspace_->matrix(identity_, slot_, rows_, columns_, packed_.options().dtype(at::kBFloat16),
+    return workspace_->matrix({identity_, writes()}, slot_, rows_, columns_, packed_.options().dtype(at::kBFloat16),
                               [this](const Tensor& buffer) { fill(buffer); });
   }
 
@@ -163,6 +166,13 @@ class PackedMatrix : public torch::CustomClassHolder {
   }
 
  private:
+  int64_t writes() const {
+    int64_t count = 0;
+    for (const Tensor* tensor : {&packed_, &absmax_, &absmax_scale_, &absmax_offset_})
+      if (tensor->defined()) count += tensor->_version();
+    return count;
+  }
+
   static int64_t next_identity() {
     static std::atomic<int64_t> next{0};
     return next++;

@@ -83,6 +83,8 @@ def build_model(
         start = start.to(options.device, torch.float32, copy=True)
         module = model.get_submodule(name.rpartition(".")[0])
         module.time_state = nn.Parameter(start, requires_grad=not options.train_weights)
+    if options.device.type == "cuda":
+        torch.cuda.empty_cache()  # what held the matrices before they were packed
     return model.train()
 
 

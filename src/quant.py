@@ -74,7 +74,7 @@ def _four_bit_code(name: str, device: torch.device) -> Tensor:
 
 @dataclass
 class _Slot:
-    """One buffer of a workspace and the layer whose matrix it holds at the moment (None: nobody's)."""
+    """One buffer of a workspace and the `contents` of the layer whose matrix it holds (None: nobody's)."""
 
     buffer: Tensor
     owner: object | None = None
@@ -84,9 +84,9 @@ class DequantizationWorkspace:
     """The buffers that hold dense matrices between dequantisation and product.
 
     With `keep_dequantized` off there is one buffer per (device, dtype), as large as the largest matrix. With it
-    on there is one per matrix kind (`FrozenLinear.slot`), and a buffer that still holds the caller's matrix is
-    used as it is: the backward of a checkpointed layer then finds what its recomputation dequantised. That
-    costs one layer of dense matrices.
+    on there is one per matrix kind (`FrozenLinear.slot`), which costs one layer of dense matrices. A buffer that
+    still holds the caller's matrix is used as it is: the backward of a checkpointed layer then finds what its
+    recomputation dequantised, all of it or, in one buffer, the last.
 
     A buffer's contents are overwritten by the next dequantisation, in stream order: all layers that share a
     workspace must run on one stream per device, as a model's forward and backward do. Call `clear` before
@@ -150,10 +150,11 @@ class DequantizationWorkspace:
             slot = _Slot(torch.empty(numel, dtype=layer.compute_dtype, device=layer.packed.device))
             self._slots[key] = slot
         dense = slot.buffer[:numel].view(layer.out_features, layer.in_features)
-        if not self._keep_dequantized or slot.owner is not layer.contents:
+        owner = layer.contents()
+        if slot.owner != owner:
             slot.owner = None
             fill(dense)
-            slot.owner = layer.contents
+            slot.owner = owner
         return dense
 
 
@@ -196,7 +197,7 @@ class FrozenLinear(nn.Module):
         self.compute_dtype = compute_dtype
         self.slot = slot
         self.workspace = SHARED_WORKSPACE if workspace is None else workspace
-        self.contents = object()
+        self._identity = object()
         self._native: Any | None = None
         self._native_sought = False
         self.register_buffer("packed", packed, persistent=False)
@@ -280,6 +281,10 @@ class FrozenLinear(nn.Module):
         else:
             native.fill(dense)
         return dense
+
+    def contents(self) -> object:
+        """Equal as long as the packed data are the same: changes when they are replaced or written in place."""
+        return self._identity, sum(buffer._version for buffer in self.buffers())
 
     def shared_dense(self) -> Tensor:
         """The matrix [out, in] in the workspace: valid until the next dequantisation, never to be kept."""
@@ -369,12 +374,12 @@ class FrozenLinear(nn.Module):
 
     def _forget_derived(self) -> None:
         """Drops what refers to the buffers as they were."""
-        self.contents = object()
+        self._identity = object()
         self._native, self._native_sought = None, False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles without the extension's handle; the copy seeks its own."""
-        return {**self.__dict__, "contents": object(), "_native": None, "_native_sought": False}
+        return {**self.__dict__, "_identity": object(), "_native": None, "_native_sought": False}
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import unittest.mock
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -56,6 +57,7 @@ def run_script(script: str, *arguments: object, **flags: object) -> Ended:
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
         warnings.catch_warnings(),
+        unittest.mock.patch.dict(os.environ),  # Lightning leaves its port there
     ):
         patch.setattr(sys, "argv", [script, *words])
         try:

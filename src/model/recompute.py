@@ -15,7 +15,7 @@ class Recompute(Enum):
     """What a layer computes again in the backward pass instead of keeping it.
 
     NOTHING keeps every tensor the backward needs. INPUTS computes the norms and the mixers' inputs again,
-    which is cheap and saves most of the memory. ALL keeps only what enters the two halves of the layer.
+    which is cheap and saves most of the memory. ALL keeps only what enters the layer.
     """
 
     NOTHING = "nothing"
@@ -39,8 +39,12 @@ class Recomputed:
         self._unused = unused
         self._trainable: list[tuple[nn.Module, str]] | None = None
 
-    def __call__(self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor) -> tuple[Tensor, ...]:
-        """x -> function(x), a tuple of tensors. The function must not draw random numbers."""
+    def __call__(
+        self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, *, draws_random: bool = False
+    ) -> tuple[Tensor, ...]:
+        """x -> function(x), a tuple of tensors; `draws_random` if the second pass must draw the same numbers."""
+        if draws_random:
+            function = _Redrawn(function, x.device)
         outputs: tuple[Tensor, ...] = _Again.apply(function, x, *self._parameters_used())
         return outputs
 
@@ -55,6 +59,28 @@ class Recomputed:
                 if parameter.requires_grad and name not in self._unused
             ]
         return [getattr(module, name) for module, name in self._trainable]
+
+
+class _Redrawn:
+    """A function of one tensor that draws the same random numbers at every call."""
+
+    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device) -> None:
+        self._function = function
+        self._device = device
+        self._first = True
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        on_gpu = self._device.type == "cuda"
+        if self._first:
+            self._first = False
+            self._drawn_from = (torch.get_rng_state(), torch.cuda.get_rng_state(self._device) if on_gpu else None)
+            return self._function(x)
+        with torch.random.fork_rng([self._device] if on_gpu else []):
+            on_host, on_device = self._drawn_from
+            torch.set_rng_state(on_host)
+            if on_device is not None:
+                torch.cuda.set_rng_state(on_device, self._device)
+            return self._function(x)
 
 
 class _Again(torch.autograd.Function):

@@ -164,7 +164,8 @@ class TimeMix(MixingWeights):
         dtype = z_w.dtype
         B, T, _ = z_w.shape
         decay_hidden = torch.tanh(z_w @ self.time_decay_w1.to(dtype))
-        w_raw = self.time_decay.to(dtype) + decay_hidden @ self.time_decay_w2.to(dtype)
+        base = self.time_decay.to(dtype).view(-1)
+        w_raw = torch.addmm(base, decay_hidden.view(B * T, -1), self.time_decay_w2.to(dtype))
         heads = (B, T, self.head_count, self.head_size)
         r, k, v = self.receptance(z_r).view(heads), self.key(z_k).view(heads), self.value(z_v).view(heads)
         start = self.time_state if state is None else state.wkv
@@ -226,8 +227,10 @@ class ChannelMix(MixingWeights):
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """The matrices on `mixed_inputs`; returns what `forward` returns."""
         z_k, z_r = inputs
+        receptance = self.receptance(z_r)
+        # Last, because the backward begins with this matrix, the largest: it may find it still dequantised.
         value = self.value(squared_relu(self.key(z_k)))
-        return sigmoid_gated_residual(x, self.receptance(z_r), value)
+        return sigmoid_gated_residual(x, receptance, value)
 
 
 class Block(nn.Module):
@@ -241,9 +244,9 @@ class Block(nn.Module):
         self.att = TimeMix(shape, head_size_divisor)
         self.ffn = ChannelMix(shape)
         self.recompute = recompute
-        self._time_again = Recomputed(self.ln1, self.att)
+        self._layer_again = Recomputed(self.ln1, self.att, self.ln2, self.ffn)
         self._time_inputs_again = Recomputed(self.ln1, self.att, unused=("time_state",))
-        self._channels_again = Recomputed(self.ln2, self.ffn)
+        self._channel_inputs_again = Recomputed(self.ln2, self.ffn)
 
     def forward(
         self,
@@ -256,31 +259,31 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment)."""
         level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
-        inputs_again, all_again = level is Recompute.INPUTS, level is Recompute.ALL
+        inputs_again = level is Recompute.INPUTS
 
         def time_inputs(x: Tensor) -> tuple[Tensor, ...]:
             z = self.ln1(x)
             return *self.att.mixed_inputs(z, state, layout), last_tokens(z, ends)
 
-        def mix_time(x: Tensor) -> tuple[Tensor, ...]:
-            *inputs, shift = self._time_inputs_again(time_inputs, x) if inputs_again else time_inputs(x)
-            return *self.att.attend(tuple(inputs), state, layout), shift
-
         def channel_inputs(x: Tensor) -> tuple[Tensor, ...]:
             z = self.ln2(x)
             return *self.ffn.mixed_inputs(z, state, layout), last_tokens(z, ends)
 
-        def mix_channels(x: Tensor) -> tuple[Tensor, ...]:
-            *inputs, shift = self._channels_again(channel_inputs, x) if inputs_again else channel_inputs(x)
-            return self.ffn.feed(x, tuple(inputs)), shift
+        def layer(x: Tensor) -> tuple[Tensor, ...]:
+            *inputs, att_shift = self._time_inputs_again(time_inputs, x) if inputs_again else time_inputs(x)
+            gated, final = self.att.attend(tuple(inputs), state, layout)
+            x = x + F.dropout(self.att.output(gated), dropout, self.training)
+            *inputs, ffn_shift = self._channel_inputs_again(channel_inputs, x) if inputs_again else channel_inputs(x)
+            mixed = self.ffn.feed(x, tuple(inputs))
+            if dropout:
+                mixed = x + F.dropout(mixed - x, dropout, self.training)
+            return mixed, att_shift, final, ffn_shift
 
-        gated, final, att_shift = self._time_again(mix_time, x) if all_again else mix_time(x)
-        # The closing product keeps nothing when its matrix is frozen, so it stays out of what is repeated.
-        x = x + F.dropout(self.att.output(gated), dropout, self.training)
-        mixed, ffn_shift = self._channels_again(mix_channels, x) if all_again else mix_channels(x)
-        if dropout:
-            mixed = x + F.dropout(mixed - x, dropout, self.training)
-        return mixed, LayerState(att_shift, final, ffn_shift)
+        if level is Recompute.ALL:
+            mixed, *memory = self._layer_again(layer, x, draws_random=dropout > 0)
+        else:
+            mixed, *memory = layer(x)
+        return mixed, LayerState(*memory)
 
 
 class RWKV6(nn.Module):

@@ -23,8 +23,8 @@ from src.ops.elementwise import fused_kernels
 
 HeadWeight = Tensor | Callable[[], Tensor]
 
-_CHUNK_ELEMENTS = 1 << 25
-"""Logits formed at a time if `chunk_tokens` is not given: 512 tokens of a 65536 vocabulary, 64 MiB."""
+_CHUNK_ELEMENTS = 1 << 24
+"""Logits formed at a time if `chunk_tokens` is not given: 256 tokens of a 65536 vocabulary, 32 MiB."""
 
 
 def token_logps(
@@ -41,7 +41,7 @@ def token_logps(
         head_weight: [V, C] in hidden's dtype; or a function that gives it anew in forward and backward (a
             quantised head), which then gets no gradient.
         targets: int64 [M]; a negative target is not counted: logp 0, max_logit 0, no gradient from that row.
-        chunk_tokens: rows whose logits exist at one time; None chooses about 2^25 logits.
+        chunk_tokens: rows whose logits exist at one time; None chooses about 2^24 logits.
 
     Returns:
         (logp [M], max_logit [M]), fp32, differentiable with respect to hidden, and to head_weight if that

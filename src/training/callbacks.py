@@ -63,7 +63,7 @@ class StepControl(pl.Callback):
         assert isinstance(module, TrainingModule)
         pending = [*self._pending, self._current(module)]
         losses = torch.stack([loss for loss, _ in pending]).float()
-        norm = _gradient_norm(module)
+        norm = _gradient_norm(trainer, module)
         *values, self.grad_norm = torch.cat([losses, norm.reshape(1).to(losses.device)]).tolist()
         self.loss = sum(values) / len(values)
         bad = [batch for value, (_, batch) in zip(values, pending, strict=True) if not math.isfinite(value)]
@@ -161,7 +161,6 @@ class TrainingMonitor(pl.Callback):
         for sink in self.sinks:
             sink.epoch(record)
 
-
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Reads the GPU's memory while the run's own is still allocated."""
         if module.device.type == "cuda":
@@ -258,17 +257,18 @@ class Stopper(pl.Callback):
         self._handlers.clear()
 
 
-def _gradient_norm(module: TrainingModule) -> Tensor:
-    """Global L2 norm of the trained tensors' gradients, fp32, before clipping; under ZeRO too."""
-    parameters = [parameter for _, parameter in module.trained()]
-    if module.config.uses_deepspeed and module.device.type == "cuda":
-        from deepspeed.utils import safe_get_full_grad
+def _gradient_norm(trainer: pl.Trainer, module: TrainingModule) -> Tensor:
+    """Global L2 norm of the trained tensors' gradients, fp32 0-d, before clipping; infinite if one is not finite.
 
-        gradients = [safe_get_full_grad(parameter) for parameter in parameters]
-    else:
-        gradients = [parameter.grad for parameter in parameters]
-    norms = torch._foreach_norm([gradient for gradient in gradients if gradient is not None])
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+    Under ZeRO the gradients lie in the engine's partitions and the engine forms the norm, over all ranks: its
+    `safe_get_full_grad` would put every gradient together again, with a collective call for each.
+    """
+    if module.config.uses_deepspeed and module.device.type == "cuda":
+        engine: Any = trainer.optimizers[0]
+        by_engine = torch.as_tensor(engine.scaled_global_norm(), dtype=torch.float32)
+        return torch.where(by_engine >= 0, by_engine, math.inf)  # its word for a norm that is not finite is -1
+    gradients = [parameter.grad for _, parameter in module.trained() if parameter.grad is not None]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
     return norm
 
 

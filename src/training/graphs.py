@@ -12,9 +12,11 @@ segments of its own in packed rows, and has no target.
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import warnings
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -127,7 +129,7 @@ class _RecordedStep:
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(self.graph, pool=pool):
+            with _undisturbed(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 # Aliases of the states, born on the recording's stream: the parameters' own gradient accumulators
                 # belong to another stream, and waiting for that one cannot be recorded.
                 aliases = {f"model.{name}": state.detach().requires_grad_() for name, state in states.items()}
@@ -162,7 +164,21 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *torch._foreach_mul(ctx.gradients, gradient))
+        torch._foreach_mul_(ctx.gradients, gradient)  # in place: the next replay writes them anew
+        return (None, *ctx.gradients)
+
+
+@contextlib.contextmanager
+def _undisturbed() -> Iterator[None]:
+    """No garbage collection: what it frees on the GPU, an older recording for example, would break a recording."""
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collects:
+            gc.enable()
 
 
 def _key(staged: Staged) -> Key:

@@ -51,12 +51,12 @@ class MemoryPlan:
 def kept_bytes(shape: ModelShape, recompute: Recompute) -> int:
     """Bytes per token that one layer keeps between forward and backward, 16-bit activations.
 
-    INPUTS: both halves' inputs, r, k, v, w_raw and the operator's checkpoints, y and gate, the feed-forward's
-    hidden layer, its gate and value, the decay's hidden layer. ALL: both halves' inputs.
+    INPUTS: what enters both mixers, r, k, v, w_raw and the operator's checkpoints, y and gate, the feed-forward's
+    hidden layer, its gate and value, the decay's hidden layer. ALL: what enters the layer.
     """
     C, A, F = shape.n_embd, shape.dim_att, shape.dim_ffn
     if recompute is Recompute.ALL:
-        return 2 * 2 * C
+        return 2 * C
     return 2 * (4 * C + 7 * A + F + shape.decay_lora_width)
 
 
@@ -74,7 +74,7 @@ def plan_memory(model: RWKV6, row_tokens: int, limit_gib: float) -> MemoryPlan:
     used = total - free - idle
     limit = min(limit_gib * 2**30 or total, total)
     optimizer = shape.state_parameter_count * 4 * 6
-    passing = row_tokens * 2 * (12 * shape.n_embd + 8 * shape.dim_att + 3 * shape.dim_ffn)
+    passing = row_tokens * 2 * (12 * shape.n_embd + 12 * shape.dim_att + 3 * shape.dim_ffn)
     available = limit - used - optimizer - passing - _WORKING_BYTES
 
     heavy = row_tokens * kept_bytes(shape, Recompute.ALL)

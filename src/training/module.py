@@ -55,6 +55,10 @@ class TrainingModule(pl.LightningModule):
         """Leaves the batch on the host: the embedding table may be there, and lengths are needed there."""
         return batch
 
+    def cpu(self) -> TrainingModule:
+        """Stays: Lightning would copy every weight to the host after the last step, where nobody wants it."""
+        return self
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, or AdamW when there is weight decay."""
         config = self.config

@@ -178,7 +178,7 @@ class PreferenceObjective:
         self.alpha = alpha
         self.orpo_type = orpo_type
         self.debug = debug
-        self.recordable = False  # pairs have many lengths: a shape seldom comes back
+        self.recordable = orpo_type == 0  # as released, the loss depends on what padding there is
         self._running_preference = 0.5
 
     @staticmethod

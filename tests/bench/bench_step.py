@@ -112,8 +112,11 @@ class RandomTensors(Mapping):  # type: ignore[type-arg]
         size = self._shapes[name]
         if name.endswith(("ln_x.weight", "ln0.weight", "ln1.weight", "ln2.weight", "ln_out.weight")):
             return torch.ones(size, dtype=torch.bfloat16)
-        if name == "emb.weight":
-            return torch.randn(size, dtype=torch.bfloat16) * 0.1
+        if name == "emb.weight":  # stays on the host; made in parts, because it is large and counts as peak
+            rows = torch.empty(size, dtype=torch.bfloat16)
+            for part in rows.split(8192):
+                part.copy_(torch.randn(part.shape, device=self._device, generator=self._generator) * 0.1)
+            return rows
         values = torch.randn(size, device=self._device, dtype=torch.bfloat16, generator=self._generator)
         if name.endswith("time_decay"):
             return values - 4

@@ -1,8 +1,10 @@
 """Whole runs on a GPU: dtypes under DeepSpeed, what changes and what does not, and how runs end."""
 
 import math
+import os
 import re
 import signal
+import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -66,7 +68,8 @@ class Prepared:
         """Lightning's loop; `finish` is called after the last step."""
         module = TrainingModule(self.model, self.work.objective, self.config)
         schedule = make_schedule(self.config, self.work)
-        fit(module, self.work, schedule, self.hardware, self.config, self.folder, lambda: finish(module))
+        with unittest.mock.patch.dict(os.environ):  # Lightning leaves its port there
+            fit(module, self.work, schedule, self.hardware, self.config, self.folder, lambda: finish(module))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         """Every registered tensor by name."""
@@ -83,9 +86,9 @@ def test_dtypes_stay_and_only_states_change(
 
     stage = run.work.objective.stage
 
-    def observing(model: Any, batch: Any) -> Any:
+    def observing(*arguments: Any) -> Any:
         during.append({name: (tensor.dtype, tensor.device.type) for name, tensor in run.tensors().items()})
-        return stage(model, batch)
+        return stage(*arguments)
 
     monkeypatch.setattr(run.work.objective, "stage", observing)
     run.fit()

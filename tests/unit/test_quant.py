@@ -159,7 +159,7 @@ def test_one_buffer_serves_all_layers() -> None:
     assert workspace.allocated_bytes == 0
 
 
-def test_kept_matrices_are_dequantised_once_until_another_of_their_kind_comes(
+def test_matrices_are_dequantised_once_until_another_takes_their_buffer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     workspace = DequantizationWorkspace(keep_dequantized=True)
@@ -183,9 +183,11 @@ def test_kept_matrices_are_dequantised_once_until_another_of_their_kind_comes(
 
     workspace.keep_dequantized = False
     filled.clear()
-    layers[0].shared_dense()
-    layers[0].shared_dense()
-    assert filled == [0, 0]
+    for index in (0, 0, 1, 0):
+        layers[index].shared_dense()
+    assert filled == [0, 1, 0]
+    layers[0].packed.add_(1)
+    assert torch.equal(layers[0].shared_dense(), layers[0].dequantized())
 
 
 def test_a_failed_dequantisation_is_not_taken_for_the_matrix(monkeypatch: pytest.MonkeyPatch) -> None:

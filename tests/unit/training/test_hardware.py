@@ -1,5 +1,7 @@
 """From flags to a device and an engine; the machine is imagined."""
 
+import os
+
 import pytest
 import torch
 from pytorch_lightning.plugins.precision import DeepSpeedPrecision
@@ -32,7 +34,18 @@ def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def allocator_settings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What torch's allocator is asked for; the environment is as it was afterwards."""
+    asked: list[str] = []
+    monkeypatch.setattr(torch.cuda.memory, "_set_allocator_settings", asked.append)
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    return asked
+
+
+@pytest.fixture
+def two_gpus(monkeypatch: pytest.MonkeyPatch, allocator_settings: list[str]) -> None:
     """A machine with two GPUs of compute capability 9.0."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -88,8 +101,24 @@ class TestWithGpus:
         hardware = resolve_hardware(config(**flags))
         assert (hardware.device.type, hardware.precision, hardware.strategy) == ("cuda", "bf16", strategy)
 
-    def test_the_cpu_can_still_be_chosen(self) -> None:
+    def test_the_cpu_can_still_be_chosen(self, allocator_settings: list[str]) -> None:
         assert resolve_hardware(config(accelerator="cpu")).device.type == "cpu"
+        assert allocator_settings == []
+
+    def test_idle_memory_is_saved(self, allocator_settings: list[str]) -> None:
+        resolve_hardware(config())
+        assert allocator_settings == ["expandable_segments:True"]
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
+
+    @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+    def test_what_the_user_says_of_memory_stands(
+        self, name: str, monkeypatch: pytest.MonkeyPatch, allocator_settings: list[str]
+    ) -> None:
+        monkeypatch.setenv(name, "max_split_size_mb:64")
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        resolve_hardware(config())
+        assert allocator_settings == []
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
 
     def test_more_devices_than_there_are(self) -> None:
         with pytest.raises(ConfigError, match="--devices 3 was asked for and 2 GPU"):
@@ -118,7 +147,7 @@ class TestDeepSpeedConfiguration:
             made = deepspeed_config(strategy, config(), trained_elements=1000)
             assert not {"bf16", "fp16", "amp", "torch_autocast"} & made.keys()
 
-    @pytest.mark.parametrize(("trained_elements", "bucket"), [(1000, 1000), (10**9, 50_000_000), (0, 1)])
+    @pytest.mark.parametrize(("trained_elements", "bucket"), [(1000, 250), (1001, 251), (10**9, 50_000_000), (0, 1)])
     def test_buckets_fit_what_is_trained_up_to_ds_bucket_mb(self, trained_elements: int, bucket: int) -> None:
         zero = deepspeed_config("deepspeed_stage_1", config(), trained_elements)["zero_optimization"]
         assert zero["reduce_bucket_size"] == zero["allgather_bucket_size"] == bucket
