@@ -6,6 +6,7 @@ host memory stays near one matrix whatever the model's size.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -68,7 +69,9 @@ def build_model(
             dropout=options.dropout,
         )
     packed = set(quantizable_names(shape)) if options.quant_type else set()
-    for name in parameter_shapes(shape):
+    sizes = {name: math.prod(size) for name, size in parameter_shapes(shape).items()}
+    # What is packed comes last and by size: the room of one dense matrix then takes the next, and no holes are left.
+    for name in sorted(sizes, key=lambda name: sizes[name] if name in packed else math.inf, reverse=True):
         module_name, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(module_name)
         if name in packed:

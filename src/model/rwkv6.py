@@ -183,17 +183,18 @@ class TimeMix(MixingWeights):
             return wkv6(r, k, v, w_raw, u, start)
         if not layout.has_children:
             return wkv6(r, k, v, w_raw, u, start, layout.root_borders)
-        split = layout.root_tokens
-        if split == 0:
+        # Split, not sliced: the backward of two slices writes every gradient twice, into zeros, and adds.
+        sizes = (layout.root_tokens, r.shape[1] - layout.root_tokens)
+        (r, r_children), (k, k_children) = r.split(sizes, dim=1), k.split(sizes, dim=1)
+        (v, v_children), (w_raw, w_children) = v.split(sizes, dim=1), w_raw.split(sizes, dim=1)
+        outputs: list[Tensor] = []
+        if layout.root_tokens == 0:
             final = start.expand(layout.roots, *start.shape)
-            outputs: list[Tensor] = []
         else:
-            y, final = wkv6(
-                r[:, :split], k[:, :split], v[:, :split], w_raw[:, :split], u, start, layout.root_borders
-            )
-            outputs = [y]
+            y, final = wkv6(r, k, v, w_raw, u, start, layout.root_borders)
+            outputs.append(y)
         starts = final.index_select(0, layout.parents)
-        y, _ = wkv6(r[:, split:], k[:, split:], v[:, split:], w_raw[:, split:], u, starts, layout.child_borders)
+        y, _ = wkv6(r_children, k_children, v_children, w_children, u, starts, layout.child_borders)
         return torch.cat([*outputs, y], dim=1), final
 
 

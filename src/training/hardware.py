@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from src.config import TrainConfig
 from src.errors import ConfigError
 from src.model.parameters import ModelShape
+from src.training import alone
 
 COMPUTE_DTYPES = {
     "bf16": torch.bfloat16,
@@ -187,8 +188,7 @@ def trainer_arguments(hardware: Hardware, config: TrainConfig, trained_elements:
     strategy = DeepSpeedStrategy(
         config=deepspeed_config(hardware.strategy, config, trained_elements),
         precision_plugin=_UntouchedDeepSpeedPrecision("32-true"),
-        # One process has nobody to talk to: gloo keeps NCCL's buffers off the card.
-        process_group_backend="gloo" if config.devices * config.num_nodes == 1 else None,
+        process_group_backend=alone.register() if config.devices * config.num_nodes == 1 else None,
     )
     return {**arguments, "strategy": strategy}
 

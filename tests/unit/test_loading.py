@@ -1,5 +1,6 @@
 """From a checkpoint's tensors to a model."""
 
+import math
 from collections.abc import Iterator, Mapping
 
 import pytest
@@ -109,4 +110,11 @@ def test_tensors_are_taken_once_and_one_after_the_other() -> None:
     source = OneAtATime(tiny_parameters(SHAPE))
     reported: list[str] = []
     build_model(source, SHAPE, LoadOptions(CPU, torch.bfloat16, quant_type="nf4"), reported.append)
-    assert source.taken == reported == list(parameter_shapes(SHAPE))
+    sizes = {name: math.prod(size) for name, size in parameter_shapes(SHAPE).items()}
+    packed = quantizable_names(SHAPE)
+    kept = [name for name in sizes if name not in packed]
+    assert source.taken == reported
+    assert reported[: len(kept)] == kept
+    assert sorted(reported[len(kept) :]) == sorted(packed)
+    packed_sizes = [sizes[name] for name in reported[len(kept) :]]
+    assert packed_sizes == sorted(packed_sizes, reverse=True)
