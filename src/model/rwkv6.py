@@ -74,10 +74,13 @@ class Embedding(nn.Module):
 
     def forward(self, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """tokens int64 [B, T] -> [B, T, C] on `device`."""
-        table = self.host_table if self.weight is None else self.weight
+        if self.weight is not None:
+            return F.embedding(tokens.to(self.weight.device), self.weight).to(device, dtype)
+        table = self.host_table
         assert table is not None
-        rows = F.embedding(tokens.to(table.device), table)
-        return rows.to(device, dtype, non_blocking=True)
+        rows = torch.empty(tokens.numel(), table.shape[1], dtype=table.dtype, pin_memory=device.type == "cuda")
+        torch.index_select(table, 0, tokens.reshape(-1).cpu(), out=rows)
+        return rows.view(*tokens.shape, -1).to(device, non_blocking=True).to(dtype)
 
 
 class MixingWeights(nn.Module):
