@@ -4,9 +4,9 @@
 // neighbouring values at a time (one 16-byte store, coalesced over the warp) and has kUnroll of them in flight. The
 // output is left in the L2 cache on purpose: the matrix product that follows reads it.
 
-#include "dequantize.h"
-
 #include <cuda_bf16.h>
+
+#include "dequantize.h"
 
 namespace dequantize {
 namespace {

@@ -9,35 +9,17 @@
 #include <atomic>
 #include <memory>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <unordered_map>
 #include <utility>
 
+#include "checks.h"
 #include "dequantize.h"
 
 namespace {
 
 using at::Tensor;
 using torch::autograd::variable_list;
-
-// Parts of messages. Not streams, nor TORCH_CHECK which uses them: on a machine where the compiler's libstdc++ was not
-// the one that Python had loaded, the first std::ostringstream in an extension ended the process.
-std::string text(const char* part) { return part; }
-std::string text(int64_t part) { return std::to_string(part); }
-std::string text(at::ScalarType part) { return c10::toString(part); }
-std::string text(const at::Device& part) { return part.str(); }
-std::string text(at::IntArrayRef part) {
-  std::string result = "[";
-  for (const int64_t size : part) result += (result.size() > 1 ? ", " : "") + std::to_string(size);
-  return result + "]";
-}
-
-// Raises RuntimeError in Python.
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (!condition) throw std::runtime_error((text(parts) + ...));
-}
 
 // The buffers of one device. See DequantizationWorkspace in quant.py for what they are for.
 class Workspace {
@@ -90,7 +72,7 @@ class Workspace {
 void check_tensor(const Tensor& tensor, at::ScalarType dtype, int64_t count, const Tensor& packed, const char* name) {
   require(tensor.scalar_type() == dtype, name, " has dtype ", tensor.scalar_type(), ", expected ", dtype);
   require(tensor.is_contiguous() && tensor.device() == packed.device(), name,
-              " must be contiguous and on the device of packed");
+          " must be contiguous and on the device of packed");
   require(tensor.numel() == count, name, " has ", tensor.numel(), " elements, expected ", count);
 }
 
@@ -134,8 +116,8 @@ class PackedMatrix : public torch::CustomClassHolder {
   // bf16 [rows, columns], contiguous, on the packed data's device.
   void fill(const Tensor& dense) const {
     require(dense.scalar_type() == at::kBFloat16 && dense.is_contiguous() && dense.device() == packed_.device() &&
-                    dense.numel() >= rows_ * columns_,
-                "the dense matrix must be contiguous bfloat16 on the packed data's device");
+                dense.numel() >= rows_ * columns_,
+            "the dense matrix must be contiguous bfloat16 on the packed data's device");
     const c10::cuda::CUDAGuard guard(packed_.device());
     dequantize::Packed matrix{};
     matrix.packed = packed_.const_data_ptr();
@@ -146,9 +128,8 @@ class PackedMatrix : public torch::CustomClassHolder {
     matrix.value_code = value_code_.const_data_ptr<float>();
     matrix.bits = bits_;
     matrix.count = rows_ * columns_;
-    const cudaError_t error =
-        dequantize::to_bf16(matrix, dense.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream());
-    require(error == cudaSuccess, "the CUDA kernel dequantize could not be launched: ", cudaGetErrorString(error));
+    check_launch(dequantize::to_bf16(matrix, dense.mutable_data_ptr(), c10::cuda::getCurrentCUDAStream()),
+                 "dequantize");
   }
 
   // The dense matrix in the workspace, valid until the next dequantisation.
@@ -161,7 +142,7 @@ class PackedMatrix : public torch::CustomClassHolder {
   // Raises when x is not bf16 [..., columns] on the packed data's device.
   void check_input(const Tensor& x) const {
     require(x.scalar_type() == at::kBFloat16 && x.device() == packed_.device(), "x is ", x.scalar_type(), " on ",
-                x.device(), ", expected bfloat16 on ", packed_.device());
+            x.device(), ", expected bfloat16 on ", packed_.device());
     require(x.dim() > 0 && x.size(-1) == columns_, "x has shape ", x.sizes(), ", expected [..., ", columns_, "]");
   }
 

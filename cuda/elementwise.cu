@@ -6,9 +6,9 @@
 //
 // A thread owns 8 neighbouring channels ("a vector") of a tile of consecutive rows.
 
-#include "elementwise.h"
-
 #include <cuda_bf16.h>
+
+#include "elementwise.h"
 
 namespace elementwise {
 namespace {
@@ -45,7 +45,8 @@ __device__ __forceinline__ void store(void* base, int64_t offset, const float (&
     const __nv_bfloat162 rounded = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
     pair[i] = *reinterpret_cast<const uint32_t*>(&rounded);
   }
-  *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(base) + offset) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
+  *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(base) + offset) =
+      make_uint4(pair[0], pair[1], pair[2], pair[3]);
 }
 
 __device__ __forceinline__ void clear(float (&values)[kVector]) {
@@ -242,7 +243,8 @@ int64_t blocks_for(int rows, int channels, int tile) {
 template <int kMixes, bool kModulated>
 cudaError_t launch_forward(const ShiftMix& a, const MixPointers& outputs, cudaStream_t stream) {
   constexpr int kTile = 4;
-  shift_mix_forward_kernel<kMixes, kModulated, kTile><<<blocks_for(a.rows, a.channels, kTile), kThreads, 0, stream>>>(a, outputs);
+  shift_mix_forward_kernel<kMixes, kModulated, kTile>
+      <<<blocks_for(a.rows, a.channels, kTile), kThreads, 0, stream>>>(a, outputs);
   return cudaGetLastError();
 }
 
@@ -319,8 +321,8 @@ __global__ void __launch_bounds__(kThreads)
 template <int kLanes, int kTile>
 __global__ void __launch_bounds__(kThreads)
     group_norm_silu_gate_backward_kernel(const void* y, const void* gate, const void* weight, const void* bias,
-                                         float eps, const void* grad_output, void* grad_y, void* grad_gate,
-                                         int rows, int channels) {
+                                         float eps, const void* grad_output, void* grad_y, void* grad_gate, int rows,
+                                         int channels) {
   constexpr float kShare = 1.0f / (kLanes * kVector);
   const unsigned mask = head_mask<kLanes>();
   int channel, first;
@@ -468,8 +470,8 @@ __device__ __forceinline__ RowStatistics combine(const RowStatistics& a, const R
 }
 
 __global__ void __launch_bounds__(kRowThreads)
-    logit_statistics_kernel(const void* logits, const int64_t* targets, float* logp, float* max_logit,
-                            float* logsumexp, int* argmax, int vocabulary) {
+    logit_statistics_kernel(const void* logits, const int64_t* targets, float* logp, float* max_logit, float* logsumexp,
+                            int* argmax, int vocabulary) {
   const int64_t row = blockIdx.x;
   const int64_t base = row * vocabulary;
   RowStatistics mine{-INFINITY, 0.0f, vocabulary};
@@ -547,10 +549,14 @@ cudaError_t shift_mix_forward(const ShiftMix& a, const MixPointers& outputs, cud
   if (a.rows == 0) return cudaSuccess;
   const bool modulated = a.modulation != nullptr;
   switch (a.mixes) {
-    case 1: return modulated ? launch_forward<1, true>(a, outputs, stream) : launch_forward<1, false>(a, outputs, stream);
-    case 2: return modulated ? launch_forward<2, true>(a, outputs, stream) : launch_forward<2, false>(a, outputs, stream);
-    case 5: return modulated ? launch_forward<5, true>(a, outputs, stream) : launch_forward<5, false>(a, outputs, stream);
-    default: return cudaErrorInvalidValue;
+    case 1:
+      return modulated ? launch_forward<1, true>(a, outputs, stream) : launch_forward<1, false>(a, outputs, stream);
+    case 2:
+      return modulated ? launch_forward<2, true>(a, outputs, stream) : launch_forward<2, false>(a, outputs, stream);
+    case 5:
+      return modulated ? launch_forward<5, true>(a, outputs, stream) : launch_forward<5, false>(a, outputs, stream);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -562,10 +568,14 @@ cudaError_t shift_mix_backward(const ShiftMix& a, const MixPointers& grads, cons
     return (modulated ? with_modulation : plain)(a, grads, children, grad_z, grad_carry, grad_modulation, stream);
   };
   switch (a.mixes) {
-    case 1: return launch(&launch_backward<1, false>, &launch_backward<1, true>);
-    case 2: return launch(&launch_backward<2, false>, &launch_backward<2, true>);
-    case 5: return launch(&launch_backward<5, false>, &launch_backward<5, true>);
-    default: return cudaErrorInvalidValue;
+    case 1:
+      return launch(&launch_backward<1, false>, &launch_backward<1, true>);
+    case 2:
+      return launch(&launch_backward<2, false>, &launch_backward<2, true>);
+    case 5:
+      return launch(&launch_backward<5, false>, &launch_backward<5, true>);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -580,33 +590,44 @@ cudaError_t group_norm_silu_gate_forward(const void* y, const void* gate, const 
                                          cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   const auto launch = [&](auto kernel) {
-    kernel<<<blocks_for(rows, channels, kNormTile), kThreads, 0, stream>>>(y, gate, weight, bias, eps, output, rows, channels);
+    kernel<<<blocks_for(rows, channels, kNormTile), kThreads, 0, stream>>>(y, gate, weight, bias, eps, output, rows,
+                                                                           channels);
     return cudaGetLastError();
   };
   switch (head_size) {
-    case 16: return launch(&group_norm_silu_gate_forward_kernel<2, kNormTile>);
-    case 32: return launch(&group_norm_silu_gate_forward_kernel<4, kNormTile>);
-    case 64: return launch(&group_norm_silu_gate_forward_kernel<8, kNormTile>);
-    case 128: return launch(&group_norm_silu_gate_forward_kernel<16, kNormTile>);
-    default: return cudaErrorInvalidValue;
+    case 16:
+      return launch(&group_norm_silu_gate_forward_kernel<2, kNormTile>);
+    case 32:
+      return launch(&group_norm_silu_gate_forward_kernel<4, kNormTile>);
+    case 64:
+      return launch(&group_norm_silu_gate_forward_kernel<8, kNormTile>);
+    case 128:
+      return launch(&group_norm_silu_gate_forward_kernel<16, kNormTile>);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
 cudaError_t group_norm_silu_gate_backward(const void* y, const void* gate, const void* weight, const void* bias,
-                                          float eps, const void* grad_output, void* grad_y, void* grad_gate,
-                                          int rows, int channels, int head_size, cudaStream_t stream) {
+                                          float eps, const void* grad_output, void* grad_y, void* grad_gate, int rows,
+                                          int channels, int head_size, cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
   const auto launch = [&](auto kernel) {
-    kernel<<<blocks_for(rows, channels, kNormTile), kThreads, 0, stream>>>(y, gate, weight, bias, eps, grad_output, grad_y,
-                                                                  grad_gate, rows, channels);
+    kernel<<<blocks_for(rows, channels, kNormTile), kThreads, 0, stream>>>(y, gate, weight, bias, eps, grad_output,
+                                                                           grad_y, grad_gate, rows, channels);
     return cudaGetLastError();
   };
   switch (head_size) {
-    case 16: return launch(&group_norm_silu_gate_backward_kernel<2, kNormTile>);
-    case 32: return launch(&group_norm_silu_gate_backward_kernel<4, kNormTile>);
-    case 64: return launch(&group_norm_silu_gate_backward_kernel<8, kNormTile>);
-    case 128: return launch(&group_norm_silu_gate_backward_kernel<16, kNormTile>);
-    default: return cudaErrorInvalidValue;
+    case 16:
+      return launch(&group_norm_silu_gate_backward_kernel<2, kNormTile>);
+    case 32:
+      return launch(&group_norm_silu_gate_backward_kernel<4, kNormTile>);
+    case 64:
+      return launch(&group_norm_silu_gate_backward_kernel<8, kNormTile>);
+    case 128:
+      return launch(&group_norm_silu_gate_backward_kernel<16, kNormTile>);
+    default:
+      return cudaErrorInvalidValue;
   }
 }
 
@@ -619,8 +640,8 @@ cudaError_t squared_relu_backward(const void* x, const void* grad_output, void* 
   return count == 0 ? cudaSuccess : launch_each_vector(count, SquaredReluGradient{x, grad_output, grad_x}, stream);
 }
 
-cudaError_t sigmoid_gated_residual_forward(const void* x, const void* r, const void* value, void* output,
-                                           int64_t count, cudaStream_t stream) {
+cudaError_t sigmoid_gated_residual_forward(const void* x, const void* r, const void* value, void* output, int64_t count,
+                                           cudaStream_t stream) {
   return count == 0 ? cudaSuccess : launch_each_vector(count, SigmoidGatedResidual{x, r, value, output}, stream);
 }
 
@@ -642,8 +663,8 @@ cudaError_t logit_gradient(void* logits, const int64_t* targets, const float* lo
                            const float* grad_logp, const float* grad_max_logit, int rows, int vocabulary,
                            cudaStream_t stream) {
   if (rows == 0) return cudaSuccess;
-  logit_gradient_kernel<<<rows, kRowThreads, 0, stream>>>(logits, targets, logsumexp, argmax, grad_logp,
-                                                          grad_max_logit, vocabulary);
+  logit_gradient_kernel<<<rows, kRowThreads, 0, stream>>>(logits, targets, logsumexp, argmax, grad_logp, grad_max_logit,
+                                                          vocabulary);
   return cudaGetLastError();
 }
 

@@ -44,16 +44,16 @@ cudaError_t group_norm_silu_gate_forward(const void* y, const void* gate, const 
                                          cudaStream_t stream);
 
 cudaError_t group_norm_silu_gate_backward(const void* y, const void* gate, const void* weight, const void* bias,
-                                          float eps, const void* grad_output, void* grad_y, void* grad_gate,
-                                          int rows, int channels, int head_size, cudaStream_t stream);
+                                          float eps, const void* grad_output, void* grad_y, void* grad_gate, int rows,
+                                          int channels, int head_size, cudaStream_t stream);
 
 cudaError_t squared_relu_forward(const void* x, void* output, int64_t count, cudaStream_t stream);
 
 cudaError_t squared_relu_backward(const void* x, const void* grad_output, void* grad_x, int64_t count,
                                   cudaStream_t stream);
 
-cudaError_t sigmoid_gated_residual_forward(const void* x, const void* r, const void* value, void* output,
-                                           int64_t count, cudaStream_t stream);
+cudaError_t sigmoid_gated_residual_forward(const void* x, const void* r, const void* value, void* output, int64_t count,
+                                           cudaStream_t stream);
 
 cudaError_t sigmoid_gated_residual_backward(const void* r, const void* value, const void* grad_output, void* grad_r,
                                             void* grad_value, int64_t count, cudaStream_t stream);

@@ -11,11 +11,11 @@
 
 #include <limits>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "elementwise.h"
 
 namespace {
@@ -25,28 +25,6 @@ using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 constexpr int kVector = 8;
-
-// Parts of messages. Not streams, nor TORCH_CHECK which uses them: on a machine where the compiler's libstdc++ was not
-// the one that Python had loaded, the first std::ostringstream in an extension ended the process.
-std::string text(const char* part) { return part; }
-std::string text(int64_t part) { return std::to_string(part); }
-std::string text(at::ScalarType part) { return c10::toString(part); }
-std::string text(const at::Device& part) { return part.str(); }
-std::string text(at::IntArrayRef part) {
-  std::string result = "[";
-  for (const int64_t size : part) result += (result.size() > 1 ? ", " : "") + std::to_string(size);
-  return result + "]";
-}
-
-// Raises RuntimeError in Python.
-template <typename... Parts>
-void require(bool condition, const Parts&... parts) {
-  if (!condition) throw std::runtime_error((text(parts) + ...));
-}
-
-void check_launch(cudaError_t error, const char* name) {
-  require(error == cudaSuccess, "the CUDA kernel ", name, " could not be launched: ", cudaGetErrorString(error));
-}
 
 // Contiguous, and named in the message when it does not fit the kernels.
 Tensor prepared(const Tensor& tensor, const char* name) {
@@ -61,9 +39,9 @@ void check_shape(const Tensor& tensor, at::IntArrayRef shape, const char* name) 
 
 void check_channels(int64_t channels, int64_t rows) {
   require(channels % kVector == 0, "the channel count is ", channels, ", expected a multiple of ", kVector);
-  require(rows * (channels / kVector) < std::numeric_limits<uint32_t>::max() &&
-                  rows < std::numeric_limits<int32_t>::max(),
-              rows, " rows of ", channels, " channels are more than the kernels can index");
+  require(
+      rows * (channels / kVector) < std::numeric_limits<uint32_t>::max() && rows < std::numeric_limits<int32_t>::max(),
+      rows, " rows of ", channels, " channels are more than the kernels can index");
 }
 
 const void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
@@ -121,7 +99,7 @@ class ShiftMix : public torch::autograd::Function<ShiftMix> {
       check_shape(*previous, {tokens}, "previous");
       require(children && children->sizes() == at::IntArrayRef({2, tokens}), "children must be [2, tokens]");
       require(previous->device() == z.device() && children->device() == z.device(),
-                  "previous and children must be on z's device");
+              "previous and children must be on z's device");
       require(previous->is_contiguous() && children->is_contiguous(), "previous and children must be contiguous");
     }
 
@@ -192,10 +170,10 @@ class ShiftMix : public torch::autograd::Function<ShiftMix> {
     if (context->saved_data["modulation_gradient"].toBool()) {
       grad_modulation = at::empty_like(modulation);
     }
-    check_launch(elementwise::shift_mix_backward(
-                     arguments, pointers, children.defined() ? children.const_data_ptr<int>() : nullptr,
-                     mutable_pointer(grad_z), mutable_pointer(grad_carry), mutable_pointer(grad_modulation),
-                     c10::cuda::getCurrentCUDAStream()),
+    check_launch(elementwise::shift_mix_backward(arguments, pointers,
+                                                 children.defined() ? children.const_data_ptr<int>() : nullptr,
+                                                 mutable_pointer(grad_z), mutable_pointer(grad_carry),
+                                                 mutable_pointer(grad_modulation), c10::cuda::getCurrentCUDAStream()),
                  "shift_mix backward");
     result[0] = grad_z;
     result[1] = grad_carry;
@@ -213,8 +191,8 @@ class GroupNormSiluGate : public torch::autograd::Function<GroupNormSiluGate> {
     const Tensor weight = prepared(weight_in, "weight"), bias = prepared(bias_in, "bias");
     require(y.dim() == 4, "y has ", y.dim(), " dimensions, expected [batch, tokens, heads, head size]");
     const int64_t head_size = y.size(3), channels = y.size(2) * head_size;
-    require(head_size == 16 || head_size == 32 || head_size == 64 || head_size == 128, "the head size is ",
-                head_size, ", expected 16, 32, 64 or 128");
+    require(head_size == 16 || head_size == 32 || head_size == 64 || head_size == 128, "the head size is ", head_size,
+            ", expected 16, 32, 64 or 128");
     check_channels(channels, y.size(0) * y.size(1));
     check_shape(gate, {y.size(0), y.size(1), channels}, "gate");
     check_shape(weight, {channels}, "weight");
@@ -253,8 +231,7 @@ class GroupNormSiluGate : public torch::autograd::Function<GroupNormSiluGate> {
 };
 
 void check_vectors(const Tensor& tensor, const char* name) {
-  require(tensor.numel() % kVector == 0, name, " has ", tensor.numel(), " values, expected a multiple of ",
-              kVector);
+  require(tensor.numel() % kVector == 0, name, " has ", tensor.numel(), " values, expected a multiple of ", kVector);
 }
 
 class SquaredRelu : public torch::autograd::Function<SquaredRelu> {
@@ -310,9 +287,9 @@ class SigmoidGatedResidual : public torch::autograd::Function<SigmoidGatedResidu
     const c10::cuda::CUDAGuard guard(r.device());
     const Tensor grad_output = prepared(grad_outputs[0], "the gradient of sigmoid_gated_residual");
     const Tensor grad_r = at::empty_like(r), grad_value = at::empty_like(value);
-    check_launch(elementwise::sigmoid_gated_residual_backward(
-                     pointer(r), pointer(value), pointer(grad_output), mutable_pointer(grad_r),
-                     mutable_pointer(grad_value), r.numel(), c10::cuda::getCurrentCUDAStream()),
+    check_launch(elementwise::sigmoid_gated_residual_backward(pointer(r), pointer(value), pointer(grad_output),
+                                                              mutable_pointer(grad_r), mutable_pointer(grad_value),
+                                                              r.numel(), c10::cuda::getCurrentCUDAStream()),
                  "sigmoid_gated_residual backward");
     return {grad_outputs[0], grad_r, grad_value};
   }
@@ -324,8 +301,7 @@ std::vector<Tensor> shift_mixes(const Tensor& z, const std::optional<Tensor>& ca
   return ShiftMix::apply(z, carry, maa, modulation, previous, children);
 }
 
-Tensor group_norm_silu_gate(const Tensor& y, const Tensor& gate, const Tensor& weight, const Tensor& bias,
-                            double eps) {
+Tensor group_norm_silu_gate(const Tensor& y, const Tensor& gate, const Tensor& weight, const Tensor& bias, double eps) {
   return GroupNormSiluGate::apply(y, gate, weight, bias, eps);
 }
 
@@ -338,18 +314,18 @@ Tensor sigmoid_gated_residual(const Tensor& x, const Tensor& r, const Tensor& va
 // Both check what both kernels rely on.
 void check_logits(const Tensor& logits, const Tensor& targets) {
   require(logits.is_cuda() && logits.scalar_type() == at::kBFloat16 && logits.dim() == 2 && logits.is_contiguous(),
-              "logits must be a contiguous bfloat16 matrix [rows, vocabulary] on a CUDA device");
+          "logits must be a contiguous bfloat16 matrix [rows, vocabulary] on a CUDA device");
   require(logits.size(1) % kVector == 0, "the vocabulary has ", logits.size(1), " entries, expected a multiple of ",
-              kVector);
+          kVector);
   require(targets.scalar_type() == at::kLong && targets.is_contiguous() && targets.device() == logits.device(),
-              "targets must be contiguous int64 on the logits' device");
+          "targets must be contiguous int64 on the logits' device");
   check_shape(targets, {logits.size(0)}, "targets");
 }
 
 template <typename Value>
 Value* row_values(const Tensor& tensor, const Tensor& logits, const char* name) {
   require(tensor.is_contiguous() && tensor.device() == logits.device(), name,
-              " must be contiguous on the logits' device");
+          " must be contiguous on the logits' device");
   check_shape(tensor, {logits.size(0)}, name);
   return tensor.data_ptr<Value>();
 }
@@ -358,14 +334,12 @@ void logit_statistics(const Tensor& logits, const Tensor& targets, const Tensor&
                       const Tensor& logsumexp, const Tensor& argmax) {
   check_logits(logits, targets);
   const c10::cuda::CUDAGuard guard(logits.device());
-  check_launch(
-      elementwise::logit_statistics(pointer(logits), targets.const_data_ptr<int64_t>(),
-                                    row_values<float>(logp, logits, "logp"),
-                                    row_values<float>(max_logit, logits, "max_logit"),
-                                    row_values<float>(logsumexp, logits, "logsumexp"),
-                                    row_values<int>(argmax, logits, "argmax"), static_cast<int>(logits.size(0)),
-                                    static_cast<int>(logits.size(1)), c10::cuda::getCurrentCUDAStream()),
-      "logit_statistics");
+  check_launch(elementwise::logit_statistics(
+                   pointer(logits), targets.const_data_ptr<int64_t>(), row_values<float>(logp, logits, "logp"),
+                   row_values<float>(max_logit, logits, "max_logit"), row_values<float>(logsumexp, logits, "logsumexp"),
+                   row_values<int>(argmax, logits, "argmax"), static_cast<int>(logits.size(0)),
+                   static_cast<int>(logits.size(1)), c10::cuda::getCurrentCUDAStream()),
+               "logit_statistics");
 }
 
 void logit_gradient(const Tensor& logits, const Tensor& targets, const Tensor& logsumexp, const Tensor& argmax,
@@ -373,13 +347,11 @@ void logit_gradient(const Tensor& logits, const Tensor& targets, const Tensor& l
   check_logits(logits, targets);
   const c10::cuda::CUDAGuard guard(logits.device());
   check_launch(
-      elementwise::logit_gradient(mutable_pointer(logits), targets.const_data_ptr<int64_t>(),
-                                  row_values<float>(logsumexp, logits, "logsumexp"),
-                                  row_values<int>(argmax, logits, "argmax"),
-                                  row_values<float>(grad_logp, logits, "grad_logp"),
-                                  row_values<float>(grad_max_logit, logits, "grad_max_logit"),
-                                  static_cast<int>(logits.size(0)), static_cast<int>(logits.size(1)),
-                                  c10::cuda::getCurrentCUDAStream()),
+      elementwise::logit_gradient(
+          mutable_pointer(logits), targets.const_data_ptr<int64_t>(), row_values<float>(logsumexp, logits, "logsumexp"),
+          row_values<int>(argmax, logits, "argmax"), row_values<float>(grad_logp, logits, "grad_logp"),
+          row_values<float>(grad_max_logit, logits, "grad_max_logit"), static_cast<int>(logits.size(0)),
+          static_cast<int>(logits.size(1)), c10::cuda::getCurrentCUDAStream()),
       "logit_gradient");
 }
 

@@ -18,8 +18,8 @@ cudaError_t summarise(const Summary& arguments, cudaStream_t stream) {
 
 template <bool kWithDu>
 cudaError_t launch_backward(const Wkv6Backward& a, cudaStream_t stream) {
-  const cudaError_t error = cudaFuncSetAttribute(
-      backward_kernel<kWithDu>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBackwardSharedBytes);
+  const cudaError_t error =
+      cudaFuncSetAttribute(backward_kernel<kWithDu>, cudaFuncAttributeMaxDynamicSharedMemorySize, kBackwardSharedBytes);
   if (error != cudaSuccess) return error;
   backward_kernel<kWithDu><<<grid_of(a.layout), kThreads, kBackwardSharedBytes, stream>>>(a);
   return cudaGetLastError();

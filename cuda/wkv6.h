@@ -4,8 +4,9 @@
 #ifndef WKV6_H
 #define WKV6_H
 
-#include <cstdint>
 #include <cuda_runtime_api.h>
+
+#include <cstdint>
 
 constexpr int kWkv6HeadSize = 64;
 constexpr int kWkv6TileTokens = 16;
@@ -28,10 +29,10 @@ struct Wkv6Forward {
   bool u_is_bf16;
   const float* state;  // [H, 64, 64] or [S, H, 64, 64]
   bool state_is_shared;
-  void* y;             // bf16 [B, T, H, 64]
-  float* final_state;  // [S, H, 64, 64]
-  void* checkpoints;   // bf16 [chunks, H, 64, 64] in the kernel's own order, or null when no backward follows
-  void* pair_weights;  // bf16 [chunks, H, 4, 16, 16], likewise
+  void* y;                // bf16 [B, T, H, 64]
+  float* final_state;     // [S, H, 64, 64]
+  void* checkpoints;      // bf16 [chunks, H, 64, 64] in the kernel's own order, or null when no backward follows
+  void* pair_weights;     // bf16 [chunks, H, 4, 16, 16], likewise
   float* segment_states;  // [items, H, 64, 64] and
   float* segment_decays;  // [items, H, 64]: scratch, only for more than one segment per sequence
 };
@@ -43,7 +44,7 @@ struct Wkv6Backward {
   bool u_is_bf16;
   const void* checkpoints;
   const void* pair_weights;
-  const float* dfinal_state;  // [S, H, 64, 64] or null
+  const float* dfinal_state;    // [S, H, 64, 64] or null
   void *dr, *dk, *dv, *dw_raw;  // bf16 [B, T, H, 64]; all null when only the state's gradient is wanted
   float* du;                    // [items, H, 64], to be summed over items, or null
   float* dstate;                // [S, H, 64, 64] or null

@@ -13,6 +13,7 @@
 #include <string>
 #include <tuple>
 
+#include "checks.h"
 #include "wkv6.h"
 
 namespace {
@@ -28,31 +29,18 @@ constexpr int64_t kShortestSegment = 2 * kWkv6ChunkTokens;
 constexpr int64_t kForwardBlocks = 4;
 constexpr int64_t kBackwardBlocks = 2;
 
-// Numbers become text here and not in a stream: a stream of another C++ library's locale may be in the process.
-std::string text(int64_t number) { return std::to_string(number); }
-
-std::string text(at::IntArrayRef shape) {
-  std::string result = "[";
-  for (size_t i = 0; i < shape.size(); ++i) result += (i == 0 ? "" : ", ") + std::to_string(shape[i]);
-  return result + "]";
-}
-
-void check_launch(cudaError_t error, const char* name) {
-  TORCH_CHECK(error == cudaSuccess, "the CUDA kernel ", name, " could not be launched: ", cudaGetErrorString(error));
-}
-
 void check_tensor(const Tensor& tensor, const char* name, const Tensor& like) {
-  TORCH_CHECK(tensor.is_cuda() && tensor.device() == like.device(), name, " is on ", tensor.device(),
-              ", expected the CUDA device of r, ", like.device());
-  TORCH_CHECK(tensor.is_contiguous(), name, " is not contiguous");
-  TORCH_CHECK(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name, " does not start on 16 bytes");
+  require(tensor.is_cuda() && tensor.device() == like.device(), name, " is on ", tensor.device(),
+          ", expected the CUDA device of r, ", like.device());
+  require(tensor.is_contiguous(), name, " is not contiguous");
+  require(reinterpret_cast<uintptr_t>(tensor.const_data_ptr()) % 16 == 0, name, " does not start on 16 bytes");
 }
 
 void check_tokens(const Tensor& tensor, const char* name, const Tensor& r) {
   check_tensor(tensor, name, r);
-  TORCH_CHECK(tensor.scalar_type() == at::kBFloat16, name, " has dtype ", tensor.scalar_type(), ", expected bfloat16");
-  TORCH_CHECK(tensor.dim() == 4 && tensor.sizes() == r.sizes(), name, " has shape ", text(tensor.sizes()),
-              ", expected r's ", text(r.sizes()));
+  require(tensor.scalar_type() == at::kBFloat16, name, " has dtype ", tensor.scalar_type(), ", expected bfloat16");
+  require(tensor.dim() == 4 && tensor.sizes() == r.sizes(), name, " has shape ", tensor.sizes(), ", expected r's ",
+          r.sizes());
 }
 
 // Contiguous and aligned, copied only when it is not.
@@ -73,16 +61,16 @@ int64_t segment_tokens_for(const Tensor& r, int64_t blocks_per_multiprocessor) {
 
 Wkv6Layout layout_of(const Tensor& r, const Tensor& borders, int64_t segment_tokens, int64_t blocks) {
   const int64_t batch = r.size(0), tokens = r.size(1), heads = r.size(2);
-  TORCH_CHECK(batch * tokens * heads < kMostRows, "r has ", text(batch * tokens * heads),
-              " rows of 64, expected fewer than ", text(kMostRows));
+  require(batch * tokens * heads < kMostRows, "r has ", batch * tokens * heads, " rows of 64, expected fewer than ",
+          kMostRows);
   if (segment_tokens == 0) segment_tokens = segment_tokens_for(r, blocks);
-  TORCH_CHECK(segment_tokens > 0 && segment_tokens % kWkv6ChunkTokens == 0, "segment_tokens is ",
-              text(segment_tokens), ", expected a multiple of ", text(kWkv6ChunkTokens));
+  require(segment_tokens > 0 && segment_tokens % kWkv6ChunkTokens == 0, "segment_tokens is ", segment_tokens,
+          ", expected a multiple of ", kWkv6ChunkTokens);
   segment_tokens = std::min(segment_tokens, ceil_div(tokens, kWkv6ChunkTokens) * kWkv6ChunkTokens);
   const int64_t sequences = borders.defined() ? borders.size(0) - 1 : batch;
   const int64_t items =
       borders.defined() ? tokens / segment_tokens + sequences : batch * ceil_div(tokens, segment_tokens);
-  TORCH_CHECK(items <= 65535, "there are ", text(items), " segments of sequences, more than a grid can have; use fewer rows");
+  require(items <= 65535, "there are ", items, " segments of sequences, more than a grid can have; use fewer rows");
   Wkv6Layout layout{};
   layout.heads = static_cast<int>(heads);
   layout.sequences = static_cast<int>(sequences);
@@ -157,8 +145,7 @@ class Wkv6 : public torch::autograd::Function<Wkv6> {
                                const std::optional<Tensor>& given_borders, int64_t segment_tokens,
                                bool tokens_need_gradient) {
     const Tensor borders = given_borders.value_or(Tensor());
-    const ForwardResult result =
-        run_forward(r, k, v, w_raw, u, state, borders, segment_tokens, tokens_need_gradient);
+    const ForwardResult result = run_forward(r, k, v, w_raw, u, state, borders, segment_tokens, tokens_need_gradient);
     ctx->set_materialize_grads(false);
     ctx->saved_data["segment_tokens"] = segment_tokens;
     ctx->saved_data["state_is_shared"] = state.dim() == 3;
@@ -172,7 +159,7 @@ class Wkv6 : public torch::autograd::Function<Wkv6> {
   }
 
   static variable_list backward(AutogradContext* ctx, const variable_list& outputs) {
-    TORCH_CHECK(!at::GradMode::is_enabled(), "wkv6 has no second derivative");
+    require(!at::GradMode::is_enabled(), "wkv6 has no second derivative");
     const variable_list saved = ctx->get_saved_variables();
     const Tensor &r = saved[0], &w_raw = saved[1], &borders = saved[2];
     const c10::cuda::CUDAGuard guard(r.device());
@@ -237,40 +224,39 @@ std::tuple<Tensor, Tensor> wkv6(const Tensor& r_given, const Tensor& k_given, co
                                 const std::optional<Tensor>& borders_given, int64_t segment_tokens) {
   const Tensor r = prepared(r_given), k = prepared(k_given), v = prepared(v_given), w_raw = prepared(w_given);
   const Tensor u = prepared(u_given), state = prepared(state_given);
-  TORCH_CHECK(r.is_cuda(), "r is on ", r.device(), ", expected a CUDA device");
-  TORCH_CHECK(r.dim() == 4 && r.size(3) == kSize && r.numel() > 0, "r has shape ", text(r.sizes()),
-              ", expected [B, T, H, 64]");
+  require(r.is_cuda(), "r is on ", r.device(), ", expected a CUDA device");
+  require(r.dim() == 4 && r.size(3) == kSize && r.numel() > 0, "r has shape ", r.sizes(), ", expected [B, T, H, 64]");
   check_tokens(r, "r", r);
   check_tokens(k, "k", r);
   check_tokens(v, "v", r);
   check_tokens(w_raw, "w_raw", r);
   check_tensor(u, "u", r);
   const int64_t heads = r.size(2);
-  TORCH_CHECK(u.dim() == 2 && u.size(0) == heads && u.size(1) == kSize, "u has shape ",
-              text(u.sizes()), ", expected ", text({heads, kSize}));
-  TORCH_CHECK(u.scalar_type() == at::kBFloat16 || u.scalar_type() == at::kFloat, "u has dtype ", u.scalar_type(),
-              ", expected bfloat16 or float32");
+  require(u.dim() == 2 && u.size(0) == heads && u.size(1) == kSize, "u has shape ", u.sizes(), ", expected ",
+          at::IntArrayRef({heads, kSize}));
+  require(u.scalar_type() == at::kBFloat16 || u.scalar_type() == at::kFloat, "u has dtype ", u.scalar_type(),
+          ", expected bfloat16 or float32");
   std::optional<Tensor> given_borders;  // absent, not undefined: an undefined input breaks the autograd node
   Tensor borders;
   if (borders_given) {
     borders = borders_given->to(at::kInt).contiguous();
-    TORCH_CHECK(borders.device() == r.device(), "cu_seqlens is on ", borders.device(), ", expected r's device ",
-                r.device());
-    TORCH_CHECK(borders.dim() == 1 && borders.size(0) >= 2 && r.size(0) == 1, "cu_seqlens has shape ",
-                text(borders.sizes()), " beside batch size ", text(r.size(0)), ", expected [S + 1] beside 1");
+    require(borders.device() == r.device(), "cu_seqlens is on ", borders.device(), ", expected r's device ",
+            r.device());
+    require(borders.dim() == 1 && borders.size(0) >= 2 && r.size(0) == 1, "cu_seqlens has shape ", borders.sizes(),
+            " beside batch size ", r.size(0), ", expected [S + 1] beside 1");
     given_borders = borders;
   }
   const int64_t sequences = borders.defined() ? borders.size(0) - 1 : r.size(0);
   check_tensor(state, "state", r);
-  TORCH_CHECK(state.scalar_type() == at::kFloat, "state has dtype ", state.scalar_type(), ", expected float32");
-  TORCH_CHECK((state.dim() == 3 || (state.dim() == 4 && state.size(0) == sequences)) &&
-                  state.numel() == (state.dim() == 4 ? sequences : 1) * heads * kSize * kSize &&
-                  state.size(-1) == kSize && state.size(-2) == kSize,
-              "state has shape ", text(state.sizes()), ", expected ", text({heads, kSize, kSize}), ", alone or ",
-              text(sequences), " times");
+  require(state.scalar_type() == at::kFloat, "state has dtype ", state.scalar_type(), ", expected float32");
+  require((state.dim() == 3 || (state.dim() == 4 && state.size(0) == sequences)) &&
+              state.numel() == (state.dim() == 4 ? sequences : 1) * heads * kSize * kSize && state.size(-1) == kSize &&
+              state.size(-2) == kSize,
+          "state has shape ", state.sizes(), ", expected ", at::IntArrayRef({heads, kSize, kSize}), ", alone or ",
+          sequences, " times");
 
-  const bool tokens_need_gradient = r.requires_grad() || k.requires_grad() || v.requires_grad() ||
-                                    w_raw.requires_grad() || u.requires_grad();
+  const bool tokens_need_gradient =
+      r.requires_grad() || k.requires_grad() || v.requires_grad() || w_raw.requires_grad() || u.requires_grad();
   if (!at::GradMode::is_enabled() || !(tokens_need_gradient || state.requires_grad())) {
     const ForwardResult result = run_forward(r, k, v, w_raw, u, state, borders, segment_tokens, false);
     return {result.y, result.final_state};

@@ -115,8 +115,8 @@ struct CopyPlace {
   }
 };
 
-// Where this lane's row of a 16x16 piece of a tile begins, columns 16 step and on; the four 8x8 matrices in the order of
-// an A fragment.
+// Where this lane's row of a 16x16 piece of a tile begins, columns 16 step and on; the four 8x8 matrices in the order
+// of an A fragment.
 WKV6_DEVICE void piece_offsets(uint32_t (&offset)[4]) {
   const int lane = threadIdx.x & 31;
   const int row = (lane & 7) + ((lane >> 3) & 1) * 8, piece = lane >> 4;
@@ -130,14 +130,14 @@ WKV6_DEVICE void piece_offsets(uint32_t (&offset)[4]) {
 
 constexpr int kOperandRowBytes = kRowBytes + 16;  // rows start in different banks
 constexpr int kLevels = 4;
-constexpr int kLevelRows = 16;                              // 8 rows of R, then 8 rows of K
-constexpr int kForwardR16 = kLevels * kLevelRows;           // first row of R16
+constexpr int kLevelRows = 16;                     // 8 rows of R, then 8 rows of K
+constexpr int kForwardR16 = kLevels * kLevelRows;  // first row of R16
 constexpr int kForwardK16 = kForwardR16 + kTile;
 constexpr int kForwardOperandRows = kForwardK16 + kTile;
 constexpr int kForwardTotals = kForwardOperandRows * kOperandRowBytes;  // float [4 quarters][64]
 constexpr int kForwardWhole = kForwardTotals + 4 * kN * 4;              // float, as whole_offset says
 constexpr int kPairRowBytes = 48;                                       // 16 bf16 and a gap against bank conflicts
-constexpr int kWholeQuadBytes = 80;  // 16 floats and a gap against bank conflicts
+constexpr int kWholeQuadBytes = 80;                                     // 16 floats and a gap against bank conflicts
 constexpr int kForwardPairs = kForwardWhole + 4 * kWholeQuadBytes;
 constexpr int kForwardValues = (kForwardPairs + kTile * kPairRowBytes + 127) / 128 * 128;
 constexpr int kValueStages = 4;  // tiles of v, which y replaces
@@ -393,14 +393,12 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
         uint4* to = static_cast<uint4*>(a.checkpoints) + slot * (kStateValues / 8) + warp * 128 + lane;
 #pragma unroll
         for (int n = 0; n < 4; ++n)
-          to[n * 32] =
-              make_uint4(rounded[2 * n][0], rounded[2 * n][1], rounded[2 * n + 1][0], rounded[2 * n + 1][1]);
+          to[n * 32] = make_uint4(rounded[2 * n][0], rounded[2 * n][1], rounded[2 * n + 1][0], rounded[2 * n + 1][1]);
       }
 #pragma unroll
       for (int step = 0; step < 4; ++step) {
         uint32_t r16[4];
-        load_matrices(
-            shared + (kForwardR16 + lower_first) * kOperandRowBytes + (2 * step + lower_piece) * 16, r16);
+        load_matrices(shared + (kForwardR16 + lower_first) * kOperandRowBytes + (2 * step + lower_piece) * 16, r16);
 #pragma unroll
         for (int half = 0; half < 2; ++half)
           multiply_add(y[half], r16[0], r16[1], r16[2], r16[3], rounded[2 * step][half], rounded[2 * step + 1][half]);
@@ -409,8 +407,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
       uint32_t k16[4];
-      load_matrices_transposed(
-          shared + (kForwardK16 + lower_first) * kOperandRowBytes + (2 * step + lower_piece) * 16, k16);
+      load_matrices_transposed(shared + (kForwardK16 + lower_first) * kOperandRowBytes + (2 * step + lower_piece) * 16,
+                               k16);
       float whole[2][2];
       load_shared(shared + kForwardWhole + whole_offset(pair / 2, 2 * step), whole[0][0], whole[0][1], whole[1][0],
                   whole[1][1]);
@@ -461,8 +459,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
 // in which the tensor cores want operands channel x token, and in which they deliver results channel x token.
 // ---------------------------------------------------------------------------------------------------------------------
 
-// Decay products of one thread's tokens of one channel. At level s, p of its two tokens is (p[s], first * p[s]) and q is
-// (second * q[s], q[s]); s = 2, 4, 8, 16 stand at index 0 to 3, and p[0] = q[0] = 1.
+// Decay products of one thread's tokens of one channel. At level s, p of its two tokens is (p[s], first * p[s]) and q
+// is (second * q[s], q[s]); s = 2, 4, 8, 16 stand at index 0 to 3, and p[0] = q[0] = 1.
 struct Products {
   float first[2];   // decay of the even token, per half
   float second[2];  // of the odd one
@@ -525,7 +523,7 @@ WKV6_DEVICE void advance(float (&state)[8][4], float whole0, float whole1, const
     load_matrices_transposed(rows + offset[step], m);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      float(&x)[4] = state[2 * step + half];
+      float (&x)[4] = state[2 * step + half];
       x[0] *= whole0, x[1] *= whole0, x[2] *= whole1, x[3] *= whole1;
       multiply_add(x, operand[0], operand[1], operand[2], operand[3], m[2 * half], m[2 * half + 1]);
     }
@@ -539,8 +537,8 @@ WKV6_DEVICE size_t own_state_offset() {
 }
 
 // Continues `gradient` (after the item's sequence) to the end of segment `segment`.
-WKV6_DEVICE void fold_later_segments(
-    float (&gradient)[8][4], const float* states, const float* decays, const Item& item, int segment, int heads, int head) {
+WKV6_DEVICE void fold_later_segments(float (&gradient)[8][4], const float* states, const float* decays,
+                                     const Item& item, int segment, int heads, int head) {
   const int warp = threadIdx.x >> 5, row = (threadIdx.x & 31) >> 2;
 #pragma unroll 2
   for (int after = item.segments - 1; after > segment; --after) {
@@ -670,7 +668,7 @@ __global__ void __launch_bounds__(kThreads) fold_kernel(const Wkv6Backward a) {
 constexpr int kSlots = kTilesPerChunk;
 constexpr int kSlotTensors = 5;  // r, k, v, w_raw, dy
 constexpr int kSlotBytes = kSlotTensors * kTileBytes;
-constexpr int kBackwardPairs = kSlots * kSlotBytes;                             // A^T fragments, 512 bytes per slot
+constexpr int kBackwardPairs = kSlots * kSlotBytes;             // A^T fragments, 512 bytes per slot
 constexpr int kBackwardStates = kBackwardPairs + kSlots * 512;  // bf16 states before a chunk's tiles but the last
 constexpr int kBackwardGradients = kBackwardStates + (kSlots - 1) * kStateValues * 2;  // E [key][value], bf16, two
 constexpr int kBackwardSharedBytes = kBackwardGradients + 2 * kStateValues * 2;
@@ -763,8 +761,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
   piece_offsets(offset);
   const int lower_first = (lane & 7) + ((lane >> 3) & 1) * 8, lower_piece = lane >> 4;
   const int upper_first = (lane & 7) + (lane >> 4) * 8, upper_piece = (lane >> 3) & 1;
-  const uint32_t own_tile = swizzled(upper_first, 2 * warp + upper_piece);     // own channels, to be loaded transposed
-  const uint32_t own_values = swizzled(lower_first, 2 * warp + lower_piece);   // own value columns, likewise
+  const uint32_t own_tile = swizzled(upper_first, 2 * warp + upper_piece);    // own channels, to be loaded transposed
+  const uint32_t own_values = swizzled(lower_first, 2 * warp + lower_piece);  // own value columns, likewise
   const uint32_t gradient_store = shared + kBackwardGradients + warp * 16 * kRowBytes;
   const uint32_t gradient_load = shared + kBackwardGradients + own_values;
   const uint32_t stash = shared + kBackwardStates + threadIdx.x * 16;
@@ -856,8 +854,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
           uint32_t dy[4], v[4];
           load_matrices(slot + 4 * kTileBytes + offset[step], dy);
           load_matrices(slot + 2 * kTileBytes + offset[step], v);
-          const uint32_t(&s0)[2] = rounded[2 * step], (&s1)[2] = rounded[2 * step + 1];
-          const uint32_t(&e0)[2] = e16[2 * step], (&e1)[2] = e16[2 * step + 1];
+          const uint32_t (&s0)[2] = rounded[2 * step], (&s1)[2] = rounded[2 * step + 1];
+          const uint32_t (&e0)[2] = e16[2 * step], (&e1)[2] = e16[2 * step + 1];
           multiply_add(dpairs0, dy[0], dy[1], dy[2], dy[3], v[0], v[2]);
           multiply_add(dpairs1, dy[0], dy[1], dy[2], dy[3], v[1], v[3]);
           multiply_add(dr16[0], s0[0], s0[1], s1[0], s1[1], dy[0], dy[2]);
@@ -996,8 +994,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
         multiply_add(next_earlier, r_words[2 * h], r_words[2 * h + 1], one_t ? block_t[h] & 0xffff0000u : 0u);
         float diagonal[2];
 #pragma unroll
-        for (int e = 0; e < 2; ++e)
-          diagonal[e] = shuffle_from(h ? dpairs1[2 + e] : dpairs0[e], (pair + e) * 4 + quad);
+        for (int e = 0; e < 2; ++e) diagonal[e] = shuffle_from(h ? dpairs1[2 + e] : dpairs0[e], (pair + e) * 4 + quad);
 #pragma unroll
         for (int c = 0; c < 2; ++c) {
 #pragma unroll
@@ -1025,9 +1022,10 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
       advance(gradient, d[0].whole, d[1].whole, r16, slot + 4 * kTileBytes, offset);
 
       // dr and dw take the places of r and w, of which this warp alone reads these columns; dk has to wait.
-      auto store_channels = [&](uint32_t to, const float(&value)[2][2][2]) {
-        store_matrices_transposed(to + own_tile, pack(value[0][0][0], value[0][0][1]), pack(value[1][0][0], value[1][0][1]),
-                                  pack(value[0][1][0], value[0][1][1]), pack(value[1][1][0], value[1][1][1]));
+      auto store_channels = [&](uint32_t to, const float (&value)[2][2][2]) {
+        store_matrices_transposed(to + own_tile, pack(value[0][0][0], value[0][0][1]),
+                                  pack(value[1][0][0], value[1][0][1]), pack(value[0][1][0], value[0][1][1]),
+                                  pack(value[1][1][0], value[1][1][1]));
       };
       store_channels(slot, dr);
 #pragma unroll
