@@ -69,6 +69,7 @@ class TrainConfig:
     load_partial: int = flag(0, "accepted for old commands; a base model without states always loads", (0, 1), "model")
     quant: int = flag(-1, "1 quantises the frozen matrices (default for states), 0 does not", (-1, 0, 1), "model")
     quant_type: str = flag("nf4", "4bit means fp4; int8 is blockwise 8-bit", QUANT_TYPES, "model")
+    quant_head: int = flag(0, "1 packs the head, too: less memory, a slower loss", (0, 1), "model")
     dropout: float = flag(0.0, "after the embedding and both residual additions", group="model")
 
     # Data
@@ -189,6 +190,8 @@ class TrainConfig:
         for name in ("beta1", "beta2", "dropout", "orpo_alpha"):
             if not 0 <= getattr(self, name) < 1 and not (name == "orpo_alpha" and self.orpo_alpha == 1):
                 problems.append(f"--{name} {getattr(self, name)} must lie between 0 and 1")
+        if self.quant_head and not self.quantised:
+            problems.append("--quant_head 1 packs the head as the matrices are packed: use --quant 1, or leave it out")
         if self.epoch_begin >= self.epoch_count:
             problems.append(
                 f"--epoch_begin {self.epoch_begin} leaves nothing to train with --epoch_count {self.epoch_count}: "

@@ -323,8 +323,7 @@ def answer_logps(
         for batch in dataset.batches_in_order():
             on_device = batch.to(model.device)
             hidden, _ = model(on_device.tokens, layout=on_device.layout)
-            head = model.head.weight.to(model.compute_dtype)
-            logp, _ = token_logps(hidden[0], head, on_device.targets)
+            logp, _ = token_logps(hidden[0], model.head_weight(), on_device.targets)
             of_answers = [
                 logp.double()[on_device.groups == slot(0, role)].sum() for role in (Role.CHOSEN, Role.REJECTED)
             ]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from src.model.parameters import ModelShape, parameter_shapes, quantizable_names, state_shapes
 from src.model.recompute import Recompute
 from src.model.rwkv6 import RWKV6
-from src.quant import FrozenLinear
+from src.quant import FrozenHead, FrozenLinear
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ class LoadOptions:
         device: where it computes.
         compute_dtype: dtype of activations and frozen weights.
         quant_type: packs the eight matrices of every layer; None keeps them in compute_dtype.
+        quant_head: pack the head, too.
         train_weights: keep every weight as a trainable fp32 master instead of freezing it.
         recompute: what every layer computes again in the backward pass.
         head_size_divisor: group norm eps is 1e-5 times its square.
@@ -36,6 +37,7 @@ class LoadOptions:
     device: torch.device
     compute_dtype: torch.dtype
     quant_type: str | None = None
+    quant_head: bool = False
     train_weights: bool = False
     recompute: Recompute = Recompute.NOTHING
     head_size_divisor: int = 8
@@ -74,7 +76,10 @@ def build_model(
     for name in sorted(sizes, key=lambda name: sizes[name] if name in packed else math.inf, reverse=True):
         module_name, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(module_name)
-        if name in packed:
+        if name == "head.weight" and options.quant_type and options.quant_head:
+            weight = tensors[name].to(options.device, options.compute_dtype)
+            model.head = FrozenHead.from_weight(weight, options.quant_type, options.compute_dtype)
+        elif name in packed:
             _place_packed(model, module_name, tensors[name], options)
         elif name == "emb.weight" and not options.train_weights:
             model.emb.keep_on_host(tensors[name])

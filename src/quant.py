@@ -18,7 +18,7 @@ from __future__ import annotations
 import functools
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +36,7 @@ _FOUR_BIT_CODE = {"nf4": "nf4", "fp4": "fp4", "4bit": "fp4"}
 _FOUR_BIT_BLOCK = 64
 _ABSMAX_BLOCK = 256
 _INT8_BLOCK = 256
+_HEAD_PART_VALUES = 1 << 24
 
 
 def _bitsandbytes_functional() -> Any:
@@ -380,6 +381,34 @@ class FrozenLinear(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles without the extension's handle; the copy seeks its own."""
         return {**self.__dict__, "_identity": object(), "_native": None, "_native_sought": False}
+
+
+class FrozenHead(nn.Module):
+    """y = x @ W.T with W [vocabulary, in] packed in parts of the vocabulary, so that no dense whole need exist.
+
+    Attributes:
+        parts: `FrozenLinear`s of consecutive rows.
+    """
+
+    def __init__(self, parts: Iterable[FrozenLinear]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+
+    @classmethod
+    def from_weight(cls, weight: Tensor, quant_type: str, compute_dtype: torch.dtype) -> FrozenHead:
+        """Quantises a matrix where it lies; arguments as for `FrozenLinear.from_weight`."""
+        rows = max(1, _HEAD_PART_VALUES // weight.shape[1])
+        return cls(
+            FrozenLinear.from_weight(part, quant_type, compute_dtype, slot="head") for part in weight.split(rows)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., in] -> [..., vocabulary]."""
+        return torch.cat([part(x) for part in self.parts], dim=-1)
+
+    def dense_parts(self) -> list[Callable[[], Tensor]]:
+        """Functions that give the parts' matrices [V_i, in], in order; see `FrozenLinear.shared_dense`."""
+        return [part.shared_dense for part in self.parts if isinstance(part, FrozenLinear)]
 
 
 class _FrozenProduct(torch.autograd.Function):

@@ -28,7 +28,9 @@ from src.model.parameters import ModelShape
 from src.model.recompute import Recompute, Recomputed
 from src.model.state import LayerState, ModelState, last_tokens
 from src.ops.elementwise import group_norm_silu_gate, shift_mixes, sigmoid_gated_residual, squared_relu
+from src.ops.token_logps import HeadWeight
 from src.ops.wkv6 import wkv6
+from src.quant import FrozenHead
 
 LAYER_NORM_EPS = 1e-5
 
@@ -309,7 +311,7 @@ class RWKV6(nn.Module):
         self.emb = Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor, recompute) for i in range(shape.n_layer))
         self.ln_out = Norm(shape.n_embd)
-        self.head = Linear(shape.n_embd, shape.vocab_size)
+        self.head: Linear | FrozenHead = Linear(shape.n_embd, shape.vocab_size)
 
     @property
     def device(self) -> torch.device:
@@ -353,6 +355,12 @@ class RWKV6(nn.Module):
             if return_state:
                 new_state.append(after)
         return self.ln_out(x), new_state if return_state else None
+
+    def head_weight(self) -> HeadWeight:
+        """The head as `ops.token_logps` takes it: [V, C] in the computation dtype, or its parts when it is packed."""
+        if isinstance(self.head, FrozenHead):
+            return self.head.dense_parts()
+        return self.head.weight.to(self.compute_dtype)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> unnormalised log-probabilities [..., V] in the computation dtype."""

@@ -6,12 +6,15 @@ and so each row's weight: it turns a chunk's logits into their gradient while th
 the head instead of three. On a GPU in bf16 a chunk is reduced by one kernel and turned into its gradient in
 place by another (`cuda/elementwise.cu`); no fp32 copy of it exists.
 
+A packed head comes in parts of the vocabulary, each dequantised when it is wanted; the numbers of a row are then put
+together part by part, so that no whole matrix exists either.
+
 Shape legend: M tokens (rows), C channels, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,10 +24,13 @@ from torch.autograd.function import once_differentiable
 from src.losses import L2WRAP_FACTOR, sft_loss
 from src.ops.elementwise import fused_kernels
 
-HeadWeight = Tensor | Callable[[], Tensor]
+HeadWeight = Tensor | Sequence[Callable[[], Tensor]]
+"""[V, C]; or functions that give its rows anew at every call, a part [V_i, C] each, in order."""
 
 _CHUNK_ELEMENTS = 1 << 24
 """Logits formed at a time if `chunk_tokens` is not given: 256 tokens of a 65536 vocabulary, 32 MiB."""
+_PART_CHUNK_ELEMENTS = 1 << 22
+"""The same where they are widened to fp32: 16 MiB."""
 
 
 def token_logps(
@@ -38,8 +44,7 @@ def token_logps(
 
     Args:
         hidden: [M, C], bf16, fp32 or fp64.
-        head_weight: [V, C] in hidden's dtype; or a function that gives it anew in forward and backward (a
-            quantised head), which then gets no gradient.
+        head_weight: [V, C] in hidden's dtype; or parts of it by function (a packed head), which get no gradient.
         targets: int64 [M]; a negative target is not counted: logp 0, max_logit 0, no gradient from that row.
         chunk_tokens: rows whose logits exist at one time; None chooses about 2^24 logits.
 
@@ -49,9 +54,8 @@ def token_logps(
     """
     assert hidden.ndim == 2, f"hidden has shape {tuple(hidden.shape)}, expected [rows, channels]"
     assert targets.shape == hidden.shape[:1], f"targets have shape {tuple(targets.shape)}, expected [rows]"
-    weight = head_weight if isinstance(head_weight, Tensor) else None
-    weight_again = None if isinstance(head_weight, Tensor) else head_weight
-    logp, max_logit = _TokenLogps.apply(hidden, weight, weight_again, targets, chunk_tokens)
+    operation: Any = _TokenLogps if isinstance(head_weight, Tensor) else _TokenLogpsByParts
+    logp, max_logit = operation.apply(hidden, head_weight, targets, chunk_tokens)
     return logp, max_logit
 
 
@@ -61,17 +65,16 @@ def head_sft_loss(
     """`losses.sft_loss` of `token_logps`, with the gradient formed in the forward.
 
     Args:
-        hidden, head_weight, targets, chunk_tokens: as for `token_logps`; a head that requires grad takes the
-            longer way.
+        hidden, head_weight, targets, chunk_tokens: as for `token_logps`; a head that requires grad or comes in
+            parts takes the longer way.
 
     Returns:
         0-d fp32 (fp64 for fp64 inputs): mean cross-entropy over the counted rows, with L2Wrap's gradient.
     """
-    if isinstance(head_weight, Tensor) and head_weight.requires_grad:
+    if not isinstance(head_weight, Tensor) or head_weight.requires_grad:
         logp, max_logit = token_logps(hidden, head_weight, targets, chunk_tokens=chunk_tokens)
         return sft_loss(logp, max_logit, targets >= 0)
-    dense = head_weight if isinstance(head_weight, Tensor) else head_weight()
-    loss: Tensor = _HeadSftLoss.apply(hidden, dense.detach(), targets, chunk_tokens)
+    loss: Tensor = _HeadSftLoss.apply(hidden, head_weight.detach(), targets, chunk_tokens)
     return loss
 
 
@@ -111,14 +114,8 @@ class _TokenLogps(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor | None,
-        weight_again: Callable[[], Tensor] | None,
-        targets: Tensor,
-        chunk_tokens: int | None,
+        ctx: Any, hidden: Tensor, dense: Tensor, targets: Tensor, chunk_tokens: int | None
     ) -> tuple[Tensor, Tensor]:
-        dense = _dense(weight, weight_again)
         rows, vocabulary = hidden.shape[0], dense.shape[0]
         chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary)
         values = _RowValues(hidden, targets, _kernels(hidden, vocabulary))
@@ -127,8 +124,7 @@ class _TokenLogps(torch.autograd.Function):
             part = slice(start, start + chunk)
             logits = torch.mm(hidden[part], dense.t(), out=buffer[: min(chunk, rows - start)])
             values.reduce(logits, part)
-        ctx.save_for_backward(hidden, weight, values.targets, values.logsumexp, values.argmax)
-        ctx.weight_again = weight_again
+        ctx.save_for_backward(hidden, dense, values.targets, values.logsumexp, values.argmax)
         ctx.chunk = chunk
         return values.logp, values.max_logit
 
@@ -136,9 +132,8 @@ class _TokenLogps(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx: Any, grad_logp: Tensor, grad_max_logit: Tensor
-    ) -> tuple[Tensor | None, Tensor | None, None, None, None]:
-        hidden, weight, targets, logsumexp, argmax = ctx.saved_tensors
-        dense = _dense(weight, ctx.weight_again)
+    ) -> tuple[Tensor | None, Tensor | None, None, None]:
+        hidden, dense, targets, logsumexp, argmax = ctx.saved_tensors
         rows, vocabulary, chunk = hidden.shape[0], dense.shape[0], ctx.chunk
         values = _RowValues(hidden, targets, _kernels(hidden, vocabulary), logsumexp, argmax)
         grad_logp, grad_max_logit = grad_logp.contiguous(), grad_max_logit.contiguous()
@@ -155,7 +150,66 @@ class _TokenLogps(torch.autograd.Function):
                 torch.mm(logits, dense, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight.add_(logits.t() @ hidden[part])
-        return grad_hidden, None if grad_weight is None else grad_weight.to(dense.dtype), None, None, None
+        return grad_hidden, None if grad_weight is None else grad_weight.to(dense.dtype), None, None
+
+
+class _TokenLogpsByParts(torch.autograd.Function):
+    """`_TokenLogps` of a head in parts: running logsumexp and maximum over them, gradients added up in fp32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, parts: Sequence[Callable[[], Tensor]], targets: Tensor, chunk_tokens: int | None
+    ) -> tuple[Tensor, Tensor]:
+        counted = targets >= 0
+        logsumexp = hidden.new_full(targets.shape, -torch.inf, dtype=_sum_dtype(hidden))
+        max_logit, target_logit = logsumexp.clone(), torch.zeros_like(logsumexp)
+        argmax = torch.zeros_like(targets)
+        for rows, first, dense in _pieces(hidden, parts, chunk_tokens):
+            logits = (hidden[rows] @ dense.t()).to(logsumexp.dtype)
+            largest, place = logits.max(-1)
+            argmax[rows] = torch.where(largest > max_logit[rows], place + first, argmax[rows])
+            max_logit[rows] = torch.maximum(max_logit[rows], largest)
+            logsumexp[rows] = torch.logaddexp(logsumexp[rows], logits.logsumexp(-1))
+            local, inside = _within(targets[rows], first, logits)
+            target_logit[rows] += torch.where(inside, logits.gather(1, local).squeeze(1), 0.0)
+        ctx.save_for_backward(hidden, targets, logsumexp, argmax)
+        ctx.parts, ctx.chunk_tokens = parts, chunk_tokens
+        return torch.where(counted, target_logit - logsumexp, 0.0), torch.where(counted, max_logit, 0.0)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_logp: Tensor, grad_max_logit: Tensor) -> tuple[Tensor | None, None, None, None]:
+        hidden, targets, logsumexp, argmax = ctx.saved_tensors
+        by_logp, by_max = (torch.where(targets >= 0, grad, 0.0) for grad in (grad_logp, grad_max_logit))
+        total = torch.zeros_like(hidden, dtype=logsumexp.dtype)
+        for rows, first, dense in _pieces(hidden, ctx.parts, ctx.chunk_tokens):
+            logits = (hidden[rows] @ dense.t()).to(logsumexp.dtype)
+            gradient = logits.sub_(logsumexp[rows].unsqueeze(1)).exp_().mul_(-by_logp[rows].unsqueeze(1))
+            for places, values in ((targets, by_logp), (argmax, by_max)):
+                local, inside = _within(places[rows], first, logits)
+                gradient.scatter_add_(1, local, torch.where(inside, values[rows], 0.0).unsqueeze(1))
+            total[rows] += gradient.to(hidden.dtype) @ dense
+        return total.to(hidden.dtype), None, None, None
+
+
+def _pieces(
+    hidden: Tensor, parts: Sequence[Callable[[], Tensor]], chunk_tokens: int | None
+) -> Iterator[tuple[slice, int, Tensor]]:
+    """(rows, number of the part's first token, the part [V_i, C]) for every part and chunk of rows."""
+    first = 0
+    for part in parts:
+        dense = part()
+        chunk = chunk_tokens or max(1, _PART_CHUNK_ELEMENTS // dense.shape[0])
+        for start in range(0, hidden.shape[0], chunk):
+            yield slice(start, start + chunk), first, dense
+        first += dense.shape[0]
+
+
+def _within(tokens: Tensor, first: int, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Columns of tokens in a part's logits, [m, 1], and which of them lie there, [m]; others get some column."""
+    local = tokens - first
+    inside = (local >= 0) & (local < logits.shape[1])
+    return local.clamp(0, logits.shape[1] - 1).unsqueeze(1), inside
 
 
 class _RowValues:
@@ -177,8 +231,7 @@ class _RowValues:
         if logsumexp is not None and argmax is not None:
             self.logsumexp, self.argmax = logsumexp, argmax
             return
-        sum_dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        self.logp = torch.empty(targets.shape, dtype=sum_dtype, device=hidden.device)
+        self.logp = torch.empty(targets.shape, dtype=_sum_dtype(hidden), device=hidden.device)
         self.max_logit = torch.empty_like(self.logp)
         self.logsumexp = torch.empty_like(self.logp)
         index_dtype = torch.int64 if kernels is None else torch.int32
@@ -238,9 +291,5 @@ def _kernels(hidden: Tensor, vocabulary: int) -> Any | None:
     return fused_kernels() if hidden.is_cuda and hidden.dtype is torch.bfloat16 and vocabulary % 8 == 0 else None
 
 
-def _dense(weight: Tensor | None, weight_again: Callable[[], Tensor] | None) -> Tensor:
-    """The head's matrix [V, C] from whichever of the two was given."""
-    if weight is not None:
-        return weight
-    assert weight_again is not None
-    return weight_again()
+def _sum_dtype(hidden: Tensor) -> torch.dtype:
+    return torch.float64 if hidden.dtype == torch.float64 else torch.float32

@@ -89,11 +89,6 @@ def outcome_of(objective: Objective, model: RWKV6, batch: Any) -> Outcome:
     return Outcome(loss, lambda: objective.logs(result))
 
 
-def head_of(model: RWKV6) -> Any:
-    """The head as `token_logps` wants it: its weight in the computation dtype."""
-    return model.head.weight.to(model.compute_dtype)
-
-
 def counted_positions(targets: Tensor, grain: int = 1) -> tuple[Tensor, Tensor]:
     """Places and values of the targets that count.
 
@@ -133,7 +128,7 @@ def counted_logps(model: RWKV6, hidden: Tensor, targets: Tensor) -> tuple[Tensor
     """
     positions, counted = counted_positions(targets)
     rows = rows_at(hidden, positions.to(hidden.device))
-    return token_logps(rows, head_of(model), counted.to(hidden.device))
+    return token_logps(rows, model.head_weight(), counted.to(hidden.device))
 
 
 class SFTObjective:
@@ -157,7 +152,7 @@ class SFTObjective:
         """See Objective."""
         hidden, _ = model(staged.tensors["x"], layout=staged.layout)
         rows = rows_at(hidden, staged.tensors["positions"])
-        loss = head_sft_loss(rows, head_of(model), staged.tensors["targets"])
+        loss = head_sft_loss(rows, model.head_weight(), staged.tensors["targets"])
         return loss * staged.tensors["weight"], None
 
     def logs(self, result: Any) -> dict[str, float]:
@@ -208,11 +203,11 @@ class PreferenceObjective:
         tensors = staged.tensors
         hidden, _ = model(tensors["x"], layout=staged.layout)
         rows, targets, groups = rows_at(hidden, tensors["positions"]), tensors["targets"], tensors["groups"]
-        logp, max_logit = token_logps(rows, head_of(model), targets)
+        logp, max_logit = token_logps(rows, model.head_weight(), targets)
         if self.orpo_type == 0:
             result = orpo_loss(logp, max_logit, groups, staged.pairs, self.alpha)
         else:
-            logp_after, _ = token_logps(rows, head_of(model), targets_after(targets, groups))
+            logp_after, _ = token_logps(rows, model.head_weight(), targets_after(targets, groups))
             lengths = tensors["reject_lengths"]
             result = orpo_loss_released(logp, logp_after, max_logit, targets, groups, lengths, self.alpha)
         return result.loss * tensors["weight"], result

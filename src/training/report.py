@@ -53,7 +53,8 @@ def plan_of(
     steps_per_epoch = work.batches_per_epoch // config.accumulate_grad_batches
     steps = steps_per_epoch * epochs_of(config)
     rates = ", ".join(f"{schedule.learning_rate(step):.4g}" for step in (0, steps // 2, max(steps - 1, 0)))
-    weights = f"{config.quant_type} matrices" if config.quantised else "unquantised"
+    packed = "matrices and head" if config.quant_head else "matrices"
+    weights = f"{config.quant_type} {packed}" if config.quantised else "unquantised"
     if config.trains_states:
         trainable = f"{shape.state_parameter_count:,} state values; all weights frozen"
     else:

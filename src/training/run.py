@@ -168,6 +168,7 @@ def load_options(config: TrainConfig, hardware: Hardware) -> LoadOptions:
         device=hardware.device,
         compute_dtype=hardware.compute_dtype,
         quant_type=config.quant_type if config.quantised else None,
+        quant_head=bool(config.quant_head),
         train_weights=not config.trains_states,
         recompute=Recompute.NOTHING if config.grad_cp == 0 else Recompute.ALL,
         head_size_divisor=config.head_size_divisor,

@@ -4,10 +4,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from src import quant
 from src.losses import sft_loss
 from src.ops import token_logps as module
 from src.ops.token_logps import head_sft_loss, token_logps
+from src.quant import SHARED_WORKSPACE, FrozenHead
 
+pytest.importorskip("bitsandbytes")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -148,3 +151,31 @@ def test_sft_loss_with_its_head_is_the_loss_of_token_logps() -> None:
     assert expected_grad is not None
     # The same kernels on the same logits; weights of rows differ in the last bit of fp32.
     assert ((grad - expected_grad).float().norm() / expected_grad.float().norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("recorded", [False, True])
+def test_a_packed_head_in_parts_is_the_dense_one(recorded: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss and gradient of `head_sft_loss`; recorded as a CUDA graph, too."""
+    monkeypatch.setattr(quant, "_HEAD_PART_VALUES", 1000 * 128)
+    hidden, weight, targets = inputs(70, 128, 4096)
+    hidden.requires_grad_()
+    head = FrozenHead.from_weight(weight, "nf4", torch.bfloat16)
+    assert len(head.parts) == 5
+    dense = torch.cat([part.dequantized() for part in head.parts])
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = head_sft_loss(hidden, head.dense_parts(), targets)
+        return loss.detach(), torch.autograd.grad(loss, hidden)[0]
+
+    expected_loss = head_sft_loss(hidden, dense, targets)
+    (expected,) = torch.autograd.grad(expected_loss, hidden)
+    loss, gradient = step()
+    if recorded:
+        SHARED_WORKSPACE.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            loss, gradient = step()
+        SHARED_WORKSPACE.clear()
+        graph.replay()
+    torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-4, atol=0)
+    assert (gradient - expected).float().norm() < 0.01 * expected.float().norm()

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from factories import tiny_checkpoint, tiny_shape
-from running import RUN_FILES, files_in, metrics, started, train, try_train, wait_until, write_documents
+from running import ROOT, RUN_FILES, files_in, metrics, started, train, try_train, wait_until, write_documents
 
 from src.checkpoint import load_state, open_checkpoint, save_model
 from src.config import TrainConfig
@@ -158,6 +158,24 @@ def test_gpu_and_cpu_see_the_same_loss(quant_type: str, grad_cp: int, base: Path
     on_cpu, on_gpu = losses_of(tmp_path / "cpu"), losses_of(tmp_path / "gpu")
     assert on_gpu[0] == pytest.approx(on_cpu[0], rel=5e-3)
     assert on_gpu == pytest.approx(on_cpu, rel=2e-2)
+
+
+def test_200_steps_in_bf16_end_where_fp32_ends(tmp_path: Path) -> None:
+    """Kernels, recorded steps and bf16 against the torch-only operator in fp32, on the bundled model and its data."""
+    final = {}
+    for precision in ("fp32", "bf16"):
+        folder = tmp_path / precision
+        ended = train(
+            folder, load_model=ROOT / "src/demo/base.pth", data_file=ROOT / "src/demo/sft.jsonl",
+            val_file=ROOT / "src/demo/sft-held-out.jsonl", accelerator="gpu", quant=1, precision=precision,
+            ctx_len=256, micro_bsz=2, epoch_steps=200, epoch_count=1, cuda_graph=int(precision == "bf16"),
+        )  # fmt: skip
+        held_out = [float(loss) for loss in re.findall(r"held out   (?:un)?tuned: loss ([\d.]+)", ended.out)]
+        assert len(held_out) == 2
+        assert held_out[1] < 0.98 * held_out[0]
+        final[precision] = (held_out[1], sum(losses_of(folder)[-20:]) / 20)
+        print(precision, held_out, final[precision])
+    assert final["bf16"] == pytest.approx(final["fp32"], rel=5e-3)
 
 
 def test_packed_and_padded_rows_see_the_same_documents(base: Path, data: Path, tmp_path: Path) -> None:

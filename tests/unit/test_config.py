@@ -17,7 +17,7 @@ FLAGS = (
     "load_model", "load_state", "proj_dir", "data_file", "data_type", "val_file", "demo",
     # model
     "my_testing", "train_type", "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a",
-    "head_size_divisor", "double_extra_dim", "load_partial", "quant", "quant_type", "dropout",
+    "head_size_divisor", "double_extra_dim", "load_partial", "quant", "quant_type", "quant_head", "dropout",
     # data
     "ctx_len", "dataload", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count",
     "epoch_begin", "epoch_save", "random_seed",
@@ -126,6 +126,7 @@ class TestRefusals:
             ({"my_exit": "1", "epoch_begin": "2"}, "--my_exit 1 lies before --epoch_begin 2: raise it"),
             ({"epoch_steps": "-1"}, "--epoch_steps -1 must not be negative"),
             ({"lr_final": "-1"}, "--lr_final -1.0 must not be negative"),
+            ({"quant": "0", "quant_head": "1"}, "--quant_head 1 packs the head as the matrices are packed: use"),
             ({"dropout": "1"}, "--dropout 1.0 must lie between 0 and 1"),
             ({"beta2": "1"}, "--beta2 1.0 must lie between 0 and 1"),
             ({"orpo_alpha": "1.5"}, "--orpo_alpha 1.5 must lie between 0 and 1"),

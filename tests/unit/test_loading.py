@@ -10,7 +10,7 @@ from torch import Tensor
 
 from src.loading import LoadOptions, build_model
 from src.model.parameters import parameter_shapes, quantizable_names, state_shapes
-from src.quant import FrozenLinear
+from src.quant import FrozenHead, FrozenLinear
 
 SHAPE = tiny_shape(n_embd=64)
 CPU = torch.device("cpu")
@@ -118,3 +118,13 @@ def test_tensors_are_taken_once_and_one_after_the_other() -> None:
     assert sorted(reported[len(kept) :]) == sorted(packed)
     packed_sizes = [sizes[name] for name in reported[len(kept) :]]
     assert packed_sizes == sorted(packed_sizes, reverse=True)
+
+
+def test_the_head_is_packed_on_request() -> None:
+    tensors = tiny_parameters(SHAPE)
+    model = build_model(tensors, SHAPE, LoadOptions(CPU, torch.float32, quant_type="int8", quant_head=True))
+    exact = build_model(tensors, SHAPE, LoadOptions(CPU, torch.float32, quant_type="int8"))
+    assert isinstance(model.head, FrozenHead)
+    hidden = torch.randn(1, 5, SHAPE.n_embd)
+    logits, expected = model.logits(hidden), exact.logits(hidden)
+    assert 0 < (logits - expected).norm() < 0.02 * expected.norm()

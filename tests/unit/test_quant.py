@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from src import quant
 from src.errors import ConfigError
-from src.quant import QUANT_TYPES, DequantizationWorkspace, FrozenLinear
+from src.quant import QUANT_TYPES, DequantizationWorkspace, FrozenHead, FrozenLinear
 
 pytest.importorskip("bitsandbytes")
 
@@ -225,3 +226,15 @@ def test_checkpointed_layers_give_the_same_gradient(keep: bool) -> None:
         return start.grad
 
     assert torch.equal(gradient(True), gradient(False))
+
+
+def test_a_packed_head_is_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quant, "_HEAD_PART_VALUES", 40 * 128)
+    weight = random_weight(96, 128)
+    head = FrozenHead.from_weight(weight, "nf4", torch.float32)
+    assert [part.out_features for part in head.parts] == [40, 40, 16]
+    dense = torch.cat([part().clone() for part in head.dense_parts()])
+    assert (dense - weight).norm() < 0.1 * weight.norm()
+    x = torch.randn(2, 3, 128, requires_grad=True)
+    torch.testing.assert_close(head(x), x @ dense.t())
+    assert not list(head.parameters())

@@ -1,5 +1,7 @@
 """Chunked log-probabilities against log_softmax over all logits, values and gradients."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -74,29 +76,53 @@ def test_the_largest_logit_may_be_the_target() -> None:
     torch.testing.assert_close(hidden.grad, again.grad)
 
 
-def test_a_frozen_head_gets_no_gradient_and_a_head_by_function_is_not_kept() -> None:
+def test_a_frozen_head_gets_no_gradient_and_one_in_parts_is_not_kept() -> None:
     hidden, weight, targets = inputs(torch.float32)
     calls: list[int] = []
 
-    def head() -> Tensor:
-        calls.append(1)
-        return weight.clone()
+    def part_from(first: int) -> Callable[[], Tensor]:
+        def part() -> Tensor:
+            calls.append(first)
+            return weight[first : first + 5].clone()
+
+        return part
 
     results = []
-    for head_weight in (weight, head):
+    for head_weight in (weight, [part_from(first) for first in range(0, VOCABULARY, 5)]):
         h = hidden.clone().requires_grad_()
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):  # noqa: B023
-            logp, _ = token_logps(h, head_weight, targets, chunk_tokens=4)
-        logp.sum().backward()
-        results.append((logp, h.grad))
+            logp, max_logit = token_logps(h, head_weight, targets, chunk_tokens=4)
+        (logp.sum() + 0.3 * max_logit.square().sum()).backward()
+        results.append((logp, max_logit, h.grad))
         shapes = {tuple(t.shape) for t in saved}
         allowed = {(ROWS, CHANNELS), (ROWS,)}
         assert shapes <= (allowed | {(VOCABULARY, CHANNELS)} if head_weight is weight else allowed)
     assert weight.grad is None
-    assert len(calls) == 2
-    assert torch.equal(results[0][0], results[1][0])
-    assert torch.equal(results[0][1], results[1][1])
+    assert calls == [*range(0, VOCABULARY, 5)] * 2
+    for whole, by_parts in zip(*results, strict=True):
+        torch.testing.assert_close(by_parts, whole)
+
+
+def test_parts_agree_on_the_first_of_equal_largest_logits() -> None:
+    weight = torch.ones(6, 3, dtype=torch.float64)
+    hidden = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    gradients = []
+    for head_weight in (weight, [lambda: weight[:4], lambda: weight[4:]]):
+        _, max_logit = token_logps(hidden, head_weight, torch.tensor([5, 0]))
+        gradients.append(torch.autograd.grad(max_logit.sum(), hidden)[0])
+    assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_parts_sum_in_the_dtype_of_whole_heads(dtype: torch.dtype) -> None:
+    hidden, weight, targets = inputs(dtype)
+    parts = [lambda: weight[:3], lambda: weight[3:]]
+    for whole, by_parts in zip(
+        token_logps(hidden, weight, targets), token_logps(hidden, parts, targets), strict=True
+    ):
+        assert by_parts.dtype == whole.dtype
+        torch.testing.assert_close(by_parts, whole)
 
 
 def test_bf16_inputs_are_summed_in_fp32() -> None:
@@ -116,7 +142,7 @@ def test_no_rows() -> None:
     assert logp.shape == max_logit.shape == (0,)
 
 
-@pytest.mark.parametrize("head", ["tensor", "function", "trainable"])
+@pytest.mark.parametrize("head", ["tensor", "parts", "trainable"])
 @pytest.mark.parametrize("chunk_tokens", [4, 13, None])
 def test_sft_loss_with_its_head_is_the_loss_of_token_logps(chunk_tokens: int | None, head: str) -> None:
     hidden, weight, targets = inputs()
@@ -125,7 +151,8 @@ def test_sft_loss_with_its_head_is_the_loss_of_token_logps(chunk_tokens: int | N
         h = hidden.clone().requires_grad_()
         w = weight.clone().requires_grad_(head == "trainable")
         if fused:
-            loss = head_sft_loss(h, w if head != "function" else lambda: weight, targets, chunk_tokens=chunk_tokens)
+            parts = [lambda: weight[:7], lambda: weight[7:]]
+            loss = head_sft_loss(h, parts if head == "parts" else w, targets, chunk_tokens=chunk_tokens)
         else:
             logp, max_logit = token_logps(h, w, targets)
             loss = sft_loss(logp, max_logit, targets >= 0)
