@@ -123,6 +123,9 @@ class TrainConfig:
     )  # fmt: skip
     memory_gib: float = flag(0.0, "GPU memory --grad_cp 2 may use in all; 0 is the whole card", group="hardware")
     cuda_graph: int = flag(1, "1 records a step per shape and replays it, 0 issues every kernel", (0, 1), "hardware")
+    offload_activations: int = flag(
+        0, "1 keeps what the backward needs in host memory; steps are then not recorded", (0, 1), "hardware"
+    )
     ds_bucket_mb: int = flag(200, "upper limit of DeepSpeed's buckets, million bytes", group="hardware")
 
     # Logs
@@ -221,6 +224,8 @@ class TrainConfig:
                 f"--strategy {self.strategy} shards every weight, which packed weights cannot take and the layers here "
                 "do not gather: use deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
             )
+        if self.offload_activations and self.grad_cp == 2:
+            problems.append("--grad_cp 2 fills a GPU, --offload_activations 1 empties it: use --grad_cp 1 or 0 with it")
         if self.data_type == "dummy" and self.val_file:
             problems.append("--val_file has no meaning with --data_type dummy: leave one of them out")
         if self.fapi_logging_callback and not self.fapi_logging_address:

@@ -99,6 +99,8 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
     if not on_gpu:
         if config.precision in ("fp16", "tf32"):
             raise ConfigError(f"--precision {config.precision} needs a GPU and none is used: use fp32 or bf16")
+        if config.offload_activations:
+            raise ConfigError("--offload_activations 1 frees a GPU's memory and none is used: leave it out on a CPU")
         if config.devices * config.num_nodes > 1:
             raise ConfigError(
                 f"--devices {config.devices} --num_nodes {config.num_nodes} needs GPUs: use 1 and 1 on a CPU"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -13,6 +14,7 @@ from src.config import TrainConfig
 from src.model.rwkv6 import RWKV6
 from src.training.graphs import GraphedObjective
 from src.training.objectives import Objective, Outcome, outcome_of
+from src.training.offload import KeptOnHost
 
 FP16_LOSS_SCALE = 4096.0
 """fp16 gradients of activations underflow near 6e-8; losses are scaled by this and gradients divided by it."""
@@ -34,6 +36,7 @@ class TrainingModule(pl.LightningModule):
         # A recording takes its gradients from the unscaled loss, which fp16 cannot hold.
         recordable = objective.recordable and model.device.type == "cuda" and model.compute_dtype != torch.float16
         wanted = recordable and config.cuda_graph and config.trains_states and not config.dropout
+        wanted = wanted and not config.offload_activations
         self.graphed = GraphedObjective(objective, model) if wanted else None
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
@@ -47,7 +50,11 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch; `outcome` keeps the numbers to log."""
-        outcome = self.graphed(batch) if self.graphed else outcome_of(self.objective, self.model, batch)
+        if self.graphed:
+            outcome = self.graphed(batch)
+        else:
+            with KeptOnHost() if self.config.offload_activations else nullcontext():
+                outcome = outcome_of(self.objective, self.model, batch)
         self.outcome = Outcome(outcome.loss.detach(), outcome.logs)
         return outcome.loss * self.loss_scale if self.loss_scale != 1.0 else outcome.loss
 

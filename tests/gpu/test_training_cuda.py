@@ -178,6 +178,20 @@ def test_200_steps_in_bf16_end_where_fp32_ends(tmp_path: Path) -> None:
     assert final["bf16"] == pytest.approx(final["fp32"], rel=5e-3)
 
 
+def test_activations_in_host_memory_change_nothing_but_memory(base: Path, data: Path, tmp_path: Path) -> None:
+    peaks = []
+    for offload in (0, 1):
+        torch.cuda.reset_peak_memory_stats()
+        train(
+            tmp_path / str(offload), load_model=base, data_type="dummy", ctx_len=4096, accelerator="gpu", quant=1,
+            epoch_steps=4, epoch_count=1, cuda_graph=0, offload_activations=offload, lr_init=0.1, grad_cp=0,
+        )  # fmt: skip
+        peaks.append(torch.cuda.max_memory_allocated())
+    on_gpu, on_host = losses_of(tmp_path / "0"), losses_of(tmp_path / "1")
+    assert on_host == pytest.approx(on_gpu, rel=1e-3)
+    assert peaks[1] < 0.8 * peaks[0]
+
+
 def test_packed_and_padded_rows_see_the_same_documents(base: Path, data: Path, tmp_path: Path) -> None:
     for dataload in ("pad", "pack"):
         train(

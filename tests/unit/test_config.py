@@ -29,7 +29,7 @@ FLAGS = (
     "rlhf_train_file",
     # hardware
     "accelerator", "devices", "num_nodes", "strategy", "precision", "grad_cp", "memory_gib", "cuda_graph",
-    "ds_bucket_mb",
+    "offload_activations", "ds_bucket_mb",
     # logs
     "wandb", "fapi_logging_callback", "fapi_logging_address",
 )  # fmt: skip
@@ -127,6 +127,7 @@ class TestRefusals:
             ({"epoch_steps": "-1"}, "--epoch_steps -1 must not be negative"),
             ({"lr_final": "-1"}, "--lr_final -1.0 must not be negative"),
             ({"quant": "0", "quant_head": "1"}, "--quant_head 1 packs the head as the matrices are packed: use"),
+            ({"grad_cp": "2", "offload_activations": "1"}, "use --grad_cp 1 or 0 with it"),
             ({"dropout": "1"}, "--dropout 1.0 must lie between 0 and 1"),
             ({"beta2": "1"}, "--beta2 1.0 must lie between 0 and 1"),
             ({"orpo_alpha": "1.5"}, "--orpo_alpha 1.5 must lie between 0 and 1"),

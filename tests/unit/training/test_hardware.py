@@ -60,6 +60,10 @@ class TestWithoutGpu:
         assert (hardware.device.type, hardware.precision, hardware.strategy) == ("cpu", "fp32", "single")
         assert hardware.notes == []
 
+    def test_nothing_can_be_offloaded(self) -> None:
+        with pytest.raises(ConfigError, match="--offload_activations 1 frees a GPU's memory and none is used"):
+            resolve_hardware(config(offload_activations=1))
+
     @pytest.mark.parametrize(("precision", "dtype"), [("bf16", torch.bfloat16), ("fp32", torch.float32)])
     def test_what_was_asked_for(self, precision: str, dtype: torch.dtype) -> None:
         assert resolve_hardware(config(precision=precision)).compute_dtype == dtype
