@@ -1,13 +1,15 @@
 """From a checkpoint's tensors to a model on its device.
 
 Tensors are taken from the file's memory map one at a time, moved, and packed on the way, so that
-host memory stays near one matrix whatever the model's size.
+host memory stays near one matrix whatever the model's size. On the way to a GPU the next tensor is
+read into pinned memory while the one before is copied and packed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import torch
@@ -73,18 +75,20 @@ def build_model(
     packed = set(quantizable_names(shape)) if options.quant_type else set()
     sizes = {name: math.prod(size) for name, size in parameter_shapes(shape).items()}
     # What is packed comes last and by size: the room of one dense matrix then takes the next, and no holes are left.
-    for name in sorted(sizes, key=lambda name: sizes[name] if name in packed else math.inf, reverse=True):
+    order = sorted(sizes, key=lambda name: sizes[name] if name in packed else math.inf, reverse=True)
+    stays = set() if options.train_weights else {"emb.weight"}
+    for name, tensor in _read_ahead(tensors, order, stays, options.device):
         module_name, _, parameter_name = name.rpartition(".")
         module = model.get_submodule(module_name)
         if name == "head.weight" and options.quant_type and options.quant_head:
-            weight = tensors[name].to(options.device, options.compute_dtype)
+            weight = tensor.to(options.device, options.compute_dtype, non_blocking=True)
             model.head = FrozenHead.from_weight(weight, options.quant_type, options.compute_dtype)
         elif name in packed:
-            _place_packed(model, module_name, tensors[name], options)
-        elif name == "emb.weight" and not options.train_weights:
-            model.emb.keep_on_host(tensors[name])
+            _place_packed(model, module_name, tensor, options)
+        elif name in stays:
+            model.emb.keep_on_host(tensor)
         else:
-            _place_parameter(module, parameter_name, tensors[name], options)
+            _place_parameter(module, parameter_name, tensor, options)
         on_progress(name)
     for name, state_shape in state_shapes(shape).items():
         start = tensors[name] if name in tensors else torch.zeros(state_shape)
@@ -96,9 +100,32 @@ def build_model(
     return model.train()
 
 
+def _read_ahead(
+    tensors: Mapping[str, Tensor], order: Sequence[str], stays: Collection[str], device: torch.device
+) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) in the order given; on the way to a GPU in pinned memory and one ahead, but for what `stays`."""
+    if device.type != "cuda":
+        yield from ((name, tensors[name]) for name in order)
+        return
+
+    def read(name: str) -> Tensor:
+        mapped = tensors[name]
+        if name in stays or mapped.is_cuda:
+            return mapped
+        return torch.empty(mapped.shape, dtype=mapped.dtype, pin_memory=True).copy_(mapped)
+
+    with ThreadPoolExecutor(max_workers=1) as reader:
+        coming = reader.submit(read, order[0])
+        for name, following in zip(order, [*order[1:], None], strict=True):
+            tensor = coming.result()
+            if following is not None:
+                coming = reader.submit(read, following)
+            yield name, tensor
+
+
 def _place_packed(model: RWKV6, module_name: str, weight: Tensor, options: LoadOptions) -> None:
     parent_name, _, child_name = module_name.rpartition(".")
-    on_device = weight.to(options.device, options.compute_dtype)
+    on_device = weight.to(options.device, options.compute_dtype, non_blocking=True)
     assert options.quant_type is not None
     kind = module_name.split(".", 2)[2]
     linear = FrozenLinear.from_weight(on_device, options.quant_type, options.compute_dtype, slot=kind)
