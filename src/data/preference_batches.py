@@ -11,8 +11,7 @@ prompt's last token, whose successor is the answer's first:
 so every target is scored in the same context as in two full rows. A prompt of one token leaves nothing
 for a root; its answers are roots themselves.
 
-Which pairs make up which batch follows `src.data.sampling`: one endless stream of batches, pass after pass,
-each a permutation of the pairs that is a function of (seed, pass), of which ranks take turns.
+Which pairs make up which batch: see `src.data.passes`.
 """
 
 from __future__ import annotations
@@ -24,11 +23,10 @@ from enum import Enum
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from src.data.packing import pass_generator
+from src.data.documents import Positions
+from src.data.passes import PassDataset, ceil_div, listed, shuffled_batches
 from src.data.preferences import PreferencePair
-from src.data.sampling import EpochSampler
 from src.errors import DataError
 from src.layout import SegmentLayout
 from src.losses import IGNORED_TARGET, Role, slot
@@ -101,8 +99,6 @@ class PreferencePlan:
         shortened_answers: answers that lost their end.
         longest: most tokens of a prompt and of an answer.
         positions_per_pass: of all pairs in the chosen form, padding included.
-        passes_per_epoch: how often an epoch goes through the pairs, all ranks together.
-        batches_per_epoch: on each rank.
     """
 
     pairs: int
@@ -111,8 +107,6 @@ class PreferencePlan:
     shortened_answers: int
     longest: int
     positions_per_pass: int
-    passes_per_epoch: float
-    batches_per_epoch: int
 
     def statements(self) -> tuple[str, ...]:
         """What the user should know about the pairs, one sentence each."""
@@ -127,11 +121,8 @@ class PreferencePlan:
         return tuple(said)
 
 
-class PreferenceDataset(Dataset[PreferenceBatch]):
-    """Every batch of a run, by its step: `dataset[step]` is a pure function of the arguments.
-
-    Steps count batches of this rank from the start of the run, without end; `len` is an epoch. The last
-    batch of a pass may have fewer pairs.
+class PreferenceDataset(PassDataset[PreferenceBatch]):
+    """Every batch of a run on pairs, by its step; see `PassDataset`.
 
     Args:
         pairs: at least one.
@@ -141,10 +132,7 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         micro_bsz: pairs of a batch.
         seed: 0 or more.
         tokenizer: recognises rejects of nothing but white space; None: only a reject without tokens is blank.
-        rank: of this process, among `world_size`.
-        world_size: processes that train on batches of their own.
-        epoch_steps: batches of an epoch on each rank; 0 means one pass.
-        accumulate: batches of an optimizer step on each rank; an epoch is rounded up to whole ones.
+        **share: `rank`, `world_size`, `epoch_steps` and `accumulate` of `PassDataset`.
 
     Raises:
         DataError: `longest` cuts every chosen answer.
@@ -160,15 +148,11 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         micro_bsz: int,
         seed: int,
         tokenizer: Tokenizer | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-        epoch_steps: int = 0,
-        accumulate: int = 1,
+        **share: int,
     ) -> None:
         assert pairs
-        assert min(longest, micro_bsz, accumulate) >= 1
-        assert min(seed, epoch_steps) >= 0
-        assert 0 <= rank < world_size
+        assert min(longest, micro_bsz) >= 1
+        assert seed >= 0
         shortest, largest = (pick(len(pair.chosen) for pair in pairs) for pick in (min, max))
         if shortest > longest:
             raise DataError(
@@ -181,12 +165,7 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
         self._form = form
         self._micro_bsz = micro_bsz
         self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
-        self._batches_per_step = accumulate * world_size
-        self._batches_per_pass = _ceil(len(pairs), micro_bsz)
-        self._passes: dict[int, list[np.ndarray]] = {}
-        steps = _ceil(epoch_steps or _ceil(self._batches_per_pass, world_size), accumulate) * accumulate
+        super().__init__(ceil_div(len(pairs), micro_bsz), **share)
         self.plan = PreferencePlan(
             pairs=len(pairs),
             plain_pairs=sum(self._plain),
@@ -194,19 +173,16 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
             shortened_answers=sum(len(tokens) > longest for pair in pairs for tokens in (pair.chosen, pair.rejected)),
             longest=longest,
             positions_per_pass=sum(self._positions(number) for number in range(len(pairs))),
-            passes_per_epoch=steps * world_size / self._batches_per_pass,
-            batches_per_epoch=steps,
         )
 
-    def __len__(self) -> int:
-        return self.plan.batches_per_epoch
+    def _divide(self, pass_number: int) -> list[Positions]:
+        return shuffled_batches(np.arange(len(self._pairs)), self._micro_bsz, self._seed, pass_number)
 
-    def __getitem__(self, step: int) -> PreferenceBatch:
-        number = step * self._world_size + self._rank
-        batch = self.batch(self._indices(number).tolist())
-        first = number // self._batches_per_step * self._batches_per_step
-        pairs = sum(len(self._indices(first + i)) for i in range(self._batches_per_step))
-        return replace(batch, step_weight=batch.pairs * self._batches_per_step / pairs)
+    def _batch(self, number: int) -> PreferenceBatch:
+        return self.batch(self._indices(number).tolist())
+
+    def _weight(self, number: int) -> int:
+        return len(self._indices(number))
 
     def batch(self, indices: Sequence[int]) -> PreferenceBatch:
         """The named pairs as one batch."""
@@ -222,23 +198,8 @@ class PreferenceDataset(Dataset[PreferenceBatch]):
 
     def describe(self, batch: PreferenceBatch) -> str:
         """Names what a batch was made of, for messages; pairs count from 1."""
-        shown = ", ".join(str(index + 1) for index in batch.sample_indices[:8])
-        more = f" and {batch.pairs - 8} more" if batch.pairs > 8 else ""
-        return f"pair{'s' if batch.pairs > 1 else ''} {shown}{more} of {self.source}"
-
-    def loader(self, epoch: int = 0, skip_steps: int = 0) -> DataLoader[PreferenceBatch]:
-        """Batches epoch by epoch; see `EpochSampler`. Batches are made in the calling process."""
-        return DataLoader(self, batch_size=None, sampler=EpochSampler(len(self), epoch, skip_steps))
-
-    def _indices(self, number: int) -> np.ndarray:
-        """The pairs of the batch with this number, all ranks counted on."""
-        pass_number, place = divmod(number, self._batches_per_pass)
-        if pass_number not in self._passes:
-            order = pass_generator(self._seed, pass_number).permutation(len(self._pairs))
-            # Two are kept, because an optimizer step may begin in one pass and end in the next.
-            self._passes = {known: self._passes[known] for known in list(self._passes)[-1:]}
-            self._passes[pass_number] = np.split(order, range(self._micro_bsz, len(order), self._micro_bsz))
-        return self._passes[pass_number][place]
+        numbers = [index + 1 for index in batch.sample_indices]
+        return f"pair{'s' if batch.pairs > 1 else ''} {listed(numbers)} of {self.source}"
 
     def _positions(self, index: int) -> int:
         pair = self._pairs[index]
@@ -336,7 +297,3 @@ def _is_blank(tokens: list[int], tokenizer: Tokenizer | None) -> bool:
     if not tokens:
         return True
     return tokenizer is not None and not tokenizer.decode(tokens).strip()
-
-
-def _ceil(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)

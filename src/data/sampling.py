@@ -9,27 +9,19 @@ that a row takes.
 - `pack`: documents, each cut to R, share a row of micro_bsz·ctx_len positions, with the recurrent
   state reset at their borders; nothing padded, a row is as long as what it holds.
 
-Order. All batches of a run form one endless stream: pass after pass, each a permutation of the
-documents that is a function of (seed, pass). Ranks take turns: step s of rank r is batch
-s·world_size + r of the stream. So ranks share a pass without overlap, take equally many steps, and
-n ranks see what one rank sees in n steps. Nothing is dropped or repeated: the last batch of a pass
-may have fewer rows, and a step in which a pass ends takes its other batches from the next pass.
-
-An epoch is a number of steps of that stream. One pass means as many as it takes to see every
-document, rounded up to whole optimizer steps; the next epoch goes on where this one ended.
+Their order is that of `src.data.passes`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.data.batches import Batch, packed_batch, padded_batch
 from src.data.documents import Documents, Positions
-from src.data.packing import RowPlan, pass_generator
+from src.data.packing import RowPlan
+from src.data.passes import PassDataset, ceil_div, listed, shuffled_batches
 from src.errors import ConfigError, DataError
 
 MODES = ("get", "pad", "only", "pack")
@@ -46,29 +38,21 @@ class SamplingPlan:
         mode: get, pad, only or pack.
         documents: that are visited.
         tokens: of the source, everything included.
-        targets_per_pass: positions of one pass that are not padding (with `get`: the stream's length).
-        counted_targets_per_pass: those of them that the loss is taken on.
+        counted_targets_per_pass: targets of one pass that the loss is taken on (with `get`: of the stream).
         cut_documents: documents longer than ctx_len + 1 tokens.
         lost_tokens: their tokens beyond it, never seen (0 with `get`).
         unanswered_documents: left out, because no answer begins within ctx_len + 1 tokens.
         padding_share: of the positions of one pass, those that are padding: 0 to 1.
-        batches_per_pass: of all ranks together.
-        batches_per_epoch: on each rank.
-        passes_per_epoch: how often an epoch goes through the data.
     """
 
     mode: str
     documents: int
     tokens: int
-    targets_per_pass: int
     counted_targets_per_pass: int
     cut_documents: int
     lost_tokens: int
     unanswered_documents: int
     padding_share: float
-    batches_per_pass: int
-    batches_per_epoch: int
-    passes_per_epoch: float
 
     def statements(self) -> tuple[str, ...]:
         """What happens to data that do not fit, one sentence each; empty when all do."""
@@ -89,10 +73,8 @@ class SamplingPlan:
         return tuple(said)
 
 
-class BatchDataset(Dataset[Batch]):
-    """Every batch of a run, by its step: `dataset[step]` is a pure function of the arguments.
-
-    Steps count batches of this rank from the start of the run, without end; `len` is an epoch.
+class BatchDataset(PassDataset[Batch]):
+    """Every batch of a run on documents, by its step; see `PassDataset`.
 
     Args:
         documents: see `open_documents`.
@@ -100,11 +82,8 @@ class BatchDataset(Dataset[Batch]):
         ctx_len: tokens of a row at most.
         micro_bsz: rows of a batch; with `pack` they are joined to a single one.
         seed: 0 or more.
-        rank: of this process, among `world_size`.
-        world_size: processes that train on batches of their own.
-        epoch_steps: batches of an epoch on each rank; 0 means one pass over the documents. With
-            `get`, where nothing is exhausted, a pass is as many windows as the stream is long.
-        accumulate: batches of an optimizer step on each rank; an epoch is rounded up to whole ones.
+        **share: `rank`, `world_size`, `epoch_steps` and `accumulate` of `PassDataset`. With `get`, where
+            nothing is exhausted, a pass is as many windows as the stream is long.
 
     Raises:
         ConfigError: unknown mode, or `only` with more than one row.
@@ -119,14 +98,10 @@ class BatchDataset(Dataset[Batch]):
         ctx_len: int,
         micro_bsz: int,
         seed: int,
-        rank: int = 0,
-        world_size: int = 1,
-        epoch_steps: int = 0,
-        accumulate: int = 1,
+        **share: int,
     ) -> None:
-        assert min(ctx_len, micro_bsz, accumulate) >= 1
-        assert min(seed, epoch_steps) >= 0
-        assert 0 <= rank < world_size
+        assert min(ctx_len, micro_bsz) >= 1
+        assert seed >= 0
         if mode not in MODES:
             raise ConfigError(f"--dataload {mode} is unknown; known are {', '.join(MODES)}.")
         if mode == "only" and micro_bsz != 1:
@@ -139,19 +114,14 @@ class BatchDataset(Dataset[Batch]):
         self._row_tokens = ctx_len + 1
         self._micro_bsz = micro_bsz
         self._seed = seed
-        self._rank = rank
-        self._world_size = world_size
-        self._batches_per_step = accumulate * world_size
-        self._passes: dict[int, list[Positions]] = {}
 
-        counted = documents.counted_targets(self._row_tokens)
-        self._counted = counted
-        self._visited: Positions = np.flatnonzero(counted)
+        self._counted = documents.counted_targets(self._row_tokens)
+        self._visited: Positions = np.flatnonzero(self._counted)
         self._lengths = np.minimum(documents.sizes[self._visited], self._row_tokens) - 1
         self._rows: RowPlan | None = None
         if mode == "get":
             self._check_windows()
-            self._batches_per_pass = _ceil(documents.total_tokens, ctx_len * micro_bsz)
+            batches_per_pass = ceil_div(documents.total_tokens, ctx_len * micro_bsz)
         elif not len(self._visited):
             raise DataError(
                 f"{documents.source} cannot be used with --ctx_len {ctx_len}: no answer begins within so "
@@ -159,25 +129,27 @@ class BatchDataset(Dataset[Batch]):
             )
         elif mode == "pack":
             self._rows = RowPlan(self._lengths, micro_bsz * ctx_len, seed)
-            self._batches_per_pass = self._rows.rows
+            batches_per_pass = self._rows.rows
         else:
-            self._batches_per_pass = _ceil(len(self._visited), micro_bsz)
-        steps = epoch_steps or _ceil(self._batches_per_pass, world_size)
-        self.plan = self._make_plan(int(counted.sum()), _ceil(steps, accumulate) * accumulate)
+            batches_per_pass = ceil_div(len(self._visited), micro_bsz)
+        super().__init__(batches_per_pass, **share)
+        self.plan = self._make_plan()
 
-    def __len__(self) -> int:
-        return self.plan.batches_per_epoch
+    def _divide(self, pass_number: int) -> list[Positions]:
+        if self._rows is not None:
+            return [self._visited[row] for row in self._rows.pass_rows(pass_number)]
+        return shuffled_batches(self._visited, self._micro_bsz, self._seed, pass_number)
 
-    def __getitem__(self, step: int) -> Batch:
-        number = step * self._world_size + self._rank
-        batch = self._windows(number) if self.mode == "get" else self._documents(number)
-        if self._batches_per_step == 1:
-            return batch
-        first = number // self._batches_per_step * self._batches_per_step
-        total = sum(self._target_count(first + i) for i in range(self._batches_per_step))
-        return replace(batch, step_weight=batch.target_count * self._batches_per_step / total)
-
-    def _documents(self, number: int) -> Batch:
+    def _batch(self, number: int) -> Batch:
+        if self.mode == "get":
+            stream, mask = self.documents.stream, self.documents.stream_counted
+            offsets = self._offsets(number)
+            spans = [slice(offset, offset + self._row_tokens) for offset in offsets]
+            return padded_batch(
+                [np.asarray(stream[span], dtype=np.int64) for span in spans],
+                [None if mask is None else mask[span] for span in spans],
+                offsets,
+            )
         indices = self._indices(number)
         make = packed_batch if self.mode == "pack" else padded_batch
         return make(
@@ -186,50 +158,31 @@ class BatchDataset(Dataset[Batch]):
             indices.tolist(),
         )
 
-    def _indices(self, number: int) -> Positions:
-        pass_number, place = divmod(number, self._batches_per_pass)
-        return self._pass_batches(pass_number)[place]
-
-    def _target_count(self, number: int) -> int:
-        """Targets that count in the batch with this number, all ranks counted on."""
-        if self.mode == "get":
-            unmasked = self.documents.stream_counted is None
-            return self._micro_bsz * (self._row_tokens - 1) if unmasked else self._windows(number).target_count
-        return int(self._counted[self._indices(number)].sum())
+    def _weight(self, number: int) -> int:
+        """Targets that the loss is taken on."""
+        if self.mode != "get":
+            return int(self._counted[self._indices(number)].sum())
+        mask = self.documents.stream_counted
+        if mask is None:
+            return self._micro_bsz * (self._row_tokens - 1)
+        return sum(int(mask[offset + 1 : offset + self._row_tokens].sum()) for offset in self._offsets(number))
 
     def describe(self, batch: Batch) -> str:
         """Names what a batch was made of, for messages."""
         if self.mode == "get":
-            return f"tokens {_listed(batch.sample_indices)} and following of {self.documents.source}"
+            return f"tokens {listed(batch.sample_indices)} and following of {self.documents.source}"
         numbers = [int(self.documents.numbers[index]) for index in batch.sample_indices]
         plural = "s" if len(numbers) > 1 else ""
-        return f"{self.documents.unit}{plural} {_listed(numbers)} of {self.documents.source}"
+        return f"{self.documents.unit}{plural} {listed(numbers)} of {self.documents.source}"
 
-    def loader(self, epoch: int = 0, skip_steps: int = 0) -> DataLoader[Batch]:
-        """Batches epoch by epoch; see `EpochSampler`. Batches are made in the calling process."""
-        return DataLoader(self, batch_size=None, sampler=EpochSampler(len(self), epoch, skip_steps))
-
-    def _pass_batches(self, pass_number: int) -> list[Positions]:
-        """Indices of the documents of every batch of a pass, over all ranks."""
-        if pass_number not in self._passes:
-            if self._rows is not None:
-                batches = [self._visited[row] for row in self._rows.pass_rows(pass_number)]
-            else:
-                order = pass_generator(self._seed, pass_number).permutation(self._visited)
-                batches = np.split(order, range(self._micro_bsz, len(order), self._micro_bsz))
-            # Two are kept, because an optimizer step may begin in one pass and end in the next.
-            self._passes = {known: self._passes[known] for known in list(self._passes)[-1:]}
-            self._passes[pass_number] = batches
-        return self._passes[pass_number]
-
-    def _windows(self, number: int) -> Batch:
-        """Windows at uniformly random offsets in [0, total - R)."""
+    def _offsets(self, number: int) -> list[int]:
+        """Where the windows of a batch begin: uniformly random in [0, total - R)."""
         rng = np.random.default_rng((self._seed, _WINDOW_STREAM, number))
-        stream, mask = self.documents.stream, self.documents.stream_counted
+        mask = self.documents.stream_counted
         offsets = []
         for _ in range(self._micro_bsz):
             for _ in range(_WINDOW_ATTEMPTS):
-                offset = int(rng.integers(0, len(stream) - self._row_tokens))
+                offset = int(rng.integers(0, self.documents.total_tokens - self._row_tokens))
                 if mask is None or mask[offset + 1 : offset + self._row_tokens].any():
                     break
             else:
@@ -238,12 +191,7 @@ class BatchDataset(Dataset[Batch]):
                     "none; use --dataload pad or pack."
                 )
             offsets.append(offset)
-        spans = [slice(offset, offset + self._row_tokens) for offset in offsets]
-        return padded_batch(
-            [np.asarray(stream[span], dtype=np.int64) for span in spans],
-            [None if mask is None else mask[span] for span in spans],
-            offsets,
-        )
+        return offsets
 
     def _check_windows(self) -> None:
         total = self.documents.total_tokens
@@ -253,12 +201,12 @@ class BatchDataset(Dataset[Batch]):
                 f"1 = {self._row_tokens} out of more than that; use a smaller --ctx_len, or --dataload pad."
             )
 
-    def _make_plan(self, counted_targets: int, batches_per_epoch: int) -> SamplingPlan:
+    def _make_plan(self) -> SamplingPlan:
         documents = self.documents
         windows = self.mode == "get"
         sizes = documents.sizes[self._visited]
         lost = np.maximum(sizes - self._row_tokens, 0)
-        targets = documents.total_tokens if windows else int(self._lengths.sum())
+        counted_targets = int(self._counted.sum())
         if windows:
             mask = documents.stream_counted
             counted_targets = documents.total_tokens if mask is None else int(mask.sum())
@@ -266,15 +214,11 @@ class BatchDataset(Dataset[Batch]):
             mode=self.mode,
             documents=len(documents) if windows else len(self._visited),
             tokens=documents.total_tokens,
-            targets_per_pass=targets,
             counted_targets_per_pass=counted_targets,
             cut_documents=0 if windows else int((lost > 0).sum()),
             lost_tokens=0 if windows else int(lost.sum()),
             unanswered_documents=0 if windows else len(documents) - len(self._visited),
             padding_share=self._padding_share(),
-            batches_per_pass=self._batches_per_pass,
-            batches_per_epoch=batches_per_epoch,
-            passes_per_epoch=batches_per_epoch * self._world_size / self._batches_per_pass,
         )
 
     def _padding_share(self) -> float:
@@ -282,48 +226,6 @@ class BatchDataset(Dataset[Batch]):
         if self.mode != "pad" or self._micro_bsz == 1:
             return 0.0
         lengths = np.minimum(self.documents.sizes, self._row_tokens) - 1
-        batches = [lengths[indices] for indices in self._pass_batches(0)]
+        batches = [lengths[indices] for indices in self._pass(0)]
         positions = sum(int(batch.max()) * len(batch) for batch in batches)
         return 1.0 - int(self._lengths.sum()) / positions
-
-
-class EpochSampler(Sampler[int]):
-    """Steps of the run in order, an epoch at a time.
-
-    Lightning calls `set_epoch` on a loader's sampler before every epoch.
-
-    Args:
-        epoch_steps: batches of an epoch.
-        epoch: the one to begin with.
-        skip_steps: of that epoch, steps already done.
-    """
-
-    def __init__(self, epoch_steps: int, epoch: int = 0, skip_steps: int = 0) -> None:
-        assert 0 <= skip_steps < epoch_steps
-        self._epoch_steps = epoch_steps
-        self._epoch = epoch
-        self._skip = (epoch, skip_steps)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration."""
-        self._epoch = epoch
-
-    def __len__(self) -> int:
-        return self._epoch_steps - self._skipped
-
-    def __iter__(self) -> Iterator[int]:
-        start = self._epoch * self._epoch_steps
-        return iter(range(start + self._skipped, start + self._epoch_steps))
-
-    @property
-    def _skipped(self) -> int:
-        return self._skip[1] if self._epoch == self._skip[0] else 0
-
-
-def _ceil(dividend: int, divisor: int) -> int:
-    return -(-dividend // divisor)
-
-
-def _listed(numbers: tuple[int, ...] | list[int]) -> str:
-    shown = ", ".join(map(str, numbers[:8]))
-    return f"{shown} and {len(numbers) - 8} more" if len(numbers) > 8 else shown

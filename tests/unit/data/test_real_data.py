@@ -55,11 +55,9 @@ def test_json_lines():
 
 def test_what_the_plan_says_of_pad_and_pack():
     documents = opened("binidx", "default_text_document", 65536)
-    pad = BatchDataset(documents, mode="pad", ctx_len=1024, micro_bsz=4, seed=42).plan
-    assert (pad.cut_documents, pad.lost_tokens) == (5, 25557)
-    assert pad.targets_per_pass == 39582 - 25557 - 33
-    assert pad.batches_per_pass == 9
-    assert 0.3 < pad.padding_share < 0.7
-    pack = BatchDataset(documents, mode="pack", ctx_len=1024, micro_bsz=4, seed=42).plan
-    assert pack.targets_per_pass == pad.targets_per_pass
-    assert (pack.padding_share, pack.batches_per_pass) == (0.0, 4)
+    pad, pack = (BatchDataset(documents, mode=mode, ctx_len=1024, micro_bsz=4, seed=42) for mode in ("pad", "pack"))
+    assert (pad.plan.cut_documents, pad.plan.lost_tokens) == (5, 25557)
+    assert pad.plan.counted_targets_per_pass == pack.plan.counted_targets_per_pass == 39582 - 25557 - 33
+    assert (pad.batches_per_pass, pack.batches_per_pass) == (9, 4)
+    assert 0.3 < pad.plan.padding_share < 0.7
+    assert pack.plan.padding_share == 0.0

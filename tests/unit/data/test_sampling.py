@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 
-from src.data import sampling
+from src.data import passes
 from src.data.batches import IGNORED_TARGET
 from src.data.documents import Documents
-from src.data.sampling import BatchDataset, EpochSampler
+from src.data.passes import EpochSampler
+from src.data.sampling import BatchDataset
 from src.errors import ConfigError, DataError
 
 IGN = IGNORED_TARGET
@@ -36,7 +37,13 @@ def dataset(documents, mode, ctx_len, micro_bsz=1, **options):
 
 
 def one_pass(data):
-    return [data[step] for step in range(data.plan.batches_per_pass)]
+    return [data[step] for step in range(data.batches_per_pass)]
+
+
+def epoch_of(data, number):
+    loader = data.loader()
+    loader.sampler.set_epoch(number)
+    return list(loader)
 
 
 def targets_of(batches):
@@ -106,7 +113,6 @@ class TestContents:
         assert "1 documents left out" in data.plan.statements()[0]
 
 
-
 @pytest.mark.parametrize("mode", ["pad", "only", "pack"])
 class TestPasses:
     def data(self, mode, documents=MANY, **options):
@@ -117,7 +123,7 @@ class TestPasses:
 
     def test_a_pass_holds_every_token_once(self, mode):
         data = self.data(mode)
-        steps = data.plan.batches_per_pass
+        steps = data.batches_per_pass
         for pass_number in (0, 1, 5):
             batches = [data[pass_number * steps + place] for place in range(steps)]
             assert targets_of(batches) == self.expected()
@@ -126,9 +132,9 @@ class TestPasses:
     @pytest.mark.parametrize("world_size", [2, 3, 4, 7, 100])
     def test_ranks_share_a_pass_without_overlap_in_equally_many_steps(self, mode, world_size):
         ranks = [self.data(mode, rank=rank, world_size=world_size) for rank in range(world_size)]
-        assert {len(data) for data in ranks} == {-(-ranks[0].plan.batches_per_pass // world_size)}
+        assert {len(data) for data in ranks} == {-(-ranks[0].batches_per_pass // world_size)}
         batches = [data[step] for step in range(len(ranks[0])) for data in ranks]
-        visits = [i for batch in batches[: ranks[0].plan.batches_per_pass] for i in batch.sample_indices]
+        visits = [i for batch in batches[: ranks[0].batches_per_pass] for i in batch.sample_indices]
         assert sorted(visits) == list(range(53))
 
     @pytest.mark.parametrize("world_size", [2, 5])
@@ -142,10 +148,9 @@ class TestPasses:
                 assert torch.equal(shared[step].tokens, expected.tokens)
 
     def test_an_epoch_is_rounded_up_to_whole_optimizer_steps(self, mode):
-        batches = self.data(mode).plan.batches_per_pass
+        batches = self.data(mode).batches_per_pass
         data = self.data(mode, world_size=2, accumulate=4)
         assert len(data) == -(-batches // 8) * 4
-        assert data.plan.passes_per_epoch == len(data) * 2 / batches >= 1
         assert len(self.data(mode, epoch_steps=9, accumulate=4)) == 12
 
     def test_order_is_a_function_of_seed_and_pass(self, mode):
@@ -163,8 +168,8 @@ class TestPasses:
         whole, short = self.data(mode), self.data(mode, epoch_steps=4)
         assert len(short) == 4
         steps = 3 * len(whole)
-        streamed = [batch for epoch in range(-(-steps // 4)) for batch in short.loader(epoch)][:steps]
-        straight = [batch for epoch in range(3) for batch in whole.loader(epoch)]
+        streamed = [batch for epoch in range(-(-steps // 4)) for batch in epoch_of(short, epoch)][:steps]
+        straight = [batch for epoch in range(3) for batch in epoch_of(whole, epoch)]
         assert [batch.sample_indices for batch in streamed] == [batch.sample_indices for batch in straight]
         assert targets_of(streamed) == sorted(3 * self.expected())
 
@@ -189,7 +194,7 @@ class TestGet:
     def test_an_epoch_is_as_many_windows_as_the_stream_is_long(self):
         assert len(dataset(numbered([50, 51]), "get", 10, micro_bsz=2)) == 6
         assert len(dataset(numbered([50, 51]), "get", 10, micro_bsz=2, world_size=4)) == 2
-        assert dataset(numbered([50, 51]), "get", 10, micro_bsz=2, world_size=4).plan.batches_per_pass == 6
+        assert dataset(numbered([50, 51]), "get", 10, micro_bsz=2, world_size=4).batches_per_pass == 6
 
     @pytest.mark.parametrize("ctx_len", [6, 7, 100])
     def test_data_not_longer_than_a_window_are_refused(self, ctx_len):
@@ -224,10 +229,10 @@ def test_weighted_batches_of_an_optimizer_step_give_the_mean_over_its_targets(mo
 
 def test_passes_are_made_once_even_where_a_step_spans_two(monkeypatch):
     made_passes = []
-    original = sampling.pass_generator
-    monkeypatch.setattr(sampling, "pass_generator", lambda *key: made_passes.append(key[1]) or original(*key))
+    original = passes.pass_generator
+    monkeypatch.setattr(passes, "pass_generator", lambda *key: made_passes.append(key[1]) or original(*key))
     data = dataset(MANY, "pad", 10, 3, accumulate=4)
-    assert data.plan.batches_per_pass % 4, "a step has to span two passes"
+    assert data.batches_per_pass % 4, "a step has to span two passes"
     for step in range(3 * len(data)):
         data[step]
     assert made_passes == sorted(set(made_passes))
@@ -257,22 +262,22 @@ class TestPlan:
     def test_cut_documents_and_padding(self):
         plan = dataset(numbered([4, 6, 11, 13]), "pad", 9, micro_bsz=4).plan
         assert (plan.documents, plan.tokens, plan.cut_documents, plan.lost_tokens) == (4, 34, 2, 4)
-        assert plan.targets_per_pass == plan.counted_targets_per_pass == 3 + 5 + 9 + 9
+        assert plan.counted_targets_per_pass == 3 + 5 + 9 + 9
         assert plan.padding_share == pytest.approx(1 - 26 / 36)
         cut, padding = plan.statements()
         assert cut.startswith("2 of 4 documents are longer than a row and are cut: 4 of 34 tokens (11.8%)")
         assert padding.startswith("28% of the positions are padding")
 
     def test_nothing_to_say(self):
-        plan = dataset(numbered([4, 4]), "pad", 9, micro_bsz=2, epoch_steps=5).plan
-        assert plan.statements() == ()
-        assert (plan.batches_per_pass, plan.batches_per_epoch, plan.passes_per_epoch) == (1, 5, 5.0)
+        data = dataset(numbered([4, 4]), "pad", 9, micro_bsz=2, epoch_steps=5)
+        assert data.plan.statements() == ()
+        assert (data.batches_per_pass, len(data)) == (1, 5)
 
     def test_padding_share_is_what_the_batches_show(self):
         data = dataset(MANY, "pad", 15, micro_bsz=4)
         batches = one_pass(data)
         real = sum(batch.token_count for batch in batches)
-        assert data.plan.targets_per_pass == real
+        assert data.plan.counted_targets_per_pass == real
         assert data.plan.padding_share == pytest.approx(1 - real / sum(b.tokens.numel() for b in batches))
 
     def test_counted_targets(self):
@@ -294,18 +299,12 @@ class TestPlan:
 class TestEpochs:
     def test_steps_run_on_through_epochs(self):
         sampler = EpochSampler(4)
-        assert list(sampler) == [0, 1, 2, 3]
+        assert (list(sampler), len(sampler)) == ([0, 1, 2, 3], 4)
         sampler.set_epoch(2)
         assert list(sampler) == [8, 9, 10, 11]
 
-    def test_a_resumed_epoch_skips_what_is_done_and_the_next_does_not(self):
-        sampler = EpochSampler(4, epoch=1, skip_steps=3)
-        assert (list(sampler), len(sampler)) == ([7], 1)
-        sampler.set_epoch(2)
-        assert (list(sampler), len(sampler)) == ([8, 9, 10, 11], 4)
-
     def test_the_loader_hands_on_whole_batches(self):
         data = dataset(MANY, "pack", 19)
-        loaded = list(data.loader(epoch=1))
+        loaded = epoch_of(data, 1)
         assert len(loaded) == len(data.loader()) == len(data)
         assert torch.equal(loaded[2].tokens, data[len(data) + 2].tokens)

@@ -1,0 +1,128 @@
+"""One endless stream of batches, of which every rank takes its share.
+
+The batches of a run follow each other pass after pass, each pass a permutation of the data that is a
+function of (seed, pass). Ranks take turns: step s of rank r is batch s·world_size + r of the stream. So
+ranks share a pass without overlap, take equally many steps, and n ranks see what one rank sees in n steps.
+Nothing is dropped or repeated: the last batch of a pass may have fewer rows, and a step in which a pass
+ends takes its other batches from the next pass.
+
+An epoch is a number of steps of that stream. One pass means as many as it takes to see all data, rounded
+up to whole optimizer steps; the next epoch goes on where this one ended.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from src.data.documents import Positions
+from src.data.packing import pass_generator
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+BatchT = TypeVar("BatchT", bound="DataclassInstance")
+"""A dataclass with a `step_weight`."""
+
+
+class PassDataset(Dataset[BatchT], ABC):
+    """Every batch of a run, by its step: `dataset[step]` is a pure function of the constructor's arguments.
+
+    Steps count batches of this rank from the start of the run, without end; `len` is an epoch.
+
+    Args:
+        batches_per_pass: of all ranks together.
+        rank: of this process, among `world_size`.
+        world_size: processes that train on batches of their own.
+        epoch_steps: batches of an epoch on each rank; 0 means one pass.
+        accumulate: batches of an optimizer step on each rank; an epoch is rounded up to whole ones.
+    """
+
+    def __init__(
+        self, batches_per_pass: int, *, rank: int = 0, world_size: int = 1, epoch_steps: int = 0, accumulate: int = 1
+    ) -> None:
+        assert accumulate >= 1
+        assert epoch_steps >= 0
+        assert 0 <= rank < world_size
+        self.batches_per_pass = batches_per_pass
+        self._rank = rank
+        self._world_size = world_size
+        self._batches_per_step = accumulate * world_size
+        self._epoch_steps = ceil_div(epoch_steps or ceil_div(batches_per_pass, world_size), accumulate) * accumulate
+        # Two are kept, because an optimizer step may begin in one pass and end in the next.
+        self._pass = lru_cache(maxsize=2)(self._divide)
+
+    @abstractmethod
+    def _divide(self, pass_number: int) -> list[Positions]:
+        """The int64 indices that each batch of a pass is made of, over all ranks."""
+
+    @abstractmethod
+    def _batch(self, number: int) -> BatchT:
+        """The batch with this number, all ranks counted on."""
+
+    @abstractmethod
+    def _weight(self, number: int) -> int:
+        """What that batch weighs against the others of its optimizer step."""
+
+    def __len__(self) -> int:
+        return self._epoch_steps
+
+    def __getitem__(self, step: int) -> BatchT:
+        number = step * self._world_size + self._rank
+        place = number % self._batches_per_step
+        weights = [self._weight(number - place + other) for other in range(self._batches_per_step)]
+        return replace(self._batch(number), step_weight=weights[place] * self._batches_per_step / sum(weights))
+
+    def _indices(self, number: int) -> Positions:
+        """What the batch with this number is made of."""
+        pass_number, place = divmod(number, self.batches_per_pass)
+        return self._pass(pass_number)[place]
+
+    def loader(self) -> DataLoader[BatchT]:
+        """Batches epoch by epoch; see `EpochSampler`. Batches are made in the calling process."""
+        return DataLoader(self, batch_size=None, sampler=EpochSampler(len(self)))
+
+
+class EpochSampler(Sampler[int]):
+    """Steps of the run in order, an epoch of `epoch_steps` at a time.
+
+    Lightning calls `set_epoch` on a loader's sampler before every epoch.
+    """
+
+    def __init__(self, epoch_steps: int) -> None:
+        self._epoch_steps = epoch_steps
+        self._epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the epoch of the next iteration, counted from 0."""
+        self._epoch = epoch
+
+    def __len__(self) -> int:
+        return self._epoch_steps
+
+    def __iter__(self) -> Iterator[int]:
+        start = self._epoch * self._epoch_steps
+        return iter(range(start, start + self._epoch_steps))
+
+
+def shuffled_batches(indices: Positions, batch_size: int, seed: int, pass_number: int) -> list[Positions]:
+    """int64 indices in the order of a pass, `batch_size` at a time; the last batch may have fewer."""
+    order = pass_generator(seed, pass_number).permutation(indices)
+    return np.split(order, range(batch_size, len(order), batch_size))
+
+
+def ceil_div(dividend: int, divisor: int) -> int:
+    """The quotient, rounded up."""
+    return -(-dividend // divisor)
+
+
+def listed(numbers: Sequence[int]) -> str:
+    """The first eight for a message, and how many more."""
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"{shown} and {len(numbers) - 8} more" if len(numbers) > 8 else shown
