@@ -10,6 +10,7 @@ import errno
 import math
 import mmap
 import os
+import re
 import secrets
 import struct
 import sys
@@ -34,6 +35,11 @@ _PREFIXES = ("_forward_module.", "model.")
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 _STATE_SUFFIX = ".att.time_state"
+
+_PAIR_FILE = "pair file"
+
+_REFUSED_GLOBAL = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
+"""How torch names a Python object that it does not load with `weights_only`."""
 
 
 @dataclass(frozen=True)
@@ -390,7 +396,7 @@ def _refuse_other_formats(path: Path, role: str) -> None:
     except FileNotFoundError:
         raise CheckpointError(f"{role} {path} does not exist; {_what_is_there(path)}") from None
     except IsADirectoryError:
-        raise CheckpointError(f"{role} {path} is a directory; name the .pth file itself") from None
+        raise CheckpointError(f"{role} {path} is a directory; name the file itself") from None
     except OSError as error:
         raise CheckpointError(f"{role} {path} cannot be read: {error.strerror}") from error
     if head.startswith(b"PK\x03\x04"):
@@ -411,7 +417,8 @@ def _refuse_other_formats(path: Path, role: str) -> None:
             "trust its origin, because loading this format can run code, convert it once with "
             f"{_conversion(weights_only=False)}"
         )
-    raise CheckpointError(f"{path} is {_describe(head)}, not a {role} written by torch.save (.pth)")
+    writer = "PrepareOrpoDataset.py" if role == _PAIR_FILE else "torch.save (.pth)"
+    raise CheckpointError(f"{path} is {_describe(head)}, not a {role} written by {writer}")
 
 
 def _conversion(weights_only: bool) -> str:
@@ -459,11 +466,10 @@ def _unreadable(path: PathLike, error: Exception) -> str:
     reason = str(error)
     if "TorchScript" in reason:
         return f"{path} is a TorchScript program, not a dict of tensors"
-    marker = "Unsupported global: GLOBAL "
-    if marker in reason:
-        name = reason.partition(marker)[2].split()[0]
+    global_ = _REFUSED_GLOBAL.search(reason)
+    if global_:
         return (
-            f"{path} holds a Python object ({name}) beside tensors, and loading it could run foreign code; "
+            f"{path} holds a Python object ({global_[1]}) beside tensors, and loading it could run foreign code; "
             "save the dict of tensors alone"
         )
     if isinstance(error, OSError) and error.strerror:
@@ -622,8 +628,8 @@ def load_pairs(path: PathLike, vocab_size: int) -> list[PreferencePair]:
         DataError: It holds something else, or tokens outside a vocabulary of `vocab_size`.
     """
     if not Path(path).exists():
-        raise CheckpointError(f"pair file {path} does not exist; make it with PrepareOrpoDataset.py --output_save")
-    _refuse_other_formats(Path(path), "pair file")
+        raise CheckpointError(f"{_PAIR_FILE} {path} does not exist; make it with PrepareOrpoDataset.py --output_save")
+    _refuse_other_formats(Path(path), _PAIR_FILE)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except MemoryError:

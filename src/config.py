@@ -90,7 +90,7 @@ class TrainConfig:
     # Optimizer
     lr_init: float = flag(1.0, "learning rate after warm-up", group="optimizer")
     lr_final: float = flag(0.01, "learning rate at the last step", group="optimizer")
-    warmup_steps: int = flag(10, "optimizer steps; the rate starts at a fifth", group="optimizer")
+    warmup_steps: int = flag(10, "optimizer steps; the rate starts at a fifth; 0 or -1: none", group="optimizer")
     beta1: float = flag(0.9, "Adam", group="optimizer")
     beta2: float = flag(0.99, "Adam", group="optimizer")
     adam_eps: float = flag(1e-8, "Adam", group="optimizer")
@@ -161,6 +161,13 @@ class TrainConfig:
             )
         if self.layerwise_lr == 0 and self.trains_states:
             lines.append("--layerwise_lr 0 has no effect on states: they all have one rate")
+        if self.weight_decay_final > 0 and not self.weight_decay:
+            lines.append(f"--weight_decay_final {self.weight_decay_final:g} has no effect with --weight_decay 0")
+        for spec in dataclasses.fields(self):
+            switch, on = _SWITCHES.get(spec.name, ("", 0))
+            value = getattr(self, spec.name)
+            if switch and value != spec.default and getattr(self, switch) != on:
+                lines.append(f"--{spec.name} {value} has no effect without --{switch} {on}")
         return lines
 
     @classmethod
@@ -202,6 +209,8 @@ class TrainConfig:
             )
         elif self.my_exit < self.epoch_begin:
             problems.append(f"--my_exit {self.my_exit} lies before --epoch_begin {self.epoch_begin}: raise it")
+        if self.warmup_steps < -1:
+            problems.append(f"--warmup_steps {self.warmup_steps} must not be negative: 0 is no warm-up, and so is -1")
         if self.random_seed < -1:
             problems.append(f"--random_seed {self.random_seed} must be at least 0, or -1 to draw one")
         if self.random_seed == -1 and self.devices * self.num_nodes > 1:
@@ -219,10 +228,10 @@ class TrainConfig:
             problems.append("--data_file is missing: name a binidx prefix, a .jsonl or a text file")
         if self.dataload == "only" and self.micro_bsz > 1:
             problems.append(f"--dataload only gives rows of unequal length: --micro_bsz {self.micro_bsz} must be 1")
-        if self.strategy.startswith("deepspeed_stage_3"):
+        if self.strategy.startswith("deepspeed_stage_3") and self.quantised:
             problems.append(
-                f"--strategy {self.strategy} shards every weight, which packed weights cannot take and the layers here "
-                "do not gather: use deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
+                f"--strategy {self.strategy} shards every weight, which packed weights cannot take: use "
+                "deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
             )
         if self.offload_activations and self.grad_cp == 2:
             problems.append("--grad_cp 2 fills a GPU, --offload_activations 1 empties it: use --grad_cp 1 or 0 with it")
@@ -259,8 +268,21 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a", "epoch_steps", "epoch_begin",
-    "epoch_save", "warmup_steps", "lr_init", "lr_final", "adam_eps", "weight_decay", "memory_gib",
+    "epoch_save", "lr_init", "lr_final", "adam_eps", "weight_decay", "memory_gib",
 )  # fmt: skip
+
+# Flags that mean something only when another has this value.
+_SWITCHES: dict[str, tuple[str, int]] = {
+    "quant_type": ("quant", 1),
+    "memory_gib": ("grad_cp", 2),
+    "orpo_type": ("orpo", 1),
+    "orpo_alpha": ("orpo", 1),
+    "orpo_debug": ("orpo", 1),
+    "orpo_shared_prompt": ("orpo", 1),
+    "rlhf_max_corpus_len": ("orpo", 1),
+    "rlhf_train_file": ("orpo", 1),
+    "fapi_logging_address": ("fapi_logging_callback", 1),
+}
 
 _PRETRAINING = "it belongs to pre-training"
 _UNREAD = "the original never read it"

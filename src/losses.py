@@ -272,11 +272,12 @@ def orpo_loss_released(
     def per_row(values: Tensor) -> Tensor:
         return _group_sums(values, rows, 2 * pairs).view(pairs, 2)
 
-    nll = (-per_row(logp * counted)[:, 0] / per_row(counted)[:, 0]).to(logp.dtype)
-    means = (per_row(logp_after * scored) / per_row(scored)).to(logp.dtype)
-    logp_chosen, logp_rejected = means.unbind(1)
-
     is_plain = reject_lengths <= PLAIN_REJECT_TOKENS
+    nll = (-per_row(logp * counted)[:, 0] / per_row(counted)[:, 0]).to(logp.dtype)
+    # A plain pair may score nothing: 0 / 0, though unused, would put NaN into its gradient.
+    scored_counts = torch.where(is_plain[:, None], per_row(scored).clamp(min=1), per_row(scored))
+    logp_chosen, logp_rejected = (per_row(logp_after * scored) / scored_counts).to(logp.dtype).unbind(1)
+
     odds_chosen = torch.where(is_plain, -1.0, logp_chosen)
     odds_rejected = torch.where(is_plain, -1.0, logp_rejected)
     log_odds = (odds_chosen - odds_rejected) - (

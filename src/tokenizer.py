@@ -158,8 +158,8 @@ def tokenizer_for_vocabulary(vocab_size: int) -> Tokenizer:
         return ByteTokenizer()
     raise DataError(
         f"No tokenizer is known for a vocabulary of {vocab_size}: text needs {WORLD_VOCABULARY} (World) or "
-        f"{BYTE_VOCABULARIES.start} to {BYTE_VOCABULARIES.stop - 1} (bytes); --data_type binidx works with "
-        "every vocabulary."
+        f"{BYTE_VOCABULARIES.start} to {BYTE_VOCABULARIES.stop - 1} (bytes); tokens (--data_type "
+        "binidx, or pairs in a .save file) work with every vocabulary."
     )
 
 

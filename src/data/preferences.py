@@ -140,7 +140,7 @@ def _jsonl_rows(path: str, text: str) -> Iterator[PreferenceRow]:
             continue
         try:
             record = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path} line {line} is no JSON ({error}): write one object per line.") from error
         if not isinstance(record, dict):
             raise DataError(f'{path} line {line} is no JSON object: write {{"prompt": …, "chosen": …}}.')
@@ -369,7 +369,10 @@ def pairs_from_tuples(source: str, content: Any, vocab_size: int) -> list[Prefer
 
 
 def _check_tokens(where: str, name: str, tokens: Any, vocab_size: int, remedy: str) -> None:
-    ids = np.asarray(tokens) if isinstance(tokens, list) else None
+    try:
+        ids = np.asarray(tokens) if isinstance(tokens, list) else None
+    except ValueError:  # lists of unequal length inside
+        ids = None
     if ids is None or (ids.size and (ids.ndim != 1 or ids.dtype.kind != "i")):
         raise DataError(f"{where} has no list of token ids as its {name}: {remedy}.")
     if not ids.size:

@@ -2,8 +2,8 @@
 
 Beside `OUT.csv` stands `OUT.csv.run.json`: the settings, a checksum of the input, and how many rows and bytes
 of the CSV are complete. It is replaced after every group, once the group's rows are on the disk. A second
-start cuts off what was written after that and goes on; other settings or another input are refused. It
-stays after the last row, as the record of how the rejects were made.
+start cuts off what was written after that and goes on; other settings or another input are refused once there
+are rows. It stays after the last row, as the record of how the rejects were made.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ class RejectFile:
         settings: everything that the rejects depend on, JSON values by flag name.
 
     Raises:
-        DataError: the file exists but was not begun with these rows and settings, or cannot be written.
+        DataError: the file exists but was not begun by such a run, or its rows with other input or settings, or
+            it cannot be written.
     """
 
     def __init__(self, path: str, rows: Sequence[PreferenceRow], settings: Mapping[str, Any]) -> None:
@@ -135,11 +136,14 @@ class RejectFile:
                 f"--output_csv {self._path} exists and is not the beginning of such a run "
                 f"({self._record_path.name} is missing or unreadable): name another file, or remove it."
             )
+        if not record["rows_done"]:
+            return  # a start that failed, for want of memory or of a model: the next may have other settings
         for name, value in self._record["settings"].items():
             before = record["settings"].get(name)
             if before != value:
+                before, now = (some if some != "" else "left out" for some in (before, value))
                 raise DataError(
-                    f"{self._path} was begun with --{name} {before}, now it is {value}: give the same, or "
+                    f"{self._path} was begun with --{name} {before}, now it is {now}: give the same, or "
                     "name another --output_csv."
                 )
         if record["input_sha256"] != self._record["input_sha256"]:

@@ -133,7 +133,7 @@ def read_jsonl(
     replaced = 0
     for number, line in _lines(path):
         try:
-            record = json.loads(line)
+            record = json.loads(line.rstrip())  # a line break would count as another line, from column 1
             if not isinstance(record, dict):
                 raise _MalformedLine(f"it is {_kind(record)}, expected an object: {LINE_FORMS}")
             parts, blank_lines = _parts(record, template)

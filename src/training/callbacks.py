@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -17,8 +18,12 @@ from torch import Tensor
 from src.data.batches import Batch
 from src.errors import TrainingError
 from src.schedule import Schedule
+from src.training.hardware import global_rank
 from src.training.module import TrainingModule
 from src.training.records import EpochRecord, Sink, StepRecord
+
+_STDERR = 2
+_STOPPING = b"\nfinishing this step, then saving; a second Ctrl-C stops at once, without saving\n"
 
 
 class StepControl(pl.Callback):
@@ -249,6 +254,8 @@ class Stopper(pl.Callback):
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.signal_name is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
+        if self.signal_name is None and global_rank() == 0:
+            os.write(_STDERR, _STOPPING)  # a print could meet another one that the signal interrupted
         self.signal_name = signal.Signals(number).name
 
     def _restore(self) -> None:

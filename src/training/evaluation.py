@@ -48,8 +48,8 @@ class HeldOutPreference:
 
     Attributes:
         nll: cross-entropy of prompt and chosen answer, nats per token.
-        accuracy: share of pairs whose chosen answer has the larger mean log-probability.
-        margin: mean log-probability per token of the chosen answer minus the rejected one's.
+        accuracy: share of pairs whose chosen answer has the larger mean log-probability; NaN without pairs.
+        margin: mean log-probability per token of the chosen answer minus the rejected one's; NaN without pairs.
         pairs: compared pairs, those without a reject left out.
     """
 
@@ -59,6 +59,8 @@ class HeldOutPreference:
     pairs: int
 
     def __str__(self) -> str:
+        if not self.pairs:
+            return f"nll {self.nll:.4f}, no pair has a reject to compare with"
         return f"accuracy {self.accuracy:.1%}, margin {self.margin:+.4f}, nll {self.nll:.4f} over {self.pairs} pairs"
 
 

@@ -109,6 +109,11 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
             notes.append(f"--strategy {config.strategy} needs a GPU: running on a single device instead")
         return Hardware(torch.device("cpu"), config.precision or "fp32", "single", notes)
 
+    if config.strategy.startswith("deepspeed_stage_3"):
+        raise ConfigError(
+            f"--strategy {config.strategy} shards every weight, and the layers here use weights outside of the hooks "
+            "that gather them: use deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
+        )
     visible = torch.cuda.device_count()
     if config.devices > visible:
         raise ConfigError(f"--devices {config.devices} was asked for and {visible} GPU(s) are visible: lower --devices")

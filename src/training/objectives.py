@@ -20,6 +20,7 @@ from src.data.preference_batches import PairForm, PreferenceBatch
 from src.layout import SegmentLayout
 from src.losses import (
     IGNORED_TARGET,
+    PLAIN_REJECT_TOKENS,
     PreferenceLoss,
     Role,
     orpo_loss,
@@ -219,6 +220,13 @@ class PreferenceObjective:
             terms = ", ".join(f"{self.alpha * term:.6f}" for term in result.odds_loss.tolist())
             print(f"preference terms: {terms}", flush=True)
         return {**result.averages(), "pref_percentage": self._running_preference}
+
+    def compares(self, batch: PreferenceBatch) -> bool:
+        """Whether a pair of the batch has a preference term."""
+        if self.orpo_type == 1:
+            return bool((batch.reject_lengths > PLAIN_REJECT_TOKENS).any())
+        rejected = torch.tensor([slot(pair, Role.REJECTED) for pair in range(batch.pairs)])
+        return bool(torch.isin(batch.groups, rejected).any())
 
     def evaluate(self, model: RWKV6, batch: PreferenceBatch) -> PreferenceLoss:
         """The loss and its parts, outside of training."""

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import shlex
 import urllib.request
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -69,8 +70,8 @@ def generate_rejects(config: RejectConfig) -> None:
                 file.append(group, dict(zip(group.generated, answers, strict=True)))
     print(f"written    {config.output_csv}: {len(rows):,} rows, {total:,} with a new reject")
     print(
-        f"next       python PrepareOrpoDataset.py --load_model {config.load_model} --input_csv {config.output_csv} "
-        "--output_save pairs.save --target_pair_count 1000"
+        f"next       python PrepareOrpoDataset.py --load_model {shlex.quote(config.load_model)} "
+        f"--input_csv {shlex.quote(config.output_csv)} --output_save pairs.save --target_pair_count 1000"
     )
 
 
@@ -142,8 +143,8 @@ def prepare_pairs(config: PairConfig) -> PreparedPairs:
     for line in prepared.summary():
         print(line)
     print(f"written    {config.output_save} and {config.text_file}")
-    model = config.load_model or "MODEL.pth"
-    print(f"next       python train.py --orpo 1 --load_model {model} --rlhf_train_file {config.output_save}")
+    model, pairs = shlex.quote(config.load_model or "MODEL.pth"), shlex.quote(config.output_save)
+    print(f"next       python train.py --orpo 1 --load_model {model} --rlhf_train_file {pairs}")
     return prepared
 
 

@@ -91,12 +91,20 @@ def _rounded(config: TrainConfig, work: Work) -> list[str]:
     ]
 
 
+def _course(losses: list[float]) -> str:
+    """Training loss at both ends of the run, each over a tenth of it: single steps differ by their data."""
+    tenth = max(len(losses) // 10, 1)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    scope = f" (means of the first and last {tenth} steps)" if tenth > 1 else ""
+    return f"loss {first:.4f} -> {last:.4f}{scope}"
+
+
 def summary_of(config: TrainConfig, result: RunResult, monitor: TrainingMonitor) -> str:
     lines = [""]
     if result.stopped_by:
         lines.append(f"stopped by {result.stopped_by} after {len(result.losses)} steps; the state so far is saved")
     if result.losses:
-        lines.append(f"steps      {len(result.losses):,}, loss {result.losses[0]:.4f} -> {result.losses[-1]:.4f}")
+        lines.append(f"steps      {len(result.losses):,}, {_course(result.losses)}")
     steady = sorted(monitor.step_seconds[2:])
     if steady:
         lines.append(f"speed      {steady[len(steady) // 2]:.3f} s/step (median)")

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import random
 import re
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping
@@ -43,6 +44,8 @@ from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
 GRADIENT_CLIP = 1.0
 _SMALL_SHARE = 0.01
+_FILE_VALUE_BYTES = 2
+"""Checkpoints are written in bf16."""
 _WRITTEN = re.compile(r"rwkv-(\d+|final|init|last-good)\.pth")
 
 
@@ -65,16 +68,17 @@ def train(config: TrainConfig) -> RunResult:
 def _train(config: TrainConfig, hardware: Hardware) -> RunResult:
     for line in [*config.notes(), *hardware.notes]:
         say(f"note: {line}")
-    folder = _prepare_folder(config)
     shape = _model_shape(config)
-    spare_threads(hardware.device, shape)
     work = prepare_work(config, shape)
+    folder = _prepare_folder(config)
+    _check_room(folder, config, shape)
+    spare_threads(hardware.device, shape)
     schedule = make_schedule(config, work)
     say(plan_of(config, hardware, shape, work, schedule, folder))
 
     model = _load_model(config, hardware, shape, folder)
     choose_recomputation(model, work, config)
-    before = _evaluate("untuned", model, work)
+    before = _evaluate("loaded" if config.load_state else "untuned", model, work)
     if isinstance(work.objective, PreferenceObjective):
         say(_preference_share(model, work, work.objective))
     module = TrainingModule(model, work.objective, config)
@@ -129,6 +133,21 @@ def _prepare_folder(config: TrainConfig) -> Path:
     return folder
 
 
+def _check_room(folder: Path, config: TrainConfig, shape: ModelShape) -> None:
+    """Refuses a folder without room for one checkpoint, before time is spent on training it.
+
+    Raises:
+        ConfigError: naming what is free and what is needed.
+    """
+    needed_bytes = (shape.state_parameter_count if config.trains_states else shape.parameter_count) * _FILE_VALUE_BYTES
+    free_bytes = shutil.disk_usage(folder).free
+    if free_bytes < needed_bytes:
+        raise ConfigError(
+            f"--proj_dir {folder} has {free_bytes / 2**20:.2f} MiB free and one checkpoint takes "
+            f"{needed_bytes / 2**20:.2f}: choose another folder or free some space"
+        )
+
+
 def _model_shape(config: TrainConfig) -> ModelShape:
     """Sizes of the checkpoint, checked against the flags; or those of a fresh model."""
     if not config.load_model:
@@ -150,9 +169,15 @@ def _model_shape(config: TrainConfig) -> ModelShape:
 
 
 def _preference_share(model: RWKV6, work: Work, objective: PreferenceObjective) -> str:
-    """How much of the first micro-batch's loss the preference term is."""
+    """How much of a micro-batch's loss the preference term is: of the first in which a pair has a reject."""
+    batch = next((batch for batch in work.loader if objective.compares(batch)), None)
+    if batch is None:
+        return (
+            "warning: no pair of the first epoch has a reject to compare with, which makes it plain SFT on the chosen "
+            "answers; rlhf_generate_reject.py makes rejects"
+        )
     with torch.no_grad():
-        share = objective.evaluate(model, next(iter(work.loader))).averages()["preference_share"]
+        share = objective.evaluate(model, batch).averages()["preference_share"]
     line = f"preference {share:.2%} of the first loss is the preference term (alpha {objective.alpha:g})"
     if share < _SMALL_SHARE:
         line += (
@@ -275,6 +300,8 @@ def fit(
         if global_rank() == 0:
             _save(module.model, config, last_good)
         raise TrainingError(f"{error}; the weights before this step are in {last_good}") from error
+    except SystemExit as end:  # how Lightning ends after the second Ctrl-C
+        raise KeyboardInterrupt from end
     finally:
         monitor.close()
     return saver.files, monitor, stopper

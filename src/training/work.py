@@ -133,7 +133,7 @@ def make_schedule(config: TrainConfig, work: Work) -> Schedule:
     return Schedule(
         lr_init=config.lr_init,
         lr_final=config.lr_final,
-        warmup_steps=config.warmup_steps,
+        warmup_steps=max(config.warmup_steps, 0),
         total_steps=steps_per_epoch * config.epoch_count,
         first_step=steps_per_epoch * config.epoch_begin,
         weight_decay=config.weight_decay,

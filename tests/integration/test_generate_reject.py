@@ -68,6 +68,17 @@ def test_the_seed_decides(folder: Path) -> None:
     assert run(output_csv="other.csv", seed="1") != first
 
 
+def test_random_numbers_belong_to_the_row_of_the_input(folder: Path) -> None:
+    """Equal prompts get different answers in groups of their own, and a reject filled in by hand changes no other."""
+    for name, third in (("in.csv", ""), ("edited.csv", "by hand")):
+        Path(name).write_text(f"prompt,chosen,reject\na,b,\na,b,\na,b,{third}\na,b,\n", encoding="utf-8")
+    run(batch="1")
+    run(batch="1", input_csv="edited.csv", output_csv="edited-out.csv")
+    rejects, edited = ([row.rejected for row in read_rows(name)] for name in ("out.csv", "edited-out.csv"))
+    assert len(set(rejects)) == 4
+    assert edited == [*rejects[:2], "by hand", rejects[3]]
+
+
 def test_overwrite_replaces_existing_rejects(folder: Path) -> None:
     run(overwrite="1")
     rows = read_rows("out.csv")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import os
 import pickle
 import runpy
 import sys
@@ -183,13 +184,15 @@ def test_a_save_file_that_is_not_ours_is_refused(folder: Path) -> None:
     (folder / "text.save").write_text("prompt,chosen\n")
     (folder / "code.save").write_bytes(pickle.dumps(print))
     torch.save([print], "object.save")
+    torch.save([os.system], "blocked.save")
     (folder / "cut.save").write_bytes((folder / "state.save").read_bytes()[:200])
     for name, expected in [
         ("none.save", "does not exist; make it with PrepareOrpoDataset.py"),
         ("state.save", "holds dict, not a list of preference pairs"),
-        ("text.save", "is a text file, not a pair file"),
+        ("text.save", "is a text file, not a pair file written by PrepareOrpoDataset.py"),
         ("code.save", "is a Python pickle"),
         ("object.save", "holds a Python object"),
+        ("blocked.save", f"holds a Python object ({os.system.__module__}.system)"),
         ("cut.save", "is incomplete"),
     ]:
         with pytest.raises(UserError) as caught:

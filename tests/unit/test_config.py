@@ -134,7 +134,7 @@ class TestRefusals:
             ({"epoch_begin": "4"}, "--epoch_begin 4 leaves nothing to train with --epoch_count 4"),
             ({"dataload": "only", "micro_bsz": "2"}, "--micro_bsz 2 must be 1"),
             ({"strategy": "deepspeed_stage_3"}, "shards every weight"),
-            ({"strategy": "deepspeed_stage_3_offload", "quant": "0"}, "do not gather: use deepspeed_stage_1"),
+            ({"strategy": "deepspeed_stage_3_offload"}, "which packed weights cannot take: use deepspeed_stage_1"),
             (
                 {"train_type": "none", "quant": "1"},
                 "--quant 1 freezes the matrices, --train_type none trains them",
@@ -223,6 +223,22 @@ class TestFlagsOfTheOriginal:
         for flag in ("--load_partial 1", "--data_file data", "--layerwise_lr 0"):
             assert flag in notes
         assert config().notes() == []
+
+    @pytest.mark.parametrize(
+        ("flags", "expected"),
+        [
+            ({"quant": 0, "quant_type": "fp4"}, "--quant_type fp4 has no effect without --quant 1"),
+            ({"memory_gib": 8}, "--memory_gib 8.0 has no effect without --grad_cp 2"),
+            ({"orpo_alpha": 0.3}, "--orpo_alpha 0.3 has no effect without --orpo 1"),
+            ({"rlhf_train_file": "a.save"}, "--rlhf_train_file a.save has no effect without --orpo 1"),
+            ({"weight_decay_final": 0.1}, "--weight_decay_final 0.1 has no effect with --weight_decay 0"),
+        ],
+    )
+    def test_a_flag_without_the_one_it_needs_is_said(self, flags: dict[str, object], expected: str) -> None:
+        assert config(**flags).notes() == [expected]
+
+    def test_a_flag_with_the_one_it_needs_is_not(self) -> None:
+        assert config(grad_cp=2, memory_gib=8, quant_type="fp4").notes() == []
 
 
 def test_a_wrong_flag_is_refused_without_loading_torch() -> None:

@@ -272,6 +272,15 @@ def test_orpo_loss_released_trains_short_rejects_plainly() -> None:
     assert result.averages()["loss_2_odds_ratio"] == 0
 
 
+def test_orpo_loss_released_trains_a_plain_pair_of_which_nothing_is_scored() -> None:
+    """A prompt of one token and no reject leave the rejected row without targets."""
+    logits, _ = check_value_rows()
+    result = released(logits, torch.tensor([[3, 4, 0, 0], [0, 0, 0, 0]]), [0])
+    result.loss.backward()
+    assert result.loss.item() == pytest.approx(-logits[0].log_softmax(-1)[[0, 1], [3, 4]].mean().item(), abs=1e-6)
+    assert torch.isfinite(logits.grad).all()
+
+
 def test_orpo_loss_released_does_not_hide_a_nan() -> None:
     logits, _ = check_value_rows()
     nothing_counted = torch.tensor([[2, 3, 4, 0], [0, 0, 0, 0]])

@@ -120,8 +120,8 @@ def test_the_world_vocabulary():
 
 
 @pytest.mark.parametrize("vocab_size", [0, 256, 513, 50277, 65529, 65537])
-def test_another_vocabulary_is_an_error_that_names_binidx(vocab_size):
-    with pytest.raises(DataError, match=rf"vocabulary of {vocab_size}.*--data_type binidx works with every"):
+def test_another_vocabulary_is_an_error_that_names_what_works(vocab_size):
+    with pytest.raises(DataError, match=rf"vocabulary of {vocab_size}.*--data_type binidx, or pairs in a .save file"):
         tokenizer_for_vocabulary(vocab_size)
 
 

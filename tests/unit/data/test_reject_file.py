@@ -81,6 +81,13 @@ def test_a_removed_output_is_begun_again_with_any_settings(tmp_path: Path) -> No
         assert file.rows_done == 0
 
 
+def test_a_start_without_a_row_does_not_bind_the_next(tmp_path: Path) -> None:
+    with RejectFile(str(tmp_path / "out.csv"), ROWS[:2], {"seed": 2, "batch": 16}):
+        pass
+    assert complete(tmp_path / "out.csv") == complete(tmp_path / "whole.csv")
+    assert json.loads((tmp_path / "out.csv.run.json").read_text())["settings"] == SETTINGS
+
+
 def test_what_is_not_this_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "out.csv"
     path.write_text("somebody's own file")
@@ -92,6 +99,8 @@ def test_what_is_not_this_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     whole = complete(path)
     with pytest.raises(DataError, match="was begun with --seed 1, now it is 2"):
         RejectFile(str(path), ROWS, {**SETTINGS, "seed": 2})
+    with pytest.raises(DataError, match=r"was begun with --seed 1, now it is left out"):
+        RejectFile(str(path), ROWS, {**SETTINGS, "seed": ""})
     with pytest.raises(DataError, match="was begun with other input rows"):
         RejectFile(str(path), ROWS[:-1], SETTINGS)
     assert path.read_bytes() == whole

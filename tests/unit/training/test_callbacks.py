@@ -211,10 +211,11 @@ class TestStopper:
         stopper.on_train_batch_end(loop, made, None, None, 5)
         assert loop.should_stop
 
-    def test_a_second_ctrl_c_stops_at_once(self) -> None:
+    def test_a_second_ctrl_c_stops_at_once(self, capfd: pytest.CaptureFixture[str]) -> None:
         stopper, made = Stopper(SCHEDULE), module()
         stopper.on_train_start(trainer(made), made)
         os.kill(os.getpid(), signal.SIGINT)
+        assert capfd.readouterr().err.count("a second Ctrl-C stops at once, without saving") == 1
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 

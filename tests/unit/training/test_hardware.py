@@ -85,9 +85,10 @@ class TestWithoutGpu:
         assert expected in str(refused.value)
 
     def test_an_engine_becomes_a_single_device_and_says_so(self) -> None:
-        hardware = resolve_hardware(config(strategy="deepspeed_stage_2"))
-        assert hardware.strategy == "single"
-        assert hardware.notes == ["--strategy deepspeed_stage_2 needs a GPU: running on a single device instead"]
+        for strategy in ("deepspeed_stage_2", "deepspeed_stage_3"):
+            hardware = resolve_hardware(config(strategy=strategy, quant=0))
+            assert hardware.strategy == "single"
+            assert hardware.notes == [f"--strategy {strategy} needs a GPU: running on a single device instead"]
 
 
 @pytest.mark.usefixtures("two_gpus")
@@ -123,6 +124,10 @@ class TestWithGpus:
         resolve_hardware(config())
         assert allocator_settings == []
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+
+    def test_weights_are_not_sharded(self) -> None:
+        with pytest.raises(ConfigError, match="weights outside of the hooks that gather them: use deepspeed_stage_1"):
+            resolve_hardware(config(strategy="deepspeed_stage_3_offload", quant=0))
 
     def test_more_devices_than_there_are(self) -> None:
         with pytest.raises(ConfigError, match="--devices 3 was asked for and 2 GPU"):

@@ -25,9 +25,8 @@ def test_shared_prompt_and_two_full_rows_agree(recompute: Recompute) -> None:
     (loss, logs, gradient), (loss_two, logs_two, gradient_two) = results
     assert loss == pytest.approx(loss_two, rel=1e-5)
     assert logs == pytest.approx(logs_two, rel=1e-4, abs=1e-6)
-    # L2Wrap covers a shared prompt once and two full prompts twice: a part in 1e4 of a small term.
     difference = (gradient - gradient_two).norm() / gradient_two.norm()
-    assert difference < 1e-4
+    assert difference < 1e-5
     assert logs["plain_pairs"] == 1
 
 
@@ -44,6 +43,22 @@ def test_released_formula_runs_on_padded_rows_and_logs_the_original_names() -> N
     outcome = outcome_of(PreferenceObjective(0.1, 1), tiny_model(), preference_batch(PairForm.RELEASED, PAIRS[:3]))
     assert torch.isfinite(outcome.loss)
     assert {"pref_percentage", "loss_1_token_chosen", "loss_2_odds_ratio"} <= set(outcome.logs())
+
+
+@pytest.mark.parametrize("debug", [True, False])
+def test_debugging_prints_the_weighted_preference_term_of_every_pair(
+    debug: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    objective = PreferenceObjective(0.3, 0, debug=debug)
+    outcome = outcome_of(objective, tiny_model(), preference_batch(PairForm.SHARED_PROMPT, PAIRS))
+    mean = outcome.logs()["loss_2_odds_ratio"]
+    printed = capsys.readouterr().out
+    if not debug:
+        assert not printed
+        return
+    terms = [float(term) for term in printed.removeprefix("preference terms: ").split(", ")]
+    assert len(terms) == len(PAIRS)
+    assert sum(terms) / len(terms) == pytest.approx(mean, abs=1e-6)
 
 
 def test_packed_and_padded_rows_agree() -> None:

@@ -1,5 +1,6 @@
 """Parts of a run that need no run."""
 
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,10 +10,10 @@ from factories import tiny_checkpoint, tiny_shape
 from running import write_documents
 
 from src.config import TrainConfig
-from src.errors import TrainingError
+from src.errors import ConfigError, TrainingError
 from src.training import run
 from src.training.hardware import Hardware
-from src.training.report import memory_advice
+from src.training.report import _course, memory_advice
 from src.training.work import make_schedule, prepare_work
 
 SHAPE = tiny_shape()
@@ -111,3 +112,40 @@ def test_the_engine_that_runs_is_the_one_the_run_knows(data: Path, monkeypatch: 
     monkeypatch.setattr(run, "_train", lambda config, hardware: seen.append(config))
     run.train(config(data, devices=2))
     assert seen[0].uses_deepspeed
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected"),
+    [
+        ([2.0], "loss 2.0000 -> 2.0000"),
+        ([2.0, 1.0, 1.5], "loss 2.0000 -> 1.5000"),
+        ([3.0, 1.0, *[9.0] * 16, 0.5, 2.5], "loss 2.0000 -> 1.5000 (means of the first and last 2 steps)"),
+    ],
+)
+def test_the_course_of_the_loss_is_no_matter_of_single_steps(losses: list[float], expected: str) -> None:
+    assert _course(losses) == expected
+
+
+@pytest.mark.parametrize("train_type", ["states", "none"])
+def test_a_folder_needs_room_for_a_checkpoint(
+    train_type: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    disk = SimpleNamespace(free=2 * (SHAPE.state_parameter_count if train_type == "states" else SHAPE.parameter_count))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
+    run._check_room(tmp_path, config(data, train_type=train_type), SHAPE)
+    disk.free -= 1
+    with pytest.raises(ConfigError, match="one checkpoint takes"):
+        run._check_room(tmp_path, config(data, train_type=train_type), SHAPE)
+
+
+def test_an_interrupted_loop_is_an_interrupt(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning swallows a KeyboardInterrupt and ends the process with code 1."""
+
+    def fit(*arguments: object) -> None:
+        raise SystemExit(1)
+
+    tiny_checkpoint(tmp_path / "base.pth")
+    chosen = config(data, load_model=tmp_path / "base.pth", proj_dir=tmp_path / "out", accelerator="cpu", quant=0)
+    monkeypatch.setattr(run.pl.Trainer, "fit", fit)
+    with pytest.raises(KeyboardInterrupt):
+        run.train(chosen)
