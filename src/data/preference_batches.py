@@ -29,7 +29,7 @@ from src.data.passes import PassDataset, ceil_div, listed, shuffled_batches
 from src.data.preferences import PreferencePair
 from src.errors import DataError
 from src.layout import SegmentLayout
-from src.losses import IGNORED_TARGET, Role, slot
+from src.losses import IGNORED_TARGET, PLAIN_REJECT_TOKENS, Role, slot
 from src.tokenizer import Tokenizer
 
 
@@ -52,7 +52,7 @@ class PreferenceBatch:
         tokens: int64 [1, T].
         targets: int64 [T], the token to predict at each position; -100 where nothing counts.
         groups: int64 [T]. `losses.slot` of pair and role; with PairForm.RELEASED row numbers, two per pair.
-        reject_lengths: int64 [P], tokens of each rejected answer.
+        reject_lengths: int64 [P], tokens of each rejected answer; 0 where the pair trains on the chosen one alone.
         layout: borders of the segments.
         sample_indices: the pairs, by their place in the data set.
         token_count: positions that are not padding.
@@ -94,7 +94,8 @@ class PreferencePlan:
 
     Attributes:
         pairs: in the data set.
-        plain_pairs: trained on the chosen answer alone, because the rejected one is blank.
+        plain_pairs: trained on the chosen answer alone, because the rejected one is blank or too short.
+        shortest_reject: tokens of the shortest rejected answer that counts.
         shortened_prompts: prompts that lost their beginning.
         shortened_answers: answers that lost their end.
         longest: most tokens of a prompt and of an answer.
@@ -103,6 +104,7 @@ class PreferencePlan:
 
     pairs: int
     plain_pairs: int
+    shortest_reject: int
     shortened_prompts: int
     shortened_answers: int
     longest: int
@@ -112,7 +114,8 @@ class PreferencePlan:
         """What the user should know about the pairs, one sentence each."""
         said = []
         if self.plain_pairs:
-            said.append(f"{self.plain_pairs} of {self.pairs} pairs have no reject and train on the chosen answer.")
+            reject = "reject" if self.shortest_reject == 1 else f"reject of {self.shortest_reject} tokens or more"
+            said.append(f"{self.plain_pairs} of {self.pairs} pairs have no {reject} and train on the chosen answer.")
         if self.shortened_prompts or self.shortened_answers:
             said.append(
                 f"--rlhf_max_corpus_len {self.longest} cuts {self.shortened_prompts} prompts (at their "
@@ -161,7 +164,10 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
             )
         self.source = source
         self._pairs = [pair.shortened(longest) for pair in pairs]
-        self._plain = [_is_blank(pair.rejected, tokenizer) for pair in self._pairs]
+        shortest_reject = PLAIN_REJECT_TOKENS + 1 if form is PairForm.RELEASED else 1
+        self._plain = [
+            len(pair.rejected) < shortest_reject or _is_blank(pair.rejected, tokenizer) for pair in self._pairs
+        ]
         self._form = form
         self._micro_bsz = micro_bsz
         self._seed = seed
@@ -169,6 +175,7 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         self.plan = PreferencePlan(
             pairs=len(pairs),
             plain_pairs=sum(self._plain),
+            shortest_reject=shortest_reject,
             shortened_prompts=sum(len(pair.prompt) > longest for pair in pairs),
             shortened_answers=sum(len(tokens) > longest for pair in pairs for tokens in (pair.chosen, pair.rejected)),
             longest=longest,
@@ -189,7 +196,8 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         segments = _Segments()
         for place, index in enumerate(indices):
             _ADD[self._form](segments, place, self._pairs[index], self._plain[index])
-        return segments.batch(indices, [len(self._pairs[index].rejected) for index in indices])
+        lengths = [0 if self._plain[index] else len(self._pairs[index].rejected) for index in indices]
+        return segments.batch(indices, lengths)
 
     def batches_in_order(self) -> Iterator[PreferenceBatch]:
         """Every pair once, in the order of the data set; for evaluation."""
@@ -294,6 +302,4 @@ _ADD = {
 
 
 def _is_blank(tokens: list[int], tokenizer: Tokenizer | None) -> bool:
-    if not tokens:
-        return True
     return tokenizer is not None and not tokenizer.decode(tokens).strip()

@@ -26,9 +26,9 @@ DEVICE = torch.device("cuda")
 SHAPE = tiny_shape(n_layer=2, n_embd=256, head_size=64)
 
 
-def model_on(device: torch.device, dtype: torch.dtype) -> RWKV6:
+def model_on(device: torch.device, dtype: torch.dtype, quant_type: str | None = None) -> RWKV6:
     tensors = {**tiny_parameters(SHAPE), **tiny_states(SHAPE)}
-    return build_model(tensors, SHAPE, LoadOptions(device, dtype))
+    return build_model(tensors, SHAPE, LoadOptions(device, dtype, quant_type))
 
 
 def pairs() -> list[PreferencePair]:
@@ -70,13 +70,20 @@ def test_prompts_are_read_as_on_the_cpu() -> None:
     torch.testing.assert_close(logits.cpu(), exact, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_rows_are_generated_to_their_limit(dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "quant_type"),
+    [(torch.bfloat16, None), (torch.bfloat16, "nf4"), (torch.bfloat16, "int8"), (torch.float32, None)],
+)
+def test_rows_are_generated_to_their_limit(dtype: torch.dtype, quant_type: str | None) -> None:
     settings = SamplingSettings(max_tokens=20, stop="", top_p=0.9)
     finished: list[tuple[int, int]] = []
     prompts = ["a", "User: hello\n\nAssistant:", "b" * 100]
     answers = generate(
-        model_on(DEVICE, dtype), ByteTokenizer(), prompts, settings, on_finished=lambda *row: finished.append(row)
+        model_on(DEVICE, dtype, quant_type),
+        ByteTokenizer(),
+        prompts,
+        settings,
+        on_finished=lambda *row: finished.append(row),
     )
     assert finished == [(0, 20), (1, 20), (2, 20)]
     assert all(answers)

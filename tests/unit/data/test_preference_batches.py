@@ -58,6 +58,16 @@ def test_shared_prompt_batch_token_by_token() -> None:
     assert (batch.pairs, batch.token_count, batch.target_count) == (2, 9, 9)
 
 
+def test_the_released_form_wants_rejects_of_five_tokens() -> None:
+    rejects = [[], [33, 34, 35, 36], [33, 34, 35, 36, 37], [33] * 8]  # 33 is the byte tokenizer's space
+    pairs = [PreferencePair([1, 2], [4, 5], reject) for reject in rejects]
+    data = dataset(pairs, PairForm.RELEASED, tokenizer=ByteTokenizer())
+    assert data.plan.statements() == (
+        "3 of 4 pairs have no reject of 5 tokens or more and train on the chosen answer.",
+    )
+    assert data.batch(range(4)).reject_lengths.tolist() == [0, 0, 5, 0]
+
+
 def test_two_rows_batch_token_by_token() -> None:
     batch = dataset([PreferencePair([1, 2, 3], [4, 5], [6])], PairForm.TWO_ROWS).batch([0])
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 1, 2, 3]]
