@@ -115,7 +115,8 @@ def _read_ahead(
         return torch.empty(mapped.shape, dtype=mapped.dtype, pin_memory=True).copy_(mapped)
 
     # A thread begins on device 0, where pinning would open a context that another process's GPU pays for.
-    with ThreadPoolExecutor(max_workers=1, initializer=torch.cuda.set_device, initargs=(device,)) as reader:
+    number = torch.cuda.current_device() if device.index is None else device.index
+    with ThreadPoolExecutor(max_workers=1, initializer=torch.cuda.set_device, initargs=(number,)) as reader:
         coming = reader.submit(read, order[0])
         for name, following in zip(order, [*order[1:], None], strict=True):
             tensor = coming.result()

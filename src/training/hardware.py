@@ -141,7 +141,8 @@ def _save_device_memory() -> None:
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
-        torch.cuda.memory._set_allocator_settings("expandable_segments:True")
+        # What torch.cuda.memory._set_allocator_settings, deprecated in torch 2.11, calls.
+        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
 
 
 def spare_threads(device: torch.device, shape: ModelShape) -> None:

@@ -125,6 +125,7 @@ def test_two_runs_are_bitwise_equal() -> None:
 def test_memory_is_one_chunk_of_bf16_logits() -> None:
     hidden, weight, targets = inputs(2048, 128, 65536)
     hidden.requires_grad_()
+    token_logps(hidden[:1], weight, targets[:1])[0].sum().backward()  # cuBLAS allocates its workspaces at first use
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     logp, max_logit = token_logps(hidden, weight, targets, chunk_tokens=256)
@@ -164,8 +165,9 @@ def test_a_packed_head_in_parts_is_the_dense_one(recorded: bool, monkeypatch: py
     dense = torch.cat([part.dequantized() for part in head.parts])
 
     def step() -> tuple[Tensor, Tensor]:
-        loss = head_sft_loss(hidden, head.dense_parts(), targets)
-        return loss.detach(), torch.autograd.grad(loss, hidden)[0]
+        alias = hidden.detach().requires_grad_()  # born on the stream of the recording, if there is one
+        loss = head_sft_loss(alias, head.dense_parts(), targets)
+        return loss.detach(), torch.autograd.grad(loss, alias)[0]
 
     expected_loss = head_sft_loss(hidden, dense, targets)
     (expected,) = torch.autograd.grad(expected_loss, hidden)

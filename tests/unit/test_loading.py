@@ -8,7 +8,7 @@ import torch
 from factories import tiny_parameters, tiny_shape, tiny_states
 from torch import Tensor
 
-from src.loading import LoadOptions, build_model
+from src.loading import LoadOptions, _read_ahead, build_model
 from src.model.parameters import parameter_shapes, quantizable_names, state_shapes
 from src.quant import FrozenHead, FrozenLinear
 
@@ -128,3 +128,28 @@ def test_the_head_is_packed_on_request() -> None:
     hidden = torch.randn(1, 5, SHAPE.n_embd)
     logits, expected = model.logits(hidden), exact.logits(hidden)
     assert 0 < (logits - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_on_the_way_to_a_gpu_tensors_are_read_one_ahead_by_a_thread_of_that_gpu(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU is imagined: what pins memory and chooses a device only notes that it was called."""
+    devices: list[int] = []
+    pinned: list[torch.Tensor] = []
+
+    def pin(*size: object, pin_memory: bool, dtype: torch.dtype) -> Tensor:
+        assert pin_memory
+        pinned.append(torch.zeros(*size, dtype=dtype))  # type: ignore[call-overload]
+        return pinned[-1]
+
+    source = OneAtATime({name: torch.full((2,), number) for number, name in enumerate(("a", "stays", "b", "c"))})
+    monkeypatch.setattr(torch.cuda, "set_device", devices.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch, "empty", pin)
+    order = list(source.tensors)
+    read = [(name, tensor.tolist()) for name, tensor in _read_ahead(source, order, {"stays"}, torch.device(device))]
+    assert read == [(name, [number] * 2) for number, name in enumerate(order)]
+    assert source.taken == order
+    assert devices == [1 if device == "cuda:1" else 0]
+    assert len(pinned) == 3
