@@ -75,9 +75,9 @@ class TrainConfig:
     # Data
     ctx_len: int = flag(1024, "longest row in tokens", group="data")
     dataload: str = flag(
-        "", "pad: whole documents, padded (default for states); only: one document a row; "
-        "pack: documents share rows, states reset at borders; get: windows anywhere (default for none)",
-        ("pad", "only", "pack", "get"), "data",
+        "", "pack: whole documents share a row, states reset at their borders (default for states); pad: one a row, "
+        "padded; only: one alone; get: windows anywhere (default for none)",
+        ("pack", "pad", "only", "get"), "data",
     )  # fmt: skip
     micro_bsz: int = flag(1, "rows (ORPO: pairs) per device and step", group="data")
     accumulate_grad_batches: int = flag(1, "micro-batches per optimizer step", group="data")
@@ -316,7 +316,7 @@ def _with_dependent_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
     if filled.get("quant", -1) == -1:
         filled["quant"] = 0 if full_training else 1
     if not filled.get("dataload"):
-        filled["dataload"] = "get" if full_training else "pad"
+        filled["dataload"] = "get" if full_training else "pack"
     if not filled.get("data_type"):
         filled["data_type"] = _data_type_of(filled.get("data_file", ""))
     return filled

@@ -34,7 +34,7 @@ SFT_FLAGS = {
     "proj_dir": "out/demo-sft",
     "ctx_len": "512",
     "micro_bsz": "2",
-    "epoch_steps": "160",
+    "epoch_steps": "130",
     "epoch_count": "1",
     "lr_init": "5",
     "lr_final": "0.1",

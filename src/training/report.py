@@ -47,6 +47,10 @@ def _counted(parameters: int) -> str:
     return f"{parameters / 1e9:.3g} B" if parameters >= 10**8 else f"{parameters / 1e6:.3g} M"
 
 
+def _several(number: int, noun: str) -> str:
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
 def plan_of(
     config: TrainConfig, hardware: Hardware, shape: ModelShape, work: Work, schedule: Schedule, folder: Path
 ) -> str:
@@ -60,7 +64,12 @@ def plan_of(
     else:
         trainable = f"all {shape.parameter_count:,} weights"
     batch = config.micro_bsz * config.accumulate_grad_batches * config.devices * config.num_nodes
-    rows = f"longest text {config.rlhf_max_corpus_len}" if config.orpo else f"ctx_len {config.ctx_len}"
+    if config.orpo:
+        size = f"{_several(batch, 'pair')} a step at most, longest text {config.rlhf_max_corpus_len}"
+    elif config.dataload == "pack":
+        size = f"{batch * config.ctx_len:,} positions a step at most, ctx_len {config.ctx_len}"
+    else:
+        size = f"{_several(batch, 'row')} a step at most, ctx_len {config.ctx_len}"
     warm_up = f"warm-up {config.warmup_steps} steps"
     if config.warmup_steps >= steps:
         warm_up += f", the run has {steps}: the rate never reaches --lr_init"
@@ -71,8 +80,7 @@ def plan_of(
             f"training   {trainable}",
             f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
             *work.lines,
-            f"steps      {steps:,} ({epochs_of(config)} epochs of {steps_per_epoch:,}), "
-            f"{batch} {'pairs' if config.orpo else 'rows'} a step at most, {rows}",
+            f"steps      {steps:,} ({_several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
             *_rounded(config, work),
             f"rate       {rates} (start, middle, end); {warm_up}",
             f"results    {folder}/",

@@ -76,7 +76,8 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[str, 
     flags = [
         "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
         "--grad_cp", str(row.grad_cp), "--epoch_steps", str(steps), "--epoch_count", "1", "--epoch_save", "0",
-        "--strategy", strategy, "--quant", "1", "--quant_type", "nf4", *row.flags, *extra,
+        "--strategy", strategy, "--quant", "1", "--quant_type", "nf4", *row.flags,
+        *([] if row.orpo else ["--dataload", "pad"]), *extra,
     ]  # fmt: skip
     flags += _preference_flags(folder) if row.orpo else _text_flags(folder, row.ctx_len, steps)
     config = TrainConfig.from_flags(given_train_flags(flags))

@@ -57,7 +57,7 @@ class Prepared:
         given = {"load_model": base, "data_file": data, "proj_dir": folder, "accelerator": "gpu", **flags}
         folder.mkdir(parents=True, exist_ok=True)
         self.folder = folder
-        self.config = TrainConfig.from_flags({name: str(value) for name, value in given.items()})
+        self.config = TrainConfig.from_flags({"dataload": "pad", **{name: str(value) for name, value in given.items()}})
         self.hardware = resolve_hardware(self.config)
         self.work: Work = prepare_work(self.config, SHAPE)
         checkpoint = open_checkpoint(base)

@@ -25,7 +25,7 @@ def test_sft_is_parsed() -> None:
     config = parsed(SFT)
     assert config == TrainConfig(
         load_model="base_model/rwkv-16.pth", load_partial=1, wandb="RWKV-LM State-tuning", proj_dir="1B6-State-Tuning",
-        data_file="dataset/dataset", data_type="binidx", dataload="pad", vocab_size=65536, ctx_len=4096, n_layer=24,
+        data_file="dataset/dataset", data_type="binidx", dataload="pack", vocab_size=65536, ctx_len=4096, n_layer=24,
         n_embd=2048, epoch_steps=1000, epoch_count=1000, beta2=0.999, accelerator="gpu", precision="bf16",
         strategy="deepspeed_stage_1", quant=1, warmup_steps=10,
     )  # fmt: skip

@@ -145,6 +145,17 @@ class TestWhatARunLeaves:
         assert re.search(r"6/6 .*loss \d+\.\d+, lr 0\.6, [\d,]+ tokens/s", finished[0].err)
 
 
+def test_documents_share_rows_by_default(base: Path, data: Path, tmp_path: Path) -> None:
+    given = {"load_model": base, "data_file": data, "proj_dir": tmp_path, "accelerator": "cpu", "epoch_count": 1}
+    ended = run_script("train.py", **given, ctx_len=32)
+    assert ended.code == 0, ended.err
+    assert "--dataload pack" in ended.out
+    assert "positions a step at most, ctx_len 32" in ended.out
+    records = metrics(tmp_path)
+    assert sum(record["tokens"] for record in records) == sum(min(length, 33) - 1 for length in LENGTHS)
+    assert len(records) < len(LENGTHS)
+
+
 class TestEpochs:
     @pytest.mark.parametrize(
         ("flags", "files"),

@@ -44,7 +44,7 @@ REFUSED = (
 
 DEFAULTS = {
     "my_testing": "x060", "train_type": "states", "accelerator": "auto", "strategy": "auto", "devices": 1,
-    "quant": 1, "quant_type": "nf4", "dataload": "pad", "ctx_len": 1024, "micro_bsz": 1, "epoch_steps": 0,
+    "quant": 1, "quant_type": "nf4", "dataload": "pack", "ctx_len": 1024, "micro_bsz": 1, "epoch_steps": 0,
     "epoch_count": 4, "epoch_save": 1, "lr_init": 1.0, "lr_final": 0.01, "warmup_steps": 10, "beta1": 0.9,
     "beta2": 0.99, "adam_eps": 1e-8, "weight_decay": 0.0, "grad_cp": 1, "random_seed": 42, "orpo_type": 0,
     "orpo_alpha": 0.1, "fapi_logging_callback": 0, "accumulate_grad_batches": 1, "num_nodes": 1,
