@@ -379,9 +379,7 @@ class RejectConfig:
     output_csv: str = flag("rlhfoutput.csv", "CSV to write; a second start goes on at its end", group="files")
     overwrite: int = flag(0, "1 also replaces rejects that the input has", (0, 1), "files")
 
-    template: str = flag(
-        "user", "what stands around a prompt", ("user", "question", "input"), "sampling"
-    )
+    template: str = flag("user", "what stands around a prompt", ("user", "question", "input"), "sampling")
     temperature: float = flag(1.0, "0 takes the most probable token", group="sampling")
     top_p: float = flag(0.3, "share of probability that may be sampled, from the top", group="sampling")
     alpha_presence: float = flag(0.0, "taken off the logit of tokens already in the answer", group="sampling")

@@ -44,9 +44,7 @@ class Batch:
     step_weight: float = 1.0
 
 
-def padded_batch(
-    documents: Sequence[Tokens], counted: Sequence[Mask | None], sample_indices: Sequence[int]
-) -> Batch:
+def padded_batch(documents: Sequence[Tokens], counted: Sequence[Mask | None], sample_indices: Sequence[int]) -> Batch:
     """One document per row, padded on the right as far as the longest needs.
 
     Args:
@@ -64,9 +62,7 @@ def padded_batch(
     return _batch(inputs, targets, sample_indices, None, token_count)
 
 
-def packed_batch(
-    documents: Sequence[Tokens], counted: Sequence[Mask | None], sample_indices: Sequence[int]
-) -> Batch:
+def packed_batch(documents: Sequence[Tokens], counted: Sequence[Mask | None], sample_indices: Sequence[int]) -> Batch:
     """All documents one after the other in a single row, with their borders; no padding.
 
     Arguments as for `padded_batch`.

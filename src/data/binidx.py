@@ -52,9 +52,7 @@ def read_binidx(prefix: str, vocab_size: int) -> Documents:
     index_path, tokens_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index_path, tokens_path):
         if not path.is_file():
-            raise DataError(
-                f"{path} is missing: binidx data is {index_path} and {tokens_path}.{_hint(prefix)}"
-            )
+            raise DataError(f"{path} is missing: binidx data is {index_path} and {tokens_path}.{_hint(prefix)}")
     dtype, sizes, offsets = _read_index(index_path)
 
     starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)))[:-1]
@@ -110,8 +108,7 @@ def write_binidx(
                 if len(values) and not limits.min <= values.min() <= values.max() <= limits.max:
                     extreme = values.max() if values.max() > limits.max else values.min()
                     raise DataError(
-                        f"Document {len(sizes)} holds token {extreme}, which {dtype.name} cannot; "
-                        "choose a wider type."
+                        f"Document {len(sizes)} holds token {extreme}, which {dtype.name} cannot; choose a wider type."
                     )
                 file.write(values.astype(DTYPES[codes[0]]).tobytes())
                 sizes.append(len(values))
@@ -170,9 +167,7 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], Positions, Positions]:
     firsts = np.frombuffer(content, "<i8", documents, _HEADER.size + 12 * items)
     if items and sizes.min() < 0:
         index = int(np.argmin(sizes))
-        raise DataError(
-            f"{path} is damaged: document {index} has {sizes[index]} tokens; make the data again."
-        )
+        raise DataError(f"{path} is damaged: document {index} has {sizes[index]} tokens; make the data again.")
     if documents and (firsts.min() < 0 or firsts.max() > items or (np.diff(firsts) < 0).any()):
         raise DataError(
             f"{path} is damaged: its document index does not ascend from 0 to {items}; make the data again."

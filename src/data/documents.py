@@ -76,9 +76,7 @@ class Documents:
                 "input and a target; check how the file was made."
             )
         if stream_counted is not None and not stream_counted.any():
-            raise DataError(
-                f"{source} cannot be used: it holds no answer, and with roles the loss is on answers only."
-            )
+            raise DataError(f"{source} cannot be used: it holds no answer, and with roles the loss is on answers only.")
         short = int(len(sizes) - usable.sum())
         if short:
             kind = unit if short == 1 else f"{unit}s"

@@ -117,9 +117,7 @@ class _Collector:
         )
 
 
-def read_jsonl(
-    path: str, tokenizer: Tokenizer, vocab_size: int, template: ChatTemplate = WORLD_CHAT
-) -> Documents:
+def read_jsonl(path: str, tokenizer: Tokenizer, vocab_size: int, template: ChatTemplate = WORLD_CHAT) -> Documents:
     """Reads JSON lines, one document each; blank lines of the file are passed over.
 
     Of a line's keys "messages" comes first, then "prompt" with "response", then "text", which is
@@ -152,9 +150,7 @@ def read_jsonl(
             raise DataError(f"{path}, line {number}: {str(error).removesuffix('.')}.") from error
     statements = []
     if collector.masked:
-        statements.append(
-            f"Conversations are written in the template {template.name}; the loss is on answers only."
-        )
+        statements.append(f"Conversations are written in the template {template.name}; the loss is on answers only.")
     if replaced:
         subject = "1 run of blank lines" if replaced == 1 else f"{replaced} runs of blank lines"
         statements.append(f"{subject} inside turns replaced by a line break each: a blank line ends a turn.")
@@ -323,6 +319,4 @@ def _wrong_encoding(path: str, content: bytes, line: int, error: UnicodeDecodeEr
             f"{path} is UTF-16, expected UTF-8; convert it: `iconv -f UTF-16 -t UTF-8 {path} > utf8-file`."
         )
     byte = content[error.start] if error.start < len(content) else 0
-    return DataError(
-        f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}: {error.reason}); save the file as UTF-8."
-    )
+    return DataError(f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}: {error.reason}); save the file as UTF-8.")

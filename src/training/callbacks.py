@@ -286,4 +286,3 @@ def _averages(logs: list[dict[str, float]]) -> dict[str, float]:
         values = [row[name] for row in logs if name in row]
         averages[name] = sum(values) / len(values)
     return averages
-

@@ -194,9 +194,7 @@ def _tensors(layout: SegmentLayout) -> list[Tensor]:
 
 def _cloned(layout: SegmentLayout) -> SegmentLayout:
     root_borders, child_borders, parents, previous = (tensor.clone() for tensor in _tensors(layout))
-    return replace(
-        layout, root_borders=root_borders, child_borders=child_borders, parents=parents, previous=previous
-    )
+    return replace(layout, root_borders=root_borders, child_borders=child_borders, parents=parents, previous=previous)
 
 
 def _up(count: int, grain: int) -> int:

@@ -321,9 +321,7 @@ def _sinks(
     sinks: list[Sink] = [FileSink(folder, config, engine), ProgressSink(steps)]
     if config.wandb:
         shape = module.model.shape
-        sinks.append(
-            WandbSink(config, f"{shape.vocab_size} ctx{config.ctx_len} L{shape.n_layer} D{shape.n_embd}")
-        )
+        sinks.append(WandbSink(config, f"{shape.vocab_size} ctx{config.ctx_len} L{shape.n_layer} D{shape.n_embd}"))
     if config.fapi_logging_callback:
         sinks.append(HttpSink(config.fapi_logging_address))
     return sinks

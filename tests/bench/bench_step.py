@@ -69,9 +69,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[str, 
     from src.training.work import make_schedule, prepare_work
 
     layers, channels = SIZES[row.size]
-    shape = ModelShape.from_sizes(
-        n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096
-    )
+    shape = ModelShape.from_sizes(n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096)
     folder = Path(tempfile.mkdtemp())
     flags = [
         "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),

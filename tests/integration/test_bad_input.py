@@ -371,10 +371,7 @@ class TestFlags:
 
     def test_an_unknown_flag_suggests_the_nearest(self, tmp_path: Path) -> None:
         ended = try_train(tmp_path / "out", ctxlen=512)
-        assert (
-            refusal(ended, tmp_path / "out")
-            == "unknown flag --ctxlen: did you mean --ctx_len?"
-        )
+        assert refusal(ended, tmp_path / "out") == "unknown flag --ctxlen: did you mean --ctx_len?"
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
     @pytest.mark.parametrize("accelerator", ["gpu", "cuda"])

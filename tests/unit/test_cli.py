@@ -23,9 +23,7 @@ def test_only_given_flags_are_returned_as_texts() -> None:
 
 
 def test_a_negative_number_is_a_value() -> None:
-    given = given_train_flags(
-        ["--weight_decay_final", "-1", "--random_seed", "-1", "--tiny_att_layer", "-999"]
-    )
+    given = given_train_flags(["--weight_decay_final", "-1", "--random_seed", "-1", "--tiny_att_layer", "-999"])
     assert given == {"weight_decay_final": "-1", "random_seed": "-1", "tiny_att_layer": "-999"}
 
 

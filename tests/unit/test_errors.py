@@ -21,9 +21,7 @@ def test_a_user_error_is_one_line_and_code_2(capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize(("returned", "code"), [(None, 0), (0, 0), (3, 3)])
-def test_the_code_is_what_main_returns(
-    returned: int | None, code: int, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_code_is_what_main_returns(returned: int | None, code: int, capsys: pytest.CaptureFixture[str]) -> None:
     assert ending(lambda: returned, capsys) == (code, "")
 
 
@@ -45,8 +43,6 @@ def test_a_mistake_of_the_programmer_keeps_its_traceback() -> None:
 def test_every_error_of_the_program_is_a_user_error() -> None:
     import src.errors
 
-    kinds = [
-        kind for kind in vars(src.errors).values() if isinstance(kind, type) and issubclass(kind, Exception)
-    ]
+    kinds = [kind for kind in vars(src.errors).values() if isinstance(kind, type) and issubclass(kind, Exception)]
     assert len(kinds) >= 6
     assert all(issubclass(kind, UserError) for kind in kinds)

@@ -8,9 +8,7 @@ from src.data.documents import Documents
 def test_limits_and_counted_targets():
     stream = np.array([1, 2, 3, 4, 5, 6, 7], np.uint16)
     counted = np.array([1, 0, 1, 1, 1, 1, 0], bool)
-    documents = Documents.from_stream(
-        "data", stream, np.array([0, 4]), np.array([4, 3]), 8, stream_counted=counted
-    )
+    documents = Documents.from_stream("data", stream, np.array([0, 4]), np.array([4, 3]), 8, stream_counted=counted)
     assert documents.tokens(0, 3).tolist() == [1, 2, 3]
     assert documents.tokens(1, 9).tolist() == [5, 6, 7]
     assert documents.tokens(1).dtype == np.int64

@@ -40,9 +40,7 @@ def test_every_target_once_at_its_place(batch_tokens, world_size):
         )
     ]
     expected = [
-        (int(token), place)
-        for index in range(6)
-        for place, token in enumerate(documents.tokens(index, 21)[1:])
+        (int(token), place) for index in range(6) for place, token in enumerate(documents.tokens(index, 21)[1:])
     ]
     assert places(batches) == sorted(expected)
     assert all(item.batch.tokens.numel() <= max(batch_tokens, item.batch.tokens.shape[1]) for item in batches)

@@ -118,9 +118,7 @@ def test_parts_agree_on_the_first_of_equal_largest_logits() -> None:
 def test_parts_sum_in_the_dtype_of_whole_heads(dtype: torch.dtype) -> None:
     hidden, weight, targets = inputs(dtype)
     parts = [lambda: weight[:3], lambda: weight[3:]]
-    for whole, by_parts in zip(
-        token_logps(hidden, weight, targets), token_logps(hidden, parts, targets), strict=True
-    ):
+    for whole, by_parts in zip(token_logps(hidden, weight, targets), token_logps(hidden, parts, targets), strict=True):
         assert by_parts.dtype == whole.dtype
         torch.testing.assert_close(by_parts, whole)
 
