@@ -1,6 +1,6 @@
-"""Times the WKV6 operator: this project's CUDA kernel, flash-linear-attention if installed, and the torch form.
+"""Times the WKV6 operator: this project's CUDA kernel, flash-linear-attention if installed, and both torch forms.
 
-    python tests/bench/bench_wkv6.py [--shapes B,T,H ...] [--skip fla torch] [--segment_tokens N ...]
+    python tests/bench/bench_wkv6.py [--shapes B,T,H ...] [--skip fla torch loop] [--segment_tokens N ...]
 
 Prints a markdown table, or, when a quick comparison with float64 fails, the errors and nothing else (exit code
 1).
@@ -9,7 +9,7 @@ Per operator: milliseconds of forward, and of forward + backward with all gradie
 tuning). "GPU" is the sum of kernel times from the profiler; "wall" the median over calls from launch to finish,
 host included, caches flushed between calls. FLA takes a log decay in float32, ours the raw one: "FLA" is its
 operator alone, "FLA + decay" adds that transformation in both directions (the like-for-like figure), "FLA safe"
-also bounds log decay at -20.
+also bounds log decay at -20. "torch form" is the chunked form, "loop" the token by token one (timed once).
 "Floor" is 6 + 10 times the bytes of y (each tensor once, a bf16 checkpoint every 64 tokens) at 4.3 TB/s.
 """
 
@@ -62,8 +62,11 @@ def ours(segment_tokens: int) -> Operator:
     return run
 
 
-def torch_form(x: Inputs) -> Tensor:
-    return wkv6(x["r"], x["k"], x["v"], x["w_raw"], x["u"], x["state"], backend="chunked")[0]
+def in_torch(backend: str) -> Operator:
+    def run(x: Inputs) -> Tensor:
+        return wkv6(x["r"], x["k"], x["v"], x["w_raw"], x["u"], x["state"], backend=backend)[0]
+
+    return run
 
 
 def fla_operators() -> dict[str, Operator]:
@@ -104,7 +107,7 @@ def forward_and_backward(operator: Operator, x: Inputs) -> None:
     torch.autograd.grad(y, wanted(x), x["dy"])
 
 
-def kernel_milliseconds(run: Callable[[], None], repeats: int = 5) -> float:
+def kernel_milliseconds(run: Callable[[], None], repeats: int) -> float:
     run()
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
@@ -159,7 +162,7 @@ def versions() -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description="Times the WKV6 operator on one GPU.")
     parser.add_argument("--shapes", nargs="*", default=SHAPES, metavar="B,T,H")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["fla", "torch", "wall"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["fla", "torch", "loop", "wall"])
     parser.add_argument("--segment_tokens", nargs="*", type=int, default=[0], help="0: the kernel's own choice")
     arguments = parser.parse_args()
 
@@ -174,7 +177,9 @@ def main() -> int:
     if "fla" not in arguments.skip:
         operators |= fla_operators()
     if "torch" not in arguments.skip:
-        operators["torch form"] = torch_form
+        operators["torch form"] = in_torch("chunked")
+    if "loop" not in arguments.skip:
+        operators["loop"] = in_torch("reference")
 
     print(versions())
     print("| shape | operator | GPU fwd | GPU fwd + bwd | wall fwd + bwd | floor |")
@@ -185,10 +190,11 @@ def main() -> int:
         for name, operator in operators.items():
             x = draw(batch, tokens, heads)
             both_ways = partial(forward_and_backward, operator, x)
+            repeats = 1 if name == "loop" else 5
             figures = [
-                f"{kernel_milliseconds(partial(forward_only, operator, x)):.3f}",
-                f"{kernel_milliseconds(both_ways):.3f}",
-                "-" if "wall" in arguments.skip else f"{wall_milliseconds(both_ways):.3f}",
+                f"{kernel_milliseconds(partial(forward_only, operator, x), repeats):.3f}",
+                f"{kernel_milliseconds(both_ways, repeats):.3f}",
+                "-" if "wall" in arguments.skip or name == "loop" else f"{wall_milliseconds(both_ways):.3f}",
                 f"{floor:.3f}",
             ]
             print(f"| B{batch} T{tokens} H{heads} | {name} | {' | '.join(figures)} |", flush=True)
