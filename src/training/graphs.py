@@ -2,9 +2,9 @@
 
 A small model's step is over a thousand kernels of a few microseconds; issued one by one, the GPU waits for
 the host most of the time. `GraphedObjective` records forward, recomputation and backward of an objective for
-a shape of its staged batch when that shape comes the second time, and replays it from then on. The replay
-is an ordinary autograd node that holds the states' gradients, so that gradient accumulation and DeepSpeed's
-hooks see nothing unusual.
+a shape of its staged batch when that shape comes the second time, and replays it from then on. It keeps the
+shapes that come most often. The replay is an ordinary autograd node that holds the states' gradients, so that
+gradient accumulation and DeepSpeed's hooks see nothing unusual.
 
 Batches are padded a little (`padded`) so that few shapes occur: padding comes after what counts, in
 segments of its own in packed rows, and has no target.
@@ -15,8 +15,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import warnings
-from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -35,6 +35,7 @@ from src.quant import SHARED_WORKSPACE
 from src.training.objectives import Objective, Outcome, Staged
 
 _MOST_GRAPHS = 12
+_SPARE_BYTES = 256 * 2**20
 _TOKEN_GRAIN = 128
 _SEGMENT_GRAIN = 8
 
@@ -48,24 +49,29 @@ class GraphedObjective:
     Args:
         objective: stages and computes.
         model: on a GPU, with trained states only and without dropout.
+        memory_gib: device memory the run may use in all; 0 is the whole device.
     """
 
-    def __init__(self, objective: Objective, model: RWKV6) -> None:
+    def __init__(self, objective: Objective, model: RWKV6, memory_gib: float = 0.0) -> None:
         assert model.device.type == "cuda"
         assert model.dropout == 0
         self.objective = objective
         self.model = model
         self._states = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-        self._graphs: OrderedDict[Key, _RecordedStep] = OrderedDict()
-        self._seen: set[Key] = set()
+        self._graphs: dict[Key, _RecordedStep] = {}
+        self._uses: Counter[Key] = Counter()
+        self._gradients: list[Tensor] = []
         self._pool: Any = None
         self._works = True
+        self._limit = int(memory_gib * 2**30)
+        self._others_fit = True
 
     def __call__(self, batch: Any) -> Outcome:
         """Loss of one micro-batch, ready for `backward`."""
         staged = self.objective.stage(self.model, padded(batch), _TOKEN_GRAIN)
         recorded = self._recorded(staged) if self._works else None
         if recorded is None:
+            self._make_room()
             loss, result = self.objective.compute(self.model, staged)
             return Outcome(loss, lambda: self.objective.logs(result))
         recorded.load(staged)
@@ -74,25 +80,71 @@ class GraphedObjective:
 
     def _recorded(self, staged: Staged) -> _RecordedStep | None:
         key = (*_key(staged), *(state.data_ptr() for state in self._states.values()))
+        self._uses[key] += 1
         if key in self._graphs:
-            self._graphs.move_to_end(key)
             return self._graphs[key]
-        if key not in self._seen:
-            self._seen.add(key)
+        worth, given_up = worth_recording(key, self._uses, self._graphs)
+        if not worth:
             return None
-        if len(self._graphs) >= _MOST_GRAPHS:
-            self._graphs.popitem(last=False)
+        if given_up is not None:
+            del self._graphs[given_up]
         self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._gradients = self._gradients or [torch.empty_like(state) for state in self._states.values()]
         try:
-            self._graphs[key] = _RecordedStep(self.objective, self.model, self._states, staged, self._pool)
+            self._graphs[key] = _RecordedStep(
+                self.objective, self.model, self._states, self._gradients, staged, self._pool
+            )
         except RuntimeError as error:  # out of memory is one of them: what runs unrecorded need not fit twice
-            self._works = False
-            self._graphs.clear()
-            torch.cuda.empty_cache()
-            first_line = str(error).splitlines()[0]
-            warnings.warn(f"no CUDA graph can be recorded ({first_line}); steps run unrecorded", stacklevel=2)
+            self._give_up(str(error).splitlines()[0])
             return None
+        self._others_fit = False
         return self._graphs[key]
+
+    def _make_room(self) -> None:
+        """Before a step that is not replayed: gives the recordings up if it does not fit beside their memory.
+
+        Looked at once after every recording, with what a step has needed at most so far.
+        """
+        if self._others_fit:
+            return
+        device = self.model.device
+        torch.cuda.empty_cache()
+        free, total = torch.cuda.mem_get_info(device)
+        if self._limit:
+            free -= max(total - self._limit, 0)
+        step_bytes = torch.cuda.max_memory_allocated(device) - torch.cuda.memory_allocated(device)
+        if free < step_bytes + _SPARE_BYTES:
+            self._give_up("steps of other shapes do not fit beside the recordings")
+        self._others_fit = True
+
+    def _give_up(self, reason: str) -> None:
+        """Goes on without recordings, and frees their memory."""
+        self._works = False
+        self._graphs.clear()
+        torch.cuda.empty_cache()
+        warnings.warn(f"steps run unrecorded from here on: {reason}", stacklevel=2)
+
+
+def worth_recording(
+    key: Key, uses: Mapping[Key, int], recorded: Collection[Key], most: int = _MOST_GRAPHS
+) -> tuple[bool, Key | None]:
+    """Whether a shape is to be recorded now, and which recording is given up for it.
+
+    Recording takes as long as several steps. A shape that takes another's place must have come twice as often, so
+    that shapes which come in turn do not push each other out for ever.
+
+    Args:
+        key: a shape without a recording.
+        uses: how often each shape has come.
+        recorded: shapes with a recording.
+        most: recordings that are kept.
+    """
+    if uses[key] < 2:
+        return False, None
+    if len(recorded) < most:
+        return True, None
+    rarest = min(recorded, key=uses.__getitem__)
+    return uses[key] >= 2 * uses[rarest], rarest
 
 
 class _Step(nn.Module):
@@ -109,19 +161,21 @@ class _Step(nn.Module):
 
 
 class _RecordedStep:
-    """One recorded computation with its fixed inputs, loss and gradients."""
+    """One recorded computation with its fixed inputs and loss; `gradients` are where all recordings leave theirs."""
 
     def __init__(
         self,
         objective: Objective,
         model: RWKV6,
         states: Mapping[str, nn.Parameter],
+        gradients: list[Tensor],
         staged: Staged,
         pool: Any,
     ) -> None:
         tensors = {name: tensor.clone() for name, tensor in staged.tensors.items()}
         layout = None if staged.layout is None else _cloned(staged.layout)
         self.inputs = replace(staged, tensors=tensors, layout=layout)
+        self.gradients = gradients
         # What the workspace holds now is unknown to the recording, and what the recording leaves there is unknown
         # to later eager work: forget both.
         SHARED_WORKSPACE.clear()
@@ -134,9 +188,9 @@ class _RecordedStep:
                 # belong to another stream, and waiting for that one cannot be recorded.
                 aliases = {f"model.{name}": state.detach().requires_grad_() for name, state in states.items()}
                 step = _Step(objective, model)
-                self.loss, self.result, self.gradients = functional_call(
-                    step, aliases, (self.inputs, list(aliases.values()))
-                )
+                self.loss, self.result, found = functional_call(step, aliases, (self.inputs, list(aliases.values())))
+                torch._foreach_copy_(gradients, found)
+                del found
         finally:
             SHARED_WORKSPACE.clear()  # after a failure, too: what was only recorded was never computed
 

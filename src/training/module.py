@@ -37,7 +37,7 @@ class TrainingModule(pl.LightningModule):
         recordable = objective.recordable and model.device.type == "cuda" and model.compute_dtype != torch.float16
         wanted = recordable and config.cuda_graph and config.trains_states and not config.dropout
         wanted = wanted and not config.offload_activations
-        self.graphed = GraphedObjective(objective, model) if wanted else None
+        self.graphed = GraphedObjective(objective, model, config.memory_gib) if wanted else None
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
         if self.loss_scale != 1.0:

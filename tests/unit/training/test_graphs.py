@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +12,8 @@ from tiny_training import PAIRS, preference_batch, state_gradients, tiny_model
 
 from src.data.batches import Batch, packed_batch, padded_batch
 from src.data.preference_batches import PairForm
-from src.training.graphs import padded
+from src.model.rwkv6 import RWKV6
+from src.training.graphs import GraphedObjective, padded, worth_recording
 from src.training.objectives import Objective, PreferenceObjective, SFTObjective
 
 
@@ -55,3 +59,65 @@ def test_batches_of_about_one_size_get_one_shape() -> None:
         batch = padded(packed_batch(documents(*sizes), [None] * len(sizes), range(len(sizes))))
         shapes.add((tuple(batch.tokens.shape), batch.layout.roots, batch.layout.root_tokens))
     assert shapes == {((1, 128), 8, 128)}
+
+
+def recordings(shapes: list[int], most: int) -> list[int]:
+    """Shapes in the order in which they are recorded."""
+    uses: Counter[tuple[int]] = Counter()
+    recorded: set[tuple[int]] = set()
+    order = []
+    for shape in shapes:
+        key = (shape,)
+        uses[key] += 1
+        if key not in recorded:
+            worth, given_up = worth_recording(key, uses, recorded, most)
+            if worth:
+                recorded.discard(given_up)  # type: ignore[arg-type]
+                recorded.add(key)
+                order.append(shape)
+    return order
+
+
+def test_a_shape_is_recorded_when_it_comes_again() -> None:
+    assert recordings([1, 2, 3, 2, 1, 1, 2], most=4) == [2, 1]
+
+
+def test_more_shapes_in_turn_than_recordings_do_not_push_each_other_out() -> None:
+    assert recordings(list(range(10)) * 20, most=4) == [0, 1, 2, 3]
+
+
+def test_a_shape_that_comes_much_more_often_takes_the_rarest_ones_place() -> None:
+    assert recordings([1, 2, 1, 2, 2, 3, 3, 3, 3], most=2) == [1, 2, 3]
+
+
+class TestRoom:
+    """A GPU of 10 GiB, on which a step has needed 3 beside the 2 that stay allocated; imagined."""
+
+    @pytest.fixture
+    def graphed(self, monkeypatch: pytest.MonkeyPatch) -> GraphedObjective:
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**30)
+        monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**30)
+        monkeypatch.setattr(RWKV6, "device", torch.device("cuda"))
+        made = GraphedObjective(SFTObjective(), tiny_model())
+        made._graphs[("recorded",)] = None  # type: ignore[assignment]
+        made._others_fit = False
+        return made
+
+    @pytest.mark.parametrize(("free", "limit", "fits"), [(4, 0, True), (3, 0, False), (6, 8, True), (6, 6, False)])
+    def test_recordings_go_when_other_steps_need_their_memory(
+        self, free: int, limit: int, fits: bool, graphed: GraphedObjective, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free * 2**30, 10 * 2**30))
+        graphed._limit = limit * 2**30
+        with contextlib.nullcontext() if fits else pytest.warns(UserWarning, match="do not fit beside the recordings"):
+            graphed._make_room()
+        assert bool(graphed._graphs) == graphed._works == fits
+        assert graphed._others_fit
+
+    def test_it_is_looked_at_once(self, graphed: GraphedObjective, monkeypatch: pytest.MonkeyPatch) -> None:
+        asked: list[torch.device] = []
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (asked.append(device), (2**34, 2**34))[1])
+        graphed._make_room()
+        graphed._make_room()
+        assert len(asked) == 1
