@@ -148,11 +148,15 @@ def memory_advice(config: TrainConfig, hardware: Hardware) -> str:
         changes.append(f"--micro_bsz {config.micro_bsz // 2} --accumulate_grad_batches {accumulate}")
     if not config.quantised and config.trains_states:
         changes.append("--quant 1 --quant_type nf4")
+    if config.quantised and config.quant_type == "int8":
+        changes.append("--quant_type nf4")
+    if config.quantised and not config.quant_head:
+        changes.append("--quant_head 1")
+    if config.grad_cp == 1 and not config.offload_activations:
+        changes.append("--offload_activations 1")
     if config.orpo:
         changes.append(f"--rlhf_max_corpus_len {max(config.rlhf_max_corpus_len // 2, 1)}")
     else:
         changes.append(f"--ctx_len {max(config.ctx_len // 2, 1)}")
-    if config.quantised and config.quant_type == "int8":
-        changes.append("--quant_type nf4")
     changes += ["a GPU that no other program uses (see nvidia-smi)", "a smaller base model"]
     return f"the GPU ran out of its {total:.1f} GiB; the cheapest ways out: {', or '.join(changes[:3])}"

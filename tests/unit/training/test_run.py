@@ -68,9 +68,10 @@ class TestMemoryAdvice:
                 {"grad_cp": 0, "micro_bsz": 4, "quant": 0},
                 ["--grad_cp 1", "--micro_bsz 2 --accumulate_grad_batches 2", "--quant 1 --quant_type nf4"],
             ),
-            ({}, ["--ctx_len 512", *LAST]),
-            ({"quant_type": "int8"}, ["--ctx_len 512", "--quant_type nf4", LAST[0]]),
-            ({"orpo": 1, "grad_cp": 2}, ["--grad_cp 1", "--rlhf_max_corpus_len 300", LAST[0]]),
+            ({}, ["--quant_head 1", "--offload_activations 1", "--ctx_len 512"]),
+            ({"quant_head": 1, "offload_activations": 1}, ["--ctx_len 512", *LAST]),
+            ({"quant_type": "int8"}, ["--quant_type nf4", "--quant_head 1", "--offload_activations 1"]),
+            ({"orpo": 1, "grad_cp": 2}, ["--grad_cp 1", "--quant_head 1", "--rlhf_max_corpus_len 300"]),
         ],
     )
     def test_the_cheapest_changes(
