@@ -269,7 +269,8 @@ std::tuple<Tensor, Tensor> wkv6(const Tensor& r_given, const Tensor& k_given, co
 }  // namespace
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
-  module.def("wkv6", &wkv6, "y and final state of the RWKV-6 recurrence", pybind11::arg("r"), pybind11::arg("k"),
-             pybind11::arg("v"), pybind11::arg("w_raw"), pybind11::arg("u"), pybind11::arg("state"),
-             pybind11::arg("cu_seqlens") = std::nullopt, pybind11::arg("segment_tokens") = 0);
+  // Wrapped, because it keeps the types of torch's exceptions, that of memory running out above all.
+  module.def("wkv6", torch::wrap_pybind_function(wkv6), "y and final state of the RWKV-6 recurrence",
+             pybind11::arg("r"), pybind11::arg("k"), pybind11::arg("v"), pybind11::arg("w_raw"), pybind11::arg("u"),
+             pybind11::arg("state"), pybind11::arg("cu_seqlens") = std::nullopt, pybind11::arg("segment_tokens") = 0);
 }

@@ -96,7 +96,9 @@ def build_model(
         module = model.get_submodule(name.rpartition(".")[0])
         module.time_state = nn.Parameter(start, requires_grad=not options.train_weights)
     if options.device.type == "cuda":
-        torch.cuda.empty_cache()  # what held the matrices before they were packed
+        # What held the matrices before they were packed, there and here.
+        torch.cuda.empty_cache()
+        getattr(torch._C, "_host_emptyCache", lambda: None)()
     return model.train()
 
 
@@ -112,7 +114,10 @@ def _read_ahead(
         mapped = tensors[name]
         if name in stays or mapped.is_cuda:
             return mapped
-        return torch.empty(mapped.shape, dtype=mapped.dtype, pin_memory=True).copy_(mapped)
+        try:
+            return torch.empty(mapped.shape, dtype=mapped.dtype, pin_memory=True).copy_(mapped)
+        except RuntimeError:  # the system lets no more memory be pinned
+            return mapped
 
     # A thread begins on device 0, where pinning would open a context that another process's GPU pays for.
     number = torch.cuda.current_device() if device.index is None else device.index

@@ -31,6 +31,7 @@ from src.data.preference_batches import PreferenceBatch
 from src.layout import SegmentLayout
 from src.losses import IGNORED_TARGET, Role, slot
 from src.model.rwkv6 import RWKV6
+from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available
 from src.quant import SHARED_WORKSPACE
 from src.training.objectives import Objective, Outcome, Staged
 
@@ -43,12 +44,22 @@ Key = tuple[Any, ...]
 AnyBatch = TypeVar("AnyBatch", Batch, PreferenceBatch)
 
 
+def can_be_recorded(model: RWKV6) -> bool:
+    """Whether nothing in a step waits for the GPU: in bf16 with the operator's kernel.
+
+    The operator in torch reads segment borders on the host. And fp16 could not hold the unscaled loss's gradients.
+    """
+    if model.device.type != "cuda" or model.compute_dtype != torch.bfloat16:
+        return False
+    return model.shape.head_size == CUDA_HEAD_SIZE and kernel_is_available(model.device)
+
+
 class GraphedObjective:
     """Runs an objective, replaying recorded graphs where a shape repeats.
 
     Args:
         objective: stages and computes.
-        model: on a GPU, with trained states only and without dropout.
+        model: one that `can_be_recorded`, with trained states only and without dropout.
         memory_gib: device memory the run may use in all; 0 is the whole device.
     """
 
@@ -94,11 +105,12 @@ class GraphedObjective:
             self._graphs[key] = _RecordedStep(
                 self.objective, self.model, self._states, self._gradients, staged, self._pool
             )
+            self._others_fit = False
+            return self._graphs[key]
         except RuntimeError as error:  # out of memory is one of them: what runs unrecorded need not fit twice
-            self._give_up(str(error).splitlines()[0])
-            return None
-        self._others_fit = False
-        return self._graphs[key]
+            reason = str(error).splitlines()[0]
+        self._give_up(reason)  # not above: the error holds the failed recording's memory
+        return None
 
     def _make_room(self) -> None:
         """Before a step that is not replayed: gives the recordings up if it does not fit beside their memory.
@@ -121,7 +133,8 @@ class GraphedObjective:
         """Goes on without recordings, and frees their memory."""
         self._works = False
         self._graphs.clear()
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # torch 2.11 refuses after a recording that failed
+            torch.cuda.empty_cache()
         warnings.warn(f"steps run unrecorded from here on: {reason}", stacklevel=2)
 
 
@@ -182,6 +195,7 @@ class _RecordedStep:
         torch.cuda.synchronize(model.device)
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(model.device)
         try:
             with _undisturbed(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
                 # Aliases of the states, born on the recording's stream: the parameters' own gradient accumulators
@@ -192,7 +206,9 @@ class _RecordedStep:
                 torch._foreach_copy_(gradients, found)
                 del found
         finally:
-            SHARED_WORKSPACE.clear()  # after a failure, too: what was only recorded was never computed
+            # After a failure, too: what was only recorded was never computed, and torch may stay on its stream.
+            SHARED_WORKSPACE.clear()
+            torch.cuda.set_stream(stream)
 
     def load(self, staged: Staged) -> None:
         """Copies a batch of the same shapes into the recording's inputs."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from src.config import TrainConfig
 from src.model.rwkv6 import RWKV6
-from src.training.graphs import GraphedObjective
+from src.training.graphs import GraphedObjective, can_be_recorded
 from src.training.objectives import Objective, Outcome, outcome_of
 from src.training.offload import KeptOnHost
 
@@ -33,11 +33,9 @@ class TrainingModule(pl.LightningModule):
         self.model = model
         self.objective = objective
         self.config = config
-        # A recording takes its gradients from the unscaled loss, which fp16 cannot hold.
-        recordable = objective.recordable and model.device.type == "cuda" and model.compute_dtype != torch.float16
-        wanted = recordable and config.cuda_graph and config.trains_states and not config.dropout
-        wanted = wanted and not config.offload_activations
-        self.graphed = GraphedObjective(objective, model, config.memory_gib) if wanted else None
+        wanted = config.cuda_graph and config.trains_states and not config.dropout and not config.offload_activations
+        records = wanted and objective.recordable and can_be_recorded(model)
+        self.graphed = GraphedObjective(objective, model, config.memory_gib) if records else None
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
         if self.loss_scale != 1.0:
@@ -50,13 +48,20 @@ class TrainingModule(pl.LightningModule):
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """Loss of one micro-batch; `outcome` keeps the numbers to log."""
+        self.outcome = None  # what it would log belongs to a recording, which may have to go
         if self.graphed:
             outcome = self.graphed(batch)
         else:
-            with KeptOnHost() if self.config.offload_activations else nullcontext():
+            with KeptOnHost(self.model) if self.config.offload_activations else nullcontext():
                 outcome = outcome_of(self.objective, self.model, batch)
         self.outcome = Outcome(outcome.loss.detach(), outcome.logs)
         return outcome.loss * self.loss_scale if self.loss_scale != 1.0 else outcome.loss
+
+    def release_recordings(self) -> None:
+        """Frees the memory of recorded steps, for work after training."""
+        self.graphed = self.outcome = None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         """Leaves the batch on the host: the embedding table may be there, and lengths are needed there."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 _SMALLEST_BYTES = 1 << 20
@@ -14,21 +16,21 @@ _SMALLEST_BYTES = 1 << 20
 class KeptOnHost(saved_tensors_hooks):
     """A context in which tensors that autograd saves leave the GPU and come back when they are wanted.
 
-    Copies go through pinned memory in the order of the stream, so nothing waits for the host. Parameters and what
-    is smaller than 1 MiB stay where they are.
+    Copies go through pinned memory in the order of the stream, so nothing waits for the host. The model's own
+    parameters, views of them, and what is smaller than 1 MiB stay where they are.
     """
 
-    def __init__(self) -> None:
-        super().__init__(_pack, _unpack)
+    def __init__(self, model: nn.Module) -> None:
+        stays = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        super().__init__(partial(_pack, stays=stays), _unpack)
 
 
 def _leaves(tensor: Tensor) -> bool:
-    trained = tensor.is_leaf and tensor.requires_grad
-    return tensor.is_cuda and not trained and tensor.numel() * tensor.element_size() >= _SMALLEST_BYTES
+    return tensor.is_cuda and tensor.numel() * tensor.element_size() >= _SMALLEST_BYTES
 
 
-def _pack(tensor: Tensor) -> Tensor | tuple[torch.device, Tensor]:
-    if not _leaves(tensor):
+def _pack(tensor: Tensor, stays: Collection[int]) -> Tensor | tuple[torch.device, Tensor]:
+    if not _leaves(tensor) or tensor.untyped_storage().data_ptr() in stays:
         return tensor
     on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
     on_host.copy_(tensor, non_blocking=True)

@@ -87,6 +87,7 @@ def _train(config: TrainConfig, hardware: Hardware) -> RunResult:
 
     def finish() -> None:
         _save(model, config, final_file)
+        module.release_recordings()
         after.append(_evaluate("tuned", model, work))
 
     files, monitor, stopper = fit(module, work, schedule, hardware, config, folder, finish)
@@ -106,7 +107,7 @@ def _with_seed(config: TrainConfig) -> TrainConfig:
     if config.random_seed < 0:
         config = dataclasses.replace(config, random_seed=random.SystemRandom().randrange(2**31))
         say(f"note: --random_seed {config.random_seed} was drawn")
-    torch.manual_seed(config.random_seed)
+    torch.manual_seed(config.random_seed + global_rank(config.devices))  # dropout alone draws from it
     return config
 
 

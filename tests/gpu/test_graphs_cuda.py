@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
 
+from src.config import TrainConfig
 from src.data.batches import Batch, packed_batch, padded_batch
 from src.data.preference_batches import PairForm, PreferenceDataset
 from src.data.preferences import PreferencePair
@@ -17,8 +19,10 @@ from src.model.recompute import Recompute
 from src.model.rwkv6 import RWKV6
 from src.quant import SHARED_WORKSPACE
 from src.training.graphs import GraphedObjective, padded
+from src.training.module import TrainingModule
 from src.training.objectives import Objective, PreferenceObjective, SFTObjective, outcome_of
 
+pytest.importorskip("bitsandbytes")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
@@ -101,3 +105,25 @@ def test_eager_work_between_replays_changes_nothing() -> None:
         assert max(losses) - min(losses) < 1e-3
     finally:
         SHARED_WORKSPACE.keep_dequantized = False
+
+
+def test_recordings_that_are_given_up_free_their_memory(tmp_path: Path) -> None:
+    """Through the Lightning module, which keeps the last step's outcome for its logs."""
+    config = TrainConfig.from_flags({"load_model": str(tmp_path), "data_type": "dummy"})
+    made = model(Recompute.NOTHING)
+    module = TrainingModule(made, SFTObjective(), config)
+    assert module.graphed
+    repeated = padded_batch(documents(2000, 2000), [None, None], [0, 1])
+    for step in range(3):
+        module.training_step(repeated, step).backward()
+    assert module.graphed._graphs
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    module.graphed._limit = 1
+    with pytest.warns(UserWarning, match="do not fit beside the recordings"):
+        loss = module.training_step(padded_batch(documents(60), [None], [0]), 3)
+    assert not module.graphed._graphs
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() < before - 2**24
+    loss.backward()
+    assert torch.cuda.current_stream() == torch.cuda.default_stream()

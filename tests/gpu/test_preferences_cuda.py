@@ -17,6 +17,7 @@ from src.model.rwkv6 import RWKV6
 from src.tokenizer import ByteTokenizer
 from src.training.objectives import PreferenceObjective
 
+pytest.importorskip("bitsandbytes")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),

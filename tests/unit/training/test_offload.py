@@ -11,26 +11,33 @@ from src.training.offload import KeptOnHost
 
 @pytest.mark.parametrize("recompute", list(Recompute))
 def test_gradients_are_the_same(recompute: Recompute, monkeypatch: pytest.MonkeyPatch) -> None:
-    moved: list[torch.Size] = []
-
-    def leaves(tensor: torch.Tensor) -> bool:
-        moved.append(tensor.shape)
-        return not (tensor.is_leaf and tensor.requires_grad)
-
-    monkeypatch.setattr(offload, "_leaves", leaves)
+    asked: list[torch.Tensor] = []
+    monkeypatch.setattr(offload, "_leaves", lambda tensor: (asked.append(tensor), True)[1])
     model = tiny_model()
     for block in model.blocks:
         block.recompute = recompute
     tokens = torch.arange(1, 41).view(2, 20)
     expected = state_gradients(model, model(tokens)[0].square().mean())
     model.zero_grad()
-    with KeptOnHost():
+    with KeptOnHost(model):
         loss = model(tokens)[0].square().mean()
-    assert moved
+    assert asked
     torch.testing.assert_close(state_gradients(model, loss), expected, rtol=0, atol=0)
+
+
+def test_parameters_and_views_of_them_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "_leaves", lambda tensor: True)
+    layer = torch.nn.Linear(3, 4).requires_grad_(False)
+    other = torch.zeros(3)
+    pack = KeptOnHost(layer).pack_hook
+    assert pack(layer.weight) is layer.weight
+    view = layer.weight.t()
+    assert pack(view) is view
+    assert pack(other) is not other
+    assert offload._unpack(pack(other)) is not other
 
 
 def test_on_a_cpu_nothing_leaves() -> None:
     kept = torch.zeros(1 << 20)
-    assert offload._pack(kept) is kept
+    assert offload._pack(kept, set()) is kept
     assert offload._unpack(kept) is kept
