@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
+import sys
 import warnings
 from dataclasses import dataclass, field
 from typing import Any
@@ -137,9 +139,12 @@ def _save_device_memory() -> None:
     """Asks torch's allocator and cuBLAS for less idle memory, where the user's environment says nothing.
 
     Both are set before anything is allocated. Segments that grow leave no holes of fixed size; three cuBLAS
-    workspaces of 8 MiB instead of 32 made no step slower (H200, 1.6B and 7B).
+    workspaces of 8 MiB instead of 32 made no step slower (H200, 1.6B and 7B). Segments stay as they are on Windows'
+    Linux (WSL), where drivers of 2026 still fail on growing ones (github.com/pytorch/pytorch/issues/192330).
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    if sys.platform != "linux" or "microsoft" in platform.release().lower():
+        return
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():
         # What torch.cuda.memory._set_allocator_settings, deprecated in torch 2.11, calls.
         torch._C._accelerator_setAllocatorSettings("expandable_segments:True")

@@ -1,6 +1,7 @@
 """From flags to a device and an engine; the machine is imagined."""
 
 import os
+import platform
 
 import pytest
 import torch
@@ -114,6 +115,11 @@ class TestWithGpus:
         resolve_hardware(config())
         assert allocator_settings == ["expandable_segments:True"]
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
+
+    def test_segments_do_not_grow_on_wsl(self, monkeypatch: pytest.MonkeyPatch, allocator_settings: list[str]) -> None:
+        monkeypatch.setattr(platform, "release", lambda: "5.15.90.1-microsoft-standard-WSL2")
+        resolve_hardware(config())
+        assert allocator_settings == []
 
     @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
     def test_what_the_user_says_of_memory_stands(
