@@ -50,18 +50,23 @@ class HeldOutPreference:
         nll: cross-entropy of prompt and chosen answer, nats per token.
         accuracy: share of pairs whose chosen answer has the larger mean log-probability; NaN without pairs.
         margin: mean log-probability per token of the chosen answer minus the rejected one's; NaN without pairs.
-        pairs: compared pairs, those without a reject left out.
+        pairs: compared pairs, those without a reject left out: what accuracy and margin are over.
+        all_pairs: what nll is over.
     """
 
     nll: float
     accuracy: float
     margin: float
     pairs: int
+    all_pairs: int
 
     def __str__(self) -> str:
         if not self.pairs:
-            return f"nll {self.nll:.4f}, no pair has a reject to compare with"
-        return f"accuracy {self.accuracy:.1%}, margin {self.margin:+.4f}, nll {self.nll:.4f} over {self.pairs} pairs"
+            return f"nll {self.nll:.4f} over {self.all_pairs} pairs, none has a reject to compare with"
+        return (
+            f"accuracy {self.accuracy:.1%}, margin {self.margin:+.4f} over {self.pairs} pairs, "
+            f"nll {self.nll:.4f} over {self.all_pairs}"
+        )
 
 
 HeldOut = HeldOutLoss | HeldOutPreference
@@ -78,9 +83,13 @@ def held_out_preference(model: RWKV6, dataset: PreferenceDataset, objective: Pre
             nll.append(result.nll)
             margins.append((result.logp_chosen - result.logp_rejected)[~result.is_plain])
     model.train(was_training)
-    margin = torch.cat(margins)
+    margin, every_nll = torch.cat(margins), torch.cat(nll)
     return HeldOutPreference(
-        float(torch.cat(nll).mean()), float((margin > 0).float().mean()), float(margin.mean()), margin.numel()
+        nll=float(every_nll.mean()),
+        accuracy=float((margin > 0).float().mean()),
+        margin=float(margin.mean()),
+        pairs=margin.numel(),
+        all_pairs=every_nll.numel(),
     )
 
 

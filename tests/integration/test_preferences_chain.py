@@ -32,7 +32,7 @@ COMPARED_NAMES = {"log_odds", "logp_chosen", "logp_rejected", "margin", "accurac
 RUN_NAMES = {
     "step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "seconds", "tokens", "nominal_tokens", "tokens_per_s",
 }  # fmt: skip
-HELD_OUT = r"accuracy (\d+\.\d)%, margin ([+-]\d+\.\d{4}), nll (\d+\.\d{4}) over (\d+) pairs"
+HELD_OUT = r"accuracy (\d+\.\d)%, margin ([+-]\d+\.\d{4}) over (\d+) pairs, nll (\d+\.\d{4}) over (\d+)"
 
 
 @pytest.fixture(scope="module")
@@ -99,9 +99,10 @@ class TestARun:
         before, after = re.search(f"before: {HELD_OUT}", out), re.search(f"after:  {HELD_OUT}", out)
         assert before
         assert after
-        assert (before[4], after[4]) == ("3", "3")
+        assert (before[3], after[3]) == ("3", "3")
+        assert (before[5], after[5]) == ("4", "4")
         assert float(after[2]) > float(before[2])
-        assert float(after[3]) < float(before[3])
+        assert float(after[4]) < float(before[4])
         first = metrics(finished[1])[0]
         assert float(before[1]) == pytest.approx(100 * first["accuracy"], abs=0.051)
         assert float(before[2]) == pytest.approx(first["margin"], abs=1e-4)
@@ -142,7 +143,7 @@ class TestPreferenceShare:
         flags = {"rlhf_train_file": tmp_path / "plain.save", "val_file": tmp_path / "plain.save"}
         out = run(tmp_path / "out", files, orpo_type=orpo_type, **flags).out
         assert "warning: no pair of the first epoch has a reject to compare with" in out
-        assert re.search(r"before: nll \d+\.\d{4}, no pair has a reject to compare with", out)
+        assert re.search(r"before: nll \d+\.\d{4} over \d+ pairs, none has a reject to compare with", out)
         assert "nan" not in out
 
 
@@ -328,4 +329,4 @@ def test_a_trained_model_learns_to_prefer_a_style(test_data: Path, tmp_path: Pat
     assert float(before[1]) < 40
     assert float(after[1]) > 75
     assert float(after[2]) > float(before[2]) + 0.15
-    assert float(after[3]) < float(before[3])
+    assert float(after[4]) < float(before[4])
