@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # for `from factories import ...
 
 
 @pytest.fixture(scope="session")
-def test_data() -> Path:
+def real_inputs() -> Path:
     """The folder of real inputs; tests that want it are skipped where there is none."""
     folder = os.environ.get("RWKV_TEST_DATA", "")
     if not folder:

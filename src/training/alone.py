@@ -1,7 +1,7 @@
 """The communication of a run of one process: none.
 
 DeepSpeed's engine reduces gradients and asks for norms through collectives even when it is alone. NCCL keeps
-900 MiB of a GPU for that, gloo sends every gradient to the host and back. For a group of one process each
+over 900 MiB of a GPU for that (H200, two groups), gloo sends every gradient to the host and back. For a group of one process each
 collective's result is its input, so here nothing moves.
 """
 

@@ -35,7 +35,8 @@ class TrainingModule(pl.LightningModule):
         self.config = config
         wanted = config.cuda_graph and config.trains_states and not config.dropout and not config.offload_activations
         records = wanted and objective.recordable and can_be_recorded(model)
-        self.graphed = GraphedObjective(objective, model, config.memory_gib) if records else None
+        limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
+        self.graphed = GraphedObjective(objective, model, limit_gib) if records else None
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
         if self.loss_scale != 1.0:

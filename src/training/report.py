@@ -54,6 +54,7 @@ def _several(number: int, noun: str) -> str:
 def plan_of(
     config: TrainConfig, hardware: Hardware, shape: ModelShape, work: Work, schedule: Schedule, folder: Path
 ) -> str:
+    """What will be trained on what, how long, and where results go: a line each, before the model is read."""
     steps_per_epoch = work.batches_per_epoch // config.accumulate_grad_batches
     steps = steps_per_epoch * epochs_of(config)
     rates = ", ".join(f"{schedule.learning_rate(step):.4g}" for step in (0, steps // 2, max(steps - 1, 0)))
@@ -70,8 +71,8 @@ def plan_of(
         size = f"{batch * config.ctx_len:,} positions a step at most, ctx_len {config.ctx_len}"
     else:
         size = f"{_several(batch, 'row')} a step at most, ctx_len {config.ctx_len}"
-    warm_up = f"warm-up {config.warmup_steps} steps"
-    if config.warmup_steps >= steps:
+    warm_up = f"warm-up {_several(schedule.warmup_steps, 'step')}"
+    if schedule.warmup_steps >= steps:
         warm_up += f", the run has {steps}: the rate never reaches --lr_init"
     return "\n".join(
         [
@@ -108,6 +109,7 @@ def _course(losses: list[float]) -> str:
 
 
 def summary_of(config: TrainConfig, result: RunResult, monitor: TrainingMonitor) -> str:
+    """What came of the run, and the next commands: a line each."""
     lines = [""]
     if result.stopped_by:
         lines.append(f"stopped by {result.stopped_by} after {len(result.losses)} steps; the state so far is saved")
@@ -139,6 +141,7 @@ def summary_of(config: TrainConfig, result: RunResult, monitor: TrainingMonitor)
 
 
 def memory_advice(config: TrainConfig, hardware: Hardware) -> str:
+    """One sentence for a GPU that is full: its size and the three cheapest changes, in order."""
     total = torch.cuda.get_device_properties(hardware.device).total_memory / 2**30
     changes = []
     if config.grad_cp != 1:

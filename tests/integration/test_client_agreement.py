@@ -54,7 +54,7 @@ def random_model(folder: Path, request: pytest.FixtureRequest) -> Path:
 
 def trained_model(folder: Path, request: pytest.FixtureRequest) -> Path:
     """The real one: 12 layers, 16 heads of size 8, vocabulary 256."""
-    path: Path = request.getfixturevalue("test_data") / "tiny-rwkv6-3m-utf16.pth"
+    path: Path = request.getfixturevalue("real_inputs") / "tiny-rwkv6-3m-utf16.pth"
     return path
 
 

@@ -169,8 +169,8 @@ def test_an_ended_merge_leaves_the_output_as_it_was(
     assert load_state(inputs / "merged.pth", tiny_shape())
 
 
-def test_the_real_model_is_merged(tmp_path: Path, test_data: Path) -> None:
-    base = test_data / "tiny-rwkv6-3m-utf16.pth"
+def test_the_real_model_is_merged(tmp_path: Path, real_inputs: Path) -> None:
+    base = real_inputs / "tiny-rwkv6-3m-utf16.pth"
     shape = open_checkpoint(base).info.shape
     states = tiny_state_file(tmp_path / "state.pth", shape)
     run = merge(tmp_path, str(base), "state.pth", "merged.pth")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from factories import tiny_checkpoint
 from original_commands import ORPO, PAIRS, REJECTS, SFT, replaced, words
-from running import RUN_FILES, files_in, metrics, run_script, write_documents
+from running import RUN_FILES, Ended, files_in, metrics, run_script, write_documents
 
 from src.cli import given_train_flags
 from src.config import TrainConfig
@@ -54,14 +54,20 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.F
     return tmp_path
 
 
-def check_sft_runs(workplace: Path) -> None:
-    """Runs the SFT command with accelerator, sizes and epochs replaced; two steps."""
-    arguments = replaced(words(SFT), accelerator="cpu", n_layer="2", n_embd="64", epoch_steps="2", epoch_count="1")
+def two_steps(command: str, folder: Path, n_embd: str) -> Ended:
+    """Runs a training command with accelerator, sizes and epochs replaced, and looks at what it leaves in `folder`."""
+    sizes = {"n_layer": "2", "n_embd": n_embd, "epoch_steps": "2", "epoch_count": "1"}
+    arguments = replaced(words(command), accelerator="cpu", **sizes)
     ended = run_script("train.py", *arguments)
     assert ended.code == 0, ended.err
-    folder = workplace / "1B6-State-Tuning"
     assert files_in(folder) - {"wandb"} == {*RUN_FILES, "rwkv-0.pth"}
     assert len(metrics(folder)) == 2
+    return ended
+
+
+def check_sft_runs(workplace: Path) -> None:
+    """Runs the SFT command."""
+    ended = two_steps(SFT, workplace / "1B6-State-Tuning", n_embd="64")
     assert "--strategy deepspeed_stage_1 needs a GPU: running on a single device instead" in ended.out
     assert "--load_partial 1 is not needed" in ended.out
 
@@ -70,9 +76,9 @@ def test_sft_runs(workplace: Path) -> None:
     check_sft_runs(workplace)
 
 
-def test_sft_runs_on_the_originals_sample(workplace: Path, test_data: Path) -> None:
+def test_sft_runs_on_the_originals_sample(workplace: Path, real_inputs: Path) -> None:
     for suffix in (".bin", ".idx"):
-        shutil.copy(test_data / f"default_text_document{suffix}", workplace / "dataset" / f"dataset{suffix}")
+        shutil.copy(real_inputs / f"default_text_document{suffix}", workplace / "dataset" / f"dataset{suffix}")
     check_sft_runs(workplace)
 
 
@@ -131,12 +137,8 @@ def test_the_three_orpo_commands_run_one_after_the_other(preference_workplace: P
     assert json.loads(texts[1]) == {"text": "User: 雨是什么？\n\nAssistant: 从云里落下的水。\n\n"}
     assert len(texts) == 1000
 
-    arguments = replaced(words(ORPO), accelerator="cpu", n_layer="2", n_embd="32", epoch_steps="2", epoch_count="1")
-    ended = run_script("train.py", *arguments)
-    assert ended.code == 0, ended.err
     folder = preference_workplace / "2BStateOrpo12"
-    assert files_in(folder) - {"wandb"} == {*RUN_FILES, "rwkv-0.pth"}
-    assert len(metrics(folder)) == 2
+    ended = two_steps(ORPO, folder, n_embd="32")
     states = torch.load(folder / "rwkv-final.pth", weights_only=True)
     assert set(states) == {"blocks.0.att.time_state", "blocks.1.att.time_state"}
     assert all(state.isfinite().all() and state.any() for state in states.values())

@@ -133,8 +133,8 @@ def test_writing_into_a_mapped_tensor_does_not_reach_the_file(tmp_path: Path) ->
     assert open_checkpoint(tmp_path / "model.pth")["emb.weight"].any()
 
 
-def test_the_real_model_opens(test_data: Path) -> None:
-    checkpoint = open_checkpoint(test_data / "tiny-rwkv6-3m-utf16.pth")
+def test_the_real_model_opens(real_inputs: Path) -> None:
+    checkpoint = open_checkpoint(real_inputs / "tiny-rwkv6-3m-utf16.pth")
     assert (checkpoint.info.dtype, checkpoint.info.prefix) == ("bfloat16", "")
     assert checkpoint.info.shape.n_layer == 12
     assert len(checkpoint) == 28 * 12 + 6
@@ -818,8 +818,8 @@ def test_a_state_of_another_model_is_not_merged(tmp_path: Path) -> None:
     assert not (tmp_path / "merged.pth").exists()
 
 
-def test_the_real_model_is_merged(tmp_path: Path, test_data: Path) -> None:
-    base = open_checkpoint(test_data / "tiny-rwkv6-3m-utf16.pth")
+def test_the_real_model_is_merged(tmp_path: Path, real_inputs: Path) -> None:
+    base = open_checkpoint(real_inputs / "tiny-rwkv6-3m-utf16.pth")
     states = tiny_state_file(tmp_path / "state.pth", base.info.shape)
-    merge_state(test_data / "tiny-rwkv6-3m-utf16.pth", tmp_path / "state.pth", tmp_path / "merged.pth")
+    merge_state(real_inputs / "tiny-rwkv6-3m-utf16.pth", tmp_path / "state.pth", tmp_path / "merged.pth")
     assert_same_tensors(open_checkpoint(tmp_path / "merged.pth"), {**base, **states})

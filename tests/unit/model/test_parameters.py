@@ -62,8 +62,8 @@ def test_sizes_are_read_back_from_shapes(shape: ModelShape) -> None:
     assert key_problems(shapes | state_shapes(shape), shape) == []
 
 
-def test_keys_and_their_order_are_those_of_a_real_file(test_data: Path) -> None:
-    path = test_data / "tiny-rwkv6-3m-utf16.pth"
+def test_keys_and_their_order_are_those_of_a_real_file(real_inputs: Path) -> None:
+    path = real_inputs / "tiny-rwkv6-3m-utf16.pth"
     real = {key: tuple(tensor.shape) for key, tensor in torch.load(path, weights_only=True, mmap=True).items()}
     shape = ModelShape.from_shapes(real)
     assert shape == ModelShape(

@@ -28,6 +28,10 @@ def test_every_result_is_its_input() -> None:
     gathered = [torch.zeros(2)]
     dist.all_gather(gathered, given)
     assert gathered[0].tolist() == [1.0, -2.0]
+    together = torch.zeros(2)
+    gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.13
+    gather(together, given)
+    assert together.tolist() == [1.0, -2.0]
     objects = [{"name": 1}]
     dist.broadcast_object_list(objects, 0)
     assert objects == [{"name": 1}]

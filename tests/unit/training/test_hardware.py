@@ -2,6 +2,7 @@
 
 import os
 import platform
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -201,6 +202,14 @@ class TestTrainerArguments:
         assert {name: tensor.dtype for name, tensor in converted.state_dict().items()} == before
         batch = torch.zeros(2, dtype=torch.float64)
         assert precision.convert_input(batch) is batch
+
+    def test_the_loss_is_divided_by_the_accumulated_batches_once(self) -> None:
+        """By Lightning; the engine is told not to do it again."""
+        hardware = Hardware(torch.device("cuda"), "bf16", "deepspeed_stage_1")
+        precision = trainer_arguments(hardware, config(strategy="deepspeed_stage_1"), 1)["strategy"].precision_plugin
+        engine, loss = Mock(), torch.ones(())
+        precision.backward(loss, Mock(trainer=Mock(model=engine)), None)
+        engine.backward.assert_called_once_with(loss, scale_wrt_gas=False)
 
 
 class TestRank:

@@ -105,3 +105,18 @@ class TestLossScale:
 def test_batches_stay_on_the_host() -> None:
     batch = object()
     assert module().transfer_batch_to_device(batch, torch.device("meta"), 0) is batch
+
+
+def test_the_model_stays_where_it_is_after_training() -> None:
+    made = module()
+    made.model.to("meta")  # stands for a GPU
+    assert made.cpu() is made
+    assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
+
+
+def test_recordings_and_what_refers_to_them_are_released() -> None:
+    made = module()
+    made.training_step(3.0, 0)
+    assert made.outcome is not None
+    made.release_recordings()
+    assert made.graphed is made.outcome is None
