@@ -1,8 +1,8 @@
 """The communication of a run of one process: none.
 
 DeepSpeed's engine reduces gradients and asks for norms through collectives even when it is alone. NCCL keeps
-over 900 MiB of a GPU for that (H200, two groups), gloo sends every gradient to the host and back. For a group of one process each
-collective's result is its input, so here nothing moves.
+over 900 MiB of a GPU for that (H200, two groups), gloo sends every gradient to the host and back. For a group
+of one process each collective's result is its input, so here nothing moves.
 """
 
 from __future__ import annotations
