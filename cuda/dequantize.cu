@@ -6,6 +6,8 @@
 
 #include <cuda_bf16.h>
 
+#include <type_traits>
+
 #include "dequantize.h"
 
 namespace dequantize {
@@ -44,7 +46,27 @@ __device__ __forceinline__ int value_index(uint2 raw, int i) {
 template <int kBits, bool kDouble>
 __global__ void __launch_bounds__(kThreads) to_bf16_kernel(Packed matrix, uint4* __restrict__ output) {
   using Raw = typename Traits<kBits>::Raw;
+  using Absmax = std::conditional_t<kDouble, uint8_t, float>;
   constexpr unsigned kVectorsPerBlock = Traits<kBits>::kBlock / kVector;
+  const Raw* packed = static_cast<const Raw*>(matrix.packed);
+  const unsigned vectors = unsigned(matrix.count / kVector);
+  const unsigned stride = gridDim.x * kThreads;
+  unsigned start = blockIdx.x * kThreads + threadIdx.x;
+  Raw raw[kUnroll];
+  Absmax absmax[kUnroll];
+  float absmax_scale[kUnroll];
+  const auto fetch = [&] {
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const unsigned vector = min(start + u * stride, vectors - 1);
+      raw[u] = __ldcs(packed + vector);  // read once: leave the L2 cache to the output
+      const unsigned block = vector / kVectorsPerBlock;
+      absmax[u] = __ldg(static_cast<const Absmax*>(matrix.absmax) + block);
+      if (kDouble) absmax_scale[u] = __ldg(matrix.absmax_scale + block / kAbsmaxBlock);
+    }
+  };
+  fetch();  // on its way while the tables are filled
+
   __shared__ float value_code[Traits<kBits>::kCodes];
   __shared__ float absmax_code[kDouble ? 256 : 1];
   for (int i = threadIdx.x; i < Traits<kBits>::kCodes; i += kThreads) value_code[i] = matrix.value_code[i];
@@ -54,34 +76,23 @@ __global__ void __launch_bounds__(kThreads) to_bf16_kernel(Packed matrix, uint4*
   const float offset = kDouble ? *matrix.absmax_offset : 0.0f;
   __syncthreads();
 
-  const Raw* packed = static_cast<const Raw*>(matrix.packed);
-  const unsigned vectors = unsigned(matrix.count / kVector);
-  const unsigned stride = gridDim.x * kThreads;
-  for (unsigned start = blockIdx.x * kThreads + threadIdx.x; start < vectors; start += kUnroll * stride) {
-    Raw raw[kUnroll];
-    float absmax[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      const unsigned vector = min(start + u * stride, vectors - 1);
-      raw[u] = __ldg(packed + vector);
-      const unsigned block = vector / kVectorsPerBlock;
-      if (kDouble) {
-        const int q = __ldg(static_cast<const uint8_t*>(matrix.absmax) + block);
-        // Rounded twice, as bitsandbytes' two kernels do.
-        absmax[u] = __fadd_rn(__fmul_rn(absmax_code[q], __ldg(matrix.absmax_scale + block / kAbsmaxBlock)), offset);
-      } else {
-        absmax[u] = __ldg(static_cast<const float*>(matrix.absmax) + block);
-      }
-    }
+  for (; start < vectors; start += kUnroll * stride, fetch()) {
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const unsigned vector = start + u * stride;
       if (vector >= vectors) break;
+      float scale;
+      if constexpr (kDouble) {
+        // Rounded twice, as bitsandbytes' two kernels do.
+        scale = __fadd_rn(__fmul_rn(absmax_code[absmax[u]], absmax_scale[u]), offset);
+      } else {
+        scale = absmax[u];
+      }
       uint32_t pair[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const __nv_bfloat162 rounded = __floats2bfloat162_rn(value_code[value_index(raw[u], 2 * i)] * absmax[u],
-                                                             value_code[value_index(raw[u], 2 * i + 1)] * absmax[u]);
+        const __nv_bfloat162 rounded = __floats2bfloat162_rn(value_code[value_index(raw[u], 2 * i)] * scale,
+                                                             value_code[value_index(raw[u], 2 * i + 1)] * scale);
         pair[i] = *reinterpret_cast<const uint32_t*>(&rounded);
       }
       output[vector] = make_uint4(pair[0], pair[1], pair[2], pair[3]);

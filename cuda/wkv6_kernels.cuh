@@ -514,20 +514,25 @@ WKV6_DEVICE void decays(const uint32_t (&w)[4], int count, float (&decay)[2][2][
   }
 }
 
-// state = whole * state + operand^T rows: `operand` channel x token, `rows` a tile token x value in shared memory.
-WKV6_DEVICE void advance(float (&state)[8][4], float whole0, float whole1, const uint32_t (&operand)[4], uint32_t rows,
-                         const uint32_t (&offset)[4]) {
+// state += operand rows: `operand` channel x token, `rows` a tile token x value in shared memory.
+WKV6_DEVICE void add_product(float (&state)[8][4], const uint32_t (&operand)[4], uint32_t rows,
+                             const uint32_t (&offset)[4]) {
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     uint32_t m[4];
     load_matrices_transposed(rows + offset[step], m);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      float (&x)[4] = state[2 * step + half];
-      x[0] *= whole0, x[1] *= whole0, x[2] *= whole1, x[3] *= whole1;
-      multiply_add(x, operand[0], operand[1], operand[2], operand[3], m[2 * half], m[2 * half + 1]);
-    }
+    multiply_add(state[2 * step], operand[0], operand[1], operand[2], operand[3], m[0], m[1]);
+    multiply_add(state[2 * step + 1], operand[0], operand[1], operand[2], operand[3], m[2], m[3]);
   }
+}
+
+// state = whole * state + operand rows; whole0 and whole1 of this thread's two channels.
+WKV6_DEVICE void advance(float (&state)[8][4], float whole0, float whole1, const uint32_t (&operand)[4], uint32_t rows,
+                         const uint32_t (&offset)[4]) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+    state[n][0] *= whole0, state[n][1] *= whole0, state[n][2] *= whole1, state[n][3] *= whole1;
+  add_product(state, operand, rows, offset);
 }
 
 // A [value, key] matrix in global memory <-> fragments with rows = own key channels, columns = values.
@@ -571,7 +576,9 @@ WKV6_DEVICE void store_state(float* to, const float (&state)[8][4]) {
 }
 
 // What a segment does to a state that passes through it: state' = decay * state + added. Forward in time from k, w_raw,
-// v; for gradients (kBackward) backward in time, from r, w_raw, dy.
+// v; for gradients (kBackward), which pass backward in time, from r, w_raw, dy. Tiles are read in the opposite
+// direction to the state's, so that the tiles which the next kernel wants first are the last to have come into the L2
+// cache.
 struct Summary {
   Wkv6Layout layout;
   const void *operand, *w_raw, *rows;
@@ -595,7 +602,7 @@ __global__ void __launch_bounds__(kThreads, 6) summary_kernel(const Summary a) {
   const CopyPlace place(item.begin, heads, head);
   auto copy = [&](int step) {
     if (step < tiles) {
-      const int tile = kBackward ? tiles - 1 - step : step;
+      const int tile = kBackward ? step : tiles - 1 - step;
       const uint32_t stage = shared + place.at + (step % kSummaryStages) * 3 * kTileBytes;
       const uint32_t piece = place.piece + tile * kTile * heads * 8;
       const bool exists = tile * kTile + place.row < item.length;
@@ -617,28 +624,26 @@ __global__ void __launch_bounds__(kThreads, 6) summary_kernel(const Summary a) {
     __syncthreads();
     copy(step + kSummaryStages - 1);
     const uint32_t stage = shared + (step % kSummaryStages) * 3 * kTileBytes;
-    const int count = item.length - (kBackward ? tiles - 1 - step : step) * kTile;
+    const int count = item.length - (kBackward ? step : tiles - 1 - step) * kTile;
     uint32_t x[4], w[4];
     load_matrices_transposed(stage + own_tile, x);
     load_matrices_transposed(stage + kTileBytes + own_tile, w);
     float decay[2][2][2], rate[2][2][2];
     decays(w, count, decay, rate);
     uint32_t operand[4];
-    float whole[2];
 #pragma unroll
     for (int c = 0; c < 2; ++c) {
       Products d;
       decay_products(d, decay[c]);
-      whole[c] = d.whole;
-      decay_total[c] *= d.whole;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const float f0 = kBackward ? d.p[h][2] : d.second[h] * d.q[h][2];
-        const float f1 = kBackward ? d.first[h] * d.p[h][2] : d.q[h][2];
-        operand[2 * h + c] = pack(low_half(x[2 * h + c]) * f0, high_half(x[2 * h + c]) * f1);
+        const float factor = decay_total[c] * (kBackward ? d.p[h][2] : d.q[h][2]);
+        const float low = kBackward ? factor : d.second[h] * factor, high = kBackward ? d.first[h] * factor : factor;
+        operand[2 * h + c] = pack(low_half(x[2 * h + c]) * low, high_half(x[2 * h + c]) * high);
       }
+      decay_total[c] *= d.whole;
     }
-    advance(state, whole[0], whole[1], operand, stage + 2 * kTileBytes, offset);
+    add_product(state, operand, stage + 2 * kTileBytes, offset);
   }
   const size_t at = static_cast<size_t>(blockIdx.y) * heads + head;
   store_state(a.added + at * kStateValues, state);
@@ -673,22 +678,6 @@ constexpr int kBackwardStates = kBackwardPairs + kSlots * 512;  // bf16 states b
 constexpr int kBackwardGradients = kBackwardStates + (kSlots - 1) * kStateValues * 2;  // E [key][value], bf16, two
 constexpr int kBackwardSharedBytes = kBackwardGradients + 2 * kStateValues * 2;
 constexpr int kBackwardBlocks = 2;  // on one multiprocessor of sm_90, by registers and by shared memory
-
-// A checkpoint as fragments of own channels x values; the forward's are values x keys.
-WKV6_DEVICE void load_checkpoint(uint32_t (&state)[8][2], const void* checkpoints, size_t slot) {
-  const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-  const uint4* from = static_cast<const uint4*>(checkpoints) + slot * (kStateValues / 8) + warp * 32 + lane;
-  uint4 loaded[4];
-#pragma unroll
-  for (int block = 0; block < 4; ++block) loaded[block] = from[block * 128];
-#pragma unroll
-  for (int block = 0; block < 4; ++block) {
-    state[2 * block][0] = transpose(loaded[block].x);
-    state[2 * block + 1][0] = transpose(loaded[block].y);
-    state[2 * block][1] = transpose(loaded[block].z);
-    state[2 * block + 1][1] = transpose(loaded[block].w);
-  }
-}
 
 template <bool kWithDu>
 __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(const Wkv6Backward a) {
@@ -730,6 +719,17 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
     }
     commit_copies();
   };
+  const uint32_t stash = shared + kBackwardStates + threadIdx.x * 16;
+  auto stash_of = [&](int tile, int part) { return stash + tile * kStateValues * 2 + part * kThreads * 16; };
+  // The checkpoint of a chunk, as the forward left it, to where the state before its tile 0 will be. Each thread brings
+  // what it alone needs; the copies belong to the group that is committed next.
+  auto copy_checkpoint = [&](int chunk) {
+    if (chunk < 0) return;
+    const size_t at = static_cast<size_t>(item.first_chunk + chunk) * heads + head;
+    const uint4* from = static_cast<const uint4*>(a.checkpoints) + at * (kStateValues / 8) + warp * 32 + lane;
+#pragma unroll
+    for (int part = 0; part < 4; ++part) copy_async(stash_of(0, part), from + part * 128, true);
+  };
   // Brings the gradients of a finished tile, which lie where its inputs did, to memory; the slot's next tile follows.
   auto retire = [&](int chunk, int tile) {
     const int first = chunk * kChunk + tile * kTile;
@@ -742,6 +742,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
     store_tile(a.dv, from + 4 * kTileBytes, piece, exists);
     copy(chunk - 1, kTilesPerChunk - 1 - tile);
   };
+  copy_checkpoint(chunks - 1);
   for (int tile = 0; tile < kTilesPerChunk; ++tile) copy(chunks - 1, tile);
 
   float bonus[2];
@@ -765,7 +766,6 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
   const uint32_t own_values = swizzled(lower_first, 2 * warp + lower_piece);  // own value columns, likewise
   const uint32_t gradient_store = shared + kBackwardGradients + warp * 16 * kRowBytes;
   const uint32_t gradient_load = shared + kBackwardGradients + own_values;
-  const uint32_t stash = shared + kBackwardStates + threadIdx.x * 16;
   // Which pairs of an 8x8 block on the diagonal belong to the levels s = 4, 2, 1; rows i, columns j, and transposed.
   const bool four = row >= 4 && quad < 2, four_t = row < 4 && quad >= 2;
   const bool two = (row & 2) && !(quad & 1) && (row >> 2) == (quad >> 1);
@@ -779,21 +779,27 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
                          : kTilesPerChunk - 1;
     float state[8][4];
     uint32_t rounded[8][2];
-    load_checkpoint(rounded, a.checkpoints, static_cast<size_t>(item.first_chunk + chunk) * heads + head);
+    wait_for_copies<1>();  // all but the chunk's last tile
+    __syncthreads();
     {
+#pragma unroll
+      for (int part = 0; part < 4; ++part) {
+        // The forward's fragments are values x keys; turned they are keys x values.
+        uint32_t m[4];
+        load_shared(stash_of(0, part), m[0], m[1], m[2], m[3]);
+        rounded[2 * part][0] = transpose(m[0]), rounded[2 * part + 1][0] = transpose(m[1]);
+        rounded[2 * part][1] = transpose(m[2]), rounded[2 * part + 1][1] = transpose(m[3]);
+      }
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
         for (int c = 0; c < 2; ++c)
           state[n][2 * c] = low_half(rounded[n][c]), state[n][2 * c + 1] = high_half(rounded[n][c]);
     }
-    wait_for_copies<1>();  // all but the chunk's last tile
-    __syncthreads();
     for (int tile = 0; tile < last; ++tile) {
-      const uint32_t to = stash + tile * kStateValues * 2;
 #pragma unroll
       for (int n = 0; n < 4; ++n)
-        store_shared(to + n * kThreads * 16, rounded[2 * n][0], rounded[2 * n][1], rounded[2 * n + 1][0],
+        store_shared(stash_of(tile, n), rounded[2 * n][0], rounded[2 * n][1], rounded[2 * n + 1][0],
                      rounded[2 * n + 1][1]);
       const uint32_t slot = shared + slot_of(chunk, tile) * kSlotBytes;
       uint32_t k[4], w[4];
@@ -827,8 +833,8 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
       if (tile < last) {
 #pragma unroll
         for (int n = 0; n < 4; ++n)
-          load_shared(stash + tile * kStateValues * 2 + n * kThreads * 16, rounded[2 * n][0], rounded[2 * n][1],
-                      rounded[2 * n + 1][0], rounded[2 * n + 1][1]);
+          load_shared(stash_of(tile, n), rounded[2 * n][0], rounded[2 * n][1], rounded[2 * n + 1][0],
+                      rounded[2 * n + 1][1]);
       }
 
       // --- E as an operand, for this warp and, in shared memory, for the others.
@@ -1038,6 +1044,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
       store_channels(slot + 3 * kTileBytes, dlog);
 
       // --- dv of this warp's value columns needs E and K16 of all channels.
+      if (tile == 0) copy_checkpoint(chunk - 1);
       __syncthreads();
       if (tile == last) {
         for (int ahead = 0; ahead < kTilesPerChunk - 1 - last; ++ahead) copy(chunk - 1, ahead);

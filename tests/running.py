@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from src.data.binidx import write_binidx
+from src.training.objectives import Staged
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -129,10 +130,11 @@ class GivenLoss:
         self.function = function
 
     def stage(self, model: Any, batch: Any) -> Any:
-        return batch
+        self.batch = batch
+        return Staged({})
 
     def compute(self, model: Any, staged: Any) -> tuple[Tensor, Any]:
-        return self.function(model, staged), None
+        return self.function(model, self.batch), None
 
     def logs(self, result: Any) -> dict[str, float]:
         return {}

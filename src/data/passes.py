@@ -57,6 +57,8 @@ class PassDataset(Dataset[BatchT], ABC):
         self._epoch_steps = ceil_div(epoch_steps or ceil_div(batches_per_pass, world_size), accumulate) * accumulate
         # Two are kept, because an optimizer step may begin in one pass and end in the next.
         self._pass = lru_cache(maxsize=2)(self._divide)
+        self._made = lru_cache(maxsize=2)(self._make)
+        self._latest_step = -1
 
     @abstractmethod
     def _divide(self, pass_number: int) -> list[Positions]:
@@ -74,6 +76,14 @@ class PassDataset(Dataset[BatchT], ABC):
         return self._epoch_steps
 
     def __getitem__(self, step: int) -> BatchT:
+        self._latest_step = step
+        return self._made(step)
+
+    def following(self) -> BatchT:
+        """The batch after the one asked for last, the very object that `dataset[step]` will give."""
+        return self._made(self._latest_step + 1)
+
+    def _make(self, step: int) -> BatchT:
         number = step * self._world_size + self._rank
         place = number % self._batches_per_step
         weights = [self._weight(number - place + other) for other in range(self._batches_per_step)]

@@ -74,15 +74,21 @@ class Embedding(nn.Module):
         self.weight = None
         self.host_table = table
 
+    def look_up(self, tokens: Tensor, *, pinned: bool) -> Tensor:
+        """tokens int64 [B, T] -> [B, T, C] of a table on the host; the tokens themselves of one on the device."""
+        table = self.host_table
+        if table is None:
+            return tokens
+        rows = torch.empty(tokens.numel(), table.shape[1], dtype=table.dtype, pin_memory=pinned)
+        torch.index_select(table, 0, tokens.reshape(-1).cpu(), out=rows)
+        return rows.view(*tokens.shape, -1)
+
     def forward(self, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """tokens int64 [B, T] -> [B, T, C] on `device`."""
+        """tokens int64 [B, T], or what `look_up` made of them -> [B, T, C] on `device`."""
         if self.weight is not None:
             return F.embedding(tokens.to(self.weight.device), self.weight).to(device, dtype)
-        table = self.host_table
-        assert table is not None
-        rows = torch.empty(tokens.numel(), table.shape[1], dtype=table.dtype, pin_memory=device.type == "cuda")
-        torch.index_select(table, 0, tokens.reshape(-1).cpu(), out=rows)
-        return rows.view(*tokens.shape, -1).to(device, non_blocking=True).to(dtype)
+        rows = tokens if tokens.is_floating_point() else self.look_up(tokens, pinned=device.type == "cuda")
+        return rows.to(device, non_blocking=True).to(dtype)
 
 
 class MixingWeights(nn.Module):
@@ -318,9 +324,13 @@ class RWKV6(nn.Module):
         """Where the computation happens."""
         return self.ln_out.weight.device
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [B, T], on the host or on the model's device -> [B, T, C] on the model's device."""
-        return self.emb(tokens, self.device, self.compute_dtype)  # type: ignore[no-any-return]
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """What can be done for tokens int64 [B, T] without the device: `forward` takes tokens or this.
+
+        Returns:
+            [B, T, C] in pinned memory if the embedding table is on the host, else the tokens.
+        """
+        return self.emb.look_up(tokens, pinned=self.device.type == "cuda")
 
     def forward(
         self,
@@ -333,7 +343,7 @@ class RWKV6(nn.Module):
         """Runs the layers over T tokens.
 
         Args:
-            tokens: int64 [B, T], or what `embed` made of them, [B, T, C].
+            tokens: int64 [B, T], or what `look_up` made of them, on any device.
             state: memory carried from earlier tokens; None starts every row from `time_state`.
             layout: segments of a packed row (B = 1); excludes `state`.
             return_state: also return the memory after the last token of each row, or of each segment
@@ -345,7 +355,7 @@ class RWKV6(nn.Module):
         assert state is None or layout is None, "a carried state and a packed layout exclude each other"
         assert layout is None or (tokens.shape[0] == 1 and tokens.shape[1] == layout.tokens)
         assert not (return_state and layout is not None and layout.has_children)
-        x = tokens if tokens.is_floating_point() else self.embed(tokens)
+        x = self.emb(tokens, self.device, self.compute_dtype)
         x = F.dropout(self.blocks[0].ln0(x), self.dropout, self.training)  # type: ignore[operator]
         ends = layout.last_positions if return_state and layout is not None else None
         new_state: ModelState = []

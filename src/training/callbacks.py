@@ -13,6 +13,7 @@ from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
 from src.data.batches import Batch
@@ -53,6 +54,7 @@ class StepControl(pl.Callback):
             if group["decays"]:
                 group["weight_decay"] = self.weight_decay
         self._batch = batch
+        self._step = trainer.global_step + 1
         self._closes_step = (batch_idx + 1) % self.accumulate == 0
 
     def on_before_optimizer_step(
@@ -63,12 +65,37 @@ class StepControl(pl.Callback):
         Raises:
             TrainingError: naming step and samples when something is not finite.
         """
-        if not self._closes_step:
-            return
         assert isinstance(module, TrainingModule)
+        if self._closes_step and not _has_engine(trainer):
+            gradients = [parameter.grad for _, parameter in module.trained() if parameter.grad is not None]
+            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            self._look_at(trainer, module, norm)
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Remembers a micro-batch that did not close a step; under DeepSpeed looks at one that did.
+
+        The engine forms the norm for itself, over all ranks, and does not take a step in which it is not finite;
+        a loss that is not finite makes it so (`TrainingModule.training_step`). To form it before, too, would
+        take as long as Adam does.
+
+        Raises:
+            TrainingError: as `on_before_optimizer_step`.
+        """
+        assert isinstance(module, TrainingModule)
+        if not self._closes_step:
+            self._pending.append(self._current(module))
+            return
+        if _has_engine(trainer):
+            engine: Any = trainer.strategy.model
+            self._look_at(trainer, module, torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32))
+        self._pending.clear()
+
+    def _look_at(self, trainer: pl.Trainer, module: TrainingModule, norm: Tensor) -> None:
+        """Takes note of the step's loss and gradient norm, 0-d; raises a TrainingError if one is not finite."""
         pending = [*self._pending, self._current(module)]
         losses = torch.stack([loss for loss, _ in pending]).float()
-        norm = _gradient_norm(trainer, module)
         *values, self.grad_norm = torch.cat([losses, norm.reshape(1).to(losses.device)]).tolist()
         self.loss = sum(values) / len(values)
         bad = [batch for value, (_, batch) in zip(values, pending, strict=True) if not math.isfinite(value)]
@@ -83,19 +110,9 @@ class StepControl(pl.Callback):
             guilty = bad or ([batch for _, batch in pending] if what == "gradient" else [])
             where = "; ".join(self.describe(batch) for batch in guilty) or "in the samples of another GPU"
             raise TrainingError(
-                f"the {what} is not finite at step {trainer.global_step + 1} ({where}): the step was not "
+                f"the {what} is not finite at step {self._step} ({where}): the step was not "
                 "taken; lower --lr_init or look at these samples"
             )
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Remembers a micro-batch that did not close a step."""
-        assert isinstance(module, TrainingModule)
-        if self._closes_step:
-            self._pending.clear()
-        else:
-            self._pending.append(self._current(module))
 
     def _current(self, module: TrainingModule) -> tuple[Tensor, Any]:
         assert module.outcome is not None
@@ -264,19 +281,8 @@ class Stopper(pl.Callback):
         self._handlers.clear()
 
 
-def _gradient_norm(trainer: pl.Trainer, module: TrainingModule) -> Tensor:
-    """Global L2 norm of the trained tensors' gradients, fp32 0-d, before clipping; infinite if one is not finite.
-
-    Under ZeRO the gradients lie in the engine's partitions and the engine forms the norm, over all ranks: its
-    `safe_get_full_grad` would put every gradient together again, with a collective call for each.
-    """
-    if module.config.uses_deepspeed and module.device.type == "cuda":
-        engine: Any = trainer.optimizers[0]
-        by_engine = torch.as_tensor(engine.scaled_global_norm(), dtype=torch.float32)
-        return torch.where(by_engine >= 0, by_engine, math.inf)  # its word for a norm that is not finite is -1
-    gradients = [parameter.grad for _, parameter in module.trained() if parameter.grad is not None]
-    norm: Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    return norm
+def _has_engine(trainer: pl.Trainer) -> bool:
+    return isinstance(trainer.strategy, DeepSpeedStrategy)
 
 
 def _averages(logs: list[dict[str, float]]) -> dict[str, float]:

@@ -76,18 +76,30 @@ class GraphedObjective:
         self._works = True
         self._limit = int(memory_gib * 2**30)
         self._others_fit = True
+        self._ahead: tuple[Any, Staged] | None = None
 
     def __call__(self, batch: Any) -> Outcome:
         """Loss of one micro-batch, ready for `backward`."""
-        staged = self.objective.stage(self.model, padded(batch), _TOKEN_GRAIN)
+        staged = self._staged(batch)
         recorded = self._recorded(staged) if self._works else None
         if recorded is None:
             self._make_room()
-            loss, result = self.objective.compute(self.model, staged)
+            loss, result = self.objective.compute(self.model, staged.to(self.model.device))
             return Outcome(loss, lambda: self.objective.logs(result))
         recorded.load(staged)
         loss = _Replay.apply(recorded, *self._states.values())
         return Outcome(loss, lambda: self.objective.logs(recorded.result))
+
+    def look_ahead(self, batch: Any) -> None:
+        """Stages a batch while the GPU works; a call with that very object will find it."""
+        self._ahead = (batch, self._stage(batch))
+
+    def _stage(self, batch: Any) -> Staged:
+        return self.objective.stage(self.model, padded(batch), _TOKEN_GRAIN)
+
+    def _staged(self, batch: Any) -> Staged:
+        ahead, self._ahead = self._ahead, None
+        return ahead[1] if ahead is not None and ahead[0] is batch else self._stage(batch)
 
     def _recorded(self, staged: Staged) -> _RecordedStep | None:
         key = (*_key(staged), *(state.data_ptr() for state in self._states.values()))
@@ -185,9 +197,7 @@ class _RecordedStep:
         staged: Staged,
         pool: Any,
     ) -> None:
-        tensors = {name: tensor.clone() for name, tensor in staged.tensors.items()}
-        layout = None if staged.layout is None else _cloned(staged.layout)
-        self.inputs = replace(staged, tensors=tensors, layout=layout)
+        self.inputs = staged.to(model.device)
         self.gradients = gradients
         # What the workspace holds now is unknown to the recording, and what the recording leaves there is unknown
         # to later eager work: forget both.
@@ -212,12 +222,7 @@ class _RecordedStep:
 
     def load(self, staged: Staged) -> None:
         """Copies a batch of the same shapes into the recording's inputs."""
-        sources = list(staged.tensors.values())
-        targets = list(self.inputs.tensors.values())
-        if staged.layout is not None and self.inputs.layout is not None:
-            sources += _tensors(staged.layout)
-            targets += _tensors(self.inputs.layout)
-        for target, source in zip(targets, sources, strict=True):
+        for target, source in zip(_all_tensors(self.inputs), _all_tensors(staged), strict=True):
             target.copy_(source, non_blocking=True)
 
 
@@ -262,9 +267,8 @@ def _tensors(layout: SegmentLayout) -> list[Tensor]:
     return [layout.root_borders, layout.child_borders, layout.parents, layout.previous]
 
 
-def _cloned(layout: SegmentLayout) -> SegmentLayout:
-    root_borders, child_borders, parents, previous = (tensor.clone() for tensor in _tensors(layout))
-    return replace(layout, root_borders=root_borders, child_borders=child_borders, parents=parents, previous=previous)
+def _all_tensors(staged: Staged) -> list[Tensor]:
+    return [*staged.tensors.values(), *([] if staged.layout is None else _tensors(staged.layout))]
 
 
 def _up(count: int, grain: int) -> int:

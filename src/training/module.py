@@ -26,13 +26,26 @@ class TrainingModule(pl.LightningModule):
     Precision is the model's own business: activations and frozen weights have the computation dtype,
     trained tensors, their gradients and Adam's moments are fp32. Batches stay on the host; the objective
     moves what the device needs.
+
+    Args:
+        model: what is trained.
+        objective: the loss.
+        config: the flags.
+        following: makes the micro-batch after the one in work, so that it can be staged meanwhile.
     """
 
-    def __init__(self, model: RWKV6, objective: Objective, config: TrainConfig) -> None:
+    def __init__(
+        self,
+        model: RWKV6,
+        objective: Objective,
+        config: TrainConfig,
+        following: Callable[[], Any] | None = None,
+    ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.config = config
+        self.following = following
         wanted = config.cuda_graph and config.trains_states and not config.dropout and not config.offload_activations
         records = wanted and objective.recordable and can_be_recorded(model)
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
@@ -52,11 +65,14 @@ class TrainingModule(pl.LightningModule):
         self.outcome = None  # what it would log belongs to a recording, which may have to go
         if self.graphed:
             outcome = self.graphed(batch)
+            if self.following is not None:
+                self.graphed.look_ahead(self.following())
         else:
             with KeptOnHost(self.model) if self.config.offload_activations else nullcontext():
                 outcome = outcome_of(self.objective, self.model, batch)
         self.outcome = Outcome(outcome.loss.detach(), outcome.logs)
-        return outcome.loss * self.loss_scale if self.loss_scale != 1.0 else outcome.loss
+        # DeepSpeed looks at gradients alone: a loss that is not finite makes them so.
+        return outcome.loss * (self.loss_scale + 0 * outcome.loss.detach())
 
     def release_recordings(self) -> None:
         """Frees the memory of recorded steps, for work after training."""

@@ -1,15 +1,16 @@
 """What a batch costs: objectives map (model, batch) to a loss and the numbers to log.
 
-An objective works in two parts. `stage` puts everything the device needs there: the only place that looks
-at the batch. `compute` then is a function of device tensors alone, without a copy from the host or a wait
-for the device, so that `graphs.py` can record it once and replay it. Adding an objective is adding a class
+An objective works in two parts. `stage` prepares on the host everything the device needs: the only place that
+looks at the batch, and work that can be done while the device computes. `compute` then is a function of device
+tensors alone, without a copy from the host or a wait for the device, so that `graphs.py` can record it once and
+replay it. Adding an objective is adding a class
 here; the Lightning module knows none of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -48,7 +49,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Staged:
-    """A batch on the device.
+    """A batch as the device gets it.
 
     Attributes:
         tensors: by name; shapes and dtypes are what a recorded computation depends on.
@@ -59,6 +60,11 @@ class Staged:
     tensors: dict[str, Tensor]
     layout: SegmentLayout | None = None
     pairs: int = 0
+
+    def to(self, device: torch.device) -> Staged:
+        """The same with its tensors on `device`."""
+        tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors, layout=None if self.layout is None else self.layout.to(device))
 
 
 class Objective(Protocol):
@@ -72,7 +78,7 @@ class Objective(Protocol):
     recordable: bool
 
     def stage(self, model: RWKV6, batch: Any, grain: int = 1) -> Staged:
-        """Moves what `compute` needs to the model's device; `grain` as for `counted_positions`."""
+        """Makes on the host what `compute` needs on the device; `grain` as for `counted_positions`."""
         ...
 
     def compute(self, model: RWKV6, staged: Staged) -> tuple[Tensor, Any]:
@@ -86,7 +92,7 @@ class Objective(Protocol):
 
 def outcome_of(objective: Objective, model: RWKV6, batch: Any) -> Outcome:
     """Stages and computes one micro-batch."""
-    loss, result = objective.compute(model, objective.stage(model, batch))
+    loss, result = objective.compute(model, objective.stage(model, batch).to(model.device))
     return Outcome(loss, lambda: objective.logs(result))
 
 
@@ -139,15 +145,14 @@ class SFTObjective:
 
     def stage(self, model: RWKV6, batch: Batch, grain: int = 1) -> Staged:
         """See Objective."""
-        device = model.device
         positions, targets = counted_positions(batch.targets, grain)
         tensors = {
-            "x": model.embed(batch.tokens),
-            "positions": positions.to(device, non_blocking=True),
-            "targets": targets.to(device, non_blocking=True),
-            "weight": torch.tensor(batch.step_weight, device=device),
+            "x": model.look_up(batch.tokens),
+            "positions": positions,
+            "targets": targets,
+            "weight": torch.tensor(batch.step_weight),
         }
-        return Staged(tensors, None if batch.layout is None else batch.layout.to(device))
+        return Staged(tensors, batch.layout)
 
     def compute(self, model: RWKV6, staged: Staged) -> tuple[Tensor, Any]:
         """See Objective."""
@@ -186,18 +191,17 @@ class PreferenceObjective:
 
     def stage(self, model: RWKV6, batch: PreferenceBatch, grain: int = 1) -> Staged:
         """See Objective."""
-        device = model.device
         positions, targets = counted_positions(batch.targets, grain)
         groups = batch.groups[positions].masked_fill(targets < 0, slot(batch.pairs, Role.PROMPT))
         tensors = {
-            "x": model.embed(batch.tokens),
-            "positions": positions.to(device, non_blocking=True),
-            "targets": targets.to(device, non_blocking=True),
-            "groups": groups.to(device, non_blocking=True),
-            "reject_lengths": batch.reject_lengths.to(device, non_blocking=True),
-            "weight": torch.tensor(batch.step_weight, device=device),
+            "x": model.look_up(batch.tokens),
+            "positions": positions,
+            "targets": targets,
+            "groups": groups,
+            "reject_lengths": batch.reject_lengths,
+            "weight": torch.tensor(batch.step_weight),
         }
-        return Staged(tensors, batch.layout.to(device), batch.pairs)
+        return Staged(tensors, batch.layout, batch.pairs)
 
     def compute(self, model: RWKV6, staged: Staged) -> tuple[Tensor, PreferenceLoss]:
         """See Objective."""
@@ -230,4 +234,4 @@ class PreferenceObjective:
 
     def evaluate(self, model: RWKV6, batch: PreferenceBatch) -> PreferenceLoss:
         """The loss and its parts, outside of training."""
-        return self.compute(model, self.stage(model, batch))[1]
+        return self.compute(model, self.stage(model, batch).to(model.device))[1]

@@ -81,7 +81,7 @@ def _train(config: TrainConfig, hardware: Hardware) -> RunResult:
     before = _evaluate("loaded" if config.load_state else "untuned", model, work)
     if isinstance(work.objective, PreferenceObjective):
         say(_preference_share(model, work, work.objective))
-    module = TrainingModule(model, work.objective, config)
+    module = TrainingModule(model, work.objective, config, work.following)
     final_file = folder / "rwkv-final.pth"
     after: list[HeldOut | None] = []
 

@@ -31,6 +31,7 @@ class Work:
 
     Attributes:
         loader: micro-batches of this rank, epoch after epoch.
+        following: makes the micro-batch that the loader will give next.
         objective: maps them to losses.
         measure: scores a model on the held-out data of `--val_file`; None without.
         batches_per_epoch: micro-batches of an epoch on each rank, a multiple of the accumulation.
@@ -40,6 +41,7 @@ class Work:
     """
 
     loader: DataLoader[Any]
+    following: Callable[[], Any]
     objective: Objective
     measure: Callable[[RWKV6], HeldOut] | None
     batches_per_epoch: int
@@ -85,7 +87,7 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len)
     longest = min(config.ctx_len, int(dataset.documents.sizes.max())) if plan.mode == "pad" else config.ctx_len
     row_tokens = config.micro_bsz * longest
-    return Work(dataset.loader(), SFTObjective(), measure, len(dataset), row_tokens, dataset.describe, lines)
+    return _work(dataset, SFTObjective(), measure, row_tokens, lines)
 
 
 def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
@@ -123,7 +125,26 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
         measure = partial(held_out_preference, dataset=held_out, objective=objective)
     segments = 3 if config.orpo_shared_prompt and config.orpo_type == 0 else 4
     row_tokens = config.micro_bsz * segments * config.rlhf_max_corpus_len
-    return Work(dataset.loader(), objective, measure, len(dataset), row_tokens, dataset.describe, lines)
+    return _work(dataset, objective, measure, row_tokens, lines)
+
+
+def _work(
+    dataset: BatchDataset | PreferenceDataset,
+    objective: Objective,
+    measure: Callable[[RWKV6], HeldOut] | None,
+    row_tokens: int,
+    lines: list[str],
+) -> Work:
+    return Work(
+        loader=dataset.loader(),
+        following=dataset.following,
+        objective=objective,
+        measure=measure,
+        batches_per_epoch=len(dataset),
+        row_tokens=row_tokens,
+        describe=dataset.describe,
+        lines=lines,
+    )
 
 
 def make_schedule(config: TrainConfig, work: Work) -> Schedule:

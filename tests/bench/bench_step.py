@@ -2,10 +2,14 @@
 
     python tests/bench/bench_step.py                       every row
     python tests/bench/bench_step.py --rows sft-7b-1024,orpo-14b --steps 8
+    python tests/bench/bench_step.py --rows sft-7b-1024 --devices 2
+    python tests/bench/bench_step.py --rows sft-1.6b-1024 --steps 200 --documents demo.jsonl --dataload pack
 
 Each row runs in a process of its own, so that its memory is its own. Time is the median of the steps
-after the first two; "peak" is torch's allocator, "used" what the device reports at the end, CUDA context
-included. Nothing is printed for a row whose gradients disagree with the plain fp32 path on a small model.
+after the first two; tokens/s are those of the second half of the steps, without padding, all GPUs together;
+"peak" is torch's allocator, "used" what the device reports at the end, CUDA context included. Flags of train.py
+go at the end of the command. Nothing is printed when gradients disagree with the plain fp32 path on a small
+model.
 """
 
 from __future__ import annotations
@@ -57,8 +61,8 @@ ROWS = {
 }
 
 
-def run_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[str, float]:
-    """Trains `steps` steps in this process and returns the figures."""
+def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: str = "") -> dict[str, float]:
+    """Trains `steps` steps in this process and returns the figures; `documents`: JSONL instead of random text."""
     from src.cli import given_train_flags
     from src.config import TrainConfig
     from src.loading import build_model
@@ -77,18 +81,22 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[str, 
         "--strategy", strategy, "--quant", "1", "--quant_type", "nf4", *row.flags,
         *([] if row.orpo else ["--dataload", "pad"]), *extra,
     ]  # fmt: skip
-    flags += _preference_flags(folder) if row.orpo else _text_flags(folder, row.ctx_len, steps)
+    if documents:
+        flags += ["--data_file", documents, "--data_type", "jsonl"]
+    else:
+        flags += _preference_flags(folder) if row.orpo else _text_flags(folder, row.ctx_len, steps)
     config = TrainConfig.from_flags(given_train_flags(flags))
     hardware = resolve_hardware(config)
     work = prepare_work(config, shape)
     model = build_model(RandomTensors(shape, hardware.device), shape, load_options(config, hardware))
     choose_recomputation(model, work, config)
-    module = TrainingModule(model, work.objective, config)
+    module = TrainingModule(model, work.objective, config, work.following)
     _, monitor, _ = fit(module, work, make_schedule(config, work), hardware, config, folder)
     return {
         "seconds": statistics.median(monitor.step_seconds[2:]),
         "peak_gib": monitor.peak_bytes / 2**30,
         "used_gib": monitor.used_bytes / 2**30,
+        "tokens_per_s": _tokens_per_second(folder / "metrics.jsonl"),
         "loss": monitor.losses[-1],
     }
 
@@ -126,6 +134,14 @@ class RandomTensors(Mapping):  # type: ignore[type-arg]
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+def _tokens_per_second(metrics: Path) -> float:
+    if not metrics.exists():  # written by the first rank only
+        return 0.0
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    settled = records[len(records) // 2 :]
+    return sum(record["tokens"] for record in settled) / sum(record["seconds"] for record in settled)
 
 
 def _text_flags(folder: Path, ctx_len: int, documents: int) -> list[str]:
@@ -182,12 +198,17 @@ def main() -> None:
     parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--strategy", default="deepspeed_stage_1")
+    parser.add_argument("--documents", default="", help="a JSONL file to train on instead of random text")
     parser.add_argument("--json", help="also write the figures here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help="only compare gradients")
     options, extra = parser.parse_known_args()
     if options.one:
-        print("RESULT " + json.dumps(run_row(ROWS[options.one], options.steps, options.strategy, extra)))
+        from src.training.hardware import global_rank
+
+        result = run_row(ROWS[options.one], options.steps, options.strategy, extra, options.documents)
+        if global_rank() == 0:
+            print("RESULT " + json.dumps(result))
         return
 
     if options.check:
@@ -198,7 +219,7 @@ def main() -> None:
     results = {}
     for name in options.rows.split(","):
         command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps)]
-        command += ["--strategy", options.strategy, *extra]
+        command += ["--strategy", options.strategy, "--documents", options.documents, *extra]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
         lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
         if not lines:
@@ -213,9 +234,11 @@ def main() -> None:
 
     print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit or 'unknown'}")
     print(f"{options.strategy}, nf4, bf16, median of {options.steps - 2} steps after 2\n")
-    print("| work | s/step | peak GiB | used GiB |\n|---|---|---|---|")
+    print("| work | s/step | tokens/s | peak GiB | used GiB |\n|---|---|---|---|---|")
     for name, row in results.items():
-        print(f"| {ROWS[name].title} | {row['seconds']:.3f} | {row['peak_gib']:.2f} | {row['used_gib']:.2f} |")
+        title = " ".join([ROWS[name].title, *extra])
+        memory = f"{row['peak_gib']:.2f} | {row['used_gib']:.2f}"
+        print(f"| {title} | {row['seconds']:.3f} | {row['tokens_per_s']:,.0f} | {memory} |")
     if options.json:
         Path(options.json).write_text(json.dumps(results))
 

@@ -81,7 +81,7 @@ def test_recorded_steps_give_loss_and_gradients_of_issued_ones(
             recorded.append((outcome.loss.item(), gradients_of(made, outcome.loss)))
         assert recorder._graphs, "nothing was recorded"
         for batch, (loss, gradient) in zip(batches, recorded, strict=True):
-            issued, _ = objective.compute(made, objective.stage(made, padded(batch), 128))
+            issued, _ = objective.compute(made, objective.stage(made, padded(batch), 128).to(made.device))
             assert loss == pytest.approx(issued.item(), rel=1e-4)
             expected = gradients_of(made, issued)
             assert (gradient - expected).norm() < 1e-3 * expected.norm()

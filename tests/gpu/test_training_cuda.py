@@ -66,7 +66,7 @@ class Prepared:
 
     def fit(self, finish: Callable[[TrainingModule], None] = lambda module: None) -> None:
         """Lightning's loop; `finish` is called after the last step."""
-        module = TrainingModule(self.model, self.work.objective, self.config)
+        module = TrainingModule(self.model, self.work.objective, self.config, self.work.following)
         schedule = make_schedule(self.config, self.work)
         with unittest.mock.patch.dict(os.environ):  # Lightning leaves its port there
             fit(module, self.work, schedule, self.hardware, self.config, self.folder, lambda: finish(module))
@@ -98,7 +98,7 @@ def test_dtypes_stay_and_only_states_change(
     assert {expected[name] for name in states} == {torch.float32}
     assert expected["head.weight"] == torch.bfloat16
     assert sum(dtype == torch.uint8 for dtype in expected.values()) >= 8 * SHAPE.n_layer
-    assert len(during) == 3
+    assert len(during) == 4, "the batch after the last step is staged, too"
     for seen in during:
         assert {name: dtype for name, (dtype, _) in seen.items()} == expected
         assert {device for _, device in seen.values()} == {"cuda"}
@@ -192,13 +192,14 @@ def test_200_steps_in_bf16_end_where_fp32_ends(tmp_path: Path) -> None:
 
 
 def test_activations_in_host_memory_change_nothing_but_memory(base: Path, data: Path, tmp_path: Path) -> None:
+    documents = write_documents(tmp_path / "long", [8000] * 4)
     peaks = []
     for offload in (0, 1):
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
         train(
-            tmp_path / str(offload), load_model=base, data_type="dummy", ctx_len=4096, accelerator="gpu", quant=1,
-            epoch_steps=4, epoch_count=1, cuda_graph=0, offload_activations=offload, lr_init=0.1, grad_cp=0,
+            tmp_path / str(offload), load_model=base, data_file=documents, ctx_len=8192, accelerator="gpu", quant=1,
+            epoch_count=1, cuda_graph=0, offload_activations=offload, lr_init=0.1, grad_cp=0,
         )  # fmt: skip
         peaks.append(torch.cuda.max_memory_allocated() - held)
     on_gpu, on_host = losses_of(tmp_path / "0"), losses_of(tmp_path / "1")

@@ -164,6 +164,14 @@ class TestPasses:
         assert order(1, 0) != order(1, 1)
         assert order(1, 0) != order(2, 0)
 
+    def test_the_following_batch_is_the_one_that_comes_next(self, mode):
+        data = self.data(mode, epoch_steps=4)
+        for step in (0, 1, 3, 4, 11):
+            current = data[step]
+            following = data.following()
+            assert data[step] is current
+            assert data[step + 1] is following
+
     def test_explicit_epochs_stream_through_passes(self, mode):
         whole, short = self.data(mode), self.data(mode, epoch_steps=4)
         assert len(short) == 4

@@ -1,15 +1,18 @@
 """What happens around the steps, without Lightning's loop."""
 
+import math
 import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
+from pytorch_lightning.strategies import DeepSpeedStrategy
 from running import GivenLoss
 from torch import Tensor
 
@@ -45,7 +48,7 @@ def trainer(made: TrainingModule, **changes: object) -> Any:
     """What the callbacks read of a trainer."""
     values = {
         "global_step": 0, "current_epoch": 0, "max_epochs": 3, "world_size": 1, "is_global_zero": True,
-        "should_stop": False, "optimizers": [made.configure_optimizers()], **changes,
+        "should_stop": False, "strategy": None, "optimizers": [made.configure_optimizers()], **changes,
     }  # fmt: skip
     return SimpleNamespace(**values)
 
@@ -109,6 +112,30 @@ class TestStepControl:
         for number, factor in enumerate((0.0, 0.0), start=2):
             run_batch(control, loop, made, batch(number, factor=factor), number)
         assert control.loss == pytest.approx(1.0)
+
+
+class TestUnderDeepSpeed:
+    """The engine clips and refuses; what it found is asked for after the step."""
+
+    @staticmethod
+    def loop(made: TrainingModule, norm: float | Tensor, **changes: object) -> Any:
+        strategy = Mock(spec=DeepSpeedStrategy, model=Mock(get_global_grad_norm=lambda: norm))
+        return trainer(made, strategy=strategy, **changes)
+
+    def test_the_norm_is_the_engines(self) -> None:
+        made, control = module(), StepControl(SCHEDULE, 1)
+        run_batch(control, self.loop(made, torch.tensor(0.25)), made, batch(4), 0)
+        assert (control.loss, control.grad_norm) == (pytest.approx(1.0), 0.25)
+
+    def test_a_step_the_engine_did_not_take_is_an_error(self) -> None:
+        made, control = module(), StepControl(SCHEDULE, 1)
+        loop = self.loop(made, math.inf, global_step=7)
+        control.on_train_batch_start(loop, made, batch(6), 0)
+        made.training_step(batch(6), 0).backward()
+        control.on_before_optimizer_step(loop, made, loop.optimizers[0])
+        loop.global_step = 8  # Lightning counts it all the same
+        with pytest.raises(TrainingError, match=r"the gradient is not finite at step 8 \(samples \[6\]\)"):
+            control.on_train_batch_end(loop, made, None, batch(6), 0)
 
 
 class Remembering:

@@ -59,6 +59,15 @@ class TestStates:
         for name in state_shapes(SHAPE):
             assert torch.allclose(made.model.get_parameter(name), torch.tensor(-0.5))
 
+    @pytest.mark.parametrize("loss", [float("inf"), float("-inf"), float("nan")])
+    def test_a_loss_that_is_not_finite_shows_in_the_gradient(self, loss: float) -> None:
+        made = module()
+        states = [made.model.get_parameter(name) for name in state_shapes(SHAPE)]
+        made.objective = GivenLoss(lambda model, batch: states[0].sum() + loss)
+        made.training_step(None, 0).backward()
+        assert states[0].grad is not None
+        assert states[0].grad.isnan().all()
+
 
 class TestFullTraining:
     def test_time_decay_learns_twice_as_fast(self) -> None:
