@@ -8,6 +8,8 @@
 
 #include <cuda_bf16.h>
 
+#include <type_traits>
+
 #include "elementwise.h"
 
 namespace elementwise {
@@ -38,15 +40,23 @@ __device__ __forceinline__ void load(const void* base, int64_t offset, float (&v
   unpack(load(base, offset), values);
 }
 
-__device__ __forceinline__ void store(void* base, int64_t offset, const float (&values)[kVector]) {
-  uint32_t pair[4];
+__device__ __forceinline__ Packed pack(const float (&values)[kVector]) {
+  Packed packed;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const __nv_bfloat162 rounded = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-    pair[i] = *reinterpret_cast<const uint32_t*>(&rounded);
+    packed.pair[i] = *reinterpret_cast<const uint32_t*>(&rounded);
   }
+  return packed;
+}
+
+__device__ __forceinline__ void store(void* base, int64_t offset, const Packed& packed) {
   *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(base) + offset) =
-      make_uint4(pair[0], pair[1], pair[2], pair[3]);
+      make_uint4(packed.pair[0], packed.pair[1], packed.pair[2], packed.pair[3]);
+}
+
+__device__ __forceinline__ void store(void* base, int64_t offset, const float (&values)[kVector]) {
+  store(base, offset, pack(values));
 }
 
 __device__ __forceinline__ void clear(float (&values)[kVector]) {
@@ -360,6 +370,132 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
+// ---- sum and layer norm: one block per row, which it holds in registers, kHeld vectors a thread
+
+constexpr int kRowOfNormThreads = 256;
+constexpr int kRowOfNormWarps = kRowOfNormThreads / 32;
+
+// The sum over the block of every thread's value; `of_warp` is used for this sum only.
+__device__ __forceinline__ float block_sum(float value, float (&of_warp)[kRowOfNormWarps]) {
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
+  if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < kRowOfNormWarps; ++warp) total += of_warp[warp];
+  return total;
+}
+
+template <int kHeld, bool kAdds>
+__global__ void __launch_bounds__(kRowOfNormThreads)
+    add_norm_forward_kernel(const void* x, const void* delta, const void* weight, const void* bias, float eps,
+                            void* sum, void* normed, float* statistics, int channels) {
+  __shared__ float of_warp[2][kRowOfNormWarps];
+  const int row = blockIdx.x;
+  const int64_t base = int64_t(row) * channels;
+  float value[kHeld][kVector];
+  float total = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int channel = (int(threadIdx.x) + i * kRowOfNormThreads) * kVector;
+    if (channel >= channels) break;
+    load(x, base + channel, value[i]);
+    if (kAdds) {
+      float added[kVector];
+      load(delta, base + channel, added);
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) value[i][j] += added[j];
+      const Packed rounded = pack(value[i]);
+      store(sum, base + channel, rounded);
+      unpack(rounded, value[i]);
+    }
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) total += value[i][j];
+  }
+  const float mean = block_sum(total, of_warp[0]) / float(channels);
+  float squares = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    if ((int(threadIdx.x) + i * kRowOfNormThreads) * kVector >= channels) break;
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      value[i][j] -= mean;
+      squares = fmaf(value[i][j], value[i][j], squares);
+    }
+  }
+  const float inverse = rsqrtf(block_sum(squares, of_warp[1]) / float(channels) + eps);
+  if (threadIdx.x == 0) {
+    statistics[row] = mean;
+    statistics[gridDim.x + row] = inverse;
+  }
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int channel = (int(threadIdx.x) + i * kRowOfNormThreads) * kVector;
+    if (channel >= channels) break;
+    float scale[kVector], shift[kVector];
+    load(weight, channel, scale);
+    load(bias, channel, shift);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) scale[j] = fmaf(value[i][j] * inverse, scale[j], shift[j]);
+    store(normed, base + channel, scale);
+  }
+}
+
+template <int kHeld>
+__global__ void __launch_bounds__(kRowOfNormThreads)
+    add_norm_backward_kernel(const void* sum, const float* statistics, const void* weight, const void* grad_normed,
+                             const void* grad_sum, void* grad_x, int channels) {
+  __shared__ float of_warp[2][kRowOfNormWarps];
+  const int row = blockIdx.x;
+  const int64_t base = int64_t(row) * channels;
+  const float mean = statistics[row], inverse = statistics[gridDim.x + row];
+  float value[kHeld][kVector], grad[kHeld][kVector];
+  float total = 0.0f, projection = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int channel = (int(threadIdx.x) + i * kRowOfNormThreads) * kVector;
+    if (channel >= channels) break;
+    float scale[kVector];
+    load(sum, base + channel, value[i]);
+    load(grad_normed, base + channel, grad[i]);
+    load(weight, channel, scale);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      value[i][j] = (value[i][j] - mean) * inverse;
+      grad[i][j] *= scale[j];
+      total += grad[i][j];
+      projection = fmaf(grad[i][j], value[i][j], projection);
+    }
+  }
+  total = block_sum(total, of_warp[0]) / float(channels);
+  projection = block_sum(projection, of_warp[1]) / float(channels);
+#pragma unroll
+  for (int i = 0; i < kHeld; ++i) {
+    const int channel = (int(threadIdx.x) + i * kRowOfNormThreads) * kVector;
+    if (channel >= channels) break;
+    float result[kVector];
+    if (grad_sum != nullptr) {
+      load(grad_sum, base + channel, result);
+    } else {
+      clear(result);
+    }
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) result[j] += inverse * (grad[i][j] - total - value[i][j] * projection);
+    store(grad_x, base + channel, result);
+  }
+}
+
+// Calls launch(std::integral_constant<int, kHeld>) with as many vectors as a thread has to hold.
+template <typename Launch>
+cudaError_t for_row_of(int channels, const Launch& launch) {
+  const int held = (channels / kVector + kRowOfNormThreads - 1) / kRowOfNormThreads;
+  if (held <= 1) return launch(std::integral_constant<int, 1>());
+  if (held <= 2) return launch(std::integral_constant<int, 2>());
+  if (held <= 4) return launch(std::integral_constant<int, 4>());
+  return cudaErrorInvalidValue;
+}
+
 // ---- activations: one thread, kPerThread vectors a block's width apart
 
 constexpr int kPerThread = 2;
@@ -629,6 +765,27 @@ cudaError_t group_norm_silu_gate_backward(const void* y, const void* gate, const
     default:
       return cudaErrorInvalidValue;
   }
+}
+
+cudaError_t add_norm_forward(const void* x, const void* delta, const void* weight, const void* bias, float eps,
+                             void* sum, void* normed, float* statistics, int rows, int channels, cudaStream_t stream) {
+  if (rows == 0) return cudaSuccess;
+  return for_row_of(channels, [&](auto held) {
+    const auto kernel = delta == nullptr ? &add_norm_forward_kernel<decltype(held)::value, false>
+                                         : &add_norm_forward_kernel<decltype(held)::value, true>;
+    kernel<<<rows, kRowOfNormThreads, 0, stream>>>(x, delta, weight, bias, eps, sum, normed, statistics, channels);
+    return cudaGetLastError();
+  });
+}
+
+cudaError_t add_norm_backward(const void* sum, const float* statistics, const void* weight, const void* grad_normed,
+                              const void* grad_sum, void* grad_x, int rows, int channels, cudaStream_t stream) {
+  if (rows == 0) return cudaSuccess;
+  return for_row_of(channels, [&](auto held) {
+    add_norm_backward_kernel<decltype(held)::value>
+        <<<rows, kRowOfNormThreads, 0, stream>>>(sum, statistics, weight, grad_normed, grad_sum, grad_x, channels);
+    return cudaGetLastError();
+  });
 }
 
 cudaError_t squared_relu_forward(const void* x, void* output, int64_t count, cudaStream_t stream) {

@@ -47,6 +47,17 @@ cudaError_t group_norm_silu_gate_backward(const void* y, const void* gate, const
                                           float eps, const void* grad_output, void* grad_y, void* grad_gate, int rows,
                                           int channels, int head_size, cudaStream_t stream);
 
+constexpr int kMostNormChannels = 8192;
+
+// sum = x + delta, normed = layer norm of sum; x, delta, sum, normed: [rows, channels]; weight, bias: [channels].
+// statistics [2, rows]: mean and inverse standard deviation of each row of sum. delta null: sum is x and not written.
+cudaError_t add_norm_forward(const void* x, const void* delta, const void* weight, const void* bias, float eps,
+                             void* sum, void* normed, float* statistics, int rows, int channels, cudaStream_t stream);
+
+// The gradient of x and of delta alike; grad_sum may be null.
+cudaError_t add_norm_backward(const void* sum, const float* statistics, const void* weight, const void* grad_normed,
+                              const void* grad_sum, void* grad_x, int rows, int channels, cudaStream_t stream);
+
 cudaError_t squared_relu_forward(const void* x, void* output, int64_t count, cudaStream_t stream);
 
 cudaError_t squared_relu_backward(const void* x, const void* grad_output, void* grad_x, int64_t count,

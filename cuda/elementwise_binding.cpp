@@ -230,6 +230,70 @@ class GroupNormSiluGate : public torch::autograd::Function<GroupNormSiluGate> {
   }
 };
 
+// (x + delta, layer norm of that), so that the backward adds the residual stream's gradient in the same pass.
+class AddNorm : public torch::autograd::Function<AddNorm> {
+ public:
+  static variable_list forward(AutogradContext* context, const Tensor& x_in, const std::optional<Tensor>& delta_in,
+                               const Tensor& weight_in, const Tensor& bias_in, double eps) {
+    const c10::cuda::CUDAGuard guard(x_in.device());
+    const Tensor x = prepared(x_in, "x");
+    const Tensor weight = prepared(weight_in, "weight"), bias = prepared(bias_in, "bias");
+    require(x.dim() >= 1, "x has no dimension, expected [..., channels]");
+    const int64_t channels = x.size(-1);
+    require(channels > 0 && channels <= elementwise::kMostNormChannels, "x has ", channels, " channels, expected 1 to ",
+            elementwise::kMostNormChannels);
+    const int64_t rows = x.numel() / channels;
+    check_channels(channels, rows);
+    check_shape(weight, {channels}, "weight");
+    check_shape(bias, {channels}, "bias");
+    Tensor delta, sum = x;
+    if (delta_in) {
+      delta = prepared(*delta_in, "delta");
+      check_shape(delta, x.sizes(), "delta");
+      sum = at::empty_like(x);
+    }
+    const Tensor normed = at::empty_like(x);
+    const Tensor statistics = at::empty({2, rows}, x.options().dtype(at::kFloat));
+    check_launch(elementwise::add_norm_forward(
+                     pointer(x), pointer(delta), pointer(weight), pointer(bias), static_cast<float>(eps),
+                     delta_in ? mutable_pointer(sum) : nullptr, mutable_pointer(normed), statistics.data_ptr<float>(),
+                     static_cast<int>(rows), static_cast<int>(channels), c10::cuda::getCurrentCUDAStream()),
+                 "add_norm");
+    context->set_materialize_grads(false);
+    if (x_in.requires_grad() || (delta_in && delta_in->requires_grad())) {
+      context->save_for_backward({sum, statistics});
+      context->saved_data["weight"] = weight;
+      context->saved_data["adds"] = delta_in.has_value();
+    }
+    return {delta_in ? sum : x_in.detach(), normed};
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    refuse_double_backward();
+    variable_list result(5);
+    const bool adds = context->saved_data["adds"].toBool();
+    Tensor grad_x = grad_outputs[0];
+    if (grad_outputs[1].defined()) {
+      const auto saved = context->get_saved_variables();
+      const Tensor &sum = saved[0], &statistics = saved[1];
+      const Tensor weight = context->saved_data["weight"].toTensor();
+      const c10::cuda::CUDAGuard guard(sum.device());
+      const Tensor grad_normed = prepared(grad_outputs[1], "the gradient of add_norm");
+      Tensor grad_sum;
+      if (grad_outputs[0].defined()) grad_sum = prepared(grad_outputs[0], "the gradient of add_norm's sum");
+      grad_x = at::empty_like(sum);
+      check_launch(elementwise::add_norm_backward(pointer(sum), statistics.const_data_ptr<float>(), pointer(weight),
+                                                  pointer(grad_normed), pointer(grad_sum), mutable_pointer(grad_x),
+                                                  static_cast<int>(statistics.size(1)),
+                                                  static_cast<int>(weight.size(0)), c10::cuda::getCurrentCUDAStream()),
+                   "add_norm backward");
+    }
+    result[0] = grad_x;
+    if (adds) result[1] = grad_x;
+    return result;
+  }
+};
+
 void check_vectors(const Tensor& tensor, const char* name) {
   require(tensor.numel() % kVector == 0, name, " has ", tensor.numel(), " values, expected a multiple of ", kVector);
 }
@@ -305,6 +369,11 @@ Tensor group_norm_silu_gate(const Tensor& y, const Tensor& gate, const Tensor& w
   return GroupNormSiluGate::apply(y, gate, weight, bias, eps);
 }
 
+std::vector<Tensor> add_norm(const Tensor& x, const std::optional<Tensor>& delta, const Tensor& weight,
+                             const Tensor& bias, double eps) {
+  return AddNorm::apply(x, delta, weight, bias, eps);
+}
+
 Tensor squared_relu(const Tensor& x) { return SquaredRelu::apply(x); }
 
 Tensor sigmoid_gated_residual(const Tensor& x, const Tensor& r, const Tensor& value) {
@@ -362,6 +431,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   // recomputation by one).
   module.def("shift_mixes", torch::wrap_pybind_function(shift_mixes));
   module.def("group_norm_silu_gate", torch::wrap_pybind_function(group_norm_silu_gate));
+  module.def("add_norm", torch::wrap_pybind_function(add_norm));
   module.def("squared_relu", torch::wrap_pybind_function(squared_relu));
   module.def("sigmoid_gated_residual", torch::wrap_pybind_function(sigmoid_gated_residual));
   module.def("logit_statistics", torch::wrap_pybind_function(logit_statistics));

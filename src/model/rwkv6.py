@@ -27,7 +27,7 @@ from src.layout import SegmentLayout
 from src.model.parameters import ModelShape
 from src.model.recompute import Recompute, Recomputed
 from src.model.state import LayerState, ModelState, last_tokens
-from src.ops.elementwise import group_norm_silu_gate, shift_mixes, sigmoid_gated_residual, squared_relu
+from src.ops.elementwise import add_norm, group_norm_silu_gate, shift_mixes, sigmoid_gated_residual, squared_relu
 from src.ops.token_logps import HeadWeight
 from src.ops.wkv6 import wkv6
 from src.quant import FrozenHead
@@ -53,8 +53,11 @@ class Norm(nn.LayerNorm):
         super().__init__(channels, eps=LAYER_NORM_EPS)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
+        return self.of_sum(x, None)[1]
+
+    def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + delta, its norm), [B, T, C] each; None adds nothing."""
+        return add_norm(x, delta, self.weight, self.bias, self.eps)
 
 
 class Embedding(nn.Module):
@@ -271,21 +274,26 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment)."""
         level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
-        inputs_again = level is Recompute.INPUTS
 
-        def time_inputs(x: Tensor) -> tuple[Tensor, ...]:
-            z = self.ln1(x)
-            return *self.att.mixed_inputs(z, state, layout), last_tokens(z, ends)
+        def enter(
+            norm: Norm, mixer: TimeMix | ChannelMix, again: Recomputed, x: Tensor, delta: Tensor | None
+        ) -> tuple[Tensor, tuple[Tensor, ...]]:
+            """The residual stream x + delta; the mixer's inputs, and last of all its memory of tokens."""
 
-        def channel_inputs(x: Tensor) -> tuple[Tensor, ...]:
-            z = self.ln2(x)
-            return *self.ffn.mixed_inputs(z, state, layout), last_tokens(z, ends)
+            def inputs_of(z: Tensor) -> tuple[Tensor, ...]:
+                return *mixer.mixed_inputs(z, state, layout), last_tokens(z, ends)
+
+            if level is Recompute.INPUTS:
+                x = x if delta is None else x + delta
+                return x, again(lambda x: inputs_of(norm(x)), x)
+            x, z = norm.of_sum(x, delta)
+            return x, inputs_of(z)
 
         def layer(x: Tensor) -> tuple[Tensor, ...]:
-            *inputs, att_shift = self._time_inputs_again(time_inputs, x) if inputs_again else time_inputs(x)
+            x, (*inputs, att_shift) = enter(self.ln1, self.att, self._time_inputs_again, x, None)
             gated, final = self.att.attend(tuple(inputs), state, layout)
-            x = x + F.dropout(self.att.output(gated), dropout, self.training)
-            *inputs, ffn_shift = self._channel_inputs_again(channel_inputs, x) if inputs_again else channel_inputs(x)
+            delta = F.dropout(self.att.output(gated), dropout, self.training)
+            x, (*inputs, ffn_shift) = enter(self.ln2, self.ffn, self._channel_inputs_again, x, delta)
             mixed = self.ffn.feed(x, tuple(inputs))
             if dropout:
                 mixed = x + F.dropout(mixed - x, dropout, self.training)

@@ -1,10 +1,10 @@
-"""The element-wise parts of a layer: token shift and mix, group norm and gate, activations.
+"""The element-wise parts of a layer: residual sum and norm, token shift and mix, group norm and gate, activations.
 
 Each function has one definition in plain torch (`*_torch`): the path for CPU, for other dtypes than bf16, for
 trainable parameters, and what the tests hold the kernels against. On a GPU, in bf16 and with frozen parameters the
 same formula runs as one kernel forward and one backward (`cuda/elementwise.cu`), in fp32 inside. What those save
-for backward: shift_mixes z and modulation (nothing without modulation), group_norm_silu_gate y and gate, squared_relu
-x, sigmoid_gated_residual r and value.
+for backward: add_norm the sum, shift_mixes z and modulation (nothing without modulation), group_norm_silu_gate y and
+gate, squared_relu x, sigmoid_gated_residual r and value.
 
 Shape legend: B batch, T tokens, C channels, A attention channels, H heads, N head size, G mixes of one z.
 """
@@ -26,6 +26,7 @@ from src.ops.cuda_extension import load_extension
 _VECTOR = 8
 _HEAD_SIZES = (16, 32, 64, 128)
 _MIXES = (1, 2, 5)
+_MOST_NORM_CHANNELS = 8192
 
 
 @functools.cache
@@ -171,6 +172,38 @@ def group_norm_silu_gate_torch(y: Tensor, gate: Tensor, weight: Tensor, bias: Te
     rows = y.reshape(batch * tokens, heads * head_size)
     normalised = F.group_norm(rows, heads, weight.to(y.dtype), bias.to(y.dtype), eps)
     return normalised.view(batch, tokens, heads * head_size) * F.silu(gate)
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The residual stream with something added, and its layer norm.
+
+    Args:
+        x: [..., C].
+        delta: what is added, as x; None adds nothing.
+        weight, bias: [C].
+        eps: added to the variance.
+
+    Returns:
+        (x + delta, layer norm of that over C), both as x.
+    """
+    if (
+        x.is_cuda
+        and x.dtype is torch.bfloat16
+        and (delta is None or delta.dtype is torch.bfloat16)
+        and x.shape[-1] % _VECTOR == 0
+        and x.shape[-1] <= _MOST_NORM_CHANNELS
+        and not (weight.requires_grad or bias.requires_grad)
+        and (kernels := fused_kernels()) is not None
+    ):
+        total, normed = kernels.add_norm(x, delta, weight.to(x.dtype), bias.to(x.dtype), eps)
+        return total, normed
+    return add_norm_torch(x, delta, weight, bias, eps)
+
+
+def add_norm_torch(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Definition of `add_norm`."""
+    total = x if delta is None else x + delta
+    return total, F.layer_norm(total, total.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), eps)
 
 
 def squared_relu(x: Tensor) -> Tensor:

@@ -173,16 +173,17 @@ def worth_recording(
 
 
 class _Step(nn.Module):
-    """Loss and gradients in one call, so that recomputation, too, happens while the states are swapped."""
+    """Loss and backward in one call, so that recomputation, too, happens while the states are swapped."""
 
     def __init__(self, objective: Objective, model: RWKV6) -> None:
         super().__init__()
         self.objective = objective
         self.model = model
 
-    def forward(self, staged: Staged, states: list[Tensor]) -> tuple[Tensor, Any, tuple[Tensor, ...]]:
+    def forward(self, staged: Staged) -> tuple[Tensor, Any]:
         loss, result = self.objective.compute(self.model, staged)
-        return loss.detach(), result, torch.autograd.grad(loss, states)
+        loss.backward()
+        return loss.detach(), result
 
 
 class _RecordedStep:
@@ -211,10 +212,10 @@ class _RecordedStep:
                 # Aliases of the states, born on the recording's stream: the parameters' own gradient accumulators
                 # belong to another stream, and waiting for that one cannot be recorded.
                 aliases = {f"model.{name}": state.detach().requires_grad_() for name, state in states.items()}
-                step = _Step(objective, model)
-                self.loss, self.result, found = functional_call(step, aliases, (self.inputs, list(aliases.values())))
-                torch._foreach_copy_(gradients, found)
-                del found
+                torch._foreach_zero_(gradients)
+                for alias, gradient in zip(aliases.values(), gradients, strict=True):
+                    alias.grad = gradient  # the backward adds to it, layer after layer
+                self.loss, self.result = functional_call(_Step(objective, model), aliases, (self.inputs,))
         finally:
             # After a failure, too: what was only recorded was never computed, and torch may stay on its stream.
             SHARED_WORKSPACE.clear()
@@ -239,8 +240,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        torch._foreach_mul_(ctx.gradients, gradient)  # in place: the next replay writes them anew
-        return (None, *ctx.gradients)
+        return (None, *torch._foreach_mul(ctx.gradients, gradient))
 
 
 @contextlib.contextmanager

@@ -131,18 +131,23 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
         strategy = "single" if config.devices * config.num_nodes == 1 else "deepspeed_stage_1"
     torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
-    _save_device_memory()
+    _save_device_memory(small_messages=config.trains_states)
     return Hardware(device, config.precision or "bf16", strategy, notes)
 
 
-def _save_device_memory() -> None:
-    """Asks torch's allocator and cuBLAS for less idle memory, where the user's environment says nothing.
+def _save_device_memory(*, small_messages: bool) -> None:
+    """Asks torch's allocator, cuBLAS and NCCL for less idle memory, where the user's environment says nothing.
 
-    Both are set before anything is allocated. Segments that grow leave no holes of fixed size; three cuBLAS
+    All are set before anything is allocated. Segments that grow leave no holes of fixed size; three cuBLAS
     workspaces of 8 MiB instead of 32 made no step slower (H200, 1.6B and 7B). Segments stay as they are on Windows'
-    Linux (WSL), where drivers of 2026 still fail on growing ones (github.com/pytorch/pytorch/issues/192330).
+    Linux (WSL), where drivers of 2026 still fail on growing ones (github.com/pytorch/pytorch/issues/192330). Four
+    NCCL channels of 1 MiB carry the gradient of states as fast as those NCCL takes by itself, and leave 0.8 GiB more
+    of each GPU free (two H200, 7B).
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+    if small_messages:
+        os.environ.setdefault("NCCL_MAX_CTAS", "4")
+        os.environ.setdefault("NCCL_BUFFSIZE", str(2**20))
     if sys.platform != "linux" or "microsoft" in platform.release().lower():
         return
     if not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"} & os.environ.keys():

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from src.ops import elementwise
-from src.ops.elementwise import group_norm_silu_gate, shift_mixes, sigmoid_gated_residual, squared_relu
+from src.ops.elementwise import add_norm, group_norm_silu_gate, shift_mixes, sigmoid_gated_residual, squared_relu
 
 pytestmark = [
     pytest.mark.gpu,
@@ -35,13 +35,13 @@ def fresh_memory_is_nan() -> Iterator[None]:
 def kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fallback to torch would make these tests compare torch with itself."""
     assert elementwise.fused_kernels() is not None
-    for name in ("shift_mixes", "group_norm_silu_gate", "squared_relu", "sigmoid_gated_residual"):
+    for name in DEFINITIONS:
         monkeypatch.setattr(elementwise, f"{name}_torch", None)
 
 
 DEFINITIONS = {
     name: getattr(elementwise, f"{name}_torch")
-    for name in ("shift_mixes", "group_norm_silu_gate", "squared_relu", "sigmoid_gated_residual")
+    for name in ("add_norm", "shift_mixes", "group_norm_silu_gate", "squared_relu", "sigmoid_gated_residual")
 }
 
 
@@ -155,6 +155,45 @@ def test_group_norm_of_a_large_mean_is_exact() -> None:
     check_against_definition("group_norm_silu_gate", group_norm_silu_gate, tensors, [0, 1], EPS)
 
 
+NORM_SHAPES = [(1, 1, 8), (2, 15, 64), (3, 7, 2048), (1, 5, 2056), (1, 50, 4096), (1, 2, 5120), (1, 2, 8192)]
+
+
+@pytest.mark.parametrize("shape", NORM_SHAPES)
+def test_norm(shape: tuple[int, ...]) -> None:
+    channels = shape[-1]
+    tensors = [normal(*shape), None, normal(channels, seed=2), normal(channels, seed=3)]
+    check_against_definition("add_norm", add_norm, tensors, [0], 1e-5)
+
+
+@pytest.mark.parametrize("shape", NORM_SHAPES)
+def test_norm_of_a_sum_is_that_of_the_rounded_sum(shape: tuple[int, ...]) -> None:
+    x, delta = normal(*shape).requires_grad_(), normal(*shape, seed=1).requires_grad_()
+    weight, bias = normal(shape[-1], seed=2), normal(shape[-1], seed=3)
+    total = (x + delta).detach().requires_grad_()
+    grads = (normal(*shape, seed=4), normal(*shape, seed=5))
+    ours, expected = add_norm(x, delta, weight, bias, 1e-5), add_norm(total, None, weight, bias, 1e-5)
+    torch.autograd.backward(ours, grads)
+    torch.autograd.backward(expected, grads)
+    for first, second in zip((*ours, x.grad, delta.grad), (*expected, total.grad, total.grad), strict=True):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("used", [0, 1])
+def test_norm_with_one_output_unused(used: int) -> None:
+    x, weight, bias = normal(2, 9, 64).requires_grad_(), normal(64, seed=2), normal(64, seed=3)
+    grad = normal(2, 9, 64, seed=4)
+    (ours,) = torch.autograd.grad(add_norm(x, None, weight, bias, 1e-5)[used], x, grad)
+    exact = x.detach().double().requires_grad_()
+    outputs = DEFINITIONS["add_norm"](exact, None, weight.double(), bias.double(), 1e-5)
+    (reference,) = torch.autograd.grad(outputs[used], exact, grad.double())
+    assert error(ours, reference) < BOUND
+
+
+def test_norm_of_a_large_mean_is_exact() -> None:
+    x = (normal(1, 4, 256) + 256.0).bfloat16()
+    check_against_definition("add_norm", add_norm, [x, None, normal(256, seed=2), normal(256, seed=3)], [0], 1e-5)
+
+
 @pytest.mark.parametrize("shape", [(8,), (3, 5, 64), (1, 77, 2048)])
 def test_activations(shape: tuple[int, ...]) -> None:
     check_against_definition("squared_relu", squared_relu, [normal(*shape)], [0])
@@ -163,10 +202,12 @@ def test_activations(shape: tuple[int, ...]) -> None:
 
 
 def layer(z: Tensor, maa: Tensor, modulation: Tensor) -> Tensor:
-    """All four operators in a row, [1, T, 128] -> [1, T, 128]."""
+    """All operators in a row, [1, T, 128] -> [1, T, 128]."""
+    x, z = add_norm(z, None, maa[0], maa[1], 1e-5)
     first, second = shift_mixes(z, None, maa, modulation, None)
     gated = group_norm_silu_gate(first.view(1, -1, 2, 64), second, maa[0], maa[1], EPS)
-    return sigmoid_gated_residual(z, gated, squared_relu(gated))
+    x, z = add_norm(x, gated, maa[0], maa[1], 1e-5)
+    return sigmoid_gated_residual(x, gated, squared_relu(z))
 
 
 def layer_gradients(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
@@ -246,6 +287,7 @@ def test_only_dear_tensors_are_saved() -> None:
     assert saved_by(lambda: shift_mixes(z, None, maa[:1], None, None)) == []
     assert saved_by(lambda: shift_mixes(z, None, maa, modulation, None)) == [(1, 9, 64), (5, 1, 9, 64)]
     assert saved_by(lambda: squared_relu(z)) == [(1, 9, 64)]
+    assert saved_by(lambda: add_norm(z, z, maa[0], maa[1], EPS)) == [(1, 9, 64), (2, 9)]
     with torch.no_grad():
         assert saved_by(lambda: squared_relu(z)) == []
 
@@ -262,6 +304,10 @@ def test_wrong_arguments_are_named() -> None:
         kernels.shift_mixes(z, None, maa.cpu(), None, None, None)
     with pytest.raises(RuntimeError, match="head size is 8"):
         kernels.group_norm_silu_gate(normal(1, 2, 3, 8), normal(1, 2, 24), normal(24), normal(24), EPS)
+    with pytest.raises(RuntimeError, match="delta has shape"):
+        kernels.add_norm(z, normal(2, 3, 64), maa[0], maa[1], EPS)
+    with pytest.raises(RuntimeError, match="x has 8200 channels"):
+        kernels.add_norm(normal(1, 8200), None, normal(8200), normal(8200), EPS)
     y = squared_relu(z.requires_grad_())
     with pytest.raises(RuntimeError, match="no second derivative"):
         torch.autograd.grad(y.sum(), z, create_graph=True)
@@ -272,3 +318,6 @@ def test_trainable_parameters_take_the_torch_path(monkeypatch: pytest.MonkeyPatc
     maa = normal(2, 64).requires_grad_()
     sum(part.sum() for part in shift_mixes(normal(1, 4, 64), None, maa, None, None)).backward()
     assert maa.grad is not None
+    weight = normal(64).requires_grad_()
+    add_norm(normal(1, 4, 64), None, weight, normal(64), EPS)[1].sum().backward()
+    assert weight.grad is not None

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from src.ops.elementwise import (
+    add_norm,
     continuations,
     group_norm_silu_gate,
     shift_mix,
@@ -110,6 +111,18 @@ def test_group_norm_silu_gate_is_the_formula() -> None:
     )
 
 
+@pytest.mark.parametrize("adds", [False, True])
+def test_add_norm_is_the_formula(adds: bool) -> None:
+    x, delta = normal(2, 3, 16), normal(2, 3, 16, seed=1) if adds else None
+    weight, bias = normal(16, seed=2), normal(16, seed=3)
+    expected = x if delta is None else x + delta
+    mean = expected.mean(-1, keepdim=True)
+    variance = (expected - mean).square().mean(-1, keepdim=True)
+    total, normed = add_norm(x, delta, weight, bias, 1e-3)
+    torch.testing.assert_close(total, expected)
+    torch.testing.assert_close(normed, (expected - mean) / (variance + 1e-3).sqrt() * weight + bias)
+
+
 def test_activations_are_the_formulas() -> None:
     x, r, value = normal(50), normal(50, seed=1), normal(50, seed=2)
     torch.testing.assert_close(squared_relu(x), torch.where(x > 0, x * x, 0.0))
@@ -125,6 +138,8 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "shift_mix bare": (lambda z, maa: shift_mix(z, None, maa, None, None), (normal(2, 3, 4), normal(1, 4))),
     "group_norm_silu_gate": (lambda y, g, w, b: group_norm_silu_gate(y, g, w, b, 64e-5),
                              (normal(1, 3, 2, 4), normal(1, 3, 8), normal(8), normal(8))),
+    "add_norm": (lambda *inputs: torch.cat(add_norm(*inputs, 1e-3)),
+                 (normal(2, 8), normal(2, 8, seed=1), normal(8, seed=2), normal(8, seed=3))),
     "squared_relu": (squared_relu, (normal(20),)),
     "sigmoid_gated_residual": (sigmoid_gated_residual, (normal(20), normal(20, seed=1), normal(20, seed=2))),
 }  # fmt: skip
@@ -142,3 +157,4 @@ def test_bf16_results_are_bf16() -> None:
     assert shift_mix(z, None, maa, None, None).dtype == torch.bfloat16
     y = normal(1, 3, 2, 4).bfloat16()
     assert group_norm_silu_gate(y, z, normal(8), normal(8), 1e-5).dtype == torch.bfloat16
+    assert {part.dtype for part in add_norm(z, z, normal(8), normal(8), 1e-5)} == {torch.bfloat16}

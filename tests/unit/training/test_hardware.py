@@ -40,7 +40,9 @@ def allocator_settings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What torch's allocator is asked for; the environment is as it was afterwards."""
     asked: list[str] = []
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", asked.append)
-    for name in ("CUBLAS_WORKSPACE_CONFIG", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+    for name in (
+        "CUBLAS_WORKSPACE_CONFIG", "NCCL_MAX_CTAS", "NCCL_BUFFSIZE", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+    ):  # fmt: skip
         monkeypatch.setenv(name, "")
         monkeypatch.delenv(name)
     return asked
@@ -116,6 +118,12 @@ class TestWithGpus:
         resolve_hardware(config())
         assert allocator_settings == ["expandable_segments:True"]
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
+        assert (os.environ["NCCL_MAX_CTAS"], os.environ["NCCL_BUFFSIZE"]) == ("4", "1048576")
+
+    def test_gradients_of_a_whole_model_keep_nccls_buffers(self, allocator_settings: list[str]) -> None:
+        resolve_hardware(config(train_type="none"))
+        assert "NCCL_MAX_CTAS" not in os.environ
+        assert "NCCL_BUFFSIZE" not in os.environ
 
     def test_segments_do_not_grow_on_wsl(self, monkeypatch: pytest.MonkeyPatch, allocator_settings: list[str]) -> None:
         monkeypatch.setattr(platform, "release", lambda: "5.15.90.1-microsoft-standard-WSL2")
@@ -128,9 +136,11 @@ class TestWithGpus:
     ) -> None:
         monkeypatch.setenv(name, "max_split_size_mb:64")
         monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
+        monkeypatch.setenv("NCCL_BUFFSIZE", "4194304")
         resolve_hardware(config())
         assert allocator_settings == []
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8"
+        assert os.environ["NCCL_BUFFSIZE"] == "4194304"
 
     def test_weights_are_not_sharded(self) -> None:
         with pytest.raises(ConfigError, match="weights outside of the hooks that gather them: use deepspeed_stage_1"):
