@@ -4,6 +4,8 @@ import math
 import os
 import re
 import signal
+import subprocess
+import sys
 import unittest.mock
 from collections.abc import Callable
 from pathlib import Path
@@ -244,6 +246,18 @@ def test_deepspeed_takes_the_steps_of_a_single_device(base: Path, data: Path, tm
         assert [r["lr"] for r in records] == [r["lr"] for r in reference]
         for name in ("loss", "grad_norm"):
             assert [r[name] for r in records] == pytest.approx([r[name] for r in reference], rel=1e-2), name
+
+
+def test_stacks_are_small_and_kernels_that_want_more_get_it() -> None:
+    """In a process of its own: the limit stays. What it saves cannot be told from what other processes take."""
+    script = (
+        "import ctypes, torch; from src.training.hardware import _limit_stacks; _limit_stacks(torch.device('cuda', 0));"
+        "limit = ctypes.c_size_t(); ctypes.CDLL('libcuda.so.1').cuCtxGetLimit(ctypes.byref(limit), 0);"
+        "x = torch.randn(300_000, device='cuda'); assert torch.equal(x.sort().values.cpu(), x.cpu().sort().values);"
+        "assert x.double().kthvalue(7).values == x.double().sort().values[6]; print(limit.value)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.strip() == "128", done.stderr
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

@@ -1,5 +1,6 @@
 """From flags to a device and an engine; the machine is imagined."""
 
+import ctypes
 import os
 import platform
 from unittest.mock import Mock
@@ -15,6 +16,7 @@ from src.errors import ConfigError
 from src.model.parameters import ModelShape
 from src.training.hardware import (
     Hardware,
+    _limit_stacks,
     deepspeed_config,
     global_rank,
     resolve_hardware,
@@ -55,6 +57,29 @@ def two_gpus(monkeypatch: pytest.MonkeyPatch, allocator_settings: list[str]) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr("src.training.hardware._limit_stacks", lambda device: None)
+
+
+class TestStacks:
+    def test_the_driver_is_asked_once_there_is_a_context(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        driver, asked = Mock(), Mock()
+        asked.attach_mock(driver, "driver")
+        monkeypatch.setattr(ctypes, "CDLL", lambda name: driver)
+        monkeypatch.setattr(torch.cuda, "synchronize", asked.synchronize)
+        device = torch.device("cuda", 1)
+        _limit_stacks(device)
+        synchronized, limited = asked.mock_calls
+        assert (synchronized[0], synchronized.args) == ("synchronize", (device,))
+        assert limited[0] == "driver.cuCtxSetLimit"
+        limit, size = limited.args
+        assert (limit, size.value) == (0, 128)
+
+    def test_without_its_library_nothing_happens(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        def missing(name: str) -> None:
+            raise OSError(name)
+
+        monkeypatch.setattr(ctypes, "CDLL", missing)
+        _limit_stacks(torch.device("cuda", 0))
 
 
 @pytest.mark.usefixtures("no_gpu")
@@ -124,6 +149,13 @@ class TestWithGpus:
         resolve_hardware(config(train_type="none"))
         assert "NCCL_MAX_CTAS" not in os.environ
         assert "NCCL_BUFFSIZE" not in os.environ
+
+    def test_stacks_of_the_runs_own_gpu_are_limited(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        limited: list[torch.device] = []
+        monkeypatch.setattr("src.training.hardware._limit_stacks", limited.append)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+        resolve_hardware(config(devices=2))
+        assert limited == [torch.device("cuda", 1)]
 
     def test_segments_do_not_grow_on_wsl(self, monkeypatch: pytest.MonkeyPatch, allocator_settings: list[str]) -> None:
         monkeypatch.setattr(platform, "release", lambda: "5.15.90.1-microsoft-standard-WSL2")
