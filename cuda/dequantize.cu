@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kThreads) to_bf16_kernel(Packed matrix, uint4*
 
 cudaError_t to_bf16(const Packed& matrix, void* output, cudaStream_t stream) {
   const int64_t vectors = matrix.count / kVector;
-  // start + kUnroll * stride stays below 2^32.
+  // start + 2 * kUnroll * stride stays below 2^32.
   if (matrix.count % kVector != 0 || vectors >= int64_t(1) << 31) return cudaErrorInvalidValue;
   if (vectors == 0) return cudaSuccess;
   int device = 0, multiprocessors = 0;

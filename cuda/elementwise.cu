@@ -4,7 +4,8 @@
 // stay in registers over a tile of tokens. Sums have a fixed order and there are no atomics, so results are
 // reproducible bit for bit.
 //
-// A thread owns 8 neighbouring channels ("a vector") of a tile of consecutive rows.
+// A thread owns 8 neighbouring channels ("a vector") of a tile of consecutive rows; norms and logits, whose sums run
+// along a row, have a block for each row.
 
 #include <cuda_bf16.h>
 
@@ -372,33 +373,38 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- sum and layer norm: one block per row, which it holds in registers, kHeld vectors a thread
 
-constexpr int kRowOfNormThreads = 256;
-constexpr int kRowOfNormWarps = kRowOfNormThreads / 32;
+constexpr int kNormThreads = 256;
+constexpr int kNormWarps = kNormThreads / 32;
+constexpr int kMostHeld = 4;
+static_assert(kMostNormChannels == kMostHeld * kNormThreads * kVector);
+
+// First channel of the i-th vector that this thread holds; beyond the row's channels there is none.
+__device__ __forceinline__ int held_channel(int i) { return (int(threadIdx.x) + i * kNormThreads) * kVector; }
 
 // The sum over the block of every thread's value; `of_warp` is used for this sum only.
-__device__ __forceinline__ float block_sum(float value, float (&of_warp)[kRowOfNormWarps]) {
+__device__ __forceinline__ float block_sum(float value, float (&of_warp)[kNormWarps]) {
 #pragma unroll
   for (int step = 16; step > 0; step /= 2) value += __shfl_xor_sync(0xffffffffu, value, step);
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = value;
   __syncthreads();
   float total = 0.0f;
 #pragma unroll
-  for (int warp = 0; warp < kRowOfNormWarps; ++warp) total += of_warp[warp];
+  for (int warp = 0; warp < kNormWarps; ++warp) total += of_warp[warp];
   return total;
 }
 
 template <int kHeld, bool kAdds>
-__global__ void __launch_bounds__(kRowOfNormThreads)
+__global__ void __launch_bounds__(kNormThreads)
     add_norm_forward_kernel(const void* x, const void* delta, const void* weight, const void* bias, float eps,
                             void* sum, void* normed, float* statistics, int channels) {
-  __shared__ float of_warp[2][kRowOfNormWarps];
+  __shared__ float of_warp[2][kNormWarps];
   const int row = blockIdx.x;
   const int64_t base = int64_t(row) * channels;
   float value[kHeld][kVector];
   float total = 0.0f;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const int channel = (int(threadIdx.x) + i * kRowOfNormThreads) * kVector;
+    const int channel = held_channel(i);
     if (channel >= channels) break;
     load(x, base + channel, value[i]);
     if (kAdds) {
@@ -417,7 +423,7 @@ __global__ void __launch_bounds__(kRowOfNormThreads)
   float squares = 0.0f;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    if ((int(threadIdx.x) + i * kRowOfNormThreads) * kVector >= channels) break;
+    if (held_channel(i) >= channels) break;
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       value[i][j] -= mean;
@@ -431,7 +437,7 @@ __global__ void __launch_bounds__(kRowOfNormThreads)
   }
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const int channel = (int(threadIdx.x) + i * kRowOfNormThreads) * kVector;
+    const int channel = held_channel(i);
     if (channel >= channels) break;
     float scale[kVector], shift[kVector];
     load(weight, channel, scale);
@@ -443,10 +449,10 @@ __global__ void __launch_bounds__(kRowOfNormThreads)
 }
 
 template <int kHeld>
-__global__ void __launch_bounds__(kRowOfNormThreads)
+__global__ void __launch_bounds__(kNormThreads)
     add_norm_backward_kernel(const void* sum, const float* statistics, const void* weight, const void* grad_normed,
                              const void* grad_sum, void* grad_x, int channels) {
-  __shared__ float of_warp[2][kRowOfNormWarps];
+  __shared__ float of_warp[2][kNormWarps];
   const int row = blockIdx.x;
   const int64_t base = int64_t(row) * channels;
   const float mean = statistics[row], inverse = statistics[gridDim.x + row];
@@ -454,7 +460,7 @@ __global__ void __launch_bounds__(kRowOfNormThreads)
   float total = 0.0f, projection = 0.0f;
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const int channel = (int(threadIdx.x) + i * kRowOfNormThreads) * kVector;
+    const int channel = held_channel(i);
     if (channel >= channels) break;
     float scale[kVector];
     load(sum, base + channel, value[i]);
@@ -472,7 +478,7 @@ __global__ void __launch_bounds__(kRowOfNormThreads)
   projection = block_sum(projection, of_warp[1]) / float(channels);
 #pragma unroll
   for (int i = 0; i < kHeld; ++i) {
-    const int channel = (int(threadIdx.x) + i * kRowOfNormThreads) * kVector;
+    const int channel = held_channel(i);
     if (channel >= channels) break;
     float result[kVector];
     if (grad_sum != nullptr) {
@@ -489,10 +495,10 @@ __global__ void __launch_bounds__(kRowOfNormThreads)
 // Calls launch(std::integral_constant<int, kHeld>) with as many vectors as a thread has to hold.
 template <typename Launch>
 cudaError_t for_row_of(int channels, const Launch& launch) {
-  const int held = (channels / kVector + kRowOfNormThreads - 1) / kRowOfNormThreads;
+  const int held = (channels / kVector + kNormThreads - 1) / kNormThreads;
   if (held <= 1) return launch(std::integral_constant<int, 1>());
   if (held <= 2) return launch(std::integral_constant<int, 2>());
-  if (held <= 4) return launch(std::integral_constant<int, 4>());
+  if (held <= kMostHeld) return launch(std::integral_constant<int, kMostHeld>());
   return cudaErrorInvalidValue;
 }
 
@@ -773,7 +779,7 @@ cudaError_t add_norm_forward(const void* x, const void* delta, const void* weigh
   return for_row_of(channels, [&](auto held) {
     const auto kernel = delta == nullptr ? &add_norm_forward_kernel<decltype(held)::value, false>
                                          : &add_norm_forward_kernel<decltype(held)::value, true>;
-    kernel<<<rows, kRowOfNormThreads, 0, stream>>>(x, delta, weight, bias, eps, sum, normed, statistics, channels);
+    kernel<<<rows, kNormThreads, 0, stream>>>(x, delta, weight, bias, eps, sum, normed, statistics, channels);
     return cudaGetLastError();
   });
 }
@@ -783,7 +789,7 @@ cudaError_t add_norm_backward(const void* sum, const float* statistics, const vo
   if (rows == 0) return cudaSuccess;
   return for_row_of(channels, [&](auto held) {
     add_norm_backward_kernel<decltype(held)::value>
-        <<<rows, kRowOfNormThreads, 0, stream>>>(sum, statistics, weight, grad_normed, grad_sum, grad_x, channels);
+        <<<rows, kNormThreads, 0, stream>>>(sum, statistics, weight, grad_normed, grad_sum, grad_x, channels);
     return cudaGetLastError();
   });
 }

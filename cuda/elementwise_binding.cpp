@@ -432,6 +432,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("shift_mixes", torch::wrap_pybind_function(shift_mixes));
   module.def("group_norm_silu_gate", torch::wrap_pybind_function(group_norm_silu_gate));
   module.def("add_norm", torch::wrap_pybind_function(add_norm));
+  module.attr("most_norm_channels") = elementwise::kMostNormChannels;
   module.def("squared_relu", torch::wrap_pybind_function(squared_relu));
   module.def("sigmoid_gated_residual", torch::wrap_pybind_function(sigmoid_gated_residual));
   module.def("logit_statistics", torch::wrap_pybind_function(logit_statistics));

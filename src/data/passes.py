@@ -32,7 +32,7 @@ BatchT = TypeVar("BatchT", bound="DataclassInstance")
 
 
 class PassDataset(Dataset[BatchT], ABC):
-    """Every batch of a run, by its step: `dataset[step]` is a pure function of the constructor's arguments.
+    """Every batch of a run, by its step: `dataset[step]` is a function of step and the constructor's arguments alone.
 
     Steps count batches of this rank from the start of the run, without end; `len` is an epoch.
 

@@ -285,7 +285,7 @@ class Block(nn.Module):
 
             if level is Recompute.INPUTS:
                 x = x if delta is None else x + delta
-                return x, again(lambda x: inputs_of(norm(x)), x)
+                return x, again(lambda stream: inputs_of(norm(stream)), x)
             x, z = norm.of_sum(x, delta)
             return x, inputs_of(z)
 
@@ -336,7 +336,7 @@ class RWKV6(nn.Module):
         """What can be done for tokens int64 [B, T] without the device: `forward` takes tokens or this.
 
         Returns:
-            [B, T, C] in pinned memory if the embedding table is on the host, else the tokens.
+            [B, T, C] if the embedding table is on the host, in pinned memory if the model is not; else the tokens.
         """
         return self.emb.look_up(tokens, pinned=self.device.type == "cuda")
 

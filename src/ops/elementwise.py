@@ -3,8 +3,8 @@
 Each function has one definition in plain torch (`*_torch`): the path for CPU, for other dtypes than bf16, for
 trainable parameters, and what the tests hold the kernels against. On a GPU, in bf16 and with frozen parameters the
 same formula runs as one kernel forward and one backward (`cuda/elementwise.cu`), in fp32 inside. What those save
-for backward: add_norm the sum, shift_mixes z and modulation (nothing without modulation), group_norm_silu_gate y and
-gate, squared_relu x, sigmoid_gated_residual r and value.
+for backward: add_norm the sum and its statistics, shift_mixes z and modulation (nothing without modulation),
+group_norm_silu_gate y and gate, squared_relu x, sigmoid_gated_residual r and value.
 
 Shape legend: B batch, T tokens, C channels, A attention channels, H heads, N head size, G mixes of one z.
 """
@@ -26,7 +26,6 @@ from src.ops.cuda_extension import load_extension
 _VECTOR = 8
 _HEAD_SIZES = (16, 32, 64, 128)
 _MIXES = (1, 2, 5)
-_MOST_NORM_CHANNELS = 8192
 
 
 @functools.cache
@@ -191,9 +190,9 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps:
         and x.dtype is torch.bfloat16
         and (delta is None or delta.dtype is torch.bfloat16)
         and x.shape[-1] % _VECTOR == 0
-        and x.shape[-1] <= _MOST_NORM_CHANNELS
         and not (weight.requires_grad or bias.requires_grad)
         and (kernels := fused_kernels()) is not None
+        and x.shape[-1] <= kernels.most_norm_channels
     ):
         total, normed = kernels.add_norm(x, delta, weight.to(x.dtype), bias.to(x.dtype), eps)
         return total, normed

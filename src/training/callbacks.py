@@ -60,7 +60,7 @@ class StepControl(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Looks at loss and gradients of the whole step before the optimizer does.
+        """Looks at loss and gradients of the whole step before the optimizer does; DeepSpeed's engine does so itself.
 
         Raises:
             TrainingError: naming step and samples when something is not finite.
@@ -69,7 +69,7 @@ class StepControl(pl.Callback):
         if self._closes_step and not _has_engine(trainer):
             gradients = [parameter.grad for _, parameter in module.trained() if parameter.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-            self._look_at(trainer, module, norm)
+            self._examine(trainer, module, norm)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -89,10 +89,10 @@ class StepControl(pl.Callback):
             return
         if _has_engine(trainer):
             engine: Any = trainer.strategy.model
-            self._look_at(trainer, module, torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32))
+            self._examine(trainer, module, torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32))
         self._pending.clear()
 
-    def _look_at(self, trainer: pl.Trainer, module: TrainingModule, norm: Tensor) -> None:
+    def _examine(self, trainer: pl.Trainer, module: TrainingModule, norm: Tensor) -> None:
         """Takes note of the step's loss and gradient norm, 0-d; raises a TrainingError if one is not finite."""
         pending = [*self._pending, self._current(module)]
         losses = torch.stack([loss for loss, _ in pending]).float()

@@ -135,13 +135,14 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
         strategy = "single" if config.devices * config.num_nodes == 1 else "deepspeed_stage_1"
     torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = config.precision == "tf32"
-    _save_device_memory(small_messages=config.trains_states)
-    _limit_stacks(device)
+    _save_device_memory(small_messages=config.trains_states and config.num_nodes == 1)
+    if config.devices * config.num_nodes == 1:  # NCCL's kernels call through tables: leave them the stack they expect
+        _limit_stacks(device)
     return Hardware(device, config.precision or "bf16", strategy, notes)
 
 
 def _save_device_memory(*, small_messages: bool) -> None:
-    """Asks torch's allocator, cuBLAS and NCCL for less idle memory, where the user's environment says nothing.
+    """Asks torch's allocator, cuBLAS and NCCL for less idle memory, where the environment says nothing.
 
     All are set before anything is allocated. Segments that grow leave no holes of fixed size; three cuBLAS
     workspaces of 8 MiB instead of 32 made no step slower (H200, 1.6B and 7B). Segments stay as they are on Windows'

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from typing import Any
 
 import pytorch_lightning as pl
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src.config import TrainConfig
+from src.errors import UserError
 from src.model.rwkv6 import RWKV6
 from src.training.graphs import GraphedObjective, can_be_recorded
 from src.training.objectives import Objective, Outcome, outcome_of
@@ -25,7 +26,7 @@ class TrainingModule(pl.LightningModule):
 
     Precision is the model's own business: activations and frozen weights have the computation dtype,
     trained tensors, their gradients and Adam's moments are fp32. Batches stay on the host; the objective
-    moves what the device needs.
+    stages what the device needs.
 
     Args:
         model: what is trained.
@@ -66,9 +67,10 @@ class TrainingModule(pl.LightningModule):
         if self.graphed:
             outcome = self.graphed(batch)
             if self.following is not None:
-                self.graphed.look_ahead(self.following())
+                with contextlib.suppress(UserError, OSError):  # raised again when that batch's turn comes, if it does
+                    self.graphed.look_ahead(self.following())
         else:
-            with KeptOnHost(self.model) if self.config.offload_activations else nullcontext():
+            with KeptOnHost(self.model) if self.config.offload_activations else contextlib.nullcontext():
                 outcome = outcome_of(self.objective, self.model, batch)
         self.outcome = Outcome(outcome.loss.detach(), outcome.logs)
         # DeepSpeed looks at gradients alone: a loss that is not finite makes them so.

@@ -1,9 +1,9 @@
 """What a batch costs: objectives map (model, batch) to a loss and the numbers to log.
 
 An objective works in two parts. `stage` prepares on the host everything the device needs: the only place that
-looks at the batch, and work that can be done while the device computes. `compute` then is a function of device
-tensors alone, without a copy from the host or a wait for the device, so that `graphs.py` can record it once and
-replay it. Adding an objective is adding a class
+looks at the batch, and work that can be done while the device computes. `compute` then is a function of
+device tensors alone, without a copy from the host or a wait for the device, so that `graphs.py` can record it
+once and replay it. Adding an objective is adding a class
 here; the Lightning module knows none of them.
 """
 

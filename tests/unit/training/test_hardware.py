@@ -145,17 +145,19 @@ class TestWithGpus:
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:2:16:8"
         assert (os.environ["NCCL_MAX_CTAS"], os.environ["NCCL_BUFFSIZE"]) == ("4", "1048576")
 
-    def test_gradients_of_a_whole_model_keep_nccls_buffers(self, allocator_settings: list[str]) -> None:
-        resolve_hardware(config(train_type="none"))
+    @pytest.mark.parametrize("flags", [{"train_type": "none"}, {"num_nodes": 2}])
+    def test_larger_messages_keep_nccls_buffers(self, flags: dict[str, object], allocator_settings: list[str]) -> None:
+        resolve_hardware(config(**flags))
         assert "NCCL_MAX_CTAS" not in os.environ
         assert "NCCL_BUFFSIZE" not in os.environ
 
-    def test_stacks_of_the_runs_own_gpu_are_limited(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_stacks_are_limited_where_nccl_is_not_needed(self, monkeypatch: pytest.MonkeyPatch) -> None:
         limited: list[torch.device] = []
         monkeypatch.setattr("src.training.hardware._limit_stacks", limited.append)
-        monkeypatch.setenv("LOCAL_RANK", "1")
+        resolve_hardware(config())
+        assert limited == [torch.device("cuda", 0)]
         resolve_hardware(config(devices=2))
-        assert limited == [torch.device("cuda", 1)]
+        assert len(limited) == 1
 
     def test_segments_do_not_grow_on_wsl(self, monkeypatch: pytest.MonkeyPatch, allocator_settings: list[str]) -> None:
         monkeypatch.setattr(platform, "release", lambda: "5.15.90.1-microsoft-standard-WSL2")

@@ -1,5 +1,7 @@
 """The optimizer of what is trainable."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
@@ -7,10 +9,12 @@ from running import GivenLoss
 from torch import Tensor
 
 from src.config import TrainConfig
+from src.errors import DataError
 from src.loading import LoadOptions, build_model
 from src.model.parameters import state_shapes
 from src.model.rwkv6 import RWKV6
 from src.training.module import FP16_LOSS_SCALE, TrainingModule, parameter_groups
+from src.training.objectives import Outcome
 
 SHAPE = tiny_shape()
 
@@ -129,3 +133,27 @@ def test_recordings_and_what_refers_to_them_are_released() -> None:
     assert made.outcome is not None
     made.release_recordings()
     assert made.graphed is made.outcome is None
+
+
+class TestLookAhead:
+    @staticmethod
+    def graphed() -> Mock:
+        loss = torch.zeros((), requires_grad=True)
+        return Mock(return_value=Outcome(loss + 1))
+
+    def test_the_following_batch_is_staged_once_the_step_is_under_way(self) -> None:
+        made = module()
+        made.graphed, made.following = self.graphed(), lambda: "next"
+        made.training_step("now", 0)
+        assert [(name, *arguments) for name, arguments, _ in made.graphed.mock_calls] == [
+            ("", "now"),
+            ("look_ahead", "next"),
+        ]
+
+    def test_what_is_wrong_with_it_does_not_stop_the_step(self) -> None:
+        def broken() -> None:
+            raise DataError("document 5 is empty")
+
+        made = module()
+        made.graphed, made.following = self.graphed(), broken
+        assert made.training_step("now", 0).item() == 1.0
