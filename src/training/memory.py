@@ -1,7 +1,7 @@
 """How much of a layer is kept for the backward pass: `--grad_cp`, and `--grad_cp 2` from free memory.
 
-Keeping a layer's costly tensors saves its recomputation. Layers are alike, so the choice is a number: so
-many layers recompute only their inputs, the others everything.
+Keeping a layer's costly tensors saves its recomputation. Layers are alike, so the choice is two numbers: so
+many layers recompute only their inputs, so many nothing, the others everything.
 """
 
 from __future__ import annotations
@@ -24,27 +24,33 @@ class MemoryPlan:
     """What `apply` does to a model.
 
     Attributes:
-        light_layers: layers that recompute only norms and mixer inputs (`Recompute.INPUTS`).
         layers: of the model.
+        light_layers: layers that recompute only norms and mixer inputs (`Recompute.INPUTS`).
+        whole_layers: layers that recompute nothing (`Recompute.NOTHING`).
         keep_dequantized: whether recomputation and backward share one dequantisation.
     """
 
-    light_layers: int
     layers: int
-    keep_dequantized: bool
+    light_layers: int = 0
+    whole_layers: int = 0
+    keep_dequantized: bool = False
 
     def __str__(self) -> str:
-        shared = ", one dequantisation for recomputation and backward" if self.keep_dequantized else ""
-        return (
-            f"{self.light_layers} of {self.layers} layers recompute only norms and mixing, "
-            f"{self.layers - self.light_layers} everything{shared}"
-        )
+        counts = {
+            "everything": self.layers - self.light_layers - self.whole_layers,
+            "only norms and mixing": self.light_layers,
+            "nothing": self.whole_layers,
+        }
+        parts = [f"{count} {what}" for what, count in counts.items() if count]
+        shared = "; one dequantisation for recomputation and backward" if self.keep_dequantized else ""
+        return f"of {self.layers} layers the backward pass recomputes: {', '.join(parts)}{shared}"
 
     def apply(self, model: RWKV6) -> None:
-        """Sets the layers' modes; the last layers are the light ones, whose tensors live shortest."""
-        for i, block in enumerate(model.blocks):
-            light = i >= self.layers - self.light_layers
-            block.recompute = Recompute.INPUTS if light else Recompute.ALL  # type: ignore[assignment]
+        """Sets the layers' modes; the last layers keep most, whose tensors live shortest."""
+        modes = [Recompute.NOTHING] * self.whole_layers + [Recompute.INPUTS] * self.light_layers
+        modes += [Recompute.ALL] * (self.layers - len(modes))
+        for block, mode in zip(model.blocks, reversed(modes), strict=True):
+            block.recompute = mode  # type: ignore[assignment]
         SHARED_WORKSPACE.keep_dequantized = self.keep_dequantized
 
 
@@ -52,16 +58,20 @@ def kept_bytes(shape: ModelShape, recompute: Recompute) -> int:
     """Bytes per token that one layer keeps between forward and backward, 16-bit activations.
 
     INPUTS: what enters both mixers, r, k, v, w_raw and the operator's checkpoints, y and gate, the feed-forward's
-    hidden layer, its gate and value, the decay's hidden layer. ALL: what enters the layer.
+    hidden layer, its gate and value, the decay's hidden layer. NOTHING: besides, the first norm's output, the
+    modulation of its five mixes and the hidden layer that makes it. ALL: what enters the layer.
     """
     C, A, F = shape.n_embd, shape.dim_att, shape.dim_ffn
     if recompute is Recompute.ALL:
         return 2 * C
-    return 2 * (4 * C + 7 * A + F + shape.decay_lora_width)
+    inputs_again = 2 * (4 * C + 7 * A + F + shape.decay_lora_width)
+    if recompute is Recompute.INPUTS:
+        return inputs_again
+    return inputs_again + 2 * (6 * C + 5 * shape.mix_lora_width)
 
 
 def plan_memory(model: RWKV6, row_tokens: int, limit_gib: float) -> MemoryPlan:
-    """Chooses as many light layers as fit.
+    """Chooses as many light layers as fit, and when all are, as many whole ones.
 
     Args:
         model: on its GPU.
@@ -77,13 +87,20 @@ def plan_memory(model: RWKV6, row_tokens: int, limit_gib: float) -> MemoryPlan:
     passing = row_tokens * 2 * (12 * shape.n_embd + 12 * shape.dim_att + 3 * shape.dim_ffn)
     available = limit - used - optimizer - passing - _WORKING_BYTES
 
-    heavy = row_tokens * kept_bytes(shape, Recompute.ALL)
-    light = row_tokens * kept_bytes(shape, Recompute.INPUTS)
-    available -= heavy * shape.n_layer
-    count = int(max(0, min(shape.n_layer, available // (light - heavy))))
-    dense = _layer_matrix_bytes(model)
-    left = available - count * (light - heavy)
-    return MemoryPlan(count, shape.n_layer, keep_dequantized=count < shape.n_layer and 0 < dense <= left)
+    def layers_that_fit(extra_bytes: int) -> int:
+        return int(max(0, min(shape.n_layer, available // (row_tokens * extra_bytes))))
+
+    everything, inputs, nothing = (
+        kept_bytes(shape, mode) for mode in (Recompute.ALL, Recompute.INPUTS, Recompute.NOTHING)
+    )
+    available -= row_tokens * everything * shape.n_layer
+    light = layers_that_fit(inputs - everything)
+    available -= row_tokens * (inputs - everything) * light
+    if light == shape.n_layer:
+        whole = layers_that_fit(nothing - inputs)
+        return MemoryPlan(shape.n_layer, light_layers=light - whole, whole_layers=whole)
+    keeps = 0 < _layer_matrix_bytes(model) <= available
+    return MemoryPlan(shape.n_layer, light_layers=light, keep_dequantized=keeps)
 
 
 def _layer_matrix_bytes(model: RWKV6) -> int:

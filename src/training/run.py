@@ -226,7 +226,7 @@ def choose_recomputation(model: RWKV6, work: Work, config: TrainConfig) -> None:
     if model.device.type == "cuda":
         plan = plan_memory(model, work.row_tokens, config.memory_gib)
     else:
-        plan = MemoryPlan(model.shape.n_layer, model.shape.n_layer, keep_dequantized=False)
+        plan = MemoryPlan(model.shape.n_layer, light_layers=model.shape.n_layer)
     plan.apply(model)
     say(f"memory     {plan}")
 

@@ -27,30 +27,52 @@ def fake_device(monkeypatch: pytest.MonkeyPatch, free_gib: float, total_gib: flo
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
 
 
-def test_more_free_memory_keeps_more_layers(model: RWKV6, monkeypatch: pytest.MonkeyPatch) -> None:
-    row_tokens = 1_000_000
-    counts = []
-    for free in (0.5, 4, 5, 24, 80):
+def test_more_free_memory_keeps_more_of_more_layers(model: RWKV6, monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+    for free in (0.5, 2, 4, 5, 6, 6.5, 7, 24, 80):
         fake_device(monkeypatch, free, 80)
-        counts.append(plan_memory(model, row_tokens, 0).light_layers)
-    assert counts == sorted(counts)
-    assert counts[0] == 0
-    assert counts[-1] == 4
-    assert any(0 < count < 4 for count in counts)
+        plans.append(plan_memory(model, 1_000_000, 0))
+    kept = [(plan.whole_layers, plan.light_layers + plan.whole_layers) for plan in plans]
+    assert kept == sorted(kept)
+    assert kept[0] == (0, 0)
+    assert kept[-1] == (4, 4)
+    assert any(0 < light < 4 for _, light in kept)
+    assert any(0 < whole < 4 for whole, _ in kept)
+    assert all(light == 4 for whole, light in kept if whole)
+
+
+@pytest.mark.parametrize("free", [1.0, 3.0, 4.5, 6.0, 6.5])
+def test_what_is_kept_fits(model: RWKV6, monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+    fake_device(monkeypatch, free, 80)
+    plan = plan_memory(model, 1_000_000, 0)
+    levels = {Recompute.NOTHING: plan.whole_layers, Recompute.INPUTS: plan.light_layers}
+    kept = sum(1_000_000 * kept_bytes(model.shape, level) * count for level, count in levels.items())
+    assert kept <= free * GIB
 
 
 def test_limit_counts_what_others_use(model: RWKV6, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_device(monkeypatch, 70, 80)
-    assert plan_memory(model, 1_000_000, limit_gib=11).light_layers == 0
-    assert plan_memory(model, 1_000_000, limit_gib=80).light_layers == 4
+    assert plan_memory(model, 1_000_000, limit_gib=11) == MemoryPlan(layers=4)
+    assert plan_memory(model, 1_000_000, limit_gib=80) == MemoryPlan(layers=4, whole_layers=4)
 
 
-def test_apply_makes_the_last_layers_light(model: RWKV6) -> None:
-    MemoryPlan(light_layers=1, layers=4, keep_dequantized=False).apply(model)
-    assert [block.recompute for block in model.blocks] == [Recompute.ALL] * 3 + [Recompute.INPUTS]
+def test_apply_gives_the_last_layers_most(model: RWKV6) -> None:
+    MemoryPlan(layers=4, light_layers=2, whole_layers=1).apply(model)
+    assert [block.recompute for block in model.blocks] == [
+        Recompute.ALL, Recompute.INPUTS, Recompute.INPUTS, Recompute.NOTHING,
+    ]  # fmt: skip
+
+
+def test_the_plan_says_what_is_recomputed() -> None:
+    assert str(MemoryPlan(layers=4, light_layers=3, keep_dequantized=True)) == (
+        "of 4 layers the backward pass recomputes: 1 everything, 3 only norms and mixing; one dequantisation for "
+        "recomputation and backward"
+    )
+    assert str(MemoryPlan(layers=4, whole_layers=4)).endswith("recomputes: 4 nothing")
 
 
 def test_kept_bytes_of_the_7b_shape() -> None:
     shape = ModelShape.from_sizes(n_layer=32, n_embd=4096, vocab_size=65536, double_extra_dim=True)
     assert kept_bytes(shape, Recompute.ALL) == 2 * 4096
     assert kept_bytes(shape, Recompute.INPUTS) == 2 * (11 * 4096 + 14336 + 128)
+    assert kept_bytes(shape, Recompute.NOTHING) == 2 * (17 * 4096 + 14336 + 128 + 320)
