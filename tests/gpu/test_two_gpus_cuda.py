@@ -40,7 +40,7 @@ def test_two_devices_take_the_steps_of_one_that_accumulates(tmp_path: Path) -> N
     for name in ("loss", "grad_norm"):
         values, expected = ([record[name] for record in records] for records in (two_records, one_records))
         assert values[0] == pytest.approx(expected[0], rel=1e-3), name
-        assert values == pytest.approx(expected, rel=5e-2), name  # a step of Adam magnifies what rounding began
-    # Sums in another order move a bf16 state a little; other samples or weights would move it by its own size.
-    assert (two - one).norm() < 0.05 * one.norm()
+        assert values == pytest.approx(expected, rel=2e-2), name
+    # Gradients that differ by 1e-6 move these states by 0.3 % (bf16, on a CPU); other samples would by 40 %.
+    assert (two - one).norm() < 0.03 * one.norm()
     assert out.count("results    ") == 1, "only one rank prints"

@@ -218,8 +218,9 @@ class TestDeepSpeedConfiguration:
         assert (plain["stage"], "offload_optimizer" in plain) == (2, False)
         assert (offload["stage"], offload["offload_optimizer"]["device"]) == (2, "cpu")
 
-    def test_nothing_overlaps_on_one_device(self) -> None:
-        zero = deepspeed_config("deepspeed_stage_1", config(), 1)["zero_optimization"]
+    @pytest.mark.parametrize("devices", [1, 2])
+    def test_gradients_are_reduced_on_the_stream_that_makes_them(self, devices: int) -> None:
+        zero = deepspeed_config("deepspeed_stage_1", config(devices=devices), 1)["zero_optimization"]
         assert zero["overlap_comm"] is False
 
 
