@@ -1,0 +1,66 @@
+"""Two processes under DeepSpeed against one that accumulates: the same steps.
+
+On a CPU, where that can be tested everywhere; `tests/gpu/test_two_gpus_cuda.py` runs the program itself on two GPUs.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from factories import tiny_checkpoint, tiny_shape
+from running import ROOT, metrics, train, write_documents
+
+from src.checkpoint import load_state
+
+pytest.importorskip("deepspeed")
+
+FLAGS = {"quant": 1, "dataload": "pad", "micro_bsz": 2, "epoch_count": 3, "lr_init": 0.1, "precision": "fp32"}
+SIZES = {"n_layer": 3, "n_embd": 32, "head_size": 8}
+
+
+def free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port: int = server.getsockname()[1]
+        return port
+
+
+def train_in_two_processes(folder: Path, **flags: object) -> None:
+    """`tests/rank_of_two.py` with these flags, as rank 0 and rank 1."""
+    folder.mkdir()
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "tests/rank_of_two.py"), *words, "--proj_dir", str(folder)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
+
+
+def test_two_processes_take_the_steps_of_one_that_accumulates(tmp_path: Path) -> None:
+    base = tmp_path / "base.pth"
+    tiny_checkpoint(base, **SIZES)
+    documents = write_documents(tmp_path / "documents", [100, 17, 32, 64, 8, 45, 35, 60])
+    given = {"load_model": base, "data_file": documents, **FLAGS}
+    train(tmp_path / "one", accelerator="cpu", accumulate_grad_batches=2, **given)
+    train_in_two_processes(tmp_path / "two", strategy="deepspeed_stage_1", **given)
+
+    one = load_state(tmp_path / "one" / "rwkv-final.pth", tiny_shape(**SIZES))
+    two = torch.load(tmp_path / "two" / "states.pt", weights_only=True)
+    norms = json.loads((tmp_path / "two" / "norms.json").read_text())
+    assert norms == pytest.approx([record["grad_norm"] for record in metrics(tmp_path / "one")], rel=1e-4)
+    assert one.keys() == two.keys()
+    for name, state in two.items():
+        torch.testing.assert_close(state, one[name].float(), rtol=2**-8, atol=1e-6, msg=name)  # the file is bf16
