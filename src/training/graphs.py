@@ -6,8 +6,8 @@ a shape of its staged batch when that shape comes the second time, and replays i
 shapes that come most often. The replay is an ordinary autograd node that holds the states' gradients, so that
 gradient accumulation and DeepSpeed's hooks see nothing unusual.
 
-Batches are padded a little (`padded`) so that few shapes occur: padding comes after what counts, in
-segments of its own in packed rows, and has no target.
+Batches are padded a little (`padded`, `room_for_targets`) so that few shapes occur: padding comes after what
+counts, in segments of its own in packed rows, and has no target.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import warnings
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -27,6 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from src.data.batches import Batch
+from src.data.passes import ceil_div
 from src.data.preference_batches import PreferenceBatch
 from src.layout import SegmentLayout
 from src.losses import IGNORED_TARGET, Role, slot
@@ -37,8 +39,6 @@ from src.training.objectives import Objective, Outcome, Staged
 
 _MOST_GRAPHS = 12
 _SPARE_BYTES = 256 * 2**20
-_TOKEN_GRAIN = 128
-_SEGMENT_GRAIN = 8
 
 Key = tuple[Any, ...]
 AnyBatch = TypeVar("AnyBatch", Batch, PreferenceBatch)
@@ -95,7 +95,7 @@ class GraphedObjective:
         self._ahead = (batch, self._stage(batch))
 
     def _stage(self, batch: Any) -> Staged:
-        return self.objective.stage(self.model, padded(batch), _TOKEN_GRAIN)
+        return self.objective.stage(self.model, padded(batch), room_for_targets)
 
     def _staged(self, batch: Any) -> Staged:
         ahead, self._ahead = self._ahead, None
@@ -271,8 +271,17 @@ def _all_tensors(staged: Staged) -> list[Tensor]:
     return [*staged.tensors.values(), *([] if staged.layout is None else _tensors(staged.layout))]
 
 
-def _up(count: int, grain: int) -> int:
-    return -(-count // grain) * grain
+def shared_size(count: int, least: int, sizes: int) -> int:
+    """The next size that many counts share: a multiple of `least`, of at most `sizes` between powers of two."""
+    power_below = 1 << (count - 1).bit_length() >> 1 if count > 1 else 1
+    grain = max(least, power_below // sizes)
+    return ceil_div(count, grain) * grain
+
+
+# Padded tokens cost as much as others; targets only a row of the head, and segments next to nothing.
+_room_for_tokens = partial(shared_size, least=128, sizes=8)
+room_for_targets = partial(shared_size, least=256, sizes=2)
+_room_for_segments = partial(shared_size, least=8, sizes=2)
 
 
 def padded(batch: AnyBatch) -> AnyBatch:
@@ -282,7 +291,7 @@ def padded(batch: AnyBatch) -> AnyBatch:
         batch: a `Batch` or `PreferenceBatch` on the host, of a recordable objective.
     """
     if batch.layout is None:
-        missing = _up(batch.tokens.shape[1], _TOKEN_GRAIN) - batch.tokens.shape[1]
+        missing = _room_for_tokens(batch.tokens.shape[1]) - batch.tokens.shape[1]
         return replace(
             batch,
             tokens=F.pad(batch.tokens, (0, missing)),
@@ -291,8 +300,8 @@ def padded(batch: AnyBatch) -> AnyBatch:
     layout, split = batch.layout, batch.layout.root_tokens
     roots, children = list(layout.lengths[: layout.roots]), list(layout.lengths[layout.roots :])
     parents = layout.parents.tolist()
-    root_padding = _up(split, _TOKEN_GRAIN) - split
-    child_padding = _up(layout.tokens - split, _TOKEN_GRAIN) - (layout.tokens - split)
+    root_padding = _room_for_tokens(split) - split
+    child_padding = _room_for_tokens(layout.tokens - split) - (layout.tokens - split)
     roots = _filled(roots, root_padding)
     if children:
         children = _filled(children, child_padding)
@@ -319,6 +328,6 @@ def padded(batch: AnyBatch) -> AnyBatch:
 
 
 def _filled(lengths: list[int], padding: int) -> list[int]:
-    """Segment lengths with one of padding and then empty ones, a multiple of `_SEGMENT_GRAIN` in all."""
+    """Segment lengths with one of padding and then empty ones."""
     filled = [*lengths, padding]
-    return filled + [0] * (_up(len(filled), _SEGMENT_GRAIN) - len(filled))
+    return filled + [0] * (_room_for_segments(len(filled)) - len(filled))

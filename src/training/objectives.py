@@ -33,6 +33,9 @@ from src.losses import (
 from src.model.rwkv6 import RWKV6
 from src.ops.token_logps import head_sft_loss, token_logps
 
+Room = Callable[[int], int]
+"""From a number of things to that of places for them; `int` leaves none empty."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -77,8 +80,8 @@ class Objective(Protocol):
 
     recordable: bool
 
-    def stage(self, model: RWKV6, batch: Any, grain: int = 1) -> Staged:
-        """Makes on the host what `compute` needs on the device; `grain` as for `counted_positions`."""
+    def stage(self, model: RWKV6, batch: Any, room: Room = int) -> Staged:
+        """Makes on the host what `compute` needs on the device; `room` as for `counted_positions`."""
         ...
 
     def compute(self, model: RWKV6, staged: Staged) -> tuple[Tensor, Any]:
@@ -96,12 +99,12 @@ def outcome_of(objective: Objective, model: RWKV6, batch: Any) -> Outcome:
     return Outcome(loss, lambda: objective.logs(result))
 
 
-def counted_positions(targets: Tensor, grain: int = 1) -> tuple[Tensor, Tensor]:
+def counted_positions(targets: Tensor, room: Room = int) -> tuple[Tensor, Tensor]:
     """Places and values of the targets that count.
 
     Args:
         targets: int64 of any shape, on the host; negative ones do not count.
-        grain: the number of places is filled up to a multiple of it, as far as there are targets.
+        room: to how many places so many are filled up, as far as there are targets.
 
     Returns:
         (positions int64 [M], targets int64 [M]) in row-major order; filled-up places are position 0 with a
@@ -110,7 +113,7 @@ def counted_positions(targets: Tensor, grain: int = 1) -> tuple[Tensor, Tensor]:
     flat = targets.reshape(-1)
     positions = (flat >= 0).nonzero().squeeze(1)
     values = flat[positions]
-    missing = min(-(-positions.numel() // grain) * grain, flat.numel()) - positions.numel()
+    missing = min(room(positions.numel()), flat.numel()) - positions.numel()
     if missing:
         positions = torch.cat([positions, positions.new_zeros(missing)])
         values = torch.cat([values, values.new_full((missing,), IGNORED_TARGET)])
@@ -143,9 +146,9 @@ class SFTObjective:
 
     recordable = True
 
-    def stage(self, model: RWKV6, batch: Batch, grain: int = 1) -> Staged:
+    def stage(self, model: RWKV6, batch: Batch, room: Room = int) -> Staged:
         """See Objective."""
-        positions, targets = counted_positions(batch.targets, grain)
+        positions, targets = counted_positions(batch.targets, room)
         tensors = {
             "x": model.look_up(batch.tokens),
             "positions": positions,
@@ -189,9 +192,9 @@ class PreferenceObjective:
             return PairForm.RELEASED
         return PairForm.SHARED_PROMPT if shared_prompt else PairForm.TWO_ROWS
 
-    def stage(self, model: RWKV6, batch: PreferenceBatch, grain: int = 1) -> Staged:
+    def stage(self, model: RWKV6, batch: PreferenceBatch, room: Room = int) -> Staged:
         """See Objective."""
-        positions, targets = counted_positions(batch.targets, grain)
+        positions, targets = counted_positions(batch.targets, room)
         groups = batch.groups[positions].masked_fill(targets < 0, slot(batch.pairs, Role.PROMPT))
         tensors = {
             "x": model.look_up(batch.tokens),

@@ -18,7 +18,7 @@ from src.loading import LoadOptions, build_model
 from src.model.recompute import Recompute
 from src.model.rwkv6 import RWKV6
 from src.quant import SHARED_WORKSPACE
-from src.training.graphs import GraphedObjective, padded
+from src.training.graphs import GraphedObjective, padded, room_for_targets
 from src.training.module import TrainingModule
 from src.training.objectives import Objective, PreferenceObjective, SFTObjective, outcome_of
 
@@ -81,7 +81,7 @@ def test_recorded_steps_give_loss_and_gradients_of_issued_ones(
             recorded.append((outcome.loss.item(), gradients_of(made, outcome.loss)))
         assert recorder._graphs, "nothing was recorded"
         for batch, (loss, gradient) in zip(batches, recorded, strict=True):
-            issued, _ = objective.compute(made, objective.stage(made, padded(batch), 128).to(made.device))
+            issued, _ = objective.compute(made, objective.stage(made, padded(batch), room_for_targets).to(made.device))
             assert loss == pytest.approx(issued.item(), rel=1e-4)
             expected = gradients_of(made, issued)
             assert (gradient - expected).norm() < 1e-3 * expected.norm()

@@ -13,7 +13,7 @@ from tiny_training import PAIRS, preference_batch, state_gradients, tiny_model
 from src.data.batches import Batch, packed_batch, padded_batch
 from src.data.preference_batches import PairForm
 from src.model.rwkv6 import RWKV6
-from src.training.graphs import GraphedObjective, padded, worth_recording
+from src.training.graphs import GraphedObjective, padded, room_for_targets, shared_size, worth_recording
 from src.training.objectives import Objective, PreferenceObjective, SFTObjective
 
 
@@ -31,9 +31,9 @@ BATCHES = {
 
 def both_ways(objective: Objective, batch: object) -> list[tuple[float, torch.Tensor]]:
     results = []
-    for prepared, grain in ((batch, 1), (padded(batch), 128)):
+    for prepared, room in ((batch, int), (padded(batch), room_for_targets)):
         model = tiny_model()
-        loss, _ = objective.compute(model, objective.stage(model, prepared, grain))
+        loss, _ = objective.compute(model, objective.stage(model, prepared, room))
         results.append((loss.item(), state_gradients(model, loss)))
     return results
 
@@ -59,6 +59,20 @@ def test_batches_of_about_one_size_get_one_shape() -> None:
         batch = padded(packed_batch(documents(*sizes), [None] * len(sizes), range(len(sizes))))
         shapes.add((tuple(batch.tokens.shape), batch.layout.roots, batch.layout.root_tokens))
     assert shapes == {((1, 128), 8, 128)}
+
+
+@pytest.mark.parametrize(("least", "sizes"), [(1, 2), (8, 2), (128, 8), (256, 2)])
+def test_sizes_hold_their_counts_and_are_few(least: int, sizes: int) -> None:
+    rounded = [shared_size(count, least, sizes) for count in range(1, 8193)]
+    assert all(size >= count for count, size in enumerate(rounded, start=1))
+    assert rounded == sorted(rounded)
+    assert all(size % least == 0 for size in rounded)
+    assert all(size < count * (1 + 1 / sizes) + least for count, size in enumerate(rounded, start=1))
+    assert all(shared_size(size, least, sizes) == size for size in rounded), "a size is its own"
+    for power in range(13):
+        between = {size for size in rounded if 2**power < size <= 2 ** (power + 1)}
+        assert len(between) <= sizes
+    assert shared_size(0, least, sizes) == 0
 
 
 def recordings(shapes: list[int], most: int) -> list[int]:
