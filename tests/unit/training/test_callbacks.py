@@ -133,6 +133,7 @@ class TestUnderDeepSpeed:
         control.on_train_batch_start(loop, made, batch(6), 0)
         made.training_step(batch(6), 0).backward()
         control.on_before_optimizer_step(loop, made, loop.optimizers[0])
+        assert control.loss == control.grad_norm == 0.0, "the gradients are the engine's, not the parameters'"
         loop.global_step = 8  # Lightning counts it all the same
         with pytest.raises(TrainingError, match=r"the gradient is not finite at step 8 \(samples \[6\]\)"):
             control.on_train_batch_end(loop, made, None, batch(6), 0)

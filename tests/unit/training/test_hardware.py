@@ -78,8 +78,11 @@ class TestStacks:
         def missing(name: str) -> None:
             raise OSError(name)
 
+        synchronize = Mock()
         monkeypatch.setattr(ctypes, "CDLL", missing)
+        monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
         _limit_stacks(torch.device("cuda", 0))
+        synchronize.assert_not_called()
 
 
 @pytest.mark.usefixtures("no_gpu")

@@ -32,6 +32,15 @@ def data(tmp_path: Path) -> Path:
     return write_documents(tmp_path / "documents", [10, 12, 9, 30, 5, 6, 22])
 
 
+def test_what_is_staged_ahead_is_what_the_loader_gives_next(data: Path) -> None:
+    work = prepare_work(config(data, dataload="pad"), SHAPE)
+    batches = iter(work.loader)
+    for _ in range(3):
+        next(batches)
+        ahead = work.following()
+        assert next(batches) is ahead
+
+
 class TestSchedule:
     @pytest.mark.parametrize("accumulate", [1, 2, 3])
     def test_the_rate_reaches_lr_final_at_the_last_optimizer_step(self, accumulate: int, data: Path) -> None:
