@@ -298,6 +298,18 @@ void check_vectors(const Tensor& tensor, const char* name) {
   require(tensor.numel() % kVector == 0, name, " has ", tensor.numel(), " values, expected a multiple of ", kVector);
 }
 
+Tensor squared_relu_gradient(const Tensor& x_in, const Tensor& grad_in) {
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const Tensor x = prepared(x_in, "x"), grad = prepared(grad_in, "the gradient of squared_relu");
+  check_vectors(x, "x");
+  check_shape(grad, x.sizes(), "the gradient of squared_relu");
+  const Tensor grad_x = at::empty_like(x);
+  check_launch(elementwise::squared_relu_backward(pointer(x), pointer(grad), mutable_pointer(grad_x), x.numel(),
+                                                  c10::cuda::getCurrentCUDAStream()),
+               "squared_relu backward");
+  return grad_x;
+}
+
 class SquaredRelu : public torch::autograd::Function<SquaredRelu> {
  public:
   static Tensor forward(AutogradContext* context, const Tensor& x_in) {
@@ -314,47 +326,59 @@ class SquaredRelu : public torch::autograd::Function<SquaredRelu> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
     refuse_double_backward();
-    const Tensor x = context->get_saved_variables()[0];
-    const c10::cuda::CUDAGuard guard(x.device());
-    const Tensor grad_output = prepared(grad_outputs[0], "the gradient of squared_relu");
-    const Tensor grad_x = at::empty_like(x);
-    check_launch(elementwise::squared_relu_backward(pointer(x), pointer(grad_output), mutable_pointer(grad_x),
-                                                    x.numel(), c10::cuda::getCurrentCUDAStream()),
-                 "squared_relu backward");
-    return {grad_x};
+    return {squared_relu_gradient(context->get_saved_variables()[0], grad_outputs[0])};
   }
 };
 
+// The gradients of r and value.
+std::tuple<Tensor, Tensor> sigmoid_gated_residual_gradients(const Tensor& x_in, const Tensor& r_in,
+                                                            const Tensor& result_in, const Tensor& tail,
+                                                            const Tensor& grad_in) {
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const Tensor x = prepared(x_in, "x"), r = prepared(r_in, "r"), result = prepared(result_in, "result");
+  const Tensor grad = prepared(grad_in, "the gradient of sigmoid_gated_residual");
+  check_vectors(x, "x");
+  check_shape(r, x.sizes(), "r");
+  check_shape(result, x.sizes(), "result");
+  check_shape(tail, x.sizes(), "tail");
+  check_shape(grad, x.sizes(), "the gradient of sigmoid_gated_residual");
+  require(tail.scalar_type() == at::kChar && tail.is_contiguous() && tail.device() == x.device(),
+          "tail must be contiguous int8 on x's device");
+  const Tensor grad_r = at::empty_like(r), grad_value = at::empty_like(r);
+  check_launch(elementwise::sigmoid_gated_residual_backward(
+                   pointer(x), pointer(r), pointer(result), tail.const_data_ptr<int8_t>(), pointer(grad),
+                   mutable_pointer(grad_r), mutable_pointer(grad_value), x.numel(), c10::cuda::getCurrentCUDAStream()),
+               "sigmoid_gated_residual backward");
+  return {grad_r, grad_value};
+}
+
 class SigmoidGatedResidual : public torch::autograd::Function<SigmoidGatedResidual> {
  public:
-  static Tensor forward(AutogradContext* context, const Tensor& x_in, const Tensor& r_in, const Tensor& value_in) {
+  static variable_list forward(AutogradContext* context, const Tensor& x_in, const Tensor& r_in,
+                               const Tensor& value_in) {
     const c10::cuda::CUDAGuard guard(x_in.device());
     const Tensor x = prepared(x_in, "x"), r = prepared(r_in, "r"), value = prepared(value_in, "value");
     check_vectors(x, "x");
     check_shape(r, x.sizes(), "r");
     check_shape(value, x.sizes(), "value");
-    const Tensor output = at::empty_like(x);
-    check_launch(
-        elementwise::sigmoid_gated_residual_forward(pointer(x), pointer(r), pointer(value), mutable_pointer(output),
-                                                    x.numel(), c10::cuda::getCurrentCUDAStream()),
-        "sigmoid_gated_residual");
+    const Tensor result = at::empty_like(x), tail = at::empty_like(x, x.options().dtype(at::kChar));
+    check_launch(elementwise::sigmoid_gated_residual_forward(pointer(x), pointer(r), pointer(value),
+                                                             mutable_pointer(result), tail.mutable_data_ptr<int8_t>(),
+                                                             x.numel(), c10::cuda::getCurrentCUDAStream()),
+                 "sigmoid_gated_residual");
+    context->mark_non_differentiable({tail});
     if (x_in.requires_grad() || r_in.requires_grad() || value_in.requires_grad()) {
-      context->save_for_backward({r, value});
+      // x and the result are kept by the norms beside this sum in any case; value would be kept for this alone.
+      context->save_for_backward({x, r, result, tail});
     }
-    return output;
+    return {result, tail};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
     refuse_double_backward();
     const auto saved = context->get_saved_variables();
-    const Tensor &r = saved[0], &value = saved[1];
-    const c10::cuda::CUDAGuard guard(r.device());
-    const Tensor grad_output = prepared(grad_outputs[0], "the gradient of sigmoid_gated_residual");
-    const Tensor grad_r = at::empty_like(r), grad_value = at::empty_like(value);
-    check_launch(elementwise::sigmoid_gated_residual_backward(pointer(r), pointer(value), pointer(grad_output),
-                                                              mutable_pointer(grad_r), mutable_pointer(grad_value),
-                                                              r.numel(), c10::cuda::getCurrentCUDAStream()),
-                 "sigmoid_gated_residual backward");
+    const auto [grad_r, grad_value] =
+        sigmoid_gated_residual_gradients(saved[0], saved[1], saved[2], saved[3], grad_outputs[0]);
     return {grad_outputs[0], grad_r, grad_value};
   }
 };
@@ -376,7 +400,7 @@ std::vector<Tensor> add_norm(const Tensor& x, const std::optional<Tensor>& delta
 
 Tensor squared_relu(const Tensor& x) { return SquaredRelu::apply(x); }
 
-Tensor sigmoid_gated_residual(const Tensor& x, const Tensor& r, const Tensor& value) {
+std::vector<Tensor> sigmoid_gated_residual(const Tensor& x, const Tensor& r, const Tensor& value) {
   return SigmoidGatedResidual::apply(x, r, value);
 }
 
@@ -434,7 +458,9 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   module.def("add_norm", torch::wrap_pybind_function(add_norm));
   module.attr("most_norm_channels") = elementwise::kMostNormChannels;
   module.def("squared_relu", torch::wrap_pybind_function(squared_relu));
+  module.def("squared_relu_gradient", torch::wrap_pybind_function(squared_relu_gradient));
   module.def("sigmoid_gated_residual", torch::wrap_pybind_function(sigmoid_gated_residual));
+  module.def("sigmoid_gated_residual_gradients", torch::wrap_pybind_function(sigmoid_gated_residual_gradients));
   module.def("logit_statistics", torch::wrap_pybind_function(logit_statistics));
   module.def("logit_gradient", torch::wrap_pybind_function(logit_gradient));
 }

@@ -273,6 +273,10 @@ class FrozenLinear(nn.Module):
             return compute(x)
         return compute(x.to(self.compute_dtype)).to(x.dtype)
 
+    def input_gradient(self, grad_output: Tensor) -> Tensor:
+        """The gradient of x [..., in] from that of the result [..., out], in its dtype; outside autograd."""
+        return (grad_output.to(self.compute_dtype) @ self.shared_dense()).to(grad_output.dtype)
+
     def dequantized(self) -> Tensor:
         """The matrix [out, in] in `compute_dtype`, in memory of its own."""
         dense = torch.empty(self.out_features, self.in_features, dtype=self.compute_dtype, device=self.packed.device)
@@ -422,4 +426,4 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None]:
-        return grad_output @ ctx.layer.shared_dense(), None  # type: ignore[attr-defined]
+        return ctx.layer.input_gradient(grad_output), None  # type: ignore[attr-defined]

@@ -23,11 +23,17 @@ class Recompute(Enum):
     ALL = "all"
 
 
+Results = tuple[Any, ...]
+"""Tensors, and None for those that there is no need of."""
+Function = Callable[..., Results]
+
+
 class Recomputed:
-    """Calls a function of one tensor and keeps nothing of it but that tensor.
+    """Calls a function of one tensor and keeps nothing of it but that tensor, and results if it is told to.
 
     The first pass runs without autograd, so that operators need not prepare for a backward. The second, in the
-    backward pass, gives the gradients of the tensor and of every trainable parameter of `modules`.
+    backward pass, gives the gradients of the tensor and of every trainable parameter of `modules`. It is called
+    with the results that were kept, so that it need not compute them.
 
     Args:
         modules: all modules whose parameters the function may use.
@@ -39,13 +45,18 @@ class Recomputed:
         self._unused = unused
         self._trainable: list[tuple[nn.Module, str]] | None = None
 
-    def __call__(
-        self, function: Callable[[Tensor], tuple[Tensor, ...]], x: Tensor, *, draws_random: bool = False
-    ) -> tuple[Tensor, ...]:
-        """x -> function(x), a tuple of tensors; `draws_random` if the second pass must draw the same numbers."""
+    def __call__(self, function: Function, x: Tensor, *, kept: int = 0, draws_random: bool = False) -> Results:
+        """x -> function(x).
+
+        Args:
+            function: takes x, in the second pass also the results that were kept, and gives a tuple of tensors.
+            x: the one tensor that is kept in any case.
+            kept: how many of the results, the first ones, are kept for the second pass.
+            draws_random: whether the second pass must draw the same random numbers.
+        """
         if draws_random:
             function = _Redrawn(function, x.device)
-        outputs: tuple[Tensor, ...] = _Again.apply(function, x, *self._parameters_used())
+        outputs: Results = _Again.apply(function, kept, x, *self._parameters_used())
         return outputs
 
     def _parameters_used(self) -> list[Tensor]:
@@ -62,47 +73,49 @@ class Recomputed:
 
 
 class _Redrawn:
-    """A function of one tensor that draws the same random numbers at every call."""
+    """A function that draws the same random numbers at every call."""
 
-    def __init__(self, function: Callable[[Tensor], tuple[Tensor, ...]], device: torch.device) -> None:
+    def __init__(self, function: Function, device: torch.device) -> None:
         self._function = function
         self._device = device
         self._first = True
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+    def __call__(self, x: Tensor, *known: Tensor) -> Results:
         on_gpu = self._device.type == "cuda"
         if self._first:
             self._first = False
             self._drawn_from = (torch.get_rng_state(), torch.cuda.get_rng_state(self._device) if on_gpu else None)
-            return self._function(x)
+            return self._function(x, *known)
         with torch.random.fork_rng([self._device] if on_gpu else []):
             on_host, on_device = self._drawn_from
             torch.set_rng_state(on_host)
             if on_device is not None:
                 torch.cuda.set_rng_state(on_device, self._device)
-            return self._function(x)
+            return self._function(x, *known)
 
 
 class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Callable[..., Any], x: Tensor, *parameters: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, function: Function, kept: int, x: Tensor, *parameters: Tensor) -> Results:
         ctx.set_materialize_grads(False)
-        ctx.function = function
-        ctx.save_for_backward(x, *parameters)
-        outputs: tuple[Tensor, ...] = function(x)
+        ctx.function, ctx.kept = function, kept
+        outputs = function(x)
+        ctx.mark_non_differentiable(*(o for o in outputs if o is not None and not o.is_floating_point()))
+        ctx.save_for_backward(*outputs[:kept], x, *parameters)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        x, *parameters = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        known, (x, *parameters) = saved[: ctx.kept], saved[ctx.kept :]
         with torch.enable_grad():
-            x = x.detach().requires_grad_(ctx.needs_input_grad[1])
-            outputs = ctx.function(x)
+            x = x.detach().requires_grad_(ctx.needs_input_grad[2])
+            outputs = ctx.function(x, *(None if tensor is None else tensor.detach() for tensor in known))
         asked = [pair for pair in zip(outputs, gradients, strict=True) if pair[1] is not None]
         wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
         found = torch.autograd.grad(
             [output for output, _ in asked], wanted, [gradient for _, gradient in asked], allow_unused=True
         )
         by_tensor = iter(found)
-        return (None, *(next(by_tensor) if tensor.requires_grad else None for tensor in (x, *parameters)))
+        return (None, None, *(next(by_tensor) if tensor.requires_grad else None for tensor in (x, *parameters)))

@@ -19,15 +19,26 @@ Source: "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from src.layout import SegmentLayout
 from src.model.parameters import ModelShape
-from src.model.recompute import Recompute, Recomputed
+from src.model.recompute import Recompute, Recomputed, Results
 from src.model.state import LayerState, ModelState, last_tokens
-from src.ops.elementwise import add_norm, group_norm_silu_gate, shift_mixes, sigmoid_gated_residual, squared_relu
+from src.ops.elementwise import (
+    add_norm,
+    group_norm_silu_gate,
+    shift_mixes,
+    sigmoid_gated_residual,
+    sigmoid_gated_residual_gradients,
+    squared_relu,
+    squared_relu_gradient,
+)
 from src.ops.token_logps import HeadWeight
 from src.ops.wkv6 import wkv6
 from src.quant import FrozenHead
@@ -44,6 +55,10 @@ class Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
+
+    def input_gradient(self, grad_output: Tensor) -> Tensor:
+        """The gradient of x from that of y, outside autograd."""
+        return grad_output @ self.weight.to(grad_output.dtype)
 
 
 class Norm(nn.LayerNorm):
@@ -228,7 +243,7 @@ class ChannelMix(MixingWeights):
         self, x: Tensor, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
     ) -> Tensor:
         """x [B, T, C] residual stream, z = ln2 x -> the new residual stream."""
-        return self.feed(x, self.mixed_inputs(z, state, layout))
+        return self.feed(x, self.mixed_inputs(z, state, layout))[0]
 
     def mixed_inputs(
         self, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
@@ -239,13 +254,52 @@ class ChannelMix(MixingWeights):
         maa = self.stacked(("time_maa_k", "time_maa_r"), z)
         return shift_mixes(z, carry, maa, None, previous)
 
-    def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The matrices on `mixed_inputs`; returns what `forward` returns."""
+    def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
+        """The matrices on `mixed_inputs`: what `forward` returns, and the tail of that (`ops.elementwise.tail_of`)."""
         z_k, z_r = inputs
         receptance = self.receptance(z_r)
         # Last, because the backward begins with this matrix, the largest: it may find it still dequantised.
         value = self.value(squared_relu(self.key(z_k)))
         return sigmoid_gated_residual(x, receptance, value)
+
+    def feed_again(self, x: Tensor, inputs: tuple[Tensor, ...], result: Tensor, tail: Tensor | None) -> Tensor:
+        """`feed` when its results are known, with frozen matrices: computes only what the backward needs, there."""
+        z_k, z_r = inputs
+        again: Tensor = _FeedAgain.apply(x, z_k, z_r, self, result, tail)
+        return again
+
+    def knows_gradients_from(self, dtype: torch.dtype) -> bool:
+        """Whether `feed_again` can take the place of `feed`: the tail of fp16 is not there."""
+        matrices = (self.key, self.receptance, self.value)
+        return dtype is not torch.float16 and not any(p.requires_grad for m in matrices for p in m.parameters())
+
+
+class _FeedAgain(torch.autograd.Function):
+    """The backward of `ChannelMix.feed` from what goes in and what came out.
+
+    Two of three products are computed again, and every matrix is dequantised once: the gradient of the hidden layer
+    needs no hidden layer, so the key's two products stand next to each other.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, z_k: Tensor, z_r: Tensor, mixer: ChannelMix, result: Tensor, tail: Tensor | None
+    ) -> Tensor:
+        ctx.mixer = mixer
+        ctx.save_for_backward(x, z_k, z_r, result, tail)
+        return result.view_as(result)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, z_k, z_r, result, tail = ctx.saved_tensors
+        mixer: ChannelMix = ctx.mixer
+        grad_r, grad_value = sigmoid_gated_residual_gradients(x, mixer.receptance(z_r), result, tail, grad)
+        grad_z_r = mixer.receptance.input_gradient(grad_r)
+        grad_hidden = mixer.value.input_gradient(grad_value)
+        del grad_r, grad_value
+        grad_z_k = mixer.key.input_gradient(squared_relu_gradient(mixer.key(z_k), grad_hidden))
+        return grad, grad_z_k, grad_z_r, None, None, None
 
 
 class Block(nn.Module):
@@ -274,6 +328,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment)."""
         level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
+        kept = 2 if dropout == 0 and self.ffn.knows_gradients_from(x.dtype) else 0
 
         def enter(
             norm: Norm, mixer: TimeMix | ChannelMix, again: Recomputed, x: Tensor, delta: Tensor | None
@@ -289,20 +344,23 @@ class Block(nn.Module):
             x, z = norm.of_sum(x, delta)
             return x, inputs_of(z)
 
-        def layer(x: Tensor) -> tuple[Tensor, ...]:
+        def layer(x: Tensor, *known: Tensor) -> Results:
             x, (*inputs, att_shift) = enter(self.ln1, self.att, self._time_inputs_again, x, None)
             gated, final = self.att.attend(tuple(inputs), state, layout)
             delta = F.dropout(self.att.output(gated), dropout, self.training)
             x, (*inputs, ffn_shift) = enter(self.ln2, self.ffn, self._channel_inputs_again, x, delta)
-            mixed = self.ffn.feed(x, tuple(inputs))
+            if known:
+                mixed, tail = self.ffn.feed_again(x, tuple(inputs), *known), None
+            else:
+                mixed, tail = self.ffn.feed(x, tuple(inputs))
             if dropout:
                 mixed = x + F.dropout(mixed - x, dropout, self.training)
-            return mixed, att_shift, final, ffn_shift
+            return mixed, tail, att_shift, final, ffn_shift
 
         if level is Recompute.ALL:
-            mixed, *memory = self._layer_again(layer, x, draws_random=dropout > 0)
+            mixed, _, *memory = self._layer_again(layer, x, kept=kept, draws_random=dropout > 0)
         else:
-            mixed, *memory = layer(x)
+            mixed, _, *memory = layer(x)
         return mixed, LayerState(*memory)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 _SMALLEST_BYTES = 1 << 20
 
@@ -17,24 +18,37 @@ class KeptOnHost(saved_tensors_hooks):
     """A context in which tensors that autograd saves leave the GPU and come back when they are wanted.
 
     Copies go through pinned memory in the order of the stream, so nothing waits for the host. The model's own
-    parameters, views of them, and what is smaller than 1 MiB stay where they are.
+    parameters, views of them, and what is smaller than 1 MiB stay where they are. What two neighbours save, one as
+    its result and one as its input, is copied once.
     """
 
     def __init__(self, model: nn.Module) -> None:
         stays = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-        super().__init__(partial(_pack, stays=stays), _unpack)
+        super().__init__(partial(_pack, stays=stays, sent={}), _unpack)
 
 
 def _leaves(tensor: Tensor) -> bool:
     return tensor.is_cuda and tensor.numel() * tensor.element_size() >= _SMALLEST_BYTES
 
 
-def _pack(tensor: Tensor, stays: Collection[int]) -> Tensor | tuple[torch.device, Tensor]:
-    if not _leaves(tensor) or tensor.untyped_storage().data_ptr() in stays:
+Sent = dict[tuple[Any, ...], tuple[StorageWeakRef, tuple[torch.device, Tensor]]]
+
+
+def _pack(tensor: Tensor, stays: Collection[int], sent: Sent) -> Tensor | tuple[torch.device, Tensor]:
+    storage = tensor.untyped_storage()
+    if not _leaves(tensor) or storage.data_ptr() in stays:
         return tensor
-    on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-    on_host.copy_(tensor, non_blocking=True)
-    return tensor.device, on_host
+    for key, (memory, _) in list(sent.items()):
+        if memory.expired():
+            del sent[key]
+    # The reference keeps the address of its memory's record from being used again.
+    memory = StorageWeakRef(storage)
+    key = (memory.cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
+    if key not in sent:
+        on_host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        on_host.copy_(tensor, non_blocking=True)
+        sent[key] = memory, (tensor.device, on_host)
+    return sent[key][1]
 
 
 def _unpack(packed: Any) -> Tensor:

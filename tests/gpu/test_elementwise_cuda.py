@@ -8,7 +8,16 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from src.ops import elementwise
-from src.ops.elementwise import add_norm, group_norm_silu_gate, shift_mixes, sigmoid_gated_residual, squared_relu
+from src.ops.elementwise import (
+    add_norm,
+    group_norm_silu_gate,
+    shift_mixes,
+    sigmoid_gated_residual,
+    sigmoid_gated_residual_gradients,
+    squared_relu,
+    squared_relu_gradient,
+    with_tail,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -41,7 +50,15 @@ def kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
 
 DEFINITIONS = {
     name: getattr(elementwise, f"{name}_torch")
-    for name in ("add_norm", "shift_mixes", "group_norm_silu_gate", "squared_relu", "sigmoid_gated_residual")
+    for name in (
+        "add_norm",
+        "shift_mixes",
+        "group_norm_silu_gate",
+        "squared_relu",
+        "squared_relu_gradient",
+        "sigmoid_gated_residual",
+        "sigmoid_gated_residual_gradients",
+    )
 }
 
 
@@ -67,8 +84,10 @@ def check_against_definition(
             tensor.requires_grad_()
         outputs = function(*inputs, *rest)
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
+        outputs = [output for output in outputs if output is not None and output.is_floating_point()]
         grads = [normal(*output.shape, seed=100 + i).to(dtype) for i, output in enumerate(outputs)]
-        torch.autograd.backward(outputs, grads)
+        if wanted:
+            torch.autograd.backward(outputs, grads)
         results.append([*outputs, *(inputs[index].grad for index in wanted)])
     for position, (ours, reference) in enumerate(zip(*results, strict=True)):
         assert ours.dtype == torch.bfloat16
@@ -199,6 +218,27 @@ def test_activations(shape: tuple[int, ...]) -> None:
     check_against_definition("squared_relu", squared_relu, [normal(*shape)], [0])
     tensors: list[Tensor | None] = [normal(*shape, seed=seed) for seed in range(3)]
     check_against_definition("sigmoid_gated_residual", sigmoid_gated_residual, tensors, [0, 1, 2])
+    check_against_definition(
+        "squared_relu_gradient", squared_relu_gradient, [normal(*shape), normal(*shape, seed=1)], []
+    )
+
+
+@pytest.mark.parametrize("scale", [1, 30, 300])
+def test_gradients_from_a_result_and_its_tail(scale: int) -> None:
+    """A residual stream much larger than what is added takes part in no rounding of the gradients."""
+    x, r, value, grad = (normal(1, 77, 2048, seed=seed) for seed in range(4))
+    x = (x * scale).bfloat16()
+    result, tail = sigmoid_gated_residual(x, r, value)
+    assert tail is not None
+    exact = x.double() + torch.sigmoid(r.double()) * value.double()
+    assert error(with_tail(result, tail), exact) < 2**-17
+    gate = torch.sigmoid(r.double())
+    grad_r, grad_value = sigmoid_gated_residual_gradients(x, r, result, tail, grad)
+    assert error(grad_r, grad.double() * value.double() * gate * (1 - gate)) < (BOUND if scale < 100 else 6e-3)
+    assert error(grad_value, grad.double() * gate) < BOUND
+    on_host = DEFINITIONS["sigmoid_gated_residual_gradients"](*(t.cpu() for t in (x, r, result, tail, grad)))
+    for ours, theirs in zip((grad_r, grad_value), on_host, strict=True):
+        assert error(ours.cpu(), theirs) < 1e-3
 
 
 def layer(z: Tensor, maa: Tensor, modulation: Tensor) -> Tensor:
@@ -207,7 +247,7 @@ def layer(z: Tensor, maa: Tensor, modulation: Tensor) -> Tensor:
     first, second = shift_mixes(z, None, maa, modulation, None)
     gated = group_norm_silu_gate(first.view(1, -1, 2, 64), second, maa[0], maa[1], EPS)
     x, z = add_norm(x, gated, maa[0], maa[1], 1e-5)
-    return sigmoid_gated_residual(x, gated, squared_relu(z))
+    return sigmoid_gated_residual(x, gated, squared_relu(z))[0]
 
 
 def layer_gradients(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:

@@ -226,13 +226,13 @@ class TestSameness:
         )
         assert largest_difference(one_state, two_state) < 2e-3  # a unit in bf16's last place at 0.3
 
-    def test_recomputation_changes_nothing(self, base: Path, data: Path, tmp_path: Path) -> None:
+    def test_recomputation_changes_nothing_but_rounding(self, base: Path, data: Path, tmp_path: Path) -> None:
         for grad_cp in (0, 1):
             train(
                 tmp_path / str(grad_cp), load_model=base, data_file=data, epoch_steps=3, epoch_count=1, grad_cp=grad_cp
             )
         final = [states_in(tmp_path / name / "rwkv-final.pth") for name in ("0", "1")]
-        assert largest_difference(*final) == 0
+        assert largest_difference(*final) < 2e-3  # a unit in bf16's last place at 0.3
 
 
 class TestStarts:

@@ -37,7 +37,23 @@ def test_parameters_and_views_of_them_stay(monkeypatch: pytest.MonkeyPatch) -> N
     assert offload._unpack(pack(other)) is not other
 
 
+def test_what_is_saved_twice_is_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "_leaves", lambda tensor: True)
+    sent: offload.Sent = {}
+    saved = torch.arange(6.0).view(2, 3)
+    first = offload._pack(saved, set(), sent)
+    assert offload._pack(saved.detach(), set(), sent) is first
+    assert offload._pack(saved.t(), set(), sent) is not first
+    saved += 1
+    changed = offload._pack(saved, set(), sent)
+    assert changed is not first
+    assert torch.equal(offload._unpack(changed), saved)
+    del saved
+    offload._pack(torch.zeros(1), set(), sent)
+    assert len(sent) == 1
+
+
 def test_on_a_cpu_nothing_leaves() -> None:
     kept = torch.zeros(1 << 20)
-    assert offload._pack(kept, set()) is kept
+    assert offload._pack(kept, set(), {}) is kept
     assert offload._unpack(kept) is kept
