@@ -41,6 +41,12 @@ __device__ __forceinline__ void load(const void* base, int64_t offset, float (&v
   unpack(load(base, offset), values);
 }
 
+// A plain load, for what the same kernel writes.
+__device__ __forceinline__ void load_written(const void* base, int64_t offset, float (&values)[kVector]) {
+  const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(base) + offset);
+  unpack(Packed{{raw.x, raw.y, raw.z, raw.w}}, values);
+}
+
 __device__ __forceinline__ Packed pack(const float (&values)[kVector]) {
   Packed packed;
 #pragma unroll
@@ -545,30 +551,18 @@ struct SquaredReluGradient {
   __device__ void operator()(int64_t offset) const {
     float value[kVector], grad[kVector];
     load(x, offset, value);
-    load(grad_output, offset, grad);
+    load_written(grad_output, offset, grad);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) grad[j] *= 2.0f * fmaxf(value[j], 0.0f);
     store(grad_x, offset, grad);
   }
 };
 
-// A tail is what rounding to bf16 took away: the next eight bits of the number, signed. As integers the bits of floats
-// grow with the magnitude, across exponents too.
-__device__ __forceinline__ int tail_of(float exact, uint32_t rounded) {
-  const int to_24_bits = int(__float_as_uint(exact) + 0x80u) >> 8;
-  return max(-128, min(127, to_24_bits - (int(rounded << 16) >> 8)));
-}
-
-__device__ __forceinline__ float with_tail(uint32_t rounded, int tail) {
-  return __uint_as_float((rounded << 16) + uint32_t(tail << 8));
-}
-
 struct SigmoidGatedResidual {
   const void* x;
   const void* r;
   const void* value;
   void* result;
-  int8_t* tail;
   __device__ void operator()(int64_t offset) const {
     float residual[kVector], gate[kVector], v[kVector];
     load(x, offset, residual);
@@ -576,15 +570,7 @@ struct SigmoidGatedResidual {
     load(value, offset, v);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) residual[j] = fmaf(sigmoid(gate[j]), v[j], residual[j]);
-    const Packed rounded = pack(residual);
-    store(result, offset, rounded);
-    uint32_t tails[2] = {0, 0};
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) {
-      const uint32_t bits = j % 2 == 0 ? rounded.pair[j / 2] & 0xffffu : rounded.pair[j / 2] >> 16;
-      tails[j / 4] |= (uint32_t(tail_of(residual[j], bits)) & 0xffu) << (8 * (j % 4));
-    }
-    *reinterpret_cast<uint2*>(tail + offset) = make_uint2(tails[0], tails[1]);
+    store(result, offset, residual);
   }
 };
 
@@ -592,27 +578,23 @@ struct SigmoidGatedResidualGradient {
   const void* x;
   const void* r;
   const void* result;
-  const int8_t* tail;
   const void* grad;
   void* grad_r;
   void* grad_value;
   __device__ void operator()(int64_t offset) const {
-    float residual[kVector], gate[kVector], gradient[kVector], by_value[kVector];
+    float residual[kVector], gate[kVector], added[kVector], gradient[kVector];
     load(x, offset, residual);
     load(r, offset, gate);
+    load(result, offset, added);
     load(grad, offset, gradient);
-    const Packed rounded = load(result, offset);
-    const uint2 tails = __ldg(reinterpret_cast<const uint2*>(tail + offset));
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
-      const uint32_t bits = j % 2 == 0 ? rounded.pair[j / 2] & 0xffffu : rounded.pair[j / 2] >> 16;
-      const int lost = int8_t((j < 4 ? tails.x : tails.y) >> (8 * (j % 4)));
-      const float s = sigmoid(gate[j]), added = with_tail(bits, lost) - residual[j];
-      gate[j] = gradient[j] * added * (1.0f - s);
-      by_value[j] = gradient[j] * s;
+      const float s = sigmoid(gate[j]);
+      gate[j] = gradient[j] * (added[j] - residual[j]) * (1.0f - s);
+      gradient[j] *= s;
     }
     store(grad_r, offset, gate);
-    store(grad_value, offset, by_value);
+    store(grad_value, offset, gradient);
   }
 };
 
@@ -695,9 +677,7 @@ __global__ void __launch_bounds__(kRowThreads)
   for (int column = int(threadIdx.x) * kVector; column < vocabulary; column += kRowThreads * kVector) {
     float value[kVector];
     if (counted) {
-      // A plain load: the same addresses are written below.
-      const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(logits) + base + column);
-      unpack(Packed{{raw.x, raw.y, raw.z, raw.w}}, value);
+      load_written(logits, base + column, value);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) {
         value[j] = -by_logp * __expf(value[j] - total);
@@ -829,16 +809,15 @@ cudaError_t squared_relu_backward(const void* x, const void* grad_output, void* 
   return count == 0 ? cudaSuccess : launch_each_vector(count, SquaredReluGradient{x, grad_output, grad_x}, stream);
 }
 
-cudaError_t sigmoid_gated_residual_forward(const void* x, const void* r, const void* value, void* result, int8_t* tail,
-                                           int64_t count, cudaStream_t stream) {
-  return count == 0 ? cudaSuccess : launch_each_vector(count, SigmoidGatedResidual{x, r, value, result, tail}, stream);
+cudaError_t sigmoid_gated_residual_forward(const void* x, const void* r, const void* value, void* result, int64_t count,
+                                           cudaStream_t stream) {
+  return count == 0 ? cudaSuccess : launch_each_vector(count, SigmoidGatedResidual{x, r, value, result}, stream);
 }
 
-cudaError_t sigmoid_gated_residual_backward(const void* x, const void* r, const void* result, const int8_t* tail,
-                                            const void* grad, void* grad_r, void* grad_value, int64_t count,
-                                            cudaStream_t stream) {
+cudaError_t sigmoid_gated_residual_backward(const void* x, const void* r, const void* result, const void* grad,
+                                            void* grad_r, void* grad_value, int64_t count, cudaStream_t stream) {
   if (count == 0) return cudaSuccess;
-  return launch_each_vector(count, SigmoidGatedResidualGradient{x, r, result, tail, grad, grad_r, grad_value}, stream);
+  return launch_each_vector(count, SigmoidGatedResidualGradient{x, r, result, grad, grad_r, grad_value}, stream);
 }
 
 cudaError_t logit_statistics(const void* logits, const int64_t* targets, float* logp, float* max_logit,

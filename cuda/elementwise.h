@@ -60,17 +60,17 @@ cudaError_t add_norm_backward(const void* sum, const float* statistics, const vo
 
 cudaError_t squared_relu_forward(const void* x, void* output, int64_t count, cudaStream_t stream);
 
+// grad_x may be grad_output.
 cudaError_t squared_relu_backward(const void* x, const void* grad_output, void* grad_x, int64_t count,
                                   cudaStream_t stream);
 
-// result = x + sigmoid(r) * value; tail: the eight bits that rounding it to bf16 took away (tail_of in elementwise.py).
-cudaError_t sigmoid_gated_residual_forward(const void* x, const void* r, const void* value, void* result, int8_t* tail,
-                                           int64_t count, cudaStream_t stream);
+// result = x + sigmoid(r) * value
+cudaError_t sigmoid_gated_residual_forward(const void* x, const void* r, const void* value, void* result, int64_t count,
+                                           cudaStream_t stream);
 
 // result - x stands for sigmoid(r) * value. The gradient of x is that of the result.
-cudaError_t sigmoid_gated_residual_backward(const void* x, const void* r, const void* result, const int8_t* tail,
-                                            const void* grad, void* grad_r, void* grad_value, int64_t count,
-                                            cudaStream_t stream);
+cudaError_t sigmoid_gated_residual_backward(const void* x, const void* r, const void* result, const void* grad,
+                                            void* grad_r, void* grad_value, int64_t count, cudaStream_t stream);
 
 // logits [rows, vocabulary] -> per row: log p(target), largest logit, their logsumexp, and where the largest is (the
 // lowest index of equal ones). A negative target gives logp 0 and max_logit 0.

@@ -298,16 +298,11 @@ void check_vectors(const Tensor& tensor, const char* name) {
   require(tensor.numel() % kVector == 0, name, " has ", tensor.numel(), " values, expected a multiple of ", kVector);
 }
 
-Tensor squared_relu_gradient(const Tensor& x_in, const Tensor& grad_in) {
-  const c10::cuda::CUDAGuard guard(x_in.device());
-  const Tensor x = prepared(x_in, "x"), grad = prepared(grad_in, "the gradient of squared_relu");
-  check_vectors(x, "x");
-  check_shape(grad, x.sizes(), "the gradient of squared_relu");
-  const Tensor grad_x = at::empty_like(x);
+// Writes the gradient of x into grad_x, which may be grad itself.
+void squared_relu_backward(const Tensor& x, const Tensor& grad, const Tensor& grad_x) {
   check_launch(elementwise::squared_relu_backward(pointer(x), pointer(grad), mutable_pointer(grad_x), x.numel(),
                                                   c10::cuda::getCurrentCUDAStream()),
                "squared_relu backward");
-  return grad_x;
 }
 
 class SquaredRelu : public torch::autograd::Function<SquaredRelu> {
@@ -326,59 +321,56 @@ class SquaredRelu : public torch::autograd::Function<SquaredRelu> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
     refuse_double_backward();
-    return {squared_relu_gradient(context->get_saved_variables()[0], grad_outputs[0])};
+    const Tensor x = context->get_saved_variables()[0];
+    const c10::cuda::CUDAGuard guard(x.device());
+    const Tensor grad_x = at::empty_like(x);
+    squared_relu_backward(x, prepared(grad_outputs[0], "the gradient of squared_relu"), grad_x);
+    return {grad_x};
   }
 };
 
 // The gradients of r and value.
 std::tuple<Tensor, Tensor> sigmoid_gated_residual_gradients(const Tensor& x_in, const Tensor& r_in,
-                                                            const Tensor& result_in, const Tensor& tail,
-                                                            const Tensor& grad_in) {
+                                                            const Tensor& result_in, const Tensor& grad_in) {
   const c10::cuda::CUDAGuard guard(x_in.device());
   const Tensor x = prepared(x_in, "x"), r = prepared(r_in, "r"), result = prepared(result_in, "result");
   const Tensor grad = prepared(grad_in, "the gradient of sigmoid_gated_residual");
   check_vectors(x, "x");
   check_shape(r, x.sizes(), "r");
   check_shape(result, x.sizes(), "result");
-  check_shape(tail, x.sizes(), "tail");
   check_shape(grad, x.sizes(), "the gradient of sigmoid_gated_residual");
-  require(tail.scalar_type() == at::kChar && tail.is_contiguous() && tail.device() == x.device(),
-          "tail must be contiguous int8 on x's device");
   const Tensor grad_r = at::empty_like(r), grad_value = at::empty_like(r);
-  check_launch(elementwise::sigmoid_gated_residual_backward(
-                   pointer(x), pointer(r), pointer(result), tail.const_data_ptr<int8_t>(), pointer(grad),
-                   mutable_pointer(grad_r), mutable_pointer(grad_value), x.numel(), c10::cuda::getCurrentCUDAStream()),
+  check_launch(elementwise::sigmoid_gated_residual_backward(pointer(x), pointer(r), pointer(result), pointer(grad),
+                                                            mutable_pointer(grad_r), mutable_pointer(grad_value),
+                                                            x.numel(), c10::cuda::getCurrentCUDAStream()),
                "sigmoid_gated_residual backward");
   return {grad_r, grad_value};
 }
 
 class SigmoidGatedResidual : public torch::autograd::Function<SigmoidGatedResidual> {
  public:
-  static variable_list forward(AutogradContext* context, const Tensor& x_in, const Tensor& r_in,
-                               const Tensor& value_in) {
+  static Tensor forward(AutogradContext* context, const Tensor& x_in, const Tensor& r_in, const Tensor& value_in) {
     const c10::cuda::CUDAGuard guard(x_in.device());
     const Tensor x = prepared(x_in, "x"), r = prepared(r_in, "r"), value = prepared(value_in, "value");
     check_vectors(x, "x");
     check_shape(r, x.sizes(), "r");
     check_shape(value, x.sizes(), "value");
-    const Tensor result = at::empty_like(x), tail = at::empty_like(x, x.options().dtype(at::kChar));
-    check_launch(elementwise::sigmoid_gated_residual_forward(pointer(x), pointer(r), pointer(value),
-                                                             mutable_pointer(result), tail.mutable_data_ptr<int8_t>(),
-                                                             x.numel(), c10::cuda::getCurrentCUDAStream()),
-                 "sigmoid_gated_residual");
-    context->mark_non_differentiable({tail});
+    const Tensor result = at::empty_like(x);
+    check_launch(
+        elementwise::sigmoid_gated_residual_forward(pointer(x), pointer(r), pointer(value), mutable_pointer(result),
+                                                    x.numel(), c10::cuda::getCurrentCUDAStream()),
+        "sigmoid_gated_residual");
     if (x_in.requires_grad() || r_in.requires_grad() || value_in.requires_grad()) {
-      // x and the result are kept by the norms beside this sum in any case; value would be kept for this alone.
-      context->save_for_backward({x, r, result, tail});
+      // The norms beside this sum keep x and the result in any case; value would be kept for this alone.
+      context->save_for_backward({x, r, result});
     }
-    return {result, tail};
+    return result;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
     refuse_double_backward();
     const auto saved = context->get_saved_variables();
-    const auto [grad_r, grad_value] =
-        sigmoid_gated_residual_gradients(saved[0], saved[1], saved[2], saved[3], grad_outputs[0]);
+    const auto [grad_r, grad_value] = sigmoid_gated_residual_gradients(saved[0], saved[1], saved[2], grad_outputs[0]);
     return {grad_outputs[0], grad_r, grad_value};
   }
 };
@@ -400,7 +392,16 @@ std::vector<Tensor> add_norm(const Tensor& x, const std::optional<Tensor>& delta
 
 Tensor squared_relu(const Tensor& x) { return SquaredRelu::apply(x); }
 
-std::vector<Tensor> sigmoid_gated_residual(const Tensor& x, const Tensor& r, const Tensor& value) {
+void squared_relu_gradient(const Tensor& x_in, const Tensor& grad) {
+  const c10::cuda::CUDAGuard guard(x_in.device());
+  const Tensor x = prepared(x_in, "x");
+  check_vectors(x, "x");
+  check_shape(grad, x.sizes(), "the gradient of squared_relu");
+  require(prepared(grad, "the gradient of squared_relu").is_same(grad), "the gradient of squared_relu is strided");
+  squared_relu_backward(x, grad, grad);
+}
+
+Tensor sigmoid_gated_residual(const Tensor& x, const Tensor& r, const Tensor& value) {
   return SigmoidGatedResidual::apply(x, r, value);
 }
 

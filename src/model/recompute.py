@@ -23,8 +23,7 @@ class Recompute(Enum):
     ALL = "all"
 
 
-Results = tuple[Any, ...]
-"""Tensors, and None for those that there is no need of."""
+Results = tuple[Tensor, ...]
 Function = Callable[..., Results]
 
 
@@ -100,7 +99,6 @@ class _Again(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.function, ctx.kept = function, kept
         outputs = function(x)
-        ctx.mark_non_differentiable(*(o for o in outputs if o is not None and not o.is_floating_point()))
         ctx.save_for_backward(*outputs[:kept], x, *parameters)
         return outputs
 
@@ -111,7 +109,7 @@ class _Again(torch.autograd.Function):
         known, (x, *parameters) = saved[: ctx.kept], saved[ctx.kept :]
         with torch.enable_grad():
             x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-            outputs = ctx.function(x, *(None if tensor is None else tensor.detach() for tensor in known))
+            outputs = ctx.function(x, *(tensor.detach() for tensor in known))
         asked = [pair for pair in zip(outputs, gradients, strict=True) if pair[1] is not None]
         wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
         found = torch.autograd.grad(

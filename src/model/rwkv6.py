@@ -243,7 +243,7 @@ class ChannelMix(MixingWeights):
         self, x: Tensor, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
     ) -> Tensor:
         """x [B, T, C] residual stream, z = ln2 x -> the new residual stream."""
-        return self.feed(x, self.mixed_inputs(z, state, layout))[0]
+        return self.feed(x, self.mixed_inputs(z, state, layout))
 
     def mixed_inputs(
         self, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
@@ -254,24 +254,24 @@ class ChannelMix(MixingWeights):
         maa = self.stacked(("time_maa_k", "time_maa_r"), z)
         return shift_mixes(z, carry, maa, None, previous)
 
-    def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor | None]:
-        """The matrices on `mixed_inputs`: what `forward` returns, and the tail of that (`ops.elementwise.tail_of`)."""
+    def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The matrices on `mixed_inputs`; returns what `forward` returns."""
         z_k, z_r = inputs
         receptance = self.receptance(z_r)
         # Last, because the backward begins with this matrix, the largest: it may find it still dequantised.
         value = self.value(squared_relu(self.key(z_k)))
         return sigmoid_gated_residual(x, receptance, value)
 
-    def feed_again(self, x: Tensor, inputs: tuple[Tensor, ...], result: Tensor, tail: Tensor | None) -> Tensor:
-        """`feed` when its results are known, with frozen matrices: computes only what the backward needs, there."""
+    def feed_again(self, x: Tensor, inputs: tuple[Tensor, ...], result: Tensor) -> Tensor:
+        """`feed` when its result is known and the matrices are frozen: computes what the backward needs, and there."""
         z_k, z_r = inputs
-        again: Tensor = _FeedAgain.apply(x, z_k, z_r, self, result, tail)
+        again: Tensor = _FeedAgain.apply(x, z_k, z_r, self, result)
         return again
 
-    def knows_gradients_from(self, dtype: torch.dtype) -> bool:
-        """Whether `feed_again` can take the place of `feed`: the tail of fp16 is not there."""
+    def has_frozen_matrices(self) -> bool:
+        """Whether `feed_again` can take the place of `feed`."""
         matrices = (self.key, self.receptance, self.value)
-        return dtype is not torch.float16 and not any(p.requires_grad for m in matrices for p in m.parameters())
+        return not any(p.requires_grad for matrix in matrices for p in matrix.parameters())
 
 
 class _FeedAgain(torch.autograd.Function):
@@ -282,24 +282,22 @@ class _FeedAgain(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, z_k: Tensor, z_r: Tensor, mixer: ChannelMix, result: Tensor, tail: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, z_k: Tensor, z_r: Tensor, mixer: ChannelMix, result: Tensor) -> Tensor:
         ctx.mixer = mixer
-        ctx.save_for_backward(x, z_k, z_r, result, tail)
+        ctx.save_for_backward(x, z_k, z_r, result)
         return result.view_as(result)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, z_k, z_r, result, tail = ctx.saved_tensors
+        x, z_k, z_r, result = ctx.saved_tensors
         mixer: ChannelMix = ctx.mixer
-        grad_r, grad_value = sigmoid_gated_residual_gradients(x, mixer.receptance(z_r), result, tail, grad)
+        grad_r, grad_value = sigmoid_gated_residual_gradients(x, mixer.receptance(z_r), result, grad)
         grad_z_r = mixer.receptance.input_gradient(grad_r)
         grad_hidden = mixer.value.input_gradient(grad_value)
         del grad_r, grad_value
         grad_z_k = mixer.key.input_gradient(squared_relu_gradient(mixer.key(z_k), grad_hidden))
-        return grad, grad_z_k, grad_z_r, None, None, None
+        return grad, grad_z_k, grad_z_r, None, None
 
 
 class Block(nn.Module):
@@ -328,7 +326,7 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerState]:
         """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment)."""
         level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
-        kept = 2 if dropout == 0 and self.ffn.knows_gradients_from(x.dtype) else 0
+        kept = 1 if dropout == 0 and self.ffn.has_frozen_matrices() else 0
 
         def enter(
             norm: Norm, mixer: TimeMix | ChannelMix, again: Recomputed, x: Tensor, delta: Tensor | None
@@ -349,18 +347,16 @@ class Block(nn.Module):
             gated, final = self.att.attend(tuple(inputs), state, layout)
             delta = F.dropout(self.att.output(gated), dropout, self.training)
             x, (*inputs, ffn_shift) = enter(self.ln2, self.ffn, self._channel_inputs_again, x, delta)
-            if known:
-                mixed, tail = self.ffn.feed_again(x, tuple(inputs), *known), None
-            else:
-                mixed, tail = self.ffn.feed(x, tuple(inputs))
+            feed = self.ffn.feed_again if known else self.ffn.feed
+            mixed = feed(x, tuple(inputs), *known)
             if dropout:
                 mixed = x + F.dropout(mixed - x, dropout, self.training)
-            return mixed, tail, att_shift, final, ffn_shift
+            return mixed, att_shift, final, ffn_shift
 
         if level is Recompute.ALL:
-            mixed, _, *memory = self._layer_again(layer, x, kept=kept, draws_random=dropout > 0)
+            mixed, *memory = self._layer_again(layer, x, kept=kept, draws_random=dropout > 0)
         else:
-            mixed, _, *memory = layer(x)
+            mixed, *memory = layer(x)
         return mixed, LayerState(*memory)
 
 

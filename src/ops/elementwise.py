@@ -4,7 +4,7 @@ Each function has one definition in plain torch (`*_torch`): the path for CPU, f
 trainable parameters, and what the tests hold the kernels against. On a GPU, in bf16 and with frozen parameters the
 same formula runs as one kernel forward and one backward (`cuda/elementwise.cu`), in fp32 inside. What those save
 for backward: add_norm the sum and its statistics, shift_mixes z and modulation (nothing without modulation),
-group_norm_silu_gate y and gate, squared_relu x, sigmoid_gated_residual x, r, its result and that result's tail.
+group_norm_silu_gate y and gate, squared_relu x, sigmoid_gated_residual x, r and its result.
 
 Shape legend: B batch, T tokens, C channels, A attention channels, H heads, N head size, G mixes of one z.
 """
@@ -219,94 +219,57 @@ def squared_relu_torch(x: Tensor) -> Tensor:
 
 
 def squared_relu_gradient(x: Tensor, grad: Tensor) -> Tensor:
-    """The gradient of x from that of `squared_relu(x)`, for callers outside autograd; as x."""
+    """The gradient of x from that of `squared_relu(x)`, in the latter's memory; for callers outside autograd."""
     if (kernels := _kernels_for(x, grad)) is not None:
-        fused: Tensor = kernels.squared_relu_gradient(x, grad)
-        return fused
+        kernels.squared_relu_gradient(x, grad)
+        return grad
     return squared_relu_gradient_torch(x, grad)
 
 
 def squared_relu_gradient_torch(x: Tensor, grad: Tensor) -> Tensor:
     """Definition of `squared_relu_gradient`."""
-    return grad * (2 * F.relu(x))
+    return grad.mul_(2 * F.relu(x))
 
 
-def sigmoid_gated_residual(x: Tensor, r: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
-    """x + sigmoid(r) * value: the channel mix' output added to the residual stream.
-
-    Args:
-        x, r, value: equal shapes.
-
-    Returns:
-        (result, tail): the result as x; what rounding to bf16 took from it, int8 as x, without gradient (`tail_of`).
-        Other dtypes have no tail.
-    """
+def sigmoid_gated_residual(x: Tensor, r: Tensor, value: Tensor) -> Tensor:
+    """x + sigmoid(r) * value, equal shapes: the channel mix' output added to the residual stream."""
     if (kernels := _kernels_for(x, r, value)) is not None:
-        result, tail = kernels.sigmoid_gated_residual(x, r, value)
-        return result, tail
+        fused: Tensor = kernels.sigmoid_gated_residual(x, r, value)
+        return fused
     return sigmoid_gated_residual_torch(x, r, value)
 
 
-def sigmoid_gated_residual_torch(x: Tensor, r: Tensor, value: Tensor) -> tuple[Tensor, Tensor | None]:
+def sigmoid_gated_residual_torch(x: Tensor, r: Tensor, value: Tensor) -> Tensor:
     """Definition of `sigmoid_gated_residual`."""
-    if x.dtype is not torch.bfloat16:
-        return x + torch.sigmoid(r) * value, None
-    exact = x.float() + torch.sigmoid(r.float()) * value.float()
-    result = exact.to(x.dtype)
-    return result, tail_of(exact.detach(), result.detach())
+    return x + torch.sigmoid(r) * value
 
 
-def sigmoid_gated_residual_gradients(
-    x: Tensor, r: Tensor, result: Tensor, tail: Tensor | None, grad: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of `sigmoid_gated_residual` from its results instead of `value`, for callers outside autograd.
+def sigmoid_gated_residual_gradients(x: Tensor, r: Tensor, result: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of `sigmoid_gated_residual` from its result instead of `value`, for callers outside autograd.
 
-    With s = sigmoid(r), the gradient of r is grad * s (1 - s) value, and s * value is what was added to x: the
-    difference of result and x. In bf16 it would be lost in the residual stream's rounding, but for the tail.
+    With s = sigmoid(r) the gradient of r is grad * s (1 - s) value, and s * value is what was added to x: the
+    difference of result and x. That difference holds the rounding of result, u |result| for the dtype's unit u. The
+    gradient of r has a share of the residual stream's as large as what was added has of the stream, so the error
+    is u of the stream's gradient, however little was added: less than rounding the stream does in the forward pass.
 
     Args:
         x, r: what it was called with.
-        result, tail: what it returned.
+        result: what it returned.
         grad: gradient of the result.
 
     Returns:
         The gradients of r and value, as r. That of x is `grad`.
     """
-    if tail is not None and (kernels := _kernels_for(x, r, result, grad)) is not None:
-        grad_r, grad_value = kernels.sigmoid_gated_residual_gradients(x, r, result, tail, grad)
+    if (kernels := _kernels_for(x, r, result, grad)) is not None:
+        grad_r, grad_value = kernels.sigmoid_gated_residual_gradients(x, r, result, grad)
         return grad_r, grad_value
-    return sigmoid_gated_residual_gradients_torch(x, r, result, tail, grad)
+    return sigmoid_gated_residual_gradients_torch(x, r, result, grad)
 
 
-def sigmoid_gated_residual_gradients_torch(
-    x: Tensor, r: Tensor, result: Tensor, tail: Tensor | None, grad: Tensor
-) -> tuple[Tensor, Tensor]:
+def sigmoid_gated_residual_gradients_torch(x: Tensor, r: Tensor, result: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """Definition of `sigmoid_gated_residual_gradients`."""
-    exact = result if tail is None else with_tail(result, tail)
-    gate = torch.sigmoid(r.to(exact.dtype))
-    grad_r = grad * (exact - x) * (1 - gate)
-    return grad_r.to(r.dtype), (grad * gate).to(r.dtype)
-
-
-def tail_of(exact: Tensor, rounded: Tensor) -> Tensor:
-    """What rounding to bf16 took away, in units of 2^-8 of the last place: the next eight bits, signed.
-
-    Args:
-        exact: fp32.
-        rounded: `exact` in bf16.
-
-    Returns:
-        int8. `with_tail` gives a number with 16 significant bits back, where bf16 has 8.
-    """
-    # The bits of a float as an integer grow with its magnitude, across exponents too, and bf16 is its upper half.
-    to_24_bits = (exact.view(torch.int32) + 0x80) >> 8
-    return (to_24_bits - (rounded.view(torch.int16).to(torch.int32) << 8)).clamp(-128, 127).to(torch.int8)
-
-
-def with_tail(rounded: Tensor, tail: Tensor) -> Tensor:
-    """The fp32 number of a bf16 one and its `tail_of`."""
-    bits = (rounded.view(torch.int16).to(torch.int32) << 16) + (tail.to(torch.int32) << 8)
-    return bits.view(torch.float32)
+    gate = torch.sigmoid(r)
+    return grad * (result - x) * (1 - gate), grad * gate
 
 
 def _kernels_for(*tensors: Tensor) -> Any | None:

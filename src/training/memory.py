@@ -57,13 +57,12 @@ class MemoryPlan:
 def kept_bytes(shape: ModelShape, recompute: Recompute) -> int:
     """Bytes per token that one layer keeps between forward and backward, 16-bit activations.
 
-    ALL: what enters the layer, and the tail (one byte) of what leaves it. INPUTS: besides, what enters the second
-    mixer, r, k, v, w_raw and the operator's checkpoints, y and gate, the feed-forward's hidden layer and its gate, the
-    decay's hidden layer. NOTHING: besides, the first norm's output, the modulation of its five mixes and the hidden
-    layer that makes it.
+    ALL: what enters the layer. INPUTS: besides, what enters the second mixer, r, k, v, w_raw and the operator's
+    checkpoints, y and gate, the feed-forward's hidden layer and its gate, the decay's hidden layer. NOTHING: besides,
+    the first norm's output, the modulation of its five mixes and the hidden layer that makes it.
     """
     C, A, F = shape.n_embd, shape.dim_att, shape.dim_ffn
-    everything_again = 2 * C + C
+    everything_again = 2 * C
     if recompute is Recompute.ALL:
         return everything_again
     inputs_again = everything_again + 2 * (2 * C + 7 * A + F + shape.decay_lora_width)
