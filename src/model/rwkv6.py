@@ -321,43 +321,48 @@ class Block(nn.Module):
         state: LayerState | None,
         layout: SegmentLayout | None,
         *,
+        remembers: bool,
         ends: Tensor | None,
         dropout: float,
-    ) -> tuple[Tensor, LayerState]:
-        """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment)."""
+    ) -> tuple[Tensor, LayerState | None]:
+        """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment if it `remembers`)."""
         level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
         kept = 1 if dropout == 0 and self.ffn.has_frozen_matrices() else 0
 
         def enter(
             norm: Norm, mixer: TimeMix | ChannelMix, again: Recomputed, x: Tensor, delta: Tensor | None
-        ) -> tuple[Tensor, tuple[Tensor, ...]]:
-            """The residual stream x + delta; the mixer's inputs, and last of all its memory of tokens."""
+        ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+            """The residual stream x + delta, the mixer's inputs, and its memory of tokens if that is wanted."""
 
             def inputs_of(z: Tensor) -> tuple[Tensor, ...]:
-                return *mixer.mixed_inputs(z, state, layout), last_tokens(z, ends)
+                # A view of z: kept without need, it would keep all of it.
+                return *mixer.mixed_inputs(z, state, layout), *([last_tokens(z, ends)] if remembers else [])
 
             if level is Recompute.INPUTS:
                 x = x if delta is None else x + delta
-                return x, again(lambda stream: inputs_of(norm(stream)), x)
-            x, z = norm.of_sum(x, delta)
-            return x, inputs_of(z)
+                outputs = again(lambda stream: inputs_of(norm(stream)), x)
+            else:
+                x, z = norm.of_sum(x, delta)
+                outputs = inputs_of(z)
+            count = len(outputs) - remembers
+            return x, outputs[:count], outputs[count:]
 
         def layer(x: Tensor, *known: Tensor) -> Results:
-            x, (*inputs, att_shift) = enter(self.ln1, self.att, self._time_inputs_again, x, None)
-            gated, final = self.att.attend(tuple(inputs), state, layout)
+            x, inputs, att_shift = enter(self.ln1, self.att, self._time_inputs_again, x, None)
+            gated, final = self.att.attend(inputs, state, layout)
             delta = F.dropout(self.att.output(gated), dropout, self.training)
-            x, (*inputs, ffn_shift) = enter(self.ln2, self.ffn, self._channel_inputs_again, x, delta)
+            x, inputs, ffn_shift = enter(self.ln2, self.ffn, self._channel_inputs_again, x, delta)
             feed = self.ffn.feed_again if known else self.ffn.feed
-            mixed = feed(x, tuple(inputs), *known)
+            mixed = feed(x, inputs, *known)
             if dropout:
                 mixed = x + F.dropout(mixed - x, dropout, self.training)
-            return mixed, att_shift, final, ffn_shift
+            return (mixed, *att_shift, final, *ffn_shift) if remembers else (mixed,)
 
         if level is Recompute.ALL:
             mixed, *memory = self._layer_again(layer, x, kept=kept, draws_random=dropout > 0)
         else:
             mixed, *memory = layer(x)
-        return mixed, LayerState(*memory)
+        return mixed, LayerState(*memory) if remembers else None
 
 
 class RWKV6(nn.Module):
@@ -423,8 +428,8 @@ class RWKV6(nn.Module):
         new_state: ModelState = []
         for i, block in enumerate(self.blocks):
             carried = None if state is None else state[i]
-            x, after = block(x, carried, layout, ends=ends, dropout=self.dropout)
-            if return_state:
+            x, after = block(x, carried, layout, remembers=return_state, ends=ends, dropout=self.dropout)
+            if after is not None:
                 new_state.append(after)
         return self.ln_out(x), new_state if return_state else None
 
