@@ -134,8 +134,11 @@ def _place_packed(model: RWKV6, module_name: str, weight: Tensor, options: LoadO
     parent_name, _, child_name = module_name.rpartition(".")
     on_device = weight.to(options.device, options.compute_dtype, non_blocking=True)
     assert options.quant_type is not None
+    # The backward of a recomputed layer comes back to the time mix after the feed-forward, whose matrices it needs
+    # once each (`_FeedAgain`): the former gain by buffers of their own, the latter do not.
     kind = module_name.split(".", 2)[2]
-    linear = FrozenLinear.from_weight(on_device, options.quant_type, options.compute_dtype, slot=kind)
+    slot = kind if kind.startswith("att.") else ""
+    linear = FrozenLinear.from_weight(on_device, options.quant_type, options.compute_dtype, slot=slot)
     setattr(model.get_submodule(parent_name), child_name, linear)
 
 

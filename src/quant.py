@@ -85,8 +85,8 @@ class DequantizationWorkspace:
     """The buffers that hold dense matrices between dequantisation and product.
 
     With `keep_dequantized` off there is one buffer per (device, dtype), as large as the largest matrix. With it
-    on there is one per matrix kind (`FrozenLinear.slot`), which costs one layer of dense matrices. A buffer that
-    still holds the caller's matrix is used as it is: the backward of a checkpointed layer then finds what its
+    on there is one per matrix kind (`FrozenLinear.slot`); kinds without a name go on sharing one. A buffer that
+    still holds the caller's matrix is used as it is: the backward of a recomputed layer then finds what its
     recomputation dequantised, all of it or, in one buffer, the last.
 
     A buffer's contents are overwritten by the next dequantisation, in stream order: all layers that share a
@@ -171,7 +171,7 @@ class FrozenLinear(nn.Module):
         absmax: scale per block: uint8 when double-quantised, else fp32.
         absmax_scale: fp32 [blocks / 256], scales of the 8-bit absmax; None without double quantisation.
         absmax_offset: fp32 0-d, mean absmax, subtracted before quantising them; None without double quantisation.
-        slot: the matrix' kind, e.g. "key": matrices of one kind share a buffer in `keep_dequantized` mode.
+        slot: the matrix' kind, e.g. "att.key": matrices of one kind share a buffer in `keep_dequantized` mode.
     """
 
     packed: Tensor
@@ -402,9 +402,7 @@ class FrozenHead(nn.Module):
     def from_weight(cls, weight: Tensor, quant_type: str, compute_dtype: torch.dtype) -> FrozenHead:
         """Quantises a matrix where it lies; arguments as for `FrozenLinear.from_weight`."""
         rows = max(1, _HEAD_PART_VALUES // weight.shape[1])
-        return cls(
-            FrozenLinear.from_weight(part, quant_type, compute_dtype, slot="head") for part in weight.split(rows)
-        )
+        return cls(FrozenLinear.from_weight(part, quant_type, compute_dtype) for part in weight.split(rows))
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., vocabulary]."""

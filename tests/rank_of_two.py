@@ -24,7 +24,7 @@ from src.config import TrainConfig
 from src.loading import build_model
 from src.training.hardware import Hardware, deepspeed_config
 from src.training.module import TrainingModule
-from src.training.run import GRADIENT_CLIP, load_options
+from src.training.run import GRADIENT_CLIP, choose_recomputation, load_options
 from src.training.work import make_schedule, prepare_work
 
 
@@ -36,6 +36,7 @@ def main() -> None:
     schedule = make_schedule(config, work)
     hardware = Hardware(torch.device("cpu"), config.precision, config.strategy)
     model = build_model(open_checkpoint(config.load_model), shape, load_options(config, hardware))
+    choose_recomputation(model, work, config)
     module = TrainingModule(model, work.objective, config)
     optimizer = module.configure_optimizers()
     trained = [parameter for _, parameter in module.trained()]

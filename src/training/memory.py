@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from src.model.parameters import ModelShape
 from src.model.recompute import Recompute
@@ -27,7 +28,8 @@ class MemoryPlan:
         layers: of the model.
         light_layers: layers that recompute only norms and mixer inputs (`Recompute.INPUTS`).
         whole_layers: layers that recompute nothing (`Recompute.NOTHING`).
-        keep_dequantized: whether recomputation and backward share one dequantisation.
+        keep_dequantized: whether recomputation and backward share one dequantisation, for which one layer's
+            dense time mix has to be kept.
     """
 
     layers: int
@@ -100,11 +102,12 @@ def plan_memory(model: RWKV6, row_tokens: int, limit_gib: float) -> MemoryPlan:
     if light == shape.n_layer:
         whole = layers_that_fit(nothing - inputs)
         return MemoryPlan(shape.n_layer, light_layers=light - whole, whole_layers=whole)
-    keeps = 0 < _layer_matrix_bytes(model) <= available
+    keeps = 0 < _time_mix_matrix_bytes(model) <= available
     return MemoryPlan(shape.n_layer, light_layers=light, keep_dequantized=keeps)
 
 
-def _layer_matrix_bytes(model: RWKV6) -> int:
-    """Bytes of one layer's matrices in 16 bits, 0 when they are not packed."""
-    block = model.blocks[0]
-    return sum(2 * m.out_features * m.in_features for m in block.modules() if isinstance(m, FrozenLinear))
+def _time_mix_matrix_bytes(model: RWKV6) -> int:
+    """Bytes of one layer's time-mix matrices in 16 bits, 0 when they are not packed."""
+    mixer = model.blocks[0].att
+    assert isinstance(mixer, nn.Module)
+    return sum(2 * m.out_features * m.in_features for m in mixer.modules() if isinstance(m, FrozenLinear))

@@ -22,7 +22,6 @@ from src.config import TrainConfig
 from src.errors import ConfigError, TrainingError
 from src.loading import LoadOptions, build_model
 from src.model.parameters import ModelShape, fresh_parameters, parameter_shapes
-from src.model.recompute import Recompute
 from src.model.rwkv6 import RWKV6
 from src.schedule import Schedule
 from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
@@ -196,7 +195,6 @@ def load_options(config: TrainConfig, hardware: Hardware) -> LoadOptions:
         quant_type=config.quant_type if config.quantised else None,
         quant_head=bool(config.quant_head),
         train_weights=not config.trains_states,
-        recompute=Recompute.NOTHING if config.grad_cp == 0 else Recompute.ALL,
         head_size_divisor=config.head_size_divisor,
         dropout=config.dropout,
     )
@@ -220,15 +218,19 @@ def _load_model(config: TrainConfig, hardware: Hardware, shape: ModelShape, fold
 
 
 def choose_recomputation(model: RWKV6, work: Work, config: TrainConfig) -> None:
-    """`--grad_cp 2`: from free memory on a GPU; on a CPU, where memory is not the limit, the light mode."""
-    if config.grad_cp != 2:
-        return
-    if model.device.type == "cuda":
+    """What `--grad_cp` asks for; 2 goes by free memory on a GPU, and on a CPU, which has it, is the light mode."""
+    layers = model.shape.n_layer
+    if config.grad_cp == 0:
+        plan = MemoryPlan(layers, whole_layers=layers)
+    elif config.grad_cp == 1:
+        plan = MemoryPlan(layers, keep_dequantized=True)
+    elif model.device.type == "cuda":
         plan = plan_memory(model, work.row_tokens, config.memory_gib)
     else:
-        plan = MemoryPlan(model.shape.n_layer, light_layers=model.shape.n_layer)
+        plan = MemoryPlan(layers, light_layers=layers)
     plan.apply(model)
-    say(f"memory     {plan}")
+    if config.grad_cp == 2:
+        say(f"memory     {plan}")
 
 
 def _file_dtype(hardware: Hardware) -> torch.dtype:

@@ -24,7 +24,7 @@ from src.loading import build_model
 from src.model.parameters import state_shapes
 from src.training.hardware import resolve_hardware
 from src.training.module import TrainingModule
-from src.training.run import fit, load_options
+from src.training.run import choose_recomputation, fit, load_options
 from src.training.work import Work, make_schedule, prepare_work
 
 pytest.importorskip("bitsandbytes")
@@ -64,6 +64,7 @@ class Prepared:
         self.work: Work = prepare_work(self.config, SHAPE)
         checkpoint = open_checkpoint(base)
         self.model = build_model(checkpoint, SHAPE, load_options(self.config, self.hardware))
+        choose_recomputation(self.model, self.work, self.config)
         self.states = [self.model.get_parameter(name) for name in state_shapes(SHAPE)]
 
     def fit(self, finish: Callable[[TrainingModule], None] = lambda module: None) -> None:
