@@ -29,12 +29,13 @@ struct Wkv6Forward {
   bool u_is_bf16;
   const float* state;  // [H, 64, 64] or [S, H, 64, 64]
   bool state_is_shared;
-  void* y;                // bf16 [B, T, H, 64]
-  float* final_state;     // [S, H, 64, 64]
-  void* checkpoints;      // bf16 [chunks, H, 64, 64] in the kernel's own order, or null when no backward follows
-  void* pair_weights;     // bf16 [chunks, H, 4, 16, 16], likewise
-  float* segment_states;  // [items, H, 64, 64] and
-  float* segment_decays;  // [items, H, 64]: scratch, only for more than one segment per sequence
+  const int64_t* parents;  // [S]: which of `state` each sequence starts from; null: its own
+  void* y;                 // bf16 [B, T, H, 64]
+  float* final_state;      // [S, H, 64, 64]
+  void* checkpoints;       // bf16 [chunks, H, 64, 64] in the kernel's own order, or null when no backward follows
+  void* pair_weights;      // bf16 [chunks, H, 4, 16, 16], likewise
+  float* segment_states;   // [items, H, 64, 64] and
+  float* segment_decays;   // [items, H, 64]: scratch, only for more than one segment per sequence
 };
 
 struct Wkv6Backward {

@@ -221,7 +221,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
   float state[8][4];
   const int own = (16 * warp + row) * kN + pair;
   {
-    const size_t start = (a.state_is_shared ? 0 : static_cast<size_t>(item.sequence) * heads) + head;
+    const size_t of = a.state_is_shared ? 0 : a.parents != nullptr ? a.parents[item.sequence] : item.sequence;
+    const size_t start = of * heads + head;
     const float* source = a.state + start * kStateValues + own;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {

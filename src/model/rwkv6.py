@@ -40,7 +40,7 @@ from src.ops.elementwise import (
     squared_relu_gradient,
 )
 from src.ops.token_logps import HeadWeight
-from src.ops.wkv6 import wkv6
+from src.ops.wkv6 import wkv6, wkv6_branching
 from src.quant import FrozenHead
 
 LAYER_NORM_EPS = 1e-5
@@ -212,19 +212,8 @@ class TimeMix(MixingWeights):
             return wkv6(r, k, v, w_raw, u, start)
         if not layout.has_children:
             return wkv6(r, k, v, w_raw, u, start, layout.root_borders)
-        # Split, not sliced: the backward of two slices writes every gradient twice, into zeros, and adds.
-        sizes = (layout.root_tokens, r.shape[1] - layout.root_tokens)
-        (r, r_children), (k, k_children) = r.split(sizes, dim=1), k.split(sizes, dim=1)
-        (v, v_children), (w_raw, w_children) = v.split(sizes, dim=1), w_raw.split(sizes, dim=1)
-        outputs: list[Tensor] = []
-        if layout.root_tokens == 0:
-            final = start.expand(layout.roots, *start.shape)
-        else:
-            y, final = wkv6(r, k, v, w_raw, u, start, layout.root_borders)
-            outputs.append(y)
-        starts = final.index_select(0, layout.parents)
-        y, _ = wkv6(r_children, k_children, v_children, w_children, u, starts, layout.child_borders)
-        return torch.cat([*outputs, y], dim=1), final
+        borders = (layout.root_borders, layout.child_borders)
+        return wkv6_branching(r, k, v, w_raw, u, start, *borders, layout.parents, layout.root_tokens)
 
 
 class ChannelMix(MixingWeights):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.errors import KernelError
 from src.ops.wkv6_chunked import wkv6_chunked
-from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available, wkv6_cuda
+from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available, wkv6_branching_cuda, wkv6_cuda
 from src.ops.wkv6_reference import wkv6_reference
 
 BACKENDS = ("reference", "chunked", "cuda")
@@ -63,9 +63,7 @@ def wkv6(
     """
     sequences = _check_arguments(r, k, v, w_raw, u, state, cu_seqlens)
     if backend is None:
-        fits = r.is_cuda and r.dtype == torch.bfloat16 and r.shape[3] == CUDA_HEAD_SIZE
-        in_torch = "reference" if r.shape[1] == 1 else "chunked"
-        backend = "cuda" if fits and kernel_is_available(r.device) else in_torch
+        backend = "cuda" if _takes_kernel(r) else "reference" if r.shape[1] == 1 else "chunked"
     if backend == "cuda":
         if not r.is_cuda or r.dtype != torch.bfloat16 or r.shape[3] != CUDA_HEAD_SIZE:
             raise KernelError(
@@ -80,6 +78,55 @@ def wkv6(
     starts = state.expand(sequences, *state.shape) if state.dim() == 3 else state
     run = wkv6_chunked if backend == "chunked" else wkv6_reference
     return run(r, k, v, w_raw, u, starts, lengths)
+
+
+def wkv6_branching(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_raw: Tensor,
+    u: Tensor,
+    state: Tensor,
+    root_borders: Tensor,
+    child_borders: Tensor,
+    parents: Tensor,
+    root_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """`wkv6` over a packed row whose later sequences continue the first ones, from their final states.
+
+    Args:
+        r, k, v, w_raw: [1, T, H, N], as for `wkv6`.
+        u: [H, N].
+        state: start state of the roots, [H, N, N] shared or [R, H, N, N].
+        root_borders: int32 or int64 [R + 1], borders of the roots in the first tokens, from 0 to `root_tokens`.
+        child_borders: as such [S + 1], borders of the sequences that continue roots in the other tokens, from 0.
+        parents: int64 [S], the root that each of them continues.
+        root_tokens: tokens of all roots, 0 to T.
+
+    Returns:
+        y [1, T, H, N] in r's dtype; final states of the roots [R, H, N, N].
+    """
+    if 0 < root_tokens < r.shape[1] and _takes_kernel(r):
+        return wkv6_branching_cuda(r, k, v, w_raw, u, state, root_borders, child_borders, parents, root_tokens)
+    # Split, not sliced: the backward of two slices writes every gradient twice, into zeros, and adds.
+    sizes = (root_tokens, r.shape[1] - root_tokens)
+    (r, r_children), (k, k_children) = r.split(sizes, dim=1), k.split(sizes, dim=1)
+    (v, v_children), (w_raw, w_children) = v.split(sizes, dim=1), w_raw.split(sizes, dim=1)
+    outputs: list[Tensor] = []
+    final = state.expand(root_borders.shape[0] - 1, *state.shape[-3:])
+    if root_tokens:
+        y, final = wkv6(r, k, v, w_raw, u, state, root_borders)
+        outputs.append(y)
+    if sizes[1]:
+        starts = final.index_select(0, parents)
+        y, _ = wkv6(r_children, k_children, v_children, w_children, u, starts, child_borders)
+        outputs.append(y)
+    return torch.cat(outputs, dim=1), final
+
+
+def _takes_kernel(r: Tensor) -> bool:
+    fits = r.is_cuda and r.dtype == torch.bfloat16 and r.shape[3] == CUDA_HEAD_SIZE
+    return fits and kernel_is_available(r.device)
 
 
 def _check_arguments(

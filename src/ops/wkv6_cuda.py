@@ -64,6 +64,35 @@ def wkv6_cuda(
         KernelError: the kernel cannot be built.
         RuntimeError: a tensor does not fit (named), or the launch failed.
     """
-    bonus = u if u.dtype in (torch.float32, torch.bfloat16) else u.float()
-    y, final = _module_for(_index_of(r.device)).wkv6(r, k, v, w_raw, bonus, state, cu_seqlens, segment_tokens)
+    y, final = _module_for(_index_of(r.device)).wkv6(r, k, v, w_raw, _bonus(u), state, cu_seqlens, segment_tokens)
     return y, final
+
+
+def wkv6_branching_cuda(
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    w_raw: Tensor,
+    u: Tensor,
+    state: Tensor,
+    root_borders: Tensor,
+    child_borders: Tensor,
+    parents: Tensor,
+    root_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """Runs the kernel for roots and children in turn; arguments and results as `src.ops.wkv6.wkv6_branching`.
+
+    Numerics, and what is saved, as `wkv6_cuda`. Unlike two calls of it this copies no tokens and no states.
+
+    Raises:
+        KernelError: the kernel cannot be built.
+        RuntimeError: a tensor does not fit (named), or the launch failed.
+    """
+    y, final = _module_for(_index_of(r.device)).wkv6_branching(
+        r, k, v, w_raw, _bonus(u), state, root_borders, child_borders, parents, root_tokens
+    )
+    return y, final
+
+
+def _bonus(u: Tensor) -> Tensor:
+    return u if u.dtype in (torch.float32, torch.bfloat16) else u.float()

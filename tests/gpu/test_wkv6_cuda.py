@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.ops.wkv6 import wkv6
+from src.ops.wkv6 import wkv6, wkv6_branching
 from src.ops.wkv6_cuda import wkv6_cuda
 
 pytestmark = [
@@ -92,6 +92,20 @@ def draw(
     return inputs
 
 
+BRANCHES = {
+    "pairs": ([70, 33], [5, 64, 100, 1], [0, 0, 1, 1]),
+    "segments": ([1500], [1000, 1024], [0, 0]),
+    "uneven": ([1, 0, 200, 64], [17, 0, 40, 3], [2, 0, 2, 1]),
+}
+
+
+def branches_of(name: str) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Borders of roots and children, parents, and the roots' tokens."""
+    roots, children, parents = BRANCHES[name]
+    borders = [torch.tensor([0, *lengths], device="cuda").cumsum(0).int() for lengths in (roots, children)]
+    return borders[0], borders[1], torch.tensor(parents, device="cuda"), sum(roots)
+
+
 def run(
     inputs: dict[str, Tensor],
     backend: str,
@@ -100,12 +114,15 @@ def run(
     final_gradient: bool = False,
     segment_tokens: int = 0,
     wanted: tuple[str, ...] = (*TOKEN_NAMES, "u", "state"),
+    branches: str | None = None,
 ) -> dict[str, Tensor]:
     leaves = {name: tensor.detach().clone().requires_grad_(name in wanted) for name, tensor in inputs.items()}
     generator = torch.Generator("cuda").manual_seed(99)
 
     def call() -> dict[str, Tensor]:
-        if backend == "cuda":
+        if branches is not None:
+            y, final = wkv6_branching(*leaves.values(), *branches_of(branches))
+        elif backend == "cuda":
             y, final = wkv6_cuda(*leaves.values(), cu_seqlens, segment_tokens=segment_tokens)
         else:
             y, final = wkv6(*leaves.values(), cu_seqlens, backend=backend)
@@ -123,10 +140,15 @@ def run(
 
 
 def exact(
-    inputs: dict[str, Tensor], cu_seqlens: Tensor | None = None, *, final_gradient: bool = False
+    inputs: dict[str, Tensor],
+    cu_seqlens: Tensor | None = None,
+    *,
+    final_gradient: bool = False,
+    branches: str | None = None,
 ) -> dict[str, Tensor]:
     backend = "reference" if inputs["r"].shape[1] <= 65 else "chunked"
-    return run({n: t.double() for n, t in inputs.items()}, backend, cu_seqlens, final_gradient=final_gradient)
+    doubles = {name: tensor.double() for name, tensor in inputs.items()}
+    return run(doubles, backend, cu_seqlens, final_gradient=final_gradient, branches=branches)
 
 
 def assert_accurate(results: dict[str, Tensor], truth: dict[str, Tensor]) -> None:
@@ -179,6 +201,23 @@ def test_packed_sequences(lengths: list[int], own_states: bool, segment_tokens: 
     truth = exact(inputs, cu_seqlens, final_gradient=True)
     results = run(inputs, "cuda", cu_seqlens.int(), final_gradient=True, segment_tokens=segment_tokens)
     assert_accurate(results, truth)
+
+
+@pytest.mark.parametrize(
+    "wanted", [(*TOKEN_NAMES, "u", "state"), TOKEN_NAMES, ("state",)], ids=["all", "rkvw", "state"]
+)
+@pytest.mark.parametrize("final_gradient", [False, True], ids=["y", "y and final state"])
+@pytest.mark.parametrize("branches", BRANCHES)
+def test_sequences_that_continue_others(branches: str, final_gradient: bool, wanted: tuple[str, ...]) -> None:
+    roots, children, _ = BRANCHES[branches]
+    inputs = draw(1, sum(roots) + sum(children), 4, states=len(roots) if branches == "uneven" else None)
+    truth = exact(inputs, branches=branches, final_gradient=final_gradient)
+    results = run(inputs, "cuda", branches=branches, final_gradient=final_gradient, wanted=wanted)
+    assert_accurate(results, truth)
+    with torch.no_grad():
+        y, final = wkv6_branching(*inputs.values(), *branches_of(branches))
+    assert torch.equal(y, results["y"])
+    assert torch.equal(final, results["final"])
 
 
 @pytest.mark.parametrize("segment_tokens", [64, 128, 576, 1024])

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from src.errors import KernelError
-from src.ops.wkv6 import wkv6
+from src.ops.wkv6 import wkv6, wkv6_branching
 from src.ops.wkv6_chunked import SPAN_TOKENS, TILE_TOKENS, wkv6_chunked
 from src.ops.wkv6_reference import wkv6_reference
 
@@ -145,6 +145,35 @@ def test_state_carries_a_sequence_cut_in_two(backend: str) -> None:
     second_y, final = wkv6(*second, inputs["u"], carried, backend=backend)
     torch.testing.assert_close(torch.cat((first_y, second_y), 1), whole_y, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(final, whole_final, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("own_states", [False, True])
+@pytest.mark.parametrize(
+    ("roots", "children", "parents"),
+    [([7, 4], [3, 5, 2], [0, 0, 1]), ([6], [2, 0], [0, 0]), ([5, 0], [3, 4], [1, 0]), ([9], [], []), ([0], [4], [0])],
+)
+def test_branches_equal_whole_sequences(
+    roots: list[int], children: list[int], parents: list[int], own_states: bool
+) -> None:
+    inputs = draw_inputs(1, sum(roots) + sum(children), 2, 8, states=len(roots) if own_states else None)
+    borders = [torch.tensor([0, *lengths]).cumsum(0) for lengths in (roots, children)]
+    y, final = wkv6_branching(*inputs.values(), *borders, torch.tensor(parents, dtype=torch.int64), sum(roots))
+    tokens = [inputs[name].split([*roots, *children], dim=1) for name in ("r", "k", "v", "w_raw")]
+    segments = y.split([*roots, *children], dim=1)
+    for root, length in enumerate(roots):
+        start = inputs["state"][root] if own_states else inputs["state"]
+        if length:
+            alone, end = wkv6(*(part[root] for part in tokens), inputs["u"], start)
+            torch.testing.assert_close(segments[root], alone)
+            torch.testing.assert_close(final[root], end[0])
+        else:
+            assert torch.equal(final[root], start)
+    for child, parent in enumerate(parents):
+        if children[child]:
+            start = inputs["state"][parent] if own_states else inputs["state"]
+            whole = [torch.cat((part[parent], part[len(roots) + child]), dim=1) for part in tokens]
+            expected = wkv6(*whole, inputs["u"], start)[0][:, roots[parent] :]
+            torch.testing.assert_close(segments[len(roots) + child], expected)
 
 
 SPIKES = {"3..6": (3.0, 6.0), "8..12": (8.0, 12.0), "80..95": (80.0, 95.0)}
