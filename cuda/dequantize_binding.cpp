@@ -7,10 +7,10 @@
 #include <torch/extension.h>
 
 #include <atomic>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
-#include <unordered_map>
 #include <utility>
 
 #include "checks.h"
@@ -28,14 +28,20 @@ class Workspace {
 
   void set_keep_dequantized(bool keep) {
     keep_dequantized_ = keep;
-    clear();
+    slots_.clear();
   }
 
-  void clear() { slots_.clear(); }
+  // Frees the buffers. Their sizes are remembered and all come back at the next use, so that they lie side by side and
+  // leave no holes between what is allocated and freed around them.
+  void clear() {
+    for (auto& [name, slot] : slots_) slot.release();
+  }
 
   int64_t allocated_bytes() const {
     int64_t bytes = 0;
-    for (const auto& [name, slot] : slots_) bytes += static_cast<int64_t>(slot.buffer.nbytes());
+    for (const auto& [name, slot] : slots_) {
+      if (slot.buffer.defined()) bytes += static_cast<int64_t>(slot.buffer.nbytes());
+    }
     return bytes;
   }
 
@@ -47,9 +53,14 @@ class Workspace {
   Tensor matrix(const Owner& owner, const std::string& slot_name, int64_t rows, int64_t columns,
                 const at::TensorOptions& options, const Fill& fill) {
     Slot& slot = slots_[keep_dequantized_ ? slot_name : std::string()];
-    if (!slot.buffer.defined() || slot.buffer.numel() < rows * columns) {
-      slot = Slot();  // frees the old buffer before there is a new one
-      slot.buffer = at::empty({rows * columns}, options);
+    if (slot.size < rows * columns) {
+      slot.release();  // frees the old buffer before there is a new one
+      slot.size = rows * columns;
+    }
+    if (!slot.buffer.defined()) {
+      for (auto& [name, each] : slots_) {
+        if (!each.buffer.defined()) each.buffer = at::empty({each.size}, options);
+      }
     }
     if (slot.owner != owner) {
       slot.owner = kNobody;
@@ -64,9 +75,14 @@ class Workspace {
   struct Slot {
     Tensor buffer;
     Owner owner = kNobody;
+    int64_t size = 0;
+    void release() {
+      buffer = Tensor();
+      owner = kNobody;
+    }
   };
   bool keep_dequantized_;
-  std::unordered_map<std::string, Slot> slots_;
+  std::map<std::string, Slot> slots_;
 };
 
 void check_tensor(const Tensor& tensor, at::ScalarType dtype, int64_t count, const Tensor& packed, const char* name) {
