@@ -70,46 +70,112 @@ elementwise::ShiftMix shift_mix_arguments(const Tensor& z, const Tensor& carry, 
   return arguments;
 }
 
+// The inputs of a token shift, checked; what is not given is undefined.
+struct ShiftInputs {
+  Tensor z, carry, maa, previous, children;
+
+  ShiftInputs(const Tensor& z_in, const std::optional<Tensor>& carry_in, const Tensor& maa_in,
+              const std::optional<Tensor>& previous_in, const std::optional<Tensor>& children_in)
+      : z(prepared(z_in, "z")), maa(prepared(maa_in, "maa")) {
+    require(z.dim() == 3, "z has ", z.dim(), " dimensions, expected [batch, tokens, channels]");
+    const int64_t batch = z.size(0), tokens = z.size(1), channels = z.size(2);
+    check_channels(channels, batch * tokens);
+    const int64_t mixes = maa.size(0);
+    require(mixes == 1 || mixes == 2 || mixes == 5, "maa holds ", mixes, " mixes, expected 1, 2 or 5");
+    check_shape(maa, {mixes, channels}, "maa");
+    if (carry_in) {
+      require(!previous_in, "carry and previous exclude each other here");
+      carry = prepared(*carry_in, "carry");
+      check_shape(carry, {batch, channels}, "carry");
+    }
+    if (previous_in) {
+      require(batch == 1, "a packed row has batch size 1, got ", batch);
+      check_shape(*previous_in, {tokens}, "previous");
+      require(children_in && children_in->sizes() == at::IntArrayRef({2, tokens}), "children must be [2, tokens]");
+      require(previous_in->device() == z.device() && children_in->device() == z.device(),
+              "previous and children must be on z's device");
+      require(previous_in->is_contiguous() && children_in->is_contiguous(), "previous and children must be contiguous");
+      previous = *previous_in;
+      children = *children_in;
+    }
+  }
+
+  // Outputs as z, and where they are.
+  variable_list outputs(elementwise::MixPointers& pointers) const {
+    variable_list made(maa.size(0));
+    for (size_t g = 0; g < made.size(); ++g) {
+      made[g] = at::empty_like(z);
+      pointers.mix[g] = mutable_pointer(made[g]);
+    }
+    return made;
+  }
+
+  // For `shift_mix_gradients`, but for what is saved as tensors.
+  void save(AutogradContext* context, bool carry_gradient) const {
+    context->saved_data["maa"] = maa;
+    context->saved_data["shape"] = z.sizes().vec();
+    context->saved_data["carry_gradient"] = carry_gradient;
+    if (previous.defined()) {
+      context->saved_data["previous"] = previous;
+      context->saved_data["children"] = children;
+    }
+  }
+};
+
+struct ShiftGradients {
+  Tensor z, carry, modulation;
+};
+
+// The gradients from those of the outputs; all undefined when these are. z, carry and modulation: as far as there are.
+ShiftGradients shift_mix_gradients(AutogradContext* context, const variable_list& grad_outputs, const Tensor& z,
+                                   const Tensor& carry, const Tensor& modulation, bool modulation_gradient) {
+  const Tensor maa = context->saved_data["maa"].toTensor();
+  const auto shape = context->saved_data["shape"].toIntVector();
+  ShiftGradients result;
+  std::vector<Tensor> grads(grad_outputs.size());
+  elementwise::MixPointers pointers{};
+  bool any = false;
+  for (size_t g = 0; g < grad_outputs.size(); ++g) {
+    if (!grad_outputs[g].defined()) continue;
+    grads[g] = prepared(grad_outputs[g], "the gradient of shift_mix");
+    pointers.mix[g] = mutable_pointer(grads[g]);
+    any = true;
+  }
+  if (!any) return result;
+  Tensor previous, children;
+  if (context->saved_data.count("previous") != 0) {
+    previous = context->saved_data["previous"].toTensor();
+    children = context->saved_data["children"].toTensor();
+  }
+  result.z = at::empty(shape, maa.options());
+  elementwise::ShiftMix arguments = shift_mix_arguments(result.z, carry, maa, modulation, previous);
+  arguments.z = pointer(z);
+  if (context->saved_data["carry_gradient"].toBool()) result.carry = at::empty({shape[0], shape[2]}, maa.options());
+  if (modulation_gradient) result.modulation = at::empty_like(modulation);
+  check_launch(elementwise::shift_mix_backward(arguments, pointers,
+                                               children.defined() ? children.const_data_ptr<int>() : nullptr,
+                                               mutable_pointer(result.z), mutable_pointer(result.carry),
+                                               mutable_pointer(result.modulation), c10::cuda::getCurrentCUDAStream()),
+               "shift_mix backward");
+  return result;
+}
+
 class ShiftMix : public torch::autograd::Function<ShiftMix> {
  public:
   static variable_list forward(AutogradContext* context, const Tensor& z_in, const std::optional<Tensor>& carry_in,
                                const Tensor& maa_in, const std::optional<Tensor>& modulation_in,
                                const std::optional<Tensor>& previous, const std::optional<Tensor>& children) {
     const c10::cuda::CUDAGuard guard(z_in.device());
-    const Tensor z = prepared(z_in, "z");
-    require(z.dim() == 3, "z has ", z.dim(), " dimensions, expected [batch, tokens, channels]");
-    const int64_t batch = z.size(0), tokens = z.size(1), channels = z.size(2);
-    check_channels(channels, batch * tokens);
-    const Tensor maa = prepared(maa_in, "maa");
-    const int64_t mixes = maa.size(0);
-    require(mixes == 1 || mixes == 2 || mixes == 5, "maa holds ", mixes, " mixes, expected 1, 2 or 5");
-    check_shape(maa, {mixes, channels}, "maa");
-    Tensor carry, modulation;
-    if (carry_in) {
-      require(!previous, "carry and previous exclude each other here");
-      carry = prepared(*carry_in, "carry");
-      check_shape(carry, {batch, channels}, "carry");
-    }
+    const ShiftInputs inputs(z_in, carry_in, maa_in, previous, children);
+    const Tensor& z = inputs.z;
+    Tensor modulation;
     if (modulation_in) {
       modulation = prepared(*modulation_in, "modulation");
-      check_shape(modulation, {mixes, batch, tokens, channels}, "modulation");
+      check_shape(modulation, {inputs.maa.size(0), z.size(0), z.size(1), z.size(2)}, "modulation");
     }
-    if (previous) {
-      require(batch == 1, "a packed row has batch size 1, got ", batch);
-      check_shape(*previous, {tokens}, "previous");
-      require(children && children->sizes() == at::IntArrayRef({2, tokens}), "children must be [2, tokens]");
-      require(previous->device() == z.device() && children->device() == z.device(),
-              "previous and children must be on z's device");
-      require(previous->is_contiguous() && children->is_contiguous(), "previous and children must be contiguous");
-    }
-
-    variable_list outputs(mixes);
     elementwise::MixPointers pointers{};
-    for (int64_t g = 0; g < mixes; ++g) {
-      outputs[g] = at::empty_like(z);
-      pointers.mix[g] = mutable_pointer(outputs[g]);
-    }
-    const auto arguments = shift_mix_arguments(z, carry, maa, modulation, value_or_undefined(previous));
+    const variable_list outputs = inputs.outputs(pointers);
+    const auto arguments = shift_mix_arguments(z, inputs.carry, inputs.maa, modulation, inputs.previous);
     check_launch(elementwise::shift_mix_forward(arguments, pointers, c10::cuda::getCurrentCUDAStream()), "shift_mix");
 
     context->set_materialize_grads(false);
@@ -117,68 +183,82 @@ class ShiftMix : public torch::autograd::Function<ShiftMix> {
     const bool modulation_gradient = modulation_in && modulation_in->requires_grad();
     if (z_in.requires_grad() || carry_gradient || modulation_gradient) {
       // Without modulation the proportions are constants and the backward needs no input at all.
-      if (modulation.defined()) {
-        context->save_for_backward({z, modulation, carry});
-      }
-      context->saved_data["maa"] = maa;
-      context->saved_data["shape"] = z.sizes().vec();
-      context->saved_data["carry_gradient"] = carry_gradient;
+      if (modulation.defined()) context->save_for_backward({z, modulation, inputs.carry});
       context->saved_data["modulation_gradient"] = modulation_gradient;
-      if (previous) {
-        context->saved_data["previous"] = *previous;
-        context->saved_data["children"] = *children;
-      }
+      inputs.save(context, carry_gradient);
     }
     return outputs;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
     refuse_double_backward();
-    const Tensor maa = context->saved_data["maa"].toTensor();
-    const auto shape = context->saved_data["shape"].toIntVector();
-    const c10::cuda::CUDAGuard guard(maa.device());
-    variable_list result(6);
-    std::vector<Tensor> grads(grad_outputs.size());
-    elementwise::MixPointers pointers{};
-    bool any = false;
-    for (size_t g = 0; g < grad_outputs.size(); ++g) {
-      if (!grad_outputs[g].defined()) continue;
-      grads[g] = prepared(grad_outputs[g], "the gradient of shift_mix");
-      pointers.mix[g] = mutable_pointer(grads[g]);
-      any = true;
-    }
-    if (!any) return result;
-
-    Tensor z, modulation, carry, previous, children;
+    const c10::cuda::CUDAGuard guard(context->saved_data["maa"].toTensor().device());
     const auto saved = context->get_saved_variables();
-    if (!saved.empty()) {
-      z = saved[0];
-      modulation = saved[1];
-      carry = saved[2];
+    const bool modulated = !saved.empty();
+    const ShiftGradients gradients =
+        shift_mix_gradients(context, grad_outputs, modulated ? saved[0] : Tensor(), modulated ? saved[2] : Tensor(),
+                            modulated ? saved[1] : Tensor(), context->saved_data["modulation_gradient"].toBool());
+    return {gradients.z, gradients.carry, Tensor(), gradients.modulation, Tensor(), Tensor()};
+  }
+};
+
+// hidden [batch, tokens, 5 * width] as [5, tokens of all, width].
+Tensor by_mix(const Tensor& hidden, const Tensor& up) {
+  return hidden.view({hidden.size(0) * hidden.size(1), up.size(0), up.size(1)}).transpose(0, 1);
+}
+
+class ModulatedShiftMix : public torch::autograd::Function<ModulatedShiftMix> {
+ public:
+  static variable_list forward(AutogradContext* context, const Tensor& z_in, const std::optional<Tensor>& carry_in,
+                               const Tensor& maa_in, const Tensor& hidden_in, const Tensor& up_in,
+                               const std::optional<Tensor>& previous, const std::optional<Tensor>& children) {
+    const c10::cuda::CUDAGuard guard(z_in.device());
+    const ShiftInputs inputs(z_in, carry_in, maa_in, previous, children);
+    const Tensor& z = inputs.z;
+    const Tensor hidden = prepared(hidden_in, "hidden"), up = prepared(up_in, "up");
+    require(up.dim() == 3 && (up.size(1) == 32 || up.size(1) == 64), "up has shape ", up.sizes(),
+            ", expected [5, 32 or 64, channels]");
+    check_shape(up, {elementwise::kModulatedMixes, up.size(1), z.size(2)}, "up");
+    check_shape(inputs.maa, {elementwise::kModulatedMixes, z.size(2)}, "maa");
+    check_shape(hidden, {z.size(0), z.size(1), up.size(0) * up.size(1)}, "hidden");
+    require(z.size(2) % elementwise::kModulatedChannels == 0, "z has ", z.size(2), " channels, expected a multiple of ",
+            elementwise::kModulatedChannels);
+    elementwise::MixPointers pointers{};
+    const variable_list outputs = inputs.outputs(pointers);
+    const auto arguments = shift_mix_arguments(z, inputs.carry, inputs.maa, Tensor(), inputs.previous);
+    const elementwise::Modulation modulation{pointer(hidden), pointer(up), static_cast<int>(up.size(1))};
+    check_launch(
+        elementwise::modulated_shift_mix_forward(arguments, modulation, pointers, c10::cuda::getCurrentCUDAStream()),
+        "modulated_shift_mix");
+
+    context->set_materialize_grads(false);
+    const bool carry_gradient = carry_in && carry_in->requires_grad();
+    if (z_in.requires_grad() || carry_gradient || hidden_in.requires_grad()) {
+      // The modulation, five times z, is formed again: that takes less time than it would take to write and read.
+      context->save_for_backward({z, hidden, inputs.carry});
+      context->saved_data["up"] = up;
+      context->saved_data["hidden_gradient"] = hidden_in.requires_grad();
+      inputs.save(context, carry_gradient);
     }
-    if (context->saved_data.count("previous") != 0) {
-      previous = context->saved_data["previous"].toTensor();
-      children = context->saved_data["children"].toTensor();
+    return outputs;
+  }
+
+  static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
+    refuse_double_backward();
+    const auto saved = context->get_saved_variables();
+    const Tensor &z = saved[0], &hidden = saved[1];
+    const Tensor up = context->saved_data["up"].toTensor();
+    const c10::cuda::CUDAGuard guard(z.device());
+    const bool hidden_gradient = context->saved_data["hidden_gradient"].toBool();
+    ShiftGradients gradients =
+        shift_mix_gradients(context, grad_outputs, z, saved[2], at::bmm(by_mix(hidden, up), up), hidden_gradient);
+    Tensor grad_hidden;
+    if (gradients.modulation.defined()) {
+      grad_hidden = at::empty_like(hidden);
+      Tensor by_mixes = by_mix(grad_hidden, up);
+      at::bmm_out(by_mixes, gradients.modulation, up.transpose(1, 2));
     }
-    const Tensor grad_z = at::empty(shape, maa.options());
-    elementwise::ShiftMix arguments = shift_mix_arguments(grad_z, carry, maa, modulation, previous);
-    arguments.z = pointer(z);
-    Tensor grad_carry, grad_modulation;
-    if (context->saved_data["carry_gradient"].toBool()) {
-      grad_carry = at::empty({shape[0], shape[2]}, maa.options());
-    }
-    if (context->saved_data["modulation_gradient"].toBool()) {
-      grad_modulation = at::empty_like(modulation);
-    }
-    check_launch(elementwise::shift_mix_backward(arguments, pointers,
-                                                 children.defined() ? children.const_data_ptr<int>() : nullptr,
-                                                 mutable_pointer(grad_z), mutable_pointer(grad_carry),
-                                                 mutable_pointer(grad_modulation), c10::cuda::getCurrentCUDAStream()),
-                 "shift_mix backward");
-    result[0] = grad_z;
-    result[1] = grad_carry;
-    result[3] = grad_modulation;
-    return result;
+    return {gradients.z, gradients.carry, Tensor(), grad_hidden, Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -381,6 +461,12 @@ std::vector<Tensor> shift_mixes(const Tensor& z, const std::optional<Tensor>& ca
   return ShiftMix::apply(z, carry, maa, modulation, previous, children);
 }
 
+std::vector<Tensor> modulated_shift_mixes(const Tensor& z, const std::optional<Tensor>& carry, const Tensor& maa,
+                                          const Tensor& hidden, const Tensor& up, const std::optional<Tensor>& previous,
+                                          const std::optional<Tensor>& children) {
+  return ModulatedShiftMix::apply(z, carry, maa, hidden, up, previous, children);
+}
+
 Tensor group_norm_silu_gate(const Tensor& y, const Tensor& gate, const Tensor& weight, const Tensor& bias, double eps) {
   return GroupNormSiluGate::apply(y, gate, weight, bias, eps);
 }
@@ -455,6 +541,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   // wrap_pybind_function lets Python exceptions pass that autograd's hooks raise inside (checkpointing ends a
   // recomputation by one).
   module.def("shift_mixes", torch::wrap_pybind_function(shift_mixes));
+  module.def("modulated_shift_mixes", torch::wrap_pybind_function(modulated_shift_mixes));
   module.def("group_norm_silu_gate", torch::wrap_pybind_function(group_norm_silu_gate));
   module.def("add_norm", torch::wrap_pybind_function(add_norm));
   module.attr("most_norm_channels") = elementwise::kMostNormChannels;

@@ -33,6 +33,7 @@ from src.model.state import LayerState, ModelState, last_tokens
 from src.ops.elementwise import (
     add_norm,
     group_norm_silu_gate,
+    modulated_shift_mixes,
     shift_mixes,
     sigmoid_gated_residual,
     sigmoid_gated_residual_gradients,
@@ -176,14 +177,12 @@ class TimeMix(MixingWeights):
 
         Element-wise work and narrow products: cheap to compute again, five times z to keep.
         """
-        B, T, C = z.shape
         carry = None if state is None else state.att_shift
         previous = None if layout is None else layout.previous
         (base,) = shift_mixes(z, carry, self.stacked(("time_maa_x",), z), None, previous)
-        hidden = torch.tanh(base @ self.time_maa_w1.to(z.dtype)).view(B * T, 5, -1).transpose(0, 1)
-        modulation = torch.bmm(hidden, self.time_maa_w2.to(z.dtype)).view(5, B, T, C)
+        hidden = torch.tanh(base @ self.time_maa_w1.to(z.dtype))
         maa = self.stacked(("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"), z)
-        return shift_mixes(z, carry, maa, modulation, previous)
+        return modulated_shift_mixes(z, carry, maa, hidden, self.time_maa_w2, previous)
 
     def attend(
         self, inputs: tuple[Tensor, ...], state: LayerState | None = None, layout: SegmentLayout | None = None

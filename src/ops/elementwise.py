@@ -4,6 +4,7 @@ Each function has one definition in plain torch (`*_torch`): the path for CPU, f
 trainable parameters, and what the tests hold the kernels against. On a GPU, in bf16 and with frozen parameters the
 same formula runs as one kernel forward and one backward (`cuda/elementwise.cu`), in fp32 inside. What those save
 for backward: add_norm the sum and its statistics, shift_mixes z and modulation (nothing without modulation),
+modulated_shift_mixes z and hidden,
 group_norm_silu_gate y and gate, squared_relu x, sigmoid_gated_residual x, r and its result.
 
 Shape legend: B batch, T tokens, C channels, A attention channels, H heads, N head size, G mixes of one z.
@@ -26,6 +27,8 @@ from src.ops.cuda_extension import load_extension
 _VECTOR = 8
 _HEAD_SIZES = (16, 32, 64, 128)
 _MIXES = (1, 2, 5)
+_MODULATED_WIDTHS = (32, 64)
+_MODULATED_CHANNELS = 64
 
 
 @functools.cache
@@ -89,6 +92,48 @@ def shift_mixes_torch(
     if modulation is not None:
         proportion = proportion + modulation
     return (z + delta * proportion).unbind(0)
+
+
+def modulated_shift_mixes(
+    z: Tensor, carry: Tensor | None, maa: Tensor, hidden: Tensor, up: Tensor, previous: Tensor | None
+) -> tuple[Tensor, ...]:
+    """`shift_mixes` with modulation_g = hidden_g @ up_g; where it is fused, no modulation is kept or ever written.
+
+    Args:
+        z, carry, maa, previous: as for `shift_mixes`.
+        hidden: [B, T, G * K], the K values of each mix side by side.
+        up: [G, K, C].
+
+    Returns:
+        G tensors [B, T, C] in z's dtype.
+    """
+    channels, (mixes, width, _) = z.shape[2], up.shape
+    if (
+        z.is_cuda
+        and z.dtype is hidden.dtype is torch.bfloat16
+        and channels % _MODULATED_CHANNELS == 0
+        and mixes == _MIXES[-1]
+        and width in _MODULATED_WIDTHS
+        and not (maa.requires_grad or up.requires_grad)
+        and (carry is None or previous is None)
+        and (kernels := fused_kernels()) is not None
+    ):
+        children = None if previous is None else _children(previous)
+        if carry is not None:
+            carry = carry.to(z.dtype)
+        dtype = z.dtype
+        return tuple(kernels.modulated_shift_mixes(z, carry, maa.to(dtype), hidden, up.to(dtype), previous, children))
+    return modulated_shift_mixes_torch(z, carry, maa, hidden, up, previous)
+
+
+def modulated_shift_mixes_torch(
+    z: Tensor, carry: Tensor | None, maa: Tensor, hidden: Tensor, up: Tensor, previous: Tensor | None
+) -> tuple[Tensor, ...]:
+    """Definition of `modulated_shift_mixes`."""
+    batch, tokens, _ = z.shape
+    by_mix = hidden.view(batch * tokens, up.shape[0], up.shape[1]).transpose(0, 1)
+    modulation = torch.bmm(by_mix, up.to(z.dtype)).view(-1, *z.shape)
+    return shift_mixes(z, carry, maa, modulation, previous)
 
 
 def shifted_tokens(z: Tensor, carry: Tensor | None, previous: Tensor | None) -> Tensor:

@@ -61,7 +61,7 @@ def kept_bytes(shape: ModelShape, recompute: Recompute) -> int:
 
     ALL: what enters the layer. INPUTS: besides, what enters the second mixer, r, k, v, w_raw and the operator's
     checkpoints, y and gate, the feed-forward's hidden layer and its gate, the decay's hidden layer. NOTHING: besides,
-    the first norm's output, the modulation of its five mixes and the hidden layer that makes it.
+    the first norm's output and the hidden layer that makes the modulation of its five mixes.
     """
     C, A, F = shape.n_embd, shape.dim_att, shape.dim_ffn
     everything_again = 2 * C
@@ -70,7 +70,7 @@ def kept_bytes(shape: ModelShape, recompute: Recompute) -> int:
     inputs_again = everything_again + 2 * (2 * C + 7 * A + F + shape.decay_lora_width)
     if recompute is Recompute.INPUTS:
         return inputs_again
-    return inputs_again + 2 * (6 * C + 5 * shape.mix_lora_width)
+    return inputs_again + 2 * (C + 5 * shape.mix_lora_width)
 
 
 def plan_memory(model: RWKV6, row_tokens: int, limit_gib: float) -> MemoryPlan:

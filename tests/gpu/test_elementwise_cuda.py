@@ -11,6 +11,7 @@ from src.ops import elementwise
 from src.ops.elementwise import (
     add_norm,
     group_norm_silu_gate,
+    modulated_shift_mixes,
     shift_mixes,
     sigmoid_gated_residual,
     sigmoid_gated_residual_gradients,
@@ -52,6 +53,7 @@ DEFINITIONS = {
     for name in (
         "add_norm",
         "shift_mixes",
+        "modulated_shift_mixes",
         "group_norm_silu_gate",
         "squared_relu",
         "squared_relu_gradient",
@@ -71,7 +73,12 @@ def error(ours: Tensor, reference: Tensor) -> float:
 
 
 def check_against_definition(
-    name: str, fused: Callable[..., object], tensors: list[Tensor | None], wanted: list[int], *rest: object
+    name: str,
+    fused: Callable[..., object],
+    tensors: list[Tensor | None],
+    wanted: list[int],
+    *rest: object,
+    bound: float = BOUND,
 ) -> None:
     """Outputs and the gradients of `wanted` tensors, fused in bf16 against the definition in fp64."""
     results = []
@@ -90,8 +97,8 @@ def check_against_definition(
     for position, (ours, reference) in enumerate(zip(*results, strict=True)):
         assert ours.dtype == torch.bfloat16
         assert ours.shape == reference.shape
-        bound = BOUND if ours.numel() >= 256 else BOUND_OF_FEW
-        assert error(ours, reference) < bound, f"{name}: result {position}"
+        largest = bound if ours.numel() >= 256 else max(bound, BOUND_OF_FEW)
+        assert error(ours, reference) < largest, f"{name}: result {position}"
 
 
 SHAPES = [(1, 1, 8), (1, 15, 64), (2, 60, 320), (3, 7, 2048), (1, 500, 2560)]
@@ -132,6 +139,59 @@ def test_shift_mixes_over_segments(layout: str, groups: int, with_modulation: bo
         [0, 3] if with_modulation else [0],
         previous,
     )
+
+
+def modulated_definition(
+    z: Tensor, carry: Tensor | None, maa: Tensor, hidden: Tensor, up: Tensor, previous: Tensor | None
+) -> tuple[Tensor, ...]:
+    modulation = torch.einsum("btgk,gkc->gbtc", hidden.unflatten(2, up.shape[:2]), up)
+    outputs: tuple[Tensor, ...] = DEFINITIONS["shift_mixes"](z, carry, maa, modulation, previous)
+    return outputs
+
+
+DEFINITIONS["modulated_shift_mixes"] = modulated_definition
+
+
+# The gradient of `hidden` sums gradients of the modulation that were rounded, and is rounded itself.
+BOUND_OF_MODULATION = 4e-3
+
+
+@pytest.mark.parametrize("with_carry", [False, True])
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 64), (1, 15, 64), (2, 60, 320), (3, 7, 2048), (1, 500, 2560), (1, 1030, 4096)]
+)
+def test_modulated_shift_mixes(shape: tuple[int, int, int], width: int, with_carry: bool) -> None:
+    batch, tokens, channels = shape
+    hidden, up = normal(batch, tokens, 5 * width, seed=2), normal(5, width, channels, seed=4)
+    carry = normal(batch, channels, seed=3) if with_carry else None
+    tensors = [normal(*shape), carry, normal(5, channels, seed=1), hidden, (up * 0.2).bfloat16()]
+    wanted = [0, 3] + [1] * with_carry
+    check_against_definition(
+        "modulated_shift_mixes", modulated_shift_mixes, tensors, wanted, None, bound=BOUND_OF_MODULATION
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_modulated_shift_mixes_over_segments(layout: str) -> None:
+    previous = torch.tensor(LAYOUTS[layout]).cuda()
+    shape = (1, len(previous), 64)
+    tensors = [normal(*shape), None, normal(5, 64, seed=1), normal(1, len(previous), 160, seed=2), normal(5, 32, 64)]
+    check_against_definition(
+        "modulated_shift_mixes", modulated_shift_mixes, tensors, [0, 3], previous, bound=BOUND_OF_MODULATION
+    )
+
+
+def test_modulation_is_not_kept() -> None:
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        z, hidden = normal(1, 512, 2048).requires_grad_(), normal(1, 512, 160, seed=2).requires_grad_()
+        maa, up = normal(5, 2048, seed=1), normal(5, 32, 2048, seed=4)
+        before = torch.cuda.memory_allocated()
+        outputs = modulated_shift_mixes(z, None, maa, hidden, up, None)
+        assert torch.cuda.memory_allocated() - before == sum(output.nbytes for output in outputs)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def test_shift_mixes_with_some_outputs_unused() -> None:

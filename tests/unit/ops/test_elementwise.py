@@ -10,6 +10,7 @@ from src.ops.elementwise import (
     add_norm,
     continuations,
     group_norm_silu_gate,
+    modulated_shift_mixes,
     shift_mix,
     shift_mixes,
     shifted_tokens,
@@ -113,6 +114,14 @@ def test_group_norm_silu_gate_is_the_formula() -> None:
     )
 
 
+def test_modulated_mixes_are_mixes_with_that_modulation() -> None:
+    z, maa, hidden, up = normal(2, 3, 4), normal(5, 4, seed=1), normal(2, 3, 10, seed=2), normal(5, 2, 4, seed=3)
+    modulation = torch.einsum("btgk,gkc->gbtc", hidden.view(2, 3, 5, 2), up)
+    expected = shift_mixes(z, None, maa, modulation, None)
+    for ours, theirs in zip(modulated_shift_mixes(z, None, maa, hidden, up, None), expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 @pytest.mark.parametrize("adds", [False, True])
 def test_add_norm_is_the_formula(adds: bool) -> None:
     x, delta = normal(2, 3, 16), normal(2, 3, 16, seed=1) if adds else None
@@ -157,6 +166,9 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "shift_mix packed": (lambda z, carry, maa, m: shift_mix(z, carry, maa, m, BRANCHING),
                          (normal(1, 7, 4), normal(2, 4), normal(2, 4), normal(2, 1, 7, 4))),
     "shift_mix bare": (lambda z, maa: shift_mix(z, None, maa, None, None), (normal(2, 3, 4), normal(1, 4))),
+    "modulated_shift_mixes": (lambda z, carry, maa, h, up: torch.stack(
+                                  modulated_shift_mixes(z, carry, maa, h, up, None)),
+                              (normal(2, 3, 4), normal(2, 4), normal(5, 4), normal(2, 3, 10), normal(5, 2, 4))),
     "group_norm_silu_gate": (lambda y, g, w, b: group_norm_silu_gate(y, g, w, b, 64e-5),
                              (normal(1, 3, 2, 4), normal(1, 3, 8), normal(8), normal(8))),
     "add_norm": (lambda *inputs: torch.cat(add_norm(*inputs, 1e-3)),
