@@ -7,11 +7,12 @@
 #include <torch/extension.h>
 
 #include <atomic>
-#include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <unordered_map>
 #include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "dequantize.h"
@@ -28,21 +29,19 @@ class Workspace {
 
   void set_keep_dequantized(bool keep) {
     keep_dequantized_ = keep;
-    slots_.clear();
+    clear();
   }
 
-  // Frees the buffers. Their sizes are remembered and all come back at the next use, so that they lie side by side and
-  // leave no holes between what is allocated and freed around them.
-  void clear() {
-    for (auto& [name, slot] : slots_) slot.release();
+  void clear() { slots_.clear(); }
+
+  void forget() {
+    for (auto& [name, slot] : slots_) slot.owner = kNobody;
   }
 
-  int64_t allocated_bytes() const {
-    int64_t bytes = 0;
-    for (const auto& [name, slot] : slots_) {
-      if (slot.buffer.defined()) bytes += static_cast<int64_t>(slot.buffer.nbytes());
-    }
-    return bytes;
+  std::vector<Tensor> buffers() const {
+    std::vector<Tensor> all;
+    for (const auto& [name, slot] : slots_) all.push_back(slot.buffer);
+    return all;
   }
 
   // Whose matrix, and how often its packed data had been written when it was dequantised.
@@ -53,14 +52,9 @@ class Workspace {
   Tensor matrix(const Owner& owner, const std::string& slot_name, int64_t rows, int64_t columns,
                 const at::TensorOptions& options, const Fill& fill) {
     Slot& slot = slots_[keep_dequantized_ ? slot_name : std::string()];
-    if (slot.size < rows * columns) {
-      slot.release();  // frees the old buffer before there is a new one
-      slot.size = rows * columns;
-    }
-    if (!slot.buffer.defined()) {
-      for (auto& [name, each] : slots_) {
-        if (!each.buffer.defined()) each.buffer = at::empty({each.size}, options);
-      }
+    if (!slot.buffer.defined() || slot.buffer.numel() < rows * columns) {
+      slot = Slot();  // frees the old buffer before there is a new one
+      slot.buffer = at::empty({rows * columns}, options);
     }
     if (slot.owner != owner) {
       slot.owner = kNobody;
@@ -75,14 +69,9 @@ class Workspace {
   struct Slot {
     Tensor buffer;
     Owner owner = kNobody;
-    int64_t size = 0;
-    void release() {
-      buffer = Tensor();
-      owner = kNobody;
-    }
   };
   bool keep_dequantized_;
-  std::map<std::string, Slot> slots_;
+  std::unordered_map<std::string, Slot> slots_;
 };
 
 void check_tensor(const Tensor& tensor, at::ScalarType dtype, int64_t count, const Tensor& packed, const char* name) {
@@ -220,7 +209,8 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
       .def(py::init<bool>())
       .def("set_keep_dequantized", &Workspace::set_keep_dequantized)
       .def("clear", &Workspace::clear)
-      .def("allocated_bytes", &Workspace::allocated_bytes);
+      .def("forget", &Workspace::forget)
+      .def("buffers", &Workspace::buffers);
   py::class_<PackedMatrix, PackedMatrixPointer>(module, "PackedMatrix")
       .def(py::init<Tensor, Tensor, std::optional<Tensor>, std::optional<Tensor>, Tensor, Tensor, int, int64_t, int64_t,
                     std::string, std::shared_ptr<Workspace>>())

@@ -12,7 +12,6 @@
 #include <type_traits>
 
 #include "elementwise.h"
-#include "primitives.cuh"
 
 namespace elementwise {
 namespace {
@@ -274,135 +273,6 @@ cudaError_t launch_backward(const ShiftMix& a, const MixPointers& grads, const i
       a, grads, children, grad_z, grad_carry, grad_modulation);
   return cudaGetLastError();
 }
-
-// ---- the same with the modulation formed on the way: modulation_g = hidden_g @ up_g
-//
-// A block takes 64 channels and keeps their part of `up` in shared memory, transposed; a warp takes 16 rows at a time.
-// The order of the products' inner index and of their columns is chosen so that a thread's operands are 16 neighbouring
-// bytes and its results 8 neighbouring channels of two rows: with quad = lane % 4, inner indices 8 quad ... 8 quad + 7
-// of each 32 belong to the thread, and column n of product j is channel 8 (n / 2) + 2 j + n % 2 of each 32.
-
-constexpr int kModulatedThreads = 128;
-constexpr int kWarpRows = 16;
-constexpr int kModulatedBlocks = 3;  // on one multiprocessor
-
-template <int kWidth>
-struct UpTile {
-  static constexpr int kRowBytes = 2 * kWidth;
-  static constexpr int kBytes = kModulatedMixes * kModulatedChannels * kRowBytes;
-
-  // The 16 bytes of inner indices 8 unit ... 8 unit + 7. Rows of 128 bytes swap their halves every second time, so that
-  // eight threads that read two of them meet no bank twice.
-  static __device__ __forceinline__ uint32_t at(int mix, int channel, int unit) {
-    const int placed = kWidth == 64 ? unit ^ ((channel & 1) << 2) : unit;
-    return uint32_t((mix * kModulatedChannels + channel) * kRowBytes + placed * 16);
-  }
-};
-
-template <int kWidth>
-__device__ __forceinline__ void fill_up_tile(uint32_t tile, const void* up, int channels, int first_channel) {
-  constexpr int kPairs = kWidth / 2, kGroups = kModulatedChannels / kVector;
-  constexpr int kItems = kModulatedMixes * kGroups * kPairs;
-  static_assert(kItems % kModulatedThreads == 0);
-#pragma unroll 5
-  for (int i = 0; i < kItems / kModulatedThreads; ++i) {
-    const int item = i * kModulatedThreads + int(threadIdx.x);
-    const int inner = item % kPairs, group = item / kPairs % kGroups, mix = item / (kPairs * kGroups);
-    const int64_t offset = int64_t(mix * kWidth + 2 * inner) * channels + first_channel + group * kVector;
-    const Packed low = load(up, offset), high = load(up, offset + channels);
-#pragma unroll
-    for (int c = 0; c < kVector; ++c) {
-      const uint32_t both = c % 2 == 0 ? __byte_perm(low.pair[c / 2], high.pair[c / 2], 0x5410)
-                                       : __byte_perm(low.pair[c / 2], high.pair[c / 2], 0x7632);
-      store_shared(tile + UpTile<kWidth>::at(mix, group * kVector + c, inner / 4) + inner % 4 * 4, both);
-    }
-  }
-}
-
-template <int kWidth>
-__global__ void __launch_bounds__(kModulatedThreads, kModulatedBlocks)
-    modulated_shift_mix_forward_kernel(ShiftMix a, Modulation modulation, MixPointers outputs) {
-  const uint32_t tile = shared_base();
-  const int first_channel = int(blockIdx.x) * kModulatedChannels;
-  fill_up_tile<kWidth>(tile, modulation.up, a.channels, first_channel);
-  __syncthreads();
-  const int lane = int(threadIdx.x) % 32, quad = lane % 4, column = lane / 4;
-  const int warps = kModulatedThreads / 32;
-  const int stride = int(gridDim.y) * warps * kWarpRows;
-  for (int top = (int(blockIdx.y) * warps + int(threadIdx.x) / 32) * kWarpRows; top < a.rows; top += stride) {
-    const int rows[2] = {top + column, top + column + 8};
-#pragma unroll 1
-    for (int part = 0; part < kModulatedChannels; part += 32) {
-      const int channel = first_channel + part + quad * kVector;
-      float z[2][kVector], delta[2][kVector];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        clear(z[i]);
-        clear(delta[i]);
-        if (rows[i] < a.rows) {
-          load(a.z, int64_t(rows[i]) * a.channels + channel, z[i]);
-          load_shifted(a, rows[i], channel, delta[i]);
-        }
-#pragma unroll
-        for (int j = 0; j < kVector; ++j) delta[i][j] -= z[i][j];
-      }
-#pragma unroll
-      for (int g = 0; g < kModulatedMixes; ++g) {
-        float sums[4][4] = {};
-#pragma unroll
-        for (int inner = 0; inner < kWidth; inner += 32) {
-          Packed hidden[2] = {};
-#pragma unroll
-          for (int i = 0; i < 2; ++i) {
-            if (rows[i] >= a.rows) continue;
-            hidden[i] = load(modulation.hidden, (int64_t(rows[i]) * kModulatedMixes + g) * kWidth + inner + quad * 8);
-          }
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const int own = part + column / 2 * kVector + 2 * j + column % 2;
-            uint32_t up[4];
-            load_shared(tile + UpTile<kWidth>::at(g, own, inner / 8 + quad), up[0], up[1], up[2], up[3]);
-            multiply_add(sums[j], hidden[0].pair[0], hidden[1].pair[0], hidden[0].pair[1], hidden[1].pair[1], up[0],
-                         up[1]);
-            multiply_add(sums[j], hidden[0].pair[2], hidden[1].pair[2], hidden[0].pair[3], hidden[1].pair[3], up[2],
-                         up[3]);
-          }
-        }
-        float maa[kVector];
-        load(a.maa, int64_t(g) * a.channels + channel, maa);
-#pragma unroll
-        for (int i = 0; i < 2; ++i) {
-          if (rows[i] >= a.rows) continue;
-          float mixed[kVector];
-#pragma unroll
-          for (int j = 0; j < kVector; ++j) {
-            mixed[j] = fmaf(delta[i][j], maa[j] + sums[j / 2][2 * i + j % 2], z[i][j]);
-          }
-          store(outputs.mix[g], int64_t(rows[i]) * a.channels + channel, mixed);
-        }
-      }
-    }
-  }
-}
-
-template <int kWidth>
-cudaError_t launch_modulated(const ShiftMix& a, const Modulation& modulation, const MixPointers& outputs,
-                             cudaStream_t stream) {
-  int device = 0, multiprocessors = 0;
-  if (const cudaError_t error = cudaGetDevice(&device); error != cudaSuccess) return error;
-  const cudaError_t error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  if (error != cudaSuccess) return error;
-  // As many blocks as run at once, each with an equal share of the rows: `up` is read once per block.
-  constexpr int kBlockRows = kModulatedThreads / 32 * kWarpRows;
-  const int tiles = a.channels / kModulatedChannels, most = (a.rows + kBlockRows - 1) / kBlockRows;
-  const int wanted = kModulatedBlocks * multiprocessors / tiles;
-  const dim3 grid(tiles, wanted < 1 ? 1 : wanted < most ? wanted : most);
-  modulated_shift_mix_forward_kernel<kWidth>
-      <<<grid, kModulatedThreads, UpTile<kWidth>::kBytes, stream>>>(a, modulation, outputs);
-  return cudaGetLastError();
-}
-
-static_assert(UpTile<64>::kBytes <= 48 * 1024, "fits without being asked for");
 
 // ---- group norm of each head, times silu(gate)
 
@@ -833,19 +703,6 @@ cudaError_t shift_mix_forward(const ShiftMix& a, const MixPointers& outputs, cud
       return modulated ? launch_forward<2, true>(a, outputs, stream) : launch_forward<2, false>(a, outputs, stream);
     case 5:
       return modulated ? launch_forward<5, true>(a, outputs, stream) : launch_forward<5, false>(a, outputs, stream);
-    default:
-      return cudaErrorInvalidValue;
-  }
-}
-
-cudaError_t modulated_shift_mix_forward(const ShiftMix& a, const Modulation& modulation, const MixPointers& outputs,
-                                        cudaStream_t stream) {
-  if (a.rows == 0) return cudaSuccess;
-  switch (modulation.width) {
-    case 32:
-      return launch_modulated<32>(a, modulation, outputs, stream);
-    case 64:
-      return launch_modulated<64>(a, modulation, outputs, stream);
     default:
       return cudaErrorInvalidValue;
   }

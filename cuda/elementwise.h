@@ -33,19 +33,6 @@ struct ShiftMix {
 
 cudaError_t shift_mix_forward(const ShiftMix& arguments, const MixPointers& outputs, cudaStream_t stream);
 
-constexpr int kModulatedMixes = 5;
-constexpr int kModulatedChannels = 64;  // the channel count has to be a multiple
-
-// The same for five mixes whose modulation is formed on the way: modulation_g = hidden_g @ up_g, in fp32.
-struct Modulation {
-  const void* hidden;  // [rows, 5, width]
-  const void* up;      // [5, width, channels]
-  int width;           // 32 or 64
-};
-
-cudaError_t modulated_shift_mix_forward(const ShiftMix& arguments, const Modulation& modulation,
-                                        const MixPointers& outputs, cudaStream_t stream);
-
 // children [2, rows] goes with `previous`: the first row that continues each row, and the next row that continues the
 // same one; -1 ends a list. grad_carry and grad_modulation may be null.
 cudaError_t shift_mix_backward(const ShiftMix& arguments, const MixPointers& grad_outputs, const int* children,

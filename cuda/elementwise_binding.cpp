@@ -202,11 +202,12 @@ class ShiftMix : public torch::autograd::Function<ShiftMix> {
   }
 };
 
-// hidden [batch, tokens, 5 * width] as [5, tokens of all, width].
+// hidden [batch, tokens, mixes * width] as [mixes, tokens of all, width].
 Tensor by_mix(const Tensor& hidden, const Tensor& up) {
   return hidden.view({hidden.size(0) * hidden.size(1), up.size(0), up.size(1)}).transpose(0, 1);
 }
 
+// A token shift whose modulation, hidden @ up for each mix, is formed in both passes and kept in neither.
 class ModulatedShiftMix : public torch::autograd::Function<ModulatedShiftMix> {
  public:
   static variable_list forward(AutogradContext* context, const Tensor& z_in, const std::optional<Tensor>& carry_in,
@@ -216,25 +217,18 @@ class ModulatedShiftMix : public torch::autograd::Function<ModulatedShiftMix> {
     const ShiftInputs inputs(z_in, carry_in, maa_in, previous, children);
     const Tensor& z = inputs.z;
     const Tensor hidden = prepared(hidden_in, "hidden"), up = prepared(up_in, "up");
-    require(up.dim() == 3 && (up.size(1) == 32 || up.size(1) == 64), "up has shape ", up.sizes(),
-            ", expected [5, 32 or 64, channels]");
-    check_shape(up, {elementwise::kModulatedMixes, up.size(1), z.size(2)}, "up");
-    check_shape(inputs.maa, {elementwise::kModulatedMixes, z.size(2)}, "maa");
+    require(up.dim() == 3, "up has ", up.dim(), " dimensions, expected [mixes, width, channels]");
+    check_shape(up, {inputs.maa.size(0), up.size(1), z.size(2)}, "up");
     check_shape(hidden, {z.size(0), z.size(1), up.size(0) * up.size(1)}, "hidden");
-    require(z.size(2) % elementwise::kModulatedChannels == 0, "z has ", z.size(2), " channels, expected a multiple of ",
-            elementwise::kModulatedChannels);
     elementwise::MixPointers pointers{};
     const variable_list outputs = inputs.outputs(pointers);
-    const auto arguments = shift_mix_arguments(z, inputs.carry, inputs.maa, Tensor(), inputs.previous);
-    const elementwise::Modulation modulation{pointer(hidden), pointer(up), static_cast<int>(up.size(1))};
-    check_launch(
-        elementwise::modulated_shift_mix_forward(arguments, modulation, pointers, c10::cuda::getCurrentCUDAStream()),
-        "modulated_shift_mix");
+    const Tensor modulation = at::bmm(by_mix(hidden, up), up);
+    const auto arguments = shift_mix_arguments(z, inputs.carry, inputs.maa, modulation, inputs.previous);
+    check_launch(elementwise::shift_mix_forward(arguments, pointers, c10::cuda::getCurrentCUDAStream()), "shift_mix");
 
     context->set_materialize_grads(false);
     const bool carry_gradient = carry_in && carry_in->requires_grad();
     if (z_in.requires_grad() || carry_gradient || hidden_in.requires_grad()) {
-      // The modulation, five times z, is formed again: that takes less time than it would take to write and read.
       context->save_for_backward({z, hidden, inputs.carry});
       context->saved_data["up"] = up;
       context->saved_data["hidden_gradient"] = hidden_in.requires_grad();
@@ -249,9 +243,9 @@ class ModulatedShiftMix : public torch::autograd::Function<ModulatedShiftMix> {
     const Tensor &z = saved[0], &hidden = saved[1];
     const Tensor up = context->saved_data["up"].toTensor();
     const c10::cuda::CUDAGuard guard(z.device());
-    const bool hidden_gradient = context->saved_data["hidden_gradient"].toBool();
-    ShiftGradients gradients =
-        shift_mix_gradients(context, grad_outputs, z, saved[2], at::bmm(by_mix(hidden, up), up), hidden_gradient);
+    const ShiftGradients gradients =
+        shift_mix_gradients(context, grad_outputs, z, saved[2], at::bmm(by_mix(hidden, up), up),
+                            context->saved_data["hidden_gradient"].toBool());
     Tensor grad_hidden;
     if (gradients.modulation.defined()) {
       grad_hidden = at::empty_like(hidden);

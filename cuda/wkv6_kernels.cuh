@@ -20,8 +20,8 @@
 #ifndef WKV6_KERNELS_CUH
 #define WKV6_KERNELS_CUH
 
-#include "primitives.cuh"
 #include "wkv6.h"
+#include "wkv6_primitives.cuh"
 
 namespace wkv6 {
 
@@ -36,7 +36,7 @@ constexpr float kLog2Log2E = 0.5287663729448977f;
 constexpr float kLn2 = 0.6931471805599453f;
 constexpr float kHuge = 3.0e38f;
 
-PRIMITIVE int ceil_div(int a, int b) { return (a + b - 1) / b; }
+WKV6_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 
 // What one block works on.
 struct Item {
@@ -49,7 +49,7 @@ struct Item {
   int first_chunk;  // slot of its first checkpoint
 };
 
-PRIMITIVE bool find_item(const Wkv6Layout& layout, int index, Item& item) {
+WKV6_DEVICE bool find_item(const Wkv6Layout& layout, int index, Item& item) {
   int begin = 0, length = layout.tokens, chunks = 0;
   item.first_item = 0;
   if (layout.borders == nullptr) {
@@ -82,22 +82,22 @@ PRIMITIVE bool find_item(const Wkv6Layout& layout, int index, Item& item) {
 }
 
 // rate = log2(e) * exp(w_raw), and the decay exp(-exp(w_raw)) = 2^-rate.
-PRIMITIVE float rate_of(float w_raw) { return exp2_approximate(w_raw * kLog2E + kLog2Log2E); }
-PRIMITIVE float decay_of(float rate) { return exp2_approximate(-rate); }
+WKV6_DEVICE float rate_of(float w_raw) { return exp2_approximate(w_raw * kLog2E + kLog2Log2E); }
+WKV6_DEVICE float decay_of(float rate) { return exp2_approximate(-rate); }
 
 // Tile in shared memory: 16 rows of 64 bf16; the 16-byte pieces of a row are permuted so that neither the copies nor
 // the matrix loads meet in one bank.
 constexpr int kRowBytes = kN * 2;
 constexpr int kTileBytes = kTile * kRowBytes;
-PRIMITIVE uint32_t swizzled(int row, int piece) { return row * kRowBytes + ((piece ^ (row & 7)) << 4); }
+WKV6_DEVICE uint32_t swizzled(int row, int piece) { return row * kRowBytes + ((piece ^ (row & 7)) << 4); }
 
 // Each thread of the block copies one 16-byte piece of a tile. `piece` counts such pieces from the tensor's start.
-PRIMITIVE void copy_tile(uint32_t address, const void* tensor, uint32_t piece, bool exists) {
+WKV6_DEVICE void copy_tile(uint32_t address, const void* tensor, uint32_t piece, bool exists) {
   copy_async(address, static_cast<const uint4*>(tensor) + (exists ? piece : 0u), exists);
 }
 
 // The reverse: the piece that copy_tile would bring, from shared memory to `tensor`.
-PRIMITIVE void store_tile(void* tensor, uint32_t address, uint32_t piece, bool exists) {
+WKV6_DEVICE void store_tile(void* tensor, uint32_t address, uint32_t piece, bool exists) {
   uint4 words;
   load_shared(address, words.x, words.y, words.z, words.w);
   if (exists) static_cast<uint4*>(tensor)[piece] = words;
@@ -117,7 +117,7 @@ struct CopyPlace {
 
 // Where this lane's row of a 16x16 piece of a tile begins, columns 16 step and on; the four 8x8 matrices in the order
 // of an A fragment.
-PRIMITIVE void piece_offsets(uint32_t (&offset)[4]) {
+WKV6_DEVICE void piece_offsets(uint32_t (&offset)[4]) {
   const int lane = threadIdx.x & 31;
   const int row = (lane & 7) + ((lane >> 3) & 1) * 8, piece = lane >> 4;
 #pragma unroll
@@ -144,14 +144,14 @@ constexpr int kValueStages = 4;  // tiles of v, which y replaces
 constexpr int kForwardSharedBytes = kForwardValues + kValueStages * kTileBytes;
 
 // Decays of the whole tile lie so that a thread of the state update finds its 16 channels, 8 n + pair, side by side.
-PRIMITIVE uint32_t whole_offset(int quad, int n) { return quad * kWholeQuadBytes + n * 8; }
+WKV6_DEVICE uint32_t whole_offset(int quad, int n) { return quad * kWholeQuadBytes + n * 8; }
 
 struct RawTile {
   uint32_t r[4], k[4], w[4];  // 4 tokens x 2 channels
 };
 
 // `count`: how many of the 4 tokens exist.
-PRIMITIVE void load_raw(RawTile& raw, const Wkv6Forward& a, uint32_t word, uint32_t words_per_token, int count) {
+WKV6_DEVICE void load_raw(RawTile& raw, const Wkv6Forward& a, uint32_t word, uint32_t words_per_token, int count) {
   const uint32_t *r = static_cast<const uint32_t*>(a.r), *k = static_cast<const uint32_t*>(a.k),
                  *w = static_cast<const uint32_t*>(a.w_raw);
   if (count >= 4) {
@@ -470,7 +470,7 @@ struct Products {
   float whole;
 };
 
-PRIMITIVE void decay_products(Products& d, const float (&decay)[2][2]) {
+WKV6_DEVICE void decay_products(Products& d, const float (&decay)[2][2]) {
   const int quad = threadIdx.x & 3;
   float eight[2];
 #pragma unroll
@@ -492,7 +492,7 @@ PRIMITIVE void decay_products(Products& d, const float (&decay)[2][2]) {
 }
 
 // w_raw fragment -> rate and decay; tokens from `count` on decay by 1.
-PRIMITIVE void decays(const uint32_t (&w)[4], int count, float (&decay)[2][2][2], float (&rate)[2][2][2]) {
+WKV6_DEVICE void decays(const uint32_t (&w)[4], int count, float (&decay)[2][2][2], float (&rate)[2][2][2]) {
 #pragma unroll
   for (int c = 0; c < 2; ++c)
 #pragma unroll
@@ -516,8 +516,8 @@ PRIMITIVE void decays(const uint32_t (&w)[4], int count, float (&decay)[2][2][2]
 }
 
 // state += operand rows: `operand` channel x token, `rows` a tile token x value in shared memory.
-PRIMITIVE void add_product(float (&state)[8][4], const uint32_t (&operand)[4], uint32_t rows,
-                           const uint32_t (&offset)[4]) {
+WKV6_DEVICE void add_product(float (&state)[8][4], const uint32_t (&operand)[4], uint32_t rows,
+                             const uint32_t (&offset)[4]) {
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     uint32_t m[4];
@@ -528,8 +528,8 @@ PRIMITIVE void add_product(float (&state)[8][4], const uint32_t (&operand)[4], u
 }
 
 // state = whole * state + operand rows; whole0 and whole1 of this thread's two channels.
-PRIMITIVE void advance(float (&state)[8][4], float whole0, float whole1, const uint32_t (&operand)[4], uint32_t rows,
-                       const uint32_t (&offset)[4]) {
+WKV6_DEVICE void advance(float (&state)[8][4], float whole0, float whole1, const uint32_t (&operand)[4], uint32_t rows,
+                         const uint32_t (&offset)[4]) {
 #pragma unroll
   for (int n = 0; n < 8; ++n)
     state[n][0] *= whole0, state[n][1] *= whole0, state[n][2] *= whole1, state[n][3] *= whole1;
@@ -537,14 +537,14 @@ PRIMITIVE void advance(float (&state)[8][4], float whole0, float whole1, const u
 }
 
 // A [value, key] matrix in global memory <-> fragments with rows = own key channels, columns = values.
-PRIMITIVE size_t own_state_offset() {
+WKV6_DEVICE size_t own_state_offset() {
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
   return static_cast<size_t>(2 * (lane & 3)) * kN + 16 * warp + (lane >> 2);
 }
 
 // Continues `gradient` (after the item's sequence) to the end of segment `segment`.
-PRIMITIVE void fold_later_segments(float (&gradient)[8][4], const float* states, const float* decays, const Item& item,
-                                   int segment, int heads, int head) {
+WKV6_DEVICE void fold_later_segments(float (&gradient)[8][4], const float* states, const float* decays,
+                                     const Item& item, int segment, int heads, int head) {
   const int warp = threadIdx.x >> 5, row = (threadIdx.x & 31) >> 2;
 #pragma unroll 2
   for (int after = item.segments - 1; after > segment; --after) {
@@ -561,7 +561,7 @@ PRIMITIVE void fold_later_segments(float (&gradient)[8][4], const float* states,
   }
 }
 
-PRIMITIVE void load_state_gradient(float (&gradient)[8][4], const float* source) {
+WKV6_DEVICE void load_state_gradient(float (&gradient)[8][4], const float* source) {
 #pragma unroll
   for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -569,7 +569,7 @@ PRIMITIVE void load_state_gradient(float (&gradient)[8][4], const float* source)
       gradient[n][i] = source == nullptr ? 0.0f : source[own_state_offset() + (8 * n + (i & 1)) * kN + (i >> 1) * 8];
 }
 
-PRIMITIVE void store_state(float* to, const float (&state)[8][4]) {
+WKV6_DEVICE void store_state(float* to, const float (&state)[8][4]) {
 #pragma unroll
   for (int n = 0; n < 8; ++n)
 #pragma unroll

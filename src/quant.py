@@ -90,8 +90,8 @@ class DequantizationWorkspace:
     recomputation dequantised, all of it or, in one buffer, the last.
 
     A buffer's contents are overwritten by the next dequantisation, in stream order: all layers that share a
-    workspace must run on one stream per device, as a model's forward and backward do. Call `clear` before
-    capturing a CUDA graph: the capture must not find matrices that its replays will not.
+    workspace must run on one stream per device, as a model's forward and backward do. Call `forget` before
+    capturing a CUDA graph and after it and each replay: neither must find matrices that are not there.
     """
 
     def __init__(self, keep_dequantized: bool = False) -> None:
@@ -118,12 +118,27 @@ class DequantizationWorkspace:
         for native in self._native.values():
             native.clear()
 
+    def forget(self) -> None:
+        """Takes every buffer's contents for unknown."""
+        for slot in self._slots.values():
+            slot.owner = None
+        for native in self._native.values():
+            native.forget()
+
+    def reserve(self, layers: Iterable[FrozenLinear]) -> None:
+        """Allocates the buffers that these layers will use, side by side, so that none is put between other tensors."""
+        for layer in sorted(layers, key=lambda layer: -layer.out_features * layer.in_features):
+            layer.shared_dense()
+
+    def buffers(self) -> list[Tensor]:
+        """All buffers there are; a CUDA graph that uses them has to keep them."""
+        on_gpus = [buffer for native in self._native.values() for buffer in native.buffers()]
+        return [slot.buffer for slot in self._slots.values()] + on_gpus
+
     @property
     def allocated_bytes(self) -> int:
         """Bytes all buffers take together."""
-        own = sum(slot.buffer.numel() * slot.buffer.element_size() for slot in self._slots.values())
-        on_gpus: int = sum(native.allocated_bytes() for native in self._native.values())
-        return own + on_gpus
+        return sum(buffer.nbytes for buffer in self.buffers())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DequantizationWorkspace:
         """Copies of layers go on sharing the buffers."""

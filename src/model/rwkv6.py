@@ -19,6 +19,8 @@ Source: "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -171,18 +173,25 @@ class TimeMix(MixingWeights):
         return self.output(gated), final
 
     def mixed_inputs(
-        self, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
+        self,
+        z: Tensor,
+        state: LayerState | None = None,
+        layout: SegmentLayout | None = None,
+        *,
+        keeps_modulation: bool = False,
     ) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the inputs of decay, key, value, receptance and gate, [B, T, C] each.
 
-        Element-wise work and narrow products: cheap to compute again, five times z to keep.
+        Element-wise work and narrow products: cheap to compute again, five times z to keep; so is the modulation.
         """
         carry = None if state is None else state.att_shift
         previous = None if layout is None else layout.previous
         (base,) = shift_mixes(z, carry, self.stacked(("time_maa_x",), z), None, previous)
         hidden = torch.tanh(base @ self.time_maa_w1.to(z.dtype))
         maa = self.stacked(("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"), z)
-        return modulated_shift_mixes(z, carry, maa, hidden, self.time_maa_w2, previous)
+        return modulated_shift_mixes(
+            z, carry, maa, hidden, self.time_maa_w2, previous, keeps_modulation=keeps_modulation
+        )
 
     def attend(
         self, inputs: tuple[Tensor, ...], state: LayerState | None = None, layout: SegmentLayout | None = None
@@ -317,14 +326,24 @@ class Block(nn.Module):
         level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
         kept = 1 if dropout == 0 and self.ffn.has_frozen_matrices() else 0
 
+        # What a second pass keeps lives as long as its layer's backward, what the only pass keeps much longer.
+        time_inputs = partial(
+            self.att.mixed_inputs, state=state, layout=layout, keeps_modulation=level is not Recompute.NOTHING
+        )
+        channel_inputs = partial(self.ffn.mixed_inputs, state=state, layout=layout)
+
         def enter(
-            norm: Norm, mixer: TimeMix | ChannelMix, again: Recomputed, x: Tensor, delta: Tensor | None
+            norm: Norm,
+            mixed_inputs: Callable[[Tensor], tuple[Tensor, ...]],
+            again: Recomputed,
+            x: Tensor,
+            delta: Tensor | None,
         ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-            """The residual stream x + delta, the mixer's inputs, and its memory of tokens if that is wanted."""
+            """The residual stream x + delta, a mixer's inputs, and its memory of tokens if that is wanted."""
 
             def inputs_of(z: Tensor) -> tuple[Tensor, ...]:
                 # A view of z: kept without need, it would keep all of it.
-                return *mixer.mixed_inputs(z, state, layout), *([last_tokens(z, ends)] if remembers else [])
+                return *mixed_inputs(z), *([last_tokens(z, ends)] if remembers else [])
 
             if level is Recompute.INPUTS:
                 x = x if delta is None else x + delta
@@ -336,10 +355,10 @@ class Block(nn.Module):
             return x, outputs[:count], outputs[count:]
 
         def layer(x: Tensor, *known: Tensor) -> Results:
-            x, inputs, att_shift = enter(self.ln1, self.att, self._time_inputs_again, x, None)
+            x, inputs, att_shift = enter(self.ln1, time_inputs, self._time_inputs_again, x, None)
             gated, final = self.att.attend(inputs, state, layout)
             delta = F.dropout(self.att.output(gated), dropout, self.training)
-            x, inputs, ffn_shift = enter(self.ln2, self.ffn, self._channel_inputs_again, x, delta)
+            x, inputs, ffn_shift = enter(self.ln2, channel_inputs, self._channel_inputs_again, x, delta)
             feed = self.ffn.feed_again if known else self.ffn.feed
             mixed = feed(x, inputs, *known)
             if dropout:

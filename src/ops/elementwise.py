@@ -27,8 +27,6 @@ from src.ops.cuda_extension import load_extension
 _VECTOR = 8
 _HEAD_SIZES = (16, 32, 64, 128)
 _MIXES = (1, 2, 5)
-_MODULATED_WIDTHS = (32, 64)
-_MODULATED_CHANNELS = 64
 
 
 @functools.cache
@@ -95,25 +93,33 @@ def shift_mixes_torch(
 
 
 def modulated_shift_mixes(
-    z: Tensor, carry: Tensor | None, maa: Tensor, hidden: Tensor, up: Tensor, previous: Tensor | None
+    z: Tensor,
+    carry: Tensor | None,
+    maa: Tensor,
+    hidden: Tensor,
+    up: Tensor,
+    previous: Tensor | None,
+    *,
+    keeps_modulation: bool = False,
 ) -> tuple[Tensor, ...]:
-    """`shift_mixes` with modulation_g = hidden_g @ up_g; where it is fused, no modulation is kept or ever written.
+    """`shift_mixes` with modulation_g = hidden_g @ up_g.
 
     Args:
         z, carry, maa, previous: as for `shift_mixes`.
         hidden: [B, T, G * K], the K values of each mix side by side.
         up: [G, K, C].
+        keeps_modulation: keeps G times the memory of z for the backward pass, which forms it again otherwise where
+            this is fused.
 
     Returns:
         G tensors [B, T, C] in z's dtype.
     """
-    channels, (mixes, width, _) = z.shape[2], up.shape
     if (
-        z.is_cuda
+        not keeps_modulation
+        and z.is_cuda
         and z.dtype is hidden.dtype is torch.bfloat16
-        and channels % _MODULATED_CHANNELS == 0
-        and mixes == _MIXES[-1]
-        and width in _MODULATED_WIDTHS
+        and z.shape[2] % _VECTOR == 0
+        and maa.shape[0] in _MIXES
         and not (maa.requires_grad or up.requires_grad)
         and (carry is None or previous is None)
         and (kernels := fused_kernels()) is not None
@@ -121,15 +127,8 @@ def modulated_shift_mixes(
         children = None if previous is None else _children(previous)
         if carry is not None:
             carry = carry.to(z.dtype)
-        dtype = z.dtype
-        return tuple(kernels.modulated_shift_mixes(z, carry, maa.to(dtype), hidden, up.to(dtype), previous, children))
-    return modulated_shift_mixes_torch(z, carry, maa, hidden, up, previous)
-
-
-def modulated_shift_mixes_torch(
-    z: Tensor, carry: Tensor | None, maa: Tensor, hidden: Tensor, up: Tensor, previous: Tensor | None
-) -> tuple[Tensor, ...]:
-    """Definition of `modulated_shift_mixes`."""
+        up = up.to(z.dtype)
+        return tuple(kernels.modulated_shift_mixes(z, carry, maa.to(z.dtype), hidden, up, previous, children))
     batch, tokens, _ = z.shape
     by_mix = hidden.view(batch * tokens, up.shape[0], up.shape[1]).transpose(0, 1)
     modulation = torch.bmm(by_mix, up.to(z.dtype)).view(-1, *z.shape)

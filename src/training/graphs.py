@@ -187,7 +187,10 @@ class _Step(nn.Module):
 
 
 class _RecordedStep:
-    """One recorded computation with its fixed inputs and loss; `gradients` are where all recordings leave theirs."""
+    """One recorded computation with its fixed inputs and loss; `gradients` are where all recordings leave theirs.
+
+    The workspace of dense matrices is that of unrecorded work.
+    """
 
     def __init__(
         self,
@@ -200,9 +203,9 @@ class _RecordedStep:
     ) -> None:
         self.inputs = staged.to(model.device)
         self.gradients = gradients
-        # What the workspace holds now is unknown to the recording, and what the recording leaves there is unknown
-        # to later eager work: forget both.
-        SHARED_WORKSPACE.clear()
+        # What the workspace holds now is unknown to the recording, and what a replay leaves there is unknown to
+        # later eager work: forget both.
+        SHARED_WORKSPACE.forget()
         torch.cuda.synchronize(model.device)
         torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
@@ -216,9 +219,10 @@ class _RecordedStep:
                 for alias, gradient in zip(aliases.values(), gradients, strict=True):
                     alias.grad = gradient  # the backward adds to it, layer after layer
                 self.loss, self.result = functional_call(_Step(objective, model), aliases, (self.inputs,))
+            self.workspace = SHARED_WORKSPACE.buffers()
         finally:
             # After a failure, too: what was only recorded was never computed, and torch may stay on its stream.
-            SHARED_WORKSPACE.clear()
+            SHARED_WORKSPACE.forget()
             torch.cuda.set_stream(stream)
 
     def load(self, staged: Staged) -> None:
@@ -233,6 +237,7 @@ class _Replay(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, recorded: _RecordedStep, *states: Tensor) -> Tensor:
         recorded.graph.replay()
+        SHARED_WORKSPACE.forget()
         ctx.gradients = recorded.gradients
         loss: Tensor = recorded.loss.clone()
         return loss

@@ -23,6 +23,7 @@ from src.errors import ConfigError, TrainingError
 from src.loading import LoadOptions, build_model
 from src.model.parameters import ModelShape, fresh_parameters, parameter_shapes
 from src.model.rwkv6 import RWKV6
+from src.quant import SHARED_WORKSPACE, FrozenLinear
 from src.schedule import Schedule
 from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
 from src.training.evaluation import HeldOut
@@ -229,6 +230,8 @@ def choose_recomputation(model: RWKV6, work: Work, config: TrainConfig) -> None:
     else:
         plan = MemoryPlan(layers, light_layers=layers)
     plan.apply(model)
+    packed = [m for part in (model.blocks[0], model.head) for m in part.modules() if isinstance(m, FrozenLinear)]
+    SHARED_WORKSPACE.reserve(packed)
     if config.grad_cp == 2:
         say(f"memory     {plan}")
 

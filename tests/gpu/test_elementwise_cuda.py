@@ -53,7 +53,6 @@ DEFINITIONS = {
     for name in (
         "add_norm",
         "shift_mixes",
-        "modulated_shift_mixes",
         "group_norm_silu_gate",
         "squared_relu",
         "squared_relu_gradient",
@@ -157,10 +156,8 @@ BOUND_OF_MODULATION = 4e-3
 
 
 @pytest.mark.parametrize("with_carry", [False, True])
-@pytest.mark.parametrize("width", [32, 64])
-@pytest.mark.parametrize(
-    "shape", [(1, 1, 64), (1, 15, 64), (2, 60, 320), (3, 7, 2048), (1, 500, 2560), (1, 1030, 4096)]
-)
+@pytest.mark.parametrize("width", [32, 20])
+@pytest.mark.parametrize("shape", [(1, 1, 64), (2, 60, 320), (3, 7, 2048), (1, 500, 2560)])
 def test_modulated_shift_mixes(shape: tuple[int, int, int], width: int, with_carry: bool) -> None:
     batch, tokens, channels = shape
     hidden, up = normal(batch, tokens, 5 * width, seed=2), normal(5, width, channels, seed=4)
@@ -182,14 +179,18 @@ def test_modulated_shift_mixes_over_segments(layout: str) -> None:
     )
 
 
-def test_modulation_is_not_kept() -> None:
+def test_modulation_is_kept_when_asked() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         z, hidden = normal(1, 512, 2048).requires_grad_(), normal(1, 512, 160, seed=2).requires_grad_()
         maa, up = normal(5, 2048, seed=1), normal(5, 32, 2048, seed=4)
-        before = torch.cuda.memory_allocated()
-        outputs = modulated_shift_mixes(z, None, maa, hidden, up, None)
-        assert torch.cuda.memory_allocated() - before == sum(output.nbytes for output in outputs)
+        modulated_shift_mixes(z, None, maa, hidden, up, None)  # cuBLAS allocates its workspace
+        for keeps in (False, True):
+            before = torch.cuda.memory_allocated()
+            outputs = modulated_shift_mixes(z, None, maa, hidden, up, None, keeps_modulation=keeps)
+            expected = sum(output.nbytes for output in outputs) * (2 if keeps else 1)
+            assert torch.cuda.memory_allocated() - before == expected
+            del outputs
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = True
 

@@ -96,13 +96,15 @@ def test_eager_work_between_replays_changes_nothing() -> None:
     recorder = GraphedObjective(SFTObjective(), made)
     SHARED_WORKSPACE.keep_dequantized = True
     try:
-        losses = []
+        losses, others = [], []
         for _ in range(4):
             losses.append(recorder(batch).loss.item())
             with torch.no_grad():
-                outcome_of(SFTObjective(), made, other)
+                others.append(outcome_of(SFTObjective(), made, other).loss.item())
         assert len(recorder._graphs) == 1
         assert max(losses) - min(losses) < 1e-3
+        assert max(others) - min(others) < 1e-3
+        assert abs(losses[0] - others[0]) > 1e-2, "or nothing would be noticed"
     finally:
         SHARED_WORKSPACE.keep_dequantized = False
 

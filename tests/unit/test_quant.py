@@ -158,6 +158,13 @@ def test_one_buffer_serves_all_layers() -> None:
     assert torch.equal(first.shared_dense(), first.dequantized())
     workspace.clear()
     assert workspace.allocated_bytes == 0
+    workspace.reserve([second, first])
+    assert workspace.allocated_bytes == 96 * 128 * 4
+    (buffer,) = workspace.buffers()
+    buffer.fill_(7)
+    assert (second.shared_dense() == 7).all(), "found again, as the last that was dequantised"
+    workspace.forget()
+    assert torch.equal(second.shared_dense(), second.dequantized())
 
 
 def test_matrices_are_dequantised_once_until_another_takes_their_buffer(
