@@ -9,6 +9,7 @@ from torch import Tensor
 
 from src.layout import SegmentLayout
 from src.loading import LoadOptions, build_model
+from src.model import rwkv6
 from src.model.parameters import ModelShape, parameter_shapes, state_key, state_shapes
 from src.model.recompute import Recompute
 from src.model.rwkv6 import RWKV6, Linear
@@ -241,6 +242,22 @@ class TestRecomputation:
         for block in model.blocks:
             assert products.count(block.ffn.value) == 1
             assert products.count(block.ffn.key) == products.count(block.att.output) == 2
+
+    @pytest.mark.parametrize("recompute", list(Recompute))
+    def test_modulation_is_kept_for_no_longer_than_a_layers_backward(
+        self, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        kept: set[bool] = set()
+        mix = rwkv6.modulated_shift_mixes
+
+        def noting(*inputs: Tensor, keeps_modulation: bool) -> tuple[Tensor, ...]:
+            kept.add(keeps_modulation)
+            return mix(*inputs, keeps_modulation=keeps_modulation)
+
+        monkeypatch.setattr(rwkv6, "modulated_shift_mixes", noting)
+        model = tiny_model(recompute=recompute)
+        model(tokens_of(model.shape, 1, 9))[0].sum().backward()
+        assert kept == {recompute is not Recompute.NOTHING}
 
     def test_bf16_gradients_do_not_suffer_from_a_large_residual_stream(self) -> None:
         gradients = {}

@@ -6,12 +6,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from factories import tiny_checkpoint, tiny_shape
+from factories import tiny_checkpoint, tiny_parameters, tiny_shape
 from running import write_documents
 
 from src.config import TrainConfig
 from src.errors import ConfigError, TrainingError
-from src.training import run
+from src.loading import LoadOptions, build_model
+from src.model.recompute import Recompute
+from src.quant import DequantizationWorkspace, FrozenLinear
+from src.training import memory, run
 from src.training.hardware import Hardware
 from src.training.report import _course, memory_advice
 from src.training.work import make_schedule, prepare_work
@@ -39,6 +42,30 @@ def test_what_is_staged_ahead_is_what_the_loader_gives_next(data: Path) -> None:
         next(batches)
         ahead = work.following()
         assert next(batches) is ahead
+
+
+@pytest.mark.parametrize(
+    ("grad_cp", "mode", "buffers"), [(0, Recompute.NOTHING, 1), (1, Recompute.ALL, 6), (2, Recompute.INPUTS, 1)]
+)
+def test_grad_cp_sets_every_layer_and_the_dense_buffers(
+    grad_cp: int, mode: Recompute, buffers: int, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under 1 each matrix of the time mix has a buffer of its own; all others share one."""
+    workspace = DequantizationWorkspace()
+    for module in (run, memory):
+        monkeypatch.setattr(module, "SHARED_WORKSPACE", workspace)
+    shape = tiny_shape(n_embd=64)
+    options = LoadOptions(torch.device("cpu"), torch.float32, quant_type="nf4", quant_head=True)
+    model = build_model(tiny_parameters(shape), shape, options)
+    for packed in (module for module in model.modules() if isinstance(module, FrozenLinear)):
+        packed.workspace = workspace
+    chosen = config(data, grad_cp=grad_cp)
+    run.choose_recomputation(model, prepare_work(chosen, shape), chosen)
+    assert {block.recompute for block in model.blocks} == {mode}
+    before = [buffer.data_ptr() for buffer in workspace.buffers()]
+    assert len(before) == buffers
+    model.logits(model(torch.arange(10)[None])[0]).sum().backward()
+    assert [buffer.data_ptr() for buffer in workspace.buffers()] == before, "none had to be added or to grow"
 
 
 class TestSchedule:
