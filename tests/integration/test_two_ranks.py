@@ -45,7 +45,12 @@ def train_in_two_processes(folder: Path, **flags: object) -> None:
         )
         for rank in range(2)
     ]
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    try:
+        # The first run on a machine also compiles DeepSpeed's shared-memory operator.
+        errors = [process.communicate(timeout=300)[1] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(errors)
 
 
