@@ -40,7 +40,9 @@ class Workspace {
 
   std::vector<Tensor> buffers() const {
     std::vector<Tensor> all;
-    for (const auto& [name, slot] : slots_) all.push_back(slot.buffer);
+    for (const auto& [name, slot] : slots_) {
+      if (slot.buffer.defined()) all.push_back(slot.buffer);
+    }
     return all;
   }
 

@@ -1,8 +1,8 @@
 // Differentiable element-wise operators for torch: checks, memory and autograd around elementwise.cu.
 //
 // The autograd nodes are C++, because at small sizes a layer's time is what launching it costs. They save what is dear
-// (inputs that some product made) and recompute the rest; frozen parameters travel beside the saved tensors, so that
-// activation checkpointing does not handle them.
+// (inputs that some product made), or kept by another node in any case, and recompute the rest; frozen parameters
+// travel beside the saved tensors, so that activation checkpointing does not handle them.
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -47,8 +47,6 @@ void check_channels(int64_t channels, int64_t rows) {
 const void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.const_data_ptr() : nullptr; }
 
 void* mutable_pointer(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
-
-Tensor value_or_undefined(const std::optional<Tensor>& tensor) { return tensor ? *tensor : Tensor(); }
 
 void refuse_double_backward() {
   require(!at::GradMode::is_enabled(), "the fused element-wise operators have no second derivative");

@@ -31,7 +31,7 @@ class LoadOptions:
         quant_type: packs the eight matrices of every layer; None keeps them in compute_dtype.
         quant_head: pack the head, too.
         train_weights: keep every weight as a trainable fp32 master instead of freezing it.
-        recompute: what every layer computes again in the backward pass.
+        recompute: what every layer computes again in the backward pass, until a `MemoryPlan` says otherwise.
         head_size_divisor: group norm eps is 1e-5 times its square.
         dropout: probability, see RWKV6.
     """
@@ -134,8 +134,8 @@ def _place_packed(model: RWKV6, module_name: str, weight: Tensor, options: LoadO
     parent_name, _, child_name = module_name.rpartition(".")
     on_device = weight.to(options.device, options.compute_dtype, non_blocking=True)
     assert options.quant_type is not None
-    # The backward of a recomputed layer comes back to the time mix after the feed-forward, whose matrices it needs
-    # once each (`_FeedAgain`): the former gain by buffers of their own, the latter do not.
+    # The backward of a recomputed layer comes back to the time mix after the feed-forward, with whose matrices it is
+    # done one by one (`_FeedAgain`): the former gain by buffers of their own, the latter do not.
     kind = module_name.split(".", 2)[2]
     slot = kind if kind.startswith("att.") else ""
     linear = FrozenLinear.from_weight(on_device, options.quant_type, options.compute_dtype, slot=slot)

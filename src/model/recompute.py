@@ -1,4 +1,4 @@
-"""Parts of a layer that keep only their input and are computed again in the backward pass."""
+"""Parts of a layer that keep little but their input and are computed again in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Recompute(Enum):
     """What a layer computes again in the backward pass instead of keeping it.
 
     NOTHING keeps every tensor the backward needs. INPUTS computes the norms and the mixers' inputs again,
-    which is cheap and saves most of the memory. ALL keeps only what enters the layer.
+    which is cheap and saves most of the memory. ALL keeps only what enters and leaves the layer.
     """
 
     NOTHING = "nothing"

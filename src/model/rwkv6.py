@@ -255,7 +255,7 @@ class ChannelMix(MixingWeights):
         """The matrices on `mixed_inputs`; returns what `forward` returns."""
         z_k, z_r = inputs
         receptance = self.receptance(z_r)
-        # Last, because the backward begins with this matrix, the largest: it may find it still dequantised.
+        # Last, because a backward that follows at once begins with this matrix: it finds it still dequantised.
         value = self.value(squared_relu(self.key(z_k)))
         return sigmoid_gated_residual(x, receptance, value)
 

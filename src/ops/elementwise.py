@@ -4,8 +4,8 @@ Each function has one definition in plain torch (`*_torch`): the path for CPU, f
 trainable parameters, and what the tests hold the kernels against. On a GPU, in bf16 and with frozen parameters the
 same formula runs as one kernel forward and one backward (`cuda/elementwise.cu`), in fp32 inside. What those save
 for backward: add_norm the sum and its statistics, shift_mixes z and modulation (nothing without modulation),
-modulated_shift_mixes z and hidden,
-group_norm_silu_gate y and gate, squared_relu x, sigmoid_gated_residual x, r and its result.
+modulated_shift_mixes, which is shift_mixes after a product, z and hidden, group_norm_silu_gate y and gate,
+squared_relu x, sigmoid_gated_residual x, r and its result.
 
 Shape legend: B batch, T tokens, C channels, A attention channels, H heads, N head size, G mixes of one z.
 """
@@ -35,7 +35,7 @@ def fused_kernels() -> Any | None:
     try:
         return load_extension("elementwise")
     except KernelError as error:
-        warnings.warn(f"{error}. Slower torch operations are used instead.", stacklevel=3)
+        warnings.warn(f"{error}. Slower torch operations are used instead.", stacklevel=4)
         return None
 
 

@@ -24,7 +24,7 @@ def _is_available_on(index: int) -> bool:
     try:
         _module_for(index)
     except KernelError as error:
-        warnings.warn(f"{error}. The slower torch form of the operator is used instead.", stacklevel=4)
+        warnings.warn(f"{error}. The slower torch form of the operator is used instead.", stacklevel=5)
         return False
     return True
 
@@ -82,7 +82,8 @@ def wkv6_branching_cuda(
 ) -> tuple[Tensor, Tensor]:
     """Runs the kernel for roots and children in turn; arguments and results as `src.ops.wkv6.wkv6_branching`.
 
-    Numerics, and what is saved, as `wkv6_cuda`. Unlike two calls of it this copies no tokens and no states.
+    Numerics, and what is saved, as `wkv6_cuda`; results are the same bits in every run for at most two children of a
+    root. Unlike two calls of it this copies no tokens and no states.
 
     Raises:
         KernelError: the kernel cannot be built.

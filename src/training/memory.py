@@ -14,6 +14,7 @@ from torch import nn
 from src.model.parameters import ModelShape
 from src.model.recompute import Recompute
 from src.model.rwkv6 import RWKV6
+from src.ops.elementwise import fused_kernels
 from src.quant import SHARED_WORKSPACE, FrozenLinear
 
 _WORKING_BYTES = 700 * 2**20
@@ -56,21 +57,22 @@ class MemoryPlan:
         SHARED_WORKSPACE.keep_dequantized = self.keep_dequantized
 
 
-def kept_bytes(shape: ModelShape, recompute: Recompute) -> int:
+def kept_bytes(shape: ModelShape, recompute: Recompute, *, fused: bool = True) -> int:
     """Bytes per token that one layer keeps between forward and backward, 16-bit activations.
 
     ALL: what enters the layer. INPUTS: besides, what enters the second mixer, r, k, v, w_raw and the operator's
     checkpoints, y and gate, the feed-forward's hidden layer and its gate, the decay's hidden layer. NOTHING: besides,
-    the first norm's output and the hidden layer that makes the modulation of its five mixes.
+    the first norm's output and the hidden layer that makes the modulation of its five mixes. Where element-wise
+    operators are not `fused` they keep more: the gated value and its gate, and the modulation.
     """
     C, A, F = shape.n_embd, shape.dim_att, shape.dim_ffn
     everything_again = 2 * C
     if recompute is Recompute.ALL:
         return everything_again
-    inputs_again = everything_again + 2 * (2 * C + 7 * A + F + shape.decay_lora_width)
+    inputs_again = everything_again + 2 * ((2 if fused else 5) * C + 7 * A + F + shape.decay_lora_width)
     if recompute is Recompute.INPUTS:
         return inputs_again
-    return inputs_again + 2 * (C + 5 * shape.mix_lora_width)
+    return inputs_again + 2 * ((1 if fused else 6) * C + 5 * shape.mix_lora_width)
 
 
 def plan_memory(model: RWKV6, row_tokens: int, limit_gib: float) -> MemoryPlan:
@@ -93,8 +95,9 @@ def plan_memory(model: RWKV6, row_tokens: int, limit_gib: float) -> MemoryPlan:
     def layers_that_fit(extra_bytes: int) -> int:
         return int(max(0, min(shape.n_layer, available // (row_tokens * extra_bytes))))
 
+    fused = model.compute_dtype is torch.bfloat16 and fused_kernels() is not None
     everything, inputs, nothing = (
-        kept_bytes(shape, mode) for mode in (Recompute.ALL, Recompute.INPUTS, Recompute.NOTHING)
+        kept_bytes(shape, mode, fused=fused) for mode in (Recompute.ALL, Recompute.INPUTS, Recompute.NOTHING)
     )
     available -= row_tokens * everything * shape.n_layer
     light = layers_that_fit(inputs - everything)

@@ -37,7 +37,7 @@ Sent = dict[tuple[Any, ...], tuple[StorageWeakRef, tuple[torch.device, Tensor]]]
 def _pack(tensor: Tensor, stays: Collection[int], sent: Sent) -> Tensor | tuple[torch.device, Tensor]:
     storage = tensor.untyped_storage()
     if not _leaves(tensor) or storage.data_ptr() in stays:
-        return tensor
+        return tensor.detach()  # a node's own result would keep the node
     for key, (memory, _) in list(sent.items()):
         if memory.expired():
             del sent[key]
