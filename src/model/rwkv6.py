@@ -324,7 +324,6 @@ class Block(nn.Module):
     ) -> tuple[Tensor, LayerState | None]:
         """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment if it `remembers`)."""
         level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
-        kept = 1 if dropout == 0 and self.ffn.has_frozen_matrices() else 0
 
         # What a second pass keeps lives as long as its layer's backward, what the only pass keeps much longer.
         time_inputs = partial(
@@ -366,6 +365,8 @@ class Block(nn.Module):
             return (mixed, *att_shift, final, *ffn_shift) if remembers else (mixed,)
 
         if level is Recompute.ALL:
+            # The result, from which the feed-forward can take its gradients.
+            kept = 1 if dropout == 0 and self.ffn.has_frozen_matrices() else 0
             mixed, *memory = self._layer_again(layer, x, kept=kept, draws_random=dropout > 0)
         else:
             mixed, *memory = layer(x)
