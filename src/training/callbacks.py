@@ -211,7 +211,10 @@ class AtEnd(pl.Callback):
 
 
 class CheckpointSaver(pl.Callback):
-    """Writes `rwkv-{epoch}.pth` after every `epoch_save` epochs and after the last (rank 0 only)."""
+    """Writes `rwkv-{epoch}.pth` after every `epoch_save` epochs and after the last (rank 0 only).
+
+    An epoch that was stopped before its end has no such file: its name would say that the epoch was trained.
+    """
 
     def __init__(self, save: Callable[[Path], None], folder: Path, epoch_begin: int, epoch_save: int) -> None:
         self.save = save
@@ -219,9 +222,18 @@ class CheckpointSaver(pl.Callback):
         self.epoch_begin = epoch_begin
         self.epoch_save = epoch_save
         self.files: list[Path] = []
+        self._complete = False
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Notices the epoch's end."""
+        self._complete = batch_idx + 1 >= trainer.num_training_batches
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Saves if this epoch's number asks for it."""
+        """Saves if the epoch is complete and its number asks for it."""
+        if not self._complete:
+            return
         epoch = trainer.current_epoch
         is_last = trainer.max_epochs is not None and epoch + 1 >= trainer.max_epochs
         if is_last or (self.epoch_save and epoch % self.epoch_save == 0):

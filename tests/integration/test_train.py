@@ -383,7 +383,7 @@ class TestStops:
         assert process.returncode == 0, err
         assert "Traceback" not in err
         assert f"stopped by {number.name} after {len(metrics(tmp_path))} steps" in out
-        assert {*RUN_FILES} <= files_in(tmp_path) <= {*RUN_FILES, "rwkv-0.pth"}
+        assert files_in(tmp_path) == {*RUN_FILES}, "rwkv-0.pth would claim a whole epoch"
         assert any(state.any() for state in states_in(tmp_path / "rwkv-final.pth").values())
 
 

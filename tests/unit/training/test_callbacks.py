@@ -182,6 +182,14 @@ class TestMonitor:
         assert sink.epochs == []
 
 
+def save_epoch(saver: CheckpointSaver, loop: Any, batches: int = 2) -> None:
+    """An epoch of two micro-batches, or as many as there were before it was stopped, as Lightning runs it."""
+    loop.num_training_batches = 2
+    for number in range(batches):
+        saver.on_train_batch_end(loop, module(), None, None, number)
+    saver.on_train_epoch_end(loop, module())
+
+
 class TestSaver:
     @pytest.mark.parametrize(
         ("epoch_save", "epoch_begin", "saved"),
@@ -196,15 +204,23 @@ class TestSaver:
         written: list[Path] = []
         saver = CheckpointSaver(written.append, tmp_path, epoch_begin, epoch_save)
         for epoch in range(3):
-            saver.on_train_epoch_end(trainer(module(), current_epoch=epoch), module())
+            save_epoch(saver, trainer(module(), current_epoch=epoch))
         assert [path.name for path in written] == saved
         assert saver.files == written
 
     def test_other_ranks_write_nothing(self, tmp_path: Path) -> None:
         written: list[Path] = []
         saver = CheckpointSaver(written.append, tmp_path, 0, 1)
-        saver.on_train_epoch_end(trainer(module(), is_global_zero=False), module())
+        save_epoch(saver, trainer(module(), is_global_zero=False))
+        assert saver.files == [tmp_path / "rwkv-0.pth"]
         assert written == []
+
+    def test_an_epoch_that_was_stopped_has_no_file(self, tmp_path: Path) -> None:
+        written: list[Path] = []
+        saver = CheckpointSaver(written.append, tmp_path, 0, 1)
+        save_epoch(saver, trainer(module()))
+        save_epoch(saver, trainer(module(), current_epoch=1), batches=1)
+        assert [path.name for path in written] == ["rwkv-0.pth"]
 
 
 class TestStopper:
