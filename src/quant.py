@@ -1,7 +1,8 @@
 """Frozen, quantised linear layers on bitsandbytes' functional interface.
 
 The only module that imports bitsandbytes. A `FrozenLinear` keeps packed bytes and their scales, nothing else:
-forward and backward each write the dense matrix into a buffer that all layers share, multiply, and forget it.
+forward and backward each write the dense matrix into a buffer that layers share, unless it still stands there, and
+multiply.
 
 Storage of a [out, in] matrix, row-major, as bitsandbytes packs it (CPU and GPU alike):
 
@@ -126,7 +127,10 @@ class DequantizationWorkspace:
             native.forget()
 
     def reserve(self, layers: Iterable[FrozenLinear]) -> None:
-        """Allocates the buffers that these layers will use, side by side, so that none is put between other tensors."""
+        """Allocates the buffers that these layers will use, side by side, so that none is put between other tensors.
+
+        It does so by dequantising each, the largest first: a buffer that had to grow would move.
+        """
         for layer in sorted(layers, key=lambda layer: -layer.out_features * layer.in_features):
             layer.shared_dense()
 

@@ -105,6 +105,10 @@ def wkv6_branching(
 
     Returns:
         y [1, T, H, N] in r's dtype; final states of the roots [R, H, N, N].
+
+    Raises:
+        ValueError: an argument does not fit; the message names it. From the kernel it is a RuntimeError.
+        KernelError: the CUDA kernel cannot be launched.
     """
     if 0 < root_tokens < r.shape[1] and _takes_kernel(r):
         return wkv6_branching_cuda(r, k, v, w_raw, u, state, root_borders, child_borders, parents, root_tokens)
