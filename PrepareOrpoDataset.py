@@ -13,7 +13,7 @@ def main() -> None:
         "Tokenises prompt, chosen and reject of every row for train.py --orpo 1. Needs no GPU.",
     )
     config = PairConfig.from_flags(given)
-    from src.training.preparation import prepare_pairs
+    from src.commands.preparation import prepare_pairs
 
     prepare_pairs(config)
 

@@ -1,24 +1,17 @@
 """Puts a trained state into its base model: python merge_state.py BASE STATE OUTPUT."""
 
-import argparse
 import signal
 import sys
 
+from src.cli import merge_arguments
 from src.errors import exit_on_user_error
 
 
 def main() -> int:
     """Parses the command line, merges, and says what was written."""
-    parser = argparse.ArgumentParser(
-        description="Write a copy of an RWKV-6 base model that starts from a trained state (time_state). "
-        "Every other tensor is copied bit for bit; the inputs are left alone.",
-    )
-    parser.add_argument("base_model", help="the .pth model that the state was trained on")
-    parser.add_argument("state_checkpoint", help="the state file (rwkv-final.pth), or a merged model")
-    parser.add_argument("output", help="the model to write; it must be neither of the inputs")
-    arguments = parser.parse_args()
+    arguments = merge_arguments()
 
-    from src.checkpoint import merge_state  # torch takes seconds to load; `-h` need not wait for it
+    from src.merge import merge_state  # torch takes seconds to load; `-h` need not wait for it
 
     # An ended process must take its unfinished file with it.
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

@@ -13,7 +13,7 @@ def main() -> None:
         "Samples a rejected answer for every prompt of a CSV or JSONL file. Interrupted, it goes on where it was.",
     )
     config = RejectConfig.from_flags(given)
-    from src.training.preparation import generate_rejects
+    from src.commands.preparation import generate_rejects
 
     generate_rejects(config)
 

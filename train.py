@@ -10,7 +10,7 @@ def main() -> None:
     from src.config import TrainConfig
 
     if given.get("demo") or not given:
-        from src.training.demo import run_demo
+        from src.commands.demo import run_demo
 
         run_demo(given)
         return

@@ -32,16 +32,16 @@ class Workspace {
     clear();
   }
 
-  void clear() { slots_.clear(); }
+  void clear() { held_.clear(); }
 
   void forget() {
-    for (auto& [name, slot] : slots_) slot.owner = kNobody;
+    for (auto& [name, held] : held_) held.owner = kNobody;
   }
 
   std::vector<Tensor> buffers() const {
     std::vector<Tensor> all;
-    for (const auto& [name, slot] : slots_) {
-      if (slot.buffer.defined()) all.push_back(slot.buffer);
+    for (const auto& [name, held] : held_) {
+      if (held.buffer.defined()) all.push_back(held.buffer);
     }
     return all;
   }
@@ -49,31 +49,31 @@ class Workspace {
   // Whose matrix, and how often its packed data had been written when it was dequantised.
   using Owner = std::pair<int64_t, int64_t>;
 
-  // The matrix [rows, columns] of `owner`, made by fill(buffer) unless its slot still holds it.
+  // The matrix [rows, columns] of `owner`, made by fill(buffer) unless its buffer still holds it.
   template <typename Fill>
-  Tensor matrix(const Owner& owner, const std::string& slot_name, int64_t rows, int64_t columns,
+  Tensor matrix(const Owner& owner, const std::string& kind, int64_t rows, int64_t columns,
                 const at::TensorOptions& options, const Fill& fill) {
-    Slot& slot = slots_[keep_dequantized_ ? slot_name : std::string()];
-    if (!slot.buffer.defined() || slot.buffer.numel() < rows * columns) {
-      slot = Slot();  // frees the old buffer before there is a new one
-      slot.buffer = at::empty({rows * columns}, options);
+    Held& held = held_[keep_dequantized_ ? kind : std::string()];
+    if (!held.buffer.defined() || held.buffer.numel() < rows * columns) {
+      held = Held();  // frees the old buffer before there is a new one
+      held.buffer = at::empty({rows * columns}, options);
     }
-    if (slot.owner != owner) {
-      slot.owner = kNobody;
-      fill(slot.buffer);
-      slot.owner = owner;
+    if (held.owner != owner) {
+      held.owner = kNobody;
+      fill(held.buffer);
+      held.owner = owner;
     }
-    return slot.buffer.as_strided({rows, columns}, {columns, 1});
+    return held.buffer.as_strided({rows, columns}, {columns, 1});
   }
 
  private:
   static constexpr Owner kNobody = {-1, 0};
-  struct Slot {
+  struct Held {
     Tensor buffer;
     Owner owner = kNobody;
   };
   bool keep_dequantized_;
-  std::unordered_map<std::string, Slot> slots_;
+  std::unordered_map<std::string, Held> held_;
 };
 
 void check_tensor(const Tensor& tensor, at::ScalarType dtype, int64_t count, const Tensor& packed, const char* name) {
@@ -88,7 +88,7 @@ int64_t blocks_of(int64_t count, int64_t block) { return (count + block - 1) / b
 class PackedMatrix : public torch::CustomClassHolder {
  public:
   PackedMatrix(Tensor packed, Tensor absmax, std::optional<Tensor> absmax_scale, std::optional<Tensor> absmax_offset,
-               Tensor absmax_code, Tensor value_code, int bits, int64_t rows, int64_t columns, std::string slot,
+               Tensor absmax_code, Tensor value_code, int bits, int64_t rows, int64_t columns, std::string kind,
                std::shared_ptr<Workspace> workspace)
       : packed_(std::move(packed)),
         absmax_(std::move(absmax)),
@@ -99,7 +99,7 @@ class PackedMatrix : public torch::CustomClassHolder {
         bits_(bits),
         rows_(rows),
         columns_(columns),
-        slot_(std::move(slot)),
+        kind_(std::move(kind)),
         workspace_(std::move(workspace)),
         identity_(next_identity()) {
     const int64_t count = rows * columns;
@@ -142,7 +142,7 @@ class PackedMatrix : public torch::CustomClassHolder {
   // The dense matrix in the workspace, valid until the next dequantisation.
   Tensor shared_dense() const {
     const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    return workspace_->matrix({identity_, writes()}, slot_, rows_, columns_, packed_.options().dtype(at::kBFloat16),
+    return workspace_->matrix({identity_, writes()}, kind_, rows_, columns_, packed_.options().dtype(at::kBFloat16),
                               [this](const Tensor& buffer) { fill(buffer); });
   }
 
@@ -169,7 +169,7 @@ class PackedMatrix : public torch::CustomClassHolder {
   Tensor packed_, absmax_, absmax_scale_, absmax_offset_, absmax_code_, value_code_;
   int bits_;
   int64_t rows_, columns_;
-  std::string slot_;
+  std::string kind_;
   std::shared_ptr<Workspace> workspace_;
   int64_t identity_;
 };

@@ -11,7 +11,29 @@
 
 namespace elementwise {
 
+constexpr int kVector = 8;  // bf16 values in 16 bytes
 constexpr int kMaxMixes = 5;
+
+// The gradient of a parameter is a sum over rows. Its launchers write one fp32 sum for each tile of this many rows, and
+// leave the sum over tiles to the caller. As many threads as two blocks on each multiprocessor of an H100 have, one for
+// each vector and tile, keep its memory busy and the sums at 1 MiB for each parameter row; no tile is below 8 rows.
+constexpr int64_t parameter_tile(int64_t rows, int64_t channels) {
+  constexpr int64_t kThreadsWanted = 2 * 132 * 128;
+  const int64_t tile = rows * (channels / kVector) / kThreadsWanted;
+  return tile < 8 ? 8 : tile;
+}
+
+constexpr int64_t parameter_tiles(int64_t rows, int64_t channels) {
+  const int64_t tile = parameter_tile(rows, channels);
+  return (rows + tile - 1) / tile;
+}
+
+// Where the sums for a norm's weight and bias go; null where it is not asked for.
+struct NormSums {
+  float* weight;   // [tiles, channels], as bias
+  float* bias;
+  int64_t stride;  // values from one tile to the next
+};
 
 // The G outputs of a token shift, or their gradients; a gradient that is not there is null.
 struct MixPointers {
@@ -38,6 +60,10 @@ cudaError_t shift_mix_forward(const ShiftMix& arguments, const MixPointers& outp
 cudaError_t shift_mix_backward(const ShiftMix& arguments, const MixPointers& grad_outputs, const int* children,
                                void* grad_z, void* grad_carry, void* grad_modulation, cudaStream_t stream);
 
+// For the gradient of maa: sums [tiles, mixes, channels]. Of the arguments, maa and modulation are not read.
+cudaError_t shift_mix_maa_sums(const ShiftMix& arguments, const MixPointers& grad_outputs, float* sums,
+                               cudaStream_t stream);
+
 // y, gate, output: [rows, channels]; weight, bias: [channels]; head_size 16, 32, 64 or 128.
 cudaError_t group_norm_silu_gate_forward(const void* y, const void* gate, const void* weight, const void* bias,
                                          float eps, void* output, int rows, int channels, int head_size,
@@ -46,6 +72,9 @@ cudaError_t group_norm_silu_gate_forward(const void* y, const void* gate, const 
 cudaError_t group_norm_silu_gate_backward(const void* y, const void* gate, const void* weight, const void* bias,
                                           float eps, const void* grad_output, void* grad_y, void* grad_gate, int rows,
                                           int channels, int head_size, cudaStream_t stream);
+
+cudaError_t group_norm_silu_gate_sums(const void* y, const void* gate, float eps, const void* grad_output, int rows,
+                                      int channels, int head_size, const NormSums& sums, cudaStream_t stream);
 
 constexpr int kMostNormChannels = 8192;
 
@@ -57,6 +86,9 @@ cudaError_t add_norm_forward(const void* x, const void* delta, const void* weigh
 // The gradient of x and of delta alike; grad_sum may be null.
 cudaError_t add_norm_backward(const void* sum, const float* statistics, const void* weight, const void* grad_normed,
                               const void* grad_sum, void* grad_x, int rows, int channels, cudaStream_t stream);
+
+cudaError_t add_norm_sums(const void* sum, const float* statistics, const void* grad_normed, int rows, int channels,
+                          const NormSums& sums, cudaStream_t stream);
 
 cudaError_t squared_relu_forward(const void* x, void* output, int64_t count, cudaStream_t stream);
 

@@ -1,8 +1,9 @@
 // Differentiable element-wise operators for torch: checks, memory and autograd around elementwise.cu.
 //
 // The autograd nodes are C++, because at small sizes a layer's time is what launching it costs. They save what is dear
-// (inputs that some product made), or kept by another node in any case, and recompute the rest; frozen parameters
-// travel beside the saved tensors, so that activation checkpointing does not handle them.
+// (inputs that some product made), or kept by another node in any case, and recompute the rest. Parameters may be
+// stored wider than bf16; their gradients are summed in fp32 and so handed to autograd, which casts them to the
+// parameter's dtype. A gradient that is not asked for costs nothing.
 
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
@@ -21,10 +22,10 @@
 namespace {
 
 using at::Tensor;
+using elementwise::kVector;
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
-constexpr int kVector = 8;
 
 // Contiguous, and named in the message when it does not fit the kernels.
 Tensor prepared(const Tensor& tensor, const char* name) {
@@ -48,13 +49,23 @@ const void* pointer(const Tensor& tensor) { return tensor.defined() ? tensor.con
 
 void* mutable_pointer(const Tensor& tensor) { return tensor.defined() ? tensor.mutable_data_ptr() : nullptr; }
 
+bool requires_grad(const std::optional<Tensor>& tensor) { return tensor && tensor->requires_grad(); }
+
+// Any of the gradients that have arrived; undefined when none has.
+Tensor any_of(const variable_list& gradients) {
+  for (const Tensor& gradient : gradients) {
+    if (gradient.defined()) return gradient;
+  }
+  return Tensor();
+}
+
 void refuse_double_backward() {
   require(!at::GradMode::is_enabled(), "the fused element-wise operators have no second derivative");
 }
 
-// What forward and backward of the token shift share.
-elementwise::ShiftMix shift_mix_arguments(const Tensor& z, const Tensor& carry, const Tensor& maa,
-                                          const Tensor& modulation, const Tensor& previous) {
+// What forward and backward of the token shift share; shape is that of z, which may be undefined as the rest.
+elementwise::ShiftMix shift_mix_arguments(at::IntArrayRef shape, const Tensor& z, const Tensor& carry,
+                                          const Tensor& maa, const Tensor& modulation, const Tensor& previous) {
   elementwise::ShiftMix arguments{};
   arguments.z = pointer(z);
   arguments.carry = pointer(carry);
@@ -62,10 +73,59 @@ elementwise::ShiftMix shift_mix_arguments(const Tensor& z, const Tensor& carry, 
   arguments.modulation = pointer(modulation);
   arguments.previous = previous.defined() ? previous.const_data_ptr<int64_t>() : nullptr;
   arguments.mixes = static_cast<int>(maa.size(0));
-  arguments.rows = static_cast<int>(z.size(0) * z.size(1));
-  arguments.tokens = static_cast<int>(z.size(1));
-  arguments.channels = static_cast<int>(z.size(2));
+  arguments.rows = static_cast<int>(shape[0] * shape[1]);
+  arguments.tokens = static_cast<int>(shape[1]);
+  arguments.channels = static_cast<int>(shape[2]);
   return arguments;
+}
+
+// Says for the tensor arguments of a node in turn whether the gradient is asked for; one that is not given has no edge.
+class Asked {
+ public:
+  explicit Asked(AutogradContext* context) : context_(context) {}
+  bool next(bool given = true) { return given && context_->needs_input_grad(edge_++); }
+
+ private:
+  AutogradContext* context_;
+  size_t edge_ = 0;
+};
+
+// A parameter as the kernels read it: it may be stored wider.
+Tensor prepared_parameter(const Tensor& parameter, const char* name) {
+  return prepared(parameter.to(at::kBFloat16), name);
+}
+
+// Keeps a parameter as it was given, so that no rounded copy lives until the backward: a trained one is returned, to go
+// among the saved tensors, which notice changes in place; a frozen one goes beside them.
+Tensor kept(AutogradContext* context, const char* name, const Tensor& parameter) {
+  if (parameter.requires_grad()) return parameter;
+  context->saved_data[name] = parameter;
+  return Tensor();
+}
+
+Tensor kept_parameter(AutogradContext* context, const char* name, const Tensor& saved) {
+  return prepared_parameter(saved.defined() ? saved : context->saved_data.at(name).toTensor(), name);
+}
+
+// For the sums over tiles of rows that `rows_of_sums` parameter rows of `channels` have.
+Tensor empty_sums(const Tensor& like, int64_t rows, int64_t rows_of_sums, int64_t channels) {
+  return at::empty({elementwise::parameter_tiles(rows, channels), rows_of_sums, channels},
+                   like.options().dtype(at::kFloat));
+}
+
+// The gradients of a norm's weight and bias, as far as they are asked for; launch(NormSums) sums over tiles.
+template <typename Launch>
+std::tuple<Tensor, Tensor> norm_gradients(bool of_weight, bool of_bias, const Tensor& like, int64_t rows,
+                                          int64_t channels, const Launch& launch, const char* name) {
+  if (!of_weight && !of_bias) return {};
+  const int64_t asked = of_weight + of_bias;
+  const Tensor sums = empty_sums(like, rows, asked, channels);
+  float* first = sums.data_ptr<float>();
+  const elementwise::NormSums places{of_weight ? first : nullptr, of_bias ? first + of_weight * channels : nullptr,
+                                     asked * channels};
+  check_launch(launch(places), name);
+  const Tensor total = sums.sum(0);
+  return {of_weight ? total[0] : Tensor(), of_bias ? total[of_weight] : Tensor()};
 }
 
 // The inputs of a token shift, checked; what is not given is undefined.
@@ -74,7 +134,7 @@ struct ShiftInputs {
 
   ShiftInputs(const Tensor& z_in, const std::optional<Tensor>& carry_in, const Tensor& maa_in,
               const std::optional<Tensor>& previous_in, const std::optional<Tensor>& children_in)
-      : z(prepared(z_in, "z")), maa(prepared(maa_in, "maa")) {
+      : z(prepared(z_in, "z")), maa(prepared_parameter(maa_in, "maa")) {
     require(z.dim() == 3, "z has ", z.dim(), " dimensions, expected [batch, tokens, channels]");
     const int64_t batch = z.size(0), tokens = z.size(1), channels = z.size(2);
     check_channels(channels, batch * tokens);
@@ -98,21 +158,22 @@ struct ShiftInputs {
     }
   }
 
-  // Outputs as z, and where they are.
-  variable_list outputs(elementwise::MixPointers& pointers) const {
-    variable_list made(maa.size(0));
-    for (size_t g = 0; g < made.size(); ++g) {
-      made[g] = at::empty_like(z);
-      pointers.mix[g] = mutable_pointer(made[g]);
+  variable_list mixed(const Tensor& modulation) const {
+    elementwise::MixPointers pointers{};
+    variable_list outputs(maa.size(0));
+    for (size_t g = 0; g < outputs.size(); ++g) {
+      outputs[g] = at::empty_like(z);
+      pointers.mix[g] = mutable_pointer(outputs[g]);
     }
-    return made;
+    const auto arguments = shift_mix_arguments(z.sizes(), z, carry, maa, modulation, previous);
+    check_launch(elementwise::shift_mix_forward(arguments, pointers, c10::cuda::getCurrentCUDAStream()), "shift_mix");
+    return outputs;
   }
 
-  // For `shift_mix_gradients`, but for what is saved as tensors.
-  void save(AutogradContext* context, bool carry_gradient) const {
-    context->saved_data["maa"] = maa;
+  // For `ShiftGradients`, but for what goes among the saved tensors.
+  void save(AutogradContext* context) const {
     context->saved_data["shape"] = z.sizes().vec();
-    context->saved_data["carry_gradient"] = carry_gradient;
+    context->saved_data["has_carry"] = carry.defined();
     if (previous.defined()) {
       context->saved_data["previous"] = previous;
       context->saved_data["children"] = children;
@@ -120,43 +181,46 @@ struct ShiftInputs {
   }
 };
 
+// The gradients of a token shift, as far as they are asked for.
 struct ShiftGradients {
-  Tensor z, carry, modulation;
-};
+  Tensor z, carry, maa, modulation;
 
-// The gradients from those of the outputs; all undefined when these are. z, carry and modulation: as far as there are.
-ShiftGradients shift_mix_gradients(AutogradContext* context, const variable_list& grad_outputs, const Tensor& z,
-                                   const Tensor& carry, const Tensor& modulation, bool modulation_gradient) {
-  const Tensor maa = context->saved_data["maa"].toTensor();
-  const auto shape = context->saved_data["shape"].toIntVector();
-  ShiftGradients result;
-  std::vector<Tensor> grads(grad_outputs.size());
-  elementwise::MixPointers pointers{};
-  bool any = false;
-  for (size_t g = 0; g < grad_outputs.size(); ++g) {
-    if (!grad_outputs[g].defined()) continue;
-    grads[g] = prepared(grad_outputs[g], "the gradient of shift_mix");
-    pointers.mix[g] = mutable_pointer(grads[g]);
-    any = true;
+  // z_in, carry_in and modulation_in: as far as the gradients that are asked for need them.
+  ShiftGradients(AutogradContext* context, const variable_list& grad_outputs, const Tensor& z_in,
+                 const Tensor& carry_in, const Tensor& maa_in, const Tensor& modulation_in, bool of_z, bool of_carry,
+                 bool of_maa, bool of_modulation) {
+    const auto shape = context->saved_data["shape"].toIntVector();
+    std::vector<Tensor> grads(grad_outputs.size());
+    elementwise::MixPointers pointers{};
+    for (size_t g = 0; g < grads.size(); ++g) {
+      if (!grad_outputs[g].defined()) continue;
+      grads[g] = prepared(grad_outputs[g], "the gradient of shift_mix");
+      pointers.mix[g] = mutable_pointer(grads[g]);
+    }
+    Tensor previous, children;
+    if (context->saved_data.count("previous") != 0) {
+      previous = context->saved_data["previous"].toTensor();
+      children = context->saved_data["children"].toTensor();
+    }
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    auto arguments = shift_mix_arguments(shape, z_in, carry_in, maa_in, modulation_in, previous);
+    if (of_z || of_carry || of_modulation) {
+      z = at::empty(shape, maa_in.options());
+      if (of_carry) carry = at::empty({shape[0], shape[2]}, maa_in.options());
+      if (of_modulation) modulation = at::empty_like(modulation_in);
+      check_launch(elementwise::shift_mix_backward(
+                       arguments, pointers, children.defined() ? children.const_data_ptr<int>() : nullptr,
+                       mutable_pointer(z), mutable_pointer(carry), mutable_pointer(modulation), stream),
+                   "shift_mix backward");
+    }
+    if (of_maa) {
+      const Tensor sums = empty_sums(maa_in, arguments.rows, arguments.mixes, arguments.channels);
+      check_launch(elementwise::shift_mix_maa_sums(arguments, pointers, sums.data_ptr<float>(), stream),
+                   "shift_mix backward for maa");
+      maa = sums.sum(0);
+    }
   }
-  if (!any) return result;
-  Tensor previous, children;
-  if (context->saved_data.count("previous") != 0) {
-    previous = context->saved_data["previous"].toTensor();
-    children = context->saved_data["children"].toTensor();
-  }
-  result.z = at::empty(shape, maa.options());
-  elementwise::ShiftMix arguments = shift_mix_arguments(result.z, carry, maa, modulation, previous);
-  arguments.z = pointer(z);
-  if (context->saved_data["carry_gradient"].toBool()) result.carry = at::empty({shape[0], shape[2]}, maa.options());
-  if (modulation_gradient) result.modulation = at::empty_like(modulation);
-  check_launch(elementwise::shift_mix_backward(arguments, pointers,
-                                               children.defined() ? children.const_data_ptr<int>() : nullptr,
-                                               mutable_pointer(result.z), mutable_pointer(result.carry),
-                                               mutable_pointer(result.modulation), c10::cuda::getCurrentCUDAStream()),
-               "shift_mix backward");
-  return result;
-}
+};
 
 class ShiftMix : public torch::autograd::Function<ShiftMix> {
  public:
@@ -171,32 +235,33 @@ class ShiftMix : public torch::autograd::Function<ShiftMix> {
       modulation = prepared(*modulation_in, "modulation");
       check_shape(modulation, {inputs.maa.size(0), z.size(0), z.size(1), z.size(2)}, "modulation");
     }
-    elementwise::MixPointers pointers{};
-    const variable_list outputs = inputs.outputs(pointers);
-    const auto arguments = shift_mix_arguments(z, inputs.carry, inputs.maa, modulation, inputs.previous);
-    check_launch(elementwise::shift_mix_forward(arguments, pointers, c10::cuda::getCurrentCUDAStream()), "shift_mix");
+    const variable_list outputs = inputs.mixed(modulation);
 
     context->set_materialize_grads(false);
-    const bool carry_gradient = carry_in && carry_in->requires_grad();
-    const bool modulation_gradient = modulation_in && modulation_in->requires_grad();
-    if (z_in.requires_grad() || carry_gradient || modulation_gradient) {
-      // Without modulation the proportions are constants and the backward needs no input at all.
-      if (modulation.defined()) context->save_for_backward({z, modulation, inputs.carry});
-      context->saved_data["modulation_gradient"] = modulation_gradient;
-      inputs.save(context, carry_gradient);
+    if (z_in.requires_grad() || requires_grad(carry_in) || maa_in.requires_grad() || requires_grad(modulation_in)) {
+      // Without modulation the proportions are constants: only the gradient of maa needs an input.
+      const bool needs_inputs = modulation.defined() || maa_in.requires_grad();
+      context->save_for_backward({needs_inputs ? z : Tensor(), needs_inputs ? inputs.carry : Tensor(),
+                                  kept(context, "maa", maa_in), modulation});
+      inputs.save(context);
     }
     return outputs;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
     refuse_double_backward();
-    const c10::cuda::CUDAGuard guard(context->saved_data["maa"].toTensor().device());
+    const Tensor any = any_of(grad_outputs);
+    if (!any.defined()) return variable_list(6);
+    const c10::cuda::CUDAGuard guard(any.device());
     const auto saved = context->get_saved_variables();
-    const bool modulated = !saved.empty();
-    const ShiftGradients gradients =
-        shift_mix_gradients(context, grad_outputs, modulated ? saved[0] : Tensor(), modulated ? saved[2] : Tensor(),
-                            modulated ? saved[1] : Tensor(), context->saved_data["modulation_gradient"].toBool());
-    return {gradients.z, gradients.carry, Tensor(), gradients.modulation, Tensor(), Tensor()};
+    const Tensor &z = saved[0], &carry = saved[1], &modulation = saved[3];
+    Asked asked(context);
+    const bool of_z = asked.next(), of_carry = asked.next(context->saved_data["has_carry"].toBool());
+    const bool of_maa = asked.next(), of_modulation = asked.next(modulation.defined());
+    const Tensor maa = kept_parameter(context, "maa", saved[2]);
+    const ShiftGradients gradients(context, grad_outputs, z, carry, maa, modulation, of_z, of_carry, of_maa,
+                                   of_modulation);
+    return {gradients.z, gradients.carry, gradients.maa, gradients.modulation, Tensor(), Tensor()};
   }
 };
 
@@ -205,52 +270,58 @@ Tensor by_mix(const Tensor& hidden, const Tensor& up) {
   return hidden.view({hidden.size(0) * hidden.size(1), up.size(0), up.size(1)}).transpose(0, 1);
 }
 
-// A token shift whose modulation, hidden @ up for each mix, is formed in both passes and kept in neither.
+// A token shift whose modulation is hidden @ up for each mix; unless it is kept, the backward pass forms it again.
 class ModulatedShiftMix : public torch::autograd::Function<ModulatedShiftMix> {
  public:
   static variable_list forward(AutogradContext* context, const Tensor& z_in, const std::optional<Tensor>& carry_in,
                                const Tensor& maa_in, const Tensor& hidden_in, const Tensor& up_in,
-                               const std::optional<Tensor>& previous, const std::optional<Tensor>& children) {
+                               const std::optional<Tensor>& previous, const std::optional<Tensor>& children,
+                               bool keeps_modulation) {
     const c10::cuda::CUDAGuard guard(z_in.device());
     const ShiftInputs inputs(z_in, carry_in, maa_in, previous, children);
     const Tensor& z = inputs.z;
-    const Tensor hidden = prepared(hidden_in, "hidden"), up = prepared(up_in, "up");
+    const Tensor hidden = prepared(hidden_in, "hidden"), up = prepared_parameter(up_in, "up");
     require(up.dim() == 3, "up has ", up.dim(), " dimensions, expected [mixes, width, channels]");
     check_shape(up, {inputs.maa.size(0), up.size(1), z.size(2)}, "up");
     check_shape(hidden, {z.size(0), z.size(1), up.size(0) * up.size(1)}, "hidden");
-    elementwise::MixPointers pointers{};
-    const variable_list outputs = inputs.outputs(pointers);
     const Tensor modulation = at::bmm(by_mix(hidden, up), up);
-    const auto arguments = shift_mix_arguments(z, inputs.carry, inputs.maa, modulation, inputs.previous);
-    check_launch(elementwise::shift_mix_forward(arguments, pointers, c10::cuda::getCurrentCUDAStream()), "shift_mix");
+    const variable_list outputs = inputs.mixed(modulation);
 
     context->set_materialize_grads(false);
-    const bool carry_gradient = carry_in && carry_in->requires_grad();
-    if (z_in.requires_grad() || carry_gradient || hidden_in.requires_grad()) {
-      context->save_for_backward({z, hidden, inputs.carry});
-      context->saved_data["up"] = up;
-      context->saved_data["hidden_gradient"] = hidden_in.requires_grad();
-      inputs.save(context, carry_gradient);
+    if (z_in.requires_grad() || requires_grad(carry_in) || maa_in.requires_grad() || hidden_in.requires_grad() ||
+        up_in.requires_grad()) {
+      context->save_for_backward({z, inputs.carry, kept(context, "maa", maa_in),
+                                  keeps_modulation ? modulation : Tensor(),
+                                  !keeps_modulation || up_in.requires_grad() ? hidden : Tensor(),
+                                  kept(context, "up", up_in)});
+      inputs.save(context);
     }
     return outputs;
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
     refuse_double_backward();
+    const Tensor any = any_of(grad_outputs);
+    if (!any.defined()) return variable_list(8);
+    const c10::cuda::CUDAGuard guard(any.device());
     const auto saved = context->get_saved_variables();
-    const Tensor &z = saved[0], &hidden = saved[1];
-    const Tensor up = context->saved_data["up"].toTensor();
-    const c10::cuda::CUDAGuard guard(z.device());
-    const ShiftGradients gradients =
-        shift_mix_gradients(context, grad_outputs, z, saved[2], at::bmm(by_mix(hidden, up), up),
-                            context->saved_data["hidden_gradient"].toBool());
-    Tensor grad_hidden;
-    if (gradients.modulation.defined()) {
-      grad_hidden = at::empty_like(hidden);
+    const Tensor &z = saved[0], &carry = saved[1], &hidden = saved[4];
+    Asked asked(context);
+    const bool of_z = asked.next(), of_carry = asked.next(carry.defined()), of_maa = asked.next();
+    const bool of_hidden = asked.next(), of_up = asked.next();
+    const Tensor maa = kept_parameter(context, "maa", saved[2]), up = kept_parameter(context, "up", saved[5]);
+    Tensor modulation = saved[3];
+    if (!modulation.defined() && (of_z || of_carry || of_hidden || of_up)) modulation = at::bmm(by_mix(hidden, up), up);
+    const ShiftGradients gradients(context, grad_outputs, z, carry, maa, modulation, of_z, of_carry, of_maa,
+                                   of_hidden || of_up);
+    Tensor grad_hidden, grad_up;
+    if (of_hidden) {
+      grad_hidden = at::empty({z.size(0), z.size(1), up.size(0) * up.size(1)}, z.options());
       Tensor by_mixes = by_mix(grad_hidden, up);
       at::bmm_out(by_mixes, gradients.modulation, up.transpose(1, 2));
     }
-    return {gradients.z, gradients.carry, Tensor(), grad_hidden, Tensor(), Tensor(), Tensor()};
+    if (of_up) grad_up = at::bmm(by_mix(hidden, up).transpose(1, 2), gradients.modulation, at::kFloat);
+    return {gradients.z, gradients.carry, gradients.maa, grad_hidden, grad_up, Tensor(), Tensor(), Tensor()};
   }
 };
 
@@ -260,7 +331,7 @@ class GroupNormSiluGate : public torch::autograd::Function<GroupNormSiluGate> {
                         const Tensor& bias_in, double eps) {
     const c10::cuda::CUDAGuard guard(y_in.device());
     const Tensor y = prepared(y_in, "y"), gate = prepared(gate_in, "gate");
-    const Tensor weight = prepared(weight_in, "weight"), bias = prepared(bias_in, "bias");
+    const Tensor weight = prepared_parameter(weight_in, "weight"), bias = prepared_parameter(bias_in, "bias");
     require(y.dim() == 4, "y has ", y.dim(), " dimensions, expected [batch, tokens, heads, head size]");
     const int64_t head_size = y.size(3), channels = y.size(2) * head_size;
     require(head_size == 16 || head_size == 32 || head_size == 64 || head_size == 128, "the head size is ", head_size,
@@ -275,10 +346,8 @@ class GroupNormSiluGate : public torch::autograd::Function<GroupNormSiluGate> {
                      mutable_pointer(output), static_cast<int>(y.size(0) * y.size(1)), static_cast<int>(channels),
                      static_cast<int>(head_size), c10::cuda::getCurrentCUDAStream()),
                  "group_norm_silu_gate");
-    if (y_in.requires_grad() || gate_in.requires_grad()) {
-      context->save_for_backward({y, gate});
-      context->saved_data["weight"] = weight;
-      context->saved_data["bias"] = bias;
+    if (y_in.requires_grad() || gate_in.requires_grad() || weight_in.requires_grad() || bias_in.requires_grad()) {
+      context->save_for_backward({y, gate, kept(context, "weight", weight_in), kept(context, "bias", bias_in)});
       context->saved_data["eps"] = eps;
     }
     return output;
@@ -288,17 +357,33 @@ class GroupNormSiluGate : public torch::autograd::Function<GroupNormSiluGate> {
     refuse_double_backward();
     const auto saved = context->get_saved_variables();
     const Tensor &y = saved[0], &gate = saved[1];
-    const Tensor weight = context->saved_data["weight"].toTensor(), bias = context->saved_data["bias"].toTensor();
+    Asked asked(context);
+    const bool of_y = asked.next(), of_gate = asked.next(), of_weight = asked.next(), of_bias = asked.next();
     const c10::cuda::CUDAGuard guard(y.device());
     const Tensor grad_output = prepared(grad_outputs[0], "the gradient of group_norm_silu_gate");
-    const Tensor grad_y = at::empty_like(y), grad_gate = at::empty_like(gate);
-    check_launch(elementwise::group_norm_silu_gate_backward(
-                     pointer(y), pointer(gate), pointer(weight), pointer(bias),
-                     static_cast<float>(context->saved_data["eps"].toDouble()), pointer(grad_output),
-                     mutable_pointer(grad_y), mutable_pointer(grad_gate), static_cast<int>(y.size(0) * y.size(1)),
-                     static_cast<int>(gate.size(2)), static_cast<int>(y.size(3)), c10::cuda::getCurrentCUDAStream()),
-                 "group_norm_silu_gate backward");
-    return {grad_y, grad_gate, Tensor(), Tensor(), Tensor()};
+    const float eps = static_cast<float>(context->saved_data["eps"].toDouble());
+    const int rows = static_cast<int>(y.size(0) * y.size(1)), channels = static_cast<int>(gate.size(2));
+    const int head_size = static_cast<int>(y.size(3));
+    const auto stream = c10::cuda::getCurrentCUDAStream();
+    Tensor grad_y, grad_gate;
+    if (of_y || of_gate) {
+      const Tensor weight = kept_parameter(context, "weight", saved[2]);
+      const Tensor bias = kept_parameter(context, "bias", saved[3]);
+      grad_y = at::empty_like(y);
+      grad_gate = at::empty_like(gate);
+      check_launch(elementwise::group_norm_silu_gate_backward(
+                       pointer(y), pointer(gate), pointer(weight), pointer(bias), eps, pointer(grad_output),
+                       mutable_pointer(grad_y), mutable_pointer(grad_gate), rows, channels, head_size, stream),
+                   "group_norm_silu_gate backward");
+    }
+    const auto [grad_weight, grad_bias] = norm_gradients(
+        of_weight, of_bias, y, rows, channels,
+        [&](const elementwise::NormSums& sums) {
+          return elementwise::group_norm_silu_gate_sums(pointer(y), pointer(gate), eps, pointer(grad_output), rows,
+                                                        channels, head_size, sums, stream);
+        },
+        "group_norm_silu_gate backward for weight and bias");
+    return {grad_y, grad_gate, grad_weight, grad_bias, Tensor()};
   }
 };
 
@@ -309,7 +394,7 @@ class AddNorm : public torch::autograd::Function<AddNorm> {
                                const Tensor& weight_in, const Tensor& bias_in, double eps) {
     const c10::cuda::CUDAGuard guard(x_in.device());
     const Tensor x = prepared(x_in, "x");
-    const Tensor weight = prepared(weight_in, "weight"), bias = prepared(bias_in, "bias");
+    const Tensor weight = prepared_parameter(weight_in, "weight"), bias = prepared_parameter(bias_in, "bias");
     require(x.dim() >= 1, "x has no dimension, expected [..., channels]");
     const int64_t channels = x.size(-1);
     require(channels > 0 && channels <= elementwise::kMostNormChannels, "x has ", channels, " channels, expected 1 to ",
@@ -332,37 +417,49 @@ class AddNorm : public torch::autograd::Function<AddNorm> {
                      static_cast<int>(rows), static_cast<int>(channels), c10::cuda::getCurrentCUDAStream()),
                  "add_norm");
     context->set_materialize_grads(false);
-    if (x_in.requires_grad() || (delta_in && delta_in->requires_grad())) {
-      context->save_for_backward({sum, statistics});
-      context->saved_data["weight"] = weight;
+    const bool sum_has_gradient = x_in.requires_grad() || requires_grad(delta_in);
+    const Tensor total = delta_in ? sum : x_in.detach();
+    if (!sum_has_gradient) context->mark_non_differentiable({total});
+    if (sum_has_gradient || weight_in.requires_grad() || bias_in.requires_grad()) {
+      context->save_for_backward({sum, statistics, kept(context, "weight", weight_in)});
       context->saved_data["adds"] = delta_in.has_value();
     }
-    return {delta_in ? sum : x_in.detach(), normed};
+    return {total, normed};
   }
 
   static variable_list backward(AutogradContext* context, const variable_list& grad_outputs) {
     refuse_double_backward();
-    variable_list result(5);
     const bool adds = context->saved_data["adds"].toBool();
-    Tensor grad_x = grad_outputs[0];
+    Asked asked(context);
+    const bool of_x = asked.next(), of_delta = asked.next(adds), of_weight = asked.next(), of_bias = asked.next();
+    Tensor grad_x = grad_outputs[0], grad_weight, grad_bias;
     if (grad_outputs[1].defined()) {
       const auto saved = context->get_saved_variables();
       const Tensor &sum = saved[0], &statistics = saved[1];
-      const Tensor weight = context->saved_data["weight"].toTensor();
       const c10::cuda::CUDAGuard guard(sum.device());
       const Tensor grad_normed = prepared(grad_outputs[1], "the gradient of add_norm");
-      Tensor grad_sum;
-      if (grad_outputs[0].defined()) grad_sum = prepared(grad_outputs[0], "the gradient of add_norm's sum");
-      grad_x = at::empty_like(sum);
-      check_launch(elementwise::add_norm_backward(pointer(sum), statistics.const_data_ptr<float>(), pointer(weight),
-                                                  pointer(grad_normed), pointer(grad_sum), mutable_pointer(grad_x),
-                                                  static_cast<int>(statistics.size(1)),
-                                                  static_cast<int>(weight.size(0)), c10::cuda::getCurrentCUDAStream()),
-                   "add_norm backward");
+      const float* row_statistics = statistics.const_data_ptr<float>();
+      const int rows = static_cast<int>(statistics.size(1)), channels = static_cast<int>(sum.size(-1));
+      const auto stream = c10::cuda::getCurrentCUDAStream();
+      if (of_x || of_delta) {
+        const Tensor weight = kept_parameter(context, "weight", saved[2]);
+        Tensor grad_sum;
+        if (grad_outputs[0].defined()) grad_sum = prepared(grad_outputs[0], "the gradient of add_norm's sum");
+        grad_x = at::empty_like(sum);
+        check_launch(
+            elementwise::add_norm_backward(pointer(sum), row_statistics, pointer(weight), pointer(grad_normed),
+                                           pointer(grad_sum), mutable_pointer(grad_x), rows, channels, stream),
+            "add_norm backward");
+      }
+      std::tie(grad_weight, grad_bias) = norm_gradients(
+          of_weight, of_bias, sum, rows, channels,
+          [&](const elementwise::NormSums& sums) {
+            return elementwise::add_norm_sums(pointer(sum), row_statistics, pointer(grad_normed), rows, channels, sums,
+                                              stream);
+          },
+          "add_norm backward for weight and bias");
     }
-    result[0] = grad_x;
-    if (adds) result[1] = grad_x;
-    return result;
+    return {grad_x, adds ? grad_x : Tensor(), grad_weight, grad_bias, Tensor()};
   }
 };
 
@@ -455,8 +552,8 @@ std::vector<Tensor> shift_mixes(const Tensor& z, const std::optional<Tensor>& ca
 
 std::vector<Tensor> modulated_shift_mixes(const Tensor& z, const std::optional<Tensor>& carry, const Tensor& maa,
                                           const Tensor& hidden, const Tensor& up, const std::optional<Tensor>& previous,
-                                          const std::optional<Tensor>& children) {
-  return ModulatedShiftMix::apply(z, carry, maa, hidden, up, previous, children);
+                                          const std::optional<Tensor>& children, bool keeps_modulation) {
+  return ModulatedShiftMix::apply(z, carry, maa, hidden, up, previous, children, keeps_modulation);
 }
 
 Tensor group_norm_silu_gate(const Tensor& y, const Tensor& gate, const Tensor& weight, const Tensor& bias, double eps) {

@@ -8,7 +8,7 @@ using namespace wkv6;
 
 dim3 grid_of(const Wkv6Layout& layout) { return dim3(layout.heads, layout.items); }
 
-bool is_segmented(const Wkv6Layout& layout) { return layout.segment_tokens < layout.tokens; }
+bool is_split(const Wkv6Layout& layout) { return layout.span_tokens < layout.tokens; }
 
 template <bool kBackward>
 cudaError_t summarise(const Summary& arguments, cudaStream_t stream) {
@@ -31,9 +31,9 @@ static_assert(kBackwardSharedBytes <= 99 * 1024, "what a block may have on sm_86
 }  // namespace
 
 cudaError_t wkv6_forward(const Wkv6Forward& a, cudaStream_t stream) {
-  if (is_segmented(a.layout)) {
+  if (is_split(a.layout)) {
     const cudaError_t error =
-        summarise<false>({a.layout, a.k, a.w_raw, a.v, a.segment_states, a.segment_decays, false}, stream);
+        summarise<false>({a.layout, a.k, a.w_raw, a.v, a.span_states, a.span_decays, false}, stream);
     if (error != cudaSuccess) return error;
   }
   forward_kernel<<<grid_of(a.layout), kThreads, kForwardSharedBytes, stream>>>(a);
@@ -42,9 +42,9 @@ cudaError_t wkv6_forward(const Wkv6Forward& a, cudaStream_t stream) {
 
 cudaError_t wkv6_backward(const Wkv6Backward& a, cudaStream_t stream) {
   const bool only_state = a.dr == nullptr;
-  if (only_state || is_segmented(a.layout)) {
+  if (only_state || is_split(a.layout)) {
     const cudaError_t error =
-        summarise<true>({a.layout, a.r, a.w_raw, a.dy, a.segment_states, a.segment_decays, only_state}, stream);
+        summarise<true>({a.layout, a.r, a.w_raw, a.dy, a.span_states, a.span_decays, only_state}, stream);
     if (error != cudaSuccess) return error;
   }
   if (only_state) {

@@ -12,14 +12,14 @@ constexpr int kWkv6HeadSize = 64;
 constexpr int kWkv6TileTokens = 16;
 constexpr int kWkv6ChunkTokens = 64;  // a state checkpoint stands at the start of each chunk
 
-// How the tokens divide into sequences, and the sequences into segments that different blocks work on.
+// How the tokens divide into sequences, and the sequences into spans that different blocks work on.
 struct Wkv6Layout {
   int heads;
   int sequences;
   int tokens;              // of one sequence; with borders: of all
   const int32_t* borders;  // [S + 1] for packed sequences, else null
-  int segment_tokens;      // a multiple of kWkv6ChunkTokens
-  int items;               // segments of all sequences; with borders an upper bound
+  int span_tokens;         // a multiple of kWkv6ChunkTokens
+  int items;               // spans of all sequences; with borders an upper bound
 };
 
 struct Wkv6Forward {
@@ -34,8 +34,8 @@ struct Wkv6Forward {
   float* final_state;      // [S, H, 64, 64]
   void* checkpoints;       // bf16 [chunks, H, 64, 64] in the kernel's own order, or null when no backward follows
   void* pair_weights;      // bf16 [chunks, H, 4, 16, 16], likewise
-  float* segment_states;   // [items, H, 64, 64] and
-  float* segment_decays;   // [items, H, 64]: scratch, only for more than one segment per sequence
+  float* span_states;      // [items, H, 64, 64] and
+  float* span_decays;      // [items, H, 64]: scratch, only for more than one span per sequence
 };
 
 struct Wkv6Backward {
@@ -49,8 +49,8 @@ struct Wkv6Backward {
   void *dr, *dk, *dv, *dw_raw;  // bf16 [B, T, H, 64]; all null when only the state's gradient is wanted
   float* du;                    // [items, H, 64], to be summed over items, or null
   float* dstate;                // [S, H, 64, 64] or null
-  float* segment_states;        // as above
-  float* segment_decays;
+  float* span_states;           // as above
+  float* span_decays;
 };
 
 cudaError_t wkv6_forward(const Wkv6Forward& arguments, cudaStream_t stream);

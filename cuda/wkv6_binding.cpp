@@ -24,7 +24,7 @@ using torch::autograd::variable_list;
 
 constexpr int64_t kSize = kWkv6HeadSize;
 constexpr int64_t kMostRows = int64_t{1} << 27;  // the kernels number 4-byte words with 32 bits
-constexpr int64_t kShortestSegment = 2 * kWkv6ChunkTokens;
+constexpr int64_t kShortestSpan = 2 * kWkv6ChunkTokens;
 // Blocks that fit on one multiprocessor of Hopper, as the kernels ask for.
 constexpr int64_t kForwardBlocks = 4;
 constexpr int64_t kBackwardBlocks = 2;
@@ -51,32 +51,32 @@ Tensor prepared(const Tensor& tensor) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Segments so short that the GPU is full, or whole sequences when these fill it.
-int64_t segment_tokens_for(const Tensor& r, int64_t blocks_per_multiprocessor) {
+// Spans so short that the GPU is full, or whole sequences when these fill it.
+int64_t span_tokens_for(const Tensor& r, int64_t blocks_per_multiprocessor) {
   const int64_t heads = r.size(2), all_tokens = r.size(0) * r.size(1);
   const int64_t blocks = blocks_per_multiprocessor * wkv6_multiprocessors(r.get_device());
   const int64_t wanted = ceil_div(ceil_div(all_tokens * heads, blocks), kWkv6ChunkTokens) * kWkv6ChunkTokens;
-  return std::max(wanted, kShortestSegment);
+  return std::max(wanted, kShortestSpan);
 }
 
-Wkv6Layout layout_of(const Tensor& r, const Tensor& borders, int64_t segment_tokens, int64_t blocks) {
+Wkv6Layout layout_of(const Tensor& r, const Tensor& borders, int64_t span_tokens, int64_t blocks) {
   const int64_t batch = r.size(0), tokens = r.size(1), heads = r.size(2);
   require(batch * tokens * heads < kMostRows, "r has ", batch * tokens * heads, " rows of 64, expected fewer than ",
           kMostRows);
-  if (segment_tokens == 0) segment_tokens = segment_tokens_for(r, blocks);
-  require(segment_tokens > 0 && segment_tokens % kWkv6ChunkTokens == 0, "segment_tokens is ", segment_tokens,
+  if (span_tokens == 0) span_tokens = span_tokens_for(r, blocks);
+  require(span_tokens > 0 && span_tokens % kWkv6ChunkTokens == 0, "span_tokens is ", span_tokens,
           ", expected a multiple of ", kWkv6ChunkTokens);
-  segment_tokens = std::min(segment_tokens, ceil_div(tokens, kWkv6ChunkTokens) * kWkv6ChunkTokens);
+  span_tokens = std::min(span_tokens, ceil_div(tokens, kWkv6ChunkTokens) * kWkv6ChunkTokens);
   const int64_t sequences = borders.defined() ? borders.size(0) - 1 : batch;
   const int64_t items =
-      borders.defined() ? tokens / segment_tokens + sequences : batch * ceil_div(tokens, segment_tokens);
-  require(items <= 65535, "there are ", items, " segments of sequences, more than a grid can have; use fewer rows");
+      borders.defined() ? tokens / span_tokens + sequences : batch * ceil_div(tokens, span_tokens);
+  require(items <= 65535, "there are ", items, " spans of sequences, more than a grid can have; use fewer rows");
   Wkv6Layout layout{};
   layout.heads = static_cast<int>(heads);
   layout.sequences = static_cast<int>(sequences);
   layout.tokens = static_cast<int>(tokens);
   layout.borders = borders.defined() ? borders.const_data_ptr<int32_t>() : nullptr;
-  layout.segment_tokens = static_cast<int>(segment_tokens);
+  layout.span_tokens = static_cast<int>(span_tokens);
   layout.items = static_cast<int>(items);
   return layout;
 }
@@ -110,9 +110,9 @@ struct Kept {
 
 // Writes y and returns the final states; with `kept` also writes what the backward needs. `parents`: see Wkv6Forward.
 Tensor run_forward(const Tokens& tokens, const Tensor& u, const Tensor& state, const Tensor& parents,
-                   int64_t segment_tokens, const Tensor& y, Kept* kept) {
+                   int64_t span_tokens, const Tensor& y, Kept* kept) {
   const Tensor &r = tokens.r, &borders = tokens.borders;
-  const Wkv6Layout layout = layout_of(r, borders, segment_tokens, kForwardBlocks);
+  const Wkv6Layout layout = layout_of(r, borders, span_tokens, kForwardBlocks);
   const int64_t heads = layout.heads, sequences = layout.sequences;
   const auto floats = r.options().dtype(at::kFloat);
   const Tensor final_state = at::empty({sequences, heads, kSize, kSize}, floats);
@@ -123,7 +123,7 @@ Tensor run_forward(const Tokens& tokens, const Tensor& u, const Tensor& state, c
     kept->checkpoints = at::empty({chunks, heads, kSize, kSize}, r.options());
     kept->pair_weights = at::empty({chunks, heads, tiles, kWkv6TileTokens, kWkv6TileTokens}, r.options());
   }
-  const Scratch scratch(layout, floats, layout.segment_tokens < layout.tokens);
+  const Scratch scratch(layout, floats, layout.span_tokens < layout.tokens);
 
   Wkv6Forward arguments{};
   arguments.layout = layout;
@@ -140,8 +140,8 @@ Tensor run_forward(const Tokens& tokens, const Tensor& u, const Tensor& state, c
   arguments.final_state = final_state.mutable_data_ptr<float>();
   arguments.checkpoints = kept != nullptr ? kept->checkpoints.mutable_data_ptr() : nullptr;
   arguments.pair_weights = kept != nullptr ? kept->pair_weights.mutable_data_ptr() : nullptr;
-  arguments.segment_states = scratch.states_pointer();
-  arguments.segment_decays = scratch.decays_pointer();
+  arguments.span_states = scratch.states_pointer();
+  arguments.span_decays = scratch.decays_pointer();
   check_launch(wkv6_forward(arguments, c10::cuda::getCurrentCUDAStream()), "wkv6_forward");
   return final_state;
 }
@@ -154,22 +154,22 @@ struct Gradients {
 
 // `kept` is read when the tokens' gradients are wanted; `dfinal` may be undefined. u's gradient is replaced.
 void run_backward(const Tokens& tokens, const Tensor& u, const Kept& kept, const Tensor& dy, const Tensor& dfinal,
-                  int64_t segment_tokens, Gradients& gradients, bool wants_u) {
+                  int64_t span_tokens, Gradients& gradients, bool wants_u) {
   const bool wants_tokens = gradients.tokens.r.defined();
   if (!wants_tokens && !gradients.state.defined()) return;
   const Tensor& r = tokens.r;
   const auto floats = r.options().dtype(at::kFloat);
   const Wkv6Layout layout =
-      layout_of(r, tokens.borders, segment_tokens, wants_tokens ? kBackwardBlocks : kForwardBlocks);
-  const Scratch scratch(layout, floats, !wants_tokens || layout.segment_tokens < layout.tokens);
+      layout_of(r, tokens.borders, span_tokens, wants_tokens ? kBackwardBlocks : kForwardBlocks);
+  const Scratch scratch(layout, floats, !wants_tokens || layout.span_tokens < layout.tokens);
   Wkv6Backward arguments{};
   arguments.layout = layout;
   arguments.r = r.const_data_ptr();
   arguments.w_raw = tokens.w_raw.const_data_ptr();
   arguments.dy = dy.const_data_ptr();
   arguments.dfinal_state = dfinal.defined() ? dfinal.const_data_ptr<float>() : nullptr;
-  arguments.segment_states = scratch.states_pointer();
-  arguments.segment_decays = scratch.decays_pointer();
+  arguments.span_states = scratch.states_pointer();
+  arguments.span_decays = scratch.decays_pointer();
   arguments.dstate = gradients.state.defined() ? gradients.state.mutable_data_ptr<float>() : nullptr;
   Tensor du;
   if (wants_tokens) {
@@ -232,16 +232,16 @@ class Wkv6 : public torch::autograd::Function<Wkv6> {
  public:
   static variable_list forward(AutogradContext* ctx, const Tensor& r, const Tensor& k, const Tensor& v,
                                const Tensor& w_raw, const Tensor& u, const Tensor& state,
-                               const std::optional<Tensor>& borders, int64_t segment_tokens,
+                               const std::optional<Tensor>& borders, int64_t span_tokens,
                                bool tokens_need_gradient) {
     const c10::cuda::CUDAGuard guard(r.device());
     const Tokens tokens{r, k, v, w_raw, borders.value_or(Tensor())};
     const Tensor y = at::empty_like(r);
     Kept kept;
     const Tensor final_state =
-        run_forward(tokens, u, state, Tensor(), segment_tokens, y, tokens_need_gradient ? &kept : nullptr);
+        run_forward(tokens, u, state, Tensor(), span_tokens, y, tokens_need_gradient ? &kept : nullptr);
     ctx->set_materialize_grads(false);
-    ctx->saved_data["segment_tokens"] = segment_tokens;
+    ctx->saved_data["span_tokens"] = span_tokens;
     ctx->saved_data["state_is_shared"] = state.dim() == 3;
     ctx->saved_data["tokens"] = tokens_need_gradient;
     if (tokens_need_gradient) {
@@ -273,7 +273,7 @@ class Wkv6 : public torch::autograd::Function<Wkv6> {
       const int64_t sequences = tokens.borders.defined() ? tokens.borders.size(0) - 1 : r.size(0);
       gradients.state = at::empty({sequences, r.size(2), kSize, kSize}, r.options().dtype(at::kFloat));
     }
-    run_backward(tokens, u, kept, output_gradient(outputs[0], r), dfinal, ctx->saved_data["segment_tokens"].toInt(),
+    run_backward(tokens, u, kept, output_gradient(outputs[0], r), dfinal, ctx->saved_data["span_tokens"].toInt(),
                  gradients, ctx->needs_input_grad(kU));
     return input_gradients(gradients, u, ctx->saved_data["state_is_shared"].toBool(), kInputs + 3);
   }
@@ -401,7 +401,7 @@ struct Checked {
 
 std::tuple<Tensor, Tensor> wkv6(const Tensor& r, const Tensor& k, const Tensor& v, const Tensor& w_raw, const Tensor& u,
                                 const Tensor& state, const std::optional<Tensor>& borders_given,
-                                int64_t segment_tokens) {
+                                int64_t span_tokens) {
   const Checked given(r, k, v, w_raw, u, state);
   std::optional<Tensor> borders;  // absent, not undefined: an undefined input breaks the autograd node
   if (borders_given) borders = given.borders(*borders_given, "cu_seqlens");
@@ -410,11 +410,11 @@ std::tuple<Tensor, Tensor> wkv6(const Tensor& r, const Tensor& k, const Tensor& 
     const c10::cuda::CUDAGuard guard(given.r.device());
     const Tensor y = at::empty_like(given.r);
     const Tokens tokens{given.r, given.k, given.v, given.w_raw, borders.value_or(Tensor())};
-    const Tensor final_state = run_forward(tokens, given.u, given.state, Tensor(), segment_tokens, y, nullptr);
+    const Tensor final_state = run_forward(tokens, given.u, given.state, Tensor(), span_tokens, y, nullptr);
     return {y, final_state};
   }
   const variable_list results = Wkv6::apply(given.r, given.k, given.v, given.w_raw, given.u, given.state, borders,
-                                            segment_tokens, given.tokens_need_gradient());
+                                            span_tokens, given.tokens_need_gradient());
   return {results[0], results[1]};
 }
 
@@ -445,7 +445,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
   // Wrapped, because it keeps the types of torch's exceptions, that of memory running out above all.
   module.def("wkv6", torch::wrap_pybind_function(wkv6), "y and final state of the RWKV-6 recurrence",
              pybind11::arg("r"), pybind11::arg("k"), pybind11::arg("v"), pybind11::arg("w_raw"), pybind11::arg("u"),
-             pybind11::arg("state"), pybind11::arg("cu_seqlens") = std::nullopt, pybind11::arg("segment_tokens") = 0);
+             pybind11::arg("state"), pybind11::arg("cu_seqlens") = std::nullopt, pybind11::arg("span_tokens") = 0);
   module.def("wkv6_branching", torch::wrap_pybind_function(wkv6_branching),
              "y, and final states of the roots, of sequences that continue others");
 }

@@ -1,6 +1,6 @@
-// The WKV6 kernels: forward, backward, and the pass that summarises a segment.
+// The WKV6 kernels: forward, backward, and the pass that summarises a span.
 //
-// One block of 4 warps works on one item: one head of one sequence, or of a segment of it. It walks over tiles of 16
+// One block of 4 warps works on one item: one head of one sequence, or of a span of it. It walks over tiles of 16
 // tokens with the running state (or its gradient) in float registers. Inside a tile all products run on tensor cores.
 //
 // For tokens j < i of a tile the decays between them multiply to D[i, j]. The tile is halved again and again; at the
@@ -41,22 +41,22 @@ WKV6_DEVICE int ceil_div(int a, int b) { return (a + b - 1) / b; }
 // What one block works on.
 struct Item {
   int sequence;
-  int segment;      // of its sequence
-  int segments;     // of its sequence
-  int first_item;   // item of the sequence's segment 0
+  int span;         // of its sequence
+  int spans;        // of its sequence
+  int first_item;   // item of the sequence's span 0
   int begin;        // first token, as a row of the [B * T] tokens
   int length;       // tokens; 0 only for an empty sequence
-  int first_chunk;  // slot of its first checkpoint
+  int first_chunk;  // its first checkpoint
 };
 
 WKV6_DEVICE bool find_item(const Wkv6Layout& layout, int index, Item& item) {
   int begin = 0, length = layout.tokens, chunks = 0;
   item.first_item = 0;
   if (layout.borders == nullptr) {
-    const int segments = ceil_div(length, layout.segment_tokens);
-    item.sequence = index / segments;
-    item.segments = segments;
-    item.first_item = item.sequence * segments;
+    const int spans = ceil_div(length, layout.span_tokens);
+    item.sequence = index / spans;
+    item.spans = spans;
+    item.first_item = item.sequence * spans;
     begin = item.sequence * length;
     chunks = item.sequence * ceil_div(length, kChunk);
   } else {
@@ -65,18 +65,18 @@ WKV6_DEVICE bool find_item(const Wkv6Layout& layout, int index, Item& item) {
       if (sequence == layout.sequences) return false;
       begin = layout.borders[sequence];
       length = layout.borders[sequence + 1] - begin;
-      item.segments = length > 0 ? ceil_div(length, layout.segment_tokens) : 1;
-      if (index < item.first_item + item.segments) break;
-      item.first_item += item.segments;
+      item.spans = length > 0 ? ceil_div(length, layout.span_tokens) : 1;
+      if (index < item.first_item + item.spans) break;
+      item.first_item += item.spans;
       chunks += ceil_div(length, kChunk);
     }
     item.sequence = sequence;
   }
-  item.segment = index - item.first_item;
-  const int offset = item.segment * layout.segment_tokens;
+  item.span = index - item.first_item;
+  const int offset = item.span * layout.span_tokens;
   const int rest = length - offset;
   item.begin = begin + offset;
-  item.length = rest < layout.segment_tokens ? rest : layout.segment_tokens;
+  item.length = rest < layout.span_tokens ? rest : layout.span_tokens;
   item.first_chunk = chunks + offset / kChunk;
   return true;
 }
@@ -231,10 +231,10 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
       state[n][0] = low.x, state[n][1] = low.y, state[n][2] = high.x, state[n][3] = high.y;
     }
 #pragma unroll 2
-    for (int before = 0; before < item.segment; ++before) {
+    for (int before = 0; before < item.span; ++before) {
       const size_t at = static_cast<size_t>(item.first_item + before) * heads + head;
-      const float* added = a.segment_states + at * kStateValues + own;
-      const float* decay = a.segment_decays + at * kN + pair;
+      const float* added = a.span_states + at * kStateValues + own;
+      const float* decay = a.span_decays + at * kN + pair;
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const float2 w = *reinterpret_cast<const float2*>(decay + 8 * n);
@@ -390,8 +390,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
         rounded[n][1] = pack(state[n][2], state[n][3]);
       }
       if (a.checkpoints != nullptr && tile % kTilesPerChunk == 0) {
-        const size_t slot = static_cast<size_t>(item.first_chunk + tile / kTilesPerChunk) * heads + head;
-        uint4* to = static_cast<uint4*>(a.checkpoints) + slot * (kStateValues / 8) + warp * 128 + lane;
+        const size_t checkpoint = static_cast<size_t>(item.first_chunk + tile / kTilesPerChunk) * heads + head;
+        uint4* to = static_cast<uint4*>(a.checkpoints) + checkpoint * (kStateValues / 8) + warp * 128 + lane;
 #pragma unroll
         for (int n = 0; n < 4; ++n)
           to[n * 32] = make_uint4(rounded[2 * n][0], rounded[2 * n][1], rounded[2 * n + 1][0], rounded[2 * n + 1][1]);
@@ -431,8 +431,8 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
     if (a.pair_weights != nullptr && (tile & 3) == warp) {
       uint32_t turned[4];
       load_matrices_transposed(shared + kForwardPairs + upper_first * kPairRowBytes + upper_piece * 16, turned);
-      const size_t slot = static_cast<size_t>(item.first_chunk + tile / kTilesPerChunk) * heads + head;
-      static_cast<uint4*>(a.pair_weights)[(slot * kTilesPerChunk + tile % kTilesPerChunk) * 32 + lane] =
+      const size_t checkpoint = static_cast<size_t>(item.first_chunk + tile / kTilesPerChunk) * heads + head;
+      static_cast<uint4*>(a.pair_weights)[(checkpoint * kTilesPerChunk + tile % kTilesPerChunk) * 32 + lane] =
           make_uint4(turned[0], turned[1], turned[2], turned[3]);
     }
     // y takes the place of v, of which this warp alone reads these columns.
@@ -444,7 +444,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
     retire(tiles - 1);
   }
 
-  if (item.segment == item.segments - 1) {
+  if (item.span == item.spans - 1) {
     float* to = a.final_state + (static_cast<size_t>(item.sequence) * heads + head) * kStateValues + own;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
@@ -455,7 +455,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
 }
 
 // ---------------------------------------------------------------------------------------------------------------------
-// Backward and segment summaries. Warps own 16 key channels each. A thread holds, of a tile, channels 16 warp + row and
+// Backward and span summaries. Warps own 16 key channels each. A thread holds, of a tile, channels 16 warp + row and
 // + 8 (index c), tokens 8 h + pair + e (halves h, neighbours e): the layout in which a tile loaded transposed arrives,
 // in which the tensor cores want operands channel x token, and in which they deliver results channel x token.
 // ---------------------------------------------------------------------------------------------------------------------
@@ -542,12 +542,12 @@ WKV6_DEVICE size_t own_state_offset() {
   return static_cast<size_t>(2 * (lane & 3)) * kN + 16 * warp + (lane >> 2);
 }
 
-// Continues `gradient` (after the item's sequence) to the end of segment `segment`.
-WKV6_DEVICE void fold_later_segments(float (&gradient)[8][4], const float* states, const float* decays,
-                                     const Item& item, int segment, int heads, int head) {
+// Continues `gradient` (after the item's sequence) to the end of span `span`.
+WKV6_DEVICE void fold_later_spans(float (&gradient)[8][4], const float* states, const float* decays,
+                                  const Item& item, int span, int heads, int head) {
   const int warp = threadIdx.x >> 5, row = (threadIdx.x & 31) >> 2;
 #pragma unroll 2
-  for (int after = item.segments - 1; after > segment; --after) {
+  for (int after = item.spans - 1; after > span; --after) {
     const size_t at = static_cast<size_t>(item.first_item + after) * heads + head;
     const float* added = states + at * kStateValues + own_state_offset();
     const float whole0 = decays[at * kN + 16 * warp + row], whole1 = decays[at * kN + 16 * warp + row + 8];
@@ -576,7 +576,7 @@ WKV6_DEVICE void store_state(float* to, const float (&state)[8][4]) {
     for (int i = 0; i < 4; ++i) to[own_state_offset() + (8 * n + (i & 1)) * kN + (i >> 1) * 8] = state[n][i];
 }
 
-// What a segment does to a state that passes through it: state' = decay * state + added. Forward in time from k, w_raw,
+// What a span does to a state that passes through it: state' = decay * state + added. Forward in time from k, w_raw,
 // v; for gradients (kBackward), which pass backward in time, from r, w_raw, dy. Tiles are read in the opposite
 // direction to the state's, so that the tiles which the next kernel wants first are the last to have come into the L2
 // cache.
@@ -584,7 +584,7 @@ struct Summary {
   Wkv6Layout layout;
   const void *operand, *w_raw, *rows;
   float *added, *decay;
-  bool of_all;  // also of the segment (forward the last, backward the first) after which no other comes
+  bool of_all;  // also of the span (forward the last, backward the first) after which no other comes
 };
 
 constexpr int kSummaryStages = 4;
@@ -595,7 +595,7 @@ __global__ void __launch_bounds__(kThreads, 6) summary_kernel(const Summary a) {
   const int head = blockIdx.x, heads = a.layout.heads;
   Item item;
   if (!find_item(a.layout, blockIdx.y, item)) return;
-  if (!a.of_all && item.segment == (kBackward ? 0 : item.segments - 1)) return;
+  if (!a.of_all && item.span == (kBackward ? 0 : item.spans - 1)) return;
   const uint32_t shared = shared_base();
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = lane >> 2;
   const int tiles = ceil_div(item.length, kTile);
@@ -654,20 +654,20 @@ __global__ void __launch_bounds__(kThreads, 6) summary_kernel(const Summary a) {
   }
 }
 
-// dstate from the summaries of all segments; for when no other gradient is wanted.
+// dstate from the summaries of all spans; for when no other gradient is wanted.
 __global__ void __launch_bounds__(kThreads) fold_kernel(const Wkv6Backward a) {
   const int head = blockIdx.x, heads = a.layout.heads;
-  // The item of a sequence's segment 0 is found by walking, as the other kernels do.
+  // The item of a sequence's span 0 is found by walking, as the other kernels do.
   Item item;
   for (int index = 0;; ++index) {
     if (!find_item(a.layout, index, item)) return;
     if (item.sequence == static_cast<int>(blockIdx.y)) break;
-    index = item.first_item + item.segments - 1;
+    index = item.first_item + item.spans - 1;
   }
   const size_t at = (static_cast<size_t>(item.sequence) * heads + head) * kStateValues;
   float gradient[8][4];
   load_state_gradient(gradient, a.dfinal_state == nullptr ? nullptr : a.dfinal_state + at);
-  fold_later_segments(gradient, a.segment_states, a.segment_decays, item, -1, heads, head);
+  fold_later_spans(gradient, a.span_states, a.span_decays, item, -1, heads, head);
   store_state(a.dstate + at, gradient);
 }
 
@@ -757,7 +757,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
   const size_t state_at = (static_cast<size_t>(item.sequence) * heads + head) * kStateValues;
   float gradient[8][4];  // E: own channels x values
   load_state_gradient(gradient, a.dfinal_state == nullptr ? nullptr : a.dfinal_state + state_at);
-  fold_later_segments(gradient, a.segment_states, a.segment_decays, item, item.segment, heads, head);
+  fold_later_spans(gradient, a.span_states, a.span_decays, item, item.span, heads, head);
 
   uint32_t offset[4];
   piece_offsets(offset);
@@ -1077,7 +1077,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
     retire(chunk, 0);
   }
 
-  if (a.dstate != nullptr && item.segment == 0) store_state(a.dstate + state_at, gradient);
+  if (a.dstate != nullptr && item.span == 0) store_state(a.dstate + state_at, gradient);
   if (kWithDu) {
 #pragma unroll
     for (int c = 0; c < 2; ++c) {

@@ -8,7 +8,8 @@ import difflib
 from collections.abc import Sequence
 from typing import NoReturn
 
-from src.config import UNSUPPORTED, TrainConfig
+from src.config import TrainConfig
+from src.config.flags import Flags
 from src.errors import ConfigError
 
 
@@ -46,64 +47,64 @@ class SuggestingParser(argparse.ArgumentParser):
         return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else f"; see {self.prog} -h")
 
 
-def train_parser() -> SuggestingParser:
-    """The parser of train.py: one flag per field of TrainConfig, texts left for it to convert."""
-    parser = SuggestingParser(
-        prog="train.py",
-        description="Tunes the initial state of an RWKV-6 model. Without any flag it runs the bundled demonstration.",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    _add_flags(parser, TrainConfig)
-    refused = parser.add_argument_group("accepted at their default only (flags of RWKV-LM-State-4bit)")
-    for name in UNSUPPORTED:
-        refused.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    return parser
-
-
 def given_train_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
     """The flags on train.py's command line as texts, only those given.
 
     Raises:
         ConfigError: for unknown flags or missing values.
     """
-    return dict(vars(train_parser().parse_args(arguments)))
+    parser = SuggestingParser(
+        prog="train.py",
+        description="Tunes the initial state of an RWKV-6 model. Without any flag it runs the bundled demonstration.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return _given(parser, TrainConfig, arguments)
 
 
-def _add_flags(parser: SuggestingParser, config_class: type) -> None:
-    """One flag per field of a configuration, in the groups the fields name; texts left for it to convert."""
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for spec in dataclasses.fields(config_class):
-        title = spec.metadata["group"]
-        if title not in groups:
-            groups[title] = parser.add_argument_group(title)
-        groups[title].add_argument(
-            f"--{spec.name}",
-            metavar=_metavar(spec),
-            default=argparse.SUPPRESS,
-            help=_help(spec).replace("%", "%%"),
-        )
-
-
-def given_flags(config_class: type, prog: str, description: str) -> dict[str, str]:
-    """The flags on the command line of a script whose flags are the fields of `config_class`; only those given.
+def given_flags(config_class: type[Flags], prog: str, description: str) -> dict[str, str]:
+    """The flags on the command line of another script, whose flags are those of `config_class`; only those given.
 
     Raises:
         ConfigError: for unknown flags or missing values.
     """
-    parser = SuggestingParser(prog=prog, description=description)
-    _add_flags(parser, config_class)
-    return dict(vars(parser.parse_args()))
+    return _given(SuggestingParser(prog=prog, description=description), config_class)
+
+
+def merge_arguments() -> argparse.Namespace:
+    """The command line of merge_state.py: `base_model`, `state_checkpoint` and `output`."""
+    parser = argparse.ArgumentParser(
+        description="Write a copy of an RWKV-6 base model that starts from a trained state (time_state). "
+        "Every other tensor is copied bit for bit; the inputs are left alone.",
+    )
+    parser.add_argument("base_model", help="the .pth model that the state was trained on")
+    parser.add_argument("state_checkpoint", help="the state file (rwkv-final.pth), or a merged model")
+    parser.add_argument("output", help="the model to write; it must be neither of the inputs")
+    return parser.parse_args()
+
+
+def _given(
+    parser: SuggestingParser, config_class: type[Flags], arguments: Sequence[str] | None = None
+) -> dict[str, str]:
+    """Parses one flag per field of a configuration, in its groups; texts left for it to convert."""
+    for title, specs in config_class.groups().items():
+        group = parser.add_argument_group(title)
+        for spec in specs:
+            text = _help(spec).replace("%", "%%")
+            group.add_argument(f"--{spec.name}", metavar=_metavar(spec), default=argparse.SUPPRESS, help=text)
+    for name in config_class.unsupported:
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    return dict(vars(parser.parse_args(arguments)))
 
 
 def _metavar(spec: dataclasses.Field[object]) -> str:
     choices = [str(choice) for choice in spec.metadata["choices"] if choice != -1]
     if choices:
         return "|".join(choices)
-    return {"int": "N", "float": "X"}.get(str(spec.type), "TEXT")
+    return {int: "N", float: "X"}.get(type(spec.default), "TEXT")
 
 
 def _help(spec: dataclasses.Field[object]) -> str:
     text: str = spec.metadata["help"]
-    if spec.default in ("", -1) and spec.name not in ("random_seed",):
+    if spec.default in ("", -1):
         return text
     return f"{text} (default {spec.default})"

@@ -23,8 +23,8 @@ from src.data.preference_batches import PairForm, PreferenceDataset
 from src.data.preferences import PreferencePair
 from src.errors import CheckpointError
 from src.layout import SegmentLayout
-from src.losses import Role, slot
-from src.model.rwkv6 import RWKV6
+from src.losses import Role, group_number
+from src.model.language_model import LanguageModel
 from src.model.state import LayerState, ModelState, select_rows
 from src.ops.token_logps import token_logps
 from src.tokenizer import Tokenizer
@@ -61,20 +61,9 @@ class SamplingSettings:
     forbidden_tokens: tuple[int, ...] = (0,)
     seed: int = 42
 
-    def problems(self) -> list[str]:
-        """What is wrong with the values, a clause each; names are those of the flags."""
-        checks = {
-            f"--temperature {self.temperature} must not be negative": self.temperature >= 0,
-            f"--top_p {self.top_p} must lie between 0 and 1": 0 <= self.top_p <= 1,
-            f"--penalty_decay {self.penalty_decay} must lie between 0 and 1": 0 <= self.penalty_decay <= 1,
-            f"--max_tokens {self.max_tokens} must be at least 1": self.max_tokens >= 1,
-            f"--seed {self.seed} must not be negative": self.seed >= 0,
-        }
-        return [problem for problem, fine in checks.items() if not fine]
-
 
 def generate(
-    model: RWKV6,
+    model: LanguageModel,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     settings: SamplingSettings,
@@ -107,7 +96,7 @@ def generate(
         return []
     encoded = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
     draws = np.stack([_random_numbers(settings, number) for number in numbers])
-    with _inference(model):
+    with inference(model):
         logits, state = read_prompts(model, encoded)
         sampler = _Sampler(settings, logits, torch.from_numpy(draws).to(logits.device))
         active = list(range(len(prompts)))
@@ -138,7 +127,7 @@ def generate(
             logits = model.logits(hidden[:, -1]).float()
 
 
-def read_prompts(model: RWKV6, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, ModelState]:
+def read_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, ModelState]:
     """What the model expects after each prompt, and its memory of it.
 
     Args:
@@ -165,7 +154,7 @@ def read_prompts(model: RWKV6, prompts: Sequence[Sequence[int]]) -> tuple[Tensor
     return torch.cat(logits), [LayerState(*map(torch.cat, zip(*layer, strict=True))) for layer in layers]
 
 
-def _read_long_prompt(model: RWKV6, prompt: Sequence[int]) -> tuple[Tensor, ModelState]:
+def _read_long_prompt(model: LanguageModel, prompt: Sequence[int]) -> tuple[Tensor, ModelState]:
     """Last hidden state [1, C] and the memory of a prompt, read in pieces."""
     state: ModelState | None = None
     for start in range(0, len(prompt), PROMPT_CHUNK_TOKENS):
@@ -302,7 +291,7 @@ def _random_numbers(settings: SamplingSettings, row: int) -> np.ndarray:
 
 
 def answer_logps(
-    model: RWKV6,
+    model: LanguageModel,
     pairs: Sequence[PreferencePair],
     on_pair: Callable[[int], None] = lambda done: None,
 ) -> list[tuple[float, float]]:
@@ -319,13 +308,13 @@ def answer_logps(
     longest = max(len(tokens) for pair in pairs for tokens in (pair.prompt, pair.chosen, pair.rejected))
     dataset = PreferenceDataset(pairs, source="", form=PairForm.SHARED_PROMPT, longest=longest, micro_bsz=1, seed=0)
     sums: list[tuple[float, float]] = []
-    with _inference(model):
+    with inference(model):
         for batch in dataset.batches_in_order():
             on_device = batch.to(model.device)
             hidden, _ = model(on_device.tokens, layout=on_device.layout)
             logp, _ = token_logps(hidden[0], model.head_weight(), on_device.targets)
             of_answers = [
-                logp.double()[on_device.groups == slot(0, role)].sum() for role in (Role.CHOSEN, Role.REJECTED)
+                logp.double()[on_device.groups == group_number(0, role)].sum() for role in (Role.CHOSEN, Role.REJECTED)
             ]
             chosen, rejected = torch.stack(of_answers).tolist()
             sums.append((chosen, rejected))
@@ -334,7 +323,7 @@ def answer_logps(
 
 
 @contextmanager
-def _inference(model: RWKV6) -> Iterator[None]:
+def inference(model: LanguageModel) -> Iterator[None]:
     """No gradients and no dropout; the model's mode is put back."""
     was_training = model.training
     model.eval()

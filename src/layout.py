@@ -8,7 +8,7 @@ borders. Legend: T tokens of the row, S segments.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -93,6 +93,11 @@ class SegmentLayout:
         return len(self.lengths) > self.roots
 
     @property
+    def tensors(self) -> list[Tensor]:
+        """Everything that `to` moves."""
+        return [self.root_borders, self.child_borders, self.parents, self.previous]
+
+    @property
     def last_positions(self) -> Tensor:
         """int64 [S] on the host: position of each segment's last token; -1 for an empty segment."""
         ends = list(accumulate(self.lengths))
@@ -100,10 +105,8 @@ class SegmentLayout:
 
     def to(self, device: torch.device | str) -> SegmentLayout:
         """The same layout with its tensors on `device`."""
-        return SegmentLayout(
-            lengths=self.lengths,
-            roots=self.roots,
-            root_tokens=self.root_tokens,
+        return replace(
+            self,
             root_borders=self.root_borders.to(device, non_blocking=True),
             child_borders=self.child_borders.to(device, non_blocking=True),
             parents=self.parents.to(device, non_blocking=True),

@@ -11,14 +11,19 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
-from src.model.parameters import ModelShape, parameter_shapes, quantizable_names, state_shapes
-from src.model.recompute import Recompute
-from src.model.rwkv6 import RWKV6
-from src.quant import FrozenHead, FrozenLinear
+from src.checkpoint import Checkpoint, load_state
+from src.device import spare_threads
+from src.model.language_model import LanguageModel
+from src.model.shape import ModelShape
+
+_SLOW_VALUES = 200_000_000
+"""Models with fewer weights load too fast for a progress bar."""
 
 
 @dataclass(frozen=True)
@@ -28,22 +33,42 @@ class LoadOptions:
     Attributes:
         device: where it computes.
         compute_dtype: dtype of activations and frozen weights.
-        quant_type: packs the eight matrices of every layer; None keeps them in compute_dtype.
+        quant_type: packs the large matrices of every layer; None keeps them in compute_dtype.
         quant_head: pack the head, too.
-        train_weights: keep every weight as a trainable fp32 master instead of freezing it.
-        recompute: what every layer computes again in the backward pass, until a `MemoryPlan` says otherwise.
+        trained: keys of what is trained, kept in fp32; None is every layer's `time_state`.
         head_size_divisor: group norm eps is 1e-5 times its square.
-        dropout: probability, see RWKV6.
+        dropout: probability, see LanguageModel.
     """
 
     device: torch.device
     compute_dtype: torch.dtype
     quant_type: str | None = None
     quant_head: bool = False
-    train_weights: bool = False
-    recompute: Recompute = Recompute.NOTHING
+    trained: Collection[str] | None = None
     head_size_divisor: int = 8
     dropout: float = 0.0
+
+
+def open_model(
+    checkpoint: Checkpoint, options: LoadOptions, *, state_file: str | Path = "", quiet: bool = False
+) -> LanguageModel:
+    """The model of an opened file on its device, with a progress bar where that takes time.
+
+    Args:
+        checkpoint: as `open_checkpoint` gives it.
+        options: device, dtype, packing, what is trained.
+        state_file: start states to take instead of the checkpoint's own or zeros; "" is none.
+        quiet: shows no bar.
+
+    Raises:
+        CheckpointError: the state file cannot be read or does not fit.
+    """
+    shape = checkpoint.info.shape
+    spare_threads(options.device, shape)
+    states = load_state(state_file, shape) if state_file else {}
+    hidden = quiet or shape.parameter_count < _SLOW_VALUES
+    with tqdm(total=len(checkpoint), desc="loading", unit="tensor", disable=hidden, dynamic_ncols=True) as bar:
+        return build_model({**checkpoint, **states}, shape, options, lambda _: bar.update() and None)
 
 
 def build_model(
@@ -51,50 +76,47 @@ def build_model(
     shape: ModelShape,
     options: LoadOptions,
     on_progress: Callable[[str], None] = lambda name: None,
-) -> RWKV6:
-    """Builds the model, all parameters frozen except as `train_weights` says and `time_state`.
+) -> LanguageModel:
+    """Builds the model; what is not trained is frozen.
 
     Args:
         tensors: a checkpoint's tensors by file key; `time_state` entries are optional and start at 0.
         shape: sizes of the checkpoint.
-        options: device, dtype, packing.
+        options: device, dtype, packing, what is trained.
         on_progress: called with each key after it has been placed.
 
     Returns:
-        The model in training mode; `time_state` is fp32 and requires grad unless `train_weights`.
+        The model in training mode; `time_state` and what is trained are fp32.
     """
-    assert not (options.train_weights and options.quant_type)
+    trained = shape.state_shapes().keys() if options.trained is None else options.trained
+    packed = set(shape.matrix_names()) if options.quant_type else set()
+    assert not packed.intersection(trained), "what is packed cannot be trained"
+    head = {"head.weight"} if options.quant_type and options.quant_head else set()
+    stays = {"emb.weight"}.difference(trained)
     with torch.device("meta"):
-        model = RWKV6(
+        model = LanguageModel(
             shape,
             compute_dtype=options.compute_dtype,
             head_size_divisor=options.head_size_divisor,
-            recompute=options.recompute,
             dropout=options.dropout,
         )
-    packed = set(quantizable_names(shape)) if options.quant_type else set()
-    sizes = {name: math.prod(size) for name, size in parameter_shapes(shape).items()}
+    sizes = {name: math.prod(size) for name, size in shape.parameter_shapes().items()}
     # What is packed comes last and by size: the room of one dense matrix then takes the next, and no holes are left.
     order = sorted(sizes, key=lambda name: sizes[name] if name in packed else math.inf, reverse=True)
-    stays = set() if options.train_weights else {"emb.weight"}
     for name, tensor in _read_ahead(tensors, order, stays, options.device):
-        module_name, _, parameter_name = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        if name == "head.weight" and options.quant_type and options.quant_head:
-            weight = tensor.to(options.device, options.compute_dtype, non_blocking=True)
-            model.head = FrozenHead.from_weight(weight, options.quant_type, options.compute_dtype)
-        elif name in packed:
-            _place_packed(model, module_name, tensor, options)
+        if name in packed | head:
+            assert options.quant_type is not None
+            on_device = tensor.to(options.device, options.compute_dtype, non_blocking=True)
+            model.pack(name, on_device, options.quant_type)
         elif name in stays:
             model.emb.keep_on_host(tensor)
         else:
-            _place_parameter(module, parameter_name, tensor, options)
+            dtype = torch.float32 if name in trained else options.compute_dtype
+            _place(model, name, tensor.to(options.device, dtype, copy=name in trained), name in trained)
         on_progress(name)
-    for name, state_shape in state_shapes(shape).items():
+    for name, state_shape in shape.state_shapes().items():
         start = tensors[name] if name in tensors else torch.zeros(state_shape)
-        start = start.to(options.device, torch.float32, copy=True)
-        module = model.get_submodule(name.rpartition(".")[0])
-        module.time_state = nn.Parameter(start, requires_grad=not options.train_weights)
+        _place(model, name, start.to(options.device, torch.float32, copy=True), name in trained)
     if options.device.type == "cuda":
         # What held the matrices before they were packed, there and here.
         torch.cuda.empty_cache()
@@ -130,21 +152,7 @@ def _read_ahead(
             yield name, tensor
 
 
-def _place_packed(model: RWKV6, module_name: str, weight: Tensor, options: LoadOptions) -> None:
-    parent_name, _, child_name = module_name.rpartition(".")
-    on_device = weight.to(options.device, options.compute_dtype, non_blocking=True)
-    assert options.quant_type is not None
-    # The backward of a recomputed layer comes back to the time mix after the feed-forward, with whose matrices it is
-    # done one by one (`_FeedAgain`): the former gain by buffers of their own, the latter do not.
-    kind = module_name.split(".", 2)[2]
-    slot = kind if kind.startswith("att.") else ""
-    linear = FrozenLinear.from_weight(on_device, options.quant_type, options.compute_dtype, slot=slot)
-    setattr(model.get_submodule(parent_name), child_name, linear)
-
-
-def _place_parameter(module: nn.Module, name: str, weight: Tensor, options: LoadOptions) -> None:
-    if options.train_weights:
-        placed = weight.to(options.device, torch.float32, copy=True)
-    else:
-        placed = weight.to(options.device, options.compute_dtype)
-    module.register_parameter(name, nn.Parameter(placed, requires_grad=options.train_weights))
+def _place(model: LanguageModel, name: str, tensor: Tensor, trained: bool) -> None:
+    module_name, _, parameter_name = name.rpartition(".")
+    module = model.get_submodule(module_name)
+    module.register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=trained))

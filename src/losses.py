@@ -38,7 +38,7 @@ class Role(IntEnum):
     REJECTED = 2
 
 
-def slot(pair: int, role: Role) -> int:
+def group_number(pair: int, role: Role) -> int:
     """Number of the (pair, role) group that a position belongs to, for `orpo_loss`."""
     return len(Role) * pair + role
 
@@ -173,7 +173,7 @@ def running_preference(before: float, preferred_share: float) -> float:
     return before if math.isnan(preferred_share) else 0.9 * before + 0.1 * preferred_share
 
 
-def orpo_loss(logp: Tensor, max_logit: Tensor, slots: Tensor, pairs: int, alpha: float) -> PreferenceLoss:
+def orpo_loss(logp: Tensor, max_logit: Tensor, groups: Tensor, pairs: int, alpha: float) -> PreferenceLoss:
     """ORPO as published: mean over pairs of (1 - alpha)·NLL + alpha·L_OR.
 
     NLL is the mean cross-entropy over prompt and chosen answer; the odds ratio takes mean
@@ -184,8 +184,8 @@ def orpo_loss(logp: Tensor, max_logit: Tensor, slots: Tensor, pairs: int, alpha:
         logp: [M] log-probability of each target; fp32, or fp64 throughout. Sums are taken in fp64, so
             that the order of a GPU's additions does not show.
         max_logit: [M] largest logit at each position.
-        slots: [M] int64, `slot(pair, role)` of the token that the position predicts;
-            `slot(pairs, Role.PROMPT)`, the first number beyond the pairs, where nothing counts. Every
+        groups: [M] int64, `group_number(pair, role)` of the token that the position predicts;
+            `group_number(pairs, Role.PROMPT)`, the first number beyond the pairs, where nothing counts. Every
             pair has chosen positions.
         pairs: P, number of pairs.
         alpha: weight of the preference term, 0 to 1.
@@ -193,9 +193,9 @@ def orpo_loss(logp: Tensor, max_logit: Tensor, slots: Tensor, pairs: int, alpha:
     Source: Hong et al. 2024, arXiv 2403.07691, equation 6, with (1 - alpha) on the first term as in
         RWKV-LM-State-4bit-Orpo.
     """
-    sums = _group_sums(logp, slots, len(Role) * pairs + 1)[:-1].view(pairs, len(Role))
-    counts = _group_sums(torch.ones_like(logp), slots, len(Role) * pairs + 1)[:-1].view(pairs, len(Role))
-    squares = _group_sums(max_logit.square(), slots, len(Role) * pairs + 1)[:-1].view(pairs, len(Role))
+    sums = _group_sums(logp, groups, len(Role) * pairs + 1)[:-1].view(pairs, len(Role))
+    counts = _group_sums(torch.ones_like(logp), groups, len(Role) * pairs + 1)[:-1].view(pairs, len(Role))
+    squares = _group_sums(max_logit.square(), groups, len(Role) * pairs + 1)[:-1].view(pairs, len(Role))
 
     has_reject = counts[:, Role.REJECTED] > 0
     trained = slice(Role.PROMPT, Role.REJECTED)
@@ -205,22 +205,10 @@ def orpo_loss(logp: Tensor, max_logit: Tensor, slots: Tensor, pairs: int, alpha:
 
     # A plain pair has no odds; an arbitrary finite pair of inputs keeps NaN out of its (zero) gradient.
     log_odds = log_odds_ratio(torch.where(has_reject, logp_chosen, -1.0), torch.where(has_reject, logp_rejected, -1.0))
-    odds_loss = torch.where(has_reject, -F.logsigmoid(log_odds), 0.0)
-    pair_losses = torch.where(has_reject, (1 - alpha) * nll + alpha * odds_loss, nll)
     penalty = (L2WRAP_FACTOR * squares.sum(1) / counts.sum(1)).mean().to(logp.dtype)
 
-    return PreferenceLoss(
-        loss=with_gradient_of(pair_losses.mean(), penalty),
-        alpha=alpha,
-        pair_losses=pair_losses.detach(),
-        nll=nll.detach(),
-        logp_chosen=logp_chosen.detach(),
-        logp_rejected=logp_rejected.detach(),
-        log_odds=log_odds.detach(),
-        odds_loss=odds_loss.detach(),
-        is_plain=~has_reject,
-        preferred_share=((log_odds > 0) & has_reject).sum() / has_reject.sum(),
-    )
+    preferred = ((log_odds > 0) & has_reject).sum() / has_reject.sum()
+    return _preference_loss(alpha, nll, logp_chosen, logp_rejected, log_odds, ~has_reject, penalty, preferred)
 
 
 def targets_after(targets: Tensor, rows: Tensor) -> Tensor:
@@ -283,13 +271,28 @@ def orpo_loss_released(
     log_odds = (odds_chosen - odds_rejected) - (
         torch.log1p(-torch.exp(odds_chosen)) - torch.log1p(-torch.exp(odds_rejected))
     )
-    odds_loss = torch.where(is_plain, 0.0, -F.logsigmoid(log_odds))
-    pair_losses = torch.where(is_plain, nll, (1 - alpha) * nll + alpha * odds_loss)
     penalties = L2WRAP_FACTOR * per_row(max_logit.square()).sum(1) / per_row(torch.ones_like(logp)).sum(1)
     preferred = torch.where(is_plain, 1.5 - nll, (log_odds > 0).to(nll.dtype))
 
+    penalty = penalties.sum().to(logp.dtype)
+    return _preference_loss(alpha, nll, logp_chosen, logp_rejected, log_odds, is_plain, penalty, preferred.mean())
+
+
+def _preference_loss(
+    alpha: float,
+    nll: Tensor,
+    logp_chosen: Tensor,
+    logp_rejected: Tensor,
+    log_odds: Tensor,
+    is_plain: Tensor,
+    penalty: Tensor,
+    preferred_share: Tensor,
+) -> PreferenceLoss:
+    """(1 - alpha)·NLL + alpha·L_OR, where there is something to compare, with the gradient of a penalty."""
+    odds_loss = torch.where(is_plain, 0.0, -F.logsigmoid(log_odds))
+    pair_losses = torch.where(is_plain, nll, (1 - alpha) * nll + alpha * odds_loss)
     return PreferenceLoss(
-        loss=with_gradient_of(pair_losses.mean(), penalties.sum().to(logp.dtype)),
+        loss=with_gradient_of(pair_losses.mean(), penalty),
         alpha=alpha,
         pair_losses=pair_losses.detach(),
         nll=nll.detach(),
@@ -298,7 +301,7 @@ def orpo_loss_released(
         log_odds=log_odds.detach(),
         odds_loss=odds_loss.detach(),
         is_plain=is_plain,
-        preferred_share=preferred.detach().mean(),
+        preferred_share=preferred_share.detach(),
     )
 
 

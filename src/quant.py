@@ -28,10 +28,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from src.errors import ConfigError, KernelError
+from src.config.model import QUANT_TYPES
+from src.errors import KernelError
 from src.ops.cuda_extension import load_extension
-
-QUANT_TYPES = ("nf4", "fp4", "4bit", "int8")
 
 _FOUR_BIT_CODE = {"nf4": "nf4", "fp4": "fp4", "4bit": "fp4"}
 _FOUR_BIT_BLOCK = 64
@@ -75,7 +74,7 @@ def _four_bit_code(name: str, device: torch.device) -> Tensor:
 
 
 @dataclass
-class _Slot:
+class _Held:
     """One buffer of a workspace and the `contents` of the layer whose matrix it holds (None: nobody's)."""
 
     buffer: Tensor
@@ -86,7 +85,7 @@ class DequantizationWorkspace:
     """The buffers that hold dense matrices between dequantisation and product.
 
     With `keep_dequantized` off there is one buffer per (device, dtype), as large as the largest matrix. With it
-    on there is one per matrix kind (`FrozenLinear.slot`); kinds without a name go on sharing one. A buffer that
+    on there is one per matrix kind (`FrozenLinear.kind`); kinds without a name go on sharing one. A buffer that
     still holds the caller's matrix is used as it is: the backward of a recomputed layer then finds what its
     recomputation dequantised, all of it or, in one buffer, the last.
 
@@ -97,8 +96,8 @@ class DequantizationWorkspace:
 
     def __init__(self, keep_dequantized: bool = False) -> None:
         self._keep_dequantized = keep_dequantized
-        self._slots: dict[tuple[torch.device, torch.dtype, str], _Slot] = {}
-        # The same on a GPU in bf16, where the kernel's extension keeps the slots: one object per device.
+        self._held: dict[tuple[torch.device, torch.dtype, str], _Held] = {}
+        # The same on a GPU in bf16, where the kernel's extension keeps them: one object per device.
         self._native: dict[torch.device, Any] = {}
 
     @property
@@ -115,14 +114,14 @@ class DequantizationWorkspace:
 
     def clear(self) -> None:
         """Frees every buffer; later calls allocate anew."""
-        self._slots.clear()
+        self._held.clear()
         for native in self._native.values():
             native.clear()
 
     def forget(self) -> None:
         """Takes every buffer's contents for unknown."""
-        for slot in self._slots.values():
-            slot.owner = None
+        for held in self._held.values():
+            held.owner = None
         for native in self._native.values():
             native.forget()
 
@@ -137,12 +136,7 @@ class DequantizationWorkspace:
     def buffers(self) -> list[Tensor]:
         """All buffers there are; a CUDA graph that uses them has to keep them."""
         on_gpus = [buffer for native in self._native.values() for buffer in native.buffers()]
-        return [slot.buffer for slot in self._slots.values()] + on_gpus
-
-    @property
-    def allocated_bytes(self) -> int:
-        """Bytes all buffers take together."""
-        return sum(buffer.nbytes for buffer in self.buffers())
+        return [held.buffer for held in self._held.values()] + on_gpus
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DequantizationWorkspace:
         """Copies of layers go on sharing the buffers."""
@@ -150,7 +144,7 @@ class DequantizationWorkspace:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles the setting, not the buffers."""
-        return {"_keep_dequantized": self._keep_dequantized, "_slots": {}, "_native": {}}
+        return {"_keep_dequantized": self._keep_dequantized, "_held": {}, "_native": {}}
 
     def native(self, device: torch.device, kernels: Any) -> Any:
         """The extension's workspace for a GPU."""
@@ -160,26 +154,22 @@ class DequantizationWorkspace:
 
     def matrix(self, layer: FrozenLinear, fill: Callable[[Tensor], None]) -> Tensor:
         """The layer's dense matrix [out, in] in a shared buffer, filled by `fill` unless still there."""
-        name = layer.slot if self._keep_dequantized else ""
-        key = (layer.packed.device, layer.compute_dtype, name)
-        slot = self._slots.get(key)
+        kind = layer.kind if self._keep_dequantized else ""
+        key = (layer.packed.device, layer.compute_dtype, kind)
+        held = self._held.get(key)
         numel = layer.out_features * layer.in_features
-        if slot is None or slot.buffer.numel() < numel:
-            self._slots.pop(key, None)
-            del slot
-            slot = _Slot(torch.empty(numel, dtype=layer.compute_dtype, device=layer.packed.device))
-            self._slots[key] = slot
-        dense = slot.buffer[:numel].view(layer.out_features, layer.in_features)
+        if held is None or held.buffer.numel() < numel:
+            self._held.pop(key, None)
+            del held
+            held = _Held(torch.empty(numel, dtype=layer.compute_dtype, device=layer.packed.device))
+            self._held[key] = held
+        dense = held.buffer[:numel].view(layer.out_features, layer.in_features)
         owner = layer.contents()
-        if slot.owner != owner:
-            slot.owner = None
+        if held.owner != owner:
+            held.owner = None
             fill(dense)
-            slot.owner = owner
+            held.owner = owner
         return dense
-
-
-SHARED_WORKSPACE = DequantizationWorkspace()
-"""The workspace of every layer that is not given one of its own."""
 
 
 class FrozenLinear(nn.Module):
@@ -190,7 +180,7 @@ class FrozenLinear(nn.Module):
         absmax: scale per block: uint8 when double-quantised, else fp32.
         absmax_scale: fp32 [blocks / 256], scales of the 8-bit absmax; None without double quantisation.
         absmax_offset: fp32 0-d, mean absmax, subtracted before quantising them; None without double quantisation.
-        slot: the matrix' kind, e.g. "att.key": matrices of one kind share a buffer in `keep_dequantized` mode.
+        kind: e.g. "key": matrices of one kind share a buffer in `keep_dequantized` mode.
     """
 
     packed: Tensor
@@ -208,15 +198,15 @@ class FrozenLinear(nn.Module):
         shape: tuple[int, int],
         quant_type: str,
         compute_dtype: torch.dtype,
-        slot: str = "",
-        workspace: DequantizationWorkspace | None = None,
+        kind: str = "",
+        workspace: DequantizationWorkspace,
     ) -> None:
         super().__init__()
         self.out_features, self.in_features = shape
         self.quant_type = quant_type
         self.compute_dtype = compute_dtype
-        self.slot = slot
-        self.workspace = SHARED_WORKSPACE if workspace is None else workspace
+        self.kind = kind
+        self.workspace = workspace
         self._identity = object()
         self._native: Any | None = None
         self._native_sought = False
@@ -232,9 +222,9 @@ class FrozenLinear(nn.Module):
         quant_type: str,
         compute_dtype: torch.dtype,
         *,
-        slot: str = "",
+        kind: str = "",
         double_quantization: bool = True,
-        workspace: DequantizationWorkspace | None = None,
+        workspace: DequantizationWorkspace,
     ) -> FrozenLinear:
         """Quantises a matrix on the device where it lies.
 
@@ -242,15 +232,11 @@ class FrozenLinear(nn.Module):
             weight: [out, in], bf16, fp16 or fp32; not kept.
             quant_type: one of `QUANT_TYPES`.
             compute_dtype: dtype of the dense matrix and of the product.
-            slot: the matrix' kind, see `DequantizationWorkspace`.
+            kind: see `DequantizationWorkspace`.
             double_quantization: 8-bit absmax for the 4-bit types; otherwise fp32 (4.5 instead of 4.127 bits).
-            workspace: where dense matrices are written; None is the one all layers share.
-
-        Raises:
-            ConfigError: `quant_type` is none of `QUANT_TYPES`.
+            workspace: where dense matrices are written: one for all layers of a model.
         """
-        if quant_type not in QUANT_TYPES:
-            raise ConfigError(f"--quant_type {quant_type} is unknown; choose one of {', '.join(QUANT_TYPES)}.")
+        assert quant_type in QUANT_TYPES, f"{quant_type} is none of {QUANT_TYPES}"
         assert weight.ndim == 2, f"weight has shape {tuple(weight.shape)}, expected [out, in]"
         functional = _bitsandbytes_functional()
         dense = weight.detach().contiguous()
@@ -277,7 +263,7 @@ class FrozenLinear(nn.Module):
             shape=shape,
             quant_type=quant_type,
             compute_dtype=compute_dtype,
-            slot=slot,
+            kind=kind,
             workspace=workspace,
         )
 
@@ -346,7 +332,7 @@ class FrozenLinear(nn.Module):
             4 if four_bit else 8,
             self.out_features,
             self.in_features,
-            self.slot,
+            self.kind,
             self.workspace.native(device, kernels),
         )
 
@@ -418,10 +404,12 @@ class FrozenHead(nn.Module):
         self.parts = nn.ModuleList(parts)
 
     @classmethod
-    def from_weight(cls, weight: Tensor, quant_type: str, compute_dtype: torch.dtype) -> FrozenHead:
+    def from_weight(
+        cls, weight: Tensor, quant_type: str, compute_dtype: torch.dtype, workspace: DequantizationWorkspace
+    ) -> FrozenHead:
         """Quantises a matrix where it lies; arguments as for `FrozenLinear.from_weight`."""
-        rows = max(1, _HEAD_PART_VALUES // weight.shape[1])
-        return cls(FrozenLinear.from_weight(part, quant_type, compute_dtype) for part in weight.split(rows))
+        parts = weight.split(max(1, _HEAD_PART_VALUES // weight.shape[1]))
+        return cls(FrozenLinear.from_weight(part, quant_type, compute_dtype, workspace=workspace) for part in parts)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., vocabulary]."""

@@ -2,14 +2,12 @@
 
 Two tokenizers, chosen by the model's vocabulary. In both, id 0 ends a document and stands for
 no text, and every byte has an id of its own, so any text can be encoded and a piece of UTF-8
-can be split over several tokens. Decoding therefore works on bytes: `decode` for a whole list,
-`IncrementalDecoder` for tokens that arrive one by one.
+can be split over several tokens. Decoding therefore works on bytes.
 """
 
 from __future__ import annotations
 
 import ast
-import codecs
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -29,8 +27,7 @@ _BLOCK_CHARACTERS = 1 << 20
 class Tokenizer(Protocol):
     """What every tokenizer can do."""
 
-    name: str
-    end_of_document: int
+    end_of_document: int = END_OF_DOCUMENT
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without an end-of-document token.
@@ -46,34 +43,11 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Iterable[int]) -> str:
         """`decode_bytes` as text, U+FFFD standing for what is not valid UTF-8."""
-        ...
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
-class IncrementalDecoder:
-    """Turns tokens that arrive one by one into text.
-
-    `push` returns the text that is complete so far and holds back the bytes of an unfinished
-    character. The pieces joined, `finish` included, equal `decode` of all ids.
-    """
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-
-    def push(self, token: int) -> str:
-        """Text completed by `token`; often empty in scripts whose characters span tokens."""
-        return self._decoder.decode(self._tokenizer.decode_bytes((token,)))
-
-    def finish(self) -> str:
-        """What is left: nothing, or U+FFFD for a character that never became complete."""
-        return self._decoder.decode(b"", final=True)
-
-
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """Token = byte of the UTF-8 text + 1."""
-
-    name = "byte"
-    end_of_document = END_OF_DOCUMENT
 
     def encode(self, text: str) -> list[int]:
         return [byte + 1 for byte in _utf8(text)]
@@ -84,19 +58,13 @@ class ByteTokenizer:
             bytes((token - 1,)) if 1 <= token <= 256 else b"" if token == 0 else replacement for token in ids
         )
 
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-
-class WorldTokenizer:
+class WorldTokenizer(Tokenizer):
     """The RWKV World tokenizer: greedy longest match over 65529 byte strings, ids from 1.
 
     `pyrwkv-tokenizer` encodes. It does not decode, because its decoder panics on a split
     character and on ids beyond its vocabulary; a table parsed from its vocabulary file does.
     """
-
-    name = "World"
-    end_of_document = END_OF_DOCUMENT
 
     def __init__(self) -> None:
         try:
@@ -125,9 +93,6 @@ class WorldTokenizer:
         table = self._table
         replacement = REPLACEMENT.encode()
         return b"".join(table[token] if 0 <= token < len(table) else replacement for token in ids)
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     @cached_property
     def _table(self) -> list[bytes]:

@@ -8,6 +8,8 @@ import pytest
 
 # Models here are so small that a second thread only waits; subprocesses inherit it.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# What tests compile (the CUDA operators, DeepSpeed's) goes where no other program changes it meanwhile.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / "build" / "torch_extensions"))
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `from factories import ...`
 

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from src.checkpoint import save_model, save_state
-from src.model.parameters import ModelShape, fresh_parameters, state_shapes
+from src.model.rwkv6 import RWKV6Shape
+from src.model.shape import ModelShape
 
 
 def tiny_shape(
@@ -25,7 +26,7 @@ def tiny_shape(
     """Sizes of a model small enough for a unit test; 0 means the usual rule."""
     dim_att = dim_att or n_embd
     assert dim_att % head_size == 0
-    return ModelShape(
+    return RWKV6Shape(
         n_layer=n_layer,
         n_embd=n_embd,
         dim_att=dim_att,
@@ -46,7 +47,7 @@ def tiny_parameters(shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch
     """
     generator = torch.Generator().manual_seed(seed + 1)
     parameters = {}
-    for key, tensor in fresh_parameters(shape, seed, torch.float32).items():
+    for key, tensor in shape.fresh_parameters(seed, torch.float32).items():
         if not tensor.any() or key == "emb.weight":
             scale = 1 / math.sqrt(tensor.shape[-1]) if tensor.dim() > 1 else 0.1
             tensor = torch.randn(tensor.shape, generator=generator) * scale
@@ -64,7 +65,8 @@ def tiny_states(
     """A random initial state for every layer, [H, N, N], not symmetric."""
     generator = torch.Generator().manual_seed(seed + 2)
     return {
-        key: (torch.randn(wanted, generator=generator) * scale).to(dtype) for key, wanted in state_shapes(shape).items()
+        key: (torch.randn(wanted, generator=generator) * scale).to(dtype)
+        for key, wanted in shape.state_shapes().items()
     }
 
 

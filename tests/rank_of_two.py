@@ -17,12 +17,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import deepspeed
 import torch
 
+from src.adapters.method import method_of
 from src.adapters.states import state_tensors
-from src.checkpoint import inspect_checkpoint, open_checkpoint
+from src.checkpoint import open_checkpoint
 from src.cli import given_train_flags
 from src.config import TrainConfig
 from src.loading import build_model
-from src.training.hardware import Hardware, deepspeed_config
+from src.training.engine import Hardware, deepspeed_config
 from src.training.module import TrainingModule
 from src.training.run import GRADIENT_CLIP, choose_recomputation, load_options
 from src.training.work import make_schedule, prepare_work
@@ -31,13 +32,15 @@ from src.training.work import make_schedule, prepare_work
 def main() -> None:
     torch.set_num_threads(1)
     config = TrainConfig.from_flags(given_train_flags([*sys.argv[1:], "--devices", "2"]))
-    shape = inspect_checkpoint(config.load_model).shape
+    method = method_of(config)
+    base = open_checkpoint(config.load_model)
+    shape = base.info.shape
     work = prepare_work(config, shape)
     schedule = make_schedule(config, work)
     hardware = Hardware(torch.device("cpu"), config.precision, config.strategy)
-    model = build_model(open_checkpoint(config.load_model), shape, load_options(config, hardware))
+    model = build_model(base, shape, load_options(config, method, hardware, shape))
     choose_recomputation(model, work, config)
-    module = TrainingModule(model, work.objective, config)
+    module = TrainingModule(model, work.objective, config, method, work.dataset)
     optimizer = module.configure_optimizers()
     trained = [parameter for _, parameter in module.trained()]
 
@@ -49,7 +52,7 @@ def main() -> None:
     for step in range(work.batches_per_epoch * config.epoch_count):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(step) * group["lr_scale"]
-        loss = module.training_step(work.loader.dataset[step], step)
+        loss = module.training_step(work.objective.stage(model, work.dataset[step]), step)
         engine.backward(loss, scale_wrt_gas=False)
         engine.step()
         norms.append(float(engine.get_global_grad_norm()))

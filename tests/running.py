@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from binidx_files import write_binidx
 from torch import Tensor
 
-from src.data.binidx import write_binidx
 from src.training.objectives import Staged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,26 +122,25 @@ def started(
 
 
 class GivenLoss:
-    """An objective whose loss is a function of (model, batch)."""
+    """An objective whose loss is a function of (model, batch); its batches are staged as they are."""
 
     recordable = False
 
     def __init__(self, function: Callable[[Any, Any], Tensor]) -> None:
         self.function = function
 
-    def stage(self, model: Any, batch: Any) -> Any:
-        self.batch = batch
-        return Staged({})
+    def stage(self, model: Any, batch: Any) -> Staged:
+        return Staged({}, batch)
 
-    def compute(self, model: Any, staged: Any) -> tuple[Tensor, Any]:
-        return self.function(model, self.batch), None
+    def compute(self, model: Any, staged: Staged) -> tuple[Tensor, Any]:
+        return self.function(model, staged.source), None
 
     def logs(self, result: Any) -> dict[str, float]:
         return {}
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    """Records of `metrics.jsonl`; a line that is still being written is left out."""
+    """Lines of `metrics.jsonl`; a line that is still being written is left out."""
     path = folder / "metrics.jsonl"
     if not path.exists():
         return []

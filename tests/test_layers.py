@@ -1,6 +1,7 @@
 """The house rules: imports point downward, and each outside library has one door."""
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,31 +12,53 @@ ENTRY_SCRIPTS = ("train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_ge
 
 LEVELS = (
     ("src.errors",),
-    ("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout"),
+    ("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout", "src.storage"),
     ("src.data", "src.ops"),
     ("src.quant",),
     ("src.model",),
-    ("src.adapters", "src.checkpoint", "src.loading", "src.generate"),
-    ("src.training", "src.demo"),
-    ("src.cli",),
+    ("src.adapters", "src.checkpoint", "src.generate", "src.device"),
+    ("src.loading", "src.merge"),
+    ("src.training",),
+    ("src.commands", "src.cli", "src.demo"),
 )
 """Rooms from the ground up: a module or a package. A file imports its own room and lower levels."""
 
-SIDEWAYS = {("src.generate", "src.loading"), ("src.generate", "src.checkpoint")}
+SIDEWAYS = {("src.adapters", "src.checkpoint")}
 """Imports within a level that are wanted: (who, whom)."""
 
 ONE_DOOR = {
-    "argparse": ("src.cli", *ENTRY_SCRIPTS),
+    "argparse": ("src.cli",),
     "bitsandbytes": ("src.quant",),
     "pyrwkv_tokenizer": ("src.tokenizer",),
     "pytorch_lightning": ("src.training",),
     "wandb": ("src.training",),
     "deepspeed": ("src.training",),
-    "tqdm": ("src.training", "src.generate", *ENTRY_SCRIPTS),
+    "tqdm": ("src.loading", "src.training", "src.commands", *ENTRY_SCRIPTS),
 }
 """Outside libraries and the only rooms that may import them."""
 
-ENVIRONMENT_READERS = ("src.training.hardware", "src.ops.cuda_extension")
+ONE_CALLER = {
+    "torch.load": "src.storage",
+    "torch.save": "src.storage",
+    "os.replace": "src.storage",
+    "os.rename": "src.storage",
+}
+"""Functions and the only module that may call them: it opens files in one safe way, and writes them whole."""
+
+CLOSED_TO_TRAINING = (
+    "src.quant",
+    "src.ops.wkv6",
+    "src.ops.wkv6_cuda",
+    "src.ops.wkv6_chunked",
+    "src.ops.wkv6_reference",
+)
+"""What training asks the model for instead of importing it."""
+
+ARCHITECTURE_KEY = re.compile(r"\b(time_(maa|mix_w|mix_x|decay|faaaa)\w*|ln_x)\b")
+"""How an architecture's own tensors are called; `time_state` is every architecture's."""
+ARCHITECTURES = ("src.model.rwkv6",)
+
+ENVIRONMENT_READERS = ("src.device", "src.ops.cuda_extension")
 """Who may look at the environment: what launchers and compilers say of the place, never a setting."""
 
 
@@ -127,6 +150,48 @@ def door_violations(path: Path) -> list[str]:
     ]
 
 
+def caller_violations(path: Path) -> list[str]:
+    """Uses of a function outside the module that may call it, by attribute or by import."""
+    module = module_name(path)
+    found = []
+    for node in ast.walk(tree_of(path)):
+        names = [dotted(node)] if isinstance(node, ast.Attribute) else []
+        if isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        found += [
+            f"{path.relative_to(ROOT)}:{node.lineno} uses {name}"
+            for name in names
+            if ONE_CALLER.get(name, module) != module
+        ]
+    return found
+
+
+def training_violations(path: Path) -> list[str]:
+    """Imports of the quantised linear or an operator by training."""
+    if not belongs(module_name(path), "src.training"):
+        return []
+    return [
+        f"{path.relative_to(ROOT)}:{line} imports {target}"
+        for line, target in imported_modules(path)
+        if target in CLOSED_TO_TRAINING
+    ]
+
+
+def key_violations(path: Path) -> list[str]:
+    """Names of an architecture's tensors in code outside of its file; docstrings and helps may mention them."""
+    module = module_name(path)
+    if module in ARCHITECTURES or belongs(module, "src.config") or belongs(module, "src.demo"):
+        return []
+    tree = tree_of(path)
+    said = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}  # docstrings
+    found = []
+    for node in ast.walk(tree):
+        text = node.attr if isinstance(node, ast.Attribute) else node.value if isinstance(node, ast.Constant) else ""
+        if isinstance(text, str) and id(node) not in said and ARCHITECTURE_KEY.search(text):
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno} names {text}")
+    return found
+
+
 def environment_reads(path: Path) -> list[str]:
     """Reads of environment variables outside the files that may."""
     if module_name(path) in ENVIRONMENT_READERS:
@@ -151,26 +216,33 @@ def test_each_library_has_one_door() -> None:
     assert [violation for path in sources() for violation in door_violations(path)] == []
 
 
+def test_training_knows_neither_packing_nor_operators() -> None:
+    assert [violation for path in sources() for violation in training_violations(path)] == []
+
+
+def test_each_architecture_alone_names_its_keys() -> None:
+    assert [violation for path in sources() for violation in key_violations(path)] == []
+    assert all(
+        ARCHITECTURE_KEY.search((ROOT / Path(*name.split("."))).with_suffix(".py").read_text("utf-8"))
+        for name in ARCHITECTURES
+    )
+
+
 def test_configuration_needs_no_torch() -> None:
-    light = [ROOT / "src" / name for name in ("errors.py", "config.py", "cli.py", "schedule.py", "tokenizer.py")]
+    light = [ROOT / "src" / name for name in ("errors.py", "cli.py", "schedule.py", "tokenizer.py")]
+    light += (ROOT / "src" / "config").glob("*.py")
     heavy = [(path.name, target) for path in light for _, target in imported_modules(path) if belongs(target, "torch")]
     assert heavy == []
 
 
-def test_only_the_checkpoint_module_loads_and_saves() -> None:
-    callers = {
-        module_name(path)
-        for path in sources()
-        for node in ast.walk(tree_of(path))
-        if isinstance(node, ast.Attribute) and dotted(node) in ("torch.load", "torch.save")
-    }
-    assert callers == {"src.checkpoint"}
+def test_each_function_has_one_caller() -> None:
+    assert [violation for path in sources() for violation in caller_violations(path)] == []
 
 
 def test_torch_load_is_always_weights_only() -> None:
     calls = [
         node
-        for node in ast.walk(tree_of(ROOT / "src" / "checkpoint.py"))
+        for node in ast.walk(tree_of(ROOT / "src" / "storage.py"))
         if isinstance(node, ast.Call) and dotted(node.func) == "torch.load"
     ]
     assert calls
@@ -188,20 +260,28 @@ def test_every_room_of_the_plan_is_checked() -> None:
     rooms = {room_of(module_name(path))[1] for path in sources() if module_name(path) != "src"}
     assert {
         "src.errors",
+        "src.storage",
         "src.config",
         "src.ops",
         "src.model",
         "src.checkpoint",
+        "src.device",
         "src.training",
+        "src.commands",
         "src.cli",
     } <= rooms
+
+
+def test_the_demonstrations_folder_holds_what_they_read_and_how_it_was_made() -> None:
+    assert {path.name for path in (ROOT / "src" / "demo").glob("*.py")} == {"make_data.py", "make_start.py"}
 
 
 def test_the_checks_see_a_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     culprit = tmp_path / "src" / "ops" / "culprit.py"
     culprit.parent.mkdir(parents=True)
     culprit.write_text(
-        "def f():\n    from ..training import run\n    import wandb.sdk\n    return os.environ['RWKV_CTXLEN']\n",
+        "def f():\n    from ..training import run\n    import wandb.sdk\n    return os.environ['RWKV_CTXLEN']\n"
+        "from torch import save\nos.replace(f(), save)\n'time_decay_w1'\nmodel.time_maa_x + 'ffn.time_maa_k'\n",
         encoding="utf-8",
     )
     (tmp_path / "src" / "training").mkdir()
@@ -209,4 +289,15 @@ def test_the_checks_see_a_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(globals(), "ROOT", tmp_path)
     assert level_violations(culprit) == ["src/ops/culprit.py:2 (src.ops) imports src.training.run"]
     assert door_violations(culprit) == ["src/ops/culprit.py:3 imports wandb.sdk"]
+    assert key_violations(culprit) == [
+        "src/ops/culprit.py:8 names time_maa_x",
+        "src/ops/culprit.py:8 names ffn.time_maa_k",
+    ]
+    trainer = tmp_path / "src" / "training" / "run.py"
+    trainer.write_text("from src.quant import FrozenLinear\n", encoding="utf-8")
+    assert training_violations(trainer) == ["src/training/run.py:1 imports src.quant"]
     assert environment_reads(culprit) == ["src/ops/culprit.py:4 reads 'RWKV_CTXLEN'"]
+    assert sorted(caller_violations(culprit)) == [
+        "src/ops/culprit.py:5 uses torch.save",
+        "src/ops/culprit.py:6 uses os.replace",
+    ]

@@ -7,15 +7,16 @@ from factories import tiny_parameters, tiny_shape
 
 from src.data.preference_batches import PairForm, PreferenceBatch, PreferenceDataset
 from src.data.preferences import PreferencePair
+from src.data.rounding import EXACT, Rounding
 from src.loading import LoadOptions, build_model
+from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
-from src.model.rwkv6 import RWKV6
 
 
-def tiny_model(recompute: Recompute = Recompute.NOTHING) -> RWKV6:
+def tiny_model(recompute: Recompute = Recompute.NOTHING) -> LanguageModel:
     shape = tiny_shape()
-    options = LoadOptions(torch.device("cpu"), torch.float32, recompute=recompute)
-    model = build_model(tiny_parameters(shape), shape, options)
+    model = build_model(tiny_parameters(shape), shape, LoadOptions(torch.device("cpu"), torch.float32))
+    model.set_recomputation([recompute] * shape.n_layer)
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for block in model.blocks:
@@ -23,14 +24,14 @@ def tiny_model(recompute: Recompute = Recompute.NOTHING) -> RWKV6:
     return model
 
 
-def state_gradients(model: RWKV6, loss: torch.Tensor) -> torch.Tensor:
+def state_gradients(model: LanguageModel, loss: torch.Tensor) -> torch.Tensor:
     loss.backward()
     return torch.cat([block.att.time_state.grad.flatten() for block in model.blocks])
 
 
-def preference_batch(form: PairForm, pairs: list[PreferencePair]) -> PreferenceBatch:
+def preference_batch(form: PairForm, pairs: list[PreferencePair], rounding: Rounding = EXACT) -> PreferenceBatch:
     dataset = PreferenceDataset(pairs, source="test", form=form, longest=64, micro_bsz=len(pairs), seed=1)
-    return dataset.batch(range(len(pairs)))
+    return dataset.batch(range(len(pairs)), rounding)
 
 
 PAIRS = [

@@ -1,33 +1,56 @@
-"""State tuning: what is trainable, and the state as a plain dict of tensors.
+"""State tuning: the trained tensors are the model's `blocks.{i}.att.time_state` alone.
 
-The trained tensors are the model's `blocks.{i}.att.time_state` alone, kept in fp32 whatever the
-computation's dtype. Another way of tuning is another file like this one.
+They are kept in fp32 whatever the computation's dtype, and saved in bf16.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import shlex
+from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from src.model.parameters import ModelShape, state_key
-from src.model.rwkv6 import RWKV6
+from src.checkpoint import FILE_VALUE_BYTES, save_state
+from src.model.language_model import LanguageModel
+from src.model.shape import ModelShape
 
 
-def state_names(shape: ModelShape) -> list[str]:
-    """Names of the trained parameters, in layer order."""
-    return [state_key(i) for i in range(shape.n_layer)]
+class StateTuning:
+    """See `method.Method`."""
+
+    small = True
+    recordable = True
+    freezes_matrices = True
+    needs_base = True
+
+    def trained_names(self, shape: ModelShape) -> list[str]:
+        """See Method."""
+        return list(shape.state_shapes())
+
+    def rate_factor(self, shape: ModelShape, name: str) -> float:
+        """All states have one rate."""
+        return 1.0
+
+    def describe(self, shape: ModelShape) -> str:
+        """See Method."""
+        return f"{shape.state_parameter_count:,} state values; all weights frozen"
+
+    def file_bytes(self, shape: ModelShape) -> int:
+        """See Method."""
+        return shape.state_parameter_count * FILE_VALUE_BYTES
+
+    def save(self, model: LanguageModel, path: Path) -> None:
+        """See Method."""
+        save_state(path, state_tensors(model))
+
+    def next_steps(self, base: str, result: Path, folder: str) -> list[str]:
+        """See Method."""
+        return [
+            "next       use the state file in a client that loads states, or make a model that contains it:",
+            f"           python merge_state.py {shlex.join([base, str(result), str(Path(folder) / 'merged.pth')])}",
+        ]
 
 
-def state_tensors(model: RWKV6) -> dict[str, Tensor]:
+def state_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """The model's start states, [H, value, key] fp32, detached, by file key."""
-    parameters = dict(model.named_parameters())
-    return {name: parameters[name].detach() for name in state_names(model.shape)}
-
-
-def set_states(model: RWKV6, states: Mapping[str, Tensor]) -> None:
-    """Copies start states, given by file key, into the model."""
-    with torch.no_grad():
-        for name, tensor in state_tensors(model).items():
-            tensor.copy_(states[name])
+    return {name: model.get_parameter(name).detach() for name in model.shape.state_shapes()}

@@ -12,14 +12,11 @@ Source: Megatron-LM's MMapIndexedDataset, as json2binidx_tool and make_data.py w
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from src.data.documents import Documents, Positions, Tokens
 from src.errors import DataError
@@ -80,57 +77,6 @@ def read_binidx(prefix: str, vocab_size: int) -> Documents:
     return Documents.from_stream(prefix, stream, starts, sizes, vocab_size)
 
 
-def write_binidx(
-    prefix: str | os.PathLike[str],
-    documents: Iterable[Sequence[int] | Tokens],
-    dtype: npt.DTypeLike = np.uint16,
-) -> int:
-    """Writes `prefix.bin` and `prefix.idx`, one item per document, and returns the documents' number.
-
-    Documents are written as given: an end-of-document token has to be part of them. Both files
-    are written beside their final names and renamed when complete.
-
-    Raises:
-        DataError: `dtype` has no code in this format, or cannot hold a token.
-    """
-    dtype = np.dtype(dtype)
-    codes = [code for code, known in DTYPES.items() if known == dtype]
-    if not codes:
-        raise DataError(f"binidx cannot hold {dtype.name}; use one of {_names(DTYPES.values())}.")
-    limits = np.iinfo(dtype)
-    sizes: list[int] = []
-    index_path, tokens_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
-    unfinished = [path.with_name(f"{path.name}.part") for path in (tokens_path, index_path)]
-    try:
-        with open(unfinished[0], "wb") as file:
-            for document in documents:
-                values = np.asarray(document, dtype=np.int64)
-                if len(values) and not limits.min <= values.min() <= values.max() <= limits.max:
-                    extreme = values.max() if values.max() > limits.max else values.min()
-                    raise DataError(
-                        f"Document {len(sizes)} holds token {extreme}, which {dtype.name} cannot; choose a wider type."
-                    )
-                file.write(values.astype(DTYPES[codes[0]]).tobytes())
-                sizes.append(len(values))
-            file.flush()
-            os.fsync(file.fileno())
-        size_array = np.array(sizes, dtype="<i4")
-        ends = np.concatenate((np.zeros(1, np.int64), np.cumsum(size_array, dtype=np.int64)))
-        with open(unfinished[1], "wb") as file:
-            file.write(_HEADER.pack(MAGIC, VERSION, codes[0], len(sizes), len(sizes) + 1))
-            file.write(size_array.tobytes())
-            file.write((ends[:-1] * dtype.itemsize).astype("<i8").tobytes())
-            file.write(np.arange(len(sizes) + 1, dtype="<i8").tobytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished[0], tokens_path)
-        os.replace(unfinished[1], index_path)
-    finally:
-        for path in unfinished:
-            path.unlink(missing_ok=True)
-    return len(sizes)
-
-
 def _read_index(path: Path) -> tuple[np.dtype[Any], Positions, Positions]:
     """Token dtype, item sizes in tokens and item offsets in bytes, from a file checked throughout."""
     try:
@@ -152,7 +98,7 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], Positions, Positions]:
     if code in FLOAT_CODES:
         raise DataError(
             f"{path} says that the tokens are floating-point numbers (dtype code {code}); ids are integers: "
-            f"one of {_names(DTYPES.values())}."
+            f"one of {', '.join(dtype.name for dtype in DTYPES.values())}."
         )
     if code not in DTYPES:
         raise DataError(f"{path} has dtype code {code}; known are {', '.join(map(str, DTYPES))}.")
@@ -182,7 +128,3 @@ def _hint(prefix: str) -> str:
             kind = "jsonl" if path.suffix in (".jsonl", ".json") else "utf-8"
             return f" For {path} use --data_type {kind} --data_file {path}."
     return " --data_file takes their common path without suffix."
-
-
-def _names(dtypes: Iterable[np.dtype[Any]]) -> str:
-    return ", ".join(dtype.name for dtype in dtypes)

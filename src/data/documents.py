@@ -119,10 +119,6 @@ class Documents:
         before = np.concatenate(([0], np.cumsum(self.stream_counted, dtype=np.int64)))
         return np.asarray(before[ends] - before[self.starts + 1], dtype=np.int64)
 
-    def label(self, index: int) -> str:
-        """Names a document in messages: "line 17 of chats.jsonl"."""
-        return f"{self.unit} {self.numbers[index]} of {self.source}"
-
     def _span(self, index: int, limit: int | None) -> slice:
         start, size = int(self.starts[index]), int(self.sizes[index])
         return slice(start, start + (size if limit is None else min(size, limit)))

@@ -29,9 +29,7 @@ class EvaluationBatch:
     positions: Tensor
 
 
-def evaluation_batches(
-    documents: Documents, *, ctx_len: int, batch_tokens: int, rank: int = 0, world_size: int = 1
-) -> Iterator[EvaluationBatch]:
+def evaluation_batches(documents: Documents, *, ctx_len: int, batch_tokens: int) -> Iterator[EvaluationBatch]:
     """All documents once, the longest first, each cut to ctx_len + 1 tokens.
 
     Documents whose answers all lie beyond the cut are left out. No random number is used.
@@ -40,8 +38,6 @@ def evaluation_batches(
         documents: held-out documents.
         ctx_len: tokens of a row at most.
         batch_tokens: positions of a batch at most, padding included; a longer row comes alone.
-        rank: every `world_size`-th batch from this one on is yielded.
-        world_size: processes that share the work; some may get a batch less.
 
     Raises:
         DataError: no document has an answer before the cut.
@@ -55,14 +51,11 @@ def evaluation_batches(
         )
     lengths = np.minimum(documents.sizes[visited], limit) - 1
     order = np.argsort(-lengths, kind="stable")
-    start = number = 0
+    start = 0
     while start < len(order):
         width = int(lengths[order[start]])
         indices = visited[order[start : start + max(1, batch_tokens // width)]]
         start += len(indices)
-        number += 1
-        if (number - 1) % world_size != rank:
-            continue
         batch = padded_batch(
             [documents.tokens(index, limit) for index in indices],
             [documents.counted(index, limit) for index in indices],

@@ -12,26 +12,29 @@ up to whole optimizer steps; the next epoch goes on where this one ended.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from src.data.documents import Positions
 from src.data.packing import pass_generator
+from src.data.rounding import EXACT, Rounding, ceil_div
+from src.errors import UserError
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 BatchT = TypeVar("BatchT", bound="DataclassInstance")
 """A dataclass with a `step_weight`."""
+MadeT = TypeVar("MadeT")
 
 
-class PassDataset(Dataset[BatchT], ABC):
+class PassDataset(ABC, Generic[BatchT]):
     """Every batch of a run, by its step: `dataset[step]` is a function of step and the constructor's arguments alone.
 
     Steps count batches of this rank from the start of the run, without end; `len` is an epoch.
@@ -57,15 +60,13 @@ class PassDataset(Dataset[BatchT], ABC):
         self._epoch_steps = ceil_div(epoch_steps or ceil_div(batches_per_pass, world_size), accumulate) * accumulate
         # Two are kept, because an optimizer step may begin in one pass and end in the next.
         self._pass = lru_cache(maxsize=2)(self._divide)
-        self._made = lru_cache(maxsize=2)(self._make)
-        self._latest_step = -1
 
     @abstractmethod
     def _divide(self, pass_number: int) -> list[Positions]:
         """The int64 indices that each batch of a pass is made of, over all ranks."""
 
     @abstractmethod
-    def _batch(self, number: int) -> BatchT:
+    def _batch(self, number: int, rounding: Rounding) -> BatchT:
         """The batch with this number, all ranks counted on."""
 
     @abstractmethod
@@ -76,60 +77,61 @@ class PassDataset(Dataset[BatchT], ABC):
         return self._epoch_steps
 
     def __getitem__(self, step: int) -> BatchT:
-        self._latest_step = step
-        return self._made(step)
+        return self.rounded(step, EXACT)
 
-    def following(self) -> BatchT:
-        """The batch after the one asked for last, the very object that `dataset[step]` will give."""
-        return self._made(self._latest_step + 1)
-
-    def _make(self, step: int) -> BatchT:
+    def rounded(self, step: int, rounding: Rounding) -> BatchT:
+        """The batch of a step, filled up to few shapes or not at all."""
         number = step * self._world_size + self._rank
         place = number % self._batches_per_step
         weights = [self._weight(number - place + other) for other in range(self._batches_per_step)]
-        return replace(self._batch(number), step_weight=weights[place] * self._batches_per_step / sum(weights))
+        weight = weights[place] * self._batches_per_step / sum(weights)
+        return replace(self._batch(number, rounding), step_weight=weight)
 
     def _indices(self, number: int) -> Positions:
         """What the batch with this number is made of."""
         pass_number, place = divmod(number, self.batches_per_pass)
         return self._pass(pass_number)[place]
 
-    def loader(self) -> DataLoader[BatchT]:
-        """Batches epoch by epoch; see `EpochSampler`. Batches are made in the calling process."""
-        return DataLoader(self, batch_size=None, sampler=EpochSampler(len(self)))
 
+class Lookahead(Generic[MadeT]):
+    """What a run works on, step after step; what comes next can be made while the device works.
 
-class EpochSampler(Sampler[int]):
-    """Steps of the run in order, an epoch of `epoch_steps` at a time.
+    Every iteration is an epoch and goes on where the last ended.
 
-    Lightning calls `set_epoch` on a loader's sampler before every epoch.
+    Args:
+        make: from a step, counted from 0, to what it works on.
+        epoch_steps: steps of an iteration.
     """
 
-    def __init__(self, epoch_steps: int) -> None:
+    def __init__(self, make: Callable[[int], MadeT], epoch_steps: int) -> None:
+        self._make = make
         self._epoch_steps = epoch_steps
-        self._epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Chooses the epoch of the next iteration, counted from 0."""
-        self._epoch = epoch
+        self._next_step = 0
+        self._ahead: MadeT | None = None
 
     def __len__(self) -> int:
         return self._epoch_steps
 
-    def __iter__(self) -> Iterator[int]:
-        start = self._epoch * self._epoch_steps
-        return iter(range(start, start + self._epoch_steps))
+    def __iter__(self) -> Iterator[MadeT]:
+        for _ in range(self._epoch_steps):
+            yield self._next()
+
+    def look_ahead(self) -> None:
+        """Makes what comes next. What is wrong with it is raised when its turn comes, if it does."""
+        with contextlib.suppress(UserError, OSError):
+            self._ahead = self._make(self._next_step)
+
+    def _next(self) -> MadeT:
+        made = self._make(self._next_step) if self._ahead is None else self._ahead
+        self._ahead = None
+        self._next_step += 1
+        return made
 
 
 def shuffled_batches(indices: Positions, batch_size: int, seed: int, pass_number: int) -> list[Positions]:
     """int64 indices in the order of a pass, `batch_size` at a time; the last batch may have fewer."""
     order = pass_generator(seed, pass_number).permutation(indices)
     return np.split(order, range(batch_size, len(order), batch_size))
-
-
-def ceil_div(dividend: int, divisor: int) -> int:
-    """The quotient, rounded up."""
-    return -(-dividend // divisor)
 
 
 def listed(numbers: Sequence[int]) -> str:

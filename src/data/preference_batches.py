@@ -1,4 +1,4 @@
-"""Micro-batches of preference pairs, packed into one row without padding.
+"""Micro-batches of preference pairs, packed into one row.
 
 Three ways to lay out a pair, as `PairForm` names them. In the first, the prompt is computed once: all of
 it but its last token is a root segment, and each answer is a segment that continues it, beginning with the
@@ -19,17 +19,19 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import chain
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from src.data.documents import Positions
-from src.data.passes import PassDataset, ceil_div, listed, shuffled_batches
+from src.data.passes import PassDataset, listed, shuffled_batches
 from src.data.preferences import PreferencePair
+from src.data.rounding import EXACT, PADDING_TOKEN, Rounding, ceil_div
 from src.errors import DataError
 from src.layout import SegmentLayout
-from src.losses import IGNORED_TARGET, PLAIN_REJECT_TOKENS, Role, slot
+from src.losses import IGNORED_TARGET, PLAIN_REJECT_TOKENS, Role, group_number
 from src.tokenizer import Tokenizer
 
 
@@ -51,12 +53,12 @@ class PreferenceBatch:
     Attributes:
         tokens: int64 [1, T].
         targets: int64 [T], the token to predict at each position; -100 where nothing counts.
-        groups: int64 [T]. `losses.slot` of pair and role; with PairForm.RELEASED row numbers, two per pair.
+        groups: int64 [T]. `losses.group_number` of pair and role; with PairForm.RELEASED row numbers, two per pair.
         reject_lengths: int64 [P], tokens of each rejected answer; 0 where the pair trains on the chosen one alone.
         layout: borders of the segments.
         sample_indices: the pairs, by their place in the data set.
         token_count: positions that are not padding.
-        target_count: targets that count.
+        rounding: to which it is filled up.
         step_weight: factor on the batch's mean loss that makes the plain mean over all batches of an
             optimizer step (accumulated ones, all ranks) the mean over the step's pairs.
     """
@@ -68,7 +70,7 @@ class PreferenceBatch:
     layout: SegmentLayout
     sample_indices: tuple[int, ...]
     token_count: int
-    target_count: int
+    rounding: Rounding = EXACT
     step_weight: float = 1.0
 
     @property
@@ -76,14 +78,14 @@ class PreferenceBatch:
         """P."""
         return len(self.sample_indices)
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> PreferenceBatch:
+    def to(self, device: torch.device | str) -> PreferenceBatch:
         """The same batch with its tensors on `device`."""
         return replace(
             self,
-            tokens=self.tokens.to(device, non_blocking=non_blocking),
-            targets=self.targets.to(device, non_blocking=non_blocking),
-            groups=self.groups.to(device, non_blocking=non_blocking),
-            reject_lengths=self.reject_lengths.to(device, non_blocking=non_blocking),
+            tokens=self.tokens.to(device),
+            targets=self.targets.to(device),
+            groups=self.groups.to(device),
+            reject_lengths=self.reject_lengths.to(device),
             layout=self.layout.to(device),
         )
 
@@ -185,19 +187,19 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
     def _divide(self, pass_number: int) -> list[Positions]:
         return shuffled_batches(np.arange(len(self._pairs)), self._micro_bsz, self._seed, pass_number)
 
-    def _batch(self, number: int) -> PreferenceBatch:
-        return self.batch(self._indices(number).tolist())
+    def _batch(self, number: int, rounding: Rounding) -> PreferenceBatch:
+        return self.batch(self._indices(number).tolist(), rounding)
 
     def _weight(self, number: int) -> int:
         return len(self._indices(number))
 
-    def batch(self, indices: Sequence[int]) -> PreferenceBatch:
+    def batch(self, indices: Sequence[int], rounding: Rounding = EXACT) -> PreferenceBatch:
         """The named pairs as one batch."""
         segments = _Segments()
         for place, index in enumerate(indices):
             _ADD[self._form](segments, place, self._pairs[index], self._plain[index])
         lengths = [0 if self._plain[index] else len(self._pairs[index].rejected) for index in indices]
-        return segments.batch(indices, lengths)
+        return segments.batch(indices, lengths, rounding)
 
     def batches_in_order(self) -> Iterator[PreferenceBatch]:
         """Every pair once, in the order of the data set; for evaluation."""
@@ -219,12 +221,16 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         return (prompt if self._form is PairForm.SHARED_PROMPT else 2 * prompt) + chosen + rejected
 
 
+_Segment = tuple[list[int], list[int], list[int]]
+"""Inputs, targets and groups."""
+
+
 class _Segments:
-    """Roots and continuations of a row in the making; each segment is (inputs, targets, groups)."""
+    """Roots and continuations of a row in the making."""
 
     def __init__(self) -> None:
-        self._roots: list[tuple[list[int], list[int], list[int]]] = []
-        self._children: list[tuple[list[int], list[int], list[int]]] = []
+        self._roots: list[_Segment] = []
+        self._children: list[_Segment] = []
         self._parents: list[int] = []
         self._padding = 0
 
@@ -239,25 +245,32 @@ class _Segments:
         self._children.append((inputs, targets, groups))
         self._parents.append(parent)
 
-    def batch(self, indices: Sequence[int], reject_lengths: Sequence[int]) -> PreferenceBatch:
+    def batch(self, indices: Sequence[int], reject_lengths: Sequence[int], rounding: Rounding) -> PreferenceBatch:
         """All segments in one row. Positions that do not count are in the group beyond the last pair's."""
-        joined = [np.concatenate(parts) for parts in zip(*self._roots, *self._children, strict=True)]
-        tokens, targets, groups = (torch.from_numpy(part.astype(np.int64, copy=False)) for part in joined)
-        uncounted = targets == IGNORED_TARGET
+        token_count = sum(len(inputs) for inputs, _, _ in (*self._roots, *self._children)) - self._padding
+        roots, children = _filled(self._roots, rounding), _filled(self._children, rounding)
+        joined = [np.fromiter(chain.from_iterable(part), np.int64) for part in zip(*roots, *children, strict=True)]
+        tokens, targets, groups = map(torch.from_numpy, joined)
         return PreferenceBatch(
             tokens=tokens[None],
             targets=targets,
-            groups=groups.masked_fill(uncounted, slot(len(indices), Role.PROMPT)),
+            groups=groups.masked_fill(targets == IGNORED_TARGET, group_number(len(indices), Role.PROMPT)),
             reject_lengths=torch.tensor(reject_lengths, dtype=torch.int64),
             layout=SegmentLayout.branching(
-                [len(inputs) for inputs, _, _ in self._roots],
-                [len(inputs) for inputs, _, _ in self._children],
-                self._parents,
+                [len(inputs) for inputs, _, _ in roots],
+                [len(inputs) for inputs, _, _ in children],
+                [*self._parents, *[0] * (len(children) - len(self._parents))],
             ),
             sample_indices=tuple(indices),
-            token_count=len(targets) - self._padding,
-            target_count=len(targets) - self._padding - int(uncounted.sum()),
+            token_count=token_count,
+            rounding=rounding,
         )
+
+
+def _filled(segments: list[_Segment], rounding: Rounding) -> list[_Segment]:
+    """With segments of padding after them."""
+    lengths = rounding.padding([len(inputs) for inputs, _, _ in segments])
+    return segments + [([PADDING_TOKEN] * length, [IGNORED_TARGET] * length, [0] * length) for length in lengths]
 
 
 def _answers(pair: PreferencePair, plain: bool) -> list[tuple[Role, list[int]]]:
@@ -269,9 +282,9 @@ def _add_shared_prompt(segments: _Segments, place: int, pair: PreferencePair, pl
     prompt = pair.prompt
     parent = None
     if len(prompt) > 1:
-        parent = segments.add_root(prompt[:-1], prompt[1:], [slot(place, Role.PROMPT)] * (len(prompt) - 1))
+        parent = segments.add_root(prompt[:-1], prompt[1:], [group_number(place, Role.PROMPT)] * (len(prompt) - 1))
     for role, answer in _answers(pair, plain):
-        inputs, groups = prompt[-1:] + answer[:-1], [slot(place, role)] * len(answer)
+        inputs, groups = prompt[-1:] + answer[:-1], [group_number(place, role)] * len(answer)
         if parent is None:
             segments.add_root(inputs, answer, groups)
         else:
@@ -282,7 +295,7 @@ def _add_two_rows(segments: _Segments, place: int, pair: PreferencePair, plain: 
     for role, answer in _answers(pair, plain):
         row = pair.prompt + answer
         prompt_targets = pair.prompt[1:] if role is Role.CHOSEN else [IGNORED_TARGET] * (len(pair.prompt) - 1)
-        groups = [slot(place, Role.PROMPT)] * len(prompt_targets) + [slot(place, role)] * len(answer)
+        groups = [group_number(place, Role.PROMPT)] * len(prompt_targets) + [group_number(place, role)] * len(answer)
         segments.add_root(row[:-1], prompt_targets + answer, groups)
 
 

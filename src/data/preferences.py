@@ -1,8 +1,7 @@
 """Preference data: rows of prompt, chosen and rejected text; pairs of tokens made from them.
 
 `read_rows` reads what people write (CSV, JSONL), `make_pairs` turns rows into tokens with a chat
-template, `pairs_from_tuples` checks the content of a `.save` file, the list of 5-tuples that
-training reads.
+template; `src.data.pair_file` keeps them.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
+from src.config.preference import MIXED
 from src.errors import ConfigError, DataError
 from src.tokenizer import Tokenizer
 
@@ -82,8 +80,8 @@ def _read_text(path: str) -> str:
 
 
 def _csv_rows(path: str, text: str) -> Iterator[PreferenceRow]:
-    records = _csv_records(path, text)
-    _, header = next(records)
+    entries = _csv_entries(path, text)
+    _, header = next(entries)
     names = [name.strip() for name in header]
     columns = {name: names.index(name) for name in ("prompt", "chosen") if name in names}
     missing = [name for name in ("prompt", "chosen") if name not in columns]
@@ -93,7 +91,7 @@ def _csv_rows(path: str, text: str) -> Iterator[PreferenceRow]:
             f"{path} has no column {lacking} (its first line has {found}): name the columns prompt,chosen,reject there."
         )
     rejected = next((names.index(name) for name in ("reject", "rejected") if name in names), len(names))
-    for line, fields in records:
+    for line, fields in entries:
         if len(fields) <= max(columns.values()):
             raise DataError(
                 f"{path} line {line} has {len(fields)} of the {len(names)} fields of the header: write "
@@ -107,29 +105,26 @@ def _csv_rows(path: str, text: str) -> Iterator[PreferenceRow]:
         )
 
 
-def _csv_records(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
-    """(line on which it begins, fields) of every record that is not blank.
+def _csv_entries(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
+    """(line on which it begins, fields) of every entry that is not blank.
 
     The strict reader is used because the lenient one takes an unbalanced quote for the start of a field that
     reaches to the end of the file.
     """
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     limit_before = csv.field_size_limit(_CSV_FIELD_LIMIT)
+    line = 1
     try:
-        while True:
-            line = reader.line_num + 1
-            try:
-                fields = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                reason = "has a quote that is never closed" if "end of data" in str(error) else f"is no CSV ({error})"
-                raise DataError(
-                    f"{path} line {line} {reason}: put fields with quotes, commas or line breaks in quotes, "
-                    "and write each quote inside twice."
-                ) from error
+        for fields in reader:
             if fields:
                 yield line, fields
+            line = reader.line_num + 1
+    except csv.Error as error:
+        reason = "has a quote that is never closed" if "end of data" in str(error) else f"is no CSV ({error})"
+        raise DataError(
+            f"{path} line {line} {reason}: put fields with quotes, commas or line breaks in quotes, "
+            "and write each quote inside twice."
+        ) from error
     finally:
         csv.field_size_limit(limit_before)
 
@@ -139,14 +134,14 @@ def _jsonl_rows(path: str, text: str) -> Iterator[PreferenceRow]:
         if not content.strip():
             continue
         try:
-            record = json.loads(content)
+            entry = json.loads(content)
         except (ValueError, RecursionError) as error:
             raise DataError(f"{path} line {line} is no JSON ({error}): write one object per line.") from error
-        if not isinstance(record, dict):
+        if not isinstance(entry, dict):
             raise DataError(f'{path} line {line} is no JSON object: write {{"prompt": …, "chosen": …}}.')
-        rejected_key = "reject" if "reject" in record else "rejected"
-        texts: dict[str, Any] = {"prompt": record.get("prompt"), "chosen": record.get("chosen")}
-        texts[rejected_key] = record.get(rejected_key) or ""
+        rejected_key = "reject" if "reject" in entry else "rejected"
+        texts: dict[str, Any] = {"prompt": entry.get("prompt"), "chosen": entry.get("chosen")}
+        texts[rejected_key] = entry.get(rejected_key) or ""
         for key, value in texts.items():
             if not isinstance(value, str):
                 found = "no such key" if value is None else type(value).__name__
@@ -176,8 +171,6 @@ TEMPLATES = {
     "question": Template("Question: ", "\n\nAnswer:"),
     "input": Template("Input: ", "\n\nResponse:"),
 }
-MIXED = "mixed"
-TEMPLATE_NAMES = (MIXED, *TEMPLATES)
 
 
 def clean_text(text: str) -> str:
@@ -219,10 +212,7 @@ class PreferencePair:
         if max(len(self.prompt), len(self.chosen), len(self.rejected)) <= longest:
             return self
         return replace(
-            self,
-            prompt=self.prompt[-longest:],
-            chosen=self.chosen[:longest],
-            rejected=self.rejected[:longest],
+            self, prompt=self.prompt[-longest:], chosen=self.chosen[:longest], rejected=self.rejected[:longest]
         )
 
 
@@ -283,7 +273,7 @@ def make_pairs(
         rows: as `read_rows` gives them.
         tokenizer: of the model's vocabulary.
         count: pairs to make, at least 1.
-        template: one of `TEMPLATE_NAMES`.
+        template: a key of `TEMPLATES`, or `MIXED`.
         longest: most tokens of a prompt and of an answer, see `PreferencePair.shortened`; None: no limit.
         seed: of the draws and the shuffle.
         on_pair: called with the number of pairs made so far.
@@ -297,12 +287,7 @@ def make_pairs(
     if longest is not None and longest < 1:
         raise ConfigError(f"--max_len {longest} leaves no tokens: give at least 1, or leave it out.")
     cleaned = [
-        replace(
-            row,
-            prompt=clean_text(row.prompt),
-            chosen=clean_text(row.chosen),
-            rejected=clean_text(row.rejected),
-        )
+        replace(row, prompt=clean_text(row.prompt), chosen=clean_text(row.chosen), rejected=clean_text(row.rejected))
         for row in rows
     ]
     usable = [row for row in cleaned if row.prompt and row.chosen]
@@ -342,46 +327,3 @@ def _drawn_template(number: float) -> str:
     if number < 0.8:
         return "user"
     return "question" if number < 0.9 else "input"
-
-
-def pairs_from_tuples(source: str, content: Any, vocab_size: int) -> list[PreferencePair]:
-    """Checks what a `.save` file held: a list of (prompt, chosen, reject, logp, logp).
-
-    Raises:
-        DataError: content of another kind; a pair without a prompt or chosen answer; a token outside
-            the vocabulary.
-    """
-    remedy = "make the file with PrepareOrpoDataset.py"
-    if not isinstance(content, list) or not content:
-        found = "an empty list" if isinstance(content, list) else type(content).__name__
-        raise DataError(f"{source} holds {found}, not a list of preference pairs: {remedy}.")
-    pairs = []
-    for number, item in enumerate(content, start=1):
-        if not isinstance(item, (tuple, list)) or len(item) != 5:
-            found = f"{len(item)} entries" if isinstance(item, (tuple, list)) else type(item).__name__
-            raise DataError(f"{source} pair {number} has {found}, not (prompt, chosen, reject, logp, logp): {remedy}.")
-        for name, tokens in zip(("prompt", "chosen", "reject"), item[:3], strict=True):
-            _check_tokens(f"{source} pair {number}", name, tokens, vocab_size, remedy)
-        if not all(isinstance(logp, (int, float)) for logp in item[3:]):
-            raise DataError(f"{source} pair {number} has no number for a base log-probability: {remedy}.")
-        pairs.append(PreferencePair(*item))
-    return pairs
-
-
-def _check_tokens(where: str, name: str, tokens: Any, vocab_size: int, remedy: str) -> None:
-    try:
-        ids = np.asarray(tokens) if isinstance(tokens, list) else None
-    except ValueError:  # lists of unequal length inside
-        ids = None
-    if ids is None or (ids.size and (ids.ndim != 1 or ids.dtype.kind != "i")):
-        raise DataError(f"{where} has no list of token ids as its {name}: {remedy}.")
-    if not ids.size:
-        if name == "reject":
-            return
-        raise DataError(f"{where} has an empty {name}, so nothing can be learned from it: {remedy}.")
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
-        raise DataError(
-            f"{where} has token {outside[0]} in its {name}, but the model knows 0 to {vocab_size - 1}: "
-            "prepare the pairs for this model's vocabulary."
-        )

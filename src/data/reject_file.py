@@ -3,7 +3,7 @@
 Beside `OUT.csv` stands `OUT.csv.run.json`: the settings, a checksum of the input, and how many rows and bytes
 of the CSV are complete. It is replaced after every group, once the group's rows are on the disk. A second
 start cuts off what was written after that and goes on; other settings or another input are refused once there
-are rows. It stays after the last row, as the record of how the rejects were made.
+are rows. It stays after the last row, and tells how the rejects were made.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from src.data.preferences import PreferenceRow
 from src.errors import DataError
+from src.storage import replacing
 
 HEADER = ("prompt", "chosen", "reject")
 
@@ -69,9 +70,9 @@ class RejectFile:
 
     def __init__(self, path: str, rows: Sequence[PreferenceRow], settings: Mapping[str, Any]) -> None:
         self._path = Path(path)
-        self._record_path = Path(f"{path}.run.json")
+        self._progress_path = Path(f"{path}.run.json")
         self._rows = rows
-        self._record: dict[str, Any] = {
+        self._progress: dict[str, Any] = {
             "settings": dict(settings),
             "input_sha256": _checksum(rows),
             "rows": len(rows),
@@ -80,7 +81,7 @@ class RejectFile:
         }
         try:
             self._file = self._open()
-            if not self._record["bytes_done"]:
+            if not self._progress["bytes_done"]:
                 self._write([HEADER], rows_done=0)
         except OSError as error:
             raise DataError(f"--output_csv {path} cannot be written ({error.strerror}): choose another.") from error
@@ -88,7 +89,7 @@ class RejectFile:
     @property
     def rows_done(self) -> int:
         """Rows that are in the file."""
-        return int(self._record["rows_done"])
+        return int(self._progress["rows_done"])
 
     def append(self, group: RejectGroup, rejects: Mapping[int, str]) -> None:
         """Writes the group's rows and puts them on the disk.
@@ -120,40 +121,40 @@ class RejectFile:
         if self._path.exists():
             self._take_up()
         else:
-            # First the record: a file without one would be taken for somebody else's.
-            self._write_record()
+            # First the progress: a file without it would be taken for somebody else's.
+            self._write_progress()
             self._path.touch()
         file: BinaryIO = open(self._path, "r+b")  # noqa: SIM115
-        file.truncate(self._record["bytes_done"])
+        file.truncate(self._progress["bytes_done"])
         file.seek(0, os.SEEK_END)
         return file
 
     def _take_up(self) -> None:
         """Goes on with an existing file, if it is one of ours and of this run."""
-        record = _read_record(self._record_path)
-        if record is None:
+        progress = _read_progress(self._progress_path)
+        if progress is None:
             raise DataError(
                 f"--output_csv {self._path} exists and is not the beginning of such a run "
-                f"({self._record_path.name} is missing or unreadable): name another file, or remove it."
+                f"({self._progress_path.name} is missing or unreadable): name another file, or remove it."
             )
-        if not record["rows_done"]:
+        if not progress["rows_done"]:
             return  # a start that failed, for want of memory or of a model: the next may have other settings
-        for name, value in self._record["settings"].items():
-            before = record["settings"].get(name)
+        for name, value in self._progress["settings"].items():
+            before = progress["settings"].get(name)
             if before != value:
                 before, now = (some if some != "" else "left out" for some in (before, value))
                 raise DataError(
                     f"{self._path} was begun with --{name} {before}, now it is {now}: give the same, or "
                     "name another --output_csv."
                 )
-        if record["input_sha256"] != self._record["input_sha256"]:
+        if progress["input_sha256"] != self._progress["input_sha256"]:
             raise DataError(f"{self._path} was begun with other input rows: name another --output_csv, or remove it.")
-        if self._path.stat().st_size < record["bytes_done"]:
+        if self._path.stat().st_size < progress["bytes_done"]:
             raise DataError(
                 f"{self._path} is shorter than when it was written, it was changed since: name another "
                 "--output_csv, or remove that one."
             )
-        self._record = record
+        self._progress = progress
 
     def _write(self, lines: Sequence[Sequence[str]], rows_done: int) -> None:
         text = io.StringIO()
@@ -161,16 +162,12 @@ class RejectFile:
         self._file.write(text.getvalue().encode())
         self._file.flush()
         os.fsync(self._file.fileno())
-        self._record = {**self._record, "rows_done": rows_done, "bytes_done": self._file.tell()}
-        self._write_record()
+        self._progress = {**self._progress, "rows_done": rows_done, "bytes_done": self._file.tell()}
+        self._write_progress()
 
-    def _write_record(self) -> None:
-        unfinished = self._record_path.with_name(f".{self._record_path.name}.unfinished")
-        with open(unfinished, "w", encoding="utf-8") as file:
-            json.dump(self._record, file, indent=1, ensure_ascii=False)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, self._record_path)
+    def _write_progress(self) -> None:
+        with replacing(self._progress_path) as file:
+            file.write(json.dumps(self._progress, indent=1, ensure_ascii=False).encode())
 
 
 def _checksum(rows: Sequence[PreferenceRow]) -> str:
@@ -178,12 +175,12 @@ def _checksum(rows: Sequence[PreferenceRow]) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _read_record(path: Path) -> dict[str, Any] | None:
+def _read_progress(path: Path) -> dict[str, Any] | None:
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
+        progress = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     expected = {"settings": dict, "input_sha256": str, "rows": int, "rows_done": int, "bytes_done": int}
-    if isinstance(record, dict) and all(isinstance(record.get(name), kind) for name, kind in expected.items()):
-        return record
+    if isinstance(progress, dict) and all(isinstance(progress.get(name), kind) for name, kind in expected.items()):
+        return progress
     return None

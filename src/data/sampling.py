@@ -18,13 +18,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from src.config.data import DATALOAD_MODES
 from src.data.batches import Batch, packed_batch, padded_batch
 from src.data.documents import Documents, Positions
 from src.data.packing import RowPlan
-from src.data.passes import PassDataset, ceil_div, listed, shuffled_batches
+from src.data.passes import PassDataset, listed, shuffled_batches
+from src.data.rounding import Rounding, ceil_div
 from src.errors import ConfigError, DataError
-
-MODES = ("get", "pad", "only", "pack")
 
 _WINDOW_STREAM = 0x6765_7400  # keeps `get`'s random numbers apart from those of the passes
 _WINDOW_ATTEMPTS = 1000
@@ -78,7 +78,7 @@ class BatchDataset(PassDataset[Batch]):
 
     Args:
         documents: see `open_documents`.
-        mode: one of MODES.
+        mode: one of DATALOAD_MODES.
         ctx_len: tokens of a row at most.
         micro_bsz: rows of a batch; with `pack` they are joined to a single one.
         seed: 0 or more.
@@ -86,7 +86,7 @@ class BatchDataset(PassDataset[Batch]):
             nothing is exhausted, a pass is as many windows as the stream is long.
 
     Raises:
-        ConfigError: unknown mode, or `only` with more than one row.
+        ConfigError: `only` with more than one row.
         DataError: data too short for `get`, or no document with an answer within a row.
     """
 
@@ -102,8 +102,7 @@ class BatchDataset(PassDataset[Batch]):
     ) -> None:
         assert min(ctx_len, micro_bsz) >= 1
         assert seed >= 0
-        if mode not in MODES:
-            raise ConfigError(f"--dataload {mode} is unknown; known are {', '.join(MODES)}.")
+        assert mode in DATALOAD_MODES, f"{mode} is none of {DATALOAD_MODES}"
         if mode == "only" and micro_bsz != 1:
             raise ConfigError(
                 f"--dataload only takes a document alone, so --micro_bsz has to be 1, not {micro_bsz}; "
@@ -140,7 +139,7 @@ class BatchDataset(PassDataset[Batch]):
             return [self._visited[row] for row in self._rows.pass_rows(pass_number)]
         return shuffled_batches(self._visited, self._micro_bsz, self._seed, pass_number)
 
-    def _batch(self, number: int) -> Batch:
+    def _batch(self, number: int, rounding: Rounding) -> Batch:
         if self.mode == "get":
             stream, mask = self.documents.stream, self.documents.stream_counted
             offsets = self._offsets(number)
@@ -149,6 +148,7 @@ class BatchDataset(PassDataset[Batch]):
                 [np.asarray(stream[span], dtype=np.int64) for span in spans],
                 [None if mask is None else mask[span] for span in spans],
                 offsets,
+                rounding,
             )
         indices = self._indices(number)
         make = packed_batch if self.mode == "pack" else padded_batch
@@ -156,6 +156,7 @@ class BatchDataset(PassDataset[Batch]):
             [self.documents.tokens(index, self._row_tokens) for index in indices],
             [self.documents.counted(index, self._row_tokens) for index in indices],
             indices.tolist(),
+            rounding,
         )
 
     def _weight(self, number: int) -> int:

@@ -11,9 +11,10 @@ import json
 import re
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -24,7 +25,6 @@ from src.tokenizer import Tokenizer
 LINE_FORMS = '{"text": …}, {"prompt": …, "response": …} or {"messages": [{"role": …, "content": …}, …]}'
 
 _BLANK_LINES = re.compile(r"\n{2,}")
-_UTF8_BOM = b"\xef\xbb\xbf"
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
@@ -117,7 +117,7 @@ class _Collector:
         )
 
 
-def read_jsonl(path: str, tokenizer: Tokenizer, vocab_size: int, template: ChatTemplate = WORLD_CHAT) -> Documents:
+def read_jsonl(path: str, tokenizer: Tokenizer, vocab_size: int) -> Documents:
     """Reads JSON lines, one document each; blank lines of the file are passed over.
 
     Of a line's keys "messages" comes first, then "prompt" with "response", then "text", which is
@@ -131,26 +131,14 @@ def read_jsonl(path: str, tokenizer: Tokenizer, vocab_size: int, template: ChatT
     replaced = 0
     for number, line in _lines(path):
         try:
-            record = json.loads(line.rstrip())  # a line break would count as another line, from column 1
-            if not isinstance(record, dict):
-                raise _MalformedLine(f"it is {_kind(record)}, expected an object: {LINE_FORMS}")
-            parts, blank_lines = _parts(record, template)
+            parts, blank_lines = _parts(_entry(line), WORLD_CHAT)
             replaced += blank_lines
             collector.add(parts, number)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{path}, line {number}: not valid JSON ({error.msg} at column {error.colno}); every line is "
-                f"one object: {LINE_FORMS}."
-            ) from error
-        except RecursionError as error:
-            raise DataError(
-                f"{path}, line {number}: nested too deeply; every line is one object: {LINE_FORMS}."
-            ) from error
         except (_MalformedLine, DataError) as error:
             raise DataError(f"{path}, line {number}: {str(error).removesuffix('.')}.") from error
     statements = []
     if collector.masked:
-        statements.append(f"Conversations are written in the template {template.name}; the loss is on answers only.")
+        statements.append(f"Conversations are written in the template {WORLD_CHAT.name}; the loss is on answers only.")
     if replaced:
         subject = "1 run of blank lines" if replaced == 1 else f"{replaced} runs of blank lines"
         statements.append(f"{subject} inside turns replaced by a line break each: a blank line ends a turn.")
@@ -167,7 +155,8 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int, piece_tokens: in
         DataError: the file is missing, empty or not UTF-8.
     """
     assert piece_tokens >= 2, "a piece needs an input and a target"
-    content = _content(path)
+    with _opened(path) as file:
+        content = file.read()
     try:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -194,19 +183,19 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int, piece_tokens: in
     )
 
 
-def generated_documents(vocab_size: int, *, documents: int = 64, seed: int = 0) -> Documents:
+def generated_documents(vocab_size: int) -> Documents:
     """Documents to try a run with: counting upwards from a random id in random strides.
 
-    Each has 32 to 128 tokens, ids from 1 up modulo the vocabulary, and ends with token 0. A pure
-    function of its arguments.
+    Each has 32 to 128 tokens, ids from 1 up modulo the vocabulary, and ends with token 0. The same
+    every time.
 
     Raises:
         DataError: a vocabulary of fewer than three entries.
     """
     if vocab_size < 3:
         raise DataError(f"Generated data need a vocabulary of at least 3 entries, not {vocab_size}.")
-    rng = np.random.default_rng(seed)
-    sizes = rng.integers(32, 129, size=documents)
+    rng = np.random.default_rng(0)
+    sizes = rng.integers(32, 129, size=64)
     pieces = []
     for size in sizes:
         start, stride = rng.integers(0, vocab_size - 1), rng.integers(1, min(vocab_size - 1, 16) + 1)
@@ -221,18 +210,32 @@ class _MalformedLine(Exception):
     """Reason why a line is none of the known forms."""
 
 
-def _parts(record: dict[str, Any], template: ChatTemplate) -> tuple[list[Part], int]:
+def _entry(line: str) -> dict[str, Any]:
+    """The JSON object of a line."""
+    try:
+        entry = json.loads(line.rstrip())  # a line break would count as another line, from column 1
+    except json.JSONDecodeError as error:
+        reason = f"not valid JSON ({error.msg} at column {error.colno})"
+        raise _MalformedLine(f"{reason}; every line is one object: {LINE_FORMS}") from error
+    except RecursionError as error:
+        raise _MalformedLine(f"nested too deeply; every line is one object: {LINE_FORMS}") from error
+    if not isinstance(entry, dict):
+        raise _MalformedLine(f"it is {_kind(entry)}, expected an object: {LINE_FORMS}")
+    return entry
+
+
+def _parts(entry: dict[str, Any], template: ChatTemplate) -> tuple[list[Part], int]:
     """Parts of one line's document, and the blank lines replaced in it."""
-    if "messages" in record:
-        return template.render(_messages(record["messages"], template))
-    if "prompt" in record and "response" in record:
-        turns = [("user", _string(record, "prompt")), (template.answering, _string(record, "response"))]
+    if "messages" in entry:
+        return template.render(_messages(entry["messages"], template))
+    if "prompt" in entry and "response" in entry:
+        turns = [("user", _string(entry, "prompt")), (template.answering, _string(entry, "response"))]
         if not turns[1][1].strip():
             raise _MalformedLine('"response" is empty')
         return template.render(turns)
-    if "text" in record:
-        return [Part(_string(record, "text"), counted=True)], 0
-    keys = ", ".join(map(repr, record)) or "none"
+    if "text" in entry:
+        return [Part(_string(entry, "text"), counted=True)], 0
+    keys = ", ".join(map(repr, entry)) or "none"
     raise _MalformedLine(f"its keys are {keys}, expected {LINE_FORMS}")
 
 
@@ -260,8 +263,8 @@ def _messages(messages: object, template: ChatTemplate) -> list[tuple[str, str]]
     return turns
 
 
-def _string(record: dict[str, Any], key: str) -> str:
-    value = record[key]
+def _string(entry: dict[str, Any], key: str) -> str:
+    value = entry[key]
     if not isinstance(value, str):
         raise _MalformedLine(f'"{key}" is {_kind(value)}, expected a string')
     return value
@@ -278,24 +281,23 @@ def _unix_lines(text: str) -> str:
 
 def _lines(path: str) -> Iterator[tuple[int, str]]:
     """Number, from 1, and text of every line that is not blank."""
+    with _opened(path) as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise _wrong_encoding(path, line, number, error) from error
+            if text.strip():
+                yield number, text
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[BinaryIO]:
+    """The file to read; a DataError says why it cannot be."""
     _must_be_a_file(path)
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, start=1):
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise _wrong_encoding(path, line, number, error) from error
-                if text.strip():
-                    yield number, text
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _content(path: str) -> bytes:
-    _must_be_a_file(path)
-    try:
-        return Path(path).read_bytes()
+            yield file
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror}.") from error
 

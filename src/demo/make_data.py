@@ -1,6 +1,6 @@
 """Cuts the demonstration's texts out of Debian packages; README.md beside this file says how it is called.
 
-Nothing in the program imports this file: it is the record of how the bundled files were made.
+Nothing in the program imports this file: it documents how the bundled files were made.
 """
 
 from __future__ import annotations

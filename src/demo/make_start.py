@@ -12,16 +12,16 @@ import sys
 import torch
 
 from src.checkpoint import save_model
-from src.model.parameters import ModelShape, fresh_parameters
+from src.model.rwkv6 import RWKV6Shape
 
-SHAPE = ModelShape.from_sizes(n_layer=6, n_embd=192, vocab_size=257, head_size=64)
+SHAPE = RWKV6Shape.from_sizes(n_layer=6, n_embd=192, vocab_size=257, head_size=64)
 SEED = 42
 DECAY_SHIFT = -2.5  # on the checkpoint's scale, decay = exp(-exp(time_decay))
 
 
 def main() -> None:
     """Writes the file named on the command line."""
-    weights = fresh_parameters(SHAPE, SEED, torch.float32)
+    weights = SHAPE.fresh_parameters(SEED, torch.float32)
     for name, tensor in weights.items():
         if name.endswith("time_decay"):
             tensor += DECAY_SHIFT

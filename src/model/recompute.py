@@ -1,8 +1,8 @@
-"""Parts of a layer that keep little but their input and are computed again in the backward pass."""
+"""Parts of a layer that keep little but their inputs and are computed again in the backward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -27,93 +27,85 @@ Results = tuple[Tensor, ...]
 Function = Callable[..., Results]
 
 
-class Recomputed:
-    """Calls a function of one tensor and keeps nothing of it but that tensor, and results if it is told to.
+def recomputed(
+    function: Function,
+    inputs: Sequence[Tensor | None],
+    parameters: Iterable[nn.Parameter],
+    *,
+    kept: int = 0,
+    draws_random: bool = False,
+) -> Results:
+    """function(*inputs), of which nothing is kept but the inputs, and results if they are asked for.
 
     The first pass runs without autograd, so that operators need not prepare for a backward. The second, in the
-    backward pass, gives the gradients of the tensor and of every trainable parameter of `modules`. It is called
-    with the results that were kept, so that it need not compute them.
+    backward pass, gives the gradients of every input and parameter that requires one at the time of the call;
+    results that depend on none of them are passed over.
 
     Args:
-        modules: all modules whose parameters the function may use.
-        unused: names of parameters in them that it does not use.
+        function: takes the inputs, in the second pass also the results that were kept, and gives a tuple of tensors.
+            Besides them it may use parameters, and constants.
+        inputs: all tensors that it depends on, None where there is none.
+        parameters: those it may use; the frozen ones may be among them.
+        kept: how many of the results, the first ones, are kept for the second pass.
+        draws_random: whether the second pass must draw the same random numbers.
     """
-
-    def __init__(self, *modules: nn.Module, unused: tuple[str, ...] = ()) -> None:
-        self._modules_used = modules
-        self._unused = unused
-        self._trainable: list[tuple[nn.Module, str]] | None = None
-
-    def __call__(self, function: Function, x: Tensor, *, kept: int = 0, draws_random: bool = False) -> Results:
-        """x -> function(x).
-
-        Args:
-            function: takes x, in the second pass also the results that were kept, and gives a tuple of tensors.
-            x: the one tensor that is kept in any case.
-            kept: how many of the results, the first ones, are kept for the second pass.
-            draws_random: whether the second pass must draw the same random numbers.
-        """
-        if draws_random:
-            function = _Redrawn(function, x.device)
-        outputs: Results = _Again.apply(function, kept, x, *self._parameters_used())
-        return outputs
-
-    def _parameters_used(self) -> list[Tensor]:
-        """Looked up by name at each call: a caller may have put other tensors in the parameters' places."""
-        if self._trainable is None:
-            self._trainable = [
-                (module, name)
-                for used in self._modules_used
-                for module in used.modules()
-                for name, parameter in module.named_parameters(recurse=False)
-                if parameter.requires_grad and name not in self._unused
-            ]
-        return [getattr(module, name) for module, name in self._trainable]
-
-
-class _Redrawn:
-    """A function that draws the same random numbers at every call."""
-
-    def __init__(self, function: Function, device: torch.device) -> None:
-        self._function = function
-        self._device = device
-        self._first = True
-
-    def __call__(self, x: Tensor, *known: Tensor) -> Results:
-        on_gpu = self._device.type == "cuda"
-        if self._first:
-            self._first = False
-            self._drawn_from = (torch.get_rng_state(), torch.cuda.get_rng_state(self._device) if on_gpu else None)
-            return self._function(x, *known)
-        with torch.random.fork_rng([self._device] if on_gpu else []):
-            on_host, on_device = self._drawn_from
-            torch.set_rng_state(on_host)
-            if on_device is not None:
-                torch.cuda.set_rng_state(on_device, self._device)
-            return self._function(x, *known)
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    device = next(tensor.device for tensor in inputs if tensor is not None) if draws_random else None
+    outputs: Results = _Again.apply(function, kept, device, len(inputs), *inputs, *trained)
+    return outputs
 
 
 class _Again(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, function: Function, kept: int, x: Tensor, *parameters: Tensor) -> Results:
+    def forward(
+        ctx: Any, function: Function, kept: int, device: torch.device | None, count: int, *tensors: Tensor | None
+    ) -> Results:
         ctx.set_materialize_grads(False)
-        ctx.function, ctx.kept = function, kept
-        outputs = function(x)
-        ctx.save_for_backward(*outputs[:kept], x, *parameters)
+        ctx.function, ctx.kept, ctx.count = function, kept, count
+        ctx.random_state = None if device is None else _random_state(device)
+        outputs = function(*tensors[:count])
+        ctx.save_for_backward(*outputs[:kept], *tensors)
         return outputs
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
-        known, (x, *parameters) = saved[: ctx.kept], saved[ctx.kept :]
+        known, tensors = saved[: ctx.kept], list(saved[ctx.kept :])
+        needed = ctx.needs_input_grad[-len(tensors) :]
+        for place in range(ctx.count):
+            if tensors[place] is not None:
+                tensors[place] = tensors[place].detach().requires_grad_(needed[place])
         with torch.enable_grad():
-            x = x.detach().requires_grad_(ctx.needs_input_grad[2])
-            outputs = ctx.function(x, *(tensor.detach() for tensor in known))
-        asked = [pair for pair in zip(outputs, gradients, strict=True) if pair[1] is not None]
-        wanted = [tensor for tensor in (x, *parameters) if tensor.requires_grad]
-        found = torch.autograd.grad(
-            [output for output, _ in asked], wanted, [gradient for _, gradient in asked], allow_unused=True
-        )
-        by_tensor = iter(found)
-        return (None, None, *(next(by_tensor) if tensor.requires_grad else None for tensor in (x, *parameters)))
+            arguments = (*tensors[: ctx.count], *(tensor.detach() for tensor in known))
+            outputs = ctx.function(*arguments) if ctx.random_state is None else _drawn_again(ctx, arguments)
+        asked = [
+            (output, gradient)
+            for output, gradient in zip(outputs, gradients, strict=True)
+            if gradient is not None and output.requires_grad
+        ]
+        wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
+        found = iter(())  # type: Any
+        if asked:
+            found = iter(
+                torch.autograd.grad(
+                    [output for output, _ in asked], wanted, [gradient for _, gradient in asked], allow_unused=True
+                )
+            )
+        return (None, None, None, None, *(next(found, None) if need else None for need in needed))
+
+
+def _random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
+    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return device, torch.get_rng_state(), on_device
+
+
+def _drawn_again(ctx: Any, arguments: tuple[Tensor | None, ...]) -> Results:
+    """The function's results with the random numbers of the first pass; later ones are as if it had not been called."""
+    device, on_host, on_device = ctx.random_state
+    with torch.random.fork_rng([device] if on_device is not None else []):
+        torch.set_rng_state(on_host)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
+        results: Results = ctx.function(*arguments)
+        return results

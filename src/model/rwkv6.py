@@ -1,4 +1,4 @@
-"""The RWKV-6 (x060, "Finch") language model.
+"""The RWKV-6 (x060, "Finch") architecture: its mixers, and the one table of its names, shapes and values.
 
 What is unusual about it:
   - no attention: every head keeps one N x N matrix that decays per key channel and token
@@ -9,31 +9,30 @@ What is unusual about it:
   - no positions, no biases in the matrices, embedding and head never tied.
 
 Parameter names and shapes are the checkpoint's. Zero, learned and carried states are one code path.
-Weights may be stored wider than the computation (fp32 masters in full training); they are cast on use.
 
 Legend: B rows, T tokens, C channels, A = H·N attention width, H heads, N head size, F feed-forward
-width, V vocabulary, S segments of a packed row.
+width, V vocabulary, S segments of a packed row, L layers, Dm mix-LoRA width, Dd decay-LoRA width.
 
 Source: "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence" (arXiv 2404.05892).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from src.errors import CheckpointError, ConfigError
 from src.layout import SegmentLayout
-from src.model.parameters import ModelShape
-from src.model.recompute import Recompute, Recomputed, Results
-from src.model.state import LayerState, ModelState, last_tokens
+from src.model.layers import ChannelMixer, Linear, TimeMixer
+from src.model.recompute import Recompute
+from src.model.shape import LAYER_KEY, ModelShape, Shape, axes_of, count_layers
 from src.ops.elementwise import (
-    add_norm,
     group_norm_silu_gate,
     modulated_shift_mixes,
     shift_mixes,
@@ -42,161 +41,315 @@ from src.ops.elementwise import (
     squared_relu,
     squared_relu_gradient,
 )
-from src.ops.token_logps import HeadWeight
 from src.ops.wkv6 import wkv6, wkv6_branching
-from src.quant import FrozenHead
+from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available
+from src.quant import FrozenLinear
 
-LAYER_NORM_EPS = 1e-5
+MIX_GROUPS = 5
+"""Axis 0 of `time_maa_w2`: one token-shift modulation each for w, k, v, r, g, in this order."""
 
+_SIZE_GRAIN = 32
+"""n_embd, dim_att and dim_ffn typed by hand are multiples of this, as in the original."""
 
-class Linear(nn.Module):
-    """y = x Wᵀ with W [out, in] in the file's orientation, cast to x's dtype when it is stored wider."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(out_features, in_features))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-    def input_gradient(self, grad_output: Tensor) -> Tensor:
-        """The gradient of x from that of y, outside autograd."""
-        return grad_output @ self.weight.to(grad_output.dtype)
+_NARROW_LORA, _WIDE_LORA = (32, 64), (64, 128)
+"""Dm and Dd of most models, and of 7B and 14B (--double_extra_dim 1)."""
 
 
-class Norm(nn.LayerNorm):
-    """LayerNorm over C whose weights may be stored wider than its input."""
+@dataclass(frozen=True)
+class RWKV6Shape(ModelShape):
+    """Every size of one RWKV-6 model. Source: formats of the RWKV-6 "World" checkpoints."""
 
-    def __init__(self, channels: int) -> None:
-        super().__init__(channels, eps=LAYER_NORM_EPS)
+    mix_lora_width: int  # Dm
+    decay_lora_width: int  # Dd
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.of_sum(x, None)[1]
+    @classmethod
+    def from_shapes(cls, shapes: Mapping[str, Shape]) -> RWKV6Shape:
+        """Reads the sizes from the tensors of a model.
 
-    def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(x + delta, its norm), [B, T, C] each; None adds nothing."""
-        return add_norm(x, delta, self.weight, self.bias, self.eps)
-
-
-class Embedding(nn.Module):
-    """Token embedding that may stay on the host.
-
-    A frozen table is read only T rows at a time, so it can remain a memory-mapped host tensor
-    (`keep_on_host`); it is then not registered with the module and never copied whole.
-    """
-
-    def __init__(self, vocab_size: int, channels: int) -> None:
-        super().__init__()
-        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(vocab_size, channels))
-        self.host_table: Tensor | None = None
-
-    def keep_on_host(self, table: Tensor) -> None:
-        """Serves from `table` [V, C] on the CPU and drops the registered parameter."""
-        self.weight = None
-        self.host_table = table
-
-    def look_up(self, tokens: Tensor, *, pinned: bool) -> Tensor:
-        """tokens int64 [B, T] -> [B, T, C] of a table on the host; the tokens themselves of one on the device."""
-        table = self.host_table
-        if table is None:
-            return tokens
-        rows = torch.empty(tokens.numel(), table.shape[1], dtype=table.dtype, pin_memory=pinned)
-        torch.index_select(table, 0, tokens.reshape(-1).cpu(), out=rows)
-        return rows.view(*tokens.shape, -1)
-
-    def forward(self, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """tokens int64 [B, T], or what `look_up` made of them -> [B, T, C] on `device`."""
-        if self.weight is not None:
-            return F.embedding(tokens.to(self.weight.device), self.weight).to(device, dtype)
-        rows = tokens if tokens.is_floating_point() else self.look_up(tokens, pinned=device.type == "cuda")
-        return rows.to(device, non_blocking=True).to(dtype)
-
-
-class MixingWeights(nn.Module):
-    """Base of the two mixers: stacks several `time_maa_*` vectors, once if they are frozen."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._stacks: dict[tuple[str, ...], Tensor] = {}
-
-    def stacked(self, names: tuple[str, ...], like: Tensor) -> Tensor:
-        """The named [1, 1, C] vectors as one [G, C] tensor in `like`'s dtype."""
-        stack = self._stacks.get(names)
-        if stack is not None and stack.device == like.device and stack.dtype == like.dtype:
-            return stack
-        vectors = [getattr(self, name) for name in names]
-        stack = torch.stack([vector.view(-1) for vector in vectors]).to(like.dtype)
-        if not any(vector.requires_grad for vector in vectors):
-            self._stacks[names] = stack
-        return stack
-
-
-class TimeMix(MixingWeights):
-    """Token shift, the recurrence, and its gate: z = ln1 x [B, T, C] -> what is added to x."""
-
-    def __init__(self, shape: ModelShape, head_size_divisor: int) -> None:
-        super().__init__()
-        C, A, H, N = shape.n_embd, shape.dim_att, shape.n_head, shape.head_size
-        self.head_count, self.head_size = H, N
-        self.group_norm_eps = 1e-5 * head_size_divisor**2
-        for name in ("x", "w", "k", "v", "r", "g"):
-            self.register_parameter(f"time_maa_{name}", nn.Parameter(torch.empty(1, 1, C)))
-        self.time_maa_w1 = nn.Parameter(torch.empty(C, 5 * shape.mix_lora_width))
-        self.time_maa_w2 = nn.Parameter(torch.empty(5, shape.mix_lora_width, C))
-        self.time_decay = nn.Parameter(torch.empty(1, 1, A))
-        self.time_decay_w1 = nn.Parameter(torch.empty(C, shape.decay_lora_width))
-        self.time_decay_w2 = nn.Parameter(torch.empty(shape.decay_lora_width, A))
-        self.time_faaaa = nn.Parameter(torch.empty(H, N))
-        self.receptance = Linear(C, A)
-        self.key = Linear(C, A)
-        self.value = Linear(C, A)
-        self.gate = Linear(C, A)
-        self.output = Linear(A, C)
-        self.ln_x = nn.GroupNorm(H, A, eps=self.group_norm_eps)
-        self.time_state = nn.Parameter(torch.empty(H, N, N, dtype=torch.float32))
-
-    def forward(
-        self, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """One pass over T tokens.
+        Only what defines a size is looked at here; `key_problems` compares every key afterwards.
 
         Args:
-            z: [B, T, C], normalised input; B is 1 with a layout.
-            state: carried memory; None starts from `time_state` and no token before.
-            layout: segments of a packed row; excludes `state`.
+            shapes: file key -> shape, without prefix.
 
-        Returns:
-            (out [B, T, C], final recurrence matrices [B, H, N, N] fp32, or [roots, H, N, N] with a
-            layout: those of the root segments).
+        Raises:
+            CheckpointError: A tensor that defines a size is missing or has the wrong number of
+                axes, a layer is missing, or sizes contradict each other. The sentence does not
+                name the file.
         """
-        gated, final = self.attend(self.mixed_inputs(z, state, layout), state, layout)
-        return self.output(gated), final
+        n_layer = count_layers(shapes)
+        vocab_size, n_embd = axes_of(shapes, "emb.weight", 2)
+        dim_att, _ = axes_of(shapes, "blocks.0.att.key.weight", 2)
+        dim_ffn, _ = axes_of(shapes, "blocks.0.ffn.key.weight", 2)
+        n_head, head_size = axes_of(shapes, "blocks.0.att.time_faaaa", 2)
+        _, mix_lora_width, _ = axes_of(shapes, "blocks.0.att.time_maa_w2", 3)
+        _, decay_lora_width = axes_of(shapes, "blocks.0.att.time_decay_w1", 2)
+        if n_head * head_size != dim_att:
+            raise CheckpointError(
+                f"blocks.0.att.time_faaaa has {n_head} heads of size {head_size}, together "
+                f"{n_head * head_size}, but blocks.0.att.key.weight has {dim_att} rows; the two must agree"
+            )
+        lora_widths = (mix_lora_width, decay_lora_width)
+        return cls(n_layer, n_embd, dim_att, dim_ffn, vocab_size, n_head, head_size, *lora_widths)
+
+    @classmethod
+    def from_sizes(
+        cls,
+        *,
+        n_layer: int,
+        n_embd: int,
+        vocab_size: int,
+        dim_att: int = 0,
+        dim_ffn: int = 0,
+        head_size: int = 64,
+        double_extra_dim: bool = False,
+    ) -> RWKV6Shape:
+        """Sizes of a model that does not exist yet, by the original's rules for sizes typed by hand.
+
+        Args:
+            dim_att: A; 0 means A = C.
+            dim_ffn: F; 0 means 3.5·C rounded down to a multiple of 32.
+
+        Raises:
+            ConfigError: All sizes that cannot work, in one sentence.
+        """
+        dim_att = dim_att or n_embd
+        dim_ffn = dim_ffn or int(3.5 * n_embd) // _SIZE_GRAIN * _SIZE_GRAIN
+        problems = [
+            f"--{flag} {value} must be at least 1"
+            for flag, value in (("n_layer", n_layer), ("vocab_size", vocab_size), ("head_size_a", head_size))
+            if value < 1
+        ]
+        problems += [
+            f"--{flag} {value} must be a positive multiple of {_SIZE_GRAIN}"
+            for flag, value in (("n_embd", n_embd), ("dim_att", dim_att), ("dim_ffn", dim_ffn))
+            if value < 1 or value % _SIZE_GRAIN
+        ]
+        if head_size >= 1 and dim_att % head_size:
+            problems.append(f"--dim_att {dim_att} must be a multiple of --head_size_a {head_size}")
+        if problems:
+            raise ConfigError("; ".join(problems))
+        lora_widths = _WIDE_LORA if double_extra_dim else _NARROW_LORA
+        return cls(n_layer, n_embd, dim_att, dim_ffn, vocab_size, dim_att // head_size, head_size, *lora_widths)
+
+    def contradictions(self, given: Mapping[str, int]) -> list[str]:
+        """See ModelShape; `double_extra_dim` 1 means LoRA widths 64 and 128."""
+        sentences = super().contradictions(given)
+        widths = (self.mix_lora_width, self.decay_lora_width)
+        if given.get("double_extra_dim") and widths != _WIDE_LORA:
+            sentences.append(
+                f"--double_extra_dim {given['double_extra_dim']} means LoRA widths 64 and 128, but the checkpoint has "
+                f"{widths[0]} and {widths[1]}; leave the flag out"
+            )
+        return sentences
+
+    def time_mix_shapes(self) -> dict[str, Shape]:
+        """See ModelShape."""
+        C, A, Dm, Dd = self.n_embd, self.dim_att, self.mix_lora_width, self.decay_lora_width
+        return {
+            **{f"time_maa_{group}": (1, 1, C) for group in ("x", "w", "k", "v", "r", "g")},
+            "time_maa_w1": (C, MIX_GROUPS * Dm),
+            "time_maa_w2": (MIX_GROUPS, Dm, C),
+            "time_decay": (1, 1, A),
+            "time_decay_w1": (C, Dd),
+            "time_decay_w2": (Dd, A),
+            "time_faaaa": (self.n_head, self.head_size),
+            "receptance.weight": (A, C),
+            "key.weight": (A, C),
+            "value.weight": (A, C),
+            "output.weight": (C, A),
+            "gate.weight": (A, C),
+            "ln_x.weight": (A,),
+            "ln_x.bias": (A,),
+        }
+
+    def channel_mix_shapes(self) -> dict[str, Shape]:
+        """See ModelShape."""
+        C, F = self.n_embd, self.dim_ffn
+        return {
+            "time_maa_k": (1, 1, C),
+            "time_maa_r": (1, 1, C),
+            "key.weight": (F, C),
+            "receptance.weight": (C, C),
+            "value.weight": (C, F),
+        }
+
+    def time_mixer(self, head_size_divisor: int) -> TimeMix:
+        """See ModelShape."""
+        return TimeMix(self, head_size_divisor)
+
+    def channel_mixer(self) -> ChannelMix:
+        """See ModelShape."""
+        return ChannelMix(self)
+
+    def rate_factor(self, key: str) -> float:
+        """2 for the bare `time_decay` vectors, as in RWKV-LM's trainer."""
+        return 2.0 if key.endswith("time_decay") else 1.0
+
+    def kept_bytes(self, recompute: Recompute, *, fused: bool) -> int:
+        """Bytes per token that one layer keeps between forward and backward, 16-bit activations.
+
+        ALL: what enters the layer. INPUTS: besides, what enters the second mixer, r, k, v, w_raw and the operator's
+        checkpoints, y and gate, the feed-forward's hidden layer and its gate, the decay's hidden layer. NOTHING:
+        besides, the first norm's output and the hidden layer that makes the modulation of its five mixes. Where
+        element-wise operators are not `fused` they keep more: the gated value and its gate, and the modulation.
+        """
+        C, A, F = self.n_embd, self.dim_att, self.dim_ffn
+        everything_again = 2 * C
+        if recompute is Recompute.ALL:
+            return everything_again
+        inputs_again = everything_again + 2 * ((2 if fused else 5) * C + 7 * A + F + self.decay_lora_width)
+        if recompute is Recompute.INPUTS:
+            return inputs_again
+        return inputs_again + 2 * ((1 if fused else 6) * C + 5 * self.mix_lora_width)
+
+    def fresh_value(self, key: str, key_shape: Shape, generator: torch.Generator) -> Tensor:
+        """fp32 value of one weight of an untrained model.
+
+        With depth = i/(L−1) (0 when L = 1), rest = 1 − i/L and c_j = j/C for layer i:
+
+        | parameter | value |
+        |---|---|
+        | att maa_x, _w, _k; ffn maa_k, _r | 1 − c^rest |
+        | att maa_v | 1 − (c^rest + 0.3·depth) |
+        | att maa_r, _g | 1 − c^(rest/2) |
+        | time_decay | −6 + 5·(n/(A−1))^(0.7 + 1.3·depth) |
+        | time_faaaa | depth·(1 − n/(A−1)) + 0.1·((n+1) mod 3 − 1) |
+        | maa_w1, decay_w1 | 0 |
+        | maa_w2, decay_w2 | uniform ±0.01 |
+        | LayerNorms; ln_x | weight 1, bias 0; weight ((i+1)/L)^0.7, bias 0 |
+        | emb | uniform ±1e-4 (ln0 normalises it) |
+        | head | orthogonal, gain 0.5·√(V/C), at least 0.5 |
+        | att receptance, value; ffn key | orthogonal, gain 1 |
+        | att key, gate | orthogonal, gain 0.1 |
+        | att output; ffn value, receptance | 0 |
+
+        Source: the initialisation of RWKV-LM's x060 trainer.
+        """
+        match = LAYER_KEY.match(key)
+        layer = int(match.group(1)) if match else 0
+        name = LAYER_KEY.sub("", key)
+        depth = layer / (self.n_layer - 1) if self.n_layer > 1 else 0.0
+        rest = 1 - layer / self.n_layer
+
+        def uniform(limit: float) -> Tensor:
+            return torch.empty(key_shape).uniform_(-limit, limit, generator=generator)
+
+        def orthogonal(gain: float) -> Tensor:
+            return torch.nn.init.orthogonal_(torch.empty(key_shape), gain=gain, generator=generator)
+
+        def mixing(power: float, offset: float = 0.0) -> Tensor:
+            channel = torch.arange(self.n_embd, dtype=torch.float32) / self.n_embd
+            return (1 - (channel**power + offset)).reshape(key_shape)
+
+        along_attention = torch.arange(self.dim_att, dtype=torch.float32) / max(self.dim_att - 1, 1)
+        match name:
+            case "emb.weight":
+                return uniform(1e-4)
+            case "head.weight":
+                return orthogonal(0.5 * math.sqrt(max(self.vocab_size / self.n_embd, 1.0)))
+            case "att.time_maa_x" | "att.time_maa_w" | "att.time_maa_k" | "ffn.time_maa_k" | "ffn.time_maa_r":
+                return mixing(rest)
+            case "att.time_maa_v":
+                return mixing(rest, offset=0.3 * depth)
+            case "att.time_maa_r" | "att.time_maa_g":
+                return mixing(0.5 * rest)
+            case "att.time_decay":
+                return (-6 + 5 * along_attention ** (0.7 + 1.3 * depth)).reshape(key_shape)
+            case "att.time_faaaa":
+                zigzag = 0.1 * ((torch.arange(self.dim_att) + 1) % 3 - 1)
+                return (depth * (1 - along_attention) + zigzag).reshape(key_shape)
+            case "att.time_maa_w2" | "att.time_decay_w2":
+                return uniform(0.01)
+            case "att.receptance.weight" | "att.value.weight" | "ffn.key.weight":
+                return orthogonal(1.0)
+            case "att.key.weight" | "att.gate.weight":
+                return orthogonal(0.1)
+            case "att.ln_x.weight":
+                return torch.full(key_shape, ((layer + 1) / self.n_layer) ** 0.7)
+            case "ln0.weight" | "ln1.weight" | "ln2.weight" | "ln_out.weight":
+                return torch.ones(key_shape)
+            case "att.time_maa_w1" | "att.time_decay_w1":
+                return torch.zeros(key_shape)
+            case "att.output.weight" | "ffn.receptance.weight" | "ffn.value.weight":
+                return torch.zeros(key_shape)
+        assert name.endswith(".bias"), name
+        return torch.zeros(key_shape)
+
+
+def other_kind(keys: Collection[str]) -> str:
+    """Which other kind of file these keys belong to, as the end of a sentence; "" for RWKV-6."""
+
+    def has(*parts: str) -> bool:
+        return any(part in key for key in keys for part in parts)
+
+    if has(".lora_A", ".lora_B", ".bone", ".disha"):
+        return "holds an unmerged adapter (LoRA, Bone or DiSHA); merge it into its base model first"
+    if any(key in keys for key in ("_strategy", "_version", "_rescale_layer")):
+        return (
+            "was converted by the pip package rwkv (ln0 folded into the embedding, matrices transposed and "
+            "rescaled), which cannot be undone; use the original .pth"
+        )
+    if has("att.r_k"):
+        return "is an RWKV-7 model; this program trains RWKV-6 (x060)"
+    if has("att.time_maa_rkvw_w1", "att.gate_w1"):
+        return "is an experimental RWKV-6 variant (x060a or x060b); this program trains x060"
+    if has("att.time_mix_w1", "att.time_mix_x"):
+        return "was converted for web-rwkv (renamed keys, axes swapped); use the original .pth"
+    if has(".attention.", ".attn."):
+        return "has the key names of a Hugging Face conversion; use the original .pth"
+    if has("att.time_mix_"):
+        version = "RWKV-5" if has("att.ln_x", "att.gate") else "RWKV-4"
+        return f"is an {version} model; this program trains RWKV-6 (x060)"
+    if not has("att.time_maa_"):
+        return f"is no RWKV-6 (x060) model: none of its {len(keys)} keys is a blocks.*.att.time_maa_*"
+    return ""
+
+
+class TimeMix(TimeMixer):
+    """Token shift, the recurrence, and its gate: z = ln1 x [B, T, C] -> what is added to x."""
+
+    time_maa_w1: nn.Parameter
+    time_maa_w2: nn.Parameter
+    time_decay: nn.Parameter
+    time_decay_w1: nn.Parameter
+    time_decay_w2: nn.Parameter
+    time_faaaa: nn.Parameter
+    receptance: Linear
+    key: Linear
+    value: Linear
+    gate: Linear
+
+    def __init__(self, shape: RWKV6Shape, head_size_divisor: int) -> None:
+        super().__init__(shape.time_mix_shapes())
+        H, N = shape.n_head, shape.head_size
+        self.head_count, self.head_size = H, N
+        self.ln_x = nn.GroupNorm(H, shape.dim_att, eps=1e-5 * head_size_divisor**2)
+        self.time_state = nn.Parameter(torch.empty(H, N, N, dtype=torch.float32))
+
+    def mixing_parameters(self) -> list[nn.Parameter]:
+        """See TimeMixer."""
+        return [parameter for name, parameter in self._parameters.items() if parameter is not None and "_maa_" in name]
+
+    def has_kernel(self, device: torch.device) -> bool:
+        """See TimeMixer."""
+        return self.head_size == CUDA_HEAD_SIZE and kernel_is_available(device)
 
     def mixed_inputs(
-        self,
-        z: Tensor,
-        state: LayerState | None = None,
-        layout: SegmentLayout | None = None,
-        *,
-        keeps_modulation: bool = False,
+        self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None, *, keeps_modulation: bool = False
     ) -> tuple[Tensor, ...]:
-        """z [B, T, C] -> the inputs of decay, key, value, receptance and gate, [B, T, C] each.
-
-        Element-wise work and narrow products: cheap to compute again, five times z to keep; so is the modulation.
-        """
-        carry = None if state is None else state.att_shift
+        """z [B, T, C] -> the inputs of decay, key, value, receptance and gate, [B, T, C] each; see TimeMixer."""
         previous = None if layout is None else layout.previous
-        (base,) = shift_mixes(z, carry, self.stacked(("time_maa_x",), z), None, previous)
+        (base,) = shift_mixes(z, shift, self.stacked(("time_maa_x",), z), None, previous)
         hidden = torch.tanh(base @ self.time_maa_w1.to(z.dtype))
         maa = self.stacked(("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"), z)
         return modulated_shift_mixes(
-            z, carry, maa, hidden, self.time_maa_w2, previous, keeps_modulation=keeps_modulation
+            z, shift, maa, hidden, self.time_maa_w2, previous, keeps_modulation=keeps_modulation
         )
 
     def attend(
-        self, inputs: tuple[Tensor, ...], state: LayerState | None = None, layout: SegmentLayout | None = None
+        self, inputs: tuple[Tensor, ...], start: Tensor | None, layout: SegmentLayout | None
     ) -> tuple[Tensor, Tensor]:
-        """The recurrence and its gate on `mixed_inputs`: what `output` is applied to, and the final matrices."""
+        """See TimeMixer."""
         z_w, z_k, z_v, z_r, z_g = inputs
         dtype = z_w.dtype
         B, T, _ = z_w.shape
@@ -205,11 +358,8 @@ class TimeMix(MixingWeights):
         w_raw = torch.addmm(base, decay_hidden.view(B * T, -1), self.time_decay_w2.to(dtype))
         heads = (B, T, self.head_count, self.head_size)
         r, k, v = self.receptance(z_r).view(heads), self.key(z_k).view(heads), self.value(z_v).view(heads)
-        start = self.time_state if state is None else state.wkv
-        y, final = self._recur(r, k, v, w_raw.view(heads), start, layout)
-
-        weight, bias = self.ln_x.weight.to(dtype), self.ln_x.bias.to(dtype)
-        return group_norm_silu_gate(y, self.gate(z_g), weight, bias, self.group_norm_eps), final
+        y, final = self._recur(r, k, v, w_raw.view(heads), self.time_state if start is None else start, layout)
+        return group_norm_silu_gate(y, self.gate(z_g), self.ln_x.weight, self.ln_x.bias, self.ln_x.eps), final
 
     def _recur(
         self, r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, start: Tensor, layout: SegmentLayout | None
@@ -224,35 +374,27 @@ class TimeMix(MixingWeights):
         return wkv6_branching(r, k, v, w_raw, u, start, *borders, layout.parents, layout.root_tokens)
 
 
-class ChannelMix(MixingWeights):
+class ChannelMix(ChannelMixer):
     """Token shift and a gated squared-ReLU feed-forward: x + sigmoid(W_r z_r) · W_v relu(W_k z_k)²."""
 
-    def __init__(self, shape: ModelShape) -> None:
-        super().__init__()
-        C = shape.n_embd
-        self.time_maa_k = nn.Parameter(torch.empty(1, 1, C))
-        self.time_maa_r = nn.Parameter(torch.empty(1, 1, C))
-        self.key = Linear(C, shape.dim_ffn)
-        self.receptance = Linear(C, C)
-        self.value = Linear(shape.dim_ffn, C)
+    key: Linear
+    receptance: Linear
+    value: Linear
 
-    def forward(
-        self, x: Tensor, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
-    ) -> Tensor:
-        """x [B, T, C] residual stream, z = ln2 x -> the new residual stream."""
-        return self.feed(x, self.mixed_inputs(z, state, layout))
+    def __init__(self, shape: RWKV6Shape) -> None:
+        super().__init__(shape.channel_mix_shapes())
 
-    def mixed_inputs(
-        self, z: Tensor, state: LayerState | None = None, layout: SegmentLayout | None = None
-    ) -> tuple[Tensor, ...]:
-        """z [B, T, C] -> the inputs of key and receptance, [B, T, C] each."""
-        carry = None if state is None else state.ffn_shift
+    def mixing_parameters(self) -> list[nn.Parameter]:
+        """See ChannelMixer."""
+        return list(self.parameters(recurse=False))
+
+    def mixed_inputs(self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None) -> tuple[Tensor, ...]:
+        """z [B, T, C] -> the inputs of key and receptance, [B, T, C] each; see ChannelMixer."""
         previous = None if layout is None else layout.previous
-        maa = self.stacked(("time_maa_k", "time_maa_r"), z)
-        return shift_mixes(z, carry, maa, None, previous)
+        return shift_mixes(z, shift, self.stacked(("time_maa_k", "time_maa_r"), z), None, previous)
 
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The matrices on `mixed_inputs`; returns what `forward` returns."""
+        """See ChannelMixer."""
         z_k, z_r = inputs
         receptance = self.receptance(z_r)
         # Last, because a backward that follows at once begins with this matrix: it finds it still dequantised.
@@ -260,15 +402,17 @@ class ChannelMix(MixingWeights):
         return sigmoid_gated_residual(x, receptance, value)
 
     def feed_again(self, x: Tensor, inputs: tuple[Tensor, ...], result: Tensor) -> Tensor:
-        """`feed` when its result is known and the matrices are frozen: computes what the backward needs, and there."""
+        """See ChannelMixer."""
         z_k, z_r = inputs
         again: Tensor = _FeedAgain.apply(x, z_k, z_r, self, result)
         return again
 
-    def has_frozen_matrices(self) -> bool:
-        """Whether `feed_again` can take the place of `feed`."""
-        matrices = (self.key, self.receptance, self.value)
-        return not any(p.requires_grad for matrix in matrices for p in matrix.parameters())
+    def can_feed_again(self) -> bool:
+        """Where the three matrices are frozen, and nothing is wrapped around them."""
+        return all(
+            isinstance(matrix, (Linear, FrozenLinear)) and not any(p.requires_grad for p in matrix.parameters())
+            for matrix in (self.key, self.receptance, self.value)
+        )
 
 
 class _FeedAgain(torch.autograd.Function):
@@ -295,158 +439,3 @@ class _FeedAgain(torch.autograd.Function):
         del grad_r, grad_value
         grad_z_k = mixer.key.input_gradient(squared_relu_gradient(mixer.key(z_k), grad_hidden))
         return grad, grad_z_k, grad_z_r, None, None
-
-
-class Block(nn.Module):
-    """One layer; layer 0 also normalises the embedding (`ln0`)."""
-
-    def __init__(self, shape: ModelShape, layer: int, head_size_divisor: int, recompute: Recompute) -> None:
-        super().__init__()
-        self.ln0 = Norm(shape.n_embd) if layer == 0 else None
-        self.ln1 = Norm(shape.n_embd)
-        self.ln2 = Norm(shape.n_embd)
-        self.att = TimeMix(shape, head_size_divisor)
-        self.ffn = ChannelMix(shape)
-        self.recompute = recompute
-        self._layer_again = Recomputed(self.ln1, self.att, self.ln2, self.ffn)
-        self._time_inputs_again = Recomputed(self.ln1, self.att, unused=("time_state",))
-        self._channel_inputs_again = Recomputed(self.ln2, self.ffn)
-
-    def forward(
-        self,
-        x: Tensor,
-        state: LayerState | None,
-        layout: SegmentLayout | None,
-        *,
-        remembers: bool,
-        ends: Tensor | None,
-        dropout: float,
-    ) -> tuple[Tensor, LayerState | None]:
-        """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment if it `remembers`)."""
-        level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
-
-        # What a second pass keeps lives as long as its layer's backward, what the only pass keeps much longer.
-        time_inputs = partial(
-            self.att.mixed_inputs, state=state, layout=layout, keeps_modulation=level is not Recompute.NOTHING
-        )
-        channel_inputs = partial(self.ffn.mixed_inputs, state=state, layout=layout)
-
-        def enter(
-            norm: Norm,
-            mixed_inputs: Callable[[Tensor], tuple[Tensor, ...]],
-            again: Recomputed,
-            x: Tensor,
-            delta: Tensor | None,
-        ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
-            """The residual stream x + delta, a mixer's inputs, and its memory of tokens if that is wanted."""
-
-            def inputs_of(z: Tensor) -> tuple[Tensor, ...]:
-                # A view of z: kept without need, it would keep all of it.
-                return *mixed_inputs(z), *([last_tokens(z, ends)] if remembers else [])
-
-            if level is Recompute.INPUTS:
-                x = x if delta is None else x + delta
-                outputs = again(lambda stream: inputs_of(norm(stream)), x)
-            else:
-                x, z = norm.of_sum(x, delta)
-                outputs = inputs_of(z)
-            count = len(outputs) - remembers
-            return x, outputs[:count], outputs[count:]
-
-        def layer(x: Tensor, *known: Tensor) -> Results:
-            x, inputs, att_shift = enter(self.ln1, time_inputs, self._time_inputs_again, x, None)
-            gated, final = self.att.attend(inputs, state, layout)
-            delta = F.dropout(self.att.output(gated), dropout, self.training)
-            x, inputs, ffn_shift = enter(self.ln2, channel_inputs, self._channel_inputs_again, x, delta)
-            feed = self.ffn.feed_again if known else self.ffn.feed
-            mixed = feed(x, inputs, *known)
-            if dropout:
-                mixed = x + F.dropout(mixed - x, dropout, self.training)
-            return (mixed, *att_shift, final, *ffn_shift) if remembers else (mixed,)
-
-        if level is Recompute.ALL:
-            # The result, from which the feed-forward can take its gradients.
-            kept = 1 if dropout == 0 and self.ffn.has_frozen_matrices() else 0
-            mixed, *memory = self._layer_again(layer, x, kept=kept, draws_random=dropout > 0)
-        else:
-            mixed, *memory = layer(x)
-        return mixed, LayerState(*memory) if remembers else None
-
-
-class RWKV6(nn.Module):
-    """The whole model. `forward` returns hidden states; `logits` applies the head to those one wants."""
-
-    def __init__(
-        self,
-        shape: ModelShape,
-        *,
-        compute_dtype: torch.dtype = torch.float32,
-        head_size_divisor: int = 8,
-        recompute: Recompute = Recompute.NOTHING,
-        dropout: float = 0.0,
-    ) -> None:
-        super().__init__()
-        self.shape = shape
-        self.compute_dtype = compute_dtype
-        self.dropout = dropout
-        self.emb = Embedding(shape.vocab_size, shape.n_embd)
-        self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor, recompute) for i in range(shape.n_layer))
-        self.ln_out = Norm(shape.n_embd)
-        self.head: Linear | FrozenHead = Linear(shape.n_embd, shape.vocab_size)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the computation happens."""
-        return self.ln_out.weight.device
-
-    def look_up(self, tokens: Tensor) -> Tensor:
-        """What can be done for tokens int64 [B, T] without the device: `forward` takes tokens or this.
-
-        Returns:
-            [B, T, C] if the embedding table is on the host, in pinned memory if the model is not; else the tokens.
-        """
-        return self.emb.look_up(tokens, pinned=self.device.type == "cuda")
-
-    def forward(
-        self,
-        tokens: Tensor,
-        state: ModelState | None = None,
-        layout: SegmentLayout | None = None,
-        *,
-        return_state: bool = False,
-    ) -> tuple[Tensor, ModelState | None]:
-        """Runs the layers over T tokens.
-
-        Args:
-            tokens: int64 [B, T], or what `look_up` made of them, on any device.
-            state: memory carried from earlier tokens; None starts every row from `time_state`.
-            layout: segments of a packed row (B = 1); excludes `state`.
-            return_state: also return the memory after the last token of each row, or of each segment
-                of a packed row without continuations.
-
-        Returns:
-            (hidden [B, T, C] after `ln_out` in the computation dtype, state or None).
-        """
-        assert state is None or layout is None, "a carried state and a packed layout exclude each other"
-        assert layout is None or (tokens.shape[0] == 1 and tokens.shape[1] == layout.tokens)
-        assert not (return_state and layout is not None and layout.has_children)
-        x = self.emb(tokens, self.device, self.compute_dtype)
-        x = F.dropout(self.blocks[0].ln0(x), self.dropout, self.training)  # type: ignore[operator]
-        ends = layout.last_positions if return_state and layout is not None else None
-        new_state: ModelState = []
-        for i, block in enumerate(self.blocks):
-            carried = None if state is None else state[i]
-            x, after = block(x, carried, layout, remembers=return_state, ends=ends, dropout=self.dropout)
-            if after is not None:
-                new_state.append(after)
-        return self.ln_out(x), new_state if return_state else None
-
-    def head_weight(self) -> HeadWeight:
-        """The head as `ops.token_logps` takes it: [V, C] in the computation dtype, or its parts when it is packed."""
-        if isinstance(self.head, FrozenHead):
-            return self.head.dense_parts()
-        return self.head.weight.to(self.compute_dtype)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """hidden [..., C] -> unnormalised log-probabilities [..., V] in the computation dtype."""
-        return self.head(hidden)  # type: ignore[no-any-return]

@@ -1,11 +1,15 @@
 """The element-wise parts of a layer: residual sum and norm, token shift and mix, group norm and gate, activations.
 
-Each function has one definition in plain torch (`*_torch`): the path for CPU, for other dtypes than bf16, for
-trainable parameters, and what the tests hold the kernels against. On a GPU, in bf16 and with frozen parameters the
-same formula runs as one kernel forward and one backward (`cuda/elementwise.cu`), in fp32 inside. What those save
-for backward: add_norm the sum and its statistics, shift_mixes z and modulation (nothing without modulation),
-modulated_shift_mixes, which is shift_mixes after a product, z and hidden, group_norm_silu_gate y and gate,
-squared_relu x, sigmoid_gated_residual x, r and its result.
+Each function has one definition in plain torch (`*_torch`): the path for CPU and for other dtypes than bf16, and
+what the tests hold the kernels against. On a GPU and in bf16 the same formula runs as one kernel forward and one
+backward (`cuda/elementwise.cu`), in fp32 inside; gradients of parameters (maa, up, weight, bias) have a kernel of
+their own, which runs when they are asked for. Parameters may be stored wider than bf16: they are used rounded to it,
+and their gradients are summed in fp32 and not rounded before they reach a wider parameter.
+
+What is saved for backward: add_norm the sum and its statistics, shift_mixes z and modulation (without modulation
+nothing, or z where maa is trained), modulated_shift_mixes z and hidden (where it keeps modulation, that, and hidden
+only where up is trained), group_norm_silu_gate y and gate, squared_relu x, sigmoid_gated_residual x, r and its
+result; beside z its carry, and trained parameters as they are.
 
 Shape legend: B batch, T tokens, C channels, A attention channels, H heads, N head size, G mixes of one z.
 """
@@ -39,13 +43,6 @@ def fused_kernels() -> Any | None:
         return None
 
 
-def shift_mix(
-    z: Tensor, carry: Tensor | None, maa: Tensor, modulation: Tensor | None, previous: Tensor | None
-) -> Tensor:
-    """`shift_mixes` in one tensor [G, B, T, C]; taking it apart again costs a copy in backward."""
-    return torch.stack(shift_mixes(z, carry, maa, modulation, previous))
-
-
 def shift_mixes(
     z: Tensor, carry: Tensor | None, maa: Tensor, modulation: Tensor | None, previous: Tensor | None
 ) -> tuple[Tensor, ...]:
@@ -65,19 +62,11 @@ def shift_mixes(
 
     Source: Eagle and Finch, arXiv 2404.05892, section 4.2 (ddlerp).
     """
-    if (
-        z.is_cuda
-        and z.dtype is torch.bfloat16
-        and z.shape[2] % _VECTOR == 0
-        and maa.shape[0] in _MIXES
-        and not maa.requires_grad
-        and (carry is None or previous is None)
-        and (kernels := fused_kernels()) is not None
-    ):
+    if (kernels := _shift_kernels(z, carry, maa, previous)) is not None:
         children = None if previous is None else _children(previous)
         if carry is not None:
             carry = carry.to(z.dtype)
-        return tuple(kernels.shift_mixes(z, carry, maa.to(z.dtype), modulation, previous, children))
+        return tuple(kernels.shift_mixes(z, carry, maa, modulation, previous, children))
     return shift_mixes_torch(z, carry, maa, modulation, previous)
 
 
@@ -114,21 +103,11 @@ def modulated_shift_mixes(
     Returns:
         G tensors [B, T, C] in z's dtype.
     """
-    if (
-        not keeps_modulation
-        and z.is_cuda
-        and z.dtype is hidden.dtype is torch.bfloat16
-        and z.shape[2] % _VECTOR == 0
-        and maa.shape[0] in _MIXES
-        and not (maa.requires_grad or up.requires_grad)
-        and (carry is None or previous is None)
-        and (kernels := fused_kernels()) is not None
-    ):
+    if hidden.dtype is z.dtype and (kernels := _shift_kernels(z, carry, maa, previous)) is not None:
         children = None if previous is None else _children(previous)
         if carry is not None:
             carry = carry.to(z.dtype)
-        up = up.to(z.dtype)
-        return tuple(kernels.modulated_shift_mixes(z, carry, maa.to(z.dtype), hidden, up, previous, children))
+        return tuple(kernels.modulated_shift_mixes(z, carry, maa, hidden, up, previous, children, keeps_modulation))
     batch, tokens, _ = z.shape
     by_mix = hidden.view(batch * tokens, up.shape[0], up.shape[1]).transpose(0, 1)
     modulation = torch.bmm(by_mix, up.to(z.dtype)).view(-1, *z.shape)
@@ -196,15 +175,8 @@ def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, 
     Returns:
         [B, T, A] in y's dtype.
     """
-    if (
-        y.is_cuda
-        and y.dtype is torch.bfloat16
-        and gate.dtype is torch.bfloat16
-        and y.shape[3] in _HEAD_SIZES
-        and not (weight.requires_grad or bias.requires_grad)
-        and (kernels := fused_kernels()) is not None
-    ):
-        fused: Tensor = kernels.group_norm_silu_gate(y, gate, weight.to(y.dtype), bias.to(y.dtype), eps)
+    if y.shape[3] in _HEAD_SIZES and (kernels := _kernels_for(y, gate)) is not None:
+        fused: Tensor = kernels.group_norm_silu_gate(y, gate, weight, bias, eps)
         return fused
     return group_norm_silu_gate_torch(y, gate, weight, bias, eps)
 
@@ -229,16 +201,9 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps:
     Returns:
         (x + delta, layer norm of that over C), both as x.
     """
-    if (
-        x.is_cuda
-        and x.dtype is torch.bfloat16
-        and (delta is None or delta.dtype is torch.bfloat16)
-        and x.shape[-1] % _VECTOR == 0
-        and not (weight.requires_grad or bias.requires_grad)
-        and (kernels := fused_kernels()) is not None
-        and x.shape[-1] <= kernels.most_norm_channels
-    ):
-        total, normed = kernels.add_norm(x, delta, weight.to(x.dtype), bias.to(x.dtype), eps)
+    kernels = _kernels_for(x) if delta is None else _kernels_for(x, delta)
+    if kernels is not None and x.shape[-1] <= kernels.most_norm_channels:
+        total, normed = kernels.add_norm(x, delta, weight, bias, eps)
         return total, normed
     return add_norm_torch(x, delta, weight, bias, eps)
 
@@ -320,3 +285,9 @@ def _kernels_for(*tensors: Tensor) -> Any | None:
     """The kernels if they can work on these tensors as on rows of whole vectors."""
     fit = all(t.is_cuda and t.dtype is torch.bfloat16 and t.shape[-1] % _VECTOR == 0 for t in tensors)
     return fused_kernels() if fit else None
+
+
+def _shift_kernels(z: Tensor, carry: Tensor | None, maa: Tensor, previous: Tensor | None) -> Any | None:
+    """The kernels if they can shift and mix these."""
+    fit = maa.shape[0] in _MIXES and (carry is None or previous is None)
+    return _kernels_for(z) if fit else None

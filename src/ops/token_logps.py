@@ -83,24 +83,23 @@ class _HeadSftLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, dense: Tensor, targets: Tensor, chunk_tokens: int | None) -> Tensor:
-        rows, vocabulary = hidden.shape[0], dense.shape[0]
-        chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary)
+        kernels = _kernels(hidden, dense)
+        statistics = _logit_statistics if kernels is None else kernels.logit_statistics
+        gradient = _logit_gradient if kernels is None else kernels.logit_gradient
+        values = _row_values(hidden, targets, kernels)
+        targets, logp, max_logit, logsumexp, argmax = values
         counted = targets >= 0
-        values = _RowValues(hidden, targets, _kernels(hidden, vocabulary))
-        share = counted.to(values.logp.dtype) / counted.sum().clamp(min=1)
+        share = counted.to(logp.dtype) / counted.sum().clamp(min=1)
         by_logp = share.neg()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        buffer = torch.empty(min(chunk, rows), vocabulary, dtype=hidden.dtype, device=hidden.device)
-        for start in range(0, rows, chunk):
-            part = slice(start, start + chunk)
-            logits = torch.mm(hidden[part], dense.t(), out=buffer[: min(chunk, rows - start)])
-            values.reduce(logits, part)
+        for part, logits in _chunks_of_logits(hidden, dense, chunk_tokens):
+            statistics(logits, *(value[part] for value in values))
             if grad_hidden is not None:
-                by_max = values.max_logit[part] * share[part]
-                values.to_gradient(logits, part, by_logp[part], by_max.mul_(2 * L2WRAP_FACTOR))
+                by_max = (max_logit[part] * share[part]).mul_(2 * L2WRAP_FACTOR)
+                gradient(logits, targets[part], logsumexp[part], argmax[part], by_logp[part], by_max)
                 torch.mm(logits, dense, out=grad_hidden[part])
         ctx.save_for_backward(grad_hidden)
-        return (values.logp * by_logp).sum()
+        return (logp * by_logp).sum()
 
     @staticmethod
     @once_differentiable
@@ -116,17 +115,15 @@ class _TokenLogps(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, dense: Tensor, targets: Tensor, chunk_tokens: int | None
     ) -> tuple[Tensor, Tensor]:
-        rows, vocabulary = hidden.shape[0], dense.shape[0]
-        chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary)
-        values = _RowValues(hidden, targets, _kernels(hidden, vocabulary))
-        buffer = torch.empty(min(chunk, rows), vocabulary, dtype=hidden.dtype, device=hidden.device)
-        for start in range(0, rows, chunk):
-            part = slice(start, start + chunk)
-            logits = torch.mm(hidden[part], dense.t(), out=buffer[: min(chunk, rows - start)])
-            values.reduce(logits, part)
-        ctx.save_for_backward(hidden, dense, values.targets, values.logsumexp, values.argmax)
-        ctx.chunk = chunk
-        return values.logp, values.max_logit
+        kernels = _kernels(hidden, dense)
+        statistics = _logit_statistics if kernels is None else kernels.logit_statistics
+        values = _row_values(hidden, targets, kernels)
+        for part, logits in _chunks_of_logits(hidden, dense, chunk_tokens):
+            statistics(logits, *(value[part] for value in values))
+        targets, logp, max_logit, logsumexp, argmax = values
+        ctx.save_for_backward(hidden, dense, targets, logsumexp, argmax)
+        ctx.chunk_tokens = chunk_tokens
+        return logp, max_logit
 
     @staticmethod
     @once_differentiable
@@ -134,18 +131,15 @@ class _TokenLogps(torch.autograd.Function):
         ctx: Any, grad_logp: Tensor, grad_max_logit: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
         hidden, dense, targets, logsumexp, argmax = ctx.saved_tensors
-        rows, vocabulary, chunk = hidden.shape[0], dense.shape[0], ctx.chunk
-        values = _RowValues(hidden, targets, _kernels(hidden, vocabulary), logsumexp, argmax)
+        kernels = _kernels(hidden, dense)
+        gradient = _logit_gradient if kernels is None else kernels.logit_gradient
         grad_logp, grad_max_logit = grad_logp.contiguous(), grad_max_logit.contiguous()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
             grad_weight = torch.zeros(dense.shape, dtype=logsumexp.dtype, device=dense.device)
-        buffer = torch.empty(min(chunk, rows), vocabulary, dtype=hidden.dtype, device=hidden.device)
-        for start in range(0, rows, chunk):
-            part = slice(start, start + chunk)
-            logits = torch.mm(hidden[part], dense.t(), out=buffer[: min(chunk, rows - start)])
-            values.to_gradient(logits, part, grad_logp[part], grad_max_logit[part])
+        for part, logits in _chunks_of_logits(hidden, dense, ctx.chunk_tokens):
+            gradient(logits, targets[part], logsumexp[part], argmax[part], grad_logp[part], grad_max_logit[part])
             if grad_hidden is not None:
                 torch.mm(logits, dense, out=grad_hidden[part])
             if grad_weight is not None:
@@ -212,47 +206,21 @@ def _within(tokens: Tensor, first: int, logits: Tensor) -> tuple[Tensor, Tensor]
     return local.clamp(0, logits.shape[1] - 1).unsqueeze(1), inside
 
 
-class _RowValues:
-    """What is kept of each row's logits, [M] each: logp, max_logit, logsumexp (fp32 or fp64) and argmax.
+def _chunks_of_logits(hidden: Tensor, dense: Tensor, chunk_tokens: int | None) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, their logits [m, V]) chunk by chunk, all in one buffer."""
+    rows, vocabulary = hidden.shape[0], dense.shape[0]
+    chunk = chunk_tokens or max(1, _CHUNK_ELEMENTS // vocabulary)
+    buffer = torch.empty(min(chunk, rows), vocabulary, dtype=hidden.dtype, device=hidden.device)
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        yield part, torch.mm(hidden[part], dense.t(), out=buffer[: min(chunk, rows - start)])
 
-    Given logsumexp and argmax, only `to_gradient` is of use.
-    """
 
-    def __init__(
-        self,
-        hidden: Tensor,
-        targets: Tensor,
-        kernels: Any | None,
-        logsumexp: Tensor | None = None,
-        argmax: Tensor | None = None,
-    ) -> None:
-        self.kernels = kernels
-        self.targets = targets.contiguous()
-        if logsumexp is not None and argmax is not None:
-            self.logsumexp, self.argmax = logsumexp, argmax
-            return
-        self.logp = torch.empty(targets.shape, dtype=_sum_dtype(hidden), device=hidden.device)
-        self.max_logit = torch.empty_like(self.logp)
-        self.logsumexp = torch.empty_like(self.logp)
-        index_dtype = torch.int64 if kernels is None else torch.int32
-        self.argmax = torch.empty(targets.shape, dtype=index_dtype, device=hidden.device)
-
-    def reduce(self, logits: Tensor, part: slice) -> None:
-        """Fills the values of the rows `part`, whose logits [rows, V] these are."""
-        compute = _logit_statistics if self.kernels is None else self.kernels.logit_statistics
-        compute(
-            logits,
-            self.targets[part],
-            self.logp[part],
-            self.max_logit[part],
-            self.logsumexp[part],
-            self.argmax[part],
-        )
-
-    def to_gradient(self, logits: Tensor, part: slice, grad_logp: Tensor, grad_max_logit: Tensor) -> None:
-        """Overwrites the logits of the rows `part` by their gradient."""
-        compute = _logit_gradient if self.kernels is None else self.kernels.logit_gradient
-        compute(logits, self.targets[part], self.logsumexp[part], self.argmax[part], grad_logp, grad_max_logit)
+def _row_values(hidden: Tensor, targets: Tensor, kernels: Any | None) -> tuple[Tensor, ...]:
+    """(targets, logp, max_logit, logsumexp, argmax) of each row, [M] each; all but the targets are yet to be filled."""
+    logp = torch.empty(targets.shape, dtype=_sum_dtype(hidden), device=hidden.device)
+    argmax = torch.empty_like(logp, dtype=torch.int64 if kernels is None else torch.int32)
+    return targets.contiguous(), logp, torch.empty_like(logp), torch.empty_like(logp), argmax
 
 
 def _logit_statistics(
@@ -286,9 +254,9 @@ def _logit_gradient(
     logits.copy_(gradient)
 
 
-def _kernels(hidden: Tensor, vocabulary: int) -> Any | None:
+def _kernels(hidden: Tensor, dense: Tensor) -> Any | None:
     """The fused kernels where they apply: bf16 on a GPU, rows of logits 16-byte aligned."""
-    return fused_kernels() if hidden.is_cuda and hidden.dtype is torch.bfloat16 and vocabulary % 8 == 0 else None
+    return fused_kernels() if hidden.is_cuda and hidden.dtype is torch.bfloat16 and dense.shape[0] % 8 == 0 else None
 
 
 def _sum_dtype(hidden: Tensor) -> torch.dtype:

@@ -19,8 +19,9 @@ Memory: the forward saves its inputs and one state per span of `SPAN_TOKENS` tok
 span at a time. Accumulation in float32 (float64 for float64 inputs).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -44,7 +45,7 @@ class _Tiling:
 
     active: tuple[int, ...]  # sequences that still run at each step; never rises
     rank_to_sequence: tuple[int, ...]  # sequences, longest first
-    slots: Tensor | None  # int64 [tokens]: row of each token in the flattened tiles; None when it is a plain view
+    places: Tensor | None  # int64 [tokens]: row of each token in the flattened tiles; None when it is a plain view
     batch: int
 
     @property
@@ -54,29 +55,30 @@ class _Tiling:
     def scatter(self, x: Tensor, dtype: torch.dtype, padding: float) -> Tensor:
         """[B, T, H, N] -> contiguous tiles [M, H, L, N] of `dtype`."""
         heads, size = x.shape[2:]
-        if self.slots is None:
+        if self.places is None:
             rows = x.view(self.batch, len(self.active), TILE_TOKENS, heads, size).permute(1, 0, 3, 2, 4)
             return rows.to(dtype).reshape(-1, heads, TILE_TOKENS, size)
         rows = x.new_full((self.tiles * TILE_TOKENS, heads, size), padding)
-        rows[self.slots] = x.reshape(-1, heads, size)
+        rows[self.places] = x.reshape(-1, heads, size)
         return rows.view(-1, TILE_TOKENS, heads, size).transpose(1, 2).to(dtype).contiguous()
 
     def gather(self, tiles: Tensor, like: Tensor) -> Tensor:
         """Tiles [M, H, L, N] -> shape and dtype of `like`, [B, T, H, N]."""
         heads, size = like.shape[2:]
-        if self.slots is None:
+        if self.places is None:
             rows = tiles.view(len(self.active), self.batch, heads, TILE_TOKENS, size).permute(1, 0, 3, 2, 4)
             return rows.to(like.dtype).reshape(like.shape)
-        return tiles.transpose(1, 2).reshape(-1, heads, size)[self.slots].to(like.dtype).view(like.shape)
+        return tiles.transpose(1, 2).reshape(-1, heads, size)[self.places].to(like.dtype).view(like.shape)
 
-    def spans(self) -> list[tuple[range, range]]:
-        """(steps, tiles) of each span, first to last."""
-        spans, first_tile = [], 0
-        for first in range(0, len(self.active), SPAN_TOKENS // TILE_TOKENS):
-            steps = range(first, min(first + SPAN_TOKENS // TILE_TOKENS, len(self.active)))
-            count = sum(self.active[step] for step in steps)
-            spans.append((steps, range(first_tile, first_tile + count)))
-            first_tile += count
+    def spans(self) -> list[tuple[slice, list[slice]]]:
+        """(tiles, tiles of each of its steps from the span's first on) of each span, first to last."""
+        spans, first = [], 0
+        for step in range(0, len(self.active), SPAN_TOKENS // TILE_TOKENS):
+            active = self.active[step : step + SPAN_TOKENS // TILE_TOKENS]
+            ends = list(accumulate(active))
+            steps = [slice(end - count, end) for count, end in zip(active, ends, strict=True)]
+            spans.append((slice(first, first + ends[-1]), steps))
+            first += ends[-1]
         return spans
 
 
@@ -88,15 +90,15 @@ def _plan_tiles(lengths: Sequence[int], batch: int, device: torch.device) -> _Ti
     if batch == len(lengths) and len(set(lengths)) <= 1 and (not lengths or lengths[0] % TILE_TOKENS == 0):
         return _Tiling(active, tuple(ranks), None, batch)
     first_tile_of_step = torch.tensor((0, *active)).cumsum(0)
-    slots = torch.empty(sum(lengths), dtype=torch.int64)
+    places = torch.empty(sum(lengths), dtype=torch.int64)
     rank_of = {sequence: rank for rank, sequence in enumerate(ranks)}
     first = 0
     for sequence, length in enumerate(lengths):
         offsets = torch.arange(length)
         tile = first_tile_of_step[offsets // TILE_TOKENS] + rank_of[sequence]
-        slots[first : first + length] = tile * TILE_TOKENS + offsets % TILE_TOKENS
+        places[first : first + length] = tile * TILE_TOKENS + offsets % TILE_TOKENS
         first += length
-    return _Tiling(active, tuple(ranks), slots.to(device), batch)
+    return _Tiling(active, tuple(ranks), places.to(device), batch)
 
 
 @dataclass(frozen=True)
@@ -150,43 +152,26 @@ def _pair_weights(r: Tensor, k: Tensor, u: Tensor, decays: _Decays) -> Tensor:
     return weights
 
 
-def _scan_states(start: Tensor, whole: Tensor, added: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """State before each tile [M, H, V, K], and the states [S, H, V, K] after the last."""
+def _scan(start: Tensor, whole: Tensor, added: Tensor, steps: Iterable[slice]) -> tuple[Tensor, Tensor]:
+    """What walks from tile to tile: S <- whole · S + added.
+
+    Returns:
+        The state before each tile [M, H, V, K], and the states [S, H, V, K] after the last step; with the steps in
+        reverse, the gradient of the state after each tile, and of the states before the first.
+    """
     running = start.clone()
-    states = torch.empty_like(added)
-    first = 0
-    for count in active:
-        tiles = slice(first, first + count)
-        states[tiles] = running[:count]
-        running[:count].mul_(whole[tiles]).add_(added[tiles])
-        first += count
-    return states, running
-
-
-def _scan_state_gradients(end: Tensor, whole: Tensor, added: Tensor, active: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Gradient of the state after each tile [M, H, V, K], and before the first [S, H, V, K]."""
-    running = end.clone()
-    gradients = torch.empty_like(added)
-    last = added.shape[0]
-    for count in reversed(active):
-        tiles = slice(last - count, last)
-        gradients[tiles] = running[:count]
-        running[:count].mul_(whole[tiles]).add_(added[tiles])
-        last -= count
-    return gradients, running
+    met = torch.empty_like(added)
+    for tiles in steps:
+        first = running[: tiles.stop - tiles.start]
+        met[tiles] = first
+        first.mul_(whole[tiles]).add_(added[tiles])
+    return met, running
 
 
 class _ChunkedWKV6(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any,
-        r: Tensor,
-        k: Tensor,
-        v: Tensor,
-        w_raw: Tensor,
-        u: Tensor,
-        state: Tensor,
-        tiling: _Tiling,
+        ctx: Any, r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor, tiling: _Tiling
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
         order = torch.tensor(tiling.rank_to_sequence, dtype=torch.int64, device=r.device)
@@ -197,14 +182,11 @@ class _ChunkedWKV6(torch.autograd.Function):
         ]
         y = torch.empty_like(inputs[0])
         span_starts = []
-        for steps, tiles in tiling.spans():
-            rows = slice(tiles.start, tiles.stop)
+        for rows, steps in tiling.spans():
             r_tile, k_tile, v_tile, w_tile = (x[rows] for x in inputs)
             decays = _decay_products(w_tile, with_levels=True)
-            active = tiling.active[steps.start : steps.stop]
             span_starts.append(running)
-            added = v_tile.mT @ (k_tile * decays.after)
-            states, running = _scan_states(running, decays.whole, added, active)
+            states, running = _scan(running, decays.whole, v_tile.mT @ (k_tile * decays.after), steps)
             y[rows] = (r_tile * decays.before) @ states.mT
             y[rows] += _pair_weights(r_tile, k_tile, bonus, decays) @ v_tile
         ctx.tiling = tiling
@@ -231,19 +213,17 @@ class _ChunkedWKV6(torch.autograd.Function):
             dr_all, dk_all, dv_all, dw_all = (torch.empty_like(r_all) for _ in range(4))
             du = torch.zeros_like(bonus)
 
-        for (steps, tiles), start in zip(reversed(tiling.spans()), reversed(span_starts), strict=True):
-            rows = slice(tiles.start, tiles.stop)
-            active = tiling.active[steps.start : steps.stop]
+        for (rows, steps), start in zip(reversed(tiling.spans()), reversed(span_starts), strict=True):
             r_tile, w_tile, dy_tile = r_all[rows], w_all[rows], dy_all[rows]
             decays = _decay_products(w_tile, with_levels=not only_state)
             before, after, whole = decays.before, decays.after, decays.whole
-            dstates, dend = _scan_state_gradients(dend, whole, dy_tile.mT @ (r_tile * before), active)
+            dstates, dend = _scan(dend, whole, dy_tile.mT @ (r_tile * before), reversed(steps))
             if only_state:
                 continue
 
             k_tile, v_tile = k_all[rows], v_all[rows]
             k_after = k_tile * after
-            states, _ = _scan_states(start, whole, v_tile.mT @ k_after, active)
+            states, _ = _scan(start, whole, v_tile.mT @ k_after, steps)
             dpairs = torch.tril(dy_tile @ v_tile.mT)  # gradient of A
             diagonal = dpairs.diagonal(dim1=-2, dim2=-1)[..., None]
             pairs = _pair_weights(r_tile, k_tile, bonus, decays)
@@ -285,13 +265,7 @@ class _ChunkedWKV6(torch.autograd.Function):
 
 
 def wkv6_chunked(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_raw: Tensor,
-    u: Tensor,
-    state: Tensor,
-    lengths: Sequence[int] | None = None,
+    r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor, lengths: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Computes what `wkv6_reference` defines, tile by tile; same arguments, same results.
 

@@ -47,7 +47,7 @@ def wkv6_cuda(
     state: Tensor,
     cu_seqlens: Tensor | None = None,
     *,
-    segment_tokens: int = 0,
+    span_tokens: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Runs the CUDA kernel; arguments and results as `src.ops.wkv6.wkv6`, in bfloat16 at head size 64.
 
@@ -57,14 +57,14 @@ def wkv6_cuda(
     the state's alone is. Results are the same bits in every run.
 
     Args:
-        segment_tokens: long sequences are cut into segments of this many tokens (a multiple of 64) that run at
+        span_tokens: long sequences are cut into spans of this many tokens (a multiple of 64) that run at
             the same time; 0 chooses from the size of the GPU.
 
     Raises:
         KernelError: the kernel cannot be built.
         RuntimeError: a tensor does not fit (named), or the launch failed.
     """
-    y, final = _module_for(_index_of(r.device)).wkv6(r, k, v, w_raw, _bonus(u), state, cu_seqlens, segment_tokens)
+    y, final = _module_for(_index_of(r.device)).wkv6(r, k, v, w_raw, _bonus(u), state, cu_seqlens, span_tokens)
     return y, final
 
 

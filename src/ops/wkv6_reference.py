@@ -16,13 +16,7 @@ W_RAW_LIMIT = 60.0
 
 
 def wkv6_reference(
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    w_raw: Tensor,
-    u: Tensor,
-    state: Tensor,
-    lengths: Sequence[int] | None = None,
+    r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor, lengths: Sequence[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """Runs the recurrence token by token; plain autograd gives every gradient.
 

@@ -1,4 +1,4 @@
-"""What happens around the steps of a run: schedule, checks, records, saving, stopping."""
+"""What happens around the steps of a run: schedule, checks, logs, saving, stopping."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from src.data.batches import Batch
+from src.device import global_rank
 from src.errors import TrainingError
 from src.schedule import Schedule
-from src.training.hardware import global_rank
+from src.training.logs import EpochLog, Sink, StepLog
 from src.training.module import TrainingModule
-from src.training.records import EpochRecord, Sink, StepRecord
+from src.training.objectives import Staged
 
 _STDERR = 2
 _STOPPING = b"\nfinishing this step, then saving; a second Ctrl-C stops at once, without saving\n"
@@ -53,7 +53,7 @@ class StepControl(pl.Callback):
             group["lr"] = self.learning_rate * group["lr_scale"]
             if group["decays"]:
                 group["weight_decay"] = self.weight_decay
-        self._batch = batch
+        self._batch = batch.source
         self._step = trainer.global_step + 1
         self._closes_step = (batch_idx + 1) % self.accumulate == 0
 
@@ -120,7 +120,7 @@ class StepControl(pl.Callback):
 
 
 class TrainingMonitor(pl.Callback):
-    """Makes one record per optimizer step and per epoch and hands it to the sinks (rank 0 only)."""
+    """Makes one log per optimizer step and per epoch and hands it to the sinks (rank 0 only)."""
 
     def __init__(self, control: StepControl, sinks: Sequence[Sink], epoch_begin: int, ctx_len: int) -> None:
         self.control = control
@@ -141,19 +141,19 @@ class TrainingMonitor(pl.Callback):
         self._last = time.perf_counter()
 
     def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Batch, batch_idx: int
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Staged, batch_idx: int
     ) -> None:
-        """Adds the micro-batch up; writes the record when it closed an optimizer step."""
+        """Adds the micro-batch up; writes the log when it closed an optimizer step."""
         assert isinstance(module, TrainingModule)
         assert module.outcome is not None
-        self._samples += len(batch.sample_indices)
-        self._tokens += batch.token_count
+        self._samples += len(batch.source.sample_indices)
+        self._tokens += batch.source.token_count
         self._logs.append(module.outcome.logs())
         if (batch_idx + 1) % self.control.accumulate:
             return
         extra = _averages(self._logs)
         now = time.perf_counter()
-        record = StepRecord(
+        log = StepLog(
             step=trainer.global_step,
             epoch=self.epoch_begin + trainer.current_epoch,
             loss=self.control.loss,
@@ -166,11 +166,11 @@ class TrainingMonitor(pl.Callback):
             extra=extra,
         )
         self._last, self._samples, self._tokens, self._logs = now, 0, 0, []
-        self.losses.append(record.loss)
-        self.step_seconds.append(record.seconds)
-        self._epoch_losses.append(record.loss)
+        self.losses.append(log.loss)
+        self.step_seconds.append(log.seconds)
+        self._epoch_losses.append(log.loss)
         for sink in self.sinks:
-            sink.step(record)
+            sink.step(log)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Writes the epoch's line."""
@@ -178,10 +178,10 @@ class TrainingMonitor(pl.Callback):
             return
         epoch = trainer.current_epoch
         mean = sum(self._epoch_losses) / len(self._epoch_losses)
-        record = EpochRecord(self.epoch_begin + epoch, epoch, mean, self.control.learning_rate)
+        log = EpochLog(self.epoch_begin + epoch, epoch, mean, self.control.learning_rate)
         self._epoch_losses = []
         for sink in self.sinks:
-            sink.epoch(record)
+            sink.epoch(log)
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Reads the GPU's memory while the run's own is still allocated."""

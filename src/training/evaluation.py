@@ -10,7 +10,8 @@ import torch
 from src.data.documents import Documents
 from src.data.evaluation import evaluation_batches
 from src.data.preference_batches import PreferenceDataset
-from src.model.rwkv6 import RWKV6
+from src.generate import inference
+from src.model.language_model import LanguageModel
 from src.training.objectives import PreferenceObjective, counted_logps
 
 START_POSITIONS = 64
@@ -72,17 +73,16 @@ class HeldOutPreference:
 HeldOut = HeldOutLoss | HeldOutPreference
 
 
-def held_out_preference(model: RWKV6, dataset: PreferenceDataset, objective: PreferenceObjective) -> HeldOutPreference:
+def held_out_preference(
+    model: LanguageModel, dataset: PreferenceDataset, objective: PreferenceObjective
+) -> HeldOutPreference:
     """Scores every pair of the data set once, without gradients."""
-    was_training = model.training
-    model.eval()
     nll, margins = [], []
-    with torch.no_grad():
+    with inference(model):
         for batch in dataset.batches_in_order():
             result = objective.evaluate(model, batch)
             nll.append(result.nll)
             margins.append((result.logp_chosen - result.logp_rejected)[~result.is_plain])
-    model.train(was_training)
     margin, every_nll = torch.cat(margins), torch.cat(nll)
     return HeldOutPreference(
         nll=float(every_nll.mean()),
@@ -93,7 +93,7 @@ def held_out_preference(model: RWKV6, dataset: PreferenceDataset, objective: Pre
     )
 
 
-def held_out_loss(model: RWKV6, documents: Documents, ctx_len: int) -> HeldOutLoss:
+def held_out_loss(model: LanguageModel, documents: Documents, ctx_len: int) -> HeldOutLoss:
     """Runs every document once from its first token, cut at ctx_len, without gradients.
 
     Args:
@@ -101,12 +101,10 @@ def held_out_loss(model: RWKV6, documents: Documents, ctx_len: int) -> HeldOutLo
         documents: held-out documents.
         ctx_len: tokens of a row at most.
     """
-    was_training = model.training
-    model.eval()
     sums = torch.zeros(2, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
     seen = 0
-    with torch.no_grad():
+    with inference(model):
         for item in evaluation_batches(documents, ctx_len=ctx_len, batch_tokens=_BATCH_TOKENS):
             hidden, _ = model(item.batch.tokens)
             logp, _ = counted_logps(model, hidden, item.batch.targets)
@@ -114,6 +112,5 @@ def held_out_loss(model: RWKV6, documents: Documents, ctx_len: int) -> HeldOutLo
             sums.index_add_(0, late, -logp.cpu().double())
             counts += torch.bincount(late, minlength=2)
             seen += len(item.batch.sample_indices)
-    model.train(was_training)
     start, rest = (sums / counts).tolist()
     return HeldOutLoss(float(sums.sum() / counts.sum()), start, rest, int(counts.sum()), seen)

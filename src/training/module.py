@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
 from torch import Tensor, nn
 
+from src.adapters.method import Method
 from src.config import TrainConfig
-from src.errors import UserError
-from src.model.rwkv6 import RWKV6
-from src.training.graphs import GraphedObjective, can_be_recorded
-from src.training.objectives import Objective, Outcome, outcome_of
+from src.data.passes import Lookahead, PassDataset
+from src.data.rounding import EXACT, FEW_SHAPES
+from src.model.language_model import LanguageModel
+from src.training.graphs import GraphedObjective
+from src.training.objectives import Objective, Outcome, Staged, outcome_of
 from src.training.offload import KeptOnHost
 
 FP16_LOSS_SCALE = 4096.0
@@ -22,35 +24,40 @@ FP16_LOSS_SCALE = 4096.0
 
 
 class TrainingModule(pl.LightningModule):
-    """Drives an `RWKV6` through an objective.
+    """Drives a `LanguageModel` through an objective.
 
     Precision is the model's own business: activations and frozen weights have the computation dtype,
-    trained tensors, their gradients and Adam's moments are fp32. Batches stay on the host; the objective
-    stages what the device needs.
+    trained tensors, their gradients and Adam's moments are fp32. The objective stages micro-batches on the host;
+    where steps are recorded, the next one while the device works.
 
     Args:
         model: what is trained.
         objective: the loss.
         config: the flags.
-        following: makes the micro-batch after the one in work, so that it can be staged meanwhile.
+        method: what is trained.
+        dataset: the micro-batches.
     """
 
     def __init__(
         self,
-        model: RWKV6,
+        model: LanguageModel,
         objective: Objective,
         config: TrainConfig,
-        following: Callable[[], Any] | None = None,
+        method: Method,
+        dataset: PassDataset[Any],
     ) -> None:
         super().__init__()
         self.model = model
         self.objective = objective
         self.config = config
-        self.following = following
-        wanted = config.cuda_graph and config.trains_states and not config.dropout and not config.offload_activations
-        records = wanted and objective.recordable and can_be_recorded(model)
+        self._parameters_by_key = list(model.named_parameters())  # walking through the modules takes half a millisecond
+        self.method = method
+        wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
+        records = wanted and objective.recordable and model.can_be_recorded
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
         self.graphed = GraphedObjective(objective, model, limit_gib) if records else None
+        rounding = FEW_SHAPES if records else EXACT
+        self.batches = Lookahead(lambda step: objective.stage(model, dataset.rounded(step, rounding)), len(dataset))
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
         if self.loss_scale != 1.0:
@@ -59,16 +66,18 @@ class TrainingModule(pl.LightningModule):
 
     def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(checkpoint key, parameter) of everything that is trained."""
-        return [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        return [(name, p) for name, p in self._parameters_by_key if p.requires_grad]
 
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+    def train_dataloader(self) -> Lookahead[Staged]:
+        """Staged micro-batches, epoch after epoch."""
+        return self.batches
+
+    def training_step(self, batch: Staged, batch_idx: int) -> Tensor:
         """Loss of one micro-batch; `outcome` keeps the numbers to log."""
         self.outcome = None  # what it would log belongs to a recording, which may have to go
         if self.graphed:
             outcome = self.graphed(batch)
-            if self.following is not None:
-                with contextlib.suppress(UserError, OSError):  # raised again when that batch's turn comes, if it does
-                    self.graphed.look_ahead(self.following())
+            self.batches.look_ahead()
         else:
             with KeptOnHost(self.model) if self.config.offload_activations else contextlib.nullcontext():
                 outcome = outcome_of(self.objective, self.model, batch)
@@ -83,7 +92,7 @@ class TrainingModule(pl.LightningModule):
             torch.cuda.empty_cache()
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        """Leaves the batch on the host: the embedding table may be there, and lengths are needed there."""
+        """Leaves the batch on the host, from where it is copied to the device or to a recording's inputs."""
         return batch
 
     def cpu(self) -> TrainingModule:
@@ -93,39 +102,28 @@ class TrainingModule(pl.LightningModule):
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """Adam, or AdamW when there is weight decay."""
         config = self.config
-        groups = parameter_groups(self.trained(), config)
-        adam: Callable[..., torch.optim.Optimizer]
+        factors = {name: self.method.rate_factor(self.model.shape, name) for name, _ in self.trained()}
+        groups = parameter_groups(self.trained(), factors, config)
+        options: dict[str, Any] = {"lr": config.lr_init, "betas": (config.beta1, config.beta2), "eps": config.adam_eps}
         if config.strategy.endswith("offload") and self.model.device.type == "cuda":
             from deepspeed.ops.adam import DeepSpeedCPUAdam
 
-            return DeepSpeedCPUAdam(  # type: ignore[no-any-return]
-                groups,
-                lr=config.lr_init,
-                betas=(config.beta1, config.beta2),
-                eps=config.adam_eps,
-                adamw_mode=config.weight_decay > 0,
-            )
+            return DeepSpeedCPUAdam(groups, **options, adamw_mode=config.weight_decay > 0)  # type: ignore[no-any-return]
         adam = torch.optim.AdamW if config.weight_decay > 0 else torch.optim.Adam
-        return adam(
-            groups,
-            lr=config.lr_init,
-            betas=(config.beta1, config.beta2),
-            eps=config.adam_eps,
-            fused=self.model.device.type == "cuda",
-        )
+        return adam(groups, **options, fused=self.model.device.type == "cuda")
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], config: TrainConfig) -> list[dict[str, Any]]:
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], factors: Mapping[str, float], config: TrainConfig
+) -> list[dict[str, Any]]:
     """Optimizer groups: each has `lr_scale`, a factor on the schedule, and `decays`, whether weight decay acts.
 
-    With full training and `--layerwise_lr 1` the bare `time_decay` vectors learn twice as fast. Weight decay
-    acts on tensors of two and more axes.
+    Weight decay acts on tensors of two and more axes.
     """
     members: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        twice = config.layerwise_lr and not config.trains_states and name.endswith("time_decay")
         decays = config.weight_decay > 0 and parameter.squeeze().ndim >= 2
-        members.setdefault((2.0 if twice else 1.0, decays), []).append(parameter)
+        members.setdefault((factors[name], decays), []).append(parameter)
     return [
         {
             "params": parameters,

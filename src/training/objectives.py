@@ -18,23 +18,21 @@ from torch import Tensor
 
 from src.data.batches import Batch
 from src.data.preference_batches import PairForm, PreferenceBatch
+from src.data.rounding import EXACT, Rounding
 from src.layout import SegmentLayout
 from src.losses import (
     IGNORED_TARGET,
     PLAIN_REJECT_TOKENS,
     PreferenceLoss,
     Role,
+    group_number,
     orpo_loss,
     orpo_loss_released,
     running_preference,
-    slot,
     targets_after,
 )
-from src.model.rwkv6 import RWKV6
+from src.model.language_model import LanguageModel
 from src.ops.token_logps import head_sft_loss, token_logps
-
-Room = Callable[[int], int]
-"""From a number of things to that of places for them; `int` leaves none empty."""
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,27 @@ class Staged:
 
     Attributes:
         tensors: by name; shapes and dtypes are what a recorded computation depends on.
+        source: the batch it was made of.
         layout: of a packed row, or None; of it only tensors, number of roots and their tokens matter.
         pairs: preference pairs of the batch.
     """
 
     tensors: dict[str, Tensor]
+    source: Any
     layout: SegmentLayout | None = None
     pairs: int = 0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """The same for batches that differ in the values of `all_tensors` only."""
+        shapes = tuple((name, tuple(tensor.shape)) for name, tensor in self.tensors.items())
+        layout = self.layout
+        borders = None if layout is None else (layout.roots, layout.root_tokens, len(layout.lengths))
+        return (shapes, borders, self.pairs)
+
+    def all_tensors(self) -> list[Tensor]:
+        """The layout's, too, always in the same order."""
+        return [*self.tensors.values(), *([] if self.layout is None else self.layout.tensors)]
 
     def to(self, device: torch.device) -> Staged:
         """The same with its tensors on `device`."""
@@ -74,17 +86,17 @@ class Objective(Protocol):
     """A training loss.
 
     Attributes:
-        recordable: whether positions without a target leave the loss as it is, so that batches may be padded to
+        recordable: whether positions without a target leave the loss as it is, so that batches may be filled up to
             few shapes and recorded.
     """
 
     recordable: bool
 
-    def stage(self, model: RWKV6, batch: Any, room: Room = int) -> Staged:
-        """Makes on the host what `compute` needs on the device; `room` as for `counted_positions`."""
+    def stage(self, model: LanguageModel, batch: Any) -> Staged:
+        """Makes on the host what `compute` needs on the device."""
         ...
 
-    def compute(self, model: RWKV6, staged: Staged) -> tuple[Tensor, Any]:
+    def compute(self, model: LanguageModel, staged: Staged) -> tuple[Tensor, Any]:
         """The loss, and what `logs` needs."""
         ...
 
@@ -93,18 +105,18 @@ class Objective(Protocol):
         ...
 
 
-def outcome_of(objective: Objective, model: RWKV6, batch: Any) -> Outcome:
-    """Stages and computes one micro-batch."""
-    loss, result = objective.compute(model, objective.stage(model, batch).to(model.device))
+def outcome_of(objective: Objective, model: LanguageModel, staged: Staged) -> Outcome:
+    """Loss of one micro-batch, ready for `backward`."""
+    loss, result = objective.compute(model, staged.to(model.device))
     return Outcome(loss, lambda: objective.logs(result))
 
 
-def counted_positions(targets: Tensor, room: Room = int) -> tuple[Tensor, Tensor]:
+def counted_positions(targets: Tensor, rounding: Rounding = EXACT) -> tuple[Tensor, Tensor]:
     """Places and values of the targets that count.
 
     Args:
         targets: int64 of any shape, on the host; negative ones do not count.
-        room: to how many places so many are filled up, as far as there are targets.
+        rounding: to how many places so many are filled up, as far as there are targets.
 
     Returns:
         (positions int64 [M], targets int64 [M]) in row-major order; filled-up places are position 0 with a
@@ -113,7 +125,7 @@ def counted_positions(targets: Tensor, room: Room = int) -> tuple[Tensor, Tensor
     flat = targets.reshape(-1)
     positions = (flat >= 0).nonzero().squeeze(1)
     values = flat[positions]
-    missing = min(room(positions.numel()), flat.numel()) - positions.numel()
+    missing = min(rounding.targets(positions.numel()), flat.numel()) - positions.numel()
     if missing:
         positions = torch.cat([positions, positions.new_zeros(missing)])
         values = torch.cat([values, values.new_full((missing,), IGNORED_TARGET)])
@@ -125,7 +137,7 @@ def rows_at(hidden: Tensor, positions: Tensor) -> Tensor:
     return hidden.reshape(-1, hidden.shape[-1]).index_select(0, positions)
 
 
-def counted_logps(model: RWKV6, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+def counted_logps(model: LanguageModel, hidden: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     """log p and largest logit of the counted targets only.
 
     Args:
@@ -146,18 +158,18 @@ class SFTObjective:
 
     recordable = True
 
-    def stage(self, model: RWKV6, batch: Batch, room: Room = int) -> Staged:
+    def stage(self, model: LanguageModel, batch: Batch) -> Staged:
         """See Objective."""
-        positions, targets = counted_positions(batch.targets, room)
+        positions, targets = counted_positions(batch.targets, batch.rounding)
         tensors = {
             "x": model.look_up(batch.tokens),
             "positions": positions,
             "targets": targets,
             "weight": torch.tensor(batch.step_weight),
         }
-        return Staged(tensors, batch.layout)
+        return Staged(tensors, batch, batch.layout)
 
-    def compute(self, model: RWKV6, staged: Staged) -> tuple[Tensor, Any]:
+    def compute(self, model: LanguageModel, staged: Staged) -> tuple[Tensor, Any]:
         """See Objective."""
         hidden, _ = model(staged.tensors["x"], layout=staged.layout)
         rows = rows_at(hidden, staged.tensors["positions"])
@@ -192,10 +204,10 @@ class PreferenceObjective:
             return PairForm.RELEASED
         return PairForm.SHARED_PROMPT if shared_prompt else PairForm.TWO_ROWS
 
-    def stage(self, model: RWKV6, batch: PreferenceBatch, room: Room = int) -> Staged:
+    def stage(self, model: LanguageModel, batch: PreferenceBatch) -> Staged:
         """See Objective."""
-        positions, targets = counted_positions(batch.targets, room)
-        groups = batch.groups[positions].masked_fill(targets < 0, slot(batch.pairs, Role.PROMPT))
+        positions, targets = counted_positions(batch.targets, batch.rounding)
+        groups = batch.groups[positions].masked_fill(targets < 0, group_number(batch.pairs, Role.PROMPT))
         tensors = {
             "x": model.look_up(batch.tokens),
             "positions": positions,
@@ -204,9 +216,9 @@ class PreferenceObjective:
             "reject_lengths": batch.reject_lengths,
             "weight": torch.tensor(batch.step_weight),
         }
-        return Staged(tensors, batch.layout, batch.pairs)
+        return Staged(tensors, batch, batch.layout, batch.pairs)
 
-    def compute(self, model: RWKV6, staged: Staged) -> tuple[Tensor, PreferenceLoss]:
+    def compute(self, model: LanguageModel, staged: Staged) -> tuple[Tensor, PreferenceLoss]:
         """See Objective."""
         tensors = staged.tensors
         hidden, _ = model(tensors["x"], layout=staged.layout)
@@ -232,9 +244,9 @@ class PreferenceObjective:
         """Whether a pair of the batch has a preference term."""
         if self.orpo_type == 1:
             return bool((batch.reject_lengths > PLAIN_REJECT_TOKENS).any())
-        rejected = torch.tensor([slot(pair, Role.REJECTED) for pair in range(batch.pairs)])
+        rejected = torch.tensor([group_number(pair, Role.REJECTED) for pair in range(batch.pairs)])
         return bool(torch.isin(batch.groups, rejected).any())
 
-    def evaluate(self, model: RWKV6, batch: PreferenceBatch) -> PreferenceLoss:
+    def evaluate(self, model: LanguageModel, batch: PreferenceBatch) -> PreferenceLoss:
         """The loss and its parts, outside of training."""
         return self.compute(model, self.stage(model, batch).to(model.device))[1]

@@ -41,7 +41,7 @@ def _pack(tensor: Tensor, stays: Collection[int], sent: Sent) -> Tensor | tuple[
     for key, (memory, _) in list(sent.items()):
         if memory.expired():
             del sent[key]
-    # The reference keeps the address of its memory's record from being used again.
+    # The weak reference keeps its memory's address from being used again.
     memory = StorageWeakRef(storage)
     key = (memory.cdata, tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype, tensor._version)
     if key not in sent:

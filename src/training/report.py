@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from src.adapters.method import Method
 from src.config import TrainConfig
-from src.model.parameters import ModelShape
+from src.device import global_rank
+from src.model.shape import ModelShape
 from src.schedule import Schedule
 from src.training.callbacks import TrainingMonitor
+from src.training.engine import Hardware
 from src.training.evaluation import HeldOut
-from src.training.hardware import Hardware, global_rank
 from src.training.work import Work, epochs_of
 
 
@@ -52,7 +53,13 @@ def _several(number: int, noun: str) -> str:
 
 
 def plan_of(
-    config: TrainConfig, hardware: Hardware, shape: ModelShape, work: Work, schedule: Schedule, folder: Path
+    config: TrainConfig,
+    method: Method,
+    hardware: Hardware,
+    shape: ModelShape,
+    work: Work,
+    schedule: Schedule,
+    folder: Path,
 ) -> str:
     """What will be trained on what, how long, and where results go: a line each, before the model is read."""
     steps_per_epoch = work.batches_per_epoch // config.accumulate_grad_batches
@@ -60,10 +67,6 @@ def plan_of(
     rates = ", ".join(f"{schedule.learning_rate(step):.4g}" for step in (0, steps // 2, max(steps - 1, 0)))
     packed = "matrices and head" if config.quant_head else "matrices"
     weights = f"{config.quant_type} {packed}" if config.quantised else "unquantised"
-    if config.trains_states:
-        trainable = f"{shape.state_parameter_count:,} state values; all weights frozen"
-    else:
-        trainable = f"all {shape.parameter_count:,} weights"
     batch = config.micro_bsz * config.accumulate_grad_batches * config.devices * config.num_nodes
     if config.orpo:
         size = f"{_several(batch, 'pair')} a step at most, longest text {config.rlhf_max_corpus_len}"
@@ -78,7 +81,7 @@ def plan_of(
         [
             f"model      {config.load_model or 'fresh'}: {_counted(shape.parameter_count)} parameters, "
             f"{shape.n_layer} layers, n_embd {shape.n_embd}, {shape.n_head} heads of {shape.head_size}, {weights}",
-            f"training   {trainable}",
+            f"training   {method.describe(shape)}",
             f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
             *work.lines,
             f"steps      {steps:,} ({_several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
@@ -108,7 +111,7 @@ def _course(losses: list[float]) -> str:
     return f"loss {first:.4f} -> {last:.4f}{scope}"
 
 
-def summary_of(config: TrainConfig, result: RunResult, monitor: TrainingMonitor) -> str:
+def summary_of(config: TrainConfig, method: Method, result: RunResult, monitor: TrainingMonitor) -> str:
     """What came of the run, and the next commands: a line each."""
     lines = [""]
     if result.stopped_by:
@@ -124,23 +127,10 @@ def summary_of(config: TrainConfig, result: RunResult, monitor: TrainingMonitor)
     if result.before is not None and result.after is not None:
         lines += [f"held out   before: {result.before}", f"           after:  {result.after}"]
     lines.append(f"saved      {', '.join(str(path) for path in result.files)}")
-    if config.trains_states:
-        merged = Path(config.proj_dir) / "merged.pth"
-        merging = shlex.join([config.load_model, str(result.final_file), str(merged)])
-        lines += [
-            "next       use the state file in a client that loads states, or make a model that contains it:",
-            f"           python merge_state.py {merging}",
-        ]
-    else:
-        lines += [
-            "next       tune a state on it:",
-            f"           python train.py --load_model {shlex.quote(str(result.final_file))} --data_file YOUR.jsonl "
-            f"--proj_dir {shlex.quote(config.proj_dir.rstrip('/') + '-state')}",
-        ]
-    return "\n".join(lines)
+    return "\n".join([*lines, *method.next_steps(config.load_model, result.final_file, config.proj_dir)])
 
 
-def memory_advice(config: TrainConfig, hardware: Hardware) -> str:
+def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> str:
     """One sentence for a GPU that is full: its size and the three cheapest changes, in order."""
     total = torch.cuda.get_device_properties(hardware.device).total_memory / 2**30
     changes = []
@@ -149,7 +139,7 @@ def memory_advice(config: TrainConfig, hardware: Hardware) -> str:
     if config.micro_bsz > 1:
         accumulate = config.accumulate_grad_batches * 2
         changes.append(f"--micro_bsz {config.micro_bsz // 2} --accumulate_grad_batches {accumulate}")
-    if not config.quantised and config.trains_states:
+    if not config.quantised and method.freezes_matrices:
         changes.append("--quant 1 --quant_type nf4")
     if config.quantised and config.quant_type == "int8":
         changes.append("--quant_type nf4")

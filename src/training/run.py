@@ -3,49 +3,38 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 import random
 import re
 import shutil
 import tempfile
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
-from tqdm import tqdm
 
-from src.adapters.states import set_states, state_tensors
-from src.checkpoint import check_sizes, inspect_checkpoint, load_state, open_checkpoint, save_model, save_state
+from src.adapters.method import Method, method_of
+from src.checkpoint import Checkpoint, fresh_checkpoint, open_checkpoint, save_model
 from src.config import TrainConfig
+from src.device import global_rank, spare_threads
 from src.errors import ConfigError, TrainingError
-from src.loading import LoadOptions, build_model
-from src.model.parameters import ModelShape, fresh_parameters, parameter_shapes
-from src.model.rwkv6 import RWKV6
-from src.quant import SHARED_WORKSPACE, FrozenLinear
+from src.loading import LoadOptions, open_model
+from src.model.language_model import LanguageModel
+from src.model.rwkv6 import RWKV6Shape
+from src.model.shape import ModelShape
 from src.schedule import Schedule
 from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
+from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware, trainer_arguments
 from src.training.evaluation import HeldOut
-from src.training.hardware import (
-    Hardware,
-    deepspeed_config,
-    global_rank,
-    resolve_hardware,
-    spare_threads,
-    trainer_arguments,
-)
+from src.training.logs import FileSink, HttpSink, ProgressSink, Sink, WandbSink
 from src.training.memory import MemoryPlan, plan_memory
 from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
-from src.training.records import FileSink, HttpSink, ProgressSink, Sink, WandbSink
 from src.training.report import RunResult, memory_advice, plan_of, say, summary_of
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
 GRADIENT_CLIP = 1.0
 _SMALL_SHARE = 0.01
-_FILE_VALUE_BYTES = 2
-"""Checkpoints are written in bf16."""
 _WRITTEN = re.compile(r"rwkv-(\d+|final|init|last-good)\.pth")
 
 
@@ -56,37 +45,42 @@ def train(config: TrainConfig) -> RunResult:
         UserError: for everything the user can put right, before any step where possible.
     """
     config = _with_seed(config)
+    method = method_of(config)
     hardware = resolve_hardware(config)
+    apply_hardware(hardware, config, small_messages=method.small)
     # From here on the engine is the one that runs, not what was asked for: `auto` with several GPUs is DeepSpeed.
     config = dataclasses.replace(config, strategy=hardware.strategy)
     try:
-        return _train(config, hardware)
+        return _train(config, method, hardware)
     except torch.cuda.OutOfMemoryError as error:
-        raise TrainingError(memory_advice(config, hardware)) from error
+        raise TrainingError(memory_advice(config, method, hardware)) from error
 
 
-def _train(config: TrainConfig, hardware: Hardware) -> RunResult:
+def _train(config: TrainConfig, method: Method, hardware: Hardware) -> RunResult:
     for line in [*config.notes(), *hardware.notes]:
         say(f"note: {line}")
-    shape = _model_shape(config)
+    base = open_checkpoint(config.load_model) if config.load_model else None
+    shape = _model_shape(config, base)
     work = prepare_work(config, shape)
-    folder = _prepare_folder(config)
-    _check_room(folder, config, shape)
+    folder = _prepare_folder(config, method)
+    _check_room(folder, method.file_bytes(shape))
     spare_threads(hardware.device, shape)
     schedule = make_schedule(config, work)
-    say(plan_of(config, hardware, shape, work, schedule, folder))
+    say(plan_of(config, method, hardware, shape, work, schedule, folder))
 
-    model = _load_model(config, hardware, shape, folder)
+    base = base or _fresh_base(config, hardware, shape, folder)
+    options = load_options(config, method, hardware, shape)
+    model = open_model(base, options, state_file=config.load_state, quiet=global_rank() != 0)
     choose_recomputation(model, work, config)
     before = _evaluate("loaded" if config.load_state else "untuned", model, work)
     if isinstance(work.objective, PreferenceObjective):
         say(_preference_share(model, work, work.objective))
-    module = TrainingModule(model, work.objective, config, work.following)
+    module = TrainingModule(model, work.objective, config, method, work.dataset)
     final_file = folder / "rwkv-final.pth"
     after: list[HeldOut | None] = []
 
     def finish() -> None:
-        _save(model, config, final_file)
+        method.save(model, final_file)
         module.release_recordings()
         after.append(_evaluate("tuned", model, work))
 
@@ -99,7 +93,7 @@ def _train(config: TrainConfig, hardware: Hardware) -> RunResult:
         after=after[0] if after else None,
         stopped_by=stopper.signal_name,
     )
-    say(summary_of(config, result, monitor))
+    say(summary_of(config, method, result, monitor))
     return result
 
 
@@ -111,11 +105,11 @@ def _with_seed(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _prepare_folder(config: TrainConfig) -> Path:
+def _prepare_folder(config: TrainConfig, method: Method) -> Path:
     """Creates the output folder and proves that a file can be written there."""
     folder = Path(config.proj_dir)
     base = Path(config.load_model).resolve()
-    if config.trains_states and base.parent == folder.resolve() and _WRITTEN.fullmatch(base.name):
+    if method.needs_base and base.parent == folder.resolve() and _WRITTEN.fullmatch(base.name):
         raise ConfigError(
             f"--load_model {config.load_model} would be written over, because it lies in --proj_dir {folder} and has "
             "the name of a result: choose another --proj_dir"
@@ -134,13 +128,12 @@ def _prepare_folder(config: TrainConfig) -> Path:
     return folder
 
 
-def _check_room(folder: Path, config: TrainConfig, shape: ModelShape) -> None:
+def _check_room(folder: Path, needed_bytes: int) -> None:
     """Refuses a folder without room for one checkpoint, before time is spent on training it.
 
     Raises:
         ConfigError: naming what is free and what is needed.
     """
-    needed_bytes = (shape.state_parameter_count if config.trains_states else shape.parameter_count) * _FILE_VALUE_BYTES
     free_bytes = shutil.disk_usage(folder).free
     if free_bytes < needed_bytes:
         raise ConfigError(
@@ -149,10 +142,10 @@ def _check_room(folder: Path, config: TrainConfig, shape: ModelShape) -> None:
         )
 
 
-def _model_shape(config: TrainConfig) -> ModelShape:
-    """Sizes of the checkpoint, checked against the flags; or those of a fresh model."""
-    if not config.load_model:
-        return ModelShape.from_sizes(
+def _model_shape(config: TrainConfig, base: Checkpoint | None) -> ModelShape:
+    """Sizes of the base model, checked against the flags; or those of a fresh one."""
+    if base is None:
+        return RWKV6Shape.from_sizes(
             n_layer=config.n_layer,
             n_embd=config.n_embd,
             vocab_size=config.vocab_size,
@@ -161,17 +154,26 @@ def _model_shape(config: TrainConfig) -> ModelShape:
             dim_ffn=config.dim_ffn,
             double_extra_dim=bool(config.double_extra_dim),
         )
-    info = inspect_checkpoint(config.load_model)
     sizes = ("n_layer", "n_embd", "dim_att", "dim_ffn", "vocab_size", "head_size_a", "double_extra_dim")
-    problems = check_sizes(info.shape, {name: getattr(config, name) for name in sizes})
+    problems = base.info.shape.contradictions({name: getattr(config, name) for name in sizes})
     if problems:
         raise ConfigError("; ".join(problems))
-    return info.shape
+    return base.info.shape
 
 
-def _preference_share(model: RWKV6, work: Work, objective: PreferenceObjective) -> str:
+def _fresh_base(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> Checkpoint:
+    """An untrained model, which is written to `rwkv-init.pth`."""
+    base = fresh_checkpoint(shape, config.random_seed)
+    if global_rank() == 0:
+        in_fp32 = hardware.compute_dtype == torch.float32
+        save_model(folder / "rwkv-init.pth", base, torch.float32 if in_fp32 else torch.bfloat16)
+    return base
+
+
+def _preference_share(model: LanguageModel, work: Work, objective: PreferenceObjective) -> str:
     """How much of a micro-batch's loss the preference term is: of the first in which a pair has a reject."""
-    batch = next((batch for batch in work.loader if objective.compares(batch)), None)
+    first_epoch = map(work.dataset.__getitem__, range(work.batches_per_epoch))
+    batch = next(filter(objective.compares, first_epoch), None)
     if batch is None:
         return (
             "warning: no pair of the first epoch has a reject to compare with, which makes it plain SFT on the chosen "
@@ -188,37 +190,20 @@ def _preference_share(model: RWKV6, work: Work, objective: PreferenceObjective) 
     return line
 
 
-def load_options(config: TrainConfig, hardware: Hardware) -> LoadOptions:
+def load_options(config: TrainConfig, method: Method, hardware: Hardware, shape: ModelShape) -> LoadOptions:
     """How the flags want the model on its device."""
     return LoadOptions(
         device=hardware.device,
         compute_dtype=hardware.compute_dtype,
         quant_type=config.quant_type if config.quantised else None,
         quant_head=bool(config.quant_head),
-        train_weights=not config.trains_states,
+        trained=frozenset(method.trained_names(shape)),
         head_size_divisor=config.head_size_divisor,
         dropout=config.dropout,
     )
 
 
-def _load_model(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> RWKV6:
-    tensors: Mapping[str, torch.Tensor]
-    if config.load_model:
-        tensors = open_checkpoint(config.load_model)
-    else:
-        tensors = fresh_parameters(shape, config.random_seed, torch.float32)
-        if global_rank() == 0:
-            save_model(folder / "rwkv-init.pth", tensors, _file_dtype(hardware))
-    states = load_state(config.load_state, shape) if config.load_state else None
-    quiet = global_rank() != 0 or shape.parameter_count < 200_000_000
-    with tqdm(total=len(parameter_shapes(shape)), desc="loading", unit="tensor", disable=quiet) as bar:
-        model = build_model(tensors, shape, load_options(config, hardware), lambda name: bar.update() and None)
-    if states is not None:
-        set_states(model, states)
-    return model
-
-
-def choose_recomputation(model: RWKV6, work: Work, config: TrainConfig) -> None:
+def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig) -> None:
     """What `--grad_cp` asks for; 2 goes by free memory on a GPU, and on a CPU, which has it, is the light mode."""
     layers = model.shape.n_layer
     if config.grad_cp == 0:
@@ -230,28 +215,11 @@ def choose_recomputation(model: RWKV6, work: Work, config: TrainConfig) -> None:
     else:
         plan = MemoryPlan(layers, light_layers=layers)
     plan.apply(model)
-    packed = [m for part in (model.blocks[0], model.head) for m in part.modules() if isinstance(m, FrozenLinear)]
-    SHARED_WORKSPACE.reserve(packed)
     if config.grad_cp == 2:
         say(f"memory     {plan}")
 
 
-def _file_dtype(hardware: Hardware) -> torch.dtype:
-    return torch.float32 if hardware.compute_dtype == torch.float32 else torch.bfloat16
-
-
-def _save(model: RWKV6, config: TrainConfig, path: Path) -> None:
-    """Writes the state alone, or with --train_type none the whole model in bf16, start states only if it has any."""
-    if config.trains_states:
-        save_state(path, state_tensors(model))
-    else:
-        tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
-        states = state_tensors(model)
-        names = [*parameter_shapes(model.shape), *(states if any(state.any() for state in states.values()) else ())]
-        save_model(path, {name: tensors[name] for name in names}, torch.bfloat16)
-
-
-def _evaluate(label: str, model: RWKV6, work: Work) -> HeldOut | None:
+def _evaluate(label: str, model: LanguageModel, work: Work) -> HeldOut | None:
     if work.measure is None or global_rank() != 0:
         return None
     measurement = work.measure(model)
@@ -280,12 +248,13 @@ def fit(
     sinks = _sinks(config, hardware, module, folder, work.batches_per_epoch // accumulate * epochs, trained_elements)
     monitor = TrainingMonitor(control, sinks, config.epoch_begin, config.ctx_len)
     saver = CheckpointSaver(
-        lambda path: _save(module.model, config, path), folder, config.epoch_begin, config.epoch_save
+        lambda path: module.method.save(module.model, path), folder, config.epoch_begin, config.epoch_save
     )
     stopper = Stopper(schedule, accumulate)
-    _quieten_lightning()
     trainer = pl.Trainer(
         **trainer_arguments(hardware, config, trained_elements),
+        # A folder that is never made: Lightning takes up `hpc_ckpt_*.ckpt` that lie in its own.
+        default_root_dir=folder / "lightning",
         max_epochs=epochs,
         limit_train_batches=work.batches_per_epoch,
         accumulate_grad_batches=accumulate,
@@ -300,11 +269,11 @@ def fit(
         deterministic=hardware.device.type == "cpu",
     )
     try:
-        trainer.fit(module, work.loader)
+        trainer.fit(module)
     except TrainingError as error:
         last_good = folder / "rwkv-last-good.pth"
         if global_rank() == 0:
-            _save(module.model, config, last_good)
+            module.method.save(module.model, last_good)
         raise TrainingError(f"{error}; the weights before this step are in {last_good}") from error
     except SystemExit as end:  # how Lightning ends after the second Ctrl-C
         raise KeyboardInterrupt from end
@@ -331,9 +300,3 @@ def _sinks(
     if config.fapi_logging_callback:
         sinks.append(HttpSink(config.fapi_logging_address))
     return sinks
-
-
-def _quieten_lightning() -> None:
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", module="pytorch_lightning|lightning_fabric")

@@ -7,21 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from torch.utils.data import DataLoader
-
-from src.checkpoint import load_pairs
 from src.config import TrainConfig
 from src.data.documents import Documents
+from src.data.pair_file import load_pairs
+from src.data.passes import PassDataset
 from src.data.preference_batches import PreferenceDataset
 from src.data.sampling import BatchDataset
 from src.data.sources import open_documents
+from src.device import global_rank
 from src.errors import DataError
-from src.model.parameters import ModelShape
-from src.model.rwkv6 import RWKV6
+from src.model.language_model import LanguageModel
+from src.model.shape import ModelShape
 from src.schedule import Schedule
 from src.tokenizer import tokenizer_for_vocabulary
 from src.training.evaluation import HeldOut, held_out_loss, held_out_preference
-from src.training.hardware import global_rank
 from src.training.objectives import Objective, PreferenceObjective, SFTObjective
 
 
@@ -30,8 +29,7 @@ class Work:
     """Data and objective of a run.
 
     Attributes:
-        loader: micro-batches of this rank, epoch after epoch.
-        following: makes the micro-batch that the loader will give next.
+        dataset: micro-batches of this rank.
         objective: maps them to losses.
         measure: scores a model on the held-out data of `--val_file`; None without.
         batches_per_epoch: micro-batches of an epoch on each rank, a multiple of the accumulation.
@@ -40,10 +38,9 @@ class Work:
         lines: what the plan says about the data.
     """
 
-    loader: DataLoader[Any]
-    following: Callable[[], Any]
+    dataset: PassDataset[Any]
     objective: Objective
-    measure: Callable[[RWKV6], HeldOut] | None
+    measure: Callable[[LanguageModel], HeldOut] | None
     batches_per_epoch: int
     row_tokens: int
     describe: Callable[[Any], str]
@@ -80,14 +77,14 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         f"{plan.counted_targets_per_pass:,} targets a pass, --dataload {plan.mode}",
         *(f"           {statement}" for statement in (*dataset.documents.statements, *plan.statements())),
     ]
-    measure: Callable[[RWKV6], HeldOut] | None = None
+    measure: Callable[[LanguageModel], HeldOut] | None = None
     if config.val_file:
         held_out = documents_of(config.val_file)
         lines.append(f"held out   {config.val_file}: {len(held_out):,} documents, {held_out.total_tokens:,} tokens")
         measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len)
     longest = min(config.ctx_len, int(dataset.documents.sizes.max())) if plan.mode == "pad" else config.ctx_len
     row_tokens = config.micro_bsz * longest
-    return _work(dataset, SFTObjective(), measure, row_tokens, lines)
+    return Work(dataset, SFTObjective(), measure, len(dataset), row_tokens, dataset.describe, lines)
 
 
 def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
@@ -118,33 +115,14 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
         f"pairs      {config.rlhf_train_file}: {plan.pairs:,} pairs, {plan.positions_per_pass:,} positions a pass",
         *(f"           {statement}" for statement in plan.statements()),
     ]
-    measure: Callable[[RWKV6], HeldOut] | None = None
+    measure: Callable[[LanguageModel], HeldOut] | None = None
     if config.val_file:
         held_out = dataset_of(config.val_file, 0)
         lines.append(f"held out   {config.val_file}: {held_out.plan.pairs:,} pairs")
         measure = partial(held_out_preference, dataset=held_out, objective=objective)
-    segments = 3 if config.orpo_shared_prompt and config.orpo_type == 0 else 4
-    row_tokens = config.micro_bsz * segments * config.rlhf_max_corpus_len
-    return _work(dataset, objective, measure, row_tokens, lines)
-
-
-def _work(
-    dataset: BatchDataset | PreferenceDataset,
-    objective: Objective,
-    measure: Callable[[RWKV6], HeldOut] | None,
-    row_tokens: int,
-    lines: list[str],
-) -> Work:
-    return Work(
-        loader=dataset.loader(),
-        following=dataset.following,
-        objective=objective,
-        measure=measure,
-        batches_per_epoch=len(dataset),
-        row_tokens=row_tokens,
-        describe=dataset.describe,
-        lines=lines,
-    )
+    parts = 3 if config.orpo_shared_prompt and config.orpo_type == 0 else 4
+    row_tokens = config.micro_bsz * parts * config.rlhf_max_corpus_len
+    return Work(dataset, objective, measure, len(dataset), row_tokens, dataset.describe, lines)
 
 
 def make_schedule(config: TrainConfig, work: Work) -> Schedule:

@@ -28,10 +28,10 @@ def write_model(path: Path, size: str) -> None:
     import torch
 
     from src.checkpoint import save_model
-    from src.model.parameters import ModelShape
+    from src.model.rwkv6 import RWKV6Shape
 
     layers, channels = SIZES[size]
-    shape = ModelShape.from_sizes(n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096)
+    shape = RWKV6Shape.from_sizes(n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096)
     tensors = RandomTensors(shape, torch.device("cuda"))
     save_model(path, {name: tensors[name].cpu() for name in tensors}, torch.bfloat16)  # type: ignore[attr-defined]
 
@@ -59,8 +59,7 @@ def main() -> None:
         subprocess.run([sys.executable, __file__, "--write-only", *sys.argv[1:]], check=True)
 
     import numpy as np
-
-    from src.data.binidx import write_binidx
+    from binidx_files import write_binidx
 
     folder = Path(tempfile.mkdtemp())
     documents = [np.random.default_rng(i).integers(1, 65529, 1025) for i in range(4)]

@@ -26,6 +26,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
+sys.path.insert(0, str(REPOSITORY / "tests"))
 
 SIZES = {"1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (61, 4096)}
 
@@ -63,17 +64,18 @@ ROWS = {
 
 def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: str = "") -> dict[str, float]:
     """Trains `steps` steps in this process and returns the figures; `documents`: JSONL instead of random text."""
+    from src.adapters.method import method_of
     from src.cli import given_train_flags
     from src.config import TrainConfig
     from src.loading import build_model
-    from src.model.parameters import ModelShape
-    from src.training.hardware import resolve_hardware
+    from src.model.rwkv6 import RWKV6Shape
+    from src.training.engine import apply_hardware, resolve_hardware
     from src.training.module import TrainingModule
     from src.training.run import choose_recomputation, fit, load_options
     from src.training.work import make_schedule, prepare_work
 
     layers, channels = SIZES[row.size]
-    shape = ModelShape.from_sizes(n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096)
+    shape = RWKV6Shape.from_sizes(n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096)
     folder = Path(tempfile.mkdtemp())
     flags = [
         "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
@@ -87,10 +89,12 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
         flags += _preference_flags(folder) if row.orpo else _text_flags(folder, row.ctx_len, steps)
     config = TrainConfig.from_flags(given_train_flags(flags))
     hardware = resolve_hardware(config)
+    method = method_of(config)
+    apply_hardware(hardware, config, small_messages=method.small)
     work = prepare_work(config, shape)
-    model = build_model(RandomTensors(shape, hardware.device), shape, load_options(config, hardware))
+    model = build_model(RandomTensors(shape, hardware.device), shape, load_options(config, method, hardware, shape))
     choose_recomputation(model, work, config)
-    module = TrainingModule(model, work.objective, config, work.following)
+    module = TrainingModule(model, work.objective, config, method, work.dataset)
     _, monitor, _ = fit(module, work, make_schedule(config, work), hardware, config, folder)
     return {
         "seconds": statistics.median(monitor.step_seconds[2:]),
@@ -107,9 +111,7 @@ class RandomTensors(Mapping):  # type: ignore[type-arg]
     def __init__(self, shape: object, device: object) -> None:
         import torch
 
-        from src.model.parameters import parameter_shapes
-
-        self._shapes = parameter_shapes(shape)  # type: ignore[arg-type]
+        self._shapes = shape.parameter_shapes()  # type: ignore[arg-type]
         self._device = device
         self._generator = torch.Generator(device).manual_seed(1)  # type: ignore[arg-type]
 
@@ -139,15 +141,14 @@ class RandomTensors(Mapping):  # type: ignore[type-arg]
 def _tokens_per_second(metrics: Path) -> float:
     if not metrics.exists():  # written by the first rank only
         return 0.0
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    settled = records[len(records) // 2 :]
-    return sum(record["tokens"] for record in settled) / sum(record["seconds"] for record in settled)
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    settled = lines[len(lines) // 2 :]
+    return sum(line["tokens"] for line in settled) / sum(line["seconds"] for line in settled)
 
 
 def _text_flags(folder: Path, ctx_len: int, documents: int) -> list[str]:
     import numpy as np
-
-    from src.data.binidx import write_binidx
+    from binidx_files import write_binidx
 
     rng = np.random.default_rng(0)
     write_binidx(str(folder / "data"), [rng.integers(1, 65529, ctx_len + 1) for _ in range(documents)], np.int32)
@@ -157,7 +158,7 @@ def _text_flags(folder: Path, ctx_len: int, documents: int) -> list[str]:
 def _preference_flags(folder: Path) -> list[str]:
     import numpy as np
 
-    from src.checkpoint import save_pairs
+    from src.data.pair_file import save_pairs
     from src.data.preferences import PreferencePair
 
     rng = np.random.default_rng(0)
@@ -173,19 +174,22 @@ def gradients_agree() -> bool:
 
     from src.data.batches import packed_batch
     from src.loading import LoadOptions, build_model
-    from src.model.parameters import ModelShape
     from src.model.recompute import Recompute
+    from src.model.rwkv6 import RWKV6Shape
     from src.training.objectives import SFTObjective, outcome_of
 
-    shape = ModelShape.from_sizes(n_layer=2, n_embd=256, vocab_size=1024)
+    shape = RWKV6Shape.from_sizes(n_layer=2, n_embd=256, vocab_size=1024)
     device = torch.device("cuda")
     generator = torch.Generator().manual_seed(0)
     tensors = dict(RandomTensors(shape, torch.device("cuda")))
     documents = [np.asarray(torch.randint(1, 1024, (n,), generator=generator)) for n in (70, 33, 129)]
     gradients = []
     for dtype in (torch.float32, torch.bfloat16):
-        model = build_model(tensors, shape, LoadOptions(device=device, compute_dtype=dtype, recompute=Recompute.ALL))
-        outcome_of(SFTObjective(), model, packed_batch(documents, [None] * 3, [0, 1, 2])).loss.backward()
+        model = build_model(tensors, shape, LoadOptions(device=device, compute_dtype=dtype))
+        model.set_recomputation([Recompute.ALL] * shape.n_layer)
+        objective = SFTObjective()
+        staged = objective.stage(model, packed_batch(documents, [None] * 3, [0, 1, 2]))
+        outcome_of(objective, model, staged).loss.backward()
         gradients.append(torch.cat([block.att.time_state.grad.flatten() for block in model.blocks]))
     exact, fast = gradients
     error = ((fast - exact).norm() / exact.norm()).item()
@@ -204,7 +208,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="only compare gradients")
     options, extra = parser.parse_known_args()
     if options.one:
-        from src.training.hardware import global_rank
+        from src.device import global_rank
 
         result = run_row(ROWS[options.one], options.steps, options.strategy, extra, options.documents)
         if global_rank() == 0:

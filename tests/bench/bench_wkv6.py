@@ -1,6 +1,6 @@
 """Times the WKV6 operator: this project's CUDA kernel, flash-linear-attention if installed, and both torch forms.
 
-    python tests/bench/bench_wkv6.py [--shapes B,T,H ...] [--skip fla torch loop] [--segment_tokens N ...]
+    python tests/bench/bench_wkv6.py [--shapes B,T,H ...] [--skip fla torch loop] [--span_tokens N ...]
 
 Prints a markdown table, or, when a quick comparison with float64 fails, the errors and nothing else (exit code
 1).
@@ -55,9 +55,9 @@ def draw(batch: int, tokens: int, heads: int) -> Inputs:
     return inputs
 
 
-def ours(segment_tokens: int) -> Operator:
+def ours(span_tokens: int) -> Operator:
     def run(x: Inputs) -> Tensor:
-        return wkv6_cuda(x["r"], x["k"], x["v"], x["w_raw"], x["u"], x["state"], segment_tokens=segment_tokens)[0]
+        return wkv6_cuda(x["r"], x["k"], x["v"], x["w_raw"], x["u"], x["state"], span_tokens=span_tokens)[0]
 
     return run
 
@@ -163,7 +163,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Times the WKV6 operator on one GPU.")
     parser.add_argument("--shapes", nargs="*", default=SHAPES, metavar="B,T,H")
     parser.add_argument("--skip", nargs="*", default=[], choices=["fla", "torch", "loop", "wall"])
-    parser.add_argument("--segment_tokens", nargs="*", type=int, default=[0], help="0: the kernel's own choice")
+    parser.add_argument("--span_tokens", nargs="*", type=int, default=[0], help="0: the kernel's own choice")
     arguments = parser.parse_args()
 
     errors = errors_against_float64()
@@ -172,8 +172,8 @@ def main() -> int:
         return 1
 
     operators: dict[str, Operator] = {}
-    for segment_tokens in arguments.segment_tokens:
-        operators[f"ours, segments of {segment_tokens}" if segment_tokens else "ours"] = ours(segment_tokens)
+    for span_tokens in arguments.span_tokens:
+        operators[f"ours, spans of {span_tokens}" if span_tokens else "ours"] = ours(span_tokens)
     if "fla" not in arguments.skip:
         operators |= fla_operators()
     if "torch" not in arguments.skip:

@@ -1,6 +1,8 @@
 """The fused element-wise kernels against their torch definitions in fp64."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +31,8 @@ EPS = 64e-5
 # Rounding an exact result to bf16 gives a relative error (of the norm) of 0.0017 on many values, at most
 # 2^-8 = 0.0039 on one; everything else is fp32.
 BOUND, BOUND_OF_FEW = 2.5e-3, 4e-3
+# Gradients of fp32 parameters are not rounded; the kernels compiled for a CPU are within 3e-7, __expf is less exact.
+BOUND_OF_SUMS = 1e-5
 
 
 @pytest.fixture(autouse=True)
@@ -77,6 +81,12 @@ def error(ours: Tensor, reference: Tensor) -> float:
     return ((ours.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30)).item()
 
 
+def wider(tensor: Tensor | None) -> Tensor:
+    """An fp32 tensor that rounds to this one of bf16."""
+    assert tensor is not None
+    return tensor.float() * (1 + 2.0**-12)
+
+
 def check_against_definition(
     name: str,
     fused: Callable[..., object],
@@ -84,11 +94,19 @@ def check_against_definition(
     wanted: list[int],
     *rest: object,
     bound: float = BOUND,
+    masters: tuple[int, ...] = (),
+    bound_of_masters: float = BOUND_OF_SUMS,
 ) -> None:
-    """Outputs and the gradients of `wanted` tensors, fused in bf16 against the definition in fp64."""
+    """Outputs and the gradients of `wanted` tensors, fused in bf16 against the definition in fp64.
+
+    `masters` are fused as fp32 tensors that are not bf16 values but round to the ones given.
+    """
     results = []
     for function, dtype in ((fused, torch.bfloat16), (DEFINITIONS[name], torch.float64)):
         inputs = [None if t is None else t.detach().to(dtype, copy=True) for t in tensors]
+        if function is fused:
+            for index in masters:
+                inputs[index] = wider(tensors[index])
         for index in wanted:
             tensor = inputs[index]
             assert tensor is not None
@@ -97,12 +115,15 @@ def check_against_definition(
         outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
         grads = [normal(*output.shape, seed=100 + i).to(dtype) for i, output in enumerate(outputs)]
         if wanted:
-            torch.autograd.backward(outputs, grads)
+            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
+            torch.autograd.backward(*zip(*pairs, strict=True))
         results.append([*outputs, *(inputs[index].grad for index in wanted)])
-    for position, (ours, reference) in enumerate(zip(*results, strict=True)):
-        assert ours.dtype == torch.bfloat16
+    is_master = [False] * len(outputs) + [index in masters for index in wanted]
+    for position, (ours, reference, wide) in enumerate(zip(*results, is_master, strict=True)):
+        assert ours.dtype == (torch.float32 if wide else torch.bfloat16)
         assert ours.shape == reference.shape
-        largest = bound if ours.numel() >= 256 else max(bound, BOUND_OF_FEW)
+        of_narrow = bound if ours.numel() >= 256 else max(bound, BOUND_OF_FEW)
+        largest = bound_of_masters if wide else of_narrow
         assert error(ours, reference) < largest, f"{name}: result {position}"
 
 
@@ -146,6 +167,35 @@ def test_shift_mixes_over_segments(layout: str, groups: int, with_modulation: bo
     )
 
 
+ROWS = [1, 3, 17, 500, 1024]
+WIDTHS = [8, 64, 4096]
+
+
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", ["bare", "carry", "previous", "modulation", "carry and modulation"])
+@pytest.mark.parametrize("groups", [1, 2, 5])
+@pytest.mark.parametrize("channels", WIDTHS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_gradient_of_maa(rows: int, channels: int, groups: int, case: str, stored: torch.dtype) -> None:
+    batch = 2 if "carry" in case else 1
+    shape = (batch, rows, channels)
+    carry = normal(batch, channels, seed=3) if "carry" in case else None
+    modulation = normal(groups, *shape, seed=2) if "modulation" in case else None
+    previous = None
+    if case == "previous":
+        # Segments of seven; every fifth token continues one three before.
+        before = [-1 if t % 7 == 0 else t - 3 if t % 5 == 0 else t - 1 for t in range(rows)]
+        previous = torch.tensor(before).cuda()
+    check_against_definition(
+        "shift_mixes",
+        shift_mixes,
+        [normal(*shape), carry, normal(groups, channels, seed=1), modulation],
+        [0, 2],
+        previous,
+        masters=(2,) if stored is torch.float32 else (),
+    )
+
+
 def modulated_definition(
     z: Tensor, carry: Tensor | None, maa: Tensor, hidden: Tensor, up: Tensor, previous: Tensor | None
 ) -> tuple[Tensor, ...]:
@@ -185,13 +235,56 @@ def test_modulated_shift_mixes_over_segments(layout: str) -> None:
     )
 
 
-def test_modulation_is_kept_when_asked() -> None:
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("case", ["bare", "carry", "previous"])
+@pytest.mark.parametrize(("rows", "channels"), [(1, 8), (3, 64), (17, 4096), (500, 64), (1024, 4096)])
+def test_gradients_of_maa_and_up(rows: int, channels: int, case: str, stored: torch.dtype, keeps: bool) -> None:
+    tensors = [
+        normal(1, rows, channels),
+        normal(1, channels, seed=3) if case == "carry" else None,
+        normal(5, channels, seed=1),
+        normal(1, rows, 5 * 32, seed=2),
+        (normal(5, 32, channels, seed=4) * 0.2).bfloat16(),
+    ]
+    previous = torch.tensor([-1 if t % 7 == 0 else t - 1 for t in range(rows)]).cuda() if case == "previous" else None
+    is_fp32 = stored is torch.float32
+    # Another bound for each, because that of up sums gradients of the modulation that were rounded.
+    for wanted, bound in (([0, 3, 2], BOUND_OF_SUMS), ([0, 3, 4], BOUND_OF_MODULATION), ([4], BOUND_OF_MODULATION)):
+        check_against_definition(
+            "modulated_shift_mixes",
+            partial(modulated_shift_mixes, keeps_modulation=keeps),
+            tensors,
+            wanted,
+            previous,
+            bound=BOUND_OF_MODULATION,
+            masters=(2, 4) if is_fp32 else (),
+            bound_of_masters=bound,
+        )
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_the_gradient_of_a_wider_up_is_not_rounded(keeps: bool) -> None:
+    up = wider(normal(5, 32, 64)).requires_grad_()
+    z, maa, hidden = normal(1, 33, 64), normal(5, 64, seed=1), normal(1, 33, 160, seed=2)
+    outputs = modulated_shift_mixes(z, None, maa, hidden, up, None, keeps_modulation=keeps)
+    torch.autograd.backward(outputs, [normal(1, 33, 64, seed=3 + g) for g in range(5)])
+    assert up.grad is not None
+    assert up.grad.dtype == torch.float32
+    assert not torch.equal(up.grad, up.grad.bfloat16().float())
+
+
+@pytest.mark.parametrize("stored", [None, torch.bfloat16, torch.float32])
+def test_modulation_is_kept_when_asked_and_parameters_cost_no_memory(stored: torch.dtype | None) -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         z, hidden = normal(1, 512, 2048).requires_grad_(), normal(1, 512, 160, seed=2).requires_grad_()
         maa, up = normal(5, 2048, seed=1), normal(5, 32, 2048, seed=4)
+        if stored is not None:
+            maa, up = maa.to(stored).requires_grad_(), up.to(stored).requires_grad_()
         modulated_shift_mixes(z, None, maa, hidden, up, None)  # cuBLAS allocates its workspace
         for keeps in (False, True):
+            torch.cuda.empty_cache()  # a cached block that is a little too large would be counted whole
             before = torch.cuda.memory_allocated()
             outputs = modulated_shift_mixes(z, None, maa, hidden, up, None, keeps_modulation=keeps)
             expected = sum(output.nbytes for output in outputs) * (2 if keeps else 1)
@@ -206,12 +299,37 @@ def test_shift_mixes_with_some_outputs_unused() -> None:
         return lambda *arguments: tuple(function(*arguments)[g] for g in (1, 4))
 
     definition = DEFINITIONS["shift_mixes"]
-    tensors = [normal(2, 9, 64), None, normal(5, 64, seed=1), normal(5, 2, 9, 64, seed=2)]
+    z, maa, modulation = normal(2, 9, 64), normal(5, 64, seed=1), normal(5, 2, 9, 64, seed=2)
     DEFINITIONS["shift_mixes"] = chosen(definition)
     try:
-        check_against_definition("shift_mixes", chosen(shift_mixes), tensors, [0, 3], None)
+        check_against_definition("shift_mixes", chosen(shift_mixes), [z, None, maa, modulation], [0, 2, 3], None)
+        check_against_definition("shift_mixes", chosen(shift_mixes), [z, None, maa, None], [0, 2], None, masters=(2,))
     finally:
         DEFINITIONS["shift_mixes"] = definition
+
+
+class Silent(torch.autograd.Function):
+    """Sends no gradient back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> None:
+        return None
+
+
+def test_no_gradient_of_the_outputs_gives_none_of_the_inputs() -> None:
+    z, maa, up, hidden = (normal(1, 9, 64), normal(5, 64), normal(5, 8, 64), normal(1, 9, 40))
+    inputs = [tensor.requires_grad_() for tensor in (z, maa, up, hidden)]
+    for outputs in (
+        shift_mixes(z, None, maa, None, None),
+        modulated_shift_mixes(z, None, maa, hidden, up, None),
+        add_norm(z, None, maa[0], maa[1], EPS),
+    ):
+        silent = sum(Silent.apply(output).sum() for output in outputs)
+        assert torch.autograd.grad(silent, inputs, allow_unused=True) == (None,) * 4
 
 
 @pytest.mark.parametrize("head_size", [16, 32, 64, 128])
@@ -233,6 +351,24 @@ def test_group_norm_silu_gate(batch: int, tokens: int, head_size: int) -> None:
     )
 
 
+@pytest.mark.parametrize("wanted", [[0, 1, 2, 3], [2, 3], [2], [3]])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("heads", "head_size"), [(5, 16), (5, 32), (1, 64), (64, 64), (5, 128)])
+@pytest.mark.parametrize("rows", ROWS)
+def test_gradients_of_group_norm_parameters(
+    rows: int, heads: int, head_size: int, stored: torch.dtype, wanted: list[int]
+) -> None:
+    channels = heads * head_size
+    tensors: list[Tensor | None] = [
+        normal(1, rows, heads, head_size),
+        normal(1, rows, channels, seed=1),
+        normal(channels, seed=2),
+        normal(channels, seed=3),
+    ]
+    masters = (2, 3) if stored is torch.float32 else ()
+    check_against_definition("group_norm_silu_gate", group_norm_silu_gate, tensors, wanted, EPS, masters=masters)
+
+
 def test_group_norm_of_a_large_mean_is_exact() -> None:
     y = (normal(1, 4, 2, 64) + 256.0).bfloat16()
     tensors: list[Tensor | None] = [y, normal(1, 4, 128, seed=1), normal(128, seed=2), normal(128, seed=3)]
@@ -249,28 +385,54 @@ def test_norm(shape: tuple[int, ...]) -> None:
     check_against_definition("add_norm", add_norm, tensors, [0], 1e-5)
 
 
+@pytest.mark.parametrize("wanted", [[0, 2, 3], [2, 3], [2], [3]])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("channels", WIDTHS)
+@pytest.mark.parametrize("rows", ROWS)
+def test_gradients_of_norm_parameters(rows: int, channels: int, stored: torch.dtype, wanted: list[int]) -> None:
+    tensors = [normal(1, rows, channels), None, normal(channels, seed=2), normal(channels, seed=3)]
+    masters = (2, 3) if stored is torch.float32 else ()
+    check_against_definition("add_norm", add_norm, tensors, wanted, 1e-3, masters=masters)
+
+
 @pytest.mark.parametrize("shape", NORM_SHAPES)
 def test_norm_of_a_sum_is_that_of_the_rounded_sum(shape: tuple[int, ...]) -> None:
     x, delta = normal(*shape).requires_grad_(), normal(*shape, seed=1).requires_grad_()
-    weight, bias = normal(shape[-1], seed=2), normal(shape[-1], seed=3)
     total = (x + delta).detach().requires_grad_()
     grads = (normal(*shape, seed=4), normal(*shape, seed=5))
-    ours, expected = add_norm(x, delta, weight, bias, 1e-5), add_norm(total, None, weight, bias, 1e-5)
-    torch.autograd.backward(ours, grads)
-    torch.autograd.backward(expected, grads)
-    for first, second in zip((*ours, x.grad, delta.grad), (*expected, total.grad, total.grad), strict=True):
+    results = []
+    for stream, added in ((x, delta), (total, None)):
+        weight, bias = normal(shape[-1], seed=2).requires_grad_(), normal(shape[-1], seed=3).requires_grad_()
+        outputs = add_norm(stream, added, weight, bias, 1e-5)
+        torch.autograd.backward(outputs, grads)
+        results.append((*outputs, stream.grad, weight.grad, bias.grad))
+    for first, second in zip(*results, strict=True):
         assert torch.equal(first, second)
+    assert torch.equal(delta.grad, total.grad)
 
 
 @pytest.mark.parametrize("used", [0, 1])
 def test_norm_with_one_output_unused(used: int) -> None:
-    x, weight, bias = normal(2, 9, 64).requires_grad_(), normal(64, seed=2), normal(64, seed=3)
+    inputs = [tensor.requires_grad_() for tensor in (normal(2, 9, 64), normal(64, seed=2), normal(64, seed=3))]
     grad = normal(2, 9, 64, seed=4)
-    (ours,) = torch.autograd.grad(add_norm(x, None, weight, bias, 1e-5)[used], x, grad)
-    exact = x.detach().double().requires_grad_()
-    outputs = DEFINITIONS["add_norm"](exact, None, weight.double(), bias.double(), 1e-5)
-    (reference,) = torch.autograd.grad(outputs[used], exact, grad.double())
-    assert error(ours, reference) < BOUND
+
+    def gradients(function: Callable[..., tuple[Tensor, Tensor]], dtype: torch.dtype) -> tuple[Tensor | None, ...]:
+        x, weight, bias = (tensor.detach().to(dtype).requires_grad_() for tensor in inputs)
+        output = function(x, None, weight, bias, 1e-5)[used]
+        return torch.autograd.grad(output, (x, weight, bias), grad.to(dtype), allow_unused=True)
+
+    found = gradients(add_norm, torch.bfloat16), gradients(DEFINITIONS["add_norm"], torch.float64)
+    for ours, reference in zip(*found, strict=True):
+        assert (ours is None) == (reference is None)
+        if ours is not None and reference is not None:
+            assert error(ours, reference) < BOUND_OF_FEW
+
+
+def test_a_trained_norm_does_not_make_the_stream_trained() -> None:
+    weight, bias = normal(64).requires_grad_(), normal(64, seed=1).requires_grad_()
+    for delta in (None, normal(2, 9, 64, seed=2)):
+        total, normed = add_norm(normal(2, 9, 64), delta, weight, bias, 1e-5)
+        assert (total.requires_grad, normed.requires_grad) == (False, True)
 
 
 def test_norm_of_a_large_mean_is_exact() -> None:
@@ -299,22 +461,26 @@ def test_the_gated_residual_takes_its_gradients_from_its_result() -> None:
         assert torch.equal(leaf.grad, gradient)
 
 
-def layer(z: Tensor, maa: Tensor, modulation: Tensor) -> Tensor:
+def layer(z: Tensor, maa: Tensor, modulation: Tensor, up: Tensor) -> Tensor:
     """All operators in a row, [1, T, 128] -> [1, T, 128]."""
     x, z = add_norm(z, None, maa[0], maa[1], 1e-5)
     first, second = shift_mixes(z, None, maa, modulation, None)
+    first, second = modulated_shift_mixes(first, None, maa, second[..., :32], up, None)
     gated = group_norm_silu_gate(first.view(1, -1, 2, 64), second, maa[0], maa[1], EPS)
     x, z = add_norm(x, gated, maa[0], maa[1], 1e-5)
     return sigmoid_gated_residual(x, gated, squared_relu(z))
 
 
+def layer_inputs() -> tuple[Tensor, ...]:
+    """What `layer` takes; the last is stored in fp32. Gradients of all are asked for."""
+    tensors = normal(1, 33, 128), normal(2, 128, seed=2), normal(2, 1, 33, 128, seed=1), wider(normal(2, 16, 128))
+    return tuple(tensor.requires_grad_() for tensor in tensors)
+
+
 def layer_gradients(run: Callable[..., Tensor]) -> tuple[Tensor, ...]:
-    z, modulation = normal(1, 33, 128).requires_grad_(), normal(2, 1, 33, 128, seed=1).requires_grad_()
-    out = run(z, normal(2, 128, seed=2), modulation)
-    out.backward(normal(*out.shape, seed=3))
-    assert z.grad is not None
-    assert modulation.grad is not None
-    return out.detach(), z.grad, modulation.grad
+    inputs = layer_inputs()
+    out = run(*inputs)
+    return (out.detach(), *torch.autograd.grad(out, inputs, normal(*out.shape, seed=3)))
 
 
 def test_two_runs_are_bitwise_equal() -> None:
@@ -336,8 +502,11 @@ def test_other_streams_and_strided_inputs() -> None:
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         strided = layer_gradients(
-            lambda z, maa, modulation: layer(
-                z.transpose(1, 2).contiguous().transpose(1, 2), maa, modulation.repeat_interleave(2, -1)[..., ::2]
+            lambda z, maa, modulation, up: layer(
+                z.transpose(1, 2).contiguous().transpose(1, 2),
+                maa.repeat_interleave(2, -1)[..., ::2],
+                modulation.repeat_interleave(2, -1)[..., ::2],
+                up.repeat_interleave(2, -1)[..., ::2],
             )
         )
     torch.cuda.current_stream().wait_stream(stream)
@@ -347,12 +516,11 @@ def test_other_streams_and_strided_inputs() -> None:
 
 def test_a_cuda_graph_replays_forward_and_backward() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = False
-    z, modulation = normal(1, 33, 128).requires_grad_(), normal(2, 1, 33, 128, seed=1).requires_grad_()
-    maa, grad = normal(2, 128, seed=2), normal(1, 33, 128, seed=3)
+    inputs, grad = layer_inputs(), normal(1, 33, 128, seed=3)
 
     def step() -> tuple[Tensor, ...]:
-        out = layer(z, maa, modulation)
-        return (out.detach(), *torch.autograd.grad(out, (z, modulation), grad))
+        out = layer(*inputs)
+        return (out.detach(), *torch.autograd.grad(out, inputs, grad))
 
     try:
         side = torch.cuda.Stream()
@@ -364,7 +532,8 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
         with torch.cuda.graph(graph):
             captured = step()
         with torch.no_grad():
-            z.copy_(normal(1, 33, 128, seed=7))
+            for seed, tensor in enumerate(inputs):
+                tensor.copy_(normal(*tensor.shape, seed=7 + seed))
         graph.replay()
         for ours, eager in zip(captured, step(), strict=True):
             assert torch.equal(ours, eager)
@@ -386,6 +555,21 @@ def test_only_dear_tensors_are_saved() -> None:
     assert saved_by(lambda: shift_mixes(z, None, maa, modulation, None)) == [(1, 9, 64), (5, 1, 9, 64)]
     assert saved_by(lambda: squared_relu(z)) == [(1, 9, 64)]
     assert saved_by(lambda: add_norm(z, z, maa[0], maa[1], EPS)) == [(1, 9, 64), (2, 9)]
+    by_head, weight, bias = z.detach().view(1, 9, 1, 64).requires_grad_(), maa[0], maa[1]
+    assert saved_by(lambda: group_norm_silu_gate(by_head, z, weight, bias, EPS)) == [(1, 9, 1, 64), (1, 9, 64)]
+    hidden, up = normal(1, 9, 40), normal(5, 8, 64)
+    for keeps, beside in ((False, (1, 9, 40)), (True, (5, 9, 64))):
+        run = partial(modulated_shift_mixes, z, None, maa, hidden, keeps_modulation=keeps, previous=None)
+        assert saved_by(partial(run, up=up)) == [(1, 9, 64), beside]
+
+    trained = normal(5, 64, seed=1).float().requires_grad_()
+    weight, bias = trained.detach()[0].requires_grad_(), trained.detach()[1].requires_grad_()
+    assert saved_by(lambda: shift_mixes(z, None, trained, None, None)) == [(1, 9, 64), (5, 64)]
+    assert saved_by(lambda: shift_mixes(z, z[:, 0].detach(), trained, None, None)) == [(1, 9, 64), (1, 64), (5, 64)]
+    assert saved_by(lambda: shift_mixes(z, None, trained, modulation, None)) == [(1, 9, 64), (5, 64), (5, 1, 9, 64)]
+    assert saved_by(lambda: add_norm(z, z, weight, bias, EPS)) == [(1, 9, 64), (2, 9), (64,)]
+    run = partial(modulated_shift_mixes, z, None, maa, hidden, up.requires_grad_(), None, keeps_modulation=True)
+    assert saved_by(run) == [(1, 9, 64), (5, 9, 64), (1, 9, 40), (5, 8, 64)]
     with torch.no_grad():
         assert saved_by(lambda: squared_relu(z)) == []
 
@@ -411,11 +595,41 @@ def test_wrong_arguments_are_named() -> None:
         torch.autograd.grad(y.sum(), z, create_graph=True)
 
 
-def test_trainable_parameters_take_the_torch_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    maa = normal(2, 64).requires_grad_()
-    sum(part.sum() for part in shift_mixes(normal(1, 4, 64), None, maa, None, None)).backward()
-    assert maa.grad is not None
+def test_a_gradient_that_is_not_asked_for_is_not_computed() -> None:
+    z, up, hidden = normal(1, 64, 64).requires_grad_(), normal(5, 8, 64), normal(1, 64, 40).requires_grad_()
+    maa, weight, bias = normal(5, 64, seed=1), normal(64, seed=2), normal(64, seed=3)
+    parameters = (maa, up, weight, bias)
+    operators: dict[str, Callable[[], tuple[Tensor, ...]]] = {
+        "shift_mixes": lambda: shift_mixes(z, None, maa, None, None),
+        "modulated_shift_mixes": lambda: modulated_shift_mixes(z, None, maa, hidden, up, None),
+        "group_norm_silu_gate": lambda: (group_norm_silu_gate(z.view(1, 64, 1, 64), z, weight, bias, EPS),),
+        "add_norm": lambda: add_norm(z, None, weight, bias, EPS)[1:],
+    }
+
+    def allocations_of_backward(run: Callable[[], tuple[Tensor, ...]], wanted: list[Tensor]) -> int:
+        outputs = run()
+        grads = [torch.ones_like(output) for output in outputs]
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        found = torch.autograd.grad(outputs, wanted, grads, allow_unused=True)
+        del found
+        return torch.cuda.memory_stats()["allocation.all.allocated"] - before
+
+    for name, run in operators.items():
+        allocations_of_backward(run, [z])  # cuBLAS allocates its workspace
+        frozen = allocations_of_backward(run, [z])
+        for parameter in parameters:
+            parameter.requires_grad_()
+        assert allocations_of_backward(run, [z]) == frozen, name
+        assert allocations_of_backward(run, [z, *parameters]) > frozen, name
+        assert allocations_of_backward(run, list(parameters)) > 0, name
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+
+
+def test_a_trained_parameter_changed_before_the_backward_is_noticed() -> None:
     weight = normal(64).requires_grad_()
-    add_norm(normal(1, 4, 64), None, weight, normal(64), EPS)[1].sum().backward()
-    assert weight.grad is not None
+    _, normed = add_norm(normal(1, 4, 64).requires_grad_(), None, weight, normal(64), EPS)
+    with torch.no_grad():
+        weight.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        normed.sum().backward()

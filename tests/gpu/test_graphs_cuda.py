@@ -10,15 +10,16 @@ import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
 
+from src.adapters.method import method_of
 from src.config import TrainConfig
 from src.data.batches import Batch, packed_batch, padded_batch
 from src.data.preference_batches import PairForm, PreferenceDataset
 from src.data.preferences import PreferencePair
+from src.data.rounding import FEW_SHAPES, Rounding
 from src.loading import LoadOptions, build_model
+from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
-from src.model.rwkv6 import RWKV6
-from src.quant import SHARED_WORKSPACE
-from src.training.graphs import GraphedObjective, padded, room_for_targets
+from src.training.graphs import GraphedObjective
 from src.training.module import TrainingModule
 from src.training.objectives import Objective, PreferenceObjective, SFTObjective, outcome_of
 
@@ -29,10 +30,11 @@ pytestmark = [
 ]
 
 
-def model(recompute: Recompute) -> RWKV6:
+def model(recompute: Recompute, keep_dequantized: bool = False) -> LanguageModel:
     shape = tiny_shape(n_layer=3, n_embd=256, head_size=64)
-    options = LoadOptions(torch.device("cuda"), torch.bfloat16, "nf4", recompute=recompute)
-    return build_model(tiny_parameters(shape), shape, options)
+    made = build_model(tiny_parameters(shape), shape, LoadOptions(torch.device("cuda"), torch.bfloat16, "nf4"))
+    made.set_recomputation([recompute] * shape.n_layer, keep_dequantized=keep_dequantized)
+    return made
 
 
 def documents(*sizes: int) -> list[np.ndarray]:
@@ -41,9 +43,10 @@ def documents(*sizes: int) -> list[np.ndarray]:
 
 
 def text_batches() -> list[Batch]:
-    rows = [padded_batch(documents(a, b), [None, None], [0, 1]) for a, b in ((300, 290), (310, 200), (333, 5))]
+    sizes = ((300, 290), (310, 200), (333, 5))
+    rows = [padded_batch(documents(*each), [None, None], [0, 1], FEW_SHAPES) for each in sizes]
     packed = ((200, 50), (90, 160, 3))
-    packs = [packed_batch(documents(*sizes), [None] * len(sizes), range(len(sizes))) for sizes in packed]
+    packs = [packed_batch(documents(*each), [None] * len(each), range(len(each)), FEW_SHAPES) for each in packed]
     return [*rows, *packs] * 3
 
 
@@ -51,10 +54,10 @@ def preference_batches() -> list[object]:
     rng = np.random.default_rng(1)
     pairs = [PreferencePair(*(rng.integers(1, 257, n).tolist() for n in (20 + i, 60, 61))) for i in range(6)]
     data = PreferenceDataset(pairs, source="test", form=PairForm.SHARED_PROMPT, longest=64, micro_bsz=2, seed=1)
-    return [data[step] for step in range(9)]
+    return [data.rounded(step, FEW_SHAPES) for step in range(9)]
 
 
-def gradients_of(made: RWKV6, loss: torch.Tensor) -> torch.Tensor:
+def gradients_of(made: LanguageModel, loss: torch.Tensor) -> torch.Tensor:
     states = [parameter for parameter in made.parameters() if parameter.requires_grad]
     loss.backward()
     gradient = torch.cat([state.grad.flatten() for state in states])
@@ -71,59 +74,81 @@ def test_recorded_steps_give_loss_and_gradients_of_issued_ones(
 ) -> None:
     objective: Objective = SFTObjective() if kind == "text" else PreferenceObjective(0.3, 0)
     batches = text_batches() if kind == "text" else preference_batches()
-    SHARED_WORKSPACE.keep_dequantized = keep_dequantized
-    try:
-        made = model(recompute)
-        recorder = GraphedObjective(objective, made)
-        recorded = []
-        for batch in batches:
-            outcome = recorder(batch)
-            recorded.append((outcome.loss.item(), gradients_of(made, outcome.loss)))
-        assert recorder._graphs, "nothing was recorded"
-        for batch, (loss, gradient) in zip(batches, recorded, strict=True):
-            issued, _ = objective.compute(made, objective.stage(made, padded(batch), room_for_targets).to(made.device))
-            assert loss == pytest.approx(issued.item(), rel=1e-4)
-            expected = gradients_of(made, issued)
-            assert (gradient - expected).norm() < 1e-3 * expected.norm()
-    finally:
-        SHARED_WORKSPACE.keep_dequantized = False
+    made = model(recompute, keep_dequantized)
+    recorder = GraphedObjective(objective, made)
+    recorded = []
+    for batch in batches:
+        outcome = recorder(objective.stage(made, batch))
+        recorded.append((outcome.loss.item(), gradients_of(made, outcome.loss)))
+    assert recorder._graphs, "nothing was recorded"
+    for batch, (loss, gradient) in zip(batches, recorded, strict=True):
+        issued = outcome_of(objective, made, objective.stage(made, batch)).loss
+        assert loss == pytest.approx(issued.item(), rel=1e-4)
+        expected = gradients_of(made, issued)
+        assert (gradient - expected).norm() < 1e-3 * expected.norm()
 
 
 def test_eager_work_between_replays_changes_nothing() -> None:
-    batch = packed_batch(documents(200, 50), [None] * 2, range(2))
-    other = replace(batch, tokens=batch.tokens.flip(1))
-    made = model(Recompute.ALL)
-    recorder = GraphedObjective(SFTObjective(), made)
-    SHARED_WORKSPACE.keep_dequantized = True
-    try:
-        losses, others = [], []
-        for _ in range(4):
-            losses.append(recorder(batch).loss.item())
-            with torch.no_grad():
-                others.append(outcome_of(SFTObjective(), made, other).loss.item())
-        assert len(recorder._graphs) == 1
-        assert max(losses) - min(losses) < 1e-3
-        assert max(others) - min(others) < 1e-3
-        assert abs(losses[0] - others[0]) > 1e-2, "or nothing would be noticed"
-    finally:
-        SHARED_WORKSPACE.keep_dequantized = False
+    objective = SFTObjective()
+    made = model(Recompute.ALL, True)
+    batch = packed_batch(documents(200, 50), [None] * 2, range(2), FEW_SHAPES)
+    staged = objective.stage(made, batch)
+    other = objective.stage(made, replace(batch, tokens=batch.tokens.flip(1)))
+    recorder = GraphedObjective(objective, made)
+    losses, others = [], []
+    for _ in range(4):
+        losses.append(recorder(staged).loss.item())
+        with torch.no_grad():
+            others.append(outcome_of(objective, made, other).loss.item())
+    assert len(recorder._graphs) == 1
+    assert max(losses) - min(losses) < 1e-3
+    assert max(others) - min(others) < 1e-3
+    assert abs(losses[0] - others[0]) > 1e-2, "or nothing would be noticed"
+
+
+def test_another_choice_of_trained_states_is_recorded_apart() -> None:
+    objective, made = SFTObjective(), model(Recompute.NOTHING)
+    staged = objective.stage(made, packed_batch(documents(200, 50), [None] * 2, range(2), FEW_SHAPES))
+    states = [parameter for parameter in made.parameters() if parameter.requires_grad]
+    recorder = GraphedObjective(objective, made)
+    for chosen in (states, states[1:], states[:1], states):
+        for state in states:
+            state.requires_grad_(any(state is one for one in chosen))
+        issued = gradients_of(made, outcome_of(objective, made, staged).loss)
+        for _ in range(3):
+            gradient = gradients_of(made, recorder(staged).loss)
+            assert (gradient - issued).norm() < 1e-3 * issued.norm()
+    assert len(recorder._graphs) == 3
+
+
+class Repeated:
+    """A data set of one batch."""
+
+    def __init__(self, batch: Batch) -> None:
+        self.batch = batch
+
+    def __len__(self) -> int:
+        return 1
+
+    def rounded(self, step: int, rounding: Rounding) -> Batch:
+        return self.batch
 
 
 def test_recordings_that_are_given_up_free_their_memory(tmp_path: Path) -> None:
     """Through the Lightning module, which keeps the last step's outcome for its logs."""
     config = TrainConfig.from_flags({"load_model": str(tmp_path), "data_type": "dummy"})
     made = model(Recompute.NOTHING)
-    module = TrainingModule(made, SFTObjective(), config)
+    repeated = padded_batch(documents(2000, 2000), [None, None], [0, 1], FEW_SHAPES)
+    module = TrainingModule(made, objective := SFTObjective(), config, method_of(config), Repeated(repeated))
     assert module.graphed
-    repeated = padded_batch(documents(2000, 2000), [None, None], [0, 1])
     for step in range(3):
-        module.training_step(repeated, step).backward()
+        module.training_step(objective.stage(made, repeated), step).backward()
     assert module.graphed._graphs
     torch.cuda.empty_cache()
     before = torch.cuda.memory_reserved()
     module.graphed._limit = 1
     with pytest.warns(UserWarning, match="do not fit beside the recordings"):
-        loss = module.training_step(padded_batch(documents(60), [None], [0]), 3)
+        loss = module.training_step(objective.stage(made, padded_batch(documents(60), [None], [0])), 3)
     assert not module.graphed._graphs
     torch.cuda.empty_cache()
     assert torch.cuda.memory_reserved() < before - 2**24

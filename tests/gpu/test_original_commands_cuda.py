@@ -12,9 +12,11 @@ from bench.bench_step import RandomTensors
 from original_commands import ORPO, SFT, words
 from running import metrics, started, wait_until, write_documents
 
-from src.checkpoint import inspect_checkpoint, load_state, save_model, save_pairs
+from src.checkpoint import load_state, open_checkpoint, save_model
+from src.data.pair_file import save_pairs
 from src.data.preferences import PreferencePair
-from src.model.parameters import ModelShape
+from src.model.rwkv6 import RWKV6Shape
+from src.model.shape import ModelShape
 
 pytest.importorskip("bitsandbytes")
 pytest.importorskip("wandb")
@@ -26,7 +28,7 @@ pytestmark = [
 
 def random_model(path: Path, n_layer: int, n_embd: int) -> ModelShape:
     """Writes a bf16 checkpoint with a World vocabulary."""
-    shape = ModelShape.from_sizes(n_layer=n_layer, n_embd=n_embd, vocab_size=65536)
+    shape = RWKV6Shape.from_sizes(n_layer=n_layer, n_embd=n_embd, vocab_size=65536)
     path.parent.mkdir(exist_ok=True)
     tensors = RandomTensors(shape, torch.device("cuda"))
     save_model(path, {name: tensors[name].cpu() for name in tensors}, torch.bfloat16)
@@ -43,9 +45,9 @@ def check_stopped_run(command: str, folder: Path, shape: ModelShape) -> None:
     print(out)
     assert process.returncode == 0, err
     assert "Traceback" not in err
-    records = metrics(folder)
-    assert f"stopped by SIGINT after {len(records)} steps" in out
-    assert 20 <= len(records) < 1000
+    lines = metrics(folder)
+    assert f"stopped by SIGINT after {len(lines)} steps" in out
+    assert 20 <= len(lines) < 1000
     states = load_state(folder / "rwkv-final.pth", shape)
     assert len(states) == shape.n_layer
     assert all(state.isfinite().all() and state.any() for state in states.values())
@@ -54,7 +56,7 @@ def check_stopped_run(command: str, folder: Path, shape: ModelShape) -> None:
 def test_sft_on_the_1_6b_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     shape = random_model(Path("base_model/rwkv-16.pth"), 24, 2048)
-    assert inspect_checkpoint(Path("base_model/rwkv-16.pth")).shape == shape
+    assert open_checkpoint(Path("base_model/rwkv-16.pth")).info.shape == shape
     Path("dataset").mkdir()
     write_documents(Path("dataset/dataset"), [4097, 300, 1500, 5000] * 5, vocab_size=65536, dtype=np.int32)
     check_stopped_run(SFT, Path("1B6-State-Tuning"), shape)

@@ -13,7 +13,7 @@ from src.data.preference_batches import PairForm, PreferenceDataset
 from src.data.preferences import PreferencePair
 from src.generate import SamplingSettings, generate, read_prompts
 from src.loading import LoadOptions, build_model
-from src.model.rwkv6 import RWKV6
+from src.model.language_model import LanguageModel
 from src.tokenizer import ByteTokenizer
 from src.training.objectives import PreferenceObjective
 
@@ -27,7 +27,7 @@ DEVICE = torch.device("cuda")
 SHAPE = tiny_shape(n_layer=2, n_embd=256, head_size=64)
 
 
-def model_on(device: torch.device, dtype: torch.dtype, quant_type: str | None = None) -> RWKV6:
+def model_on(device: torch.device, dtype: torch.dtype, quant_type: str | None = None) -> LanguageModel:
     tensors = {**tiny_parameters(SHAPE), **tiny_states(SHAPE)}
     return build_model(tensors, SHAPE, LoadOptions(device, dtype, quant_type))
 
@@ -40,7 +40,7 @@ def pairs() -> list[PreferencePair]:
     ]
 
 
-def loss_and_gradient(model: RWKV6, form: PairForm) -> tuple[Tensor, Tensor]:
+def loss_and_gradient(model: LanguageModel, form: PairForm) -> tuple[Tensor, Tensor]:
     """The loss of all pairs and its state gradients, flat, in fp32 on the host."""
     made = PreferenceDataset(pairs(), source="", form=form, longest=600, micro_bsz=4, seed=0)
     result = PreferenceObjective(0.5, 0).evaluate(model, made.batch(range(4)))

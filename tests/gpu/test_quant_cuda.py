@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from src import quant
-from src.quant import QUANT_TYPES, DequantizationWorkspace, FrozenLinear
+from src.config.model import QUANT_TYPES
+from src.quant import DequantizationWorkspace, FrozenLinear
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [
@@ -25,7 +26,10 @@ def random_weight(out_features: int, in_features: int, seed: int = 0) -> Tensor:
 def frozen(out_features: int = 96, in_features: int = 128, quant_type: str = "nf4", **options: object) -> FrozenLinear:
     seed = int(options.pop("seed", 0))  # type: ignore[call-overload]
     return FrozenLinear.from_weight(
-        random_weight(out_features, in_features, seed), quant_type, torch.bfloat16, **options
+        random_weight(out_features, in_features, seed),
+        quant_type,
+        torch.bfloat16,
+        **{"workspace": DequantizationWorkspace(), **options},
     )
 
 
@@ -105,9 +109,9 @@ def test_layers_that_share_buffers(checkpointed: bool, keep: bool) -> None:
     options = {"workspace": workspace}
     blocks = [
         nn.Sequential(
-            frozen(96, 128, seed=2 * i, slot="key", **options),
+            frozen(96, 128, seed=2 * i, kind="key", **options),
             nn.Tanh(),
-            frozen(128, 96, seed=2 * i + 1, slot="value", **options),
+            frozen(128, 96, seed=2 * i + 1, kind="value", **options),
         )
         for i in range(3)
     ]
@@ -128,20 +132,20 @@ def test_layers_that_share_buffers(checkpointed: bool, keep: bool) -> None:
         return start.grad
 
     assert torch.equal(gradient(dense=False), gradient(dense=True))
-    assert workspace.allocated_bytes == 96 * 128 * 2 * (2 if keep else 1)
+    assert sum(buffer.nbytes for buffer in workspace.buffers()) == 96 * 128 * 2 * (2 if keep else 1)
     after = [buffer for block in blocks for buffer in block.buffers()]
     assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
     workspace.keep_dequantized = not keep
-    assert workspace.allocated_bytes == 0
+    assert not workspace.buffers()
     assert torch.equal(gradient(dense=False), gradient(dense=True))
-    assert workspace.allocated_bytes == 96 * 128 * 2 * (1 if keep else 2)
+    assert sum(buffer.nbytes for buffer in workspace.buffers()) == 96 * 128 * 2 * (1 if keep else 2)
 
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_cuda_graph_replays_forward_and_backward(keep: bool) -> None:
     """The workspace is cleared before the capture, so that the graph holds every dequantisation it needs."""
     workspace = DequantizationWorkspace(keep)
-    layers = [frozen(128, 128, seed=i, slot="key", workspace=workspace) for i in range(2)]
+    layers = [frozen(128, 128, seed=i, kind="key", workspace=workspace) for i in range(2)]
     x = torch.randn(5, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
 
     def step() -> tuple[Tensor, Tensor]:
@@ -171,12 +175,12 @@ def test_a_larger_matrix_enlarges_the_buffer() -> None:
     small, large = frozen(8, 64, workspace=workspace), frozen(64, 128, workspace=workspace)
     for layer in (small, large, small):
         assert torch.equal(layer.shared_dense(), layer.dequantized())
-    assert workspace.allocated_bytes == 64 * 128 * 2
+    assert sum(buffer.nbytes for buffer in workspace.buffers()) == 64 * 128 * 2
 
 
 def test_modules_move_and_copy() -> None:
     weight = random_weight(96, 128).cpu()
-    layer = FrozenLinear.from_weight(weight, "nf4", torch.bfloat16)
+    layer = FrozenLinear.from_weight(weight, "nf4", torch.bfloat16, workspace=DequantizationWorkspace())
     on_host = layer.dequantized()
     layer.to("cuda")
     x = torch.randn(2, 128, device="cuda", dtype=torch.bfloat16)

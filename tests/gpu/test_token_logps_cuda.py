@@ -8,7 +8,7 @@ from src import quant
 from src.losses import sft_loss
 from src.ops import token_logps as module
 from src.ops.token_logps import head_sft_loss, token_logps
-from src.quant import SHARED_WORKSPACE, FrozenHead
+from src.quant import DequantizationWorkspace, FrozenHead
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [
@@ -160,7 +160,8 @@ def test_a_packed_head_in_parts_is_the_dense_one(recorded: bool, monkeypatch: py
     monkeypatch.setattr(quant, "_HEAD_PART_VALUES", 1000 * 128)
     hidden, weight, targets = inputs(70, 128, 4096)
     hidden.requires_grad_()
-    head = FrozenHead.from_weight(weight, "nf4", torch.bfloat16)
+    workspace = DequantizationWorkspace()
+    head = FrozenHead.from_weight(weight, "nf4", torch.bfloat16, workspace)
     assert len(head.parts) == 5
     dense = torch.cat([part.dequantized() for part in head.parts])
 
@@ -173,11 +174,11 @@ def test_a_packed_head_in_parts_is_the_dense_one(recorded: bool, monkeypatch: py
     (expected,) = torch.autograd.grad(expected_loss, hidden)
     loss, gradient = step()
     if recorded:
-        SHARED_WORKSPACE.clear()
+        workspace.clear()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):
             loss, gradient = step()
-        SHARED_WORKSPACE.clear()
+        workspace.clear()
         graph.replay()
     torch.testing.assert_close(loss, expected_loss.detach(), rtol=1e-4, atol=0)
     assert (gradient - expected).float().norm() < 0.01 * expected.float().norm()

@@ -13,16 +13,16 @@ from typing import Any
 
 import pytest
 import torch
+from binidx_files import write_binidx
 from factories import tiny_checkpoint, tiny_shape
 from running import ROOT, RUN_FILES, files_in, metrics, started, train, try_train, wait_until, write_documents
 
+from src.adapters.method import method_of
 from src.checkpoint import load_state, open_checkpoint, save_model
 from src.config import TrainConfig
-from src.data.binidx import write_binidx
 from src.errors import TrainingError
 from src.loading import build_model
-from src.model.parameters import state_shapes
-from src.training.hardware import resolve_hardware
+from src.training.engine import apply_hardware, resolve_hardware
 from src.training.module import TrainingModule
 from src.training.run import choose_recomputation, fit, load_options
 from src.training.work import Work, make_schedule, prepare_work
@@ -61,15 +61,17 @@ class Prepared:
         self.folder = folder
         self.config = TrainConfig.from_flags({"dataload": "pad", **{name: str(value) for name, value in given.items()}})
         self.hardware = resolve_hardware(self.config)
+        self.method = method_of(self.config)
+        apply_hardware(self.hardware, self.config, small_messages=self.method.small)
         self.work: Work = prepare_work(self.config, SHAPE)
         checkpoint = open_checkpoint(base)
-        self.model = build_model(checkpoint, SHAPE, load_options(self.config, self.hardware))
+        self.model = build_model(checkpoint, SHAPE, load_options(self.config, self.method, self.hardware, SHAPE))
         choose_recomputation(self.model, self.work, self.config)
-        self.states = [self.model.get_parameter(name) for name in state_shapes(SHAPE)]
+        self.states = [self.model.get_parameter(name) for name in SHAPE.state_shapes()]
 
     def fit(self, finish: Callable[[TrainingModule], None] = lambda module: None) -> None:
         """Lightning's loop; `finish` is called after the last step."""
-        module = TrainingModule(self.model, self.work.objective, self.config, self.work.following)
+        module = TrainingModule(self.model, self.work.objective, self.config, self.method, self.work.dataset)
         schedule = make_schedule(self.config, self.work)
         with unittest.mock.patch.dict(os.environ):  # Lightning leaves its port there
             fit(module, self.work, schedule, self.hardware, self.config, self.folder, lambda: finish(module))
@@ -96,7 +98,7 @@ def test_dtypes_stay_and_only_states_change(
     monkeypatch.setattr(run.work.objective, "stage", observing)
     run.fit()
 
-    states = set(state_shapes(SHAPE))
+    states = set(SHAPE.state_shapes())
     expected = {name: tensor.dtype for name, tensor in before.items()}
     assert {expected[name] for name in states} == {torch.float32}
     assert expected["head.weight"] == torch.bfloat16
@@ -145,7 +147,7 @@ def test_a_run_leaves_what_it_should(strategy: str, base: Path, data: Path, tmp_
 
 def losses_of(folder: Path) -> list[float]:
     """Loss of every step."""
-    return [record["loss"] for record in metrics(folder)]
+    return [line["loss"] for line in metrics(folder)]
 
 
 @pytest.mark.parametrize("grad_cp", [0, 1, 2])
@@ -243,16 +245,16 @@ def test_deepspeed_takes_the_steps_of_a_single_device(base: Path, data: Path, tm
         )  # fmt: skip
     reference = metrics(tmp_path / "auto")
     for strategy in STRATEGIES[1:]:
-        records = metrics(tmp_path / strategy)
-        assert [r["lr"] for r in records] == [r["lr"] for r in reference]
+        lines = metrics(tmp_path / strategy)
+        assert [r["lr"] for r in lines] == [r["lr"] for r in reference]
         for name in ("loss", "grad_norm"):
-            assert [r[name] for r in records] == pytest.approx([r[name] for r in reference], rel=1e-2), name
+            assert [r[name] for r in lines] == pytest.approx([r[name] for r in reference], rel=1e-2), name
 
 
 def test_stacks_are_small_and_kernels_that_want_more_get_it() -> None:
     """In a process of its own: the limit stays. What it saves cannot be told from what other processes take."""
     script = (
-        "import ctypes, torch; from src.training.hardware import _limit_stacks; _limit_stacks(torch.device('cuda', 0));"
+        "import ctypes, torch; from src.device import _limit_stacks; _limit_stacks(torch.device('cuda', 0));"
         "limit = ctypes.c_size_t(); ctypes.CDLL('libcuda.so.1').cuCtxGetLimit(ctypes.byref(limit), 0);"
         "x = torch.randn(300_000, device='cuda'); assert torch.equal(x.sort().values.cpu(), x.cpu().sort().values);"
         "assert x.double().kthvalue(7).values == x.double().sort().values[6]; print(limit.value)"
@@ -309,18 +311,17 @@ def test_ctrl_c_finishes_the_step_and_saves(strategy: str, base: Path, data: Pat
 
 
 def test_running_out_of_memory_says_what_to_change(base: Path, data: Path, tmp_path: Path) -> None:
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + 2**26) / total)
-    try:
-        ended = try_train(
-            tmp_path, load_model=base, data_type="dummy", accelerator="gpu", grad_cp=0, micro_bsz=64, epoch_count=1
-        )
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0)
-        torch.cuda.empty_cache()
-    assert ended.code == 2, ended.out
-    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    """In a process of its own, whose memory nothing else has taken."""
+    share = 2**26 / torch.cuda.get_device_properties(0).total_memory
+    program = (
+        f"import runpy, sys, torch; torch.cuda.set_per_process_memory_fraction({share}); "
+        f"sys.path.insert(0, {str(ROOT)!r}); runpy.run_path({str(ROOT / 'train.py')!r}, run_name='__main__')"
+    )
+    flags = {"load_model": base, "proj_dir": tmp_path, "data_type": "dummy", "grad_cp": 0, "quant": 0, "micro_bsz": 64}
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    ended = subprocess.run([sys.executable, "-c", program, *words], capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 2, ended.stdout + ended.stderr
+    (line,) = [line for line in ended.stderr.splitlines() if line.startswith("error: ")]
     assert "the GPU ran out of its " in line
     assert "--grad_cp 1, or --micro_bsz 32 --accumulate_grad_batches 2, or --quant 1 --quant_type nf4" in line
     assert "rwkv-final.pth" not in files_in(tmp_path)

@@ -17,7 +17,7 @@ pytestmark = [
 
 
 def run(folder: Path, *words: object) -> tuple[torch.Tensor, list[dict[str, float]], str]:
-    """State, records and output of a run in processes of its own."""
+    """State, logged lines and output of a run in processes of its own."""
     base = folder / "base.pth"
     with started(
         "train.py", "--load_model", base, "--data_file", folder / "documents", "--dataload", "pad", "--micro_bsz", 2,
@@ -34,11 +34,11 @@ def run(folder: Path, *words: object) -> tuple[torch.Tensor, list[dict[str, floa
 def test_two_devices_take_the_steps_of_one_that_accumulates(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "base.pth", n_layer=3, n_embd=128, head_size=64, dtype=torch.bfloat16)
     write_documents(tmp_path / "documents", [200, 33, 64, 129, 16, 90, 70, 120])
-    one, one_records, _ = run(tmp_path, "--proj_dir", tmp_path / "one", "--accumulate_grad_batches", 2)
-    two, two_records, out = run(tmp_path, "--proj_dir", tmp_path / "two", "--devices", 2)
-    assert [record["lr"] for record in two_records] == [record["lr"] for record in one_records]
+    one, one_lines, _ = run(tmp_path, "--proj_dir", tmp_path / "one", "--accumulate_grad_batches", 2)
+    two, two_lines, out = run(tmp_path, "--proj_dir", tmp_path / "two", "--devices", 2)
+    assert [line["lr"] for line in two_lines] == [line["lr"] for line in one_lines]
     for name in ("loss", "grad_norm"):
-        values, expected = ([record[name] for record in records] for records in (two_records, one_records))
+        values, expected = ([line[name] for line in lines] for lines in (two_lines, one_lines))
         assert values[0] == pytest.approx(expected[0], rel=1e-3), name
         assert values == pytest.approx(expected, rel=2e-2), name
     # Gradients that differ by 1e-6 move these states by 0.3 % (bf16, on a CPU); other samples would by 40 %.

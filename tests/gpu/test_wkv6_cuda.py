@@ -112,7 +112,7 @@ def run(
     cu_seqlens: Tensor | None = None,
     *,
     final_gradient: bool = False,
-    segment_tokens: int = 0,
+    span_tokens: int = 0,
     wanted: tuple[str, ...] = (*TOKEN_NAMES, "u", "state"),
     branches: str | None = None,
 ) -> dict[str, Tensor]:
@@ -123,7 +123,7 @@ def run(
         if branches is not None:
             y, final = wkv6_branching(*leaves.values(), *branches_of(branches))
         elif backend == "cuda":
-            y, final = wkv6_cuda(*leaves.values(), cu_seqlens, segment_tokens=segment_tokens)
+            y, final = wkv6_cuda(*leaves.values(), cu_seqlens, span_tokens=span_tokens)
         else:
             y, final = wkv6(*leaves.values(), cu_seqlens, backend=backend)
         outputs = [y, final] if final_gradient else [y]
@@ -194,12 +194,12 @@ def test_batches(states: int | None, u_dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("lengths", [[0, 1, 15, 16, 17], [300, 0, 700, 24], [0, 0, 5], [17] * 20, [1500]])
 @pytest.mark.parametrize("own_states", [False, True], ids=["shared", "own"])
-@pytest.mark.parametrize("segment_tokens", [0, 64], ids=["whole", "segments"])
-def test_packed_sequences(lengths: list[int], own_states: bool, segment_tokens: int) -> None:
+@pytest.mark.parametrize("span_tokens", [0, 64], ids=["whole", "spans"])
+def test_packed_sequences(lengths: list[int], own_states: bool, span_tokens: int) -> None:
     inputs = draw(1, sum(lengths), 4, states=len(lengths) if own_states else None)
     cu_seqlens = torch.tensor([0, *lengths], device="cuda").cumsum(0)
     truth = exact(inputs, cu_seqlens, final_gradient=True)
-    results = run(inputs, "cuda", cu_seqlens.int(), final_gradient=True, segment_tokens=segment_tokens)
+    results = run(inputs, "cuda", cu_seqlens.int(), final_gradient=True, span_tokens=span_tokens)
     assert_accurate(results, truth)
 
 
@@ -220,11 +220,11 @@ def test_sequences_that_continue_others(branches: str, final_gradient: bool, wan
     assert torch.equal(final, results["final"])
 
 
-@pytest.mark.parametrize("segment_tokens", [64, 128, 576, 1024])
-def test_segments(segment_tokens: int) -> None:
+@pytest.mark.parametrize("span_tokens", [64, 128, 576, 1024])
+def test_spans(span_tokens: int) -> None:
     inputs = draw(2, 1000, 4, states=2)
     truth = exact(inputs, final_gradient=True)
-    assert_accurate(run(inputs, "cuda", final_gradient=True, segment_tokens=segment_tokens), truth)
+    assert_accurate(run(inputs, "cuda", final_gradient=True, span_tokens=span_tokens), truth)
 
 
 @pytest.mark.parametrize("wanted", [*TOKEN_NAMES, "u", "state"])
@@ -275,8 +275,8 @@ def test_without_gradients_nothing_is_saved() -> None:
     before = torch.cuda.memory_allocated()
     y, final = wkv6(*inputs.values())
     used = torch.cuda.max_memory_allocated() - before
-    segment_scratch = 16 * 32 * (SIZE * SIZE + SIZE) * 4
-    assert used <= y.numel() * 2 + final.numel() * 4 + segment_scratch + 2**20
+    span_scratch = 16 * 32 * (SIZE * SIZE + SIZE) * 4
+    assert used <= y.numel() * 2 + final.numel() * 4 + span_scratch + 2**20
     with_gradient = run(inputs, "cuda")["y"]
     assert torch.equal(with_gradient, y)
 

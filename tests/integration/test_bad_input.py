@@ -10,10 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from binidx_files import write_binidx
 from factories import tiny_checkpoint, tiny_shape, tiny_state_file
 from running import metrics, refusal, started, train, try_train, write_documents
-
-from src.data.binidx import write_binidx
 
 LENGTHS = [30, 12, 25]
 

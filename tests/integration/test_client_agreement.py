@@ -21,7 +21,7 @@ from torch import Tensor
 
 from src.checkpoint import open_checkpoint, save_model
 from src.loading import LoadOptions, build_model
-from src.model.rwkv6 import RWKV6
+from src.model.language_model import LanguageModel
 
 ROOT = Path(__file__).resolve().parents[2]
 BUNDLED_MODELS = sorted((ROOT / "src" / "demo").glob("*.pth"))
@@ -93,7 +93,7 @@ def merged(base: Path) -> Path:
     return folder / "merged.pth"
 
 
-def load(path: Path) -> RWKV6:
+def load(path: Path) -> LanguageModel:
     """The model as this program has it, on the CPU in fp32."""
     checkpoint = open_checkpoint(path)
     return build_model(checkpoint, checkpoint.info.shape, LoadOptions(torch.device("cpu"), torch.float32)).eval()
@@ -111,14 +111,14 @@ def random_tokens(vocab_size: int) -> list[int]:
 
 
 @torch.no_grad()
-def logits_at_once(model: RWKV6, tokens: list[int]) -> Tensor:
+def logits_at_once(model: LanguageModel, tokens: list[int]) -> Tensor:
     """[T, V] from one pass over the sequence."""
     hidden, _ = model(torch.tensor([tokens]))
     return model.logits(hidden)[0]
 
 
 @torch.no_grad()
-def logits_step_by_step(model: RWKV6, tokens: list[int]) -> Tensor:
+def logits_step_by_step(model: LanguageModel, tokens: list[int]) -> Tensor:
     """[T, V] from one pass per token with a carried state."""
     rows, state = [], None
     for token in tokens:

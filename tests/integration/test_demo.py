@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 from running import ROOT, RUN_FILES, files_in, run_script
 
-from src.checkpoint import inspect_checkpoint, load_state
+from src.checkpoint import load_state, open_checkpoint
+from src.commands import demo
 from src.data.preferences import read_rows
-from src.training import demo
 
 BUNDLE = ROOT / "src" / "demo"
 
@@ -73,7 +73,7 @@ def test_text_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert files_in(tmp_path / "results") == RUN_FILES | {"rwkv-0.pth"}
     for name in files_in(tmp_path / "results"):
         assert f"results/{name} (" in ended.stdout
-    shape = inspect_checkpoint(BUNDLE / "base.pth").shape
+    shape = open_checkpoint(BUNDLE / "base.pth").info.shape
     assert len(load_state(tmp_path / "results" / "rwkv-final.pth", shape)) == shape.n_layer
     (merge,) = set(re.findall(r"python merge_state\.py (.*)", ended.stdout))
     base, state, merged = merge.split()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import dataclasses
 import json
 import runpy
 import signal
@@ -15,10 +14,10 @@ from pathlib import Path
 import pytest
 from factories import tiny_checkpoint, tiny_state_file
 
+from src.commands.preparation import generate_rejects
 from src.config import RejectConfig
 from src.data.preferences import read_rows
-from src.errors import ConfigError, UserError
-from src.training.preparation import generate_rejects
+from src.errors import UserError
 
 SCRIPT = str(Path(__file__).parents[2] / "rlhf_generate_reject.py")
 FLAGS = {"accelerator": "cpu", "batch": "3", "max_tokens": "25", "top_p": "0.9"}
@@ -109,19 +108,19 @@ def test_killed_and_restarted_gives_the_same_file(folder: Path, capsys: pytest.C
     whole = run(output_csv="whole.csv", **changes)
     command = [sys.executable, SCRIPT]
     command += [part for name, value in flags(**changes).items() for part in (f"--{name}", value)]
-    record = folder / "out.csv.run.json"
+    progress = folder / "out.csv.run.json"
 
     process = subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     give_up = time.monotonic() + 60
     while time.monotonic() < give_up and process.poll() is None:
-        if record.exists() and json.loads(record.read_text())["rows_done"] >= 2:
+        if progress.exists() and json.loads(progress.read_text())["rows_done"] >= 2:
             break
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    done = json.loads(record.read_text())["rows_done"]
+    done = json.loads(progress.read_text())["rows_done"]
     assert 2 <= done < 8, "the run was not cut off in its middle"
-    assert whole.startswith((folder / "out.csv").read_bytes()[: json.loads(record.read_text())["bytes_done"]])
+    assert whole.startswith((folder / "out.csv").read_bytes()[: json.loads(progress.read_text())["bytes_done"]])
 
     capsys.readouterr()
     assert run(**changes) == whole
@@ -168,23 +167,3 @@ def test_the_command_line_reports_errors_in_one_line(
     message = capsys.readouterr().err
     assert expected in message
     assert message.count("\n") == 1
-
-
-def test_flags_are_checked_together() -> None:
-    with pytest.raises(ConfigError) as caught:
-        RejectConfig.from_flags({"top_p": "2", "seed": "x", "quant": "3", "output_csv": "a", "input_csv": "a"})
-    for part in ("--top_p 2.0", "--seed 'x'", "--quant 3", "is the input"):
-        assert part in str(caught.value)
-
-
-def test_defaults_are_the_originals() -> None:
-    config = RejectConfig()
-    assert (config.load_model, config.input_csv, config.output_csv) == (
-        "base_model/Anarchy-RWKV-2B-68.pth",
-        "example.csv",
-        "rlhfoutput.csv",
-    )
-    sampling = (config.temperature, config.top_p, config.alpha_presence, config.alpha_frequency, config.alpha_decay)
-    assert sampling == (1.0, 0.3, 0.0, 1.0, 0.996)
-    assert (config.max_tokens, config.stop, config.allow_end, config.template) == (1000, r"\n\n", 0, "user")
-    assert len(dataclasses.fields(config)) == 20

@@ -13,7 +13,8 @@ import torch
 from factories import tiny_checkpoint, tiny_shape
 from running import RUN_FILES, Ended, files_in, metrics, refusal, run_script, train, try_train
 
-from src.checkpoint import load_pairs, load_state, save_pairs
+from src.checkpoint import load_state
+from src.data.pair_file import load_pairs, save_pairs
 from src.data.preferences import PreferencePair
 from src.tokenizer import ByteTokenizer
 
@@ -83,15 +84,15 @@ class TestARun:
         assert states.count_nonzero() > 0.9 * states.numel()
 
     def test_metrics_have_the_originals_names_and_more(self, finished: tuple[Ended, Path]) -> None:
-        records = metrics(finished[1])
-        assert [set(record) for record in records] == [RUN_NAMES | ALWAYS_NAMES | COMPARED_NAMES] * 10
-        for record in records:
-            assert record["loss_1_token_chosen"] == record["nll"]
-            assert record["margin"] == pytest.approx(record["logp_chosen"] - record["logp_rejected"], abs=1e-5)
-            assert record["preference_share"] == pytest.approx(record["loss_2_odds_ratio"] / record["loss"], rel=1e-4)
-            assert record["plain_pairs"] == 1
+        lines = metrics(finished[1])
+        assert [set(line) for line in lines] == [RUN_NAMES | ALWAYS_NAMES | COMPARED_NAMES] * 10
+        for line in lines:
+            assert line["loss_1_token_chosen"] == line["nll"]
+            assert line["margin"] == pytest.approx(line["logp_chosen"] - line["logp_rejected"], abs=1e-5)
+            assert line["preference_share"] == pytest.approx(line["loss_2_odds_ratio"] / line["loss"], rel=1e-4)
+            assert line["plain_pairs"] == 1
         # The running average starts at one half; log_odds > 0 exactly where the chosen answer is more probable.
-        assert records[0]["pref_percentage"] == pytest.approx(0.9 * 0.5 + 0.1 * records[0]["accuracy"])
+        assert lines[0]["pref_percentage"] == pytest.approx(0.9 * 0.5 + 0.1 * lines[0]["accuracy"])
 
     def test_accuracy_and_margin_are_printed_before_and_after(self, finished: tuple[Ended, Path]) -> None:
         out = finished[0].out
@@ -132,8 +133,8 @@ class TestPreferenceShare:
         save_pairs(tmp_path / "one.save", [PreferencePair(prompt, chosen, [])] * 5 + [with_reject])
         flags = {"orpo_type": orpo_type, "micro_bsz": 1, "epoch_steps": 0}
         out = run(tmp_path / "out", files, rlhf_train_file=tmp_path / "one.save", **flags).out
-        records = metrics(tmp_path / "out")
-        assert records[0]["plain_pairs"] == 1
+        lines = metrics(tmp_path / "out")
+        assert lines[0]["plain_pairs"] == 1
         assert float(re.search(r"preference (\d+\.\d\d)% of the first loss", out)[1]) > 1
         assert "warning" not in out
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import http.server
 import json
-import os
-import pickle
 import runpy
 import sys
 import threading
@@ -15,13 +13,13 @@ import pytest
 import torch
 from factories import tiny_checkpoint
 
-from src.checkpoint import load_pairs
+from src.commands.preparation import prepare_pairs
 from src.config import PairConfig
-from src.errors import ConfigError, UserError
+from src.data.pair_file import load_pairs
+from src.errors import UserError
 from src.generate import answer_logps
 from src.loading import LoadOptions, build_model
 from src.tokenizer import ByteTokenizer
-from src.training.preparation import prepare_pairs
 
 SCRIPT = str(Path(__file__).parents[2] / "PrepareOrpoDataset.py")
 BYTES = ByteTokenizer()
@@ -179,27 +177,6 @@ def test_bad_input_writes_nothing(folder: Path, content: str | bytes, expected: 
     assert sorted(path.name for path in folder.iterdir()) == ["base.pth", "in.csv"]
 
 
-def test_a_save_file_that_is_not_ours_is_refused(folder: Path) -> None:
-    torch.save({"blocks.0.att.time_state": torch.zeros(1)}, "state.save")
-    (folder / "text.save").write_text("prompt,chosen\n")
-    (folder / "code.save").write_bytes(pickle.dumps(print))
-    torch.save([print], "object.save")
-    torch.save([os.system], "blocked.save")
-    (folder / "cut.save").write_bytes((folder / "state.save").read_bytes()[:200])
-    for name, expected in [
-        ("none.save", "does not exist; make it with PrepareOrpoDataset.py"),
-        ("state.save", "holds dict, not a list of preference pairs"),
-        ("text.save", "is a text file, not a pair file written by PrepareOrpoDataset.py"),
-        ("code.save", "is a Python pickle"),
-        ("object.save", "holds a Python object"),
-        ("blocked.save", f"holds a Python object ({os.system.__module__}.system)"),
-        ("cut.save", "is incomplete"),
-    ]:
-        with pytest.raises(UserError) as caught:
-            load_pairs(name, 257)
-        assert expected in str(caught.value), name
-
-
 def script(*arguments: str) -> int:
     """Exit code of the script, run in this process."""
     before, sys.argv = sys.argv, [SCRIPT, *arguments]
@@ -221,12 +198,3 @@ def test_the_original_command_line(folder: Path) -> None:
 def test_an_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert script("--target_pair_cont", "1") == 2
     assert "did you mean --target_pair_count?" in capsys.readouterr().err
-
-
-def test_defaults_are_the_originals() -> None:
-    config = PairConfig()
-    assert (config.input_csv, config.output_save) == ("ojousamatalkscript200.csv", "ojousama.save")
-    assert (config.target_pair_count, config.seed, config.template) == (10000, 100, "mixed")
-    assert (config.fapi_logging_callback, config.fapi_logging_callback_step) == (0, 1000)
-    with pytest.raises(ConfigError, match="2 problems"):
-        PairConfig.from_flags({"target_pair_count": "0", "seed": "x"})

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from binidx_files import write_binidx
 from factories import tiny_checkpoint, tiny_shape, tiny_state_file
 from running import (
     RUN_FILES,
@@ -27,8 +28,7 @@ from running import (
 )
 from torch import Tensor
 
-from src.checkpoint import inspect_checkpoint, load_state, open_checkpoint, save_model
-from src.model.parameters import parameter_shapes, state_shapes
+from src.checkpoint import load_state, open_checkpoint, save_model
 
 LENGTHS = [30, 12, 25, 18, 9, 33]
 SHAPE = tiny_shape()
@@ -73,7 +73,7 @@ class TestWhatARunLeaves:
     def test_a_state_file_holds_the_states_and_nothing_else(self, finished: tuple[Ended, Path]) -> None:
         for name in ("rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"):
             content = torch.load(finished[1] / name, weights_only=True)
-            assert {key: tuple(state.shape) for key, state in content.items()} == state_shapes(SHAPE)
+            assert {key: tuple(state.shape) for key, state in content.items()} == SHAPE.state_shapes()
             assert {state.dtype for state in content.values()} == {torch.bfloat16}
             assert all(state.any() and state.isfinite().all() for state in content.values())
             values = SHAPE.head_size**2 * SHAPE.n_head
@@ -93,26 +93,26 @@ class TestWhatARunLeaves:
         )
         epochs = [epoch_line.fullmatch(line) for line in lines[2:]]
         assert [match and (match[1], match[5]) for match in epochs] == [("0", "0"), ("1", "1")]
-        records = metrics(finished[1])
+        lines = metrics(finished[1])
         for number, match in enumerate(epochs):
             assert match
-            mean = sum(record["loss"] for record in records[3 * number : 3 * number + 3]) / 3
+            mean = sum(line["loss"] for line in lines[3 * number : 3 * number + 3]) / 3
             assert float(match[2]) == pytest.approx(mean, abs=1e-6)
             assert float(match[3]) == pytest.approx(torch.tensor(mean).exp().item(), rel=1e-3)
-            assert float(match[4]) == pytest.approx(records[3 * number + 2]["lr"])
+            assert float(match[4]) == pytest.approx(lines[3 * number + 2]["lr"])
 
-    def test_metrics_has_one_record_per_step(self, finished: tuple[Ended, Path]) -> None:
-        records = metrics(finished[1])
+    def test_metrics_has_one_line_per_step(self, finished: tuple[Ended, Path]) -> None:
+        lines = metrics(finished[1])
         keys = {
             "step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "seconds", "tokens", "nominal_tokens",
             "tokens_per_s",
         }  # fmt: skip
-        assert [set(record) for record in records] == [keys] * 6
-        assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-        assert [record["epoch"] for record in records] == [0, 0, 0, 1, 1, 1]
-        assert [record["lr"] for record in records] == pytest.approx([0.2, 0.28, 0.36, 0.44, 0.52, 0.6])
-        assert sorted(record["tokens"] + 1 for record in records) == sorted(LENGTHS)
-        assert {record["nominal_tokens"] for record in records} == {1024}
+        assert [set(line) for line in lines] == [keys] * 6
+        assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+        assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 1, 1]
+        assert [line["lr"] for line in lines] == pytest.approx([0.2, 0.28, 0.36, 0.44, 0.52, 0.6])
+        assert sorted(line["tokens"] + 1 for line in lines) == sorted(LENGTHS)
+        assert {line["nominal_tokens"] for line in lines} == {1024}
 
     def test_the_plan_comes_first(self, finished: tuple[Ended, Path]) -> None:
         out = finished[0].out
@@ -133,7 +133,7 @@ class TestWhatARunLeaves:
         assert command[2] == str(base)
         merged = run_script(*command.groups())
         assert merged.code == 0
-        assert inspect_checkpoint(command[4]).has_state
+        assert open_checkpoint(command[4]).info.has_state
         Path(command[4]).unlink()
 
     def test_held_out_loss_falls_on_the_training_data_itself(self, finished: tuple[Ended, Path]) -> None:
@@ -151,9 +151,9 @@ def test_documents_share_rows_by_default(base: Path, data: Path, tmp_path: Path)
     assert ended.code == 0, ended.err
     assert "--dataload pack" in ended.out
     assert "positions a step at most, ctx_len 32" in ended.out
-    records = metrics(tmp_path)
-    assert sum(record["tokens"] for record in records) == sum(min(length, 33) - 1 for length in LENGTHS)
-    assert len(records) < len(LENGTHS)
+    lines = metrics(tmp_path)
+    assert sum(line["tokens"] for line in lines) == sum(min(length, 33) - 1 for length in LENGTHS)
+    assert len(lines) < len(LENGTHS)
 
 
 class TestEpochs:
@@ -175,7 +175,7 @@ class TestEpochs:
 
     def test_no_epoch_steps_means_one_pass(self, base: Path, data: Path, tmp_path: Path) -> None:
         train(tmp_path, load_model=base, data_file=data, epoch_count=1)
-        assert sorted(record["tokens"] + 1 for record in metrics(tmp_path)) == sorted(LENGTHS)
+        assert sorted(line["tokens"] + 1 for line in metrics(tmp_path)) == sorted(LENGTHS)
 
     def test_my_exit_tokens_ends_the_run(self, base: Path, data: Path, tmp_path: Path) -> None:
         train(tmp_path, load_model=base, data_file=data, ctx_len=40, epoch_steps=50, my_exit_tokens=160, warmup_steps=0)
@@ -315,10 +315,10 @@ class TestModes:
             epoch_steps=4, epoch_count=1, lr_init=1e-2, lr_final=1e-3, micro_bsz=2, weight_decay=0.01,
         )  # fmt: skip
         assert files_in(folder) == {*RUN_FILES, "rwkv-init.pth", "rwkv-0.pth"}
-        shape = inspect_checkpoint(folder / "rwkv-final.pth").shape
+        shape = open_checkpoint(folder / "rwkv-final.pth").info.shape
         assert (shape.n_layer, shape.n_embd, shape.head_size, shape.vocab_size) == (2, 32, 8, 257)
         first, last = open_checkpoint(folder / "rwkv-init.pth"), open_checkpoint(folder / "rwkv-final.pth")
-        assert list(last) == list(parameter_shapes(shape))
+        assert list(last) == list(shape.parameter_shapes())
         unmoved = [name for name in last if torch.equal(first[name].float(), last[name].float())]
         assert len(unmoved) < len(last) / 4, unmoved
         assert not torch.equal(first["head.weight"].float(), last["head.weight"].float())
@@ -329,8 +329,8 @@ class TestModes:
 
     def test_state_tuning_learns(self, base: Path, data: Path, tmp_path: Path) -> None:
         train(tmp_path, load_model=base, data_file=data, epoch_count=8, ctx_len=24)
-        records = metrics(tmp_path)
-        epochs = [sum(r["loss"] for r in records if r["epoch"] == epoch) / 6 for epoch in (0, 7)]
+        lines = metrics(tmp_path)
+        epochs = [sum(r["loss"] for r in lines if r["epoch"] == epoch) / 6 for epoch in (0, 7)]
         assert epochs[1] < epochs[0] - 0.03
 
 
@@ -347,8 +347,6 @@ class TestStops:
     def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good_state(
         self, accumulate: int, poisoned: Path, tmp_path: Path
     ) -> None:
-        from src.data.binidx import write_binidx
-
         documents = [[5, 6, 7 + number, 8, 9, 0] for number in range(6)]
         documents[3][2] = 200
         write_binidx(tmp_path / "documents", documents)
@@ -420,10 +418,26 @@ class TestOutside:
             fapi_logging_address=address,
         )  # fmt: skip
         assert [path for path, _ in posted] == ["/LoggingCallback"] * 2
-        losses = [record["loss"] for record in metrics(tmp_path)]
+        losses = [line["loss"] for line in metrics(tmp_path)]
         assert [body for _, body in posted] == [
             {"step": step, "loss": loss, "loss2": 0.0, "pref": 0.0} for step, loss in enumerate(losses, start=1)
         ]
+
+    def test_a_schedulers_surroundings_change_nothing(
+        self, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Lightning would restore a checkpoint of this name, of whatever model, and answer SIGUSR1 by a requeue."""
+        flags = {"load_model": base, "data_file": data, "epoch_steps": 2, "epoch_count": 1}
+        train(tmp_path / "plain", **flags)
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "slurm").mkdir()
+        for folder in (tmp_path, tmp_path / "slurm"):
+            (folder / "hpc_ckpt_1.ckpt").write_bytes(b"of another model")
+        for name, value in (("JOB_ID", "7"), ("NTASKS", "2"), ("PROCID", "0"), ("LOCALID", "0"), ("JOB_NAME", "train")):
+            monkeypatch.setenv(f"SLURM_{name}", value)
+        train(tmp_path / "slurm", **flags)
+        plain, under_slurm = (load_state(tmp_path / name / "rwkv-final.pth", SHAPE) for name in ("plain", "slurm"))
+        assert all(torch.equal(plain[name], under_slurm[name]) for name in plain)
 
     def test_a_deaf_callback_address_stops_nothing(self, base: Path, data: Path, tmp_path: Path) -> None:
         ended = train(

@@ -1,12 +1,15 @@
-"""The command line of train.py."""
+"""The command lines, and what they refuse."""
 
-import contextlib
-import io
+import argparse
+import re
+import sys
+from collections.abc import Callable
 
 import pytest
 
-from src.cli import given_train_flags, train_parser
-from src.config import TrainConfig
+from src.cli import given_flags, given_train_flags, merge_arguments
+from src.config import PairConfig, RejectConfig, TrainConfig
+from src.config.flags import Flags
 from src.errors import ConfigError
 
 
@@ -63,13 +66,40 @@ def test_a_stray_word_is_named() -> None:
     assert "'model.pth' belongs to no flag" in refusal("model.pth")
 
 
-def test_the_help_shows_every_flag_and_exits_with_0() -> None:
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed), pytest.raises(SystemExit) as ended:
-        train_parser().parse_args(["-h"])
+def help_of_train() -> dict[str, str]:
+    return given_train_flags(["-h"])
+
+
+def help_of_pairs() -> dict[str, str]:
+    return given_flags(PairConfig, "PrepareOrpoDataset.py", "Makes pairs.")
+
+
+def help_of_reject() -> dict[str, str]:
+    return given_flags(RejectConfig, "rlhf_generate_reject.py", "Samples.")
+
+
+@pytest.mark.parametrize(
+    ("ask", "config_class"), [(help_of_train, TrainConfig), (help_of_pairs, PairConfig), (help_of_reject, RejectConfig)]
+)
+def test_the_help_shows_every_flag_in_its_group(
+    ask: Callable[[], dict[str, str]],
+    config_class: type[Flags],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["script.py", "-h"])
+    with pytest.raises(SystemExit) as ended:
+        ask()
     assert ended.value.code == 0
-    text = printed.getvalue()
-    missing = [name for name in TrainConfig.__dataclass_fields__ if f"--{name} " not in text]
-    assert missing == []
+    text = capsys.readouterr().out
+    wanted = [line for title, specs in config_class.groups().items() for line in (title, *(s.name for s in specs))]
+    shown = re.findall(r"^(?:  --(\w+) |([\w-]+):$)", text[text.index("\nfiles:") :], re.MULTILINE)
+    assert [flag or title for flag, title in shown] == wanted
     assert "--dpo" not in text
     assert "None" not in text
+
+
+def test_the_three_words_of_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["merge_state.py", "base.pth", "state.pth", "merged.pth"])
+    expected = argparse.Namespace(base_model="base.pth", state_checkpoint="state.pth", output="merged.pth")
+    assert merge_arguments() == expected

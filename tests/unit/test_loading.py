@@ -9,11 +9,11 @@ from factories import tiny_parameters, tiny_shape, tiny_states
 from torch import Tensor
 
 from src.loading import LoadOptions, _read_ahead, build_model
-from src.model.parameters import parameter_shapes, quantizable_names, state_shapes
 from src.quant import FrozenHead, FrozenLinear
 
 SHAPE = tiny_shape(n_embd=64)
 CPU = torch.device("cpu")
+WEIGHTS = set(SHAPE.parameter_shapes())
 
 
 class OneAtATime(Mapping[str, Tensor]):
@@ -41,7 +41,7 @@ class OneAtATime(Mapping[str, Tensor]):
 def test_a_frozen_model(dtype: torch.dtype) -> None:
     model = build_model(tiny_parameters(SHAPE), SHAPE, LoadOptions(CPU, dtype))
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == set(state_shapes(SHAPE))
+    assert trainable == set(SHAPE.state_shapes())
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.float32 if name in trainable else dtype), name
         assert parameter.is_leaf
@@ -71,8 +71,8 @@ def test_states_start_at_zero_or_from_the_file() -> None:
 def test_training_does_not_write_into_the_file_s_tensors() -> None:
     tensors = {**tiny_parameters(SHAPE), **tiny_states(SHAPE)}
     before = {name: tensor.clone() for name, tensor in tensors.items()}
-    for train_weights in (False, True):
-        options = LoadOptions(CPU, torch.float32, train_weights=train_weights)
+    for trained in (None, WEIGHTS):
+        options = LoadOptions(CPU, torch.float32, trained=trained)
         model = build_model(tensors, SHAPE, options)
         with torch.no_grad():
             for parameter in model.parameters():
@@ -85,23 +85,23 @@ def test_training_does_not_write_into_the_file_s_tensors() -> None:
 def test_the_eight_matrices_of_a_layer_are_packed_and_nothing_else(quant_type: str) -> None:
     model = build_model(tiny_parameters(SHAPE), SHAPE, LoadOptions(CPU, torch.bfloat16, quant_type=quant_type))
     packed = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, FrozenLinear)}
-    assert packed == set(quantizable_names(SHAPE))
+    assert packed == set(SHAPE.matrix_names())
     assert len(packed) == 8 * SHAPE.n_layer
     assert {name for name, _ in model.named_parameters()} == (
-        parameter_shapes(SHAPE).keys() | state_shapes(SHAPE).keys()
+        SHAPE.parameter_shapes().keys() | SHAPE.state_shapes().keys()
     ) - packed - {"emb.weight"}
 
 
 def test_full_training_has_fp32_masters_of_every_weight() -> None:
-    options = LoadOptions(CPU, torch.bfloat16, train_weights=True)
+    options = LoadOptions(CPU, torch.bfloat16, trained=WEIGHTS)
     model = build_model(tiny_parameters(SHAPE, dtype=torch.bfloat16), SHAPE, options)
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == set(parameter_shapes(SHAPE))
+    assert trainable == set(SHAPE.parameter_shapes())
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_full_training_of_packed_matrices_is_a_programming_error() -> None:
-    options = LoadOptions(CPU, torch.float32, quant_type="nf4", train_weights=True)
+    options = LoadOptions(CPU, torch.float32, quant_type="nf4", trained=WEIGHTS)
     with pytest.raises(AssertionError):
         build_model(tiny_parameters(SHAPE), SHAPE, options)
 
@@ -110,8 +110,8 @@ def test_tensors_are_taken_once_and_one_after_the_other() -> None:
     source = OneAtATime(tiny_parameters(SHAPE))
     reported: list[str] = []
     build_model(source, SHAPE, LoadOptions(CPU, torch.bfloat16, quant_type="nf4"), reported.append)
-    sizes = {name: math.prod(size) for name, size in parameter_shapes(SHAPE).items()}
-    packed = quantizable_names(SHAPE)
+    sizes = {name: math.prod(size) for name, size in SHAPE.parameter_shapes().items()}
+    packed = SHAPE.matrix_names()
     kept = [name for name in sizes if name not in packed]
     assert source.taken == reported
     assert reported[: len(kept)] == kept

@@ -13,6 +13,7 @@ from src.losses import (
     IGNORED_TARGET,
     PreferenceLoss,
     Role,
+    group_number,
     l2wrap_penalty,
     log1mexp,
     log_odds_ratio,
@@ -20,7 +21,6 @@ from src.losses import (
     orpo_loss_released,
     running_preference,
     sft_loss,
-    slot,
     targets_after,
 )
 
@@ -50,10 +50,10 @@ class Pair:
     def targets(self) -> Tensor:
         return torch.cat([self.prompt[1:], self.chosen, self.rejected])
 
-    def slots(self, pair: int) -> Tensor:
+    def groups(self, pair: int) -> Tensor:
         prompt, chosen, rejected = self.lengths
         roles = [Role.PROMPT] * (prompt - 1) + [Role.CHOSEN] * chosen + [Role.REJECTED] * rejected
-        return torch.tensor([slot(pair, role) for role in roles])
+        return torch.tensor([group_number(pair, role) for role in roles])
 
     def plain_formula(self, alpha: float) -> Tensor:
         """The definition, with probabilities instead of logarithms wherever fp64 allows it."""
@@ -136,16 +136,16 @@ def test_orpo_loss_matches_the_plain_formula_in_value_and_gradient(alpha: float)
 
     logits = torch.cat([pair.logits for pair in pairs])
     targets = torch.cat([pair.targets for pair in pairs])
-    slots = torch.cat([pair.slots(index) for index, pair in enumerate(pairs)])
+    groups = torch.cat([pair.groups(index) for index, pair in enumerate(pairs)])
     # Any order, and positions that do not count among the others.
-    order = torch.randperm(len(slots), generator=torch.Generator().manual_seed(0))
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
     logp, max_logit = scores(logits[order], targets[order])
-    ignored = torch.tensor([slot(len(pairs), Role.PROMPT)] * 2)
+    ignored = torch.tensor([group_number(len(pairs), Role.PROMPT)] * 2)
     zeros = torch.zeros(2, dtype=torch.float64)
     result = orpo_loss(
         torch.cat([logp, zeros]),
         torch.cat([max_logit, zeros]),
-        torch.cat([slots[order], ignored]),
+        torch.cat([groups[order], ignored]),
         len(pairs),
         alpha,
     )
@@ -160,20 +160,20 @@ def test_orpo_loss_matches_the_plain_formula_in_value_and_gradient(alpha: float)
 
 def test_orpo_loss_passes_gradcheck() -> None:
     pairs = [Pair(2, 3, 2, 7), Pair(3, 2, 0, 8)]
-    slots = torch.cat([pair.slots(index) for index, pair in enumerate(pairs)])
+    groups = torch.cat([pair.groups(index) for index, pair in enumerate(pairs)])
     logp = torch.cat([scores(pair.logits, pair.targets)[0] for pair in pairs]).detach().requires_grad_()
     silent = torch.zeros_like(logp)
-    assert torch.autograd.gradcheck(lambda values: orpo_loss(values, silent, slots, 2, 0.3).loss, (logp,))
+    assert torch.autograd.gradcheck(lambda values: orpo_loss(values, silent, groups, 2, 0.3).loss, (logp,))
 
 
 def test_orpo_loss_of_a_perfect_model_and_of_extreme_logits_is_finite() -> None:
-    slots = torch.tensor([slot(pair, role) for pair in range(2) for role in Role for _ in range(3)])
+    groups = torch.tensor([group_number(pair, role) for pair in range(2) for role in Role for _ in range(3)])
     perfect = torch.zeros(18)
     perfect[6:9] = -2.0
     perfect[15:] = -1e4
     logp = perfect.clone().requires_grad_()
     max_logit = torch.full((18,), 3e4, requires_grad=True)
-    result = orpo_loss(logp, max_logit, slots, 2, 0.1)
+    result = orpo_loss(logp, max_logit, groups, 2, 0.1)
     result.loss.backward()
     assert math.isfinite(result.loss.item())
     assert torch.isfinite(logp.grad).all()
@@ -183,15 +183,15 @@ def test_orpo_loss_of_a_perfect_model_and_of_extreme_logits_is_finite() -> None:
     hopeless = torch.full((9,), -1e4)
     hopeless[6:] = 0.0
     logp = hopeless.requires_grad_()
-    result = orpo_loss(logp, torch.zeros(9), slots[:9], 1, 0.1)
+    result = orpo_loss(logp, torch.zeros(9), groups[:9], 1, 0.1)
     result.loss.backward()
     assert result.odds_loss.item() == pytest.approx(1e4 + 13.8155, rel=1e-4)
     assert (logp.grad[3:6] < 0).all()
 
 
 def test_orpo_loss_shows_a_nan() -> None:
-    slots = torch.tensor([slot(0, role) for role in Role])
-    result = orpo_loss(torch.tensor([-1.0, math.nan, -1.0]), torch.zeros(3), slots, 1, 0.1)
+    groups = torch.tensor([group_number(0, role) for role in Role])
+    result = orpo_loss(torch.tensor([-1.0, math.nan, -1.0]), torch.zeros(3), groups, 1, 0.1)
     assert math.isnan(result.loss.item())
 
 
@@ -203,10 +203,10 @@ def check_value_rows() -> tuple[Tensor, Tensor]:
 
 def test_orpo_loss_check_values() -> None:
     logits, targets = check_value_rows()
-    ignored = slot(1, Role.PROMPT)
-    slots = torch.tensor([Role.PROMPT, Role.CHOSEN, Role.CHOSEN, ignored, ignored] + [Role.REJECTED] * 3)
+    ignored = group_number(1, Role.PROMPT)
+    groups = torch.tensor([Role.PROMPT, Role.CHOSEN, Role.CHOSEN, ignored, ignored] + [Role.REJECTED] * 3)
     logp, max_logit = scores(logits, targets)
-    result = orpo_loss(logp.flatten(), max_logit.flatten(), slots, 1, 0.1)
+    result = orpo_loss(logp.flatten(), max_logit.flatten(), groups, 1, 0.1)
     assert result.nll.item() == pytest.approx(1.467615, abs=1e-6)
     assert result.logp_chosen.item() == pytest.approx(-1.636654, abs=1e-6)
     assert result.logp_rejected.item() == pytest.approx(-2.313514, abs=1e-6)
@@ -291,8 +291,8 @@ def test_averages_names_and_values() -> None:
     pairs = [Pair(3, 2, 4, 20), Pair(2, 5, 1, 21), Pair(2, 2, 0, 22)]
     logits = torch.cat([pair.logits for pair in pairs])
     logp, max_logit = scores(logits, torch.cat([pair.targets for pair in pairs]))
-    slots = torch.cat([pair.slots(index) for index, pair in enumerate(pairs)])
-    result = orpo_loss(logp, max_logit, slots, 3, 0.25)
+    groups = torch.cat([pair.groups(index) for index, pair in enumerate(pairs)])
+    result = orpo_loss(logp, max_logit, groups, 3, 0.25)
     averages = result.averages()
     assert averages["plain_pairs"] == 1
     assert averages["loss_1_token_chosen"] == pytest.approx(result.nll.mean().item())
@@ -306,7 +306,7 @@ def test_averages_names_and_values() -> None:
 
     alone = Pair(2, 2, 0, 22)
     logp, max_logit = scores(alone.logits, alone.targets)
-    result = orpo_loss(logp, max_logit, alone.slots(0), 1, 0.25)
+    result = orpo_loss(logp, max_logit, alone.groups(0), 1, 0.25)
     always = {"nll", "loss_1_token_chosen", "loss_2_odds_ratio", "preference_share", "plain_pairs"}
     assert set(result.averages()) == always
     assert running_preference(0.5, result.preferred_share.item()) == 0.5

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from src import quant
-from src.errors import ConfigError
-from src.quant import QUANT_TYPES, DequantizationWorkspace, FrozenHead, FrozenLinear
+from src.config.model import QUANT_TYPES
+from src.quant import DequantizationWorkspace, FrozenHead, FrozenLinear
 
 pytest.importorskip("bitsandbytes")
 
@@ -18,7 +18,9 @@ def random_weight(out_features: int = 96, in_features: int = 128, seed: int = 0)
 
 
 def frozen(quant_type: str = "nf4", dtype: torch.dtype = torch.float32, **options: object) -> FrozenLinear:
-    return FrozenLinear.from_weight(random_weight(), quant_type, dtype, **options)
+    return FrozenLinear.from_weight(
+        random_weight(), quant_type, dtype, **{"workspace": DequantizationWorkspace(), **options}
+    )
 
 
 # Relative error of normal weights, mean and deviation of 20 draws of 512x512 with bitsandbytes 0.50.2 on a CPU:
@@ -28,7 +30,9 @@ def frozen(quant_type: str = "nf4", dtype: torch.dtype = torch.float32, **option
 )
 def test_dequantised_matrix_is_as_close_to_the_weight_as_its_type_allows(quant_type: str, expected: float) -> None:
     weight = random_weight(512, 512)
-    dense = FrozenLinear.from_weight(weight, quant_type, torch.float32).dequantized()
+    dense = FrozenLinear.from_weight(
+        weight, quant_type, torch.float32, workspace=DequantizationWorkspace()
+    ).dequantized()
     error = ((dense - weight).norm() / weight.norm()).item()
     assert error == pytest.approx(expected, rel=0.02)
 
@@ -36,11 +40,6 @@ def test_dequantised_matrix_is_as_close_to_the_weight_as_its_type_allows(quant_t
 def test_4bit_is_fp4() -> None:
     assert torch.equal(frozen("4bit").dequantized(), frozen("fp4").dequantized())
     assert not torch.equal(frozen("4bit").dequantized(), frozen("nf4").dequantized())
-
-
-def test_unknown_type_names_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"fp8.*nf4, fp4, 4bit, int8"):
-        frozen("fp8")
 
 
 @pytest.mark.parametrize("shape", [(128,), (3, 128), (2, 3, 128), (0, 128)])
@@ -72,7 +71,7 @@ def test_result_and_gradient_have_the_dtype_of_x(x_dtype: torch.dtype, compute_d
 def test_odd_sizes() -> None:
     weight = random_weight(7, 37)
     for quant_type in QUANT_TYPES:
-        layer = FrozenLinear.from_weight(weight, quant_type, torch.float32)
+        layer = FrozenLinear.from_weight(weight, quant_type, torch.float32, workspace=DequantizationWorkspace())
         x = torch.randn(2, 37)
         torch.testing.assert_close(layer(x), x @ layer.dequantized().t())
         assert ((layer.dequantized() - weight).norm() / weight.norm()).item() < 0.2
@@ -83,9 +82,9 @@ def test_odd_sizes() -> None:
 def test_autograd_saves_nothing_and_the_weight_never_changes(quant_type: str, keep: bool) -> None:
     workspace = DequantizationWorkspace(keep)
     model = nn.Sequential(
-        frozen(quant_type, workspace=workspace, slot="a"),
+        frozen(quant_type, workspace=workspace, kind="a"),
         nn.Tanh(),
-        FrozenLinear.from_weight(random_weight(128, 96), quant_type, torch.float32, workspace=workspace, slot="b"),
+        FrozenLinear.from_weight(random_weight(128, 96), quant_type, torch.float32, workspace=workspace, kind="b"),
     )
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
     start = nn.Parameter(torch.randn(4, 128))
@@ -108,7 +107,9 @@ def test_autograd_saves_nothing_and_the_weight_never_changes(quant_type: str, ke
 
 
 def test_double_quantised_storage_is_4_127_bits_and_everything_is_a_buffer() -> None:
-    layer = FrozenLinear.from_weight(random_weight(512, 512), "nf4", torch.bfloat16)
+    layer = FrozenLinear.from_weight(
+        random_weight(512, 512), "nf4", torch.bfloat16, workspace=DequantizationWorkspace()
+    )
     stored = sum(buffer.numel() * buffer.element_size() for buffer in layer.buffers())
     assert stored * 8 / 512**2 == pytest.approx(4.127, abs=0.001)
     held = {id(value) for value in vars(layer).values() if isinstance(value, Tensor)}
@@ -117,7 +118,9 @@ def test_double_quantised_storage_is_4_127_bits_and_everything_is_a_buffer() -> 
 
 def test_without_double_quantisation_the_absmax_is_exact() -> None:
     weight = random_weight()
-    layer = FrozenLinear.from_weight(weight, "nf4", torch.float32, double_quantization=False)
+    layer = FrozenLinear.from_weight(
+        weight, "nf4", torch.float32, double_quantization=False, workspace=DequantizationWorkspace()
+    )
     assert layer.absmax_scale is None
     torch.testing.assert_close(layer.absmax, weight.view(-1, 64).abs().amax(1))
 
@@ -132,7 +135,7 @@ def test_casting_the_module_leaves_the_quantisation_intact() -> None:
 
 def test_broadcasting_buffers_in_place_carries_the_matrix() -> None:
     source = frozen()
-    other = FrozenLinear.from_weight(random_weight(seed=1), "nf4", torch.float32)
+    other = FrozenLinear.from_weight(random_weight(seed=1), "nf4", torch.float32, workspace=DequantizationWorkspace())
     other(torch.randn(1, 128))
     for mine, theirs in zip(other.buffers(), source.buffers(), strict=True):
         mine.copy_(theirs)
@@ -149,17 +152,17 @@ def test_a_copy_computes_the_same() -> None:
 
 def test_one_buffer_serves_all_layers() -> None:
     workspace = DequantizationWorkspace()
-    first = frozen(workspace=workspace, slot="key")
-    second = FrozenLinear.from_weight(random_weight(32, 64, 1), "nf4", torch.float32, workspace=workspace, slot="value")
+    first = frozen(workspace=workspace, kind="key")
+    second = FrozenLinear.from_weight(random_weight(32, 64, 1), "nf4", torch.float32, workspace=workspace, kind="value")
     dense = first.shared_dense()
     again = second.shared_dense()
     assert dense.data_ptr() == again.data_ptr()
-    assert workspace.allocated_bytes == 96 * 128 * 4
+    assert sum(buffer.nbytes for buffer in workspace.buffers()) == 96 * 128 * 4
     assert torch.equal(first.shared_dense(), first.dequantized())
     workspace.clear()
-    assert workspace.allocated_bytes == 0
+    assert not workspace.buffers()
     workspace.reserve([second, first])
-    assert workspace.allocated_bytes == 96 * 128 * 4
+    assert sum(buffer.nbytes for buffer in workspace.buffers()) == 96 * 128 * 4
     (buffer,) = workspace.buffers()
     buffer.fill_(7)
     assert (second.shared_dense() == 7).all(), "found again, as the last that was dequantised"
@@ -172,8 +175,8 @@ def test_matrices_are_dequantised_once_until_another_takes_their_buffer(
 ) -> None:
     workspace = DequantizationWorkspace(keep_dequantized=True)
     layers = [
-        FrozenLinear.from_weight(random_weight(seed=seed), "nf4", torch.float32, workspace=workspace, slot=slot)
-        for seed, slot in enumerate(["key", "value", "key"])
+        FrozenLinear.from_weight(random_weight(seed=seed), "nf4", torch.float32, workspace=workspace, kind=kind)
+        for seed, kind in enumerate(["key", "value", "key"])
     ]
     filled: list[int] = []
     original = FrozenLinear._fill
@@ -215,11 +218,11 @@ def test_checkpointed_layers_give_the_same_gradient(keep: bool) -> None:
         blocks = [
             nn.Sequential(
                 FrozenLinear.from_weight(
-                    random_weight(seed=2 * i), "nf4", torch.float32, workspace=workspace, slot="k"
+                    random_weight(seed=2 * i), "nf4", torch.float32, workspace=workspace, kind="k"
                 ),
                 nn.Tanh(),
                 FrozenLinear.from_weight(
-                    random_weight(128, 96, 2 * i + 1), "nf4", torch.float32, workspace=workspace, slot="v"
+                    random_weight(128, 96, 2 * i + 1), "nf4", torch.float32, workspace=workspace, kind="v"
                 ),
             )
             for i in range(3)
@@ -238,7 +241,7 @@ def test_checkpointed_layers_give_the_same_gradient(keep: bool) -> None:
 def test_a_packed_head_is_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quant, "_HEAD_PART_VALUES", 40 * 128)
     weight = random_weight(96, 128)
-    head = FrozenHead.from_weight(weight, "nf4", torch.float32)
+    head = FrozenHead.from_weight(weight, "nf4", torch.float32, DequantizationWorkspace())
     assert [part.out_features for part in head.parts] == [40, 40, 16]
     dense = torch.cat([part().clone() for part in head.dense_parts()])
     assert (dense - weight).norm() < 0.1 * weight.norm()

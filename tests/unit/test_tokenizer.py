@@ -5,7 +5,7 @@ import random
 import pytest
 
 from src.errors import DataError
-from src.tokenizer import ByteTokenizer, IncrementalDecoder, WorldTokenizer, tokenizer_for_vocabulary
+from src.tokenizer import ByteTokenizer, WorldTokenizer, tokenizer_for_vocabulary
 
 SCRIPTS = "Hello, wörld! 你好。\n\nこんにちは 👩‍👩‍👧 Привет\r\n\tदेवनागरी ﷽ \x00 \U0010ffff"
 
@@ -74,31 +74,11 @@ class TestEveryTokenizer:
     def test_round_trip(self, tokenizer):
         assert tokenizer.decode(tokenizer.encode(SCRIPTS)) == SCRIPTS
 
-    def test_pieces_joined_are_the_text_and_never_broken(self, tokenizer):
-        decoder = IncrementalDecoder(tokenizer)
-        ids = [byte + 1 for byte in SCRIPTS.encode()]
-        pieces = [decoder.push(token) for token in ids]
-        assert "".join(pieces) == SCRIPTS
-        assert "\ufffd" not in "".join(pieces)
-        assert decoder.finish() == ""
-        assert pieces[SCRIPTS.encode().index("你".encode())] == ""
-
-    def test_an_unfinished_character_is_marked_at_the_end(self, tokenizer):
-        decoder = IncrementalDecoder(tokenizer)
-        start = [byte + 1 for byte in "a你".encode()[:-1]]
-        assert "".join(map(decoder.push, start)) == "a"
-        assert decoder.finish() == "\ufffd"
-        assert decoder.push(99) == "b"
-
     def test_any_ids_decode(self, tokenizer):
         assert tokenizer.decode([0]) == ""
         assert tokenizer.decode([0x41 + 1, 0, 0x42 + 1]) == "AB"
         for unknown in (65530, 65535, 10**9, -1):
             assert tokenizer.decode([0x41 + 1, unknown, 0x42 + 1]) == "A\ufffdB"
-        generator = random.Random(1)
-        ids = [generator.randrange(65536) for _ in range(3000)]
-        decoder = IncrementalDecoder(tokenizer)
-        assert "".join(map(decoder.push, ids)) + decoder.finish() == tokenizer.decode(ids)
 
     def test_half_a_surrogate_pair_is_refused(self, tokenizer):
         with pytest.raises(DataError, match=r"'\\ud83d' at character 2"):

@@ -17,12 +17,12 @@ from src.losses import (
     IGNORED_TARGET,
     PreferenceLoss,
     Role,
+    group_number,
     orpo_loss,
     orpo_loss_released,
-    slot,
     targets_after,
 )
-from src.model.rwkv6 import RWKV6
+from src.model.language_model import LanguageModel
 from src.ops.token_logps import token_logps
 from src.tokenizer import ByteTokenizer
 
@@ -48,14 +48,14 @@ def test_shared_prompt_batch_token_by_token() -> None:
     # Roots: pair 0's prompt without its last token, then both answers to the one-token prompt.
     assert batch.tokens.tolist() == [[1, 2, 7, 8, 7, 10, 3, 4, 3]]
     assert batch.targets.tolist() == [2, 3, 8, 9, 10, 11, 4, 5, 6]
-    prompt, chosen, rejected = (slot(0, role) for role in Role)
-    other = [slot(1, Role.CHOSEN)] * 2 + [slot(1, Role.REJECTED)] * 2
+    prompt, chosen, rejected = (group_number(0, role) for role in Role)
+    other = [group_number(1, Role.CHOSEN)] * 2 + [group_number(1, Role.REJECTED)] * 2
     assert batch.groups.tolist() == [prompt, prompt, *other, chosen, chosen, rejected]
     assert batch.layout.lengths == (2, 2, 2, 2, 1)
     assert batch.layout.roots == 3
     assert batch.layout.parents.tolist() == [0, 0]
     assert batch.reject_lengths.tolist() == [1, 2]
-    assert (batch.pairs, batch.token_count, batch.target_count) == (2, 9, 9)
+    assert (batch.pairs, batch.token_count) == (2, 9)
 
 
 def test_the_released_form_wants_rejects_of_five_tokens() -> None:
@@ -72,11 +72,11 @@ def test_two_rows_batch_token_by_token() -> None:
     batch = dataset([PreferencePair([1, 2, 3], [4, 5], [6])], PairForm.TWO_ROWS).batch([0])
     assert batch.tokens.tolist() == [[1, 2, 3, 4, 1, 2, 3]]
     assert batch.targets.tolist() == [2, 3, 4, 5, IGNORED_TARGET, IGNORED_TARGET, 6]
-    prompt, chosen, rejected = (slot(0, role) for role in Role)
-    uncounted = slot(1, Role.PROMPT)
+    prompt, chosen, rejected = (group_number(0, role) for role in Role)
+    uncounted = group_number(1, Role.PROMPT)
     assert batch.groups.tolist() == [prompt, prompt, chosen, chosen, uncounted, uncounted, rejected]
     assert batch.layout.lengths == (4, 3)
-    assert (batch.token_count, batch.target_count) == (7, 5)
+    assert batch.token_count == 7
 
 
 def test_released_batch_is_padded_with_zero_to_the_longer_row() -> None:
@@ -86,7 +86,7 @@ def test_released_batch_is_padded_with_zero_to_the_longer_row() -> None:
     assert batch.targets.tolist() == [2, 3, 4, 0, 2, 5, 4, 3, 2, 0]
     assert batch.groups.tolist() == [0] * 4 + [1] * 4 + [2, 3]
     assert batch.layout.lengths == (4, 4, 1, 1)
-    assert (batch.token_count, batch.target_count) == (8, 8)
+    assert batch.token_count == 8
 
 
 def test_blank_rejects_get_no_positions() -> None:
@@ -99,8 +99,8 @@ def test_blank_rejects_get_no_positions() -> None:
     with_tokenizer = dataset(pairs, tokenizer=ByteTokenizer(), micro_bsz=3)
     assert with_tokenizer.plan.plain_pairs == 2
     batch = with_tokenizer.batch([0, 1, 2])
-    assert not set(batch.groups.tolist()) & {slot(0, Role.REJECTED), slot(1, Role.REJECTED)}
-    assert slot(2, Role.REJECTED) in batch.groups
+    assert not set(batch.groups.tolist()) & {group_number(0, Role.REJECTED), group_number(1, Role.REJECTED)}
+    assert group_number(2, Role.REJECTED) in batch.groups
     assert dataset(pairs).plan.plain_pairs == 1
     assert "2 of 3 pairs have no reject" in with_tokenizer.plan.statements()[0]
 
@@ -152,10 +152,7 @@ def test_batches_weigh_by_their_pairs_within_an_optimizer_step() -> None:
 def test_an_epoch_streams_through_passes() -> None:
     made = dataset(random_pairs([(2, 2, 2)] * 5), micro_bsz=1, epoch_steps=3)
     assert len(made) == 3
-    loader, seen = made.loader(), []
-    for epoch in range(2):
-        loader.sampler.set_epoch(epoch)
-        seen += [batch.sample_indices[0] for batch in loader]
+    seen = [made[step].sample_indices[0] for step in range(2 * len(made))]
     assert sorted(seen[:5]) == [0, 1, 2, 3, 4]
 
 
@@ -166,13 +163,13 @@ def test_batches_in_order_and_names() -> None:
     assert made.describe(made.batch([2])) == "pair 3 of some.save"
 
 
-def tiny_model() -> RWKV6:
+def tiny_model() -> LanguageModel:
     shape = tiny_shape()
     tensors = {**tiny_parameters(shape), **tiny_states(shape)}
     return build_model(tensors, shape, LoadOptions(torch.device("cpu"), torch.float32))
 
 
-def loss_and_gradients(model: RWKV6, batch: PreferenceBatch) -> tuple[PreferenceLoss, list[Tensor]]:
+def loss_and_gradients(model: LanguageModel, batch: PreferenceBatch) -> tuple[PreferenceLoss, list[Tensor]]:
     states = [block.att.time_state for block in model.blocks]
     hidden, _ = model(batch.tokens, layout=batch.layout)
     logp, max_logit = token_logps(hidden[0], model.head.weight, batch.targets)

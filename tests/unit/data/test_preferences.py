@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from src.config.preference import MIXED
 from src.data.preferences import (
-    MIXED,
     PreferencePair,
     PreferenceRow,
     clean_text,
     make_pairs,
-    pairs_from_tuples,
     read_rows,
 )
 from src.errors import ConfigError, DataError
@@ -181,35 +180,3 @@ def test_make_pairs_refuses_impossible_numbers() -> None:
         make_pairs("f", rows_of(1), BYTES, 0)
     with pytest.raises(ConfigError, match="--max_len 0"):
         make_pairs("f", rows_of(1), BYTES, 1, template=MIXED, longest=0)
-
-
-def test_pairs_from_tuples_gives_back_what_as_tuple_gave() -> None:
-    pairs = make_pairs("f", rows_of(5), BYTES, 9).pairs
-    assert pairs_from_tuples("f", [pair.as_tuple() for pair in pairs], 257) == pairs
-    no_reject = ([1], [2], [], 0.5, 0.5)
-    assert pairs_from_tuples("f", [no_reject], 257)[0].rejected == []
-
-
-@pytest.mark.parametrize(
-    ("content", "expected"),
-    [
-        ({"blocks.0.att.time_state": 1}, "holds dict, not a list of preference pairs"),
-        ([], "holds an empty list"),
-        (["text"], "pair 1 has str"),
-        ([([1], [2], [3], 0.5, 0.5), ([1], [2], [3])], "pair 2 has 3 entries"),
-        ([([1], "no", [3], 0.5, 0.5)], "no list of token ids as its chosen"),
-        ([([1.5], [2], [3], 0.5, 0.5)], "no list of token ids as its prompt"),
-        ([([1], [2], [[3]], 0.5, 0.5)], "no list of token ids as its reject"),
-        ([([[1], [2, 3]], [2], [3], 0.5, 0.5)], "no list of token ids as its prompt"),
-        ([([1], [], [3], 0.5, 0.5)], "has an empty chosen"),
-        ([([], [2], [3], 0.5, 0.5)], "has an empty prompt"),
-        ([([1], [257], [3], 0.5, 0.5)], "token 257 in its chosen, but the model knows 0 to 256"),
-        ([([1], [2], [-3], 0.5, 0.5)], "token -3 in its reject"),
-        ([([1], [2], [3], "a", 0.5)], "no number for a base log-probability"),
-    ],
-)
-def test_pairs_from_tuples_refuses_other_content(content: object, expected: str) -> None:
-    with pytest.raises(DataError) as caught:
-        pairs_from_tuples("some.save", content, 257)
-    assert expected in str(caught.value)
-    assert str(caught.value).startswith("some.save")

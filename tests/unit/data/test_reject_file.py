@@ -46,8 +46,8 @@ def test_the_file_reads_back_as_written(tmp_path: Path) -> None:
         ("h", "i", " new\r4\n\n"),
     ]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out.csv", "out.csv.run.json"]
-    record = json.loads((tmp_path / "out.csv.run.json").read_text())
-    assert (record["rows"], record["rows_done"], record["settings"]) == (5, 5, SETTINGS)
+    progress = json.loads((tmp_path / "out.csv.run.json").read_text())
+    assert (progress["rows"], progress["rows_done"], progress["settings"]) == (5, 5, SETTINGS)
 
 
 @pytest.mark.parametrize("cut_after_group", [0, 1])
@@ -67,9 +67,9 @@ def test_a_crash_before_the_first_byte_is_taken_up(tmp_path: Path) -> None:
     with RejectFile(str(tmp_path / "out.csv"), ROWS, SETTINGS):
         pass
     whole = complete(tmp_path / "whole.csv")
-    record_path = tmp_path / "out.csv.run.json"
-    record = json.loads(record_path.read_text())
-    record_path.write_text(json.dumps({**record, "bytes_done": 0}))
+    progress_path = tmp_path / "out.csv.run.json"
+    progress = json.loads(progress_path.read_text())
+    progress_path.write_text(json.dumps({**progress, "bytes_done": 0}))
     (tmp_path / "out.csv").write_bytes(b"")
     assert complete(tmp_path / "out.csv") == whole
 

@@ -7,20 +7,20 @@ import pytest
 
 from src.data.sources import open_documents
 from src.data.text import WORLD_CHAT, Part
-from src.errors import ConfigError, DataError
+from src.errors import DataError
 from src.tokenizer import ByteTokenizer, WorldTokenizer
 
 BYTES = ByteTokenizer()
 
 
-def write_lines(path, *records):
-    lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+def write_lines(path, *entries):
+    lines = (entry if isinstance(entry, str) else json.dumps(entry) for entry in entries)
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return str(path)
 
 
-def read_lines(path, *records, vocab_size=257):
-    return open_documents("jsonl", write_lines(path / "data.jsonl", *records), vocab_size, ctx_len=64)
+def read_lines(path, *entries, vocab_size=257):
+    return open_documents("jsonl", write_lines(path / "data.jsonl", *entries), vocab_size, ctx_len=64)
 
 
 def text_and_counted(documents, index, tokenizer=BYTES):
@@ -110,12 +110,12 @@ def test_byte_order_mark_blank_lines_and_carriage_returns_are_tolerated(tmp_path
     path.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n  \n{"text": "two"}')
     documents = open_documents("jsonl", str(path), 257, ctx_len=8)
     assert BYTES.decode(documents.stream.tolist()) == "onetwo"
-    assert documents.label(1) == f"line 4 of {path}"
+    assert documents.numbers.tolist() == [1, 4]
 
 
 def test_empty_texts_are_left_out_and_counted(tmp_path):
     documents = read_lines(tmp_path, {"text": ""}, {"text": "a"})
-    assert documents.label(0).startswith("line 2 of")
+    assert (documents.unit, documents.numbers.tolist()) == ("line", [2])
     assert documents.statements == ("1 line of fewer than two tokens left out.",)
 
 
@@ -221,8 +221,3 @@ def test_generated_data_are_the_same_every_time(vocab_size):
 def test_generated_data_need_a_vocabulary():
     with pytest.raises(DataError, match="at least 3 entries, not 2"):
         open_documents("dummy", "", 2, ctx_len=8)
-
-
-def test_unknown_data_type():
-    with pytest.raises(ConfigError, match="numpy is unknown; known are binidx, jsonl, utf-8, dummy"):
-        open_documents("numpy", "x", 257, ctx_len=8)

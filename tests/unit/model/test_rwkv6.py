@@ -10,17 +10,21 @@ from torch import Tensor
 from src.layout import SegmentLayout
 from src.loading import LoadOptions, build_model
 from src.model import rwkv6
-from src.model.parameters import ModelShape, parameter_shapes, state_key, state_shapes
+from src.model.language_model import LanguageModel
+from src.model.layers import Linear
 from src.model.recompute import Recompute
-from src.model.rwkv6 import RWKV6, Linear
+from src.model.shape import ModelShape, state_key
 
 CPU = torch.device("cpu")
+WEIGHTS = set(tiny_shape().parameter_shapes())
 TOLERANCE = 2e-5
 """Two ways to one result in fp32, values of order 1. Measured: 2e-6 at most over the shapes below, torch
 2.13 on an x86-64 CPU; the rest is room for another machine's order of additions."""
 
 
-def tiny_model(shape: ModelShape | None = None, *, states: bool = True, **options: object) -> RWKV6:
+def tiny_model(
+    shape: ModelShape | None = None, *, states: bool = True, recompute: Recompute = Recompute.NOTHING, **options: object
+) -> LanguageModel:
     """A model in which every part matters, with a start state that is not symmetric."""
     shape = shape or tiny_shape()
     tensors: dict[str, Tensor] = {
@@ -28,7 +32,9 @@ def tiny_model(shape: ModelShape | None = None, *, states: bool = True, **option
         **(tiny_states(shape, seed=2) if states else {}),
     }
     chosen = {"device": CPU, "compute_dtype": torch.float32, **options}
-    return build_model(tensors, shape, LoadOptions(**chosen))  # type: ignore[arg-type]
+    model = build_model(tensors, shape, LoadOptions(**chosen))  # type: ignore[arg-type]
+    model.set_recomputation([recompute] * shape.n_layer)
+    return model
 
 
 def tokens_of(shape: ModelShape, rows: int, length: int, seed: int = 0) -> Tensor:
@@ -37,15 +43,15 @@ def tokens_of(shape: ModelShape, rows: int, length: int, seed: int = 0) -> Tenso
     return torch.randint(shape.vocab_size, (rows, length), generator=generator)
 
 
-def hidden_of(model: RWKV6, tokens: Tensor, layout: SegmentLayout | None = None) -> Tensor:
+def hidden_of(model: LanguageModel, tokens: Tensor, layout: SegmentLayout | None = None) -> Tensor:
     """Outputs without gradients."""
     with torch.no_grad():
         return model(tokens, layout=layout)[0]
 
 
-def state_gradients(model: RWKV6, loss: Tensor) -> dict[str, Tensor]:
+def state_gradients(model: LanguageModel, loss: Tensor) -> dict[str, Tensor]:
     """Gradients of the start states by file key."""
-    names = list(state_shapes(model.shape))
+    names = list(model.shape.state_shapes())
     parameters = dict(model.named_parameters())
     gradients = torch.autograd.grad(loss, [parameters[name] for name in names])
     return dict(zip(names, gradients, strict=True))
@@ -102,16 +108,14 @@ class TestDependence:
 
     def test_every_weight_matters(self) -> None:
         shape = tiny_shape()
-        model = tiny_model(shape, train_weights=True)
-        for name in state_shapes(shape):
-            model.get_parameter(name).requires_grad_(True)
+        model = tiny_model(shape, trained={*shape.parameter_shapes(), *shape.state_shapes()})
         hidden, _ = model(tokens_of(shape, 2, 12))
         model.logits(hidden).square().mean().backward()
         silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
         assert silent == []
         assert {name for name, _ in model.named_parameters()} == {
-            *parameter_shapes(shape),
-            *state_shapes(shape),
+            *shape.parameter_shapes(),
+            *shape.state_shapes(),
         }
 
 
@@ -121,7 +125,7 @@ class TestStartState:
         tokens = tokens_of(model.shape, 1, 8)
         straight = hidden_of(model, tokens)
         with torch.no_grad():
-            for name in state_shapes(model.shape):
+            for name in model.shape.state_shapes():
                 state = model.get_parameter(name)
                 state.copy_(state.transpose(1, 2).clone())
         assert (hidden_of(model, tokens) - straight).abs().max() > 1e-2
@@ -278,11 +282,11 @@ class TestRecomputation:
     def test_all_weights_gradients_are_equal_with_and_without(self, recompute: Recompute) -> None:
         gradients = []
         for mode in (Recompute.NOTHING, recompute):
-            model = tiny_model(recompute=mode, train_weights=True)
+            model = tiny_model(recompute=mode, trained=WEIGHTS)
             model(tokens_of(model.shape, 2, 9))[0].square().mean().backward()
             gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         kept, again = gradients
-        assert kept.keys() == again.keys() == parameter_shapes(tiny_shape()).keys() - {"head.weight"}
+        assert kept.keys() == again.keys() == tiny_shape().parameter_shapes().keys() - {"head.weight"}
         for name in kept:
             assert torch.equal(kept[name], again[name]), name
 
@@ -368,4 +372,4 @@ class TestFrozenMeansFrozen:
         model = tiny_model(tiny_shape(n_embd=64), quant_type="nf4")
         model(tokens_of(model.shape, 1, 9))[0].square().mean().backward()
         with_gradient = {name for name, p in model.named_parameters() if p.grad is not None}
-        assert with_gradient == set(state_shapes(model.shape))
+        assert with_gradient == set(model.shape.state_shapes())

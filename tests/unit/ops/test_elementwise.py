@@ -11,7 +11,6 @@ from src.ops.elementwise import (
     continuations,
     group_norm_silu_gate,
     modulated_shift_mixes,
-    shift_mix,
     shift_mixes,
     shifted_tokens,
     sigmoid_gated_residual,
@@ -25,13 +24,6 @@ DOUBLE = torch.float64
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
-
-
-def test_shift_mixes_are_the_parts_of_shift_mix() -> None:
-    z, maa = normal(2, 3, 4), normal(5, 4, seed=1)
-    parts = shift_mixes(z, None, maa, None, None)
-    assert isinstance(parts, tuple)
-    assert torch.equal(torch.stack(parts), shift_mix(z, None, maa, None, None))
 
 
 @pytest.mark.parametrize("previous", [[-1], [-1, 0, 1], [-1, 0, 1, -1, 3, 2, 5, 4, 2, 2], [-1, -1, -1]])
@@ -53,19 +45,19 @@ def test_continuations_list_every_token_once_under_the_one_before_it(previous: l
 @pytest.mark.parametrize("with_carry", [False, True])
 @pytest.mark.parametrize("with_modulation", [False, True])
 @pytest.mark.parametrize("groups", [1, 2, 5])
-def test_shift_mix_is_the_formula_token_by_token(groups: int, with_modulation: bool, with_carry: bool) -> None:
+def test_shift_mixes_are_the_formula_token_by_token(groups: int, with_modulation: bool, with_carry: bool) -> None:
     z, maa = normal(2, 5, 6), normal(groups, 6, seed=1)
     modulation = normal(groups, 2, 5, 6, seed=2) if with_modulation else None
     carry = normal(2, 6, seed=3) if with_carry else None
-    mixed = shift_mix(z, carry, maa, modulation, None)
-    assert mixed.shape == (groups, 2, 5, 6)
+    mixed = shift_mixes(z, carry, maa, modulation, None)
+    assert [part.shape for part in mixed] == [(2, 5, 6)] * groups
     for g in range(groups):
         for b in range(2):
             for t in range(5):
                 start = carry[b] if carry is not None else torch.zeros(6, dtype=DOUBLE)
                 before = z[b, t - 1] if t else start
                 proportion = maa[g] + (modulation[g, b, t] if modulation is not None else 0)
-                torch.testing.assert_close(mixed[g, b, t], z[b, t] + (before - z[b, t]) * proportion)
+                torch.testing.assert_close(mixed[g][b, t], z[b, t] + (before - z[b, t]) * proportion)
 
 
 def test_shifted_tokens_follow_previous_across_segments_and_branches() -> None:
@@ -82,10 +74,10 @@ def test_shifted_tokens_follow_previous_across_segments_and_branches() -> None:
 def test_a_packed_row_equals_its_segments_apart() -> None:
     z, carry, maa = normal(1, 7, 4), normal(2, 4, seed=1), normal(5, 4, seed=2)
     modulation = normal(5, 1, 7, 4, seed=3)
-    packed = shift_mix(z, carry, maa, modulation, torch.tensor([-1, 0, 1, -1, 3, 4, 5]))
+    packed = torch.stack(shift_mixes(z, carry, maa, modulation, torch.tensor([-1, 0, 1, -1, 3, 4, 5])))
     for index, part in enumerate([slice(0, 3), slice(3, 7)]):
-        alone = shift_mix(z[:, part], carry[index : index + 1], maa, modulation[:, :, part], None)
-        torch.testing.assert_close(packed[:, :, part], alone)
+        alone = shift_mixes(z[:, part], carry[index : index + 1], maa, modulation[:, :, part], None)
+        torch.testing.assert_close(packed[:, :, part], torch.stack(alone))
 
 
 def test_shift_does_not_look_ahead() -> None:
@@ -93,7 +85,8 @@ def test_shift_does_not_look_ahead() -> None:
     changed = z.clone()
     changed[0, 4] += 1.0
     maa = normal(5, 4, seed=1)
-    difference = shift_mix(z, None, maa, None, None) - shift_mix(changed, None, maa, None, None)
+    parts = zip(shift_mixes(z, None, maa, None, None), shift_mixes(changed, None, maa, None, None), strict=True)
+    difference = torch.stack([before - after for before, after in parts])
     assert not difference[:, :, :4].any()
     assert difference[:, :, 4:].any()
 
@@ -161,11 +154,12 @@ def test_squared_relu_gradient_is_that_of_autograd() -> None:
 
 BRANCHING = torch.tensor([-1, 0, -1, 2, 1, 3, 1])
 CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
-    "shift_mix": (lambda z, carry, maa, m: shift_mix(z, carry, maa, m, None),
-                  (normal(2, 3, 4), normal(2, 4), normal(5, 4), normal(5, 2, 3, 4))),
-    "shift_mix packed": (lambda z, carry, maa, m: shift_mix(z, carry, maa, m, BRANCHING),
-                         (normal(1, 7, 4), normal(2, 4), normal(2, 4), normal(2, 1, 7, 4))),
-    "shift_mix bare": (lambda z, maa: shift_mix(z, None, maa, None, None), (normal(2, 3, 4), normal(1, 4))),
+    "shift_mixes": (lambda z, carry, maa, m: torch.stack(shift_mixes(z, carry, maa, m, None)),
+                    (normal(2, 3, 4), normal(2, 4), normal(5, 4), normal(5, 2, 3, 4))),
+    "shift_mixes packed": (lambda z, carry, maa, m: torch.stack(shift_mixes(z, carry, maa, m, BRANCHING)),
+                           (normal(1, 7, 4), normal(2, 4), normal(2, 4), normal(2, 1, 7, 4))),
+    "shift_mixes bare": (lambda z, maa: torch.stack(shift_mixes(z, None, maa, None, None)),
+                         (normal(2, 3, 4), normal(1, 4))),
     "modulated_shift_mixes": (lambda z, carry, maa, h, up: torch.stack(
                                   modulated_shift_mixes(z, carry, maa, h, up, None)),
                               (normal(2, 3, 4), normal(2, 4), normal(5, 4), normal(2, 3, 10), normal(5, 2, 4))),
@@ -187,7 +181,38 @@ def test_gradients_against_finite_differences(name: str) -> None:
 def test_bf16_results_are_bf16() -> None:
     z = normal(1, 3, 8).bfloat16()
     maa = normal(2, 8)
-    assert shift_mix(z, None, maa, None, None).dtype == torch.bfloat16
+    assert {part.dtype for part in shift_mixes(z, None, maa, None, None)} == {torch.bfloat16}
     y = normal(1, 3, 2, 4).bfloat16()
     assert group_norm_silu_gate(y, z, normal(8), normal(8), 1e-5).dtype == torch.bfloat16
     assert {part.dtype for part in add_norm(z, z, normal(8), normal(8), 1e-5)} == {torch.bfloat16}
+
+
+PARAMETERS: dict[str, tuple[Callable[..., object], tuple[Tensor, ...]]] = {
+    "shift_mixes": (lambda maa: shift_mixes(normal(2, 3, 8).bfloat16(), None, maa, None, None), (normal(2, 8),)),
+    "modulated_shift_mixes": (lambda maa, up: modulated_shift_mixes(
+                                  normal(2, 3, 8).bfloat16(), None, maa, normal(2, 3, 10).bfloat16(), up, None),
+                              (normal(5, 8), normal(5, 2, 8, seed=1))),
+    "group_norm_silu_gate": (lambda w, b: (group_norm_silu_gate(
+                                 normal(2, 3, 2, 4).bfloat16(), normal(2, 3, 8).bfloat16(), w, b, 64e-5),),
+                             (normal(8), normal(8, seed=1))),
+    "add_norm": (lambda w, b: add_norm(normal(2, 8).bfloat16(), None, w, b, 1e-3)[1:], (normal(8), normal(8, seed=1))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_wider_parameter_is_used_rounded_and_gets_its_gradient_in_its_own_dtype(name: str) -> None:
+    function, values = PARAMETERS[name]
+    results = []
+    for rounds in (False, True):
+        masters = [value.float().requires_grad_() for value in values]
+        outputs = function(*(master.bfloat16() if rounds else master for master in masters))
+        torch.autograd.backward(outputs, [normal(*output.shape, seed=5).bfloat16() for output in outputs])
+        assert all(master.grad is not None and master.grad.dtype is torch.float32 for master in masters)
+        results.append([*outputs, *(master.grad for master in masters)])
+    for as_it_is, rounded in zip(*results, strict=True):
+        assert torch.equal(as_it_is, rounded)
+
+
+def test_a_trained_norm_does_not_make_the_stream_trained() -> None:
+    total, normed = add_norm(normal(2, 8), normal(2, 8), normal(8).requires_grad_(), normal(8), 1e-3)
+    assert (total.requires_grad, normed.requires_grad) == (False, True)

@@ -16,13 +16,15 @@ from pytorch_lightning.strategies import DeepSpeedStrategy
 from running import GivenLoss
 from torch import Tensor
 
+from src.adapters.method import method_of
 from src.config import TrainConfig
 from src.errors import TrainingError
 from src.loading import LoadOptions, build_model
 from src.schedule import Schedule
 from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
+from src.training.logs import EpochLog, StepLog
 from src.training.module import TrainingModule
-from src.training.records import EpochRecord, StepRecord
+from src.training.objectives import Staged
 
 SCHEDULE = Schedule(lr_init=1.0, lr_final=0.1, warmup_steps=0, total_steps=10, weight_decay=0.5)
 
@@ -36,12 +38,13 @@ def module(**flags: object) -> TrainingModule:
     def loss(model: Any, batch: Any) -> Tensor:
         return 1 + batch.factor * model.get_parameter("blocks.0.att.time_state").sum()
 
-    return TrainingModule(model, GivenLoss(loss), TrainConfig.from_flags(given))
+    config = TrainConfig.from_flags(given)
+    return TrainingModule(model, GivenLoss(loss), config, method_of(config), [])
 
 
 def batch(*samples: int, factor: float = 1.0) -> Any:
     """What the callbacks read of a batch."""
-    return SimpleNamespace(sample_indices=samples, token_count=10 * len(samples), factor=factor)
+    return Staged({}, SimpleNamespace(sample_indices=samples, token_count=10 * len(samples), factor=factor))
 
 
 def trainer(made: TrainingModule, **changes: object) -> Any:
@@ -143,22 +146,22 @@ class Remembering:
     """A sink that keeps what it is given."""
 
     def __init__(self) -> None:
-        self.steps: list[StepRecord] = []
-        self.epochs: list[EpochRecord] = []
+        self.steps: list[StepLog] = []
+        self.epochs: list[EpochLog] = []
         self.closed = 0
 
-    def step(self, record: StepRecord) -> None:
-        self.steps.append(record)
+    def step(self, log: StepLog) -> None:
+        self.steps.append(log)
 
-    def epoch(self, record: EpochRecord) -> None:
-        self.epochs.append(record)
+    def epoch(self, log: EpochLog) -> None:
+        self.epochs.append(log)
 
     def close(self) -> None:
         self.closed += 1
 
 
 class TestMonitor:
-    def test_one_record_per_optimizer_step_and_epoch(self) -> None:
+    def test_one_log_per_optimizer_step_and_epoch(self) -> None:
         made, control, sink = module(), StepControl(SCHEDULE, 2), Remembering()
         monitor = TrainingMonitor(control, [sink], epoch_begin=5, ctx_len=100)
         loop = trainer(made)
@@ -169,10 +172,10 @@ class TestMonitor:
             monitor.on_train_batch_end(loop, made, None, item, number)
         monitor.on_train_epoch_end(loop, made)
         monitor.on_train_end(loop, made)
-        assert [record.step for record in sink.steps] == [1, 2]
-        assert [record.tokens for record in sink.steps] == [30, 20]
-        assert [record.nominal_tokens for record in sink.steps] == [300, 200]
-        assert [(record.epoch, record.local_epoch) for record in sink.epochs] == [(5, 0)]
+        assert [log.step for log in sink.steps] == [1, 2]
+        assert [log.tokens for log in sink.steps] == [30, 20]
+        assert [log.nominal_tokens for log in sink.steps] == [300, 200]
+        assert [(log.epoch, log.local_epoch) for log in sink.epochs] == [(5, 0)]
         assert sink.epochs[0].loss == pytest.approx(sum(monitor.losses) / 2)
         assert sink.closed == 1
 

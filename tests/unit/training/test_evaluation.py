@@ -14,7 +14,7 @@ from src.data.documents import Documents
 from src.data.preference_batches import PairForm, PreferenceDataset
 from src.data.preferences import PreferencePair
 from src.loading import LoadOptions, build_model
-from src.model.rwkv6 import RWKV6
+from src.model.language_model import LanguageModel
 from src.training.evaluation import START_POSITIONS, held_out_loss, held_out_preference
 from src.training.objectives import PreferenceObjective
 
@@ -22,14 +22,14 @@ SHAPE = tiny_shape()
 
 
 @pytest.fixture(scope="module")
-def model() -> RWKV6:
+def model() -> LanguageModel:
     """A tiny model with a start state and dropout."""
     options = LoadOptions(torch.device("cpu"), torch.float32, dropout=0.5)
     return build_model({**tiny_parameters(SHAPE), **tiny_states(SHAPE)}, SHAPE, options)
 
 
 @torch.no_grad()
-def target_losses(model: RWKV6, tokens: list[int]) -> torch.Tensor:
+def target_losses(model: LanguageModel, tokens: list[int]) -> torch.Tensor:
     """Cross-entropy of every token after the first, without dropout."""
     model.eval()
     hidden, _ = model(torch.tensor([tokens[:-1]]))
@@ -38,7 +38,7 @@ def target_losses(model: RWKV6, tokens: list[int]) -> torch.Tensor:
     return losses
 
 
-def test_the_loss_is_the_mean_over_all_targets(model: RWKV6, tmp_path: Path) -> None:
+def test_the_loss_is_the_mean_over_all_targets(model: LanguageModel, tmp_path: Path) -> None:
     documents = read_binidx(str(write_documents(tmp_path / "d", [100, 5, 70, 65, 66])), SHAPE.vocab_size)
     result = held_out_loss(model, documents, ctx_len=90)
     rows = [target_losses(model, documents.tokens(i, 91).tolist()) for i in range(5)]
@@ -49,7 +49,7 @@ def test_the_loss_is_the_mean_over_all_targets(model: RWKV6, tmp_path: Path) -> 
     assert model.training
 
 
-def test_only_counted_targets_enter(model: RWKV6) -> None:
+def test_only_counted_targets_enter(model: LanguageModel) -> None:
     stream = np.array([5, 6, 7, 8, 9, 0], dtype=np.uint16)
     counted = np.array([0, 0, 0, 1, 1, 0], dtype=np.bool_)
     documents = Documents.from_stream(
@@ -60,14 +60,14 @@ def test_only_counted_targets_enter(model: RWKV6) -> None:
     assert result.overall == pytest.approx(float(target_losses(model, stream.tolist())[2:4].mean()), rel=1e-5)
 
 
-def test_short_documents_have_no_rest_and_say_so_in_words(model: RWKV6, tmp_path: Path) -> None:
+def test_short_documents_have_no_rest_and_say_so_in_words(model: LanguageModel, tmp_path: Path) -> None:
     documents = read_binidx(str(write_documents(tmp_path / "d", [10, 12])), SHAPE.vocab_size)
     result = held_out_loss(model, documents, ctx_len=90)
     assert np.isnan(result.rest)
     assert str(result).startswith(f"loss {result.overall:.4f} over 20 tokens of 2 documents")
 
 
-def test_preference_accuracy_and_margin(model: RWKV6) -> None:
+def test_preference_accuracy_and_margin(model: LanguageModel) -> None:
     pairs = [
         PreferencePair([5, 6, 7], [10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25]),
         PreferencePair([8, 9], [30, 31, 32, 33, 34], [40, 41, 42, 43, 44]),

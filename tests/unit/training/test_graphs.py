@@ -1,78 +1,50 @@
-"""Padding before a step is recorded changes shapes and nothing else. Recording itself is tested on a GPU."""
+"""Which steps are recorded, and when recordings have to go. Recording itself is tested on a GPU."""
 
 from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from tiny_training import PAIRS, preference_batch, state_gradients, tiny_model
+from factories import tiny_shape
+from running import GivenLoss
+from tiny_training import tiny_model
 
-from src.data.batches import Batch, packed_batch, padded_batch
-from src.data.preference_batches import PairForm
-from src.model.rwkv6 import RWKV6
-from src.training.graphs import GraphedObjective, padded, room_for_targets, shared_size, worth_recording
-from src.training.objectives import Objective, PreferenceObjective, SFTObjective
-
-
-def documents(*sizes: int) -> list[np.ndarray]:
-    rng = np.random.default_rng(2)
-    return [rng.integers(1, 257, size) for size in sizes]
+from src.model import rwkv6
+from src.model.language_model import LanguageModel
+from src.training import graphs
+from src.training.graphs import GraphedObjective, worth_recording
+from src.training.objectives import Outcome, SFTObjective, Staged
 
 
-BATCHES = {
-    "rows": padded_batch(documents(9, 40), [None, None], [0, 1]),
-    "packed": packed_batch(documents(9, 40, 3), [None] * 3, [0, 1, 2]),
-    "one row": padded_batch(documents(129), [None], [0]),
-}
-
-
-def both_ways(objective: Objective, batch: object) -> list[tuple[float, torch.Tensor]]:
-    results = []
-    for prepared, room in ((batch, int), (padded(batch), room_for_targets)):
-        model = tiny_model()
-        loss, _ = objective.compute(model, objective.stage(model, prepared, room))
-        results.append((loss.item(), state_gradients(model, loss)))
-    return results
-
-
-def assert_same(results: list[tuple[float, torch.Tensor]]) -> None:
-    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
-    torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
-
-
-@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES.keys())
-def test_padding_changes_neither_loss_nor_gradients(batch: Batch) -> None:
-    assert_same(both_ways(SFTObjective(), batch))
-
-
-@pytest.mark.parametrize("form", [PairForm.SHARED_PROMPT, PairForm.TWO_ROWS])
-def test_padding_preference_pairs(form: PairForm) -> None:
-    assert_same(both_ways(PreferenceObjective(0.4, 0), preference_batch(form, PAIRS)))
-
-
-def test_batches_of_about_one_size_get_one_shape() -> None:
-    shapes = set()
-    for sizes in ((100, 20, 3), (99, 28), (60, 60, 4, 2)):
-        batch = padded(packed_batch(documents(*sizes), [None] * len(sizes), range(len(sizes))))
-        shapes.add((tuple(batch.tokens.shape), batch.layout.roots, batch.layout.root_tokens))
-    assert shapes == {((1, 128), 8, 128)}
-
-
-@pytest.mark.parametrize(("least", "sizes"), [(1, 2), (8, 2), (128, 8), (256, 2)])
-def test_sizes_hold_their_counts_and_are_few(least: int, sizes: int) -> None:
-    rounded = [shared_size(count, least, sizes) for count in range(1, 8193)]
-    assert all(size >= count for count, size in enumerate(rounded, start=1))
-    assert rounded == sorted(rounded)
-    assert all(size % least == 0 for size in rounded)
-    assert all(size < count * (1 + 1 / sizes) + least for count, size in enumerate(rounded, start=1))
-    assert all(shared_size(size, least, sizes) == size for size in rounded), "a size is its own"
-    for power in range(13):
-        between = {size for size in rounded if 2**power < size <= 2 ** (power + 1)}
-        assert len(between) <= sizes
-    assert shared_size(0, least, sizes) == 0
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, True),
+        ({"device": torch.device("cpu")}, False),
+        ({"compute_dtype": torch.float16}, False),
+        ({"head_size": 32}, False),
+        ({"kernel": False}, False),
+    ],
+)
+def test_a_model_can_be_recorded_in_bf16_with_the_kernel(
+    changes: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = {
+        "device": torch.device("cuda"),
+        "compute_dtype": torch.bfloat16,
+        "kernel": True,
+        "head_size": 64,
+        **changes,
+    }
+    monkeypatch.setattr(rwkv6, "kernel_is_available", lambda device: values["kernel"])
+    mixer = rwkv6.TimeMix(tiny_shape(n_embd=64, head_size=values["head_size"]), 8)
+    model = SimpleNamespace(**values, _first_block=SimpleNamespace(att=mixer))
+    assert LanguageModel.can_be_recorded.fget(model) == expected
 
 
 def recordings(shapes: list[int], most: int) -> list[int]:
@@ -112,7 +84,7 @@ class TestRoom:
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 5 * 2**30)
         monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 2 * 2**30)
-        monkeypatch.setattr(RWKV6, "device", torch.device("cuda"))
+        monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
         made = GraphedObjective(SFTObjective(), tiny_model())
         made._graphs[("recorded",)] = None  # type: ignore[assignment]
         made._others_fit = False
@@ -135,3 +107,63 @@ class TestRoom:
         graphed._make_room()
         graphed._make_room()
         assert len(asked) == 1
+
+
+class FakeRecording:
+    """A recorded step that leaves 1 in every gradient; `made` has them all."""
+
+    made: list[FakeRecording]
+
+    def __init__(self, objective: Any, model: Any, states: Any, gradients: Mapping[str, torch.Tensor], *_: Any) -> None:
+        self.gradients = gradients
+        self.workspace = model.workspace
+        self.graph = SimpleNamespace(replay=lambda: [gradient.fill_(1) for gradient in gradients.values()])
+        self.loss, self.result = torch.zeros(()), None
+        self.made.append(self)
+
+    def load(self, staged: Staged) -> None:
+        pass
+
+
+class TestTrainedParameters:
+    @pytest.fixture
+    def graphed(self, monkeypatch: pytest.MonkeyPatch) -> GraphedObjective:
+        monkeypatch.setattr(FakeRecording, "made", [], raising=False)
+        monkeypatch.setattr(graphs, "_RecordedStep", FakeRecording)
+        monkeypatch.setattr(graphs, "outcome_of", lambda objective, model, staged: Outcome(torch.ones(())))
+        monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+        monkeypatch.setattr(GraphedObjective, "_make_room", lambda self: None)
+        monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+        return GraphedObjective(GivenLoss(lambda model, batch: None), tiny_model())
+
+    @staticmethod
+    def trained_by(graphed: GraphedObjective, *sizes: int) -> list[set[str]]:
+        """Names of the parameters that get a gradient from each step, of batches of these sizes."""
+        found = []
+        for size in sizes:
+            loss = graphed(Staged({"x": torch.zeros(size)}, None)).loss
+            if loss.requires_grad:
+                loss.backward()
+            found.append({name for name, parameter in graphed.model.named_parameters() if parameter.grad is not None})
+            graphed.model.zero_grad()
+        return found
+
+    def test_another_choice_of_them_replays_no_stale_recording(self, graphed: GraphedObjective) -> None:
+        states = {name for name, parameter in graphed.model.named_parameters() if parameter.requires_grad}
+        assert self.trained_by(graphed, 3, 3, 3) == [set(), states, states]
+        graphed.model.requires_grad_(False)
+        graphed.model.ln_out.weight.requires_grad_()
+        assert self.trained_by(graphed, 3, 3, 3) == [set(), {"ln_out.weight"}, {"ln_out.weight"}]
+        graphed.model.requires_grad_(False)
+        for name in states:
+            graphed.model.get_parameter(name).requires_grad_()
+        assert self.trained_by(graphed, 3) == [states], "the first recording is still there"
+        assert len(FakeRecording.made) == 2
+
+    def test_recordings_of_one_choice_share_their_gradients(self, graphed: GraphedObjective) -> None:
+        self.trained_by(graphed, 3, 3, 4, 4)
+        graphed.model.ln_out.weight.requires_grad_()
+        self.trained_by(graphed, 3, 3)
+        first, second, third = (recording.gradients for recording in FakeRecording.made)
+        assert first is second
+        assert third.keys() == {*first, "ln_out.weight"}

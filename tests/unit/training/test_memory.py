@@ -7,17 +7,17 @@ import torch
 from factories import tiny_parameters, tiny_shape
 
 from src.loading import LoadOptions, build_model
-from src.model.parameters import ModelShape
+from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
-from src.model.rwkv6 import RWKV6
-from src.training.memory import MemoryPlan, kept_bytes, plan_memory
+from src.model.rwkv6 import RWKV6Shape
+from src.training.memory import MemoryPlan, plan_memory
 
 GIB = 2**30
 TOKENS = 512
 
 
 @pytest.fixture
-def model() -> RWKV6:
+def model() -> LanguageModel:
     shape = tiny_shape(n_layer=4)
     return build_model(tiny_parameters(shape), shape, LoadOptions(torch.device("cpu"), torch.float32))
 
@@ -28,7 +28,7 @@ def fake_device(monkeypatch: pytest.MonkeyPatch, free_gib: float, total_gib: flo
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 0)
 
 
-def test_more_free_memory_keeps_more_of_more_layers(model: RWKV6, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_free_memory_keeps_more_of_more_layers(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
     for free in (0.5, 2, 4, 5, 6, 6.5, 7, 7.25, 7.5, 7.75, 8, 24, 80):
         fake_device(monkeypatch, free, 80)
@@ -43,21 +43,21 @@ def test_more_free_memory_keeps_more_of_more_layers(model: RWKV6, monkeypatch: p
 
 
 @pytest.mark.parametrize("free", [1.0, 3.0, 4.5, 6.0, 6.5])
-def test_what_is_kept_fits(model: RWKV6, monkeypatch: pytest.MonkeyPatch, free: float) -> None:
+def test_what_is_kept_fits(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     fake_device(monkeypatch, free, 80)
     plan = plan_memory(model, 1_000_000, 0)
     levels = {Recompute.NOTHING: plan.whole_layers, Recompute.INPUTS: plan.light_layers}
-    kept = sum(1_000_000 * kept_bytes(model.shape, level) * count for level, count in levels.items())
+    kept = sum(1_000_000 * model.kept_bytes(level) * count for level, count in levels.items())
     assert kept <= free * GIB
 
 
-def test_limit_counts_what_others_use(model: RWKV6, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_limit_counts_what_others_use(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_device(monkeypatch, 70, 80)
     assert plan_memory(model, 1_000_000, limit_gib=11) == MemoryPlan(layers=4)
     assert plan_memory(model, 1_000_000, limit_gib=80) == MemoryPlan(layers=4, whole_layers=4)
 
 
-def test_apply_gives_the_last_layers_most(model: RWKV6) -> None:
+def test_apply_gives_the_last_layers_most(model: LanguageModel) -> None:
     MemoryPlan(layers=4, light_layers=2, whole_layers=1).apply(model)
     assert [block.recompute for block in model.blocks] == [
         Recompute.ALL, Recompute.INPUTS, Recompute.INPUTS, Recompute.NOTHING,
@@ -73,10 +73,10 @@ def test_the_plan_says_what_is_recomputed() -> None:
 
 
 def test_kept_bytes_of_the_7b_shape() -> None:
-    shape = ModelShape.from_sizes(n_layer=32, n_embd=4096, vocab_size=65536, double_extra_dim=True)
-    assert kept_bytes(shape, Recompute.ALL) == 2 * 4096
-    assert kept_bytes(shape, Recompute.INPUTS) == 2 * (10 * 4096 + 14336 + 128)
-    assert kept_bytes(shape, Recompute.NOTHING) == 2 * (11 * 4096 + 14336 + 128 + 320)
+    shape = RWKV6Shape.from_sizes(n_layer=32, n_embd=4096, vocab_size=65536, double_extra_dim=True)
+    assert shape.kept_bytes(Recompute.ALL, fused=True) == 2 * 4096
+    assert shape.kept_bytes(Recompute.INPUTS, fused=True) == 2 * (10 * 4096 + 14336 + 128)
+    assert shape.kept_bytes(Recompute.NOTHING, fused=True) == 2 * (11 * 4096 + 14336 + 128 + 320)
 
 
 @pytest.mark.parametrize("recompute", [Recompute.INPUTS, Recompute.NOTHING])
@@ -85,8 +85,9 @@ def test_kept_bytes_cover_what_torch_keeps(recompute: Recompute) -> None:
     kept = []
     for layers in (1, 2):
         shape = tiny_shape(n_layer=layers, n_embd=256, head_size=64)
-        options = LoadOptions(torch.device("cpu"), torch.float16, quant_type="nf4", recompute=recompute)
+        options = LoadOptions(torch.device("cpu"), torch.float16, quant_type="nf4")
         model = build_model(tiny_parameters(shape), shape, options)
+        model.set_recomputation([recompute] * layers)
         own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
         seen: dict[int, torch.UntypedStorage] = {}
 
@@ -102,5 +103,5 @@ def test_kept_bytes_cover_what_torch_keeps(recompute: Recompute) -> None:
             hidden, _ = model(torch.arange(TOKENS)[None] % shape.vocab_size)
         kept.append(sum(storage.nbytes() for storage in seen.values()))
         del hidden
-    estimate = kept_bytes(shape, recompute, fused=False)
+    estimate = shape.kept_bytes(recompute, fused=False)
     assert 0.9 * estimate < (kept[1] - kept[0]) / TOKENS <= estimate

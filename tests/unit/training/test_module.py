@@ -1,20 +1,19 @@
 """The optimizer of what is trainable."""
 
-from unittest.mock import Mock
-
 import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
 from running import GivenLoss
 from torch import Tensor
 
+from src.adapters.method import method_of
 from src.config import TrainConfig
+from src.data.rounding import EXACT, FEW_SHAPES, Rounding
 from src.errors import DataError
 from src.loading import LoadOptions, build_model
-from src.model.parameters import state_shapes
-from src.model.rwkv6 import RWKV6
-from src.training.module import FP16_LOSS_SCALE, TrainingModule, parameter_groups
-from src.training.objectives import Outcome
+from src.model.language_model import LanguageModel
+from src.training.module import FP16_LOSS_SCALE, TrainingModule
+from src.training.objectives import Outcome, Staged
 
 SHAPE = tiny_shape()
 
@@ -28,14 +27,15 @@ def config(**flags: object) -> TrainConfig:
 def module(dtype: torch.dtype = torch.float32, **flags: object) -> TrainingModule:
     """A training module of a tiny model whose loss is the sum of its states times their numbers."""
     chosen = config(**flags)
-    options = LoadOptions(torch.device("cpu"), dtype, train_weights=not chosen.trains_states)
+    method = method_of(chosen)
+    options = LoadOptions(torch.device("cpu"), dtype, trained=method.trained_names(SHAPE))
     model = build_model(tiny_parameters(SHAPE), SHAPE, options)
 
-    def loss(model: RWKV6, batch: float) -> Tensor:
-        states = [model.get_parameter(name) for name in state_shapes(SHAPE)]
+    def loss(model: LanguageModel, batch: float) -> Tensor:
+        states = [model.get_parameter(name) for name in SHAPE.state_shapes()]
         return batch * torch.stack([state.sum() for state in states]).sum()
 
-    return TrainingModule(model, GivenLoss(loss), chosen)
+    return TrainingModule(model, GivenLoss(loss), chosen, method, [])
 
 
 class TestStates:
@@ -44,10 +44,10 @@ class TestStates:
         optimizer = made.configure_optimizers()
         assert type(optimizer) is torch.optim.Adam
         (group,) = optimizer.param_groups
-        assert [id(p) for p in group["params"]] == [id(made.model.get_parameter(n)) for n in state_shapes(SHAPE)]
+        assert [id(p) for p in group["params"]] == [id(made.model.get_parameter(n)) for n in SHAPE.state_shapes()]
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.97), 1e-7, 0.0)
         assert (group["lr_scale"], group["decays"]) == (1.0, False)
-        assert {name for name, _ in made.trained()} == set(state_shapes(SHAPE))
+        assert {name for name, _ in made.trained()} == set(SHAPE.state_shapes())
 
     def test_weight_decay_makes_it_adamw(self) -> None:
         optimizer = module(weight_decay=0.01).configure_optimizers()
@@ -58,17 +58,17 @@ class TestStates:
     def test_a_step_is_adams(self) -> None:
         made = module(lr_init=0.5)
         optimizer = made.configure_optimizers()
-        made.training_step(2.0, 0).backward()
+        made.training_step(Staged({}, 2.0), 0).backward()
         optimizer.step()
-        for name in state_shapes(SHAPE):
+        for name in SHAPE.state_shapes():
             assert torch.allclose(made.model.get_parameter(name), torch.tensor(-0.5))
 
     @pytest.mark.parametrize("loss", [float("inf"), float("-inf"), float("nan")])
     def test_a_loss_that_is_not_finite_shows_in_the_gradient(self, loss: float) -> None:
         made = module()
-        states = [made.model.get_parameter(name) for name in state_shapes(SHAPE)]
+        states = [made.model.get_parameter(name) for name in SHAPE.state_shapes()]
         made.objective = GivenLoss(lambda model, batch: states[0].sum() + loss)
-        made.training_step(None, 0).backward()
+        made.training_step(Staged({}, None), 0).backward()
         assert states[0].grad is not None
         assert states[0].grad.isnan().all()
 
@@ -87,7 +87,7 @@ class TestFullTraining:
 
     def test_weight_decay_acts_on_matrices(self) -> None:
         made = module(train_type="none", weight_decay=0.1)
-        groups = parameter_groups(made.trained(), made.config)
+        groups = made.configure_optimizers().param_groups
         decaying = {id(p) for g in groups if g["decays"] for p in g["params"]}
         for name, parameter in made.trained():
             assert (id(parameter) in decaying) == (parameter.squeeze().ndim >= 2), name
@@ -97,11 +97,11 @@ class TestFullTraining:
 class TestLossScale:
     def test_fp16_scales_the_loss_and_not_the_gradient(self) -> None:
         made = module(torch.float16)
-        loss = made.training_step(1e-3, 0)
+        loss = made.training_step(Staged({}, 1e-3), 0)
         loss.backward()
         assert made.outcome is not None
         assert float(loss.detach()) == pytest.approx(FP16_LOSS_SCALE * float(made.outcome.loss))
-        for name in state_shapes(SHAPE):
+        for name in SHAPE.state_shapes():
             gradient = made.model.get_parameter(name).grad
             assert gradient is not None
             assert torch.allclose(gradient, torch.tensor(1e-3))
@@ -109,7 +109,7 @@ class TestLossScale:
     def test_other_precisions_have_none(self) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             made = module(dtype)
-            made.training_step(3.0, 0).backward()
+            made.training_step(Staged({}, 3.0), 0).backward()
             gradient = made.model.get_parameter("blocks.0.att.time_state").grad
             assert gradient is not None
             assert torch.equal(gradient, torch.full_like(gradient, 3.0))
@@ -129,31 +129,74 @@ def test_the_model_stays_where_it_is_after_training() -> None:
 
 def test_recordings_and_what_refers_to_them_are_released() -> None:
     made = module()
-    made.training_step(3.0, 0)
+    made.training_step(Staged({}, 3.0), 0)
     assert made.outcome is not None
     made.release_recordings()
     assert made.graphed is made.outcome is None
 
 
 class TestLookAhead:
+    class Batches:
+        """A data set whose batches are their numbers; remembers of which it was asked, in `events`."""
+
+        def __init__(self, events: list[object], broken_step: int = -1) -> None:
+            self.events = events
+            self.broken_step = broken_step
+
+        def __len__(self) -> int:
+            return 2
+
+        def rounded(self, step: int, rounding: Rounding) -> int:
+            self.events.append((step, rounding))
+            if step == self.broken_step:
+                raise DataError("document 5 is empty")
+            return step
+
+    def made(self, events: list[object], **changes: int) -> TrainingModule:
+        plain = module()
+        return TrainingModule(plain.model, plain.objective, plain.config, plain.method, self.Batches(events, **changes))
+
     @staticmethod
-    def graphed() -> Mock:
+    def record(made: TrainingModule, events: list[object]) -> None:
+        """Puts a recorder in place that takes note of the batches it runs."""
         loss = torch.zeros((), requires_grad=True)
-        return Mock(return_value=Outcome(loss + 1))
+        made.graphed = lambda staged: (events.append(f"run {staged.source}"), Outcome(loss + 1))[1]  # type: ignore[assignment,return-value]
 
     def test_the_following_batch_is_staged_once_the_step_is_under_way(self) -> None:
-        made = module()
-        made.graphed, made.following = self.graphed(), lambda: "next"
-        made.training_step("now", 0)
-        assert [(name, *arguments) for name, arguments, _ in made.graphed.mock_calls] == [
-            ("", "now"),
-            ("look_ahead", "next"),
-        ]
+        events: list[object] = []
+        made = self.made(events)
+        self.record(made, events)
+        for _ in range(2):
+            for place, staged in enumerate(made.train_dataloader()):
+                made.training_step(staged, place)
+        asked = [(step, EXACT) for step in range(5)]
+        assert events == [asked[0], "run 0", asked[1], "run 1", asked[2], "run 2", asked[3], "run 3", asked[4]]
+
+    def test_where_nothing_is_recorded_each_is_made_in_its_turn(self) -> None:
+        events: list[object] = []
+        made = self.made(events)
+        for place, staged in enumerate(made.train_dataloader()):
+            assert events == [(step, EXACT) for step in range(place + 1)]
+            made.training_step(staged, place)
 
     def test_what_is_wrong_with_it_does_not_stop_the_step(self) -> None:
-        def broken() -> None:
-            raise DataError("document 5 is empty")
+        events: list[object] = []
+        made = self.made(events, broken_step=1)
+        self.record(made, events)
+        batches = iter(made.train_dataloader())
+        assert made.training_step(next(batches), 0).item() == 1.0
+        with pytest.raises(DataError, match="document 5 is empty"):
+            next(batches)
 
-        made = module()
-        made.graphed, made.following = self.graphed(), broken
-        assert made.training_step("now", 0).item() == 1.0
+    @pytest.mark.parametrize(("recordable", "rounding"), [(True, FEW_SHAPES), (False, EXACT)])
+    def test_batches_of_recorded_steps_are_rounded(
+        self, recordable: bool, rounding: Rounding, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(LanguageModel, "can_be_recorded", True)
+        monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+        monkeypatch.setattr(GivenLoss, "recordable", recordable)
+        events: list[object] = []
+        made = self.made(events)
+        assert bool(made.graphed) == recordable
+        next(iter(made.train_dataloader()))
+        assert events == [(0, rounding)]

@@ -11,8 +11,13 @@ from tiny_training import PAIRS, preference_batch, state_gradients, tiny_model
 
 from src.data.batches import packed_batch, padded_batch
 from src.data.preference_batches import PairForm
+from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
-from src.training.objectives import PreferenceObjective, SFTObjective, outcome_of
+from src.training.objectives import Objective, Outcome, PreferenceObjective, SFTObjective, outcome_of
+
+
+def outcome(objective: Objective, model: LanguageModel, batch: object) -> Outcome:
+    return outcome_of(objective, model, objective.stage(model, batch))
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))
@@ -20,8 +25,8 @@ def test_shared_prompt_and_two_full_rows_agree(recompute: Recompute) -> None:
     results = []
     for form in (PairForm.SHARED_PROMPT, PairForm.TWO_ROWS):
         model = tiny_model(recompute)
-        outcome = outcome_of(PreferenceObjective(0.3, 0), model, preference_batch(form, PAIRS))
-        results.append((outcome.loss.item(), outcome.logs(), state_gradients(model, outcome.loss)))
+        result = outcome(PreferenceObjective(0.3, 0), model, preference_batch(form, PAIRS))
+        results.append((result.loss.item(), result.logs(), state_gradients(model, result.loss)))
     (loss, logs, gradient), (loss_two, logs_two, gradient_two) = results
     assert loss == pytest.approx(loss_two, rel=1e-5)
     assert logs == pytest.approx(logs_two, rel=1e-4, abs=1e-6)
@@ -31,18 +36,18 @@ def test_shared_prompt_and_two_full_rows_agree(recompute: Recompute) -> None:
 
 
 def test_micro_batch_of_pairs_is_the_mean_of_its_pairs() -> None:
-    together = outcome_of(PreferenceObjective(0.3, 0), tiny_model(), preference_batch(PairForm.SHARED_PROMPT, PAIRS))
+    together = outcome(PreferenceObjective(0.3, 0), tiny_model(), preference_batch(PairForm.SHARED_PROMPT, PAIRS))
     alone = [
-        outcome_of(PreferenceObjective(0.3, 0), tiny_model(), preference_batch(PairForm.SHARED_PROMPT, [pair])).loss
+        outcome(PreferenceObjective(0.3, 0), tiny_model(), preference_batch(PairForm.SHARED_PROMPT, [pair])).loss
         for pair in PAIRS
     ]
     assert together.loss.item() == pytest.approx(sum(alone).item() / len(alone), rel=1e-5)
 
 
 def test_released_formula_runs_on_padded_rows_and_logs_the_original_names() -> None:
-    outcome = outcome_of(PreferenceObjective(0.1, 1), tiny_model(), preference_batch(PairForm.RELEASED, PAIRS[:3]))
-    assert torch.isfinite(outcome.loss)
-    assert {"pref_percentage", "loss_1_token_chosen", "loss_2_odds_ratio"} <= set(outcome.logs())
+    result = outcome(PreferenceObjective(0.1, 1), tiny_model(), preference_batch(PairForm.RELEASED, PAIRS[:3]))
+    assert torch.isfinite(result.loss)
+    assert {"pref_percentage", "loss_1_token_chosen", "loss_2_odds_ratio"} <= set(result.logs())
 
 
 @pytest.mark.parametrize("debug", [True, False])
@@ -50,8 +55,8 @@ def test_debugging_prints_the_weighted_preference_term_of_every_pair(
     debug: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     objective = PreferenceObjective(0.3, 0, debug=debug)
-    outcome = outcome_of(objective, tiny_model(), preference_batch(PairForm.SHARED_PROMPT, PAIRS))
-    mean = outcome.logs()["loss_2_odds_ratio"]
+    result = outcome(objective, tiny_model(), preference_batch(PairForm.SHARED_PROMPT, PAIRS))
+    mean = result.logs()["loss_2_odds_ratio"]
     printed = capsys.readouterr().out
     if not debug:
         assert not printed
@@ -68,7 +73,7 @@ def test_packed_and_padded_rows_agree() -> None:
     results = []
     for make in (packed_batch, padded_batch):
         model = tiny_model()
-        loss = outcome_of(SFTObjective(), model, make(documents, masks, range(4))).loss
+        loss = outcome(SFTObjective(), model, make(documents, masks, range(4))).loss
         results.append((loss.item(), state_gradients(model, loss)))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-7)
@@ -76,6 +81,6 @@ def test_packed_and_padded_rows_agree() -> None:
 
 def test_step_weight_scales_the_loss() -> None:
     batch = packed_batch([np.arange(1, 20)], [None], [0])
-    plain = outcome_of(SFTObjective(), tiny_model(), batch).loss.item()
-    weighted = outcome_of(SFTObjective(), tiny_model(), replace(batch, step_weight=0.25)).loss.item()
+    plain = outcome(SFTObjective(), tiny_model(), batch).loss.item()
+    weighted = outcome(SFTObjective(), tiny_model(), replace(batch, step_weight=0.25)).loss.item()
     assert weighted == pytest.approx(plain / 4, rel=1e-6)

@@ -9,13 +9,13 @@ import torch
 from factories import tiny_checkpoint, tiny_parameters, tiny_shape
 from running import write_documents
 
+from src.adapters.method import method_of
 from src.config import TrainConfig
 from src.errors import ConfigError, TrainingError
 from src.loading import LoadOptions, build_model
 from src.model.recompute import Recompute
-from src.quant import DequantizationWorkspace, FrozenLinear
-from src.training import memory, run
-from src.training.hardware import Hardware
+from src.training import run
+from src.training.engine import Hardware
 from src.training.report import _course, memory_advice
 from src.training.work import make_schedule, prepare_work
 
@@ -35,30 +35,17 @@ def data(tmp_path: Path) -> Path:
     return write_documents(tmp_path / "documents", [10, 12, 9, 30, 5, 6, 22])
 
 
-def test_what_is_staged_ahead_is_what_the_loader_gives_next(data: Path) -> None:
-    work = prepare_work(config(data, dataload="pad"), SHAPE)
-    batches = iter(work.loader)
-    for _ in range(3):
-        next(batches)
-        ahead = work.following()
-        assert next(batches) is ahead
-
-
 @pytest.mark.parametrize(
     ("grad_cp", "mode", "buffers"), [(0, Recompute.NOTHING, 1), (1, Recompute.ALL, 6), (2, Recompute.INPUTS, 1)]
 )
 def test_grad_cp_sets_every_layer_and_the_dense_buffers(
-    grad_cp: int, mode: Recompute, buffers: int, data: Path, monkeypatch: pytest.MonkeyPatch
+    grad_cp: int, mode: Recompute, buffers: int, data: Path
 ) -> None:
     """Under 1 each matrix of the time mix has a buffer of its own; all others share one."""
-    workspace = DequantizationWorkspace()
-    for module in (run, memory):
-        monkeypatch.setattr(module, "SHARED_WORKSPACE", workspace)
     shape = tiny_shape(n_embd=64)
     options = LoadOptions(torch.device("cpu"), torch.float32, quant_type="nf4", quant_head=True)
     model = build_model(tiny_parameters(shape), shape, options)
-    for packed in (module for module in model.modules() if isinstance(module, FrozenLinear)):
-        packed.workspace = workspace
+    workspace = model.workspace
     chosen = config(data, grad_cp=grad_cp)
     run.choose_recomputation(model, prepare_work(chosen, shape), chosen)
     assert {block.recompute for block in model.blocks} == {mode}
@@ -116,11 +103,12 @@ class TestMemoryAdvice:
         properties = SimpleNamespace(total_memory=8 * 2**30)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
         hardware = Hardware(torch.device("cuda"), "bf16", "single")
-        advice = memory_advice(config(data, **flags), hardware)
+        chosen = config(data, **flags)
+        advice = memory_advice(chosen, method_of(chosen), hardware)
         assert advice == f"the GPU ran out of its 8.0 GiB; the cheapest ways out: {', or '.join(expected)}"
 
 
-@pytest.mark.parametrize("place", ["_load_model", "_evaluate", "fit"])
+@pytest.mark.parametrize("place", ["open_model", "_evaluate", "fit"])
 def test_memory_may_run_out_anywhere(place: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_out(*arguments: object, **options: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -146,7 +134,8 @@ def test_the_engine_that_runs_is_the_one_the_run_knows(data: Path, monkeypatch: 
     seen: list[TrainConfig] = []
     chosen = Hardware(torch.device("cuda", 0), "bf16", "deepspeed_stage_1")
     monkeypatch.setattr(run, "resolve_hardware", lambda config: chosen)
-    monkeypatch.setattr(run, "_train", lambda config, hardware: seen.append(config))
+    monkeypatch.setattr(run, "apply_hardware", lambda hardware, config, small_messages: None)
+    monkeypatch.setattr(run, "_train", lambda config, method, hardware: seen.append(config))
     run.train(config(data, devices=2))
     assert seen[0].uses_deepspeed
 
@@ -169,10 +158,10 @@ def test_a_folder_needs_room_for_a_checkpoint(
 ) -> None:
     disk = SimpleNamespace(free=2 * (SHAPE.state_parameter_count if train_type == "states" else SHAPE.parameter_count))
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: disk)
-    run._check_room(tmp_path, config(data, train_type=train_type), SHAPE)
+    run._check_room(tmp_path, method_of(config(data, train_type=train_type)).file_bytes(SHAPE))
     disk.free -= 1
     with pytest.raises(ConfigError, match="one checkpoint takes"):
-        run._check_room(tmp_path, config(data, train_type=train_type), SHAPE)
+        run._check_room(tmp_path, method_of(config(data, train_type=train_type)).file_bytes(SHAPE))
 
 
 def test_an_interrupted_loop_is_an_interrupt(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

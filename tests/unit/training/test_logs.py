@@ -12,16 +12,16 @@ import pytest
 
 from src.config import TrainConfig
 from src.errors import TrainingError
-from src.training.records import EpochRecord, FileSink, HttpSink, ProgressSink, StepRecord, WandbSink
+from src.training.logs import EpochLog, FileSink, HttpSink, ProgressSink, StepLog, WandbSink
 
 
-def step_record(step: int = 1, **changes: Any) -> StepRecord:
-    """A record of plausible numbers."""
+def step_log(step: int = 1, **changes: Any) -> StepLog:
+    """A log of plausible numbers."""
     values = {
         "step": step, "epoch": 0, "loss": 2.5, "lr": 0.5, "weight_decay": 0.0, "grad_norm": 0.1, "seconds": 0.25,
         "tokens": 100, "nominal_tokens": 2048, **changes,
     }  # fmt: skip
-    return StepRecord(**values)
+    return StepLog(**values)
 
 
 def config(**flags: object) -> TrainConfig:
@@ -31,16 +31,16 @@ def config(**flags: object) -> TrainConfig:
 
 
 def test_speed_counts_real_tokens() -> None:
-    assert step_record().tokens_per_s == 400
-    assert step_record(seconds=0.0).tokens_per_s == 0
+    assert step_log().tokens_per_s == 400
+    assert step_log(seconds=0.0).tokens_per_s == 0
 
 
 class TestFiles:
-    def test_lines_and_records(self, tmp_path: Path) -> None:
+    def test_lines_of_both_files(self, tmp_path: Path) -> None:
         sink = FileSink(tmp_path, config(), {"zero_optimization": {"stage": 1}})
-        sink.step(step_record(1, extra={"pref_percentage": 0.5}))
-        sink.step(step_record(2))
-        sink.epoch(EpochRecord(3, 1, 2.5, 0.5))
+        sink.step(step_log(1, extra={"pref_percentage": 0.5}))
+        sink.step(step_log(2))
+        sink.epoch(EpochLog(3, 1, 2.5, 0.5))
         sink.close()
         lines = (tmp_path / "train_log.txt").read_text(encoding="utf-8").splitlines()
         assert lines[2] == "{'zero_optimization': {'stage': 1}}"
@@ -53,7 +53,7 @@ class TestFiles:
 
     def test_an_enormous_loss_is_written_too(self, tmp_path: Path) -> None:
         sink = FileSink(tmp_path, config(), None)
-        sink.epoch(EpochRecord(0, 0, 1000.0, 0.5))
+        sink.epoch(EpochLog(0, 0, 1000.0, 0.5))
         sink.close()
         assert " inf " in (tmp_path / "train_log.txt").read_text(encoding="utf-8")
 
@@ -62,7 +62,7 @@ class TestFiles:
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         sink = FileSink(tmp_path, config(), None)
         with pytest.raises(TrainingError, match=r"metrics\.jsonl cannot be written"):
-            sink.step(step_record())
+            sink.step(step_log())
         sink.close()
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
@@ -71,19 +71,19 @@ class TestFiles:
         with pytest.raises(TrainingError, match=r"train_log\.txt cannot be written"):
             FileSink(tmp_path, config(), None)
 
-    def test_a_record_is_there_as_soon_as_its_step_is_done(self, tmp_path: Path) -> None:
+    def test_a_line_is_there_as_soon_as_its_step_is_done(self, tmp_path: Path) -> None:
         sink = FileSink(tmp_path, config(), None)
-        sink.step(step_record())
+        sink.step(step_log())
         assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
         sink.close()
 
 
 def test_the_bar_shows_the_mean_of_the_epoch(capsys: pytest.CaptureFixture[str]) -> None:
     sink = ProgressSink(4)
-    sink.step(step_record(1, loss=1.0))
-    sink.step(step_record(2, loss=2.0))
-    sink.epoch(EpochRecord(0, 0, 1.5, 0.5))
-    sink.step(step_record(3, loss=4.0))
+    sink.step(step_log(1, loss=1.0))
+    sink.step(step_log(2, loss=2.0))
+    sink.epoch(EpochLog(0, 0, 1.5, 0.5))
+    sink.step(step_log(3, loss=4.0))
     sink.close()
     shown = capsys.readouterr().err
     assert "epoch 0: mean loss 1.5000" in shown
@@ -127,9 +127,9 @@ class TestWandb:
 
     def test_the_originals_names(self, reachable: FakeWandb) -> None:
         sink = WandbSink(config(wandb="my project", proj_dir="there"), "257 ctx1024 L2 D32")
-        sink.step(step_record(1))
-        sink.step(step_record(2, extra={"pref_percentage": 0.6}))
-        sink.epoch(EpochRecord(0, 0, 1.0, 0.5))
+        sink.step(step_log(1))
+        sink.step(step_log(2, extra={"pref_percentage": 0.6}))
+        sink.epoch(EpochLog(0, 0, 1.0, 0.5))
         sink.close()
         (options,) = reachable.started
         assert (options["project"], options["dir"]) == ("my project", "there")
@@ -149,7 +149,7 @@ class TestWandb:
         fake = FakeWandb(reachable=False)
         monkeypatch.setitem(sys.modules, "wandb", fake)
         sink = WandbSink(config(wandb="p"), "run")
-        sink.step(step_record())
+        sink.step(step_log())
         sink.close()
         assert [options.get("mode") for options in fake.started] == [None, "offline"]
         assert fake.started[0]["settings"]["init_timeout"] <= 60
@@ -168,7 +168,7 @@ class TestHttp:
         monkeypatch.setattr(urllib.request, "urlopen", accept)
         for address in ("http://host:5000/", "http://host:5000"):
             extra = {"loss_2_odds_ratio": 0.25, "pref_percentage": 0.75}
-            HttpSink(address).step(step_record(7, extra=extra))
+            HttpSink(address).step(step_log(7, extra=extra))
         assert {request.full_url for request in sent} == {"http://host:5000/LoggingCallback"}
         assert {request.method for request in sent} == {"POST"}
         assert isinstance(sent[0].data, bytes)
@@ -185,6 +185,6 @@ class TestHttp:
 
         monkeypatch.setattr(urllib.request, "urlopen", fail)
         sink = HttpSink("http://host/")
-        sink.step(step_record(1))
-        sink.step(step_record(2))
+        sink.step(step_log(1))
+        sink.step(step_log(2))
         assert capsys.readouterr().err.count("does not answer") == 1

@@ -1,6 +1,6 @@
 """Where the numbers of a run go: progress bar, files, Weights & Biases, an HTTP address.
 
-`TrainingMonitor` (callbacks.py) makes one `StepRecord` per optimizer step and hands it to every sink.
+`TrainingMonitor` (callbacks.py) makes one `StepLog` per optimizer step and hands it to every sink.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ TIMESTAMP = "%Y-%m-%d-%H-%M-%S"
 
 
 @dataclass(frozen=True)
-class StepRecord:
+class StepLog:
     """One optimizer step.
 
     Attributes:
@@ -58,7 +58,7 @@ class StepRecord:
 
 
 @dataclass(frozen=True)
-class EpochRecord:
+class EpochLog:
     """One epoch: its number, the mean loss of its micro-batches and the last learning rate."""
 
     epoch: int
@@ -68,16 +68,22 @@ class EpochRecord:
 
 
 class Sink(Protocol):
-    """Takes records; `close` is called at every end of a run."""
+    """Takes logs; what it does not care for, it leaves out."""
 
-    def step(self, record: StepRecord) -> None: ...
+    def step(self, log: StepLog) -> None:
+        """Called after every optimizer step."""
+        ...
 
-    def epoch(self, record: EpochRecord) -> None: ...
+    def epoch(self, log: EpochLog) -> None:
+        """Called after every epoch."""
+        return
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Called at every end of a run."""
+        return
 
 
-class ProgressSink:
+class ProgressSink(Sink):
     """A bar over the optimizer steps of the run: loss, learning rate, tokens/s, time left."""
 
     def __init__(self, total_steps: int) -> None:
@@ -85,24 +91,24 @@ class ProgressSink:
         self._mean = 0.0
         self._count = 0
 
-    def step(self, record: StepRecord) -> None:
+    def step(self, log: StepLog) -> None:
         self._count += 1
-        self._mean += (record.loss - self._mean) / self._count
+        self._mean += (log.loss - self._mean) / self._count
         self._bar.set_postfix_str(
-            f"loss {self._mean:.4f}, lr {record.lr:.3g}, {record.tokens_per_s:,.0f} tokens/s", refresh=False
+            f"loss {self._mean:.4f}, lr {log.lr:.3g}, {log.tokens_per_s:,.0f} tokens/s", refresh=False
         )
         self._bar.update()
 
-    def epoch(self, record: EpochRecord) -> None:
-        self._bar.write(f"epoch {record.epoch}: mean loss {record.loss:.4f}", file=sys.stderr)
+    def epoch(self, log: EpochLog) -> None:
+        self._bar.write(f"epoch {log.epoch}: mean loss {log.loss:.4f}", file=sys.stderr)
         self._mean, self._count = 0.0, 0
 
     def close(self) -> None:
         self._bar.close()
 
 
-class FileSink:
-    """`train_log.txt` in the original's format and `metrics.jsonl`, one record per step."""
+class FileSink(Sink):
+    """`train_log.txt` in the original's format and `metrics.jsonl`, one line per step."""
 
     def __init__(self, folder: Path, config: TrainConfig, deepspeed_config: dict[str, Any] | None) -> None:
         self._folder = folder
@@ -111,16 +117,16 @@ class FileSink:
         engine = f"{deepspeed_config}\n" if deepspeed_config else ""
         self._write(self._log, f"NEW RUN {datetime.now().strftime(TIMESTAMP)}\n{asdict(config)}\n{engine}")
 
-    def step(self, record: StepRecord) -> None:
-        row = {**asdict(record), "tokens_per_s": record.tokens_per_s}
+    def step(self, log: StepLog) -> None:
+        row = {**asdict(log), "tokens_per_s": log.tokens_per_s}
         row.update(row.pop("extra"))
         self._write(self._metrics, json.dumps(row) + "\n")
 
-    def epoch(self, record: EpochRecord) -> None:
+    def epoch(self, log: EpochLog) -> None:
         self._write(
             self._log,
-            f"{record.epoch} {record.loss:.6f} {_exponential(record.loss):.4f} {record.lr:.8f} "
-            f"{datetime.now()} {record.local_epoch}\n",
+            f"{log.epoch} {log.loss:.6f} {_exponential(log.loss):.4f} {log.lr:.8f} "
+            f"{datetime.now()} {log.local_epoch}\n",
         )
 
     def close(self) -> None:
@@ -140,7 +146,7 @@ class FileSink:
             ) from error
 
 
-class WandbSink:
+class WandbSink(Sink):
     """Weights & Biases with the original's names; offline, with a warning, when it cannot be reached."""
 
     def __init__(self, config: TrainConfig, run_name: str) -> None:
@@ -159,33 +165,30 @@ class WandbSink:
             self._run = wandb.init(**options, mode="offline")
         self._tokens = 0
 
-    def step(self, record: StepRecord) -> None:
-        self._tokens += record.nominal_tokens
-        row = {"loss": record.loss, "lr": record.lr, "wd": record.weight_decay, "Gtokens": self._tokens / 1e9}
-        if record.step > 1:
-            row["kt/s"] = record.nominal_tokens / record.seconds / 1000
-        self._run.log({**row, **record.extra}, step=record.step)
-
-    def epoch(self, record: EpochRecord) -> None:
-        pass
+    def step(self, log: StepLog) -> None:
+        self._tokens += log.nominal_tokens
+        row = {"loss": log.loss, "lr": log.lr, "wd": log.weight_decay, "Gtokens": self._tokens / 1e9}
+        if log.step > 1:
+            row["kt/s"] = log.nominal_tokens / log.seconds / 1000
+        self._run.log({**row, **log.extra}, step=log.step)
 
     def close(self) -> None:
         self._run.finish()
 
 
-class HttpSink:
+class HttpSink(Sink):
     """Posts four numbers to `<address>LoggingCallback` after every step, as the original did."""
 
     def __init__(self, address: str) -> None:
         self._url = f"{address.rstrip('/')}/LoggingCallback"
         self._warned = False
 
-    def step(self, record: StepRecord) -> None:
+    def step(self, log: StepLog) -> None:
         body = {
-            "step": record.step,
-            "loss": record.loss,
-            "loss2": record.extra.get("loss_2_odds_ratio", 0.0),
-            "pref": record.extra.get("pref_percentage", 0.0),
+            "step": log.step,
+            "loss": log.loss,
+            "loss2": log.extra.get("loss_2_odds_ratio", 0.0),
+            "pref": log.extra.get("pref_percentage", 0.0),
         }
         request = urllib.request.Request(
             self._url, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
@@ -196,12 +199,6 @@ class HttpSink:
             if not self._warned:
                 print(f"warning: {self._url} does not answer ({error}); training goes on", file=sys.stderr)
             self._warned = True
-
-    def epoch(self, record: EpochRecord) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
 
 
 def _exponential(loss: float) -> float:

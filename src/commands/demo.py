@@ -11,22 +11,21 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
-from src.adapters.states import set_states
-from src.checkpoint import load_state, open_checkpoint
+from src.checkpoint import open_checkpoint
+from src.commands.preparation import generate_rejects, prepare_pairs
 from src.config import PairConfig, RejectConfig, TrainConfig
 from src.data.preferences import TEMPLATES, read_rows
+from src.device import global_rank
 from src.errors import ConfigError
 from src.generate import SamplingSettings, generate
-from src.loading import build_model
+from src.loading import LoadOptions, open_model
 from src.tokenizer import tokenizer_for_vocabulary
+from src.training.engine import apply_hardware, resolve_hardware
 from src.training.evaluation import START_POSITIONS, HeldOutLoss, HeldOutPreference
-from src.training.hardware import global_rank, resolve_hardware, spare_threads
-from src.training.preparation import generate_rejects, prepare_pairs
 from src.training.report import RunResult, say
-from src.training.run import load_options, train
+from src.training.run import train
 
 BUNDLE = Path(__file__).resolve().parents[1] / "demo"
 
@@ -84,14 +83,7 @@ def _sft_demo(given: Mapping[str, str]) -> RunResult:
         "A demonstration: a small model of bytes, raised on novels and dictionaries, learns the style of biblical\n"
         "poetry, of which it has never seen a line. Only its initial state is trained.\n"
     )
-    before = _sample(config, SAMPLE_PROMPT)
-    result = train(config)
-    after = _sample(config, SAMPLE_PROMPT, result.final_file)
-    say(_samples(SAMPLE_PROMPT, before, after))
-    if isinstance(result.before, HeldOutLoss) and isinstance(result.after, HeldOutLoss):
-        say(_loss_table(result.before, result.after))
-    say(_closing(config, "python train.py --demo orpo"))
-    return result
+    return _train_and_compare(config, SAMPLE_PROMPT, "python train.py --demo orpo")
 
 
 def _orpo_demo(given: Mapping[str, str]) -> RunResult:
@@ -114,13 +106,20 @@ def _orpo_demo(given: Mapping[str, str]) -> RunResult:
         _make_pairs(config, "orpo.csv", config.rlhf_train_file, config.epoch_steps * config.micro_bsz)
         _make_pairs(config, "orpo-held-out.csv", config.val_file, most=0)
     prompt = TEMPLATES[TEMPLATE].prompt(read_rows(_bundled("orpo-held-out.csv"))[0].prompt)
-    before = _sample(config, prompt, stop=TURN_END)
+    return _train_and_compare(config, prompt, "python rlhf_generate_reject.py -h", stop=TURN_END)
+
+
+def _train_and_compare(config: TrainConfig, prompt: str, next_command: str, stop: str = "") -> RunResult:
+    """Trains, and shows what that changed: a continuation of the prompt, and the held-out figures."""
+    before = _sample(config, prompt, stop=stop)
     result = train(config)
-    after = _sample(config, prompt, result.final_file, stop=TURN_END)
+    after = _sample(config, prompt, result.final_file, stop=stop)
     say(_samples(prompt, before, after))
+    if isinstance(result.before, HeldOutLoss) and isinstance(result.after, HeldOutLoss):
+        say(_loss_table(result.before, result.after))
     if isinstance(result.before, HeldOutPreference) and isinstance(result.after, HeldOutPreference):
         say(_preference_table(result.before, result.after))
-    say(_closing(config, "python rlhf_generate_reject.py -h"))
+    say(_closing(config, next_command))
     return result
 
 
@@ -160,16 +159,13 @@ def _sample(config: TrainConfig, prompt: str, state_file: Path | None = None, st
     """
     if global_rank() != 0:
         return ""
-    checkpoint = open_checkpoint(config.load_model)
-    shape = checkpoint.info.shape
+    base = open_checkpoint(config.load_model)
     hardware = resolve_hardware(config)
-    spare_threads(hardware.device, shape)
-    options = replace(load_options(config, hardware), quant_type=None)
-    model = build_model(checkpoint, shape, options)
-    if state_file is not None:
-        set_states(model, load_state(state_file, shape))
+    apply_hardware(hardware, config, small_messages=True)
+    options = LoadOptions(hardware.device, hardware.compute_dtype, head_size_divisor=config.head_size_divisor)
+    model = open_model(base, options, state_file=state_file or "", quiet=True)
     settings = SamplingSettings(top_p=0.6, frequency_penalty=0.0, max_tokens=SAMPLE_TOKENS, stop=stop)
-    return generate(model, tokenizer_for_vocabulary(shape.vocab_size), [prompt], settings)[0]
+    return generate(model, tokenizer_for_vocabulary(base.info.shape.vocab_size), [prompt], settings)[0]
 
 
 def _samples(prompt: str, before: str, after: str) -> str:

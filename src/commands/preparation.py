@@ -15,17 +15,17 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from src.adapters.states import set_states
-from src.checkpoint import inspect_checkpoint, load_state, open_checkpoint, save_pairs
-from src.config import PairConfig, RejectConfig, TrainConfig
+from src.checkpoint import Checkpoint, open_checkpoint
+from src.config import PairConfig, RejectConfig
+from src.data.pair_file import save_pairs
 from src.data.preferences import TEMPLATES, PreparedPairs, make_pairs, read_rows
 from src.data.reject_file import RejectFile, plan_groups
+from src.device import apply_device, resolve_device
 from src.errors import ConfigError, DataError, TrainingError
 from src.generate import SamplingSettings, answer_logps, generate
-from src.loading import LoadOptions, build_model
-from src.model.rwkv6 import RWKV6
+from src.loading import LoadOptions, open_model
+from src.storage import replacing
 from src.tokenizer import WORLD_VOCABULARY, Tokenizer, tokenizer_for_vocabulary
-from src.training.hardware import resolve_hardware, spare_threads
 
 _POST_TIMEOUT_SECONDS = 2.0
 _HASHED_BYTES = 1 << 28
@@ -42,8 +42,8 @@ def generate_rejects(config: RejectConfig) -> None:
         UserError: for everything the user can put right.
     """
     rows = read_rows(config.input_csv)
-    shape = inspect_checkpoint(config.load_model).shape
-    tokenizer = tokenizer_for_vocabulary(shape.vocab_size)
+    checkpoint = open_checkpoint(config.load_model)
+    tokenizer = tokenizer_for_vocabulary(checkpoint.info.shape.vocab_size)
     groups = plan_groups(rows, config.batch, overwrite=bool(config.overwrite))
     options = _load_options(config)
     settings = {**dataclasses.asdict(config), "precision": str(options.compute_dtype).removeprefix("torch.")}
@@ -60,7 +60,7 @@ def generate_rejects(config: RejectConfig) -> None:
             return
         if file.rows_done:
             print(f"{config.output_csv} has {file.rows_done:,} of {len(rows):,} rows, going on from there")
-        sample = _sampler(config, options, tokenizer) if to_generate else None
+        sample = _sampler(config, checkpoint, options, tokenizer) if to_generate else None
         with tqdm(total=total, initial=total - to_generate, desc="rejects", unit="row", dynamic_ncols=True) as bar:
             for group in left:
                 answers: list[str] = []
@@ -76,10 +76,10 @@ def generate_rejects(config: RejectConfig) -> None:
 
 
 def _sampler(
-    config: RejectConfig, options: LoadOptions, tokenizer: Tokenizer
+    config: RejectConfig, checkpoint: Checkpoint, options: LoadOptions, tokenizer: Tokenizer
 ) -> Callable[[Sequence[str], Sequence[int], Callable[[int, int], None]], list[str]]:
     """Loads the model and returns a function of (prompts, row numbers, on_finished) that answers."""
-    model = _load_model(config.load_model, config.load_state, options)
+    model = open_model(checkpoint, options, state_file=config.load_state)
     settings, template = sampling_settings(config), TEMPLATES[config.template]
 
     def sample(prompts: Sequence[str], numbers: Sequence[int], on_finished: Callable[[int, int], None]) -> list[str]:
@@ -117,8 +117,8 @@ def prepare_pairs(config: PairConfig) -> PreparedPairs:
         UserError: for everything the user can put right; nothing is written then.
     """
     rows = read_rows(config.input_csv)
-    vocab_size = inspect_checkpoint(config.load_model).shape.vocab_size if config.load_model else WORLD_VOCABULARY
-    tokenizer = tokenizer_for_vocabulary(vocab_size)
+    checkpoint = open_checkpoint(config.load_model) if config.load_model else None
+    tokenizer = tokenizer_for_vocabulary(checkpoint.info.shape.vocab_size if checkpoint else WORLD_VOCABULARY)
     _require_folder(config.output_save)
 
     def post(made: int) -> None:
@@ -135,8 +135,8 @@ def prepare_pairs(config: PairConfig) -> PreparedPairs:
         seed=config.seed,
         on_pair=post,
     )
-    if config.base_logp:
-        prepared = _with_base_logps(prepared, config)
+    if checkpoint and config.base_logp:
+        prepared = _with_base_logps(prepared, checkpoint, config)
     _write_texts(config.text_file, prepared.texts)
     save_pairs(config.output_save, prepared.pairs)
 
@@ -148,9 +148,9 @@ def prepare_pairs(config: PairConfig) -> PreparedPairs:
     return prepared
 
 
-def _with_base_logps(prepared: PreparedPairs, config: PairConfig) -> PreparedPairs:
+def _with_base_logps(prepared: PreparedPairs, checkpoint: Checkpoint, config: PairConfig) -> PreparedPairs:
     """Scores each different pair once."""
-    model = _load_model(config.load_model, "", _load_options(config))
+    model = open_model(checkpoint, _load_options(config))
     different = {(*map(tuple, (pair.prompt, pair.chosen, pair.rejected)),): pair for pair in prepared.pairs}
     with tqdm(total=len(different), desc="log-probabilities", unit="pair", dynamic_ncols=True) as bar:
         scored = answer_logps(model, list(different.values()), lambda _: bar.update())
@@ -163,23 +163,9 @@ def _with_base_logps(prepared: PreparedPairs, config: PairConfig) -> PreparedPai
 
 
 def _load_options(config: RejectConfig | PairConfig) -> LoadOptions:
-    hardware = resolve_hardware(TrainConfig(accelerator=config.accelerator, precision=config.precision))
-    return LoadOptions(
-        device=hardware.device,
-        compute_dtype=hardware.compute_dtype,
-        quant_type=config.quant_type if config.quant else None,
-    )
-
-
-def _load_model(model_path: str, state_path: str, options: LoadOptions) -> RWKV6:
-    checkpoint = open_checkpoint(model_path)
-    spare_threads(options.device, checkpoint.info.shape)
-    states = load_state(state_path, checkpoint.info.shape) if state_path else None
-    with tqdm(total=len(checkpoint), desc="loading", unit="tensor", leave=False, dynamic_ncols=True) as bar:
-        model = build_model(checkpoint, checkpoint.info.shape, options, lambda _: bar.update())
-    if states is not None:
-        set_states(model, states)
-    return model
+    chosen = resolve_device(config.accelerator, config.precision)
+    apply_device(chosen)
+    return LoadOptions(chosen.device, chosen.compute_dtype, config.quant_type if config.quant else None)
 
 
 def _identity(path: str) -> str:
@@ -200,18 +186,12 @@ def _require_folder(path: str) -> None:
 
 def _write_texts(path: str, texts: Sequence[str]) -> None:
     """One `{"text": …}` line per text, in a file that is complete or not there."""
-    unfinished = f"{path}.unfinished"
     try:
-        with open(unfinished, "w", encoding="utf-8", newline="\n") as file:
+        with replacing(path) as file:
             for text in texts:
-                file.write(json.dumps({"text": text}, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+                file.write(json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n")
     except OSError as error:
         raise DataError(f"{path} cannot be written ({error.strerror}): name another --output_save.") from error
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
 
 
 def _post_status(address: str, text: str) -> None:

@@ -1,0 +1,39 @@
+"""Rows, batches and epochs."""
+
+from dataclasses import dataclass
+
+from src.config.flags import AT_LEAST_1, NOT_NEGATIVE, Flags, Given, Lines, Rule, flag
+
+DATALOAD_MODES = ("pack", "pad", "only", "get")
+
+
+@dataclass(frozen=True)
+class DataFlags(Flags, group="data"):
+    """How the data are cut into steps and epochs."""
+
+    ctx_len: int = flag(1024, "longest row in tokens", must=AT_LEAST_1)
+    dataload: str = flag(
+        "", "pack: whole documents share a row, states reset at their borders (default for states); pad: one a row, "
+        "padded; only: one alone; get: windows anywhere (default for none)",
+        DATALOAD_MODES,
+    )  # fmt: skip
+    micro_bsz: int = flag(1, "rows (ORPO: pairs) per device and step", must=AT_LEAST_1)
+    accumulate_grad_batches: int = flag(1, "micro-batches per optimizer step", must=AT_LEAST_1)
+    epoch_steps: int = flag(
+        0, "micro-batches of an epoch on each device; 0 is one pass over the data", must=NOT_NEGATIVE
+    )
+    epoch_count: int = flag(4, "the run ends after this many epochs", must=AT_LEAST_1)
+    epoch_begin: int = flag(0, "number of the first epoch; the schedule starts there", must=NOT_NEGATIVE)
+    epoch_save: int = flag(1, "save every so many epochs; 0 saves at the end only", must=NOT_NEGATIVE)
+    random_seed: int = flag(
+        42, "-1 draws one", must=Rule(lambda seed: seed >= -1, "must be at least 0, or -1 to draw one")
+    )
+
+    def _contradictions(self, given: Given) -> Lines:
+        if self.epoch_begin >= self.epoch_count:
+            yield (
+                f"--epoch_begin {self.epoch_begin} leaves nothing to train with --epoch_count {self.epoch_count}: "
+                "epochs are numbered from epoch_begin to epoch_count - 1"
+            )
+        if self.dataload == "only" and self.micro_bsz > 1:
+            yield f"--dataload only gives rows of unequal length: --micro_bsz {self.micro_bsz} must be 1"

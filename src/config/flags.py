@@ -1,0 +1,161 @@
+"""How flags are declared, read from their texts, and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import Field, dataclass, field
+from typing import Any, ClassVar, TypeVar
+
+from src.errors import ConfigError
+
+Given = Mapping[str, str]
+"""The flags on a command line as texts, without the dashes."""
+Lines = Iterator[str]
+"""Sentences for the user."""
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What must hold for a value, and in which words; the flag and its value stand before them."""
+
+    holds: Callable[[Any], bool]
+    words: str
+
+
+AT_LEAST_1 = Rule(lambda value: value >= 1, "must be at least 1")
+NOT_NEGATIVE = Rule(lambda value: value >= 0, "must not be negative")
+SHARE = Rule(lambda value: 0 <= value <= 1, "must lie between 0 and 1")
+SHARE_BELOW_1 = Rule(lambda value: 0 <= value < 1, SHARE.words)
+
+
+def flag(
+    default: Any,
+    text: str,
+    choices: tuple[Any, ...] = (),
+    *,
+    must: Rule | None = None,
+    only_with: tuple[str, int] | None = None,
+) -> Any:
+    """Declares one command-line flag as a dataclass field.
+
+    Args:
+        default: of the flag's type: str, int or float.
+        text: for the help.
+        choices: all values, where they can be listed; -1 stands for "not given" and is not shown.
+        must: what has to hold for the value.
+        only_with: another flag and the value it must have for this one to have an effect.
+    """
+    metadata = {"help": text, "choices": choices, "must": must, "only_with": only_with}
+    return field(default=default, metadata=metadata)
+
+
+_Config = TypeVar("_Config", bound="Flags")
+
+
+@dataclass(frozen=True)
+class Flags:
+    """Base of each subject's flags and, through them, of each script's configuration.
+
+    A subject is a frozen dataclass that names its `group`. A configuration inherits from its subjects, the last one
+    first, since a dataclass takes its fields from its last base on. Both may define `_contradictions(self, given)`
+    and `_remarks(self)`, which yield lines; all of them are asked.
+    """
+
+    group: ClassVar[str] = ""
+    unsupported: ClassVar[Mapping[str, tuple[str, str]]] = {}
+
+    def __init_subclass__(cls, group: str = "") -> None:
+        cls.group = group
+
+    @classmethod
+    def groups(cls) -> dict[str, tuple[Field[Any], ...]]:
+        """The flags of each subject, in the order of the help."""
+        parts = [part for part in reversed(cls.__mro__) if issubclass(part, Flags)]
+        return {part.group: dataclasses.fields(part) for part in parts if part.group}
+
+    @classmethod
+    def from_flags(cls: type[_Config], given: Given) -> _Config:
+        """Builds the configuration from flag texts; all values are then final and consistent.
+
+        Raises:
+            ConfigError: naming every problem at once.
+        """
+        problems: list[str] = []
+        values: dict[str, Any] = {}
+        specs = {spec.name: spec for spec in dataclasses.fields(cls)}
+        for name, text in given.items():
+            if name in cls.unsupported:
+                default, reason = cls.unsupported[name]
+                if not _same(text, default):
+                    problems.append(f"--{name} {text} is not supported ({reason}): leave it out")
+                continue
+            try:
+                values[name] = _typed(specs[name], text)
+            except ConfigError as problem:
+                problems.append(str(problem))
+        config = cls(**values)._completed()
+        problems += config._problems(given)
+        if problems:
+            raise ConfigError(_together(problems))
+        return config
+
+    def notes(self) -> list[str]:
+        """One line for each flag that was accepted without having an effect, or with a doubtful one."""
+        lines = self._asked_of_all("_remarks")
+        for spec in dataclasses.fields(self):
+            value = getattr(self, spec.name)
+            if spec.metadata["only_with"] and value != spec.default:
+                switch, on = spec.metadata["only_with"]
+                if getattr(self, switch) != on:
+                    lines.append(f"--{spec.name} {value} has no effect without --{switch} {on}")
+        return lines
+
+    def _completed(self: _Config) -> _Config:
+        """With the defaults that depend on other flags."""
+        return self
+
+    def _problems(self, given: Given) -> list[str]:
+        ruled = [(spec.name, getattr(self, spec.name), spec.metadata["must"]) for spec in dataclasses.fields(self)]
+        lines = [f"--{name} {value} {rule.words}" for name, value, rule in ruled if rule and not rule.holds(value)]
+        return lines + self._asked_of_all("_contradictions", given)
+
+    def _asked_of_all(self, question: str, *arguments: Any) -> list[str]:
+        """The lines that every subject, and at last the configuration, has to a question."""
+        answering = [part for part in reversed(type(self).__mro__) if question in vars(part)]
+        return [line for part in answering for line in vars(part)[question](self, *arguments)]
+
+
+def _typed(spec: Field[Any], text: str) -> Any:
+    """A text as the flag's type, which is its default's.
+
+    Raises:
+        ConfigError: it is none of this type, or none of the choices.
+    """
+    kind: type = type(spec.default)
+    try:
+        value = kind(text)
+    except ValueError:
+        named = {int: "a whole number", float: "a number"}[kind]
+        raise ConfigError(f"--{spec.name} {text!r} is not {named}") from None
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"--{spec.name} {text} is not a finite number")
+    choices = spec.metadata["choices"]
+    if choices and value not in choices:
+        allowed = ", ".join(str(choice) for choice in choices if choice != -1)
+        raise ConfigError(f"--{spec.name} {value} is unknown: use one of {allowed}")
+    return value
+
+
+def _same(text: str, default: str) -> bool:
+    try:
+        return float(text) == float(default)
+    except ValueError:
+        return text == default
+
+
+def _together(problems: list[str]) -> str:
+    if len(problems) == 1:
+        return problems[0]
+    return f"{len(problems)} problems:\n" + "\n".join(f"  - {problem}" for problem in problems)

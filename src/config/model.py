@@ -1,0 +1,62 @@
+"""Which model, what of it is trained, and how the rest is kept."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from src.config.flags import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, Flags, Given, Lines, flag
+
+QUANT_TYPES = ("nf4", "fp4", "4bit", "int8")
+
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "states": {"quant": 1, "dataload": "pack"},
+    "none": {"quant": 0, "dataload": "get"},
+}
+"""Each value of `--train_type`, and what it makes of flags whose own default leaves that to it."""
+
+
+def quant_type_flag(text: str = "4bit means fp4; int8 is blockwise 8-bit") -> Any:
+    """How matrices are packed, the same for every script."""
+    return flag("nf4", text, QUANT_TYPES, only_with=("quant", 1))
+
+
+@dataclass(frozen=True)
+class ModelFlags(Flags, group="model"):
+    """The model. Sizes that the checkpoint also holds are 0 when not given; given, they are checked against it."""
+
+    my_testing: str = flag("x060", "architecture; x060 is the only one", ("x060",))
+    train_type: str = flag(
+        "states", "states: train time_state alone; none: train every weight (small models)", tuple(METHOD_DEFAULTS)
+    )
+    vocab_size: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
+    n_layer: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
+    n_embd: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
+    dim_att: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
+    dim_ffn: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
+    head_size_a: int = flag(
+        0, "head size, checked against the checkpoint (64 for a fresh model)", must=NOT_NEGATIVE
+    )  # fmt: skip
+    head_size_divisor: int = flag(8, "group norm eps is 1e-5 times its square", must=AT_LEAST_1)
+    double_extra_dim: int = flag(0, "recognised from the checkpoint; 1 is checked against it", (0, 1))
+    load_partial: int = flag(0, "accepted for old commands; a base model without states always loads", (0, 1))
+    quant: int = flag(-1, "1 quantises the frozen matrices (default for states), 0 does not", (-1, 0, 1))
+    quant_type: str = quant_type_flag()
+    quant_head: int = flag(0, "1 packs the head, too: less memory, a slower loss", (0, 1))
+    dropout: float = flag(0.0, "after the embedding and both residual additions", must=SHARE_BELOW_1)
+
+    @property
+    def quantised(self) -> bool:
+        """Whether the frozen matrices are packed."""
+        return self.quant == 1
+
+    @property
+    def trains_states(self) -> bool:
+        """Whether `time_state` alone is trained."""
+        return self.train_type == "states"
+
+    def _contradictions(self, given: Given) -> Lines:
+        if self.quant_head and not self.quantised:
+            yield "--quant_head 1 packs the head as the matrices are packed: use --quant 1, or leave it out"
+
+    def _remarks(self) -> Lines:
+        if self.load_partial:
+            yield "--load_partial 1 is not needed: states missing in a base model start at zero"

@@ -1,0 +1,52 @@
+"""The configuration of sampling rejected answers."""
+
+import os
+from dataclasses import dataclass
+
+from src.config.flags import AT_LEAST_1, NOT_NEGATIVE, SHARE, Flags, Given, Lines, flag
+from src.config.hardware import accelerator_flag, precision_flag
+from src.config.model import quant_type_flag
+from src.config.preference import TEMPLATE_NAMES
+
+
+@dataclass(frozen=True)
+class _Files(Flags, group="files"):
+    load_model: str = flag("base_model/Anarchy-RWKV-2B-68.pth", "base model (.pth)")
+    load_state: str = flag("", "sample with this tuned state")
+    input_csv: str = flag("example.csv", "CSV or JSONL with prompt, chosen and perhaps reject")
+    output_csv: str = flag("rlhfoutput.csv", "CSV to write; a second start goes on at its end")
+    overwrite: int = flag(0, "1 also replaces rejects that the input has", (0, 1))
+
+    def _contradictions(self, given: Given) -> Lines:
+        if not self.load_model:
+            yield "--load_model is empty: name a .pth file"
+        if os.path.realpath(self.input_csv) == os.path.realpath(self.output_csv):
+            yield f"--output_csv {self.output_csv} is the input: give another name"
+
+
+@dataclass(frozen=True)
+class _Sampling(Flags, group="sampling"):
+    template: str = flag("user", "what stands around a prompt", TEMPLATE_NAMES)
+    temperature: float = flag(1.0, "0 takes the most probable token", must=NOT_NEGATIVE)
+    top_p: float = flag(0.3, "share of probability that may be sampled, from the top", must=SHARE)
+    alpha_presence: float = flag(0.0, "taken off the logit of tokens already in the answer")
+    alpha_frequency: float = flag(1.0, "taken off once more for every time they are")
+    alpha_decay: float = flag(0.996, "factor on these counts per token", must=SHARE)
+    max_tokens: int = flag(1000, "longest answer", must=AT_LEAST_1)
+    stop: str = flag(r"\n\n", r"text that ends an answer; \n is a line break")
+    allow_end: int = flag(0, "1: token 0 may be sampled and ends an answer", (0, 1))
+    seed: int = flag(42, "the same seed gives the same answers", must=NOT_NEGATIVE)
+
+
+@dataclass(frozen=True)
+class _Hardware(Flags, group="hardware"):
+    batch: int = flag(16, "rows generated at a time", must=AT_LEAST_1)
+    accelerator: str = accelerator_flag()
+    precision: str = precision_flag()
+    quant: int = flag(0, "1 quantises the matrices, for models larger than the GPU", (0, 1))
+    quant_type: str = quant_type_flag()
+
+
+@dataclass(frozen=True)
+class RejectConfig(_Hardware, _Sampling, _Files):
+    """Every flag of `rlhf_generate_reject.py`."""

@@ -1,0 +1,96 @@
+"""The configuration of a training run, and what its subjects have to do with each other."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from src.config.data import DataFlags
+from src.config.files import FileFlags, LogFlags, data_type_of
+from src.config.flags import Given, Lines
+from src.config.hardware import HardwareFlags
+from src.config.model import METHOD_DEFAULTS, ModelFlags
+from src.config.optimizer import OptimizerFlags
+from src.config.preference import PreferenceFlags
+
+_LARGE_RATE = 1e-2
+
+_PRETRAINING = "it belongs to pre-training"
+_UNREAD = "the original never read it"
+
+UNSUPPORTED: dict[str, tuple[str, str]] = {
+    "pre_ffn": ("0", "the original crashes on it"),
+    "head_qk": ("0", _PRETRAINING),
+    "tiny_att_dim": ("0", _PRETRAINING),
+    "tiny_att_layer": ("-999", _PRETRAINING),
+    "my_pile_version": ("1", _PRETRAINING),
+    "my_pile_stage": ("0", _PRETRAINING),
+    "my_pile_shift": ("-1", _PRETRAINING),
+    "my_pile_edecay": ("0", _PRETRAINING),
+    "my_sample_len": ("0", "it belongs to a data type that does not exist here"),
+    "my_ffn_shift": ("1", _UNREAD),
+    "my_att_shift": ("1", _UNREAD),
+    "my_pos_emb": ("0", _PRETRAINING),
+    "magic_prime": ("0", _PRETRAINING),
+    "my_random_steps": ("0", _PRETRAINING),
+    "my_qa_mask": ("0", "it names files of its author"),
+    "dpo": ("0", "no DPO loss exists; see --orpo"),
+    "dpo_beta": ("0.01", _UNREAD),
+}
+"""Flags of RWKV-LM-State-4bit without a meaning here: their default, which is accepted, and why others are not."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(LogFlags, HardwareFlags, PreferenceFlags, OptimizerFlags, DataFlags, ModelFlags, FileFlags):
+    """Every flag of `train.py`; after `from_flags` all values are final and consistent."""
+
+    unsupported: ClassVar[Mapping[str, tuple[str, str]]] = UNSUPPORTED
+
+    def _completed(self) -> TrainConfig:
+        filled = {
+            name: value
+            for name, value in METHOD_DEFAULTS[self.train_type].items()
+            if getattr(self, name) == getattr(TrainConfig, name)
+        }
+        return dataclasses.replace(self, data_type=self.data_type or data_type_of(self.data_file), **filled)
+
+    def _contradictions(self, given: Given) -> Lines:
+        if self.my_exit < self.epoch_begin < self.epoch_count:
+            yield f"--my_exit {self.my_exit} lies before --epoch_begin {self.epoch_begin}: raise it"
+        if self.random_seed == -1 and self.devices * self.num_nodes > 1:
+            yield "--random_seed -1 would draw one for each GPU, and all need the same: give a number"
+        if self.train_type == "none":
+            yield from self._full_training_contradictions()
+        elif not self.load_model:
+            yield "--load_model is missing: state tuning needs a base model (.pth)"
+        if self.orpo and "dataload" in given:
+            yield "--dataload has no meaning with --orpo 1: pairs are packed on their own"
+        if not self.orpo and not self.data_file and self.data_type != "dummy":
+            yield "--data_file is missing: name a binidx prefix, a .jsonl or a text file"
+        if self.strategy.startswith("deepspeed_stage_3") and self.quantised:
+            yield (
+                f"--strategy {self.strategy} shards every weight, which packed weights cannot take: use "
+                "deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
+            )
+
+    def _full_training_contradictions(self) -> Lines:
+        if self.quantised:
+            yield "--quant 1 freezes the matrices, --train_type none trains them: use --quant 0"
+        if self.orpo:
+            yield "--orpo 1 trains states: use --train_type states"
+        if self.load_state:
+            yield "--load_state has no use with --train_type none: leave it out"
+        if not self.load_model:
+            for name in ("n_layer", "n_embd", "vocab_size"):
+                if getattr(self, name) == 0:
+                    yield f"--{name} is missing: a fresh model (no --load_model) needs its sizes"
+
+    def _remarks(self) -> Lines:
+        if self.orpo and self.data_file:
+            yield f"--data_file {self.data_file} is ignored: --orpo 1 trains on --rlhf_train_file"
+        if self.train_type == "none" and self.lr_init > _LARGE_RATE:
+            yield f"--lr_init {self.lr_init:g} suits states; weights (--train_type none) usually want 1e-3 or less"
+        if self.layerwise_lr == 0 and self.trains_states:
+            yield "--layerwise_lr 0 has no effect on states: they all have one rate"

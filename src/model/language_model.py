@@ -1,0 +1,242 @@
+"""The language model around an architecture's mixers: layers, their recomputation, the dense matrices they share.
+
+Legend: B rows, T tokens, C channels, V vocabulary, S segments of a packed row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.layout import SegmentLayout
+from src.model.layers import Embedding, Linear, Norm, TimeMixer
+from src.model.recompute import Recompute, Results, recomputed
+from src.model.shape import ModelShape
+from src.model.state import LayerState, ModelState, last_tokens
+from src.ops.elementwise import fused_kernels
+from src.ops.token_logps import HeadWeight
+from src.quant import DequantizationWorkspace, FrozenHead, FrozenLinear
+
+
+class Block(nn.Module):
+    """One layer; layer 0 also normalises the embedding (`ln0`)."""
+
+    def __init__(self, shape: ModelShape, layer: int, head_size_divisor: int) -> None:
+        super().__init__()
+        self.ln0 = Norm(shape.n_embd) if layer == 0 else None
+        self.ln1 = Norm(shape.n_embd)
+        self.ln2 = Norm(shape.n_embd)
+        self.att = shape.time_mixer(head_size_divisor)
+        self.ffn = shape.channel_mixer()
+        self.recompute = Recompute.NOTHING
+
+    def forward(
+        self,
+        x: Tensor,
+        state: LayerState | None,
+        layout: SegmentLayout | None,
+        *,
+        remembers: bool,
+        ends: Tensor | None,
+        dropout: float,
+    ) -> tuple[Tensor, LayerState | None]:
+        """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment if it `remembers`)."""
+        level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
+
+        def enter(
+            norm: Norm,
+            mixer: Any,
+            x: Tensor,
+            delta: Tensor | None,
+            shift: Tensor | None,
+            **options: bool,
+        ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor, ...]]:
+            """The residual stream x + delta, a mixer's inputs, and its memory of tokens if that is wanted."""
+
+            def inputs_of(z: Tensor, shift: Tensor | None) -> Results:
+                # A view of z: kept without need, it would keep all of it.
+                mixed: Results = mixer.mixed_inputs(z, shift, layout, **options)
+                return *mixed, *([last_tokens(z, ends)] if remembers else [])
+
+            if level is Recompute.INPUTS:
+                x = x if delta is None else x + delta
+                used = (*norm.parameters(), *mixer.mixing_parameters())
+                outputs = recomputed(lambda stream, shift: inputs_of(norm(stream), shift), (x, shift), used)
+            else:
+                x, z = norm.of_sum(x, delta)
+                outputs = inputs_of(z, shift)
+            count = len(outputs) - remembers
+            return x, outputs[:count], outputs[count:]
+
+        def layer(
+            x: Tensor, att_shift: Tensor | None, start: Tensor | None, ffn_shift: Tensor | None, *known: Tensor
+        ) -> Results:
+            # What a second pass keeps lives as long as its layer's backward, what the only pass keeps much longer.
+            keeps = level is not Recompute.NOTHING
+            x, inputs, att_last = enter(self.ln1, self.att, x, None, att_shift, keeps_modulation=keeps)
+            gated, final = self.att.attend(inputs, start, layout)
+            delta = F.dropout(self.att.output(gated), dropout, self.training)
+            x, inputs, ffn_last = enter(self.ln2, self.ffn, x, delta, ffn_shift)
+            feed = self.ffn.feed_again if known else self.ffn.feed
+            mixed = feed(x, inputs, *known)
+            if dropout:
+                mixed = x + F.dropout(mixed - x, dropout, self.training)
+            return (mixed, *att_last, final, *ffn_last) if remembers else (mixed,)
+
+        inputs = (x, *(state or (None, None, None)))
+        if level is Recompute.ALL:
+            # The result, from which the feed-forward can take its gradients.
+            kept = 1 if dropout == 0 and self.ffn.can_feed_again() else 0
+            mixed, *memory = recomputed(layer, inputs, self.parameters(), kept=kept, draws_random=dropout > 0)
+        else:
+            mixed, *memory = layer(*inputs)
+        return mixed, LayerState(*memory) if remembers else None
+
+
+class LanguageModel(nn.Module):
+    """The whole model. `forward` returns hidden states; `logits` applies the head to those one wants.
+
+    Attributes:
+        workspace: holds the dense matrices of the packed ones while they are used.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        *,
+        compute_dtype: torch.dtype = torch.float32,
+        head_size_divisor: int = 8,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.shape = shape
+        self.compute_dtype = compute_dtype
+        self.dropout = dropout
+        self.workspace = DequantizationWorkspace()
+        self.emb = Embedding(shape.vocab_size, shape.n_embd)
+        self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor) for i in range(shape.n_layer))
+        self.ln_out = Norm(shape.n_embd)
+        self.head: Linear | FrozenHead = Linear(shape.n_embd, shape.vocab_size)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the computation happens."""
+        return self.ln_out.weight.device
+
+    @property
+    def _first_block(self) -> Block:
+        block = self.blocks[0]
+        assert isinstance(block, Block)
+        return block
+
+    @property
+    def can_be_recorded(self) -> bool:
+        """Whether nothing in a step waits for the GPU: in bf16 with the operator's kernel.
+
+        The operator in torch reads segment borders on the host. And fp16 could not hold the unscaled loss's gradients.
+        """
+        on_gpu = self.device.type == "cuda" and self.compute_dtype == torch.bfloat16
+        return on_gpu and self._first_block.att.has_kernel(self.device)
+
+    def pack(self, name: str, weight: Tensor, quant_type: str) -> None:
+        """Puts a matrix of a layer, or the head, into its place in 4 or 8 bits.
+
+        Args:
+            name: its file key.
+            weight: [out, in] on the device in the computation dtype; not kept.
+            quant_type: one of `quant.QUANT_TYPES`.
+        """
+        if name == "head.weight":
+            self.head = FrozenHead.from_weight(weight, quant_type, self.compute_dtype, self.workspace)
+            return
+        parent_name, _, child = name.removesuffix(".weight").rpartition(".")
+        parent = self.get_submodule(parent_name)
+        # The backward of a recomputed layer comes back to the time mix after the feed-forward, with whose matrices it
+        # is done one by one (`feed_again`): the former gain by buffers of their own, the latter do not.
+        kind = child if isinstance(parent, TimeMixer) else ""
+        packed = FrozenLinear.from_weight(weight, quant_type, self.compute_dtype, kind=kind, workspace=self.workspace)
+        setattr(parent, child, packed)
+
+    def set_recomputation(self, modes: Sequence[Recompute], *, keep_dequantized: bool = False) -> None:
+        """Sets what each layer computes again, and reserves the room its dense matrices need meanwhile.
+
+        Args:
+            modes: one per layer.
+            keep_dequantized: whether recomputation and backward share one dequantisation of a layer's time mix, for
+                which its dense matrices are kept.
+        """
+        for block, mode in zip(self.blocks, modes, strict=True):
+            block.recompute = mode  # type: ignore[assignment]
+        self.workspace.keep_dequantized = keep_dequantized
+        self.workspace.reserve(_packed_in(self._first_block, self.head))
+
+    def kept_bytes(self, mode: Recompute) -> int:
+        """Bytes per token that a layer keeps between forward and backward in this mode."""
+        fused = self.compute_dtype is torch.bfloat16 and fused_kernels() is not None
+        return self.shape.kept_bytes(mode, fused=fused)
+
+    @property
+    def dense_time_mix_bytes(self) -> int:
+        """Bytes of one layer's time-mix matrices in 16 bits, 0 when they are not packed."""
+        return sum(2 * m.out_features * m.in_features for m in _packed_in(self._first_block.att))
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """What can be done for tokens int64 [B, T] without the device: `forward` takes tokens or this.
+
+        Returns:
+            [B, T, C] if the embedding table is on the host, in pinned memory if the model is not; else the tokens.
+        """
+        return self.emb.look_up(tokens, pinned=self.device.type == "cuda")
+
+    def forward(
+        self,
+        tokens: Tensor,
+        state: ModelState | None = None,
+        layout: SegmentLayout | None = None,
+        *,
+        return_state: bool = False,
+    ) -> tuple[Tensor, ModelState | None]:
+        """Runs the layers over T tokens.
+
+        Args:
+            tokens: int64 [B, T], or what `look_up` made of them, on any device.
+            state: memory carried from earlier tokens; None starts every row from `time_state`.
+            layout: segments of a packed row (B = 1); excludes `state`.
+            return_state: also return the memory after the last token of each row, or of each segment
+                of a packed row without continuations.
+
+        Returns:
+            (hidden [B, T, C] after `ln_out` in the computation dtype, state or None).
+        """
+        assert state is None or layout is None, "a carried state and a packed layout exclude each other"
+        assert layout is None or (tokens.shape[0] == 1 and tokens.shape[1] == layout.tokens)
+        assert not (return_state and layout is not None and layout.has_children)
+        x = self.emb(tokens, self.device, self.compute_dtype)
+        assert self._first_block.ln0 is not None
+        x = F.dropout(self._first_block.ln0(x), self.dropout, self.training)
+        ends = layout.last_positions if return_state and layout is not None else None
+        new_state: ModelState = []
+        for i, block in enumerate(self.blocks):
+            carried = None if state is None else state[i]
+            x, after = block(x, carried, layout, remembers=return_state, ends=ends, dropout=self.dropout)
+            if after is not None:
+                new_state.append(after)
+        return self.ln_out(x), new_state if return_state else None
+
+    def head_weight(self) -> HeadWeight:
+        """The head as `ops.token_logps` takes it: [V, C] in the computation dtype, or its parts when it is packed."""
+        if isinstance(self.head, FrozenHead):
+            return self.head.dense_parts()
+        return self.head.weight.to(self.compute_dtype)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., C] -> unnormalised log-probabilities [..., V] in the computation dtype."""
+        return self.head(hidden)  # type: ignore[no-any-return]
+
+
+def _packed_in(*modules: nn.Module) -> list[FrozenLinear]:
+    return [part for module in modules for part in module.modules() if isinstance(part, FrozenLinear)]

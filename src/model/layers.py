@@ -1,0 +1,189 @@
+"""The parts that layers of every architecture are made of.
+
+Weights may be stored wider than the computation (fp32 masters of what is trained); they are cast on use.
+
+Legend: B rows, T tokens, C channels, V vocabulary, G mixes.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from src.layout import SegmentLayout
+from src.model.shape import Shape, matrices_of
+from src.ops.elementwise import add_norm
+
+LAYER_NORM_EPS = 1e-5
+
+
+class Linear(nn.Module):
+    """y = x Wᵀ with W [out, in] in the file's orientation, cast to x's dtype when it is stored wider."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_features, in_features))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype))
+
+    def input_gradient(self, grad_output: Tensor) -> Tensor:
+        """The gradient of x from that of y, outside autograd."""
+        return grad_output @ self.weight.to(grad_output.dtype)
+
+
+class Norm(nn.LayerNorm):
+    """LayerNorm over C whose weights may be stored wider than its input."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=LAYER_NORM_EPS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.of_sum(x, None)[1]
+
+    def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """(x + delta, its norm), [B, T, C] each; None adds nothing."""
+        return add_norm(x, delta, self.weight, self.bias, self.eps)
+
+
+class Embedding(nn.Module):
+    """Token embedding that may stay on the host.
+
+    A frozen table is read only T rows at a time, so it can remain a memory-mapped host tensor
+    (`keep_on_host`); it is then not registered with the module and never copied whole.
+    """
+
+    def __init__(self, vocab_size: int, channels: int) -> None:
+        super().__init__()
+        self.weight: nn.Parameter | None = nn.Parameter(torch.empty(vocab_size, channels))
+        self.host_table: Tensor | None = None
+
+    def keep_on_host(self, table: Tensor) -> None:
+        """Serves from `table` [V, C] on the CPU and drops the registered parameter."""
+        self.weight = None
+        self.host_table = table
+
+    def look_up(self, tokens: Tensor, *, pinned: bool) -> Tensor:
+        """tokens int64 [B, T] -> [B, T, C] of a table on the host; the tokens themselves of one on the device."""
+        table = self.host_table
+        if table is None:
+            return tokens
+        rows = torch.empty(tokens.numel(), table.shape[1], dtype=table.dtype, pin_memory=pinned)
+        torch.index_select(table, 0, tokens.reshape(-1).cpu(), out=rows)
+        return rows.view(*tokens.shape, -1)
+
+    def forward(self, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """tokens int64 [B, T], or what `look_up` made of them -> [B, T, C] on `device`."""
+        if self.weight is not None:
+            return F.embedding(tokens.to(self.weight.device), self.weight).to(device, dtype)
+        rows = tokens if tokens.is_floating_point() else self.look_up(tokens, pinned=device.type == "cuda")
+        return rows.to(device, non_blocking=True).to(dtype)
+
+
+class Mixer(nn.Module, ABC):
+    """Base of time and channel mixes: empty weights by a table of names and shapes.
+
+    A matrix `NAME.weight` becomes a `Linear`, any other name without a dot a parameter; what remains is the
+    subclass's to make.
+    """
+
+    def __init__(self, shapes: Mapping[str, Shape]) -> None:
+        super().__init__()
+        for name in matrices_of(shapes):
+            out_features, in_features = shapes[name]
+            self.add_module(name.removesuffix(".weight"), Linear(in_features, out_features))
+        for name, shape in shapes.items():
+            if "." not in name:
+                self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+        self._stacks: dict[tuple[str, ...], tuple[list[Tensor], list[int], Tensor]] = {}
+
+    def stacked(self, names: tuple[str, ...], like: Tensor) -> Tensor:
+        """The named [1, 1, C] vectors as one [G, C] tensor.
+
+        Frozen ones are stacked once, in `like`'s dtype, and again when one is replaced or written in place.
+        """
+        vectors: list[Tensor] = [getattr(self, name) for name in names]
+        if any(vector.requires_grad for vector in vectors):
+            return torch.cat(vectors).view(len(names), -1)
+        versions = [vector._version for vector in vectors]
+        known, seen, stack = self._stacks.get(names, ([], [], like))
+        same = seen == versions and all(old is new for old, new in zip(known, vectors, strict=True))
+        if not (same and stack.device == like.device and stack.dtype == like.dtype):
+            stack = torch.cat(vectors).view(len(names), -1).to(like.dtype)
+            self._stacks[names] = vectors, versions, stack
+        return stack
+
+    @abstractmethod
+    def mixing_parameters(self) -> list[nn.Parameter]:
+        """The parameters that `mixed_inputs` uses."""
+
+
+class TimeMixer(Mixer):
+    """The part of a layer that looks back: z = ln1 x [B, T, C] -> what is added to x.
+
+    Attributes:
+        output: the last matrix, applied to what `attend` returns.
+        time_state: [H, N, N] fp32 (head, value, key), where the recurrence starts without a carried memory.
+    """
+
+    output: Linear
+    time_state: nn.Parameter
+
+    @abstractmethod
+    def has_kernel(self, device: torch.device) -> bool:
+        """Whether the operator runs as a kernel on this GPU in bf16, so that nothing in it waits for the host."""
+
+    @abstractmethod
+    def mixed_inputs(
+        self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None, *, keeps_modulation: bool = False
+    ) -> tuple[Tensor, ...]:
+        """What the matrices are applied to, [B, T, C] each.
+
+        Element-wise work and narrow products: cheap to compute again, several times z to keep; so is the modulation.
+
+        Args:
+            z: [B, T, C], normalised input; B is 1 with a layout.
+            shift: [B, C], what stands before each row's first token; None is zero. Excludes a layout.
+            layout: segments of a packed row.
+            keeps_modulation: see `ops.elementwise.modulated_shift_mixes`.
+        """
+
+    @abstractmethod
+    def attend(
+        self, inputs: tuple[Tensor, ...], start: Tensor | None, layout: SegmentLayout | None
+    ) -> tuple[Tensor, Tensor]:
+        """The recurrence and its gate on `mixed_inputs`.
+
+        Args:
+            inputs: of `mixed_inputs`.
+            start: carried matrices [B, H, N, N] fp32; None starts from `time_state`. Excludes a layout.
+            layout: segments of a packed row.
+
+        Returns:
+            (what `output` is applied to [B, T, A], final matrices [B, H, N, N] fp32, or [roots, H, N, N] with a
+            layout: those of the root segments).
+        """
+
+
+class ChannelMixer(Mixer):
+    """The feed-forward part of a layer: z = ln2 x [B, T, C] and x -> the new residual stream."""
+
+    @abstractmethod
+    def mixed_inputs(self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None) -> tuple[Tensor, ...]:
+        """What the matrices are applied to, [B, T, C] each; arguments as for `TimeMixer.mixed_inputs`."""
+
+    @abstractmethod
+    def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
+        """The matrices on `mixed_inputs`: residual stream x [B, T, C] -> the new one."""
+
+    @abstractmethod
+    def feed_again(self, x: Tensor, inputs: tuple[Tensor, ...], result: Tensor) -> Tensor:
+        """`feed` when its result is known: computes only what the backward needs, and there."""
+
+    @abstractmethod
+    def can_feed_again(self) -> bool:
+        """Whether `feed_again` can take the place of `feed`."""

@@ -1,0 +1,220 @@
+"""The sizes of a model, and what follows from them whatever its architecture.
+
+Everything about a model's size is in the shapes of its tensors; nothing here reads a file. An architecture is
+one file beside this one that subclasses `ModelShape` and holds the mixers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import torch
+from torch import Tensor
+
+from src.errors import CheckpointError
+from src.model.recompute import Recompute
+
+if TYPE_CHECKING:
+    from src.model.layers import ChannelMixer, TimeMixer
+
+Shape: TypeAlias = tuple[int, ...]
+
+LAYER_KEY = re.compile(r"blocks\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class ModelShape(ABC):
+    """Every size of one model, and the names, shapes, values and costs that come with them.
+
+    Shape legend: C channels (n_embd), A dim_att, F dim_ffn, V vocabulary, H heads, N head size, L layers. Linear
+    weights are [out, in].
+    """
+
+    n_layer: int
+    n_embd: int
+    dim_att: int
+    dim_ffn: int
+    vocab_size: int
+    n_head: int
+    head_size: int
+
+    @abstractmethod
+    def time_mix_shapes(self) -> dict[str, Shape]:
+        """Name within `blocks.{i}.att` -> shape of its weights, in file order, `time_state` not included."""
+
+    @abstractmethod
+    def channel_mix_shapes(self) -> dict[str, Shape]:
+        """Name within `blocks.{i}.ffn` -> shape of its weights, in file order."""
+
+    @abstractmethod
+    def time_mixer(self, head_size_divisor: int) -> TimeMixer:
+        """An empty time mix of one layer; group norm eps is 1e-5 times the divisor's square."""
+
+    @abstractmethod
+    def channel_mixer(self) -> ChannelMixer:
+        """An empty channel mix of one layer."""
+
+    @abstractmethod
+    def fresh_value(self, key: str, key_shape: Shape, generator: torch.Generator) -> Tensor:
+        """fp32 value of one weight of an untrained model."""
+
+    @abstractmethod
+    def kept_bytes(self, recompute: Recompute, *, fused: bool) -> int:
+        """Bytes per token that one layer keeps between forward and backward, 16-bit activations."""
+
+    @abstractmethod
+    def rate_factor(self, key: str) -> float:
+        """Factor on a weight's learning rate in full training."""
+
+    def parameter_shapes(self) -> dict[str, Shape]:
+        """File key -> shape of every weight in file order, `time_state` not included."""
+        channels = (self.n_embd,)
+        shapes: dict[str, Shape] = {"emb.weight": (self.vocab_size, self.n_embd)}
+        mixers = {
+            **{f"att.{name}": shape for name, shape in self.time_mix_shapes().items()},
+            **{f"ffn.{name}": shape for name, shape in self.channel_mix_shapes().items()},
+        }
+        for layer in range(self.n_layer):
+            block = f"blocks.{layer}"
+            for norm in ("ln1", "ln2", "ln0") if layer == 0 else ("ln1", "ln2"):
+                shapes |= {f"{block}.{norm}.weight": channels, f"{block}.{norm}.bias": channels}
+            shapes |= {f"{block}.{name}": shape for name, shape in mixers.items()}
+        return shapes | {
+            "ln_out.weight": channels,
+            "ln_out.bias": channels,
+            "head.weight": (self.vocab_size, self.n_embd),
+        }
+
+    def state_shapes(self) -> dict[str, Shape]:
+        """File key -> [H, N, N] (head, value, key) of every layer's initial state, in layer order."""
+        square = (self.n_head, self.head_size, self.head_size)
+        return {state_key(layer): square for layer in range(self.n_layer)}
+
+    def matrix_names(self) -> tuple[str, ...]:
+        """Keys of the large matrices of each layer: the ones `--quant 1` packs."""
+        return tuple(
+            f"blocks.{layer}.{mixer}.{name}"
+            for layer in range(self.n_layer)
+            for mixer, shapes in (("att", self.time_mix_shapes()), ("ffn", self.channel_mix_shapes()))
+            for name in shapes
+            if name in matrices_of(shapes)
+        )
+
+    @property
+    def parameter_count(self) -> int:
+        """Number of weights, `time_state` not included."""
+        return sum(math.prod(shape) for shape in self.parameter_shapes().values())
+
+    @property
+    def state_parameter_count(self) -> int:
+        """Number of values in a state file: L·H·N·N."""
+        return self.n_layer * self.n_head * self.head_size**2
+
+    def key_problems(self, shapes: Mapping[str, Shape]) -> list[str]:
+        """What keeps `shapes` from being a complete model of this shape; empty when nothing does.
+
+        `time_state` is optional: all layers have one, or none.
+
+        Returns:
+            Phrases that name the missing, superfluous and misshapen keys.
+        """
+        expected = self.parameter_shapes()
+        states = self.state_shapes()
+        if any(key in shapes for key in states):
+            expected |= states
+        problems = {
+            "missing": [key for key in expected if key not in shapes],
+            "superfluous": [key for key in shapes if key not in expected],
+            "misshapen": [
+                f"{key} of shape {list(shapes[key])} instead of {list(wanted)}"
+                for key, wanted in expected.items()
+                if key in shapes and tuple(shapes[key]) != wanted
+            ],
+        }
+        return [f"{problem} {_some(names)}" for problem, names in problems.items() if names]
+
+    def contradictions(self, given: Mapping[str, int]) -> list[str]:
+        """Compares sizes given by flags with these.
+
+        Args:
+            given: flag name without dashes (`n_layer n_embd dim_att dim_ffn vocab_size head_size_a` and what the
+                architecture adds) -> value; 0 means that the flag was not given.
+
+        Returns:
+            One sentence for each mismatch, naming the flag and both numbers.
+        """
+        names = {"head_size_a": "head_size"}
+        actual = {flag: getattr(self, names.get(flag, flag), 0) for flag in given}
+        return [
+            f"--{flag} {value} contradicts the checkpoint, which has {actual[flag]}; leave the flag out or give "
+            f"{actual[flag]}"
+            for flag, value in given.items()
+            if value and actual[flag] and value != actual[flag]
+        ]
+
+    def fresh_parameters(self, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Initial weights of an untrained model, in file order, `time_state` not included; see `fresh_value`.
+
+        Values are drawn and computed in fp32 on the CPU from one generator in file order, then cast.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        parameters = {}
+        for key, key_shape in self.parameter_shapes().items():
+            fresh = self.fresh_value(key, key_shape, generator)
+            assert tuple(fresh.shape) == key_shape, key
+            parameters[key] = fresh.to(dtype)
+        return parameters
+
+
+def state_key(layer: int) -> str:
+    """File key of one layer's initial state."""
+    return f"blocks.{layer}.att.time_state"
+
+
+def matrices_of(shapes: Mapping[str, Shape]) -> list[str]:
+    """Names of the linear layers' weights among a mixer's."""
+    return [name for name, shape in shapes.items() if name.endswith(".weight") and len(shape) == 2]
+
+
+def count_layers(shapes: Mapping[str, Shape]) -> int:
+    """1 + the largest layer index, every smaller one being present.
+
+    Raises:
+        CheckpointError: there is none, or one is missing.
+    """
+    present = {int(match.group(1)) for match in map(LAYER_KEY.match, shapes) if match}
+    if not present:
+        raise CheckpointError("it has no blocks.0 tensors, so it holds no layers")
+    highest = max(present)
+    if len(present) <= highest:
+        first_gap = next(layer for layer in range(highest) if layer not in present)
+        raise CheckpointError(
+            f"layer {first_gap} (blocks.{first_gap}) is missing although layer {highest} is there; "
+            f"layers 0 to {highest} are needed"
+        )
+    return highest + 1
+
+
+def axes_of(shapes: Mapping[str, Shape], key: str, count: int) -> Shape:
+    """The shape of a tensor that must have `count` non-empty axes.
+
+    Raises:
+        CheckpointError: it is missing or has others.
+    """
+    if key not in shapes:
+        raise CheckpointError(f"{key} is missing")
+    shape = tuple(shapes[key])
+    if len(shape) != count or 0 in shape:
+        raise CheckpointError(f"{key} has shape {list(shape)}, expected {count} axes, none empty")
+    return shape
+
+
+def _some(names: list[str]) -> str:
+    """The first three names, and how many more there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,193 @@
+"""From flags to an engine: DeepSpeed's configuration and Lightning's Trainer arguments, on top of `src.device`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from lightning_fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
+from pytorch_lightning import LightningModule
+from pytorch_lightning.plugins.precision import DeepSpeedPrecision, Precision
+from torch import Tensor, nn
+
+from src.config import TrainConfig
+from src.device import Device, apply_device, launched_by, resolve_device, uses_gpu
+from src.errors import ConfigError
+from src.training import alone
+
+
+@dataclass(frozen=True)
+class Hardware(Device):
+    """Where a run computes, and how its processes work together.
+
+    Attributes:
+        strategy: "single" or a deepspeed_* name.
+        notes: lines to print, about what was decided.
+    """
+
+    strategy: str
+    notes: list[str] = field(default_factory=list)
+
+    def describe(self) -> str:
+        """One phrase for the plan."""
+        engine = "single device" if self.strategy == "single" else self.strategy
+        return f"{super().describe()}, {engine}"
+
+
+def resolve_hardware(config: TrainConfig) -> Hardware:
+    """Chooses device, precision and engine; changes nothing.
+
+    Raises:
+        ConfigError: if what was asked for does not exist here.
+    """
+    processes = config.devices * config.num_nodes
+    launcher, started = launched_by() or ("", processes)
+    if started != processes:
+        raise ConfigError(
+            f"{launcher} started {started} processes, and --devices {config.devices} --num_nodes {config.num_nodes} "
+            f"make {processes}: give the flags of what was started, or start python without {launcher}"
+        )
+    on_gpu = uses_gpu(config.accelerator)
+    if on_gpu and config.strategy.startswith("deepspeed_stage_3"):
+        raise ConfigError(
+            f"--strategy {config.strategy} shards every weight, and the layers here use weights outside of the hooks "
+            "that gather them: use deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
+        )
+    if on_gpu and config.devices > (visible := torch.cuda.device_count()):
+        raise ConfigError(f"--devices {config.devices} was asked for and {visible} GPU(s) are visible: lower --devices")
+    chosen = resolve_device(config.accelerator, config.precision)
+    several = processes > 1
+    if on_gpu:
+        strategy = config.strategy
+        if strategy == "auto":
+            strategy = "deepspeed_stage_1" if several else "single"
+        return Hardware(chosen.device, chosen.precision, strategy)
+
+    if config.offload_activations:
+        raise ConfigError("--offload_activations 1 frees a GPU's memory and none is used: leave it out on a CPU")
+    if several:
+        raise ConfigError(f"--devices {config.devices} --num_nodes {config.num_nodes} needs GPUs: use 1 and 1 on a CPU")
+    notes = []
+    if config.uses_deepspeed:
+        notes.append(f"--strategy {config.strategy} needs a GPU: running on a single device instead")
+    return Hardware(chosen.device, chosen.precision, "single", notes)
+
+
+def apply_hardware(hardware: Hardware, config: TrainConfig, *, small_messages: bool) -> None:
+    """Makes what `resolve_hardware` chose this process's own; to be called before anything is allocated.
+
+    Args:
+        hardware: what was chosen.
+        config: the flags.
+        small_messages: whether the gradient is small, see `apply_device`.
+    """
+    one_machine = config.num_nodes == 1
+    apply_device(hardware, alone=one_machine and config.devices == 1, small_messages=small_messages and one_machine)
+
+
+class _UntouchedDeepSpeedPrecision(DeepSpeedPrecision):
+    """Leaves every dtype as the model has it: fp32 states, low-precision weights and packed bytes live together.
+
+    Lightning and the engine would both divide the loss by the number of accumulated micro-batches; here only
+    Lightning does.
+    """
+
+    def convert_module(self, module: nn.Module) -> nn.Module:
+        return module
+
+    def convert_input(self, data: Any) -> Any:
+        return data
+
+    def backward(self, tensor: Tensor, model: LightningModule, *args: Any, **kwargs: Any) -> None:  # type: ignore[override]
+        engine: Any = model.trainer.model
+        engine.backward(tensor, scale_wrt_gas=False)
+
+
+def trainer_arguments(hardware: Hardware, config: TrainConfig, trained_elements: int) -> dict[str, Any]:
+    """Lightning's arguments for accelerator, devices, strategy and precision.
+
+    Args:
+        hardware: what `resolve_hardware` chose.
+        config: the flags.
+        trained_elements: number of trained values, which bounds DeepSpeed's buckets.
+    """
+    _quieten("pytorch_lightning|lightning_fabric", "pytorch_lightning", "lightning.pytorch")
+    arguments: dict[str, Any] = {
+        "accelerator": "gpu" if hardware.on_gpu else "cpu",
+        "num_nodes": config.num_nodes,
+        "devices": config.devices,
+    }
+    if hardware.strategy == "single":
+        return {**arguments, "plugins": [Precision(), LightningEnvironment()]}
+
+    from pytorch_lightning.strategies import DeepSpeedStrategy
+
+    os.environ.setdefault("DS_ACCELERATOR", "cuda")
+    _quieten("deepspeed", "DeepSpeed")
+    strategy = DeepSpeedStrategy(
+        config=deepspeed_config(hardware.strategy, config, trained_elements),
+        precision_plugin=_UntouchedDeepSpeedPrecision("32-true"),
+        process_group_backend=alone.register() if config.devices * config.num_nodes == 1 else None,
+    )
+    return {**arguments, "strategy": strategy, "plugins": [_cluster()]}
+
+
+def _cluster() -> ClusterEnvironment:
+    """What tells the processes of a run from each other; named, so that Lightning guesses nothing from variables.
+
+    Under SLURM it would otherwise answer SIGUSR1 with a checkpoint of its own and put the job into the queue again.
+    """
+    match launched_by():
+        case ("torchrun", _):
+            return TorchElasticEnvironment()
+        case ("srun", _):
+            return SLURMEnvironment(auto_requeue=False)
+        case _:
+            return LightningEnvironment()
+
+
+def deepspeed_config(strategy: str, config: TrainConfig, trained_elements: int) -> dict[str, Any]:
+    """The engine's configuration: ZeRO and nothing that casts.
+
+    Without a `bf16` or `fp16` section the engine keeps every dtype. Its two buckets hold
+    `reduce_bucket_size` elements each, so they are sized to what is trained: a quarter of it, since a small
+    trained part is reduced in no time and memory is what users lack. Reduction stays on the stream of the
+    backward: on one of its own DeepSpeed 0.19.8 gives the memory of a gradient larger than a bucket back while that
+    stream still reads it, and a replayed step has nothing to overlap, its gradients come all at once.
+    """
+    stage = int(strategy.split("_")[2])
+    limit = config.ds_bucket_mb * 10**6 // 4
+    bucket = max(min(-(-trained_elements // 4), limit), 1)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "contiguous_gradients": True,
+        "overlap_comm": False,
+        "allgather_partitions": True,
+        "reduce_scatter": True,
+        "allgather_bucket_size": bucket,
+        "reduce_bucket_size": bucket,
+    }
+    if strategy.endswith("offload"):
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "train_micro_batch_size_per_gpu": config.micro_bsz,
+    }
+
+
+def _quieten(module: str, *loggers: str) -> None:
+    """Libraries tell their life stories at level INFO on the user's terminal."""
+    for logger in loggers:
+        logging.getLogger(logger).setLevel(logging.WARNING)
+    warnings.filterwarnings("ignore", module=module)

@@ -1,0 +1,177 @@
+"""What can be trained, carried and wrapped when layers are computed again: each case gives gradients by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+from factories import tiny_parameters, tiny_shape, tiny_states
+from torch import Tensor, nn
+
+from src.layout import SegmentLayout
+from src.loading import LoadOptions, build_model
+from src.model.language_model import LanguageModel
+from src.model.recompute import Recompute
+from src.model.state import LayerState, ModelState
+
+SHAPE = tiny_shape(n_layer=3, n_embd=128, head_size=64)
+"""Heads of 64, which the operator's kernel takes."""
+
+Gradients = dict[str, Tensor]
+
+
+class Adapted(nn.Module):
+    """A linear with something trainable beside it, as LoRA makes it."""
+
+    def __init__(self, linear: nn.Module, seed: int) -> None:
+        super().__init__()
+        self.linear = linear
+        rows, columns = (linear.out_features, linear.in_features) if hasattr(linear, "packed") else linear.weight.shape
+        generator = torch.Generator().manual_seed(seed)
+        device = next(tensor.device for tensor in (*linear.parameters(), *linear.buffers()))
+        self.down = nn.Parameter((torch.randn(4, columns, generator=generator) / columns**0.5).to(device))
+        self.up = nn.Parameter((torch.randn(rows, 4, generator=generator) / 2).to(device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + x @ self.down.t().to(x.dtype) @ self.up.t().to(x.dtype)
+
+
+def model_of(
+    mode: Recompute, quant_type: str | None, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> LanguageModel:
+    """A model in which every part matters; with ALL its time mix is dequantised once for both passes."""
+    options = LoadOptions(torch.device(device), dtype, quant_type=quant_type)
+    model = build_model({**tiny_parameters(SHAPE, seed=1), **tiny_states(SHAPE, seed=2)}, SHAPE, options)
+    model.set_recomputation([mode] * SHAPE.n_layer, keep_dequantized=mode is Recompute.ALL)
+    return model
+
+
+def train_only(model: LanguageModel, wanted: Callable[[str], bool]) -> None:
+    """Another choice of what is trained, as LISA makes it between steps."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(wanted(name))
+        parameter.grad = None
+
+
+def tokens_of(length: int, rows: int = 2) -> Tensor:
+    return torch.randint(SHAPE.vocab_size, (rows, length), generator=torch.Generator().manual_seed(4))
+
+
+def carried_state(model: LanguageModel, rows: int = 2) -> ModelState:
+    """A memory whose every part asks for its gradient."""
+    generator = torch.Generator().manual_seed(3)
+
+    def part(*size: int) -> Tensor:
+        values = torch.randn(size, generator=generator).mul_(0.5)
+        dtype = torch.float32 if len(size) == 4 else model.compute_dtype
+        return values.to(model.device, dtype).requires_grad_()
+
+    C, H, N = SHAPE.n_embd, SHAPE.n_head, SHAPE.head_size
+    return [LayerState(part(rows, C), part(rows, H, N, N), part(rows, C)) for _ in range(SHAPE.n_layer)]
+
+
+def loss_of(hidden: Tensor, state: Iterable[LayerState] = ()) -> Tensor:
+    """Depends on every output differently."""
+    weight = torch.linspace(0.5, 1.5, hidden.numel(), device=hidden.device, dtype=torch.float64).view(hidden.shape)
+    carried = sum(part.double().sin().mean() for layer in state for part in layer)
+    return (hidden.double() * weight).square().mean() + carried
+
+
+def gradients_of(model: LanguageModel, loss: Tensor, state: ModelState | None = None) -> Gradients:
+    """Of everything trained, and of a carried memory."""
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    for layer, parts in enumerate(state or ()):
+        found |= {f"carried {name} of layer {layer}": part.grad for name, part in parts._asdict().items()}
+    assert found
+    missing = [name for name, gradient in found.items() if gradient is None or not gradient.any()]
+    assert not missing, missing
+    return found  # type: ignore[return-value]
+
+
+def own_start(model: LanguageModel) -> Gradients:
+    return gradients_of(model, loss_of(model(tokens_of(11))[0]))
+
+
+def packed_row(model: LanguageModel) -> Gradients:
+    return gradients_of(
+        model, loss_of(model(tokens_of(16, 1), layout=SegmentLayout.packed([5, 1, 10], model.device))[0])
+    )
+
+
+def branching_row(model: LanguageModel) -> Gradients:
+    layout = SegmentLayout.branching([6, 1], [4, 3, 2], [0, 0, 1], model.device)
+    return gradients_of(model, loss_of(model(tokens_of(16, 1), layout=layout)[0]))
+
+
+def a_carried_state(model: LanguageModel) -> Gradients:
+    model.requires_grad_(False)
+    state = carried_state(model)
+    return gradients_of(model, loss_of(model(tokens_of(9), state)[0]), state)
+
+
+def a_carried_state_and_its_successor(model: LanguageModel) -> Gradients:
+    state = carried_state(model)
+    train_only(model, lambda name: name.endswith(("ln1.weight", "time_decay", "time_maa_x")))
+    hidden, after = model(tokens_of(9), state, return_state=True)
+    assert after is not None
+    return gradients_of(model, loss_of(hidden, after), state)
+
+
+def two_chained_chunks(model: LanguageModel) -> Gradients:
+    first, second = tokens_of(13).split([8, 5], dim=1)
+    _, carried = model(first, return_state=True)
+    hidden, after = model(second, carried, return_state=True)
+    return gradients_of(model, loss_of(hidden, after))
+
+
+def chunks_with_trained_mixing(model: LanguageModel) -> Gradients:
+    train_only(model, lambda name: ".time_" in name or (".ln" in name and "ln0" not in name))
+    return two_chained_chunks(model)
+
+
+def another_choice_at_the_second_step(model: LanguageModel) -> Gradients:
+    own_start(model)
+    train_only(model, lambda name: name.startswith(("blocks.1.ln", "blocks.1.att.time", "blocks.2.ffn.time")))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("time_maa_x", "time_maa_k")):
+                parameter.mul_(1.25)
+    return own_start(model)
+
+
+def time_and_norm_parameters(model: LanguageModel) -> Gradients:
+    train_only(model, lambda name: "time_" in name or "ln" in name)
+    return own_start(model)
+
+
+def wrapped_linears(model: LanguageModel) -> Gradients:
+    for seed, (block, path) in enumerate([(0, "att.key"), (1, "att.output"), (1, "ffn.value"), (2, "ffn.key")]):
+        mixer = getattr(model.blocks[block], path.split(".")[0])
+        name = path.split(".")[1]
+        setattr(mixer, name, Adapted(getattr(mixer, name), seed))
+    return own_start(model)
+
+
+def wrapped_and_time_parameters_without_states(model: LanguageModel) -> Gradients:
+    model.requires_grad_(False)
+    block = model.blocks[1]
+    block.att.receptance = Adapted(block.att.receptance, 0)  # type: ignore[union-attr]
+    for name, parameter in block.named_parameters():
+        parameter.requires_grad_("time_maa" in name or "down" in name or "up" in name)
+    return own_start(model)
+
+
+CASES = (
+    own_start,
+    packed_row,
+    branching_row,
+    a_carried_state,
+    a_carried_state_and_its_successor,
+    two_chained_chunks,
+    chunks_with_trained_mixing,
+    another_choice_at_the_second_step,
+    time_and_norm_parameters,
+    wrapped_linears,
+    wrapped_and_time_parameters_without_states,
+)

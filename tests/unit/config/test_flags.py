@@ -1,0 +1,104 @@
+"""How flags are declared, read and checked, on a configuration of two subjects."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+
+from src.config import PairConfig, RejectConfig, TrainConfig
+from src.config.flags import AT_LEAST_1, SHARE, Flags, Given, Lines, flag
+from src.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Fruit(Flags, group="fruit"):
+    apples: int = flag(1, "how many", must=AT_LEAST_1)
+    kind: str = flag("red", "which", ("red", "green"))
+
+    def _contradictions(self, given: Given) -> Lines:
+        if self.kind == "green" and self.apples > 3:
+            yield "--apples: too many green ones"
+
+    def _remarks(self) -> Lines:
+        if self.apples == 2:
+            yield "--apples 2 is a pair"
+
+
+@dataclass(frozen=True)
+class Cake(Flags, group="cake"):
+    sugar: float = flag(0.5, "share", must=SHARE)
+    bake: int = flag(0, "1 bakes", (0, 1))
+    minutes: int = flag(40, "in the oven", only_with=("bake", 1))
+
+
+@dataclass(frozen=True)
+class Kitchen(Cake, Fruit):
+    unsupported: ClassVar[Mapping[str, tuple[str, str]]] = {"pears": ("0", "out of season")}
+
+    def _contradictions(self, given: Given) -> Lines:
+        if self.bake and "kind" in given:
+            yield "--kind is not seen with --bake 1"
+
+
+def problem(**given: str) -> str:
+    """The message that refuses these flags."""
+    with pytest.raises(ConfigError) as refused:
+        Kitchen.from_flags(given)
+    return str(refused.value)
+
+
+def test_subjects_are_in_order_with_their_flags() -> None:
+    named = {title: [spec.name for spec in specs] for title, specs in Kitchen.groups().items()}
+    assert named == {"fruit": ["apples", "kind"], "cake": ["sugar", "bake", "minutes"]}
+    assert [spec.name for spec in dataclasses.fields(Kitchen)] == [name for names in named.values() for name in names]
+
+
+def test_texts_become_values_of_the_type_of_the_default() -> None:
+    made = Kitchen.from_flags({"apples": "3", "sugar": "1", "pears": "0.0"})
+    assert made == Kitchen(apples=3, sugar=1.0)
+    assert isinstance(made.sugar, float)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"apples": "many"}, "--apples 'many' is not a whole number"),
+        ({"sugar": "much"}, "--sugar 'much' is not a number"),
+        ({"sugar": "nan"}, "--sugar nan is not a finite number"),
+        ({"kind": "blue"}, "--kind blue is unknown: use one of red, green"),
+        ({"apples": "0"}, "--apples 0 must be at least 1"),
+        ({"sugar": "1.5"}, "--sugar 1.5 must lie between 0 and 1"),
+        ({"pears": "1"}, "--pears 1 is not supported (out of season): leave it out"),
+    ],
+)
+def test_one_problem_is_one_sentence(given: dict[str, str], message: str) -> None:
+    assert problem(**given) == message
+
+
+def test_all_problems_are_told_together_those_of_every_subject_and_of_the_whole() -> None:
+    assert problem(apples="4", kind="green", bake="1", sugar="-1", minutes="x") == (
+        "4 problems:\n"
+        "  - --minutes 'x' is not a whole number\n"
+        "  - --sugar -1.0 must lie between 0 and 1\n"
+        "  - --apples: too many green ones\n"
+        "  - --kind is not seen with --bake 1"
+    )
+
+
+def test_notes_come_from_subjects_and_from_flags_that_need_another() -> None:
+    expected = ["--apples 2 is a pair", "--minutes 5 has no effect without --bake 1"]
+    assert Kitchen.from_flags({"apples": "2", "minutes": "5"}).notes() == expected
+    assert Kitchen.from_flags({"bake": "1", "minutes": "5"}).notes() == []
+
+
+@pytest.mark.parametrize("config_class", [TrainConfig, RejectConfig, PairConfig])
+def test_every_flag_of_every_script_is_well_declared(config_class: type[Flags]) -> None:
+    specs = dataclasses.fields(config_class)
+    assert [spec.name for spec in specs if len(spec.metadata["help"]) < 4] == []
+    wrong = [spec.name for spec in specs if spec.type not in (type(spec.default), type(spec.default).__name__)]
+    assert wrong == []
+    switches = [spec.metadata["only_with"][0] for spec in specs if spec.metadata["only_with"]]
+    assert [name for name in switches if name not in config_class.__dataclass_fields__] == []
+    assert sum(len(group) for group in config_class.groups().values()) == len(specs)
