@@ -9,6 +9,10 @@ def main() -> None:
     given = given_train_flags()
     from src.config import TrainConfig
 
+    if given.get("resume") == "1" and "demo" not in given:
+        from src.training.resume import completed_flags
+
+        given = completed_flags(given)
     if given.get("demo") or not given:
         from src.commands.demo import run_demo
 

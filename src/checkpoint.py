@@ -48,10 +48,15 @@ class Checkpoint(Mapping[str, Tensor]):
     A tensor's bytes are read from the file when it is used, and the system may drop them again:
     host memory does not grow with the file. Writing into a tensor changes neither the file nor
     another reader.
+
+    Attributes:
+        info: what the file is.
+        source: its path, for messages.
     """
 
-    def __init__(self, info: CheckpointInfo, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, info: CheckpointInfo, tensors: dict[str, Tensor], source: PathLike) -> None:
         self.info = info
+        self.source = source
         self._tensors = tensors
 
     def __getitem__(self, key: str) -> Tensor:
@@ -96,13 +101,13 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
             f"layer: {'; '.join(problems)}"
         )
     info = CheckpointInfo(shape, _dtype_name(tensors["emb.weight"].dtype), has_state=state_key(0) in tensors)
-    return Checkpoint(info, tensors)
+    return Checkpoint(info, tensors, path)
 
 
 def fresh_checkpoint(shape: ModelShape, seed: int) -> Checkpoint:
     """An untrained model in fp32, as if it had been opened."""
     info = CheckpointInfo(shape=shape, dtype="float32", has_state=False)
-    return Checkpoint(info, shape.fresh_parameters(seed, torch.float32))
+    return Checkpoint(info, shape.fresh_parameters(seed, torch.float32), "the fresh model")
 
 
 def load_state(path: PathLike, shape: ModelShape) -> dict[str, Tensor]:

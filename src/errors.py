@@ -9,6 +9,8 @@ import sys
 from collections.abc import Callable
 from typing import NoReturn
 
+from src.output import lasting_output
+
 EXIT_CODE = 2
 
 
@@ -38,12 +40,13 @@ class KernelError(UserError):
 
 def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
     """Ends the process with what `main` returns; a UserError becomes one line on stderr and code 2."""
-    try:
-        code = main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_CODE
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        code = 130
+    with lasting_output():
+        try:
+            code = main()
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            code = EXIT_CODE
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            code = 130
     sys.exit(code or 0)

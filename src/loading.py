@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from src.checkpoint import Checkpoint, load_state
 from src.device import spare_threads
+from src.errors import CheckpointError
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
 
@@ -61,14 +63,15 @@ def open_model(
         quiet: shows no bar.
 
     Raises:
-        CheckpointError: the state file cannot be read or does not fit.
+        CheckpointError: the state file cannot be read or does not fit, or a value of the model is not finite.
     """
     shape = checkpoint.info.shape
     spare_threads(options.device, shape)
     states = load_state(state_file, shape) if state_file else {}
     hidden = quiet or shape.parameter_count < _SLOW_VALUES
     with tqdm(total=len(checkpoint), desc="loading", unit="tensor", disable=hidden, dynamic_ncols=True) as bar:
-        return build_model({**checkpoint, **states}, shape, options, lambda _: bar.update() and None)
+        tensors = {**checkpoint, **states}
+        return build_model(tensors, shape, options, lambda _: bar.update() and None, source=checkpoint.source)
 
 
 def build_model(
@@ -76,6 +79,8 @@ def build_model(
     shape: ModelShape,
     options: LoadOptions,
     on_progress: Callable[[str], None] = lambda name: None,
+    *,
+    source: str | PathLike[str] = "the model",
 ) -> LanguageModel:
     """Builds the model; what is not trained is frozen.
 
@@ -84,9 +89,13 @@ def build_model(
         shape: sizes of the checkpoint.
         options: device, dtype, packing, what is trained.
         on_progress: called with each key after it has been placed.
+        source: where the tensors come from, for messages.
 
     Returns:
         The model in training mode; `time_state` and what is trained are fp32.
+
+    Raises:
+        CheckpointError: a value is not finite in the dtype it is used in.
     """
     trained = shape.state_shapes().keys() if options.trained is None else options.trained
     packed = set(shape.matrix_names()) if options.quant_type else set()
@@ -103,20 +112,27 @@ def build_model(
     sizes = {name: math.prod(size) for name, size in shape.parameter_shapes().items()}
     # What is packed comes last and by size: the room of one dense matrix then takes the next, and no holes are left.
     order = sorted(sizes, key=lambda name: sizes[name] if name in packed else math.inf, reverse=True)
+    sums: dict[str, Tensor] = {}  # what is not finite shows in them; to look at each at once would wait for the device
     for name, tensor in _read_ahead(tensors, order, stays, options.device):
         if name in packed | head:
             assert options.quant_type is not None
-            on_device = tensor.to(options.device, options.compute_dtype, non_blocking=True)
-            model.pack(name, on_device, options.quant_type)
+            used = tensor.to(options.device, options.compute_dtype, non_blocking=True)
+            model.pack(name, used, options.quant_type)
         elif name in stays:
-            model.emb.keep_on_host(tensor)
+            used = tensor
+            model.emb.keep_on_host(used)
         else:
             dtype = torch.float32 if name in trained else options.compute_dtype
-            _place(model, name, tensor.to(options.device, dtype, copy=name in trained), name in trained)
+            used = tensor.to(options.device, dtype, copy=name in trained)
+            _place(model, name, used, name in trained)
+        sums[name] = used.sum()
         on_progress(name)
     for name, state_shape in shape.state_shapes().items():
         start = tensors[name] if name in tensors else torch.zeros(state_shape)
-        _place(model, name, start.to(options.device, torch.float32, copy=True), name in trained)
+        used = start.to(options.device, torch.float32, copy=True)
+        _place(model, name, used, name in trained)
+        sums[name] = used.sum()
+    _refuse_non_finite(source, tensors, sums)
     if options.device.type == "cuda":
         # What held the matrices before they were packed, there and here.
         torch.cuda.empty_cache()
@@ -150,6 +166,34 @@ def _read_ahead(
             if following is not None:
                 coming = reader.submit(read, following)
             yield name, tensor
+
+
+def _refuse_non_finite(source: str | PathLike[str], tensors: Mapping[str, Tensor], sums: Mapping[str, Tensor]) -> None:
+    """Looks at the sums of all tensors at once, and only then, where one is not finite, at the tensor's values.
+
+    Args:
+        source: of the tensors.
+        tensors: as they were read.
+        sums: 0-d, on any device, in the dtype in which each tensor is used.
+
+    Raises:
+        CheckpointError: naming the first tensor with values that are not finite.
+    """
+    on_one_device = torch.stack(
+        [total.detach().to(sums["head.weight"].device, torch.float32) for total in sums.values()]
+    )
+    for name, finite in zip(sums, on_one_device.isfinite().tolist(), strict=True):
+        if finite or name not in tensors:
+            continue
+        dtype, values = sums[name].dtype, tensors[name]
+        bad = values.numel() - int(torch.isfinite(values.to(dtype)).sum())
+        if bad:
+            in_file = not torch.isfinite(values).all()
+            way_out = "the file is damaged, use another copy" if in_file else "compute in bf16 or fp32"
+            raise CheckpointError(
+                f"{source}: {bad:,} of the {values.numel():,} values of {name} are not finite in "
+                f"{str(dtype).removeprefix('torch.')}, and with them no output would be; {way_out}"
+            )
 
 
 def _place(model: LanguageModel, name: str, tensor: Tensor, trained: bool) -> None:

@@ -358,7 +358,7 @@ class FrozenLinear(nn.Module):
             )
         state = functional.QuantState(
             absmax=self.absmax,
-            shape=dense.shape,
+            shape=dense.shape if dense.is_cuda else self._rows_of_blocks(),
             dtype=dense.dtype,
             blocksize=_FOUR_BIT_BLOCK,
             quant_type=_FOUR_BIT_CODE[self.quant_type],
@@ -369,7 +369,15 @@ class FrozenLinear(nn.Module):
         if dense.is_cuda:
             functional.dequantize_4bit(packed, state, out=dense)
         else:
-            dense.copy_(functional.dequantize_4bit(packed, state))
+            dense.copy_(functional.dequantize_4bit(packed, state).reshape(dense.shape))
+
+    def _rows_of_blocks(self) -> tuple[int, int]:
+        """The shape in which bitsandbytes' CPU kernel is to see a 4-bit matrix: whole blocks a row, or a single row.
+
+        With AVX-512 it takes a row to begin with scale number row * (in_features // block), whatever the size.
+        """
+        numel = self.out_features * self.in_features
+        return (1, numel) if numel % _FOUR_BIT_BLOCK else (numel // _FOUR_BIT_BLOCK, _FOUR_BIT_BLOCK)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FrozenLinear:
         """Moves buffers between devices; a change of dtype would destroy them and is not followed."""

@@ -27,6 +27,9 @@ from src.errors import CheckpointError
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
+UNFINISHED = ".unfinished"
+"""How the names of files end that are still being written; they begin with a dot and the name to be."""
+
 _REFUSED_GLOBAL = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
 """How torch names a Python object that it does not load with `weights_only`."""
 
@@ -52,17 +55,20 @@ def load(path: PathLike, role: str, writer: str = "torch.save (.pth)") -> Any:
         raise CheckpointError(_unreadable(path, error)) from error
 
 
-def save(path: PathLike, content: Mapping[str, Tensor] | list[Any], unit: str = "entries") -> None:
-    """Writes tensors by name, or a list, with `torch.save`; see `replacing`.
+def save(
+    path: PathLike, content: Mapping[str, Any] | list[Any], unit: str = "entries", previous: PathLike | None = None
+) -> None:
+    """Writes tensors and plain values by name, or a list, with `torch.save`; see `replacing`.
 
     Args:
+        previous: see `replacing`.
         unit: what the entries of a list are, for messages.
 
     Raises:
         CheckpointError: The file cannot be written. An existing file is then unchanged.
     """
     try:
-        with replacing(path) as file:
+        with replacing(path, previous) as file:
             torch.save(content, file)
     except (OSError, RuntimeError) as error:
         # torch.save puts an error of its own in place of one raised by the file it writes to.
@@ -75,11 +81,14 @@ def save(path: PathLike, content: Mapping[str, Tensor] | list[Any], unit: str = 
 
 
 @contextmanager
-def replacing(path: PathLike) -> Iterator[BinaryIO]:
+def replacing(path: PathLike, previous: PathLike | None = None) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` at the end of the block.
 
     `path` is at every moment the old file or the whole new one. A link is followed, and what it names is replaced.
     When the block raises anything, an interrupt included, nothing is left beside the old file.
+
+    Args:
+        previous: the name that the old file takes, in the same folder; without, it is gone.
 
     Raises:
         OSError: The file cannot be written: EISDIR if it is a folder, ENODEV if it is a device or pipe.
@@ -88,16 +97,33 @@ def replacing(path: PathLike) -> Iterator[BinaryIO]:
     if target.exists() and not target.is_file():
         code = errno.EISDIR if target.is_dir() else errno.ENODEV
         raise OSError(code, os.strerror(code), str(path))
-    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}.unfinished")
+    unfinished = target.with_name(f".{target.name}.{secrets.token_hex(4)}{UNFINISHED}")
     try:
         with open(unfinished, "xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if previous is not None and target.exists():
+            _keep(
+                target, unfinished.with_name(f"{unfinished.name[: -len(UNFINISHED)]}-old{UNFINISHED}"), Path(previous)
+            )
         os.replace(unfinished, target)
         _flush_folder(target.parent)
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def _keep(path: Path, passing: Path, name: Path) -> None:
+    """Gives a file a second name, so that it is at no moment without one, where the file system can do that."""
+    try:
+        os.link(path, passing)
+    except OSError:
+        os.replace(path, name)
+        return
+    try:
+        os.replace(passing, name)
+    finally:
+        passing.unlink(missing_ok=True)
 
 
 def _load_mapped(path: PathLike) -> Any:
@@ -266,10 +292,21 @@ def _unwritable(path: PathLike, error: OSError, size: str) -> str:
     return known.get(error.errno or 0, f"cannot be written: {error.strerror}; {size} are needed in {folder}")
 
 
-def _size(content: Mapping[str, Tensor] | list[Any], unit: str) -> str:
+def tensor_bytes(content: Any) -> int:
+    """Bytes of all tensors in a value, mappings and lists looked into."""
+    if isinstance(content, Tensor):
+        return math.prod(content.shape) * content.itemsize
+    if isinstance(content, Mapping):
+        return sum(map(tensor_bytes, content.values()))
+    return sum(map(tensor_bytes, content)) if isinstance(content, list | tuple) else 0
+
+
+def _size(content: Mapping[str, Any] | list[Any], unit: str) -> str:
     if isinstance(content, list):
         return f"{len(content)} {unit}"
-    size_bytes = sum(math.prod(tensor.shape) * tensor.itemsize for tensor in content.values())
+    size_bytes = tensor_bytes(content)
+    if size_bytes < 2**20 / 100:
+        return f"{size_bytes:,} bytes"
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.2f} MiB"
 
 

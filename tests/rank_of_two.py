@@ -1,9 +1,10 @@
-"""One of two processes that train together on a CPU: DeepSpeed's engine over gloo, in place of Lightning's loop.
+"""One of the processes that train together on a CPU: DeepSpeed's engine over gloo, in place of Lightning's loop.
 
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/rank_of_two.py FLAG VALUE …
 
 The program itself trains on several GPUs only; data, weights of the batches, objective, optimizer and the engine's
-configuration are the ones it uses there. Rank 0 writes `norms.json` and the states in fp32 to --proj_dir.
+configuration are the ones it uses there. Rank 0 writes `norms.json`, the states in fp32 and a run file to --proj_dir;
+--resume 1 goes on from that.
 """
 
 import json
@@ -24,14 +25,16 @@ from src.cli import given_train_flags
 from src.config import TrainConfig
 from src.loading import build_model
 from src.training.engine import Hardware, deepspeed_config
+from src.training.folder import Places
 from src.training.module import TrainingModule
+from src.training.resume import OptimizerMoments, RunWriter, SavedRun, TrainedTensors, saved_run
 from src.training.run import GRADIENT_CLIP, choose_recomputation, load_options
-from src.training.work import make_schedule, prepare_work
+from src.training.work import epochs_of, make_schedule, prepare_work
 
 
 def main() -> None:
     torch.set_num_threads(1)
-    config = TrainConfig.from_flags(given_train_flags([*sys.argv[1:], "--devices", "2"]))
+    config = TrainConfig.from_flags(given_train_flags([*sys.argv[1:], "--devices", os.environ["WORLD_SIZE"]]))
     method = method_of(config)
     base = open_checkpoint(config.load_model)
     shape = base.info.shape
@@ -41,23 +44,36 @@ def main() -> None:
     model = build_model(base, shape, load_options(config, method, hardware, shape))
     choose_recomputation(model, work, config)
     module = TrainingModule(model, work.objective, config, method, work.dataset)
+    folder, accumulate = Path(config.proj_dir), config.accumulate_grad_batches
+    saved = saved_run(folder) if config.resume else None
+    if saved:
+        TrainedTensors(module.trained()).restore(saved.parts["trained"])
     optimizer = module.configure_optimizers()
     trained = [parameter for _, parameter in module.trained()]
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     engine_config = deepspeed_config(config.strategy, config, sum(parameter.numel() for parameter in trained))
-    engine_config |= {"gradient_accumulation_steps": 1, "gradient_clipping": GRADIENT_CLIP}
+    engine_config |= {"gradient_accumulation_steps": accumulate, "gradient_clipping": GRADIENT_CLIP}
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=trained, config=engine_config)
+    moments = OptimizerMoments(module.trained(), engine.optimizer, engine=True)
+    if saved:
+        moments.restore(saved.parts["optimizer"])
     norms = []
-    for step in range(work.batches_per_epoch * config.epoch_count):
+    begin = saved.steps * accumulate if saved else 0
+    for batch in range(begin, work.batches_per_epoch * epochs_of(config)):
         for group in optimizer.param_groups:
-            group["lr"] = schedule.learning_rate(step) * group["lr_scale"]
-        loss = module.training_step(work.objective.stage(model, work.dataset[step]), step)
-        engine.backward(loss, scale_wrt_gas=False)
+            group["lr"] = schedule.learning_rate(batch // accumulate) * group["lr_scale"]
+        loss = module.training_step(work.objective.stage(model, work.dataset[batch]), batch)
+        engine.backward(loss / accumulate, scale_wrt_gas=False)
         engine.step()
-        norms.append(float(engine.get_global_grad_norm()))
+        if (batch + 1) % accumulate == 0:
+            norms.append(float(engine.get_global_grad_norm()))
+    parts = {"trained": TrainedTensors(module.trained()).state(), "optimizer": moments.state()}
     if engine.global_rank == 0:
-        folder = Path(config.proj_dir)
+        steps = work.batches_per_epoch * epochs_of(config) // accumulate
+        writer = RunWriter(Places(folder, "run", print))
+        writer.write(SavedRun(folder, "run", steps, {}, {}, {}, parts, None))
+        writer.wait()
         (folder / "norms.json").write_text(json.dumps(norms), encoding="utf-8")
         torch.save({name: state.float() for name, state in state_tensors(model).items()}, folder / "states.pt")
 

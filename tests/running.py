@@ -138,6 +138,12 @@ class GivenLoss:
     def logs(self, result: Any) -> dict[str, float]:
         return {}
 
+    def state(self) -> dict[str, Any]:
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        pass
+
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`; a line that is still being written is left out."""

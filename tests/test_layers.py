@@ -11,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRY_SCRIPTS = ("train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_generate_reject.py")
 
 LEVELS = (
+    ("src.output",),
     ("src.errors",),
     ("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout", "src.storage"),
     ("src.data", "src.ops"),

@@ -69,7 +69,8 @@ def run_demo(given: Mapping[str, str]) -> RunResult:
     Raises:
         UserError: for everything the user can put right.
     """
-    given = {"demo": "sft", **given}
+    own = {} if {"resume", "proj_dir"} & given.keys() else {"overwrite": "1"}  # its own folder is there for that
+    given = {"demo": "sft", **own, **given}
     reserved = ["train_type"] if given["demo"] == "sft" else ["train_type", "rlhf_train_file", "val_file"]
     if wrong := [f"--{name} {given[name]}" for name in reserved if name in given]:
         raise ConfigError(f"--demo {given['demo']} brings its own: leave {' and '.join(wrong)} out")

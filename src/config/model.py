@@ -41,7 +41,11 @@ class ModelFlags(Flags, group="model"):
     quant: int = flag(-1, "1 quantises the frozen matrices (default for states), 0 does not", (-1, 0, 1))
     quant_type: str = quant_type_flag()
     quant_head: int = flag(0, "1 packs the head, too: less memory, a slower loss", (0, 1))
-    dropout: float = flag(0.0, "after the embedding and both residual additions", must=SHARE_BELOW_1)
+    dropout: float = flag(
+        0.0,
+        "of embeddings, and of the whole residual stream after both additions of a layer, as in the original",
+        must=SHARE_BELOW_1,
+    )
 
     @property
     def quantised(self) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from src.config.data import DataFlags
 from src.config.files import FileFlags, LogFlags, data_type_of
 from src.config.flags import Given, Lines
-from src.config.hardware import HardwareFlags
+from src.config.hardware import STRATEGIES, HardwareFlags
 from src.config.model import METHOD_DEFAULTS, ModelFlags
 from src.config.optimizer import OptimizerFlags
 from src.config.preference import PreferenceFlags
@@ -47,6 +47,16 @@ class TrainConfig(LogFlags, HardwareFlags, PreferenceFlags, OptimizerFlags, Data
     """Every flag of `train.py`; after `from_flags` all values are final and consistent."""
 
     unsupported: ClassVar[Mapping[str, tuple[str, str]]] = UNSUPPORTED
+
+    def told_apart(self) -> dict[str, Any]:
+        """The flags, by name, that make this configuration when they are given."""
+        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)} | METHOD_DEFAULTS[self.train_type]
+        values = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+        if self.orpo:
+            values.pop("dataload", None)
+        if self.strategy not in STRATEGIES:
+            values.pop("strategy", None)
+        return values
 
     def _completed(self) -> TrainConfig:
         filled = {

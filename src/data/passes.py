@@ -96,24 +96,25 @@ class PassDataset(ABC, Generic[BatchT]):
 class Lookahead(Generic[MadeT]):
     """What a run works on, step after step; what comes next can be made while the device works.
 
-    Every iteration is an epoch and goes on where the last ended.
+    Every iteration is an epoch and goes on where the last ended; the first is what is left of one.
 
     Args:
         make: from a step, counted from 0, to what it works on.
         epoch_steps: steps of an iteration.
+        first_step: where to begin.
     """
 
-    def __init__(self, make: Callable[[int], MadeT], epoch_steps: int) -> None:
+    def __init__(self, make: Callable[[int], MadeT], epoch_steps: int, first_step: int = 0) -> None:
         self._make = make
         self._epoch_steps = epoch_steps
-        self._next_step = 0
+        self._next_step = first_step
         self._ahead: MadeT | None = None
 
     def __len__(self) -> int:
         return self._epoch_steps
 
     def __iter__(self) -> Iterator[MadeT]:
-        for _ in range(self._epoch_steps):
+        for _ in range(self._epoch_steps - self._next_step % self._epoch_steps):
             yield self._next()
 
     def look_ahead(self) -> None:

@@ -43,7 +43,10 @@ class PairForm(Enum):
     TWO_ROWS = "two rows"
     """Prompt and answer twice; the same loss for more work, for comparison."""
     RELEASED = "released"
-    """Two rows padded with token 0 to the longer; for `orpo_loss_released`."""
+    """Two rows padded with token 0 to the longer; for `orpo_loss_released`.
+
+    Which pairs train on the chosen answer alone, and which end of a long prompt is cut, is the original's, too.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,8 +100,10 @@ class PreferencePlan:
     Attributes:
         pairs: in the data set.
         plain_pairs: trained on the chosen answer alone, because the rejected one is blank or too short.
+        equal_pairs: trained on the chosen answer alone, because the rejected one is the same.
         shortest_reject: tokens of the shortest rejected answer that counts.
-        shortened_prompts: prompts that lost their beginning.
+        shortened_prompts: prompts that lost their beginning, or in the released form their end.
+        keeps_prompt_end: which of the two.
         shortened_answers: answers that lost their end.
         longest: most tokens of a prompt and of an answer.
         positions_per_pass: of all pairs in the chosen form, padding included.
@@ -106,8 +111,10 @@ class PreferencePlan:
 
     pairs: int
     plain_pairs: int
+    equal_pairs: int
     shortest_reject: int
     shortened_prompts: int
+    keeps_prompt_end: bool
     shortened_answers: int
     longest: int
     positions_per_pass: int
@@ -118,10 +125,16 @@ class PreferencePlan:
         if self.plain_pairs:
             reject = "reject" if self.shortest_reject == 1 else f"reject of {self.shortest_reject} tokens or more"
             said.append(f"{self.plain_pairs} of {self.pairs} pairs have no {reject} and train on the chosen answer.")
+        if self.equal_pairs:
+            said.append(
+                f"{self.equal_pairs} of {self.pairs} pairs have a reject that is their chosen answer and train on "
+                "that alone."
+            )
         if self.shortened_prompts or self.shortened_answers:
+            cut_at = "beginning" if self.keeps_prompt_end else "end, as the original does"
             said.append(
                 f"--rlhf_max_corpus_len {self.longest} cuts {self.shortened_prompts} prompts (at their "
-                f"beginning) and {self.shortened_answers} answers (at their end)."
+                f"{cut_at}) and {self.shortened_answers} answers (at their end)."
             )
         return tuple(said)
 
@@ -133,10 +146,12 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         pairs: at least one.
         source: the file they came from, for messages.
         form: how a pair becomes segments.
-        longest: most tokens of a prompt and of an answer, see `PreferencePair.shortened`.
+        longest: most tokens of a prompt and of an answer, see `PreferencePair.shortened`. Answers that it makes
+            equal are equal.
         micro_bsz: pairs of a batch.
         seed: 0 or more.
-        tokenizer: recognises rejects of nothing but white space; None: only a reject without tokens is blank.
+        tokenizer: recognises rejects of nothing but white space; None: only a reject without tokens is blank. In the
+            released form the number of tokens alone counts.
         **share: `rank`, `world_size`, `epoch_steps` and `accumulate` of `PassDataset`.
 
     Raises:
@@ -165,10 +180,16 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
                 f"{shortest} tokens, the longest {largest}; give at least {shortest}, better {largest}."
             )
         self.source = source
-        self._pairs = [pair.shortened(longest) for pair in pairs]
-        shortest_reject = PLAIN_REJECT_TOKENS + 1 if form is PairForm.RELEASED else 1
+        as_released = form is PairForm.RELEASED
+        self._pairs = [pair.shortened(longest, keeps_prompt_end=not as_released) for pair in pairs]
+        shortest_reject = PLAIN_REJECT_TOKENS + 1 if as_released else 1
+        lacking = [
+            len(pair.rejected) < shortest_reject or (not as_released and _is_blank(pair.rejected, tokenizer))
+            for pair in self._pairs
+        ]
         self._plain = [
-            len(pair.rejected) < shortest_reject or _is_blank(pair.rejected, tokenizer) for pair in self._pairs
+            lacks or (not as_released and pair.rejected == pair.chosen)
+            for lacks, pair in zip(lacking, self._pairs, strict=True)
         ]
         self._form = form
         self._micro_bsz = micro_bsz
@@ -176,8 +197,10 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         super().__init__(ceil_div(len(pairs), micro_bsz), **share)
         self.plan = PreferencePlan(
             pairs=len(pairs),
-            plain_pairs=sum(self._plain),
+            plain_pairs=sum(lacking),
+            equal_pairs=sum(self._plain) - sum(lacking),
             shortest_reject=shortest_reject,
+            keeps_prompt_end=not as_released,
             shortened_prompts=sum(len(pair.prompt) > longest for pair in pairs),
             shortened_answers=sum(len(tokens) > longest for pair in pairs for tokens in (pair.chosen, pair.rejected)),
             longest=longest,

@@ -203,16 +203,19 @@ class PreferencePair:
         """The pair as a `.save` file holds it."""
         return self.prompt, self.chosen, self.rejected, self.chosen_base_logp, self.rejected_base_logp
 
-    def shortened(self, longest: int) -> PreferencePair:
+    def shortened(self, longest: int, *, keeps_prompt_end: bool = True) -> PreferencePair:
         """At most `longest` tokens each: prompts lose their beginning, answers their end.
 
         The end of a prompt is where the answer is asked for; a model that never saw it there would
-        learn to answer something else.
+        learn to answer something else. Without `keeps_prompt_end` prompts lose it, as in the original.
         """
         if max(len(self.prompt), len(self.chosen), len(self.rejected)) <= longest:
             return self
         return replace(
-            self, prompt=self.prompt[-longest:], chosen=self.chosen[:longest], rejected=self.rejected[:longest]
+            self,
+            prompt=self.prompt[-longest:] if keeps_prompt_end else self.prompt[:longest],
+            chosen=self.chosen[:longest],
+            rejected=self.rejected[:longest],
         )
 
 

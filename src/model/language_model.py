@@ -79,12 +79,14 @@ class Block(nn.Module):
             keeps = level is not Recompute.NOTHING
             x, inputs, att_last = enter(self.ln1, self.att, x, None, att_shift, keeps_modulation=keeps)
             gated, final = self.att.attend(inputs, start, layout)
-            delta = F.dropout(self.att.output(gated), dropout, self.training)
+            delta = self.att.output(gated)
+            if dropout:
+                x, delta = F.dropout(x + delta, dropout, self.training), None
             x, inputs, ffn_last = enter(self.ln2, self.ffn, x, delta, ffn_shift)
             feed = self.ffn.feed_again if known else self.ffn.feed
             mixed = feed(x, inputs, *known)
             if dropout:
-                mixed = x + F.dropout(mixed - x, dropout, self.training)
+                mixed = F.dropout(mixed, dropout, self.training)
             return (mixed, *att_last, final, *ffn_last) if remembers else (mixed,)
 
         inputs = (x, *(state or (None, None, None)))
@@ -217,7 +219,7 @@ class LanguageModel(nn.Module):
         assert not (return_state and layout is not None and layout.has_children)
         x = self.emb(tokens, self.device, self.compute_dtype)
         assert self._first_block.ln0 is not None
-        x = F.dropout(self._first_block.ln0(x), self.dropout, self.training)
+        x = self._first_block.ln0(F.dropout(x, self.dropout, self.training))
         ends = layout.last_positions if return_state and layout is not None else None
         new_state: ModelState = []
         for i, block in enumerate(self.blocks):

@@ -79,7 +79,11 @@ def head_sft_loss(
 
 
 class _HeadSftLoss(torch.autograd.Function):
-    """Saves the gradient of hidden; the backward scales it."""
+    """Saves the gradient of hidden; the backward scales it, by a factor that is not rounded to hidden's dtype.
+
+    In fp16 it is saved as that of the sum over the counted rows, because a mean's would underflow before the loss
+    scale reaches it.
+    """
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, dense: Tensor, targets: Tensor, chunk_tokens: int | None) -> Tensor:
@@ -89,23 +93,29 @@ class _HeadSftLoss(torch.autograd.Function):
         values = _row_values(hidden, targets, kernels)
         targets, logp, max_logit, logsumexp, argmax = values
         counted = targets >= 0
-        share = counted.to(logp.dtype) / counted.sum().clamp(min=1)
-        by_logp = share.neg()
+        mean = counted.sum().clamp(min=1).to(logp.dtype).reciprocal()
+        is_sum = hidden.dtype is torch.float16
+        weight = counted.to(mean.dtype) if is_sum else counted * mean
+        by_logp = weight.neg()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         for part, logits in _chunks_of_logits(hidden, dense, chunk_tokens):
             statistics(logits, *(value[part] for value in values))
             if grad_hidden is not None:
-                by_max = (max_logit[part] * share[part]).mul_(2 * L2WRAP_FACTOR)
+                by_max = (max_logit[part] * weight[part]).mul_(2 * L2WRAP_FACTOR)
                 gradient(logits, targets[part], logsumexp[part], argmax[part], by_logp[part], by_max)
                 torch.mm(logits, dense, out=grad_hidden[part])
-        ctx.save_for_backward(grad_hidden)
-        return (logp * by_logp).sum()
+        ctx.save_for_backward(grad_hidden, mean if is_sum else None)
+        loss = (logp * by_logp).sum()
+        return loss * mean if is_sum else loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None, None]:
-        (grad_hidden,) = ctx.saved_tensors
-        return grad_hidden * grad_loss.to(grad_hidden.dtype), None, None, None
+        grad_hidden, mean = ctx.saved_tensors
+        factor = grad_loss if mean is None else grad_loss * mean
+        # With an axis, unlike a 0-d tensor, it takes part in type promotion: the product is formed in its dtype.
+        scaled = torch.mul(grad_hidden, factor.view(1, 1), out=torch.empty_like(grad_hidden))
+        return scaled, None, None, None
 
 
 class _TokenLogps(torch.autograd.Function):

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import os
-import signal
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,15 +14,48 @@ import torch
 from pytorch_lightning.strategies import DeepSpeedStrategy
 from torch import Tensor
 
-from src.device import global_rank
-from src.errors import TrainingError
+from src.errors import CheckpointError, TrainingError
 from src.schedule import Schedule
 from src.training.logs import EpochLog, Sink, StepLog
 from src.training.module import TrainingModule
 from src.training.objectives import Staged
+from src.training.progress import BEGINNING, Start
 
-_STDERR = 2
-_STOPPING = b"\nfinishing this step, then saving; a second Ctrl-C stops at once, without saving\n"
+
+class NotFiniteError(TrainingError):
+    """A step that was not taken, because its loss or gradient is not finite."""
+
+    def __init__(self, step: int, message: str) -> None:
+        super().__init__(message)
+        self.step = step
+
+
+class GoodTensors:
+    """What was trained when loss and gradient were last seen to be finite, of methods that train little.
+
+    After a step nobody knows yet whether what it made is any good: that shows in the next one.
+    """
+
+    def __init__(self) -> None:
+        self.tensors: dict[str, Tensor] = {}
+        self._newest: dict[str, Tensor] = {}
+
+    def keep(self, module: TrainingModule, *, deep: bool) -> None:
+        """Takes a copy.
+
+        Args:
+            deep: whether it is taken behind the step, so that the one before is the good one.
+        """
+        if not module.method.small:
+            return
+        if deep:
+            self.tensors, self._newest = self._newest, self.tensors
+        into = self._newest if deep else self.tensors
+        now = {name: parameter.detach() for name, parameter in module.trained()}
+        if into:
+            torch._foreach_copy_(list(into.values()), list(now.values()))
+        else:
+            into.update({name: tensor.clone() for name, tensor in now.items()})
 
 
 class StepControl(pl.Callback):
@@ -35,10 +66,13 @@ class StepControl(pl.Callback):
         schedule: Schedule,
         accumulate: int,
         describe: Callable[[Any], str] = lambda batch: f"samples {list(batch.sample_indices)}",
+        start: Start = BEGINNING,
     ) -> None:
         self.schedule = schedule
         self.accumulate = accumulate
         self.describe = describe
+        self.start = start
+        self.good = GoodTensors()
         self.learning_rate = 0.0
         self.weight_decay = 0.0
         self.loss = 0.0
@@ -47,14 +81,15 @@ class StepControl(pl.Callback):
 
     def on_train_batch_start(self, trainer: pl.Trainer, module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Puts the scheduled rate and weight decay into the optimizer."""
-        self.learning_rate = self.schedule.learning_rate(trainer.global_step)
-        self.weight_decay = self.schedule.weight_decay_at(trainer.global_step)
+        step = self.start.steps + trainer.global_step
+        self.learning_rate = self.schedule.learning_rate(step)
+        self.weight_decay = self.schedule.weight_decay_at(step)
         for group in trainer.optimizers[0].param_groups:
             group["lr"] = self.learning_rate * group["lr_scale"]
             if group["decays"]:
                 group["weight_decay"] = self.weight_decay
         self._batch = batch.source
-        self._step = trainer.global_step + 1
+        self._step = step + 1
         self._closes_step = (batch_idx + 1) % self.accumulate == 0
 
     def on_before_optimizer_step(
@@ -70,6 +105,7 @@ class StepControl(pl.Callback):
             gradients = [parameter.grad for _, parameter in module.trained() if parameter.grad is not None]
             norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             self._examine(trainer, module, norm)
+            self.good.keep(module, deep=False)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -90,6 +126,7 @@ class StepControl(pl.Callback):
         if _has_engine(trainer):
             engine: Any = trainer.strategy.model
             self._examine(trainer, module, torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32))
+            self.good.keep(module, deep=True)
         self._pending.clear()
 
     def _examine(self, trainer: pl.Trainer, module: TrainingModule, norm: Tensor) -> None:
@@ -109,9 +146,10 @@ class StepControl(pl.Callback):
             what = "gradient" if math.isfinite(self.loss) else "loss"
             guilty = bad or ([batch for _, batch in pending] if what == "gradient" else [])
             where = "; ".join(self.describe(batch) for batch in guilty) or "in the samples of another GPU"
-            raise TrainingError(
+            raise NotFiniteError(
+                self._step,
                 f"the {what} is not finite at step {self._step} ({where}): the step was not "
-                "taken; lower --lr_init or look at these samples"
+                "taken; lower --lr_init or look at these samples",
             )
 
     def _current(self, module: TrainingModule) -> tuple[Tensor, Any]:
@@ -122,14 +160,18 @@ class StepControl(pl.Callback):
 class TrainingMonitor(pl.Callback):
     """Makes one log per optimizer step and per epoch and hands it to the sinks (rank 0 only)."""
 
-    def __init__(self, control: StepControl, sinks: Sequence[Sink], epoch_begin: int, ctx_len: int) -> None:
+    def __init__(
+        self, control: StepControl, sinks: Sequence[Sink], epoch_begin: int, ctx_len: int, start: Start = BEGINNING
+    ) -> None:
         self.control = control
         self.sinks = sinks
         self.epoch_begin = epoch_begin
         self.ctx_len = ctx_len
+        self.start = start
         self.peak_bytes = 0
         self.used_bytes = 0
         self.losses: list[float] = []
+        self.nominal_tokens = 0
         self.step_seconds: list[float] = []
         self._samples = 0
         self._tokens = 0
@@ -154,8 +196,8 @@ class TrainingMonitor(pl.Callback):
         extra = _averages(self._logs)
         now = time.perf_counter()
         log = StepLog(
-            step=trainer.global_step,
-            epoch=self.epoch_begin + trainer.current_epoch,
+            step=self.start.steps + trainer.global_step,
+            epoch=self.epoch_begin + self.start.epochs + trainer.current_epoch,
             loss=self.control.loss,
             lr=self.control.learning_rate,
             weight_decay=self.control.weight_decay,
@@ -167,6 +209,7 @@ class TrainingMonitor(pl.Callback):
         )
         self._last, self._samples, self._tokens, self._logs = now, 0, 0, []
         self.losses.append(log.loss)
+        self.nominal_tokens += log.nominal_tokens
         self.step_seconds.append(log.seconds)
         self._epoch_losses.append(log.loss)
         for sink in self.sinks:
@@ -176,7 +219,7 @@ class TrainingMonitor(pl.Callback):
         """Writes the epoch's line."""
         if not self._epoch_losses:
             return
-        epoch = trainer.current_epoch
+        epoch = self.start.epochs + trainer.current_epoch
         mean = sum(self._epoch_losses) / len(self._epoch_losses)
         log = EpochLog(self.epoch_begin + epoch, epoch, mean, self.control.learning_rate)
         self._epoch_losses = []
@@ -190,6 +233,17 @@ class TrainingMonitor(pl.Callback):
             self.used_bytes = total - free
             self.peak_bytes = torch.cuda.max_memory_allocated(module.device)
         self.close()
+
+    def state(self) -> dict[str, Any]:
+        """See `resume.Part`."""
+        return {"losses": torch.tensor(self.losses, dtype=torch.float64), "nominal_tokens": self.nominal_tokens}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `resume.Part`."""
+        self.losses = state["losses"].tolist()
+        self.nominal_tokens = state["nominal_tokens"]
+        of_this_epoch = self.start.batches // self.control.accumulate
+        self._epoch_losses = self.losses[len(self.losses) - of_this_epoch :]
 
     def close(self) -> None:
         """Closes the sinks, once."""
@@ -214,13 +268,29 @@ class CheckpointSaver(pl.Callback):
     """Writes `rwkv-{epoch}.pth` after every `epoch_save` epochs and after the last (rank 0 only).
 
     An epoch that was stopped before its end has no such file: its name would say that the epoch was trained.
+
+    Args:
+        save: writes a file; may return where it lies instead. When it cannot, that is said, and the run goes on:
+            its last file, after the last step, has another chance.
+        folder: of the files.
+        epoch_begin: number of the run's first epoch.
+        epoch_save: see above; 0 for the last epoch only.
+        start: where in the run this process begins.
     """
 
-    def __init__(self, save: Callable[[Path], None], folder: Path, epoch_begin: int, epoch_save: int) -> None:
+    def __init__(
+        self,
+        save: Callable[[Path], Path | None],
+        folder: Path,
+        epoch_begin: int,
+        epoch_save: int,
+        start: Start = BEGINNING,
+    ) -> None:
         self.save = save
         self.folder = folder
         self.epoch_begin = epoch_begin
         self.epoch_save = epoch_save
+        self.start = start
         self.files: list[Path] = []
         self._complete = False
 
@@ -228,69 +298,23 @@ class CheckpointSaver(pl.Callback):
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Notices the epoch's end."""
-        self._complete = batch_idx + 1 >= trainer.num_training_batches
+        before = self.start.batches if trainer.current_epoch == 0 else 0
+        self._complete = before + batch_idx + 1 >= trainer.num_training_batches
 
     def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Saves if the epoch is complete and its number asks for it."""
         if not self._complete:
             return
-        epoch = trainer.current_epoch
-        is_last = trainer.max_epochs is not None and epoch + 1 >= trainer.max_epochs
+        epoch = self.start.epochs + trainer.current_epoch
+        is_last = trainer.max_epochs is not None and trainer.current_epoch + 1 >= trainer.max_epochs
         if is_last or (self.epoch_save and epoch % self.epoch_save == 0):
             path = self.folder / f"rwkv-{self.epoch_begin + epoch}.pth"
-            if trainer.is_global_zero:
-                self.save(path)
-            self.files.append(path)
-
-
-class Stopper(pl.Callback):
-    """Ends the run after the current step: on Ctrl-C, on SIGTERM, or when `exit_tokens` are trained.
-
-    A second Ctrl-C stops at once, without saving.
-    """
-
-    def __init__(self, schedule: Schedule, accumulate: int = 1) -> None:
-        self.schedule = schedule
-        self.accumulate = accumulate
-        self.signal_name: str | None = None
-        self._handlers: dict[int, Any] = {}
-
-    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Takes over the two signals."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self._handlers[number] = signal.signal(number, self._remember)
-
-    def on_train_batch_end(
-        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
-        """Asks all ranks whether one of them wants to stop, once the optimizer step is complete."""
-        if (batch_idx + 1) % self.accumulate:
-            return
-        wants_stop = self.signal_name is not None or self.schedule.exhausted(trainer.global_step)
-        if trainer.world_size > 1:
-            wants_stop = trainer.strategy.reduce_boolean_decision(wants_stop, all=False)
-        if wants_stop:
-            trainer.should_stop = True
-
-    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Gives the signals back."""
-        self._restore()
-
-    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
-        """Gives the signals back."""
-        self._restore()
-
-    def _remember(self, number: int, frame: FrameType | None) -> None:
-        if self.signal_name is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.signal_name is None and global_rank() == 0:
-            os.write(_STDERR, _STOPPING)  # a print could meet another one that the signal interrupted
-        self.signal_name = signal.Signals(number).name
-
-    def _restore(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
-        self._handlers.clear()
+            try:
+                elsewhere = self.save(path) if trainer.is_global_zero else None
+            except CheckpointError as problem:
+                print(f"warning: {problem}; training goes on", file=sys.stderr, flush=True)
+            else:
+                self.files.append(elsewhere or path)
 
 
 def _has_engine(trainer: pl.Trainer) -> bool:

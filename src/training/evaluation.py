@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -71,6 +73,17 @@ class HeldOutPreference:
 
 
 HeldOut = HeldOutLoss | HeldOutPreference
+
+
+def kept_held_out(measured: HeldOut | None) -> dict[str, Any] | None:
+    """A measurement as plain values, for a run file."""
+    return None if measured is None else {"of": type(measured).__name__, "values": asdict(measured)}
+
+
+def restored_held_out(kept: Mapping[str, Any] | None) -> HeldOut | None:
+    """What `kept_held_out` was given."""
+    kinds: dict[str, Callable[..., HeldOut]] = {kind.__name__: kind for kind in (HeldOutLoss, HeldOutPreference)}
+    return None if kept is None else kinds[kept["of"]](**kept["values"])
 
 
 def held_out_preference(

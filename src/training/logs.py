@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import sys
@@ -14,12 +13,12 @@ import urllib.request
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 from tqdm import tqdm
 
 from src.config import TrainConfig
-from src.errors import TrainingError
+from src.training.folder import LineFile
 
 TIMESTAMP = "%Y-%m-%d-%H-%M-%S"
 
@@ -86,8 +85,10 @@ class Sink(Protocol):
 class ProgressSink(Sink):
     """A bar over the optimizer steps of the run: loss, learning rate, tokens/s, time left."""
 
-    def __init__(self, total_steps: int) -> None:
-        self._bar = tqdm(total=total_steps, unit="step", desc="training", file=sys.stderr, dynamic_ncols=True)
+    def __init__(self, total_steps: int, done: int = 0) -> None:
+        self._bar = tqdm(
+            total=total_steps, initial=done, unit="step", desc="training", file=sys.stderr, dynamic_ncols=True
+        )
         self._mean = 0.0
         self._count = 0
 
@@ -108,48 +109,64 @@ class ProgressSink(Sink):
 
 
 class FileSink(Sink):
-    """`train_log.txt` in the original's format and `metrics.jsonl`, one line per step."""
+    """`train_log.txt` in the original's format and `metrics.jsonl`, one line per step; earlier lines stay.
 
-    def __init__(self, folder: Path, config: TrainConfig, deepspeed_config: dict[str, Any] | None) -> None:
-        self._folder = folder
-        self._log = (folder / "train_log.txt").open("a", encoding="utf-8")
-        self._metrics = (folder / "metrics.jsonl").open("a", encoding="utf-8")
+    Args:
+        folder: of the two.
+        config: the flags.
+        deepspeed_config: the engine's, if there is one.
+        run: the run's name, which stands in every record.
+        steps: of that run that are done; what the files say of later ones is cut off.
+        epoch: number of the run's first epoch that is not done.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: TrainConfig,
+        deepspeed_config: dict[str, Any] | None,
+        run: str = "",
+        steps: int = 0,
+        epoch: int = 0,
+    ) -> None:
+        def is_later_step(line: str) -> bool:
+            try:
+                row = json.loads(line)
+                return bool(row["run"] == run and row["step"] > steps)
+            except (ValueError, KeyError, TypeError):
+                return False
+
+        def is_later_epoch(line: str) -> bool:
+            number = line.split(" ", 1)[0]
+            return bool(steps) and number.isdecimal() and int(number) >= epoch
+
+        self._run = run
+        self._log = LineFile(folder / "train_log.txt", _warn, is_later_epoch)
+        self._metrics = LineFile(folder / "metrics.jsonl", _warn, is_later_step)
         engine = f"{deepspeed_config}\n" if deepspeed_config else ""
-        self._write(self._log, f"NEW RUN {datetime.now().strftime(TIMESTAMP)}\n{asdict(config)}\n{engine}")
+        begins = f"RESUMED RUN at step {steps}," if steps else "NEW RUN"
+        self._log.write(f"{begins} {datetime.now().strftime(TIMESTAMP)}\n{asdict(config)}\n{engine}")
 
     def step(self, log: StepLog) -> None:
-        row = {**asdict(log), "tokens_per_s": log.tokens_per_s}
+        row = {"run": self._run, **asdict(log), "tokens_per_s": log.tokens_per_s}
         row.update(row.pop("extra"))
-        self._write(self._metrics, json.dumps(row) + "\n")
+        self._metrics.write(json.dumps(row) + "\n")
 
     def epoch(self, log: EpochLog) -> None:
-        self._write(
-            self._log,
+        self._log.write(
             f"{log.epoch} {log.loss:.6f} {_exponential(log.loss):.4f} {log.lr:.8f} "
             f"{datetime.now()} {log.local_epoch}\n",
         )
 
     def close(self) -> None:
-        for file in (self._log, self._metrics):
-            # What a full disk did not take is tried once more here; `_write` has reported it.
-            with contextlib.suppress(OSError):
-                file.close()
-
-    def _write(self, file: TextIO, text: str) -> None:
-        try:
-            file.write(text)
-            file.flush()
-        except OSError as error:
-            self.close()
-            raise TrainingError(
-                f"{file.name} cannot be written ({error.strerror}): free some space in {self._folder}"
-            ) from error
+        self._log.close()
+        self._metrics.close()
 
 
 class WandbSink(Sink):
     """Weights & Biases with the original's names; offline, with a warning, when it cannot be reached."""
 
-    def __init__(self, config: TrainConfig, run_name: str) -> None:
+    def __init__(self, config: TrainConfig, run_name: str, tokens: int = 0) -> None:
         import wandb
 
         options: dict[str, Any] = {
@@ -163,7 +180,7 @@ class WandbSink(Sink):
         except wandb.errors.Error as error:
             print(f"warning: wandb is not reachable ({error}); logging offline, see `wandb sync`", file=sys.stderr)
             self._run = wandb.init(**options, mode="offline")
-        self._tokens = 0
+        self._tokens = tokens
 
     def step(self, log: StepLog) -> None:
         self._tokens += log.nominal_tokens
@@ -199,6 +216,10 @@ class HttpSink(Sink):
             if not self._warned:
                 print(f"warning: {self._url} does not answer ({error}); training goes on", file=sys.stderr)
             self._warned = True
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _exponential(loss: float) -> float:

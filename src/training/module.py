@@ -36,6 +36,7 @@ class TrainingModule(pl.LightningModule):
         config: the flags.
         method: what is trained.
         dataset: the micro-batches.
+        first_batch: number of the first of them.
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class TrainingModule(pl.LightningModule):
         config: TrainConfig,
         method: Method,
         dataset: PassDataset[Any],
+        first_batch: int = 0,
     ) -> None:
         super().__init__()
         self.model = model
@@ -57,7 +59,9 @@ class TrainingModule(pl.LightningModule):
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
         self.graphed = GraphedObjective(objective, model, limit_gib) if records else None
         rounding = FEW_SHAPES if records else EXACT
-        self.batches = Lookahead(lambda step: objective.stage(model, dataset.rounded(step, rounding)), len(dataset))
+        self.batches = Lookahead(
+            lambda step: objective.stage(model, dataset.rounded(step, rounding)), len(dataset), first_batch
+        )
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
         if self.loss_scale != 1.0:

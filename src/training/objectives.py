@@ -9,7 +9,7 @@ here; the Lightning module knows none of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -104,6 +104,14 @@ class Objective(Protocol):
         """Further numbers from what `compute` returned; waits for the device."""
         ...
 
+    def state(self) -> dict[str, Any]:
+        """See `resume.Part`."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `resume.Part`."""
+        ...
+
 
 def outcome_of(objective: Objective, model: LanguageModel, staged: Staged) -> Outcome:
     """Loss of one micro-batch, ready for `backward`."""
@@ -180,6 +188,13 @@ class SFTObjective:
         """See Objective."""
         return {}
 
+    def state(self) -> dict[str, Any]:
+        """None: the loss depends on model and batch alone."""
+        return {}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See Objective."""
+
 
 class PreferenceObjective:
     """ORPO on packed pairs: `orpo_type` 0 as published, 1 as the original released it.
@@ -239,6 +254,14 @@ class PreferenceObjective:
             terms = ", ".join(f"{self.alpha * term:.6f}" for term in result.odds_loss.tolist())
             print(f"preference terms: {terms}", flush=True)
         return {**result.averages(), "pref_percentage": self._running_preference}
+
+    def state(self) -> dict[str, Any]:
+        """The mean that goes along with the run."""
+        return {"running_preference": self._running_preference}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See Objective."""
+        self._running_preference = state["running_preference"]
 
     def compares(self, batch: PreferenceBatch) -> bool:
         """Whether a pair of the batch has a preference term."""

@@ -33,7 +33,9 @@ class RunResult:
         files: every checkpoint written, in order.
         losses: training loss of every optimizer step.
         before, after: measurements on held-out data, None without held-out data.
+        unpacked: the same after a run on a packed base, with that base unpacked; None where it was not measured.
         stopped_by: name of the signal that ended the run early, or None.
+        go_on: the command that continues the run, or "".
     """
 
     final_file: Path
@@ -41,7 +43,9 @@ class RunResult:
     losses: list[float]
     before: HeldOut | None
     after: HeldOut | None
+    unpacked: HeldOut | None
     stopped_by: str | None
+    go_on: str = ""
 
 
 def _counted(parameters: int) -> str:
@@ -126,7 +130,11 @@ def summary_of(config: TrainConfig, method: Method, result: RunResult, monitor: 
         lines.append(f"memory     allocator peak {peak:.2f} GiB, device used {used:.2f} GiB")
     if result.before is not None and result.after is not None:
         lines += [f"held out   before: {result.before}", f"           after:  {result.after}"]
+    if result.unpacked is not None:
+        lines.append(f"           after, on the unpacked base: {result.unpacked}")
     lines.append(f"saved      {', '.join(str(path) for path in result.files)}")
+    if result.go_on:
+        lines += ["go on      with what is left of the run:", f"           {result.go_on}"]
     return "\n".join([*lines, *method.next_steps(config.load_model, result.final_file, config.proj_dir)])
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import random
 import re
 import shutil
+import sys
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,14 +26,33 @@ from src.model.language_model import LanguageModel
 from src.model.rwkv6 import RWKV6Shape
 from src.model.shape import ModelShape
 from src.schedule import Schedule
-from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
+from src.training.callbacks import AtEnd, CheckpointSaver, NotFiniteError, StepControl, TrainingMonitor
 from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware, trainer_arguments
-from src.training.evaluation import HeldOut
+from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
+from src.training.exits import Stopper, unharmed_by_save_requests
+from src.training.folder import Places, clean, locked, new_run_id, refuse_results
 from src.training.logs import FileSink, HttpSink, ProgressSink, Sink, WandbSink
 from src.training.memory import MemoryPlan, plan_memory
 from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
+from src.training.progress import BEGINNING, Start
 from src.training.report import RunResult, memory_advice, plan_of, say, summary_of
+from src.training.resume import (
+    OptimizerMoments,
+    Part,
+    RandomState,
+    RunSaver,
+    RunWriter,
+    SavedRun,
+    Session,
+    TrainedTensors,
+    check_flags,
+    command_to_go_on,
+    fingerprints,
+    saved_run,
+    values_of,
+)
+from src.training.unpacked import measure_unpacked
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
 GRADIENT_CLIP = 1.0
@@ -44,54 +66,118 @@ def train(config: TrainConfig) -> RunResult:
     Raises:
         UserError: for everything the user can put right, before any step where possible.
     """
-    config = _with_seed(config)
-    method = method_of(config)
-    hardware = resolve_hardware(config)
-    apply_hardware(hardware, config, small_messages=method.small)
-    # From here on the engine is the one that runs, not what was asked for: `auto` with several GPUs is DeepSpeed.
-    config = dataclasses.replace(config, strategy=hardware.strategy)
-    try:
-        return _train(config, method, hardware)
-    except torch.cuda.OutOfMemoryError as error:
-        raise TrainingError(memory_advice(config, method, hardware)) from error
+    with contextlib.ExitStack() as held, unharmed_by_save_requests():
+        folder = Path(config.proj_dir)
+        if folder.is_dir():
+            _take(folder, config, held)
+        saved = saved_run(folder) if config.resume else None
+        config = _with_seed(config)
+        method = method_of(config)
+        hardware = resolve_hardware(config)
+        apply_hardware(hardware, config, small_messages=method.small)
+        # From here on the engine is the one that runs, not what was asked for: `auto` with several GPUs is DeepSpeed.
+        config = dataclasses.replace(config, strategy=hardware.strategy)
+        try:
+            return _train(config, method, hardware, saved, held)
+        except torch.cuda.OutOfMemoryError as error:
+            raise TrainingError(memory_advice(config, method, hardware)) from error
 
 
-def _train(config: TrainConfig, method: Method, hardware: Hardware) -> RunResult:
-    for line in [*config.notes(), *hardware.notes]:
+def _take(folder: Path, config: TrainConfig, held: contextlib.ExitStack) -> None:
+    """Keeps a folder for this run alone, once it is known that the run may have it."""
+    if global_rank() == 0:
+        held.enter_context(locked(folder))
+        if not (config.resume or config.overwrite):
+            refuse_results(folder)
+
+
+def _train(
+    config: TrainConfig, method: Method, hardware: Hardware, saved: SavedRun | None, held: contextlib.ExitStack
+) -> RunResult:
+    for line in [*config.notes(), *hardware.notes, *(saved.notes if saved else ())]:
         say(f"note: {line}")
     base = open_checkpoint(config.load_model) if config.load_model else None
     shape = _model_shape(config, base)
     work = prepare_work(config, shape)
-    folder = _prepare_folder(config, method)
+    figures = {
+        "steps_per_epoch": work.batches_per_epoch // config.accumulate_grad_batches,
+        "micro_batches_per_step": config.accumulate_grad_batches * config.devices * config.num_nodes,
+    }
+    if saved:
+        for line in check_flags(config, hardware.precision, figures, saved):
+            say(f"note: {line}")
+    folder = Path(config.proj_dir)
+    was_there = folder.is_dir()
+    _prepare_folder(config, method)
+    if not was_there:
+        _take(folder, config, held)
     _check_room(folder, method.file_bytes(shape))
     spare_threads(hardware.device, shape)
     schedule = make_schedule(config, work)
     say(plan_of(config, method, hardware, shape, work, schedule, folder))
+    start = Start()
+    if saved:
+        start = Start.after(saved.steps, figures["steps_per_epoch"], config.accumulate_grad_batches)
+        say(f"resuming   after step {saved.steps:,}, epoch {config.epoch_begin + start.epochs}, from {saved.path}")
+    if global_rank() == 0:
+        clean(folder, results=bool(config.overwrite), inputs=(config.load_model, config.load_state))
 
     base = base or _fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
-    model = open_model(base, options, state_file=config.load_state, quiet=global_rank() != 0)
+    model = open_model(base, options, state_file="" if saved else config.load_state, quiet=global_rank() != 0)
     choose_recomputation(model, work, config)
-    before = _evaluate("loaded" if config.load_state else "untuned", model, work)
-    if isinstance(work.objective, PreferenceObjective):
-        say(_preference_share(model, work, work.objective))
-    module = TrainingModule(model, work.objective, config, method, work.dataset)
-    final_file = folder / "rwkv-final.pth"
-    after: list[HeldOut | None] = []
+    first_batch = config.epoch_begin * work.batches_per_epoch + start.steps * config.accumulate_grad_batches
+    module = TrainingModule(model, work.objective, config, method, work.dataset, first_batch)
+    before: HeldOut | None
+    if saved:
+        TrainedTensors(module.trained()).restore(saved.parts["trained"])
+        before = restored_held_out(saved.before)
+    else:
+        before = _evaluate("loaded" if config.load_state else "untuned", model, work)
+        if isinstance(work.objective, PreferenceObjective):
+            say(_preference_share(model, work, work.objective))
+    run = saved.run if saved else new_run_id()
+    places = Places(folder, run, _warn)
+    session = Session(
+        SavedRun(
+            path=folder,
+            run=run,
+            steps=start.steps,
+            values=values_of(config, hardware.precision),
+            figures=figures,
+            inputs=fingerprints(config),
+            parts=saved.parts if saved else {},
+            before=kept_held_out(before),
+        ),
+        RunWriter(places, folder if saved else None, start.steps),
+        config.save_minutes * 60,
+    )
+    final_files: list[Path] = []
+    after: HeldOut | None = None
+    seconds = 0.0
 
     def finish() -> None:
-        method.save(model, final_file)
+        nonlocal after, seconds
+        final_files.append(places.save(lambda path: method.save(model, path), "rwkv-final.pth"))
         module.release_recordings()
-        after.append(_evaluate("tuned", model, work))
+        begin = time.perf_counter()
+        after = _evaluate("tuned", model, work)
+        seconds = time.perf_counter() - begin
 
-    files, monitor, stopper = fit(module, work, schedule, hardware, config, folder, finish)
+    files, monitor, stopper = fit(module, work, schedule, hardware, config, folder, finish, session, start)
+    final_file = final_files[0] if final_files else folder / "rwkv-final.pth"
+    unpacked = None
+    if after is not None and config.quantised and stopper.signal_name is None:
+        unpacked = _evaluate_unpacked(base, final_file, options, work, seconds)
     result = RunResult(
         final_file=final_file,
         files=[*files, final_file],
         losses=monitor.losses,
         before=before,
-        after=after[0] if after else None,
+        after=after,
+        unpacked=unpacked,
         stopped_by=stopper.signal_name,
+        go_on=command_to_go_on(session.writer.folder) if session.writer.folder else "",
     )
     say(summary_of(config, method, result, monitor))
     return result
@@ -114,8 +200,6 @@ def _prepare_folder(config: TrainConfig, method: Method) -> Path:
             f"--load_model {config.load_model} would be written over, because it lies in --proj_dir {folder} and has "
             "the name of a result: choose another --proj_dir"
         )
-    if (folder / "rwkv-final.pth").exists():
-        say(f"note: {folder} holds an earlier run: its checkpoints are written over, its logs continued")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -227,6 +311,21 @@ def _evaluate(label: str, model: LanguageModel, work: Work) -> HeldOut | None:
     return measurement
 
 
+def _evaluate_unpacked(
+    base: Checkpoint, state_file: Path, options: LoadOptions, work: Work, packed_seconds: float
+) -> HeldOut | None:
+    """What the state is worth on the base as clients use it; a note where that costs too much."""
+    measurement = measure_unpacked(base, state_file, options, work, packed_seconds)
+    if isinstance(measurement, str):
+        say(
+            "note: held-out data were not measured on the unpacked base, on which clients use the state: "
+            f"{measurement}; a run with --quant 0 --load_state {state_file} prints it before its first step"
+        )
+        return None
+    say(f"held out   unpacked: {measurement}")
+    return measurement
+
+
 def fit(
     module: TrainingModule,
     work: Work,
@@ -235,31 +334,73 @@ def fit(
     config: TrainConfig,
     folder: Path,
     finish: Callable[[], None] = lambda: None,
+    session: Session | None = None,
+    start: Start = BEGINNING,
 ) -> tuple[list[Path], TrainingMonitor, Stopper]:
     """Runs Lightning's loop; `finish` is called on rank 0 after the last step, before Lightning empties the GPU.
 
+    Args:
+        session: the run that this is part of; without one nothing is kept to go on from.
+        start: where in the run this process begins.
+
     Raises:
-        TrainingError: when a loss or gradient is not finite; the state before that step is saved.
+        TrainingError: when a loss or gradient is not finite; the last good state is saved.
     """
     epochs = epochs_of(config)
     accumulate = config.accumulate_grad_batches
+    steps_per_epoch = work.batches_per_epoch // accumulate
     trained_elements = sum(parameter.numel() for _, parameter in module.trained())
-    control = StepControl(schedule, accumulate, work.describe)
-    sinks = _sinks(config, hardware, module, folder, work.batches_per_epoch // accumulate * epochs, trained_elements)
-    monitor = TrainingMonitor(control, sinks, config.epoch_begin, config.ctx_len)
+    places = session.writer.places if session else Places(folder, new_run_id(), _warn)
+    control = StepControl(schedule, accumulate, work.describe, start)
+    monitor = TrainingMonitor(control, [], config.epoch_begin, config.ctx_len, start)
     saver = CheckpointSaver(
-        lambda path: module.method.save(module.model, path), folder, config.epoch_begin, config.epoch_save
+        lambda path: places.save(lambda place: module.method.save(module.model, place), path.name),
+        folder,
+        config.epoch_begin,
+        config.epoch_save,
+        start,
     )
-    stopper = Stopper(schedule, accumulate)
+    stopper = Stopper(schedule, accumulate, start)
+
+    def parts(trainer: pl.Trainer) -> dict[str, Part]:
+        engine = hardware.strategy != "single"
+        gather = trainer.strategy.all_gather if trainer.world_size > 1 else None
+        return {
+            "trained": TrainedTensors(module.trained()),
+            "optimizer": OptimizerMoments(module.trained(), trainer.optimizers[0], engine=engine),
+            "random": RandomState(hardware.device, trainer.global_rank, gather),
+            "objective": work.objective,
+            "monitor": monitor,
+        }
+
+    def is_complete(step: int) -> bool:
+        return step >= epochs * steps_per_epoch or schedule.exhausted(step)
+
+    def end() -> None:
+        finish()
+        if session and is_complete(start.steps + trainer.global_step):
+            session.writer.remove()
+
+    # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
+    callbacks: list[pl.Callback] = [control, monitor, saver, AtEnd(end), stopper]
+    if session:
+        draws = bool(config.dropout) and config.devices * config.num_nodes == 1
+        total_steps = epochs * steps_per_epoch
+        callbacks.append(RunSaver(session, parts, stopper, start, steps_per_epoch, total_steps, remembers_random=draws))
+        if start.steps and is_complete(start.steps):
+            monitor.restore(session.saved.parts["monitor"])
+            finish()
+            session.writer.remove()
+            return saver.files, monitor, stopper
     trainer = pl.Trainer(
         **trainer_arguments(hardware, config, trained_elements),
         # A folder that is never made: Lightning takes up `hpc_ckpt_*.ckpt` that lie in its own.
         default_root_dir=folder / "lightning",
-        max_epochs=epochs,
+        max_epochs=epochs - start.epochs,
         limit_train_batches=work.batches_per_epoch,
         accumulate_grad_batches=accumulate,
         gradient_clip_val=GRADIENT_CLIP,
-        callbacks=[control, monitor, saver, AtEnd(finish), stopper],
+        callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -268,18 +409,50 @@ def fit(
         use_distributed_sampler=False,
         deterministic=hardware.device.type == "cpu",
     )
+    monitor.sinks = _sinks(config, hardware, module, folder, steps_per_epoch * epochs, trained_elements, session, start)
     try:
         trainer.fit(module)
-    except TrainingError as error:
-        last_good = folder / "rwkv-last-good.pth"
-        if global_rank() == 0:
-            module.method.save(module.model, last_good)
-        raise TrainingError(f"{error}; the weights before this step are in {last_good}") from error
-    except SystemExit as end:  # how Lightning ends after the second Ctrl-C
-        raise KeyboardInterrupt from end
+    except NotFiniteError as error:
+        raise TrainingError(f"{error}; {_save_last_good(module, control, error.step, places, session)}") from error
+    except SystemExit as end_of_process:  # how Lightning ends after the second Ctrl-C
+        raise KeyboardInterrupt from end_of_process
     finally:
         monitor.close()
+        if session:
+            session.writer.wait()
+            if sys.exc_info()[0] is not None and session.writer.folder:
+                say(f"go on      {command_to_go_on(session.writer.folder)}")
     return saver.files, monitor, stopper
+
+
+def _save_last_good(
+    module: TrainingModule, control: StepControl, step: int, places: Places, session: Session | None
+) -> str:
+    """Saves the newest weights from which a finite loss and gradient came; says what was saved, as half a sentence.
+
+    Args:
+        step: that was not taken: what the step before it made is what gave the bad number.
+    """
+    if step == 1:
+        return "it is the first, so that what was loaded gives it"
+    tensors, good = dict(control.good.tensors), step - 2
+    if session:
+        session.writer.wait()
+        if not tensors and session.writer.folder:
+            run = saved_run(session.writer.folder)
+            if run.steps < step - 1:
+                tensors, good = dict(run.parts["trained"]), run.steps
+    if not tensors:
+        return f"no weights from before step {step - 1}, whose result gave it, are at hand"
+    path = places.folder / "rwkv-last-good.pth"
+    if global_rank() == 0:
+        TrainedTensors(module.trained()).restore(tensors)
+        path = places.save(lambda place: module.method.save(module.model, place), path.name)
+    return f"the weights after step {good}, which gave a finite loss and gradient, are in {path}"
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _sinks(
@@ -289,14 +462,20 @@ def _sinks(
     folder: Path,
     steps: int,
     trained_elements: int,
+    session: Session | None,
+    start: Start,
 ) -> list[Sink]:
     if global_rank() != 0:
         return []
     engine = None if hardware.strategy == "single" else deepspeed_config(hardware.strategy, config, trained_elements)
-    sinks: list[Sink] = [FileSink(folder, config, engine), ProgressSink(steps)]
+    run = session.saved.run if session else ""
+    epoch = config.epoch_begin + start.epochs
+    sinks: list[Sink] = [FileSink(folder, config, engine, run, start.steps, epoch), ProgressSink(steps, start.steps)]
     if config.wandb:
         shape = module.model.shape
-        sinks.append(WandbSink(config, f"{shape.vocab_size} ctx{config.ctx_len} L{shape.n_layer} D{shape.n_embd}"))
+        name = f"{shape.vocab_size} ctx{config.ctx_len} L{shape.n_layer} D{shape.n_embd}"
+        tokens = session.saved.parts["monitor"]["nominal_tokens"] if session and start.steps else 0
+        sinks.append(WandbSink(config, name, tokens))
     if config.fapi_logging_callback:
         sinks.append(HttpSink(config.fapi_logging_address))
     return sinks

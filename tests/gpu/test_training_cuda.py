@@ -266,7 +266,7 @@ def test_stacks_are_small_and_kernels_that_want_more_get_it() -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_loss_that_is_not_finite_stops_before_the_step(strategy: str, base: Path, tmp_path: Path) -> None:
     tensors = {name: tensor.clone() for name, tensor in open_checkpoint(base).items()}
-    tensors["emb.weight"][200] = math.nan
+    tensors["emb.weight"][200] = 3e38  # finite; the sum of a row, in the norm that follows, is not
     save_model(tmp_path / "poisoned.pth", tensors)
     documents = [[5, 6, 7 + number, 8, 9, 0] for number in range(6)]
     documents[3][2] = 200
@@ -280,6 +280,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(strategy: str, base: Pa
     assert "Traceback" not in ended.err
     assert f"the loss is not finite at step {len(metrics(folder)) + 1} (document 3 of " in ended.err
     assert files_in(folder) == {"rwkv-last-good.pth", "train_log.txt", "metrics.jsonl"}
+    assert f"the weights after step {len(metrics(folder)) - 1}, which gave a finite loss and gradient" in ended.err
     assert all(state.isfinite().all() for state in load_state(folder / "rwkv-last-good.pth", SHAPE).values())
 
 
@@ -289,9 +290,9 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(
 ) -> None:
     run = Prepared(tmp_path, base, data, strategy=strategy, epoch_steps=3, epoch_count=1)
     run.states[1].register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(TrainingError, match="the gradient is not finite at step 1 "):
+    with pytest.raises(TrainingError, match=r"the gradient is not finite at step 1 .* what was loaded gives it"):
         run.fit()
-    assert not any(state.any() for state in load_state(tmp_path / "rwkv-last-good.pth", SHAPE).values())
+    assert not (tmp_path / "rwkv-last-good.pth").exists()
 
 
 @pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_1"])

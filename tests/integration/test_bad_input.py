@@ -70,6 +70,12 @@ class TestModelFile:
             torch.save(weights, path)
         elif kind == "key superfluous":
             torch.save({**weights, "blocks.1.att.extra": torch.zeros(1)}, path)
+        elif kind == "NaN in a row that no document uses":
+            weights["emb.weight"][256, 3] = float("nan")
+            torch.save(weights, path)
+        elif kind == "infinite value in a matrix":
+            weights["blocks.1.ffn.value.weight"][3, :2] = float("-inf")
+            torch.save(weights, path)
         elif kind == "key misshapen":
             torch.save({**weights, "blocks.1.ffn.value.weight": torch.zeros(32, 7)}, path)
         elif kind == "layer missing":
@@ -95,6 +101,8 @@ class TestModelFile:
             ("RWKV-7", "is an RWKV-7 model"),
             ("key missing", "blocks.1.ffn.value.weight"),
             ("key superfluous", "blocks.1.att.extra"),
+            ("NaN in a row that no document uses", ": 1 of the 8,224 values of emb.weight are not finite"),
+            ("infinite value in a matrix", ": 2 of the 3,584 values of blocks.1.ffn.value.weight are not finite"),
             ("key misshapen", "blocks.1.ffn.value.weight"),
             ("layer missing", "layer 0"),
         ],
@@ -311,7 +319,7 @@ class TestOutput:
     def test_a_base_model_is_not_written_over(self, name: str, base: Path, data: Path, tmp_path: Path) -> None:
         trained = tmp_path / name
         trained.write_bytes(base.read_bytes())
-        ended = try_train(tmp_path, load_model=trained, data_file=data, epoch_count=1)
+        ended = try_train(tmp_path, load_model=trained, data_file=data, epoch_count=1, overwrite=1)
         assert ended.code == 2
         assert "would be written over" in ended.err
         assert trained.read_bytes() == base.read_bytes()
@@ -334,8 +342,10 @@ class TestOutput:
         flags = {"load_model": tmp_path / "wide.pth", "data_file": data, "epoch_steps": 1, "epoch_count": 1}
         with no_file_beyond(8192):
             ended = try_train(tmp_path / "out", **flags)
+        assert "warning: " in ended.err
+        assert "rwkv-0.pth cannot be written: File too large" in ended.err
         message = refusal(ended, tmp_path / "out")
-        assert "rwkv-0.pth cannot be written" in message
+        assert "rwkv-final.pth cannot be written: File too large" in message
         assert "MiB are needed" in message
 
 

@@ -51,7 +51,7 @@ def test_text_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert ended.returncode == 0, ended.stderr
 
     before, after, change = table_row(ended.stdout, "whole documents")
-    assert 1.8 < before < 2.0
+    assert before == pytest.approx(1.8935, abs=0.002)
     assert after < 0.99 * before
     assert change == pytest.approx(100 * (after / before - 1), abs=0.06)
     start, rest = (table_row(ended.stdout, label) for label in ("first 64 positions", "the rest"))
@@ -115,7 +115,19 @@ def test_no_flag_at_all_means_the_text_demo(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(sys, "argv", ["train.py"])
     with pytest.raises(SystemExit):
         runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
-    assert calls == [{"demo": "sft"}]
+    assert calls == [{"demo": "sft", "overwrite": "1"}]
+
+
+@pytest.mark.parametrize(
+    ("given", "overwrite"), [({}, "1"), ({"epoch_steps": "3"}, "1"), ({"proj_dir": "x"}, None), ({"resume": "1"}, None)]
+)
+def test_a_demo_writes_over_its_own_folder_only(
+    given: dict[str, str], overwrite: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Mapping[str, str]] = []
+    monkeypatch.setattr(demo, "_sft_demo", calls.append)
+    demo.run_demo(given)
+    assert calls[0].get("overwrite") == overwrite
 
 
 def test_a_demo_refuses_flags_for_what_it_makes_itself(tmp_path: Path) -> None:

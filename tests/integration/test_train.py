@@ -9,6 +9,7 @@ import urllib.request
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -29,6 +30,7 @@ from running import (
 from torch import Tensor
 
 from src.checkpoint import load_state, open_checkpoint, save_model
+from src.training.callbacks import StepControl
 
 LENGTHS = [30, 12, 25, 18, 9, 33]
 SHAPE = tiny_shape()
@@ -104,7 +106,7 @@ class TestWhatARunLeaves:
     def test_metrics_has_one_line_per_step(self, finished: tuple[Ended, Path]) -> None:
         lines = metrics(finished[1])
         keys = {
-            "step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "seconds", "tokens", "nominal_tokens",
+            "run", "step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "seconds", "tokens", "nominal_tokens",
             "tokens_per_s",
         }  # fmt: skip
         assert [set(line) for line in lines] == [keys] * 6
@@ -156,6 +158,35 @@ def test_documents_share_rows_by_default(base: Path, data: Path, tmp_path: Path)
     assert len(lines) < len(LENGTHS)
 
 
+@pytest.mark.parametrize("quant_type", ["nf4", "int8"])
+def test_a_state_tuned_on_a_packed_base_is_measured_on_the_unpacked_one_too(
+    quant_type: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    given = {"load_model": base, "data_file": data, "val_file": data, "epoch_count": 1}
+    out = train(tmp_path / "packed", **given, quant=1, quant_type=quant_type).out
+    state = tmp_path / "packed" / "rwkv-final.pth"
+    again = train(tmp_path / "again", **given, load_state=state).out
+    loaded = re.search(r"held out   loaded: (.*)", again)
+    assert loaded
+    assert f"held out   unpacked: {loaded[1]}\n" in out
+    assert f"after, on the unpacked base: {loaded[1]}\n" in out
+    assert quant_type == "int8" or f"held out   tuned: {loaded[1]}" not in out
+    assert "unpacked" not in again
+
+
+def test_the_gradient_of_a_step_is_clipped_to_a_norm_of_one(base: Path, data: Path, tmp_path: Path) -> None:
+    """Adam's first step is g / (|g| + eps): with an eps of 1 it shows the gradient it was given."""
+    tensors = {name: tensor.clone() for name, tensor in open_checkpoint(base).items()}
+    tensors["head.weight"] *= 30
+    save_model(tmp_path / "steep.pth", tensors)
+    flags = {"epoch_steps": 1, "epoch_count": 1, "warmup_steps": 0, "lr_init": 8.0, "lr_final": 8.0, "adam_eps": 1.0}
+    train(tmp_path / "out", load_model=tmp_path / "steep.pth", data_file=data, **flags)
+    (record,) = metrics(tmp_path / "out")
+    assert record["grad_norm"] > 3
+    step = torch.cat([state.flatten() for state in states_in(tmp_path / "out" / "rwkv-final.pth").values()]).abs() / 8
+    assert float((step / (1 - step)).norm()) == pytest.approx(1.0, rel=0.01)  # the states are saved in bf16
+
+
 class TestEpochs:
     @pytest.mark.parametrize(
         ("flags", "files"),
@@ -184,7 +215,7 @@ class TestEpochs:
 
     def test_logs_are_appended(self, base: Path, data: Path, tmp_path: Path) -> None:
         for _ in range(2):
-            train(tmp_path, load_model=base, data_file=data, epoch_steps=1, epoch_count=1)
+            train(tmp_path, load_model=base, data_file=data, epoch_steps=1, epoch_count=1, overwrite=1)
         assert (tmp_path / "train_log.txt").read_text(encoding="utf-8").count("NEW RUN") == 2
         assert len(metrics(tmp_path)) == 2
 
@@ -337,15 +368,16 @@ class TestModes:
 class TestStops:
     @pytest.fixture
     def poisoned(self, base: Path, tmp_path: Path) -> Path:
-        """A base whose row for token 200 is NaN."""
+        """A base whose row for token 200 is finite, but too large for the norm that follows."""
         tensors = {name: tensor.clone() for name, tensor in open_checkpoint(base).items()}
-        tensors["emb.weight"][200] = float("nan")
+        tensors["emb.weight"][200] = 3e38
+        tensors["emb.weight"][200, ::2] = -3e38
         save_model(tmp_path / "poisoned.pth", tensors)
         return tmp_path / "poisoned.pth"
 
     @pytest.mark.parametrize("accumulate", [1, 2])
     def test_a_loss_that_is_not_finite_stops_before_the_step_and_keeps_the_last_good_state(
-        self, accumulate: int, poisoned: Path, tmp_path: Path
+        self, accumulate: int, poisoned: Path, base: Path, tmp_path: Path
     ) -> None:
         documents = [[5, 6, 7 + number, 8, 9, 0] for number in range(6)]
         documents[3][2] = 200
@@ -360,11 +392,33 @@ class TestStops:
         message = ended.err.splitlines()[-1]
         assert f"the loss is not finite at step {taken + 1} " in message
         assert re.search(r"\b3\b", message.partition("step")[2].partition(" ")[2])
-        assert str(tmp_path / "out" / "rwkv-last-good.pth") in message
-        assert files_in(tmp_path / "out") == {"rwkv-last-good.pth", "train_log.txt", "metrics.jsonl"}
-        states = states_in(tmp_path / "out" / "rwkv-last-good.pth")
-        assert all(state.isfinite().all() for state in states.values())
-        assert any(state.any() for state in states.values()) == (taken > 0)
+        logs = {"train_log.txt", "metrics.jsonl"}
+        if not taken:
+            assert "it is the first, so that what was loaded gives it" in message
+            assert files_in(tmp_path / "out") == logs
+            return
+        where = tmp_path / "out" / "rwkv-last-good.pth"
+        assert f"the weights after step {taken - 1}, which gave a finite loss and gradient, are in {where}" in message
+        assert files_in(tmp_path / "out") == {*logs, "rwkv-last-good.pth"}
+        healthy = {"load_model": base, "data_file": tmp_path / "documents", "accumulate_grad_batches": accumulate}
+        before = self.states_before(taken, tmp_path / "healthy", **healthy)
+        assert largest_difference(states_in(where), before) == 0
+
+    @staticmethod
+    def states_before(step: int, folder: Path, **flags: object) -> dict[str, Tensor]:
+        """What a step of a run with these flags starts from, as a file would hold it."""
+        kept: list[dict[str, Tensor]] = []
+        count = StepControl.on_before_optimizer_step
+
+        def look(self: StepControl, trainer: Any, module: Any, optimizer: Any) -> None:
+            if self._step == step:
+                kept.append({name: p.detach().bfloat16().float() for name, p in module.trained()})
+            count(self, trainer, module, optimizer)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(StepControl, "on_before_optimizer_step", look)
+            train(folder, epoch_count=1, **flags)
+        return kept[-1]
 
     @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
     def test_a_signal_finishes_the_step_and_saves(
@@ -381,7 +435,8 @@ class TestStops:
         assert process.returncode == 0, err
         assert "Traceback" not in err
         assert f"stopped by {number.name} after {len(metrics(tmp_path))} steps" in out
-        assert files_in(tmp_path) == {*RUN_FILES}, "rwkv-0.pth would claim a whole epoch"
+        assert f"python train.py --proj_dir {tmp_path} --resume 1" in out
+        assert files_in(tmp_path) == {*RUN_FILES, "rwkv-resume.pth"}, "rwkv-0.pth would claim a whole epoch"
         assert any(state.any() for state in states_in(tmp_path / "rwkv-final.pth").values())
 
 

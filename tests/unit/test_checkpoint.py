@@ -191,13 +191,16 @@ def test_a_state_file_holds_exactly_the_states_in_layer_order(tmp_path: Path) ->
     assert_same_tensors(loaded, content)
 
 
-def test_a_view_does_not_drag_its_buffer_into_the_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_a_view_does_not_drag_its_buffer_into_the_file(contiguous: bool, tmp_path: Path) -> None:
     shape = tiny_shape(n_layer=2)
     buffer = torch.randn(1_000_000)
-    states = {
-        key: torch.nn.Parameter(buffer[start : start + 256].view(4, 8, 8).transpose(1, 2))
-        for start, key in enumerate(shape.state_shapes())
-    }
+
+    def view(start: int) -> torch.Tensor:
+        states = buffer[start : start + 256].view(4, 8, 8)
+        return states if contiguous else states.transpose(1, 2)
+
+    states = {key: torch.nn.Parameter(view(start)) for start, key in enumerate(shape.state_shapes())}
     save_state(tmp_path / "state.pth", states, torch.float32)
     assert (tmp_path / "state.pth").stat().st_size < 10_000
     assert_same_tensors(

@@ -8,7 +8,9 @@ import torch
 from factories import tiny_parameters, tiny_shape, tiny_states
 from torch import Tensor
 
+from src.errors import CheckpointError
 from src.loading import LoadOptions, _read_ahead, build_model
+from src.model.shape import state_key
 from src.quant import FrozenHead, FrozenLinear
 
 SHAPE = tiny_shape(n_embd=64)
@@ -128,6 +130,36 @@ def test_the_head_is_packed_on_request() -> None:
     hidden = torch.randn(1, 5, SHAPE.n_embd)
     logits, expected = model.logits(hidden), exact.logits(hidden)
     assert 0 < (logits - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize("quant_type", [None, "nf4", "int8"])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    "name",
+    ["emb.weight", "head.weight", "ln_out.bias", "blocks.1.ffn.key.weight", "blocks.0.att.time_decay", state_key(1)],
+)
+def test_a_value_that_is_not_finite_is_found_in_every_tensor(name: str, value: float, quant_type: str | None) -> None:
+    tensors = {**tiny_parameters(SHAPE), **tiny_states(SHAPE)}
+    tensors[name].view(-1)[-1] = value
+    for quant_head in (False, quant_type is not None):
+        options = LoadOptions(CPU, torch.bfloat16, quant_type=quant_type, quant_head=quant_head)
+        with pytest.raises(CheckpointError, match=rf"base.pth: 1 of the [\d,]+ values of {name} .*damaged"):
+            build_model(tensors, SHAPE, options, source="base.pth")
+
+
+def test_what_only_a_narrow_dtype_cannot_hold_is_named_as_that() -> None:
+    tensors = tiny_parameters(SHAPE)
+    tensors["blocks.0.att.key.weight"][0, 0] = 1e5
+    build_model(tensors, SHAPE, LoadOptions(CPU, torch.bfloat16))
+    with pytest.raises(CheckpointError, match=r"1 of .* blocks.0.att.key.weight .* finite in float16.* bf16 or fp32"):
+        build_model(tensors, SHAPE, LoadOptions(CPU, torch.float16))
+
+
+def test_large_values_whose_sum_is_not_finite_are_taken() -> None:
+    tensors = tiny_parameters(SHAPE)
+    tensors["head.weight"][:2] = 3e38
+    tensors["emb.weight"][:2] = -3e38
+    build_model(tensors, SHAPE, LoadOptions(CPU, torch.float32))
 
 
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])

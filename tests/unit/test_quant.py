@@ -248,3 +248,42 @@ def test_a_packed_head_is_its_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(2, 3, 128, requires_grad=True)
     torch.testing.assert_close(head(x), x @ dense.t())
     assert not list(head.parameters())
+
+
+def unpacked(layer: FrozenLinear) -> Tensor:
+    """The matrix of a 4-bit layer, fp32, read from its bytes by the format's definition alone."""
+    assert layer.absmax_scale is not None
+    assert layer.absmax_offset is not None
+    places = torch.stack((layer.packed.view(-1) >> 4, layer.packed.view(-1) & 15), dim=1).view(-1).long()
+    values = torch.tensor(FOUR_BIT_VALUES[layer.quant_type])[places][: layer.out_features * layer.in_features]
+    scales = quant._dynamic_code(layer.absmax.device)[layer.absmax.long()]
+    scales = scales * layer.absmax_scale.repeat_interleave(256)[: len(scales)] + layer.absmax_offset
+    return (values * scales.repeat_interleave(64)[: len(values)]).view(layer.out_features, layer.in_features)
+
+
+# QLoRA, arXiv 2305.14314, appendix E; fp4: sign, two bits of exponent, one of mantissa, in bitsandbytes' order.
+FP4_MAGNITUDES = (0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+FOUR_BIT_VALUES = {
+    "nf4": (
+        *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+        *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+        *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+        *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+    ),
+    "fp4": (*FP4_MAGNITUDES, *(-value for value in FP4_MAGNITUDES)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_features", [1, 2, 7, 16, 30, 32, 33, 37, 64, 96, 100, 192, 336, 672, 1000])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+def test_every_size_is_dequantised_as_the_format_says(quant_type: str, in_features: int, dtype: torch.dtype) -> None:
+    expected_error = 0.0920 if quant_type == "nf4" else 0.1219
+    for out_features in (1, 3, 64, 96, 192):
+        weight = random_weight(out_features, in_features)
+        layer = FrozenLinear.from_weight(weight, quant_type, dtype, workspace=DequantizationWorkspace())
+        dense, expected = layer.dequantized(), unpacked(layer)
+        # 4.1e-8 was the most in fp32; half a unit in the last place of the others.
+        torch.testing.assert_close(dense.float(), expected, rtol=torch.finfo(dtype).eps, atol=1e-6)
+        if weight.numel() > 10_000:
+            assert ((expected - weight).norm() / weight.norm()).item() == pytest.approx(expected_error, rel=0.05)

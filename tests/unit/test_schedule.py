@@ -77,6 +77,11 @@ class TestTokenSchedule:
         assert schedule(**self.VALUES).exhausted(1000)
         assert not schedule().exhausted(10**9)
 
+    def test_tokens_of_epochs_before_this_run_count(self) -> None:
+        later = schedule(**self.VALUES, first_step=400)
+        assert not later.exhausted(599)
+        assert later.exhausted(600)
+
 
 class TestWeightDecay:
     def test_constant_without_a_final_value(self) -> None:

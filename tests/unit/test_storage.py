@@ -360,3 +360,18 @@ def test_only_ordinary_files_are_replaced(path: str, code: int) -> None:
     with pytest.raises(OSError, match=os.strerror(code)) as caught, storage.replacing(path):
         pytest.fail("was opened")
     assert caught.value.errno == code
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_the_old_file_can_keep_a_name(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the file system knows no second names."""
+
+    def refuse(*paths: object) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    if not links:
+        monkeypatch.setattr(os, "link", refuse)
+    for number in range(3):
+        storage.save(tmp_path / "new.pth", [number], previous=tmp_path / "old.pth")
+    assert sorted(os.listdir(tmp_path)) == ["new.pth", "old.pth"]
+    assert [storage.load(tmp_path / name, "file") for name in ("old.pth", "new.pth")] == [[1], [2]]

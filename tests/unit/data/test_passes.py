@@ -67,3 +67,8 @@ def test_a_programming_error_is_not_hidden() -> None:
     lookahead = Lookahead(Making(0, TypeError("wrong")), 5)
     with pytest.raises(TypeError):
         lookahead.look_ahead()
+
+
+def test_a_first_iteration_is_what_is_left_of_an_epoch() -> None:
+    lookahead = Lookahead(lambda step: step, 4, first_step=6)
+    assert [list(lookahead) for _ in range(3)] == [[6, 7], [8, 9, 10, 11], [12, 13, 14, 15]]

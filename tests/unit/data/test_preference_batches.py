@@ -63,9 +63,40 @@ def test_the_released_form_wants_rejects_of_five_tokens() -> None:
     pairs = [PreferencePair([1, 2], [4, 5], reject) for reject in rejects]
     data = dataset(pairs, PairForm.RELEASED, tokenizer=ByteTokenizer())
     assert data.plan.statements() == (
-        "3 of 4 pairs have no reject of 5 tokens or more and train on the chosen answer.",
+        "2 of 4 pairs have no reject of 5 tokens or more and train on the chosen answer.",
     )
-    assert data.batch(range(4)).reject_lengths.tolist() == [0, 0, 5, 0]
+    assert data.batch(range(4)).reject_lengths.tolist() == [0, 0, 5, 8]
+
+
+def test_the_released_form_compares_equal_answers_and_cuts_the_end_of_prompts() -> None:
+    pairs = [PreferencePair([1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8], [4, 5, 6, 7, 8])]
+    data = dataset(pairs, PairForm.RELEASED, longest=5)
+    assert data.plan.statements() == (
+        "--rlhf_max_corpus_len 5 cuts 1 prompts (at their end, as the original does) and 0 answers (at their end).",
+    )
+    batch = data.batch([0])
+    assert batch.reject_lengths.tolist() == [5]
+    assert batch.tokens.tolist() == [[1, 2, 3, 4, 5, 4, 5, 6, 7] * 2]
+
+
+@pytest.mark.parametrize("form", [PairForm.SHARED_PROMPT, PairForm.TWO_ROWS])
+def test_a_reject_equal_to_its_chosen_answer_is_no_preference(form: PairForm) -> None:
+    pairs = [
+        PreferencePair([1, 2], [3, 4], [3, 4]),
+        PreferencePair([1, 2], [3, 4], [3, 5]),
+        PreferencePair([1, 2], [3, 4, 5, 6], [3, 4, 5, 7]),  # equal as far as they are trained
+        PreferencePair([1, 2], [3, 4], []),
+    ]
+    made = dataset(pairs, form, longest=3, micro_bsz=4)
+    assert made.plan.statements()[:2] == (
+        "1 of 4 pairs have no reject and train on the chosen answer.",
+        "2 of 4 pairs have a reject that is their chosen answer and train on that alone.",
+    )
+    batch = made.batch(range(4))
+    assert batch.reject_lengths.tolist() == [0, 2, 0, 0]
+    rejected = {group_number(pair, Role.REJECTED) for pair in range(4)}
+    assert set(batch.groups.tolist()) & rejected == {group_number(1, Role.REJECTED)}
+    assert made.plan.positions_per_pass == batch.tokens.numel()
 
 
 def test_two_rows_batch_token_by_token() -> None:

@@ -317,6 +317,38 @@ class TestDropout:
         model.eval()
         assert torch.equal(hidden_of(model, tokens), hidden_of(tiny_model(), tokens))
 
+    @pytest.mark.parametrize("recompute", list(Recompute))
+    def test_it_acts_on_embeddings_and_on_the_sum_with_each_branch(
+        self, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        shape = tiny_shape()
+        model = tiny_model(shape, dropout=0.5, recompute=recompute)
+        seen: list[Tensor] = []
+
+        def inputs_of_dropout(tokens: Tensor) -> list[Tensor]:
+            seen.clear()
+            hidden_of(model, tokens)
+            return list(seen)
+
+        one, other = tokens_of(shape, 1, 9, seed=1), tokens_of(shape, 1, 9, seed=2)
+        places = 1 + 2 * shape.n_layer
+        for emptied in range(places):
+
+            def dropout(x: Tensor, probability: float, training: bool, emptied: int = emptied) -> Tensor:
+                """Keeps everything, but nothing in the call numbered `emptied`."""
+                assert probability == 0.5
+                assert training
+                seen.append(x)
+                return x * (len(seen) != emptied + 1)
+
+            monkeypatch.setattr(torch.nn.functional, "dropout", dropout)
+            first, second = inputs_of_dropout(one), inputs_of_dropout(other)
+            assert len(first) == places
+            for place in range(places):
+                assert torch.equal(first[place], second[place]) == (place > emptied), (place, emptied)
+            assert model.emb.host_table is not None
+            assert torch.equal(first[0], model.emb.host_table[one])
+
     @pytest.mark.parametrize("recompute", [Recompute.INPUTS, Recompute.ALL])
     def test_recomputation_draws_the_same_elements(self, recompute: Recompute) -> None:
         gradients = []

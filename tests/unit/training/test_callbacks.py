@@ -1,9 +1,6 @@
 """What happens around the steps, without Lightning's loop."""
 
 import math
-import os
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,13 +15,14 @@ from torch import Tensor
 
 from src.adapters.method import method_of
 from src.config import TrainConfig
-from src.errors import TrainingError
+from src.errors import CheckpointError, TrainingError
 from src.loading import LoadOptions, build_model
 from src.schedule import Schedule
-from src.training.callbacks import AtEnd, CheckpointSaver, StepControl, Stopper, TrainingMonitor
+from src.training.callbacks import AtEnd, CheckpointSaver, GoodTensors, StepControl, TrainingMonitor
 from src.training.logs import EpochLog, StepLog
 from src.training.module import TrainingModule
 from src.training.objectives import Staged
+from src.training.progress import Start
 
 SCHEDULE = Schedule(lr_init=1.0, lr_final=0.1, warmup_steps=0, total_steps=10, weight_decay=0.5)
 
@@ -74,6 +72,23 @@ class TestStepControl:
         assert loop.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.2)
         assert loop.optimizers[0].param_groups[0]["weight_decay"] == 0.5
 
+    def test_it_moves_the_weight_decay_of_the_groups_that_have_one(self) -> None:
+        made = module(weight_decay=0.5)
+        moving = Schedule(1.0, 0.1, 0, total_steps=10, weight_decay=0.5, weight_decay_final=0.05)
+        loop = trainer(made)
+        loop.optimizers[0].add_param_group(
+            {"params": [torch.nn.Parameter(torch.ones(2))], "weight_decay": 0.0, "lr_scale": 1.0, "decays": False}
+        )
+        for step, wanted in ((4, 0.5 * 0.1**0.5), (9, 0.05)):
+            loop.global_step = step
+            control = StepControl(moving, 1)
+            control.on_train_batch_start(loop, made, batch(0), 0)
+            groups = loop.optimizers[0].param_groups
+            assert {group["decays"] for group in groups} == {True, False}
+            for group in groups:
+                assert group["weight_decay"] == (pytest.approx(wanted) if group["decays"] else 0.0)
+            assert control.weight_decay == pytest.approx(wanted)
+
     def test_loss_and_norm_of_a_step(self) -> None:
         made, control = module(), StepControl(SCHEDULE, 1)
         run_batch(control, trainer(made), made, batch(4, factor=2.0), 0)
@@ -115,6 +130,31 @@ class TestStepControl:
         for number, factor in enumerate((0.0, 0.0), start=2):
             run_batch(control, loop, made, batch(number, factor=factor), number)
         assert control.loss == pytest.approx(1.0)
+
+
+class TestGoodTensors:
+    """Kept is what was there before the last step that was taken."""
+
+    @pytest.mark.parametrize("deep", [False, True], ids=["before the step", "behind the step"])
+    def test_which(self, deep: bool) -> None:
+        made, good = module(), GoodTensors()
+        state = made.model.get_parameter("blocks.0.att.time_state")
+        seen = []
+        for number in range(4):
+            if not deep:
+                good.keep(made, deep=False)
+            state.data.fill_(number + 1)  # the step
+            if deep:
+                good.keep(made, deep=True)
+            kept = good.tensors.get("blocks.0.att.time_state")
+            seen.append(None if kept is None else float(kept.mean()))
+        assert seen == ([None, 1, 2, 3] if deep else [0, 1, 2, 3])
+
+    def test_not_of_what_is_large(self) -> None:
+        made, good = module(), GoodTensors()
+        made.method = Mock(small=False)
+        good.keep(made, deep=False)
+        assert good.tensors == {}
 
 
 class TestUnderDeepSpeed:
@@ -179,6 +219,25 @@ class TestMonitor:
         assert sink.epochs[0].loss == pytest.approx(sum(monitor.losses) / 2)
         assert sink.closed == 1
 
+    def test_a_run_that_goes_on_counts_on(self) -> None:
+        made, start, sink = module(), Start(steps=7, epochs=2, batches=1), Remembering()
+        control = StepControl(SCHEDULE, 1, start=start)
+        monitor = TrainingMonitor(control, [sink], epoch_begin=5, ctx_len=100, start=start)
+        losses = torch.arange(7, dtype=torch.float64)
+        monitor.restore({"losses": losses, "nominal_tokens": 700})
+        loop = trainer(made)
+        monitor.on_train_start(loop, made)
+        run_batch(control, loop, made, batch(0), 0)
+        assert control.learning_rate == SCHEDULE.learning_rate(7)
+        loop.global_step = 1
+        monitor.on_train_batch_end(loop, made, None, batch(0), 0)
+        monitor.on_train_epoch_end(loop, made)
+        assert (sink.steps[0].step, sink.steps[0].epoch) == (8, 7)
+        assert (sink.epochs[0].epoch, sink.epochs[0].local_epoch) == (7, 2)
+        assert sink.epochs[0].loss == pytest.approx((6 + sink.steps[0].loss) / 2)
+        assert monitor.state()["nominal_tokens"] == 800
+        assert torch.equal(monitor.state()["losses"][:7], losses)
+
     def test_an_epoch_without_a_step_writes_nothing(self) -> None:
         made, sink = module(), Remembering()
         TrainingMonitor(StepControl(SCHEDULE, 1), [sink], 0, 100).on_train_epoch_end(trainer(made), made)
@@ -218,89 +277,29 @@ class TestSaver:
         assert saver.files == [tmp_path / "rwkv-0.pth"]
         assert written == []
 
+    def test_a_run_that_goes_on_counts_on(self, tmp_path: Path) -> None:
+        """From the second of two batches of its fourth epoch."""
+        written: list[Path] = []
+        saver = CheckpointSaver(written.append, tmp_path, 10, 1, Start(steps=7, epochs=3, batches=1))
+        save_epoch(saver, trainer(module()), batches=1)
+        save_epoch(saver, trainer(module(), current_epoch=1))
+        assert [path.name for path in written] == ["rwkv-13.pth", "rwkv-14.pth"]
+
+    def test_a_file_that_cannot_be_written_is_said(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        def fail(path: Path) -> None:
+            raise CheckpointError(f"{path.name}: no room")
+
+        saver = CheckpointSaver(fail, tmp_path, 0, 1)
+        save_epoch(saver, trainer(module()))
+        assert saver.files == []
+        assert "warning: rwkv-0.pth: no room; training goes on" in capsys.readouterr().err
+
     def test_an_epoch_that_was_stopped_has_no_file(self, tmp_path: Path) -> None:
         written: list[Path] = []
         saver = CheckpointSaver(written.append, tmp_path, 0, 1)
         save_epoch(saver, trainer(module()))
         save_epoch(saver, trainer(module(), current_epoch=1), batches=1)
         assert [path.name for path in written] == ["rwkv-0.pth"]
-
-
-class TestStopper:
-    @pytest.fixture(autouse=True)
-    def handlers(self) -> Iterator[None]:
-        """Puts the signals back."""
-        before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-        yield
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=lambda number: number.name)
-    def test_a_signal_asks_to_stop_after_the_step(self, number: signal.Signals) -> None:
-        stopper, made = Stopper(SCHEDULE), module()
-        loop = trainer(made)
-        stopper.on_train_start(loop, made)
-        stopper.on_train_batch_end(loop, made, None, None, 0)
-        assert not loop.should_stop
-        os.kill(os.getpid(), number)
-        assert not loop.should_stop
-        stopper.on_train_batch_end(loop, made, None, None, 1)
-        assert loop.should_stop
-        assert stopper.signal_name == number.name
-
-    def test_an_accumulated_step_is_finished(self) -> None:
-        stopper, made = Stopper(SCHEDULE, accumulate=3), module()
-        stopper.signal_name = "SIGINT"
-        loop = trainer(made)
-        for batch_idx in (3, 4):
-            stopper.on_train_batch_end(loop, made, None, None, batch_idx)
-            assert not loop.should_stop
-        stopper.on_train_batch_end(loop, made, None, None, 5)
-        assert loop.should_stop
-
-    def test_a_second_ctrl_c_stops_at_once(self, capfd: pytest.CaptureFixture[str]) -> None:
-        stopper, made = Stopper(SCHEDULE), module()
-        stopper.on_train_start(trainer(made), made)
-        os.kill(os.getpid(), signal.SIGINT)
-        assert capfd.readouterr().err.count("a second Ctrl-C stops at once, without saving") == 1
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-    @pytest.mark.parametrize("way", ["end", "exception"])
-    def test_the_signals_are_given_back(self, way: str) -> None:
-        stopper, made = Stopper(SCHEDULE), module()
-        before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-        stopper.on_train_start(trainer(made), made)
-        assert signal.getsignal(signal.SIGINT) != before[0]
-        if way == "end":
-            stopper.on_train_end(trainer(made), made)
-        else:
-            stopper.on_exception(trainer(made), made, RuntimeError())
-        assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
-
-    def test_the_end_of_a_token_schedule(self) -> None:
-        schedule = Schedule(1.0, 0.1, 0, 10, exit_tokens=100, tokens_per_step=10)
-        stopper, made = Stopper(schedule), module()
-        loop = trainer(made, global_step=9)
-        stopper.on_train_batch_end(loop, made, None, None, 8)
-        assert not loop.should_stop
-        loop.global_step = 10
-        stopper.on_train_batch_end(loop, made, None, None, 9)
-        assert loop.should_stop
-
-    def test_one_rank_stops_all(self) -> None:
-        stopper, made = Stopper(SCHEDULE), module()
-        asked: list[bool] = []
-
-        def decide(wish: bool, all: bool) -> bool:
-            asked.append(wish)
-            assert not all
-            return True
-
-        loop = trainer(made, world_size=2, strategy=SimpleNamespace(reduce_boolean_decision=decide))
-        stopper.on_train_batch_end(loop, made, None, None, 0)
-        assert asked == [False]
-        assert loop.should_stop
 
 
 def test_at_end_acts_on_rank_0_only() -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 
 from src.config import TrainConfig
-from src.errors import TrainingError
 from src.training.logs import EpochLog, FileSink, HttpSink, ProgressSink, StepLog, WandbSink
 
 
@@ -58,18 +57,45 @@ class TestFiles:
         assert " inf " in (tmp_path / "train_log.txt").read_text(encoding="utf-8")
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-    def test_a_full_disk_is_said_once(self, tmp_path: Path) -> None:
+    def test_a_full_disk_is_said_once(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
         sink = FileSink(tmp_path, config(), None)
-        with pytest.raises(TrainingError, match=r"metrics\.jsonl cannot be written"):
-            sink.step(step_log())
+        for step in (1, 2):
+            sink.step(step_log(step))
         sink.close()
+        said = capsys.readouterr().err
+        assert said.count("metrics.jsonl cannot be written (No space left on device); training goes on") == 1
 
     @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
-    def test_a_disk_full_from_the_start(self, tmp_path: Path) -> None:
+    def test_a_disk_full_from_the_start(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "train_log.txt").symlink_to("/dev/full")
-        with pytest.raises(TrainingError, match=r"train_log\.txt cannot be written"):
-            FileSink(tmp_path, config(), None)
+        FileSink(tmp_path, config(), None).close()
+        assert "train_log.txt cannot be written (No space left on device)" in capsys.readouterr().err
+
+    def test_a_log_that_is_a_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        (tmp_path / "train_log.txt").mkdir()
+        sink = FileSink(tmp_path, config(), None)
+        sink.epoch(EpochLog(3, 1, 2.5, 0.5))
+        sink.close()
+        assert "train_log.txt cannot be written (Is a directory)" in capsys.readouterr().err
+
+    def test_a_run_that_goes_on_writes_over_what_it_will_do_again(self, tmp_path: Path) -> None:
+        for run in ("other", "mine"):
+            sink = FileSink(tmp_path, config(), None, run)
+            for step in (1, 2, 3):
+                sink.step(step_log(step))
+            for epoch in (0, 1):
+                sink.epoch(EpochLog(epoch, epoch, 2.5, 0.5))
+            sink.close()
+        for name in ("metrics.jsonl", "train_log.txt"):
+            with (tmp_path / name).open("a") as file:
+                file.write("half a li")
+        FileSink(tmp_path, config(), None, "mine", steps=1, epoch=1).close()
+        rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+        assert [(row["run"], row["step"]) for row in rows] == [("other", 1), ("other", 2), ("other", 3), ("mine", 1)]
+        lines = (tmp_path / "train_log.txt").read_text().splitlines()
+        assert [line.split()[0] for line in lines if line[0].isdigit()] == ["0", "1", "0"]
+        assert lines[-2].startswith("RESUMED RUN at step 1, ")
 
     def test_a_line_is_there_as_soon_as_its_step_is_done(self, tmp_path: Path) -> None:
         sink = FileSink(tmp_path, config(), None)

@@ -135,7 +135,7 @@ def test_the_engine_that_runs_is_the_one_the_run_knows(data: Path, monkeypatch: 
     chosen = Hardware(torch.device("cuda", 0), "bf16", "deepspeed_stage_1")
     monkeypatch.setattr(run, "resolve_hardware", lambda config: chosen)
     monkeypatch.setattr(run, "apply_hardware", lambda hardware, config, small_messages: None)
-    monkeypatch.setattr(run, "_train", lambda config, method, hardware: seen.append(config))
+    monkeypatch.setattr(run, "_train", lambda config, *others: seen.append(config))
     run.train(config(data, devices=2))
     assert seen[0].uses_deepspeed
 

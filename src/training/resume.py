@@ -1,0 +1,516 @@
+"""Going on with a run as if it had never stopped.
+
+Every part of a run that has a state says so (`Part`). What all of them say after an optimizer step is a snapshot on the
+host; a thread writes it to `rwkv-resume.pth` while training goes on, and what was there before becomes
+`rwkv-resume-previous.pth`. A snapshot knows nothing of devices: tensors stand under their checkpoint keys, whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import shlex
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor, nn
+
+from src import storage
+from src.config import TrainConfig
+from src.errors import CheckpointError, ConfigError, TrainingError
+from src.training.exits import Stopper
+from src.training.folder import PREVIOUS, RESUME, Places
+from src.training.progress import Start
+
+_FORMAT = 1
+_SLOWEST_BYTES_PER_SECOND = 20e6
+_SHARE_OF_TIME = 100
+_SHORTEST_SECONDS = 60.0
+_HASHED_BYTES = 2**24
+_SAMPLES, _SAMPLE_BYTES = 256, 2**16
+
+FREE = {
+    "val_file", "load_partial", "epoch_save", "save_minutes", "my_exit", "orpo_debug", "wandb",
+    "fapi_logging_callback", "fapi_logging_address", "ds_bucket_mb", "memory_gib", "cuda_graph", "offload_activations",
+}  # fmt: skip
+"""Flags that may differ when a run goes on: they change nothing that is trained."""
+ROUNDING = {"accelerator", "strategy", "grad_cp", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps"}
+"""Flags that may differ as well, but change the order of sums; steps and their batches must stay what they are."""
+_OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo"}
+_INPUTS = ("load_model", "data_file", "rlhf_train_file")
+
+
+class Part(Protocol):
+    """A part of a run that has a state between two optimizer steps."""
+
+    def state(self) -> dict[str, Any]:
+        """Tensors, numbers, texts, and dicts of them by name; every rank is asked, rank 0's answer is kept."""
+        ...
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Takes on what `state` gave, on every rank; tensors are on the host."""
+        ...
+
+
+class TrainedTensors:
+    """What is trained, fp32, by checkpoint key."""
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]]) -> None:
+        self._named = dict(named)
+
+    def state(self) -> dict[str, Any]:
+        """See Part."""
+        return {name: parameter.detach() for name, parameter in self._named.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See Part; in place, and before an engine makes copies of its own."""
+        with torch.no_grad():
+            for name, parameter in self._named.items():
+                parameter.copy_(state[name])
+
+
+class OptimizerMoments:
+    """An optimizer's numbers by checkpoint key, whole tensors, whichever rank's engine keeps a piece of them.
+
+    Args:
+        named: what is trained, by checkpoint key.
+        optimizer: torch's, or DeepSpeed's around one.
+        engine: whether it is DeepSpeed's.
+    """
+
+    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], optimizer: Any, *, engine: bool) -> None:
+        self._named = dict(named)
+        self._optimizer = optimizer
+        self._engine = engine
+
+    def state(self) -> dict[str, Any]:
+        """See Part; under an engine a collective."""
+        if not self._engine:
+            return {name: dict(self._optimizer.state[p]) for name, p in self._named.items()}
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        flat = next(iter(self._optimizer.optimizer.state.values()))
+        shared = {key: value for key, value in flat.items() if not _is_moment(value)}
+        keys = sorted(flat.keys() - shared.keys())
+        return {
+            name: {**shared, **{key: safe_get_full_optimizer_state(parameter, key) for key in keys}}
+            for name, parameter in self._named.items()
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See Part."""
+        if self._engine:
+            self._restore_engine(state)
+            return
+        names = {parameter: name for name, parameter in self._named.items()}
+        now = self._optimizer.state_dict()
+        order = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
+        now["state"] = {number: dict(state[names[parameter]]) for number, parameter in enumerate(order)}
+        self._optimizer.load_state_dict(now)  # which puts each where this optimizer wants it
+
+    def _restore_engine(self, state: Mapping[str, Any]) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state
+
+        inner = self._optimizer.optimizer
+        sample = next(iter(state.values()))
+        on_host = type(inner).__module__.startswith("deepspeed")  # its steps are plain numbers
+        for group, flat in zip(inner.param_groups, self._optimizer.single_partition_of_fp32_groups, strict=True):
+            for key, value in sample.items():
+                if _is_moment(value):
+                    inner.state[flat][key] = torch.zeros_like(flat)
+                elif on_host:
+                    inner.state[flat][key] = int(value)
+                else:
+                    where = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+                    inner.state[flat][key] = torch.tensor(float(value), device=where)
+        self._optimizer._lazy_init_hp_params_optimizer_state()  # what the engine does in its first step
+        for name, parameter in self._named.items():
+            for key, value in state[name].items():
+                if _is_moment(value):
+                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+
+def _is_moment(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.ndim > 0
+
+
+class RandomState:
+    """torch's random numbers of every rank, on the host and on its device; dropout draws from them.
+
+    Args:
+        device: of this rank.
+        gather: from a rank's tensor to all ranks', [ranks, …]; a collective.
+    """
+
+    def __init__(self, device: torch.device, rank: int = 0, gather: Callable[[Tensor], Tensor] | None = None) -> None:
+        self._device = device
+        self._rank = rank
+        self._gather = gather
+
+    def state(self) -> dict[str, Any]:
+        """See Part."""
+        states = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self._device)
+        if self._gather is None:
+            return {name: state[None] for name, state in states.items()}
+        return {name: self._gather(state.to(self._device)) for name, state in states.items()}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See Part; ranks that the run did not have keep what their seed gave them."""
+        if self._rank < len(state["cpu"]):
+            torch.set_rng_state(state["cpu"][self._rank].clone())
+        if self._device.type == "cuda" and self._rank < len(state.get("cuda", ())):
+            torch.cuda.set_rng_state(state["cuda"][self._rank].clone(), self._device)
+
+
+@dataclass(frozen=True)
+class SavedRun:
+    """A run file's content.
+
+    Attributes:
+        path: of the file.
+        run: the run's name in `metrics.jsonl`.
+        steps: optimizer steps done.
+        values: the flags it was begun with, all of them.
+        figures: what else must stay as it was: batches of a step, steps of an epoch.
+        inputs: fingerprints by flag.
+        parts: states by name.
+        before: what held-out data gave before training, or None.
+        notes: what to say about the file.
+    """
+
+    path: Path
+    run: str
+    steps: int
+    values: Mapping[str, Any]
+    figures: Mapping[str, int]
+    inputs: Mapping[str, str]
+    parts: Mapping[str, Any]
+    before: Mapping[str, Any] | None
+    notes: tuple[str, ...] = ()
+
+    def content(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"format": _FORMAT, **{name: getattr(self, name) for name in _KEPT}}
+
+
+_KEPT = [spec.name for spec in dataclasses.fields(SavedRun) if spec.name not in ("path", "notes")]
+
+
+def saved_run(folder: Path) -> SavedRun:
+    """The newest readable run file of a folder.
+
+    Raises:
+        ConfigError: there is none.
+        CheckpointError: none can be read.
+    """
+    paths = [path for path in (folder / RESUME, folder / PREVIOUS) if path.exists()]
+    if not paths:
+        finished = (folder / "rwkv-final.pth").exists()
+        what = "the run there is finished" if finished else f"there is no {RESUME}"
+        raise ConfigError(f"--resume 1 has nothing to go on with in --proj_dir {folder}: {what}; leave it out")
+    problems: list[CheckpointError] = []
+    for path in paths:
+        try:
+            run = _read(path)
+        except CheckpointError as problem:
+            problems.append(problem)
+            continue
+        if problems:
+            note = f"{problems[0]}; going on from the save before it, {path.name} (step {run.steps})"
+            run = dataclasses.replace(run, notes=(note,))
+        return run
+    raise problems[0]
+
+
+def _read(path: Path) -> SavedRun:
+    content = storage.load(path, "run file")
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise CheckpointError(f"{path} is not a run file that this version can go on from: begin the run anew")
+    if missing := [name for name in _KEPT if name not in content]:
+        raise CheckpointError(f"{path} lacks {', '.join(missing)}: begin the run anew")
+    return SavedRun(path=path, **{name: content[name] for name in _KEPT})
+
+
+def completed_flags(given: Mapping[str, str]) -> dict[str, str]:
+    """The flags of a command line with `--resume 1`, those that it leaves out as the run was begun.
+
+    Raises:
+        UserError: there is no run to go on with.
+    """
+    folder = Path(given.get("proj_dir", str(TrainConfig.proj_dir)))
+    return {**saved_run(folder).values["given"], **given}
+
+
+def values_of(config: TrainConfig, precision: str) -> dict[str, Any]:
+    """What a run file keeps of the flags: final values, and as texts those that make the same configuration.
+
+    Args:
+        config: final.
+        precision: that is computed in.
+    """
+    final = {**dataclasses.asdict(config), "precision": precision}
+    return {**final, "given": {k: str(v) for k, v in config.told_apart().items() if k not in _OF_THE_COMMAND}}
+
+
+def check_flags(config: TrainConfig, precision: str, figures: Mapping[str, int], saved: SavedRun) -> list[str]:
+    """Compares a run with the one that it goes on with; returns what to say about harmless differences.
+
+    Raises:
+        ConfigError: naming every difference that would change what is trained.
+    """
+    now, notes, problems = values_of(config, precision), [], []
+    prints = fingerprints(config)
+    for spec in dataclasses.fields(TrainConfig):
+        name, old, new = spec.name, saved.values.get(spec.name, spec.default), now[spec.name]
+        same_file = name in _INPUTS and saved.inputs.get(name) == prints.get(name)
+        if name in _OF_THE_COMMAND or (name == "data_type" and saved.inputs == prints):
+            continue
+        if name in _INPUTS and name in prints and not same_file:
+            changed = f"was {old}" if old != new else "has changed since"
+            problems.append(f"--{name} {new} {changed}")
+        elif old != new:
+            if name in FREE or name in ROUNDING or same_file:
+                effect = "; sums are rounded in another order" if name in ROUNDING else ""
+                notes.append(f"--{name} {_shown(new)} was {_shown(old)} before{effect}")
+            else:
+                problems.append(f"--{name} {_shown(new)} was {_shown(old)}")
+    for name, value in saved.figures.items():
+        if figures[name] != value:
+            problems.append(f"{name.replace('_', ' ')}: {figures[name]}, was {value}")
+    if problems:
+        raise ConfigError(
+            f"--resume 1 would not go on with the run of {saved.path.parent} but with another one: "
+            f"{'; '.join(problems)}; leave these as they were, or choose another --proj_dir for a new run"
+        )
+    return notes
+
+
+def _shown(value: Any) -> str:
+    return repr(value) if value == "" else str(value)
+
+
+def fingerprints(config: TrainConfig) -> dict[str, str]:
+    """By flag, what tells a run's input files from others: sizes, and hashes of them or of pieces all over them."""
+    unused = {"data_file"} if config.orpo else {"rlhf_train_file"}
+    found = {}
+    for name in _INPUTS:
+        path = getattr(config, name)
+        files = [Path(f"{path}{suffix}") for suffix in ("", ".bin", ".idx")] if path and name not in unused else []
+        if present := [file for file in files if file.is_file()]:
+            found[name] = " ".join(map(_fingerprint, present))
+    return found
+
+
+def _fingerprint(path: Path) -> str:
+    size = path.stat().st_size
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        if size <= _HASHED_BYTES:
+            digest.update(file.read())
+        else:
+            for piece in range(_SAMPLES):
+                file.seek((size - _SAMPLE_BYTES) * piece // (_SAMPLES - 1))
+                digest.update(file.read(_SAMPLE_BYTES))
+    return f"{size}:{digest.hexdigest()[:32]}"
+
+
+def command_to_go_on(folder: Path) -> str:
+    """The command that continues a run, ready to copy."""
+    return shlex.join(["python", "train.py", "--proj_dir", str(folder), "--resume", "1"])
+
+
+class RunWriter:
+    """Writes snapshots, one at a time, in a thread of its own.
+
+    Args:
+        places: where they go.
+        folder: where the newest snapshot is; None while there is none.
+        step: of that snapshot.
+    """
+
+    def __init__(self, places: Places, folder: Path | None = None, step: int = 0) -> None:
+        self.places = places
+        self._thread: threading.Thread | None = None
+        self._buffers: dict[str, Tensor] = {}
+        self.folder = folder
+        self.step = step
+        self.seconds = 0.0
+        self.bytes = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a file is being written."""
+        return self._thread is not None and self._thread.is_alive()
+
+    def write(self, saved: SavedRun) -> None:
+        """Takes a snapshot and begins to write it; what it is made of may change once this returns."""
+        self.wait()
+        begun = time.perf_counter()
+        content = saved.content()
+        self.bytes = storage.tensor_bytes(content)
+        snapshot = self._on_host(content, "")
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        # Not a daemon: a process that ends lets it finish.
+        self._thread = threading.Thread(target=self._write, args=(snapshot, begun), name="run file")
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Until what was begun is written."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def remove(self) -> None:
+        """Removes what was written: the run is complete."""
+        self.wait()
+        for folder in {self.places.folder, self.folder or self.places.folder}:
+            for name in (RESUME, PREVIOUS):
+                self.places.remove(folder / name)
+        self.folder = None
+
+    def _write(self, content: Mapping[str, Any], begun: float) -> None:
+        try:
+            path = self.places.save(lambda path: storage.save(path, content, previous=path.with_name(PREVIOUS)), RESUME)
+        except CheckpointError as problem:
+            self.places.say(
+                RESUME, "nowhere", f"{problem}; training goes on, but after a stop only from the save before"
+            )
+        else:
+            self.folder, self.step = path.parent, content["steps"]
+        self.seconds = time.perf_counter() - begun
+
+    def _on_host(self, value: Any, name: str) -> Any:
+        """A copy; tensors of a GPU go to pinned memory, which is kept for the next one."""
+        if isinstance(value, Mapping):
+            return {key: self._on_host(entry, f"{name}/{key}") for key, entry in value.items()}
+        if not isinstance(value, Tensor):
+            return value
+        if not value.is_cuda:
+            return value.detach().clone(memory_format=torch.contiguous_format)
+        if name not in self._buffers or self._buffers[name].shape != value.shape:
+            self._buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        return self._buffers[name].copy_(value, non_blocking=True)
+
+
+@dataclass(frozen=True)
+class Session:
+    """What makes a process part of a run.
+
+    Attributes:
+        saved: as the run is now, with empty `parts` if it begins.
+        writer: of run files.
+        save_seconds: between two of them; 0 lets size and speed decide.
+    """
+
+    saved: SavedRun
+    writer: RunWriter
+    save_seconds: float = 0.0
+
+
+class RunSaver(pl.Callback):
+    """Puts the parts of a run back at its start, and takes snapshots of them.
+
+    That is at every epoch's end but the last, every so many seconds, when asked to, and when the run is stopped.
+
+    Args:
+        session: the run.
+        parts: by name, from a trainer that has its optimizer.
+        stopper: whether somebody wants an end, or a snapshot.
+        start: where this process begins.
+        steps_per_epoch: optimizer steps.
+        total_steps: of the run.
+        remembers_random: whether steps draw random numbers, which then are kept from the last step's end.
+    """
+
+    def __init__(
+        self,
+        session: Session,
+        parts: Callable[[pl.Trainer], dict[str, Part]],
+        stopper: Stopper,
+        start: Start,
+        steps_per_epoch: int,
+        total_steps: int,
+        *,
+        remembers_random: bool = False,
+    ) -> None:
+        self.session = session
+        self._make_parts = parts
+        self._parts: dict[str, Part] = {}
+        self._start = start
+        self._steps_per_epoch = steps_per_epoch
+        self._total_steps = total_steps
+        self._stopper = stopper
+        self._remembers_random = remembers_random
+        self._random: dict[str, Any] | None = None
+        self._step = start.steps
+        self._saved_step = start.steps
+        self._last = time.monotonic()
+
+    def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Puts back what the model alone does not hold."""
+        self._parts = self._make_parts(trainer)
+        for name, part in self._parts.items():
+            if name in self.session.saved.parts:
+                part.restore(self.session.saved.parts[name])
+        self._keep_random()
+        writer = self.session.writer
+        if "trained" in self._parts and not writer.bytes:  # an estimate: with two moments of each value
+            writer.bytes = 3 * storage.tensor_bytes(self._parts["trained"].state())
+        self._last = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Saves when it is time, unless the epoch's end, with its own file, comes next."""
+        if (batch_idx + 1) % self._stopper.accumulate:
+            return
+        self._step = self._start.steps + trainer.global_step
+        self._keep_random()
+        wants = self._stopper.wants_save() or (self._is_time() and not self.session.writer.busy)
+        if trainer.world_size > 1:
+            wants = trainer.strategy.reduce_boolean_decision(wants, all=False)
+        if (wants or trainer.should_stop) and self._step % self._steps_per_epoch:
+            self._save(trainer)
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Saves, when the epoch is complete and others follow."""
+        if self._step % self._steps_per_epoch == 0 and self._saved_step < self._step < self._total_steps:
+            self._save(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, module: pl.LightningModule, exception: BaseException) -> None:
+        """Saves the last whole step, unless that is where the error is, or other ranks are needed for it."""
+        whole = self._step == self._start.steps + trainer.global_step and self._step > self._saved_step
+        alone = trainer.world_size == 1 and self._parts
+        if whole and alone and isinstance(exception, Exception) and not isinstance(exception, TrainingError):
+            self._save(trainer)
+        self.session.writer.wait()
+
+    def _save(self, trainer: pl.Trainer) -> None:
+        states = {name: part.state() for name, part in self._parts.items()}
+        if self._random is not None:
+            states["random"] = self._random
+        if trainer.is_global_zero:
+            self.session.writer.write(dataclasses.replace(self.session.saved, steps=self._step, parts=states))
+        self._saved_step = self._step
+        self._last = time.monotonic()
+
+    def _keep_random(self) -> None:
+        if self._remembers_random:
+            self._random = self._parts["random"].state()
+
+    def _is_time(self) -> bool:
+        seconds = self.session.save_seconds
+        if not seconds:
+            writer = self.session.writer
+            by_size = writer.bytes / _SLOWEST_BYTES_PER_SECOND
+            seconds = max(_SHORTEST_SECONDS, _SHARE_OF_TIME * writer.seconds, by_size)
+        return time.monotonic() - self._last >= seconds
