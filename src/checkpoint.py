@@ -176,6 +176,32 @@ def save_state(path: PathLike, states: Mapping[str, Tensor], dtype: torch.dtype 
     storage.save(path, tensors)
 
 
+def read_tensors(path: PathLike, role: str) -> dict[str, Tensor]:
+    """The tensors of a file by key without prefix, mapped.
+
+    Args:
+        role: what the file should be, for messages: "adapter file".
+
+    Raises:
+        CheckpointError: The file cannot be read, or a value is no floating-point tensor, or not finite.
+    """
+    tensors = _float_tensors(path, _read(path, role))
+    _refuse_non_finite(path, tensors)
+    return tensors
+
+
+def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
+    """Writes tensors by key, atomically.
+
+    Raises:
+        CheckpointError: A value is not finite in `dtype`, or the file cannot be written. An existing
+            file is then unchanged.
+    """
+    copies = {key: _own_copy(tensor, dtype) for key, tensor in tensors.items()}
+    _refuse_non_finite(path, copies)
+    storage.save(path, copies)
+
+
 def save_model(path: PathLike, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
     """Writes a complete model with standard keys in file order, atomically.
 
@@ -243,8 +269,8 @@ def _refuse_non_finite(path: PathLike, tensors: Mapping[str, Tensor]) -> None:
         bad = tensor.numel() - int(torch.isfinite(tensor).sum())
         if bad:
             raise CheckpointError(
-                f"{path}: {key} holds {bad} values that are not finite in {_dtype_name(tensor.dtype)}; such "
-                "a state makes every output NaN, use an earlier one"
+                f"{path}: {key} holds {bad} values that are not finite in {_dtype_name(tensor.dtype)}; they "
+                "make every output NaN, use an earlier file"
             )
 
 

@@ -6,10 +6,10 @@ import argparse
 import dataclasses
 import difflib
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from src.config import TrainConfig
-from src.config.flags import Flags
+from src.config.flags import BY_METHOD, Flags
 from src.errors import ConfigError
 
 
@@ -90,10 +90,13 @@ def _given(
         group = parser.add_argument_group(title)
         for spec in specs:
             text = _help(spec).replace("%", "%%")
-            group.add_argument(f"--{spec.name}", metavar=_metavar(spec), default=argparse.SUPPRESS, help=text)
+            words: dict[str, Any] = {"nargs": "*"} if spec.metadata["several"] else {}
+            group.add_argument(f"--{spec.name}", metavar=_metavar(spec), default=argparse.SUPPRESS, help=text, **words)
     for name in config_class.unsupported:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    return dict(vars(parser.parse_args(arguments)))
+    given = vars(parser.parse_args(arguments))
+    # No word is an empty list, which differs from a flag that is not there.
+    return {name: (" ".join(text) or "[]") if isinstance(text, list) else text for name, text in given.items()}
 
 
 def _metavar(spec: dataclasses.Field[object]) -> str:
@@ -105,6 +108,6 @@ def _metavar(spec: dataclasses.Field[object]) -> str:
 
 def _help(spec: dataclasses.Field[object]) -> str:
     text: str = spec.metadata["help"]
-    if spec.default in ("", -1):
+    if spec.default in ("", -1, BY_METHOD):
         return text
     return f"{text} (default {spec.default})"

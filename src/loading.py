@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from src.adapters.plan import AdapterPlan
 from src.checkpoint import Checkpoint, load_state
 from src.device import spare_threads
 from src.errors import CheckpointError
@@ -38,6 +39,7 @@ class LoadOptions:
         quant_type: packs the large matrices of every layer; None keeps them in compute_dtype.
         quant_head: pack the head, too.
         trained: keys of what is trained, kept in fp32; None is every layer's `time_state`.
+        adapters: what stands beside the matrices; their keys are among `trained`.
         head_size_divisor: group norm eps is 1e-5 times its square.
         dropout: probability, see LanguageModel.
     """
@@ -47,12 +49,18 @@ class LoadOptions:
     quant_type: str | None = None
     quant_head: bool = False
     trained: Collection[str] | None = None
+    adapters: AdapterPlan | None = None
     head_size_divisor: int = 8
     dropout: float = 0.0
 
 
 def open_model(
-    checkpoint: Checkpoint, options: LoadOptions, *, state_file: str | Path = "", quiet: bool = False
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    *,
+    state_file: str | Path = "",
+    start: Mapping[str, Tensor] | None = None,
+    quiet: bool = False,
 ) -> LanguageModel:
     """The model of an opened file on its device, with a progress bar where that takes time.
 
@@ -60,6 +68,7 @@ def open_model(
         checkpoint: as `open_checkpoint` gives it.
         options: device, dtype, packing, what is trained.
         state_file: start states to take instead of the checkpoint's own or zeros; "" is none.
+        start: further tensors to take instead of the checkpoint's, and values of adapters.
         quiet: shows no bar.
 
     Raises:
@@ -70,7 +79,7 @@ def open_model(
     states = load_state(state_file, shape) if state_file else {}
     hidden = quiet or shape.parameter_count < _SLOW_VALUES
     with tqdm(total=len(checkpoint), desc="loading", unit="tensor", disable=hidden, dynamic_ncols=True) as bar:
-        tensors = {**checkpoint, **states}
+        tensors = {**checkpoint, **states, **(start or {})}
         return build_model(tensors, shape, options, lambda _: bar.update() and None, source=checkpoint.source)
 
 
@@ -85,7 +94,8 @@ def build_model(
     """Builds the model; what is not trained is frozen.
 
     Args:
-        tensors: a checkpoint's tensors by file key; `time_state` entries are optional and start at 0.
+        tensors: a checkpoint's tensors by file key; `time_state` entries are optional and start at 0, those of
+            adapters start as their method does.
         shape: sizes of the checkpoint.
         options: device, dtype, packing, what is trained.
         on_progress: called with each key after it has been placed.
@@ -109,11 +119,20 @@ def build_model(
             head_size_divisor=options.head_size_divisor,
             dropout=options.dropout,
         )
+    adapters = options.adapters
+    values: dict[str, Tensor] = {}
+    adapted: Collection[str] = ()
+    if adapters is not None:
+        # Before the matrices: between them they would break up the room that one leaves for the next.
+        values = adapters.start_values(shape, tensors, options.device)
+        adapted = set(adapters.matrices(shape))
     sizes = {name: math.prod(size) for name, size in shape.parameter_shapes().items()}
     # What is packed comes last and by size: the room of one dense matrix then takes the next, and no holes are left.
     order = sorted(sizes, key=lambda name: sizes[name] if name in packed else math.inf, reverse=True)
     sums: dict[str, Tensor] = {}  # what is not finite shows in them; to look at each at once would wait for the device
     for name, tensor in _read_ahead(tensors, order, stays, options.device):
+        if adapters is not None and name in adapted:
+            tensor = adapters.residual(name, tensor.to(options.device, non_blocking=True), values, tensors)
         if name in packed | head:
             assert options.quant_type is not None
             used = tensor.to(options.device, options.compute_dtype, non_blocking=True)
@@ -132,6 +151,8 @@ def build_model(
         used = start.to(options.device, torch.float32, copy=True)
         _place(model, name, used, name in trained)
         sums[name] = used.sum()
+    if adapters is not None:
+        adapters.attach(model, values)
     _refuse_non_finite(source, tensors, sums)
     if options.device.type == "cuda":
         # What held the matrices before they were packed, there and here.

@@ -278,9 +278,18 @@ class FrozenLinear(nn.Module):
             return compute(x)
         return compute(x.to(self.compute_dtype)).to(x.dtype)
 
-    def input_gradient(self, grad_output: Tensor) -> Tensor:
-        """The gradient of x [..., in] from that of the result [..., out], in its dtype; outside autograd."""
-        return (grad_output.to(self.compute_dtype) @ self.shared_dense()).to(grad_output.dtype)
+    def trained(self) -> list[nn.Parameter]:
+        """Nothing; see `layers.Linear`."""
+        return []
+
+    def kept(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Nothing; see `layers.Linear`."""
+        return ()
+
+    def gradients(self, grad_output: Tensor) -> tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]:
+        """The gradient of x [..., in] from that of the result [..., out], in its dtype; see `layers.Linear`."""
+        grad_x = (grad_output.to(self.compute_dtype) @ self.shared_dense()).to(grad_output.dtype)
+        return grad_x, lambda kept: ()
 
     def dequantized(self) -> Tensor:
         """The matrix [out, in] in `compute_dtype`, in memory of its own."""
@@ -439,4 +448,4 @@ class _FrozenProduct(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.input_gradient(grad_output), None  # type: ignore[attr-defined]
+        return ctx.layer.gradients(grad_output)[0], None  # type: ignore[attr-defined]

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 from factories import tiny_parameters, tiny_shape, tiny_states
-from torch import Tensor, nn
+from torch import Tensor
 
+from src.adapters.lora import LoRA
+from src.adapters.plan import KINDS
 from src.layout import SegmentLayout
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
@@ -20,20 +22,18 @@ SHAPE = tiny_shape(n_layer=3, n_embd=128, head_size=64)
 Gradients = dict[str, Tensor]
 
 
-class Adapted(nn.Module):
-    """A linear with something trainable beside it, as LoRA makes it."""
-
-    def __init__(self, linear: nn.Module, seed: int) -> None:
-        super().__init__()
-        self.linear = linear
-        rows, columns = (linear.out_features, linear.in_features) if hasattr(linear, "packed") else linear.weight.shape
+def adapt(model: LanguageModel, kind: str, matrices: Collection[str], r: int = 16) -> None:
+    """Puts adapters around matrices, all of them away from their start."""
+    made = KINDS[kind]
+    sizes = SHAPE.parameter_shapes()
+    for seed, key in enumerate(matrices):
         generator = torch.Generator().manual_seed(seed)
-        device = next(tensor.device for tensor in (*linear.parameters(), *linear.buffers()))
-        self.down = nn.Parameter((torch.randn(4, columns, generator=generator) / columns**0.5).to(device))
-        self.up = nn.Parameter((torch.randn(rows, 4, generator=generator) / 2).to(device))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear(x) + x @ self.down.t().to(x.dtype) @ self.up.t().to(x.dtype)
+        values = {
+            name: (torch.randn(size, generator=generator) / size[-1] ** 0.5).to(model.device)
+            for name, size in made.parameter_shapes(r, *sizes[key]).items()
+        }
+        options = {"scale": 0.5} if made is LoRA else {}
+        model.adapt(key, lambda base, own=values, given=options: made(base, own, **given), 0)  # type: ignore[misc]
 
 
 def model_of(
@@ -145,21 +145,41 @@ def time_and_norm_parameters(model: LanguageModel) -> Gradients:
     return own_start(model)
 
 
-def wrapped_linears(model: LanguageModel) -> Gradients:
-    for seed, (block, path) in enumerate([(0, "att.key"), (1, "att.output"), (1, "ffn.value"), (2, "ffn.key")]):
-        mixer = getattr(model.blocks[block], path.split(".")[0])
-        name = path.split(".")[1]
-        setattr(mixer, name, Adapted(getattr(mixer, name), seed))
+def lora_on_every_matrix(model: LanguageModel) -> Gradients:
+    adapt(model, "lora", SHAPE.matrix_names())
     return own_start(model)
 
 
-def wrapped_and_time_parameters_without_states(model: LanguageModel) -> Gradients:
+def bone_on_every_matrix(model: LanguageModel) -> Gradients:
+    adapt(model, "bone", SHAPE.matrix_names(), r=48)
+    return packed_row(model)
+
+
+def bat_on_every_matrix(model: LanguageModel) -> Gradients:
+    adapt(model, "bat", SHAPE.matrix_names())
+    return branching_row(model)
+
+
+def adapters_on_some_matrices(model: LanguageModel) -> Gradients:
+    for kind, keys in (
+        ("lora", ("blocks.0.att.key.weight", "blocks.1.ffn.value.weight")),
+        ("bone", ("blocks.1.att.output.weight", "blocks.2.ffn.receptance.weight")),
+        ("bat", ("blocks.2.ffn.key.weight", "blocks.2.att.gate.weight")),
+    ):
+        adapt(model, kind, keys)
+    return two_chained_chunks(model)
+
+
+def adapters_time_and_norms_without_states(model: LanguageModel) -> Gradients:
     model.requires_grad_(False)
-    block = model.blocks[1]
-    block.att.receptance = Adapted(block.att.receptance, 0)  # type: ignore[union-attr]
-    for name, parameter in block.named_parameters():
-        parameter.requires_grad_("time_maa" in name or "down" in name or "up" in name)
-    return own_start(model)
+    adapt(model, "lora", ["blocks.1.att.receptance.weight", "blocks.1.ffn.key.weight"])
+    for name, parameter in model.named_parameters():
+        if "time_maa" in name or ".ln" in name:
+            parameter.requires_grad_("ln0" not in name and "blocks.0" not in name)
+    state = carried_state(model)
+    hidden, after = model(tokens_of(9), state, return_state=True)
+    assert after is not None
+    return gradients_of(model, loss_of(hidden, after), state)
 
 
 CASES = (
@@ -172,6 +192,9 @@ CASES = (
     chunks_with_trained_mixing,
     another_choice_at_the_second_step,
     time_and_norm_parameters,
-    wrapped_linears,
-    wrapped_and_time_parameters_without_states,
+    lora_on_every_matrix,
+    bone_on_every_matrix,
+    bat_on_every_matrix,
+    adapters_on_some_matrices,
+    adapters_time_and_norms_without_states,
 )

@@ -26,8 +26,11 @@ from src.training.objectives import Staged
 
 ROOT = Path(__file__).resolve().parents[1]
 
-RUN_FILES = {"rwkv-final.pth", "train_log.txt", "metrics.jsonl"}
-"""What every finished run leaves, beside `rwkv-{epoch}.pth`."""
+
+def left_by_run(*checkpoints: str) -> set[str]:
+    """Names of what a finished run leaves that wrote these `rwkv-{epoch}.pth`; a JSON file stands beside each."""
+    written = {"rwkv-final.pth", *checkpoints}
+    return {*written, *(name.replace(".pth", ".json") for name in written), "train_log.txt", "metrics.jsonl"}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ ENTRY_SCRIPTS = ("train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_ge
 LEVELS = (
     ("src.output",),
     ("src.errors",),
-    ("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout", "src.storage"),
+    ("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout", "src.storage", "src.identity"),
     ("src.data", "src.ops"),
     ("src.quant",),
     ("src.model",),

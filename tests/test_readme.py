@@ -9,6 +9,7 @@ import pytest
 
 from src.cli import given_train_flags
 from src.config import UNSUPPORTED, PairConfig, RejectConfig, TrainConfig
+from src.config.model import METHOD_DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,7 +18,8 @@ PLACES = {"train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_generate_
 
 def flag_table() -> list[tuple[str, str]]:
     """(flag, default) of the rows of train.py's table."""
-    return re.findall(r"^\| `--(\w+)` \| ([^|]*?) ?\|", README, re.MULTILINE)
+    section = README.partition("\n## Flags of train.py\n")[2].partition("\n## ")[0]
+    return re.findall(r"^\| `--(\w+)` \| ([^|]*?) ?\|", section, re.MULTILINE)
 
 
 def commands() -> list[str]:
@@ -67,3 +69,20 @@ def test_the_files_it_names_exist() -> None:
     named = set(re.findall(r"\]\((?!http)([^)#]+)\)", README))
     named |= set(re.findall(r"`((?:src|tests|cuda)/[\w./-]+)`", README))
     assert [name for name in sorted(named) if not (ROOT / name).exists()] == []
+
+
+def test_the_table_of_defaults_by_method_is_true() -> None:
+    def row(label: str) -> list[str]:
+        line = next(line for line in README.splitlines() if line.startswith(f"| {label} |"))
+        return [cell.strip() for cell in line.split("|")[2:5]]
+
+    columns = [["states"], ["lora", "pissa", "bone", "bat"], ["full"]]
+    for cells, names in ((row("`--lr_init`, `--lr_final`"), ("lr_init", "lr_final")), (row("`--quant`"), ("quant",))):
+        for cell, methods in zip(cells, columns, strict=True):
+            shown = [float(number) for number in re.split("[;(]", cell)[0].split(",")]
+            assert all(shown == [METHOD_DEFAULTS[method][name] for name in names] for method in methods)
+    parts = {method: METHOD_DEFAULTS[method]["train_parts"] for methods in columns for method in methods}
+    assert row("`--train_parts`") == ["none", parts["lora"], "all"]
+    assert {parts["states"], parts["full"]} == {""}
+    assert all(defaults["dataload"] == "pack" for defaults in METHOD_DEFAULTS.values())
+    assert TrainConfig.warmup_steps == 10

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from src.adapters.plan import AdapterPlan
 from src.adapters.states import state_tensors
 from src.checkpoint import FILE_VALUE_BYTES, save_model
+from src.identity import FileIdentity
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
 
@@ -24,6 +29,7 @@ class FullTraining:
     recordable = False
     freezes_matrices = False
     needs_base = False
+    adapters: AdapterPlan | None = None
 
     def __init__(self, *, layerwise_rates: bool = True) -> None:
         self._layerwise_rates = layerwise_rates
@@ -43,6 +49,17 @@ class FullTraining:
     def file_bytes(self, shape: ModelShape) -> int:
         """See Method."""
         return shape.parameter_count * FILE_VALUE_BYTES
+
+    def properties(self, shape: ModelShape) -> dict[str, Any]:
+        """See Method."""
+        return {"method": "full"}
+
+    def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
+        """See Method."""
+        return {}
+
+    def begin(self, model: LanguageModel, folder: Path, base: FileIdentity | None, start: Mapping[str, Tensor]) -> None:
+        """See Method."""
 
     def save(self, model: LanguageModel, path: Path) -> None:
         """Writes the whole model in bf16, start states only if it has any."""

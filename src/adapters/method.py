@@ -5,12 +5,18 @@ A way of training is one file beside this one, one arm of the match below, and i
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from torch import Tensor
 
 from src.adapters.full import FullTraining
+from src.adapters.plan import AdapterPlan
 from src.adapters.states import StateTuning
+from src.adapters.tuning import Rates, Tuning
 from src.config import TrainConfig
+from src.identity import FileIdentity
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
 
@@ -23,12 +29,14 @@ class Method(Protocol):
         recordable: whether its steps can be CUDA graphs.
         freezes_matrices: whether the large matrices stay as they are, so that they can be packed.
         needs_base: whether its files are of use only beside the base model.
+        adapters: what stands beside the matrices.
     """
 
     small: bool
     recordable: bool
     freezes_matrices: bool
     needs_base: bool
+    adapters: AdapterPlan | None
 
     def trained_names(self, shape: ModelShape) -> list[str]:
         """Keys of the trained parameters, which are kept in fp32."""
@@ -46,6 +54,26 @@ class Method(Protocol):
         """Size of a saved file, its header left out."""
         ...
 
+    def properties(self, shape: ModelShape) -> dict[str, Any]:
+        """What a reader of the files must know; `method` says which way of training it is."""
+        ...
+
+    def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
+        """Tensors of files that a run goes on with: they take the place of the base model's, or of fresh ones.
+
+        Raises:
+            CheckpointError: a file cannot be read, or does not fit.
+        """
+        ...
+
+    def begin(self, model: LanguageModel, folder: Path, base: FileIdentity | None, start: Mapping[str, Tensor]) -> None:
+        """Writes what its files need beside them, before the first step; `start` is what `start` gave.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        ...
+
     def save(self, model: LanguageModel, path: Path) -> None:
         """Writes what was trained, atomically.
 
@@ -61,10 +89,36 @@ class Method(Protocol):
 
 def method_of(config: TrainConfig) -> Method:
     """The way of training that the flags ask for."""
-    match config.train_type:
+    match config.method:
         case "states":
             return StateTuning()
-        case "none":
+        case "full":
             return FullTraining(layerwise_rates=bool(config.layerwise_lr))
-        case other:
-            raise AssertionError(other)
+    rates = Rates(
+        states=config.lr_state / config.lr_init if config.trains_states and config.lr_init else 1.0,
+        lora_b=config.lora_plus if config.method == "lora" else 1.0,
+        layerwise=bool(config.layerwise_lr),
+    )
+    return Tuning(
+        None if config.method == "parts" else _adapters(config),
+        parts=config.parts,
+        states=config.trains_states,
+        packed=config.quantised,
+        packed_head=bool(config.quant_head),
+        rates=rates,
+        load=config.load_adapter,
+        pissa_init=config.pissa_init,
+    )
+
+
+def _adapters(config: TrainConfig) -> AdapterPlan:
+    return AdapterPlan(
+        config.adapter,
+        config.adapter_r,
+        targets=config.target_names,
+        seed=config.random_seed,
+        alpha=config.lora_alpha,
+        rslora=bool(config.lora_rslora),
+        dropout=config.lora_dropout,
+        niter=config.svd_niter,
+    )

@@ -6,11 +6,15 @@ They are kept in fp32 whatever the computation's dtype, and saved in bf16.
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from src.adapters.plan import AdapterPlan
 from src.checkpoint import FILE_VALUE_BYTES, save_state
+from src.identity import FileIdentity
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
 
@@ -22,6 +26,7 @@ class StateTuning:
     recordable = True
     freezes_matrices = True
     needs_base = True
+    adapters: AdapterPlan | None = None
 
     def trained_names(self, shape: ModelShape) -> list[str]:
         """See Method."""
@@ -38,6 +43,17 @@ class StateTuning:
     def file_bytes(self, shape: ModelShape) -> int:
         """See Method."""
         return shape.state_parameter_count * FILE_VALUE_BYTES
+
+    def properties(self, shape: ModelShape) -> dict[str, Any]:
+        """See Method."""
+        return {"method": "states"}
+
+    def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
+        """See Method."""
+        return {}
+
+    def begin(self, model: LanguageModel, folder: Path, base: FileIdentity | None, start: Mapping[str, Tensor]) -> None:
+        """See Method."""
 
     def save(self, model: LanguageModel, path: Path) -> None:
         """See Method."""

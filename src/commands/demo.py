@@ -71,7 +71,9 @@ def run_demo(given: Mapping[str, str]) -> RunResult:
     """
     own = {} if {"resume", "proj_dir"} & given.keys() else {"overwrite": "1"}  # its own folder is there for that
     given = {"demo": "sft", **own, **given}
-    reserved = ["train_type"] if given["demo"] == "sft" else ["train_type", "rlhf_train_file", "val_file"]
+    reserved = ["train_type", "peft", "train_parts"]
+    if given["demo"] == "orpo":
+        reserved += ["rlhf_train_file", "val_file"]
     if wrong := [f"--{name} {given[name]}" for name in reserved if name in given]:
         raise ConfigError(f"--demo {given['demo']} brings its own: leave {' and '.join(wrong)} out")
     return _orpo_demo(given) if given["demo"] == "orpo" else _sft_demo(given)

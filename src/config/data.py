@@ -13,8 +13,8 @@ class DataFlags(Flags, group="data"):
 
     ctx_len: int = flag(1024, "longest row in tokens", must=AT_LEAST_1)
     dataload: str = flag(
-        "", "pack: whole documents share a row, states reset at their borders (default for states); pad: one a row, "
-        "padded; only: one alone; get: windows anywhere (default for none)",
+        "", "pack (default): whole documents share a row, states reset at their borders; pad: one a row, padded; only: "
+        "one alone; get: windows anywhere",
         DATALOAD_MODES,
     )  # fmt: skip
     micro_bsz: int = flag(1, "rows (ORPO: pairs) per device and step", must=AT_LEAST_1)

@@ -10,6 +10,9 @@ from typing import Any, ClassVar, TypeVar
 
 from src.errors import ConfigError
 
+BY_METHOD = math.inf
+"""Default of a number that the method of training has a value for; no command line can give it."""
+
 Given = Mapping[str, str]
 """The flags on a command line as texts, without the dashes."""
 Lines = Iterator[str]
@@ -37,6 +40,7 @@ def flag(
     *,
     must: Rule | None = None,
     only_with: tuple[str, int] | None = None,
+    several: bool = False,
 ) -> Any:
     """Declares one command-line flag as a dataclass field.
 
@@ -46,8 +50,9 @@ def flag(
         choices: all values, where they can be listed; -1 stands for "not given" and is not shown.
         must: what has to hold for the value.
         only_with: another flag and the value it must have for this one to have an effect.
+        several: whether its value may be several words of the command line, or none.
     """
-    metadata = {"help": text, "choices": choices, "must": must, "only_with": only_with}
+    metadata = {"help": text, "choices": choices, "must": must, "only_with": only_with, "several": several}
     return field(default=default, metadata=metadata)
 
 

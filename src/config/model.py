@@ -7,11 +7,19 @@ from src.config.flags import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, Flags, Giv
 
 QUANT_TYPES = ("nf4", "fp4", "4bit", "int8")
 
+_STATES = {"quant": 1, "dataload": "pack", "lr_init": 1.0, "lr_final": 0.01, "train_parts": ""}
+_ADAPTER = {"quant": 0, "dataload": "pack", "lr_init": 2e-5, "lr_final": 2e-5, "train_parts": "time,ln"}
+
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "states": {"quant": 1, "dataload": "pack"},
-    "none": {"quant": 0, "dataload": "get"},
+    "states": _STATES,
+    "lora": _ADAPTER,
+    "pissa": _ADAPTER,
+    "bone": _ADAPTER,
+    "bat": _ADAPTER,
+    "parts": {**_ADAPTER, "quant": 1, "train_parts": ""},
+    "full": {"quant": 0, "dataload": "pack", "lr_init": 1e-5, "lr_final": 1e-6, "train_parts": ""},
 }
-"""Each value of `--train_type`, and what it makes of flags whose own default leaves that to it."""
+"""Each way of training (`TrainConfig.method`), and what it makes of flags whose own default leaves that to it."""
 
 
 def quant_type_flag(text: str = "4bit means fp4; int8 is blockwise 8-bit") -> Any:
@@ -25,8 +33,9 @@ class ModelFlags(Flags, group="model"):
 
     my_testing: str = flag("x060", "architecture; x060 is the only one", ("x060",))
     train_type: str = flag(
-        "states", "states: train time_state alone; none: train every weight (small models)", tuple(METHOD_DEFAULTS)
-    )
+        "", "states: train time_state (default without --peft); none: no states, and without --peft every weight",
+        ("states", "none"),
+    )  # fmt: skip
     vocab_size: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
     n_layer: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
     n_embd: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
@@ -54,7 +63,7 @@ class ModelFlags(Flags, group="model"):
 
     @property
     def trains_states(self) -> bool:
-        """Whether `time_state` alone is trained."""
+        """Whether `time_state` is trained."""
         return self.train_type == "states"
 
     def _contradictions(self, given: Given) -> Lines:

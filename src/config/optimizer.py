@@ -2,15 +2,17 @@
 
 from dataclasses import dataclass
 
-from src.config.flags import NOT_NEGATIVE, SHARE_BELOW_1, Flags, Lines, Rule, flag
+from src.config.flags import BY_METHOD, NOT_NEGATIVE, SHARE_BELOW_1, Flags, Lines, Rule, flag
 
 
 @dataclass(frozen=True)
 class OptimizerFlags(Flags, group="optimizer"):
     """Adam and the schedules of its rate and weight decay."""
 
-    lr_init: float = flag(1.0, "learning rate after warm-up", must=NOT_NEGATIVE)
-    lr_final: float = flag(0.01, "learning rate at the last step", must=NOT_NEGATIVE)
+    lr_init: float = flag(
+        BY_METHOD, "learning rate after warm-up (default: states 1, adapters 2e-5, all weights 1e-5)", must=NOT_NEGATIVE
+    )
+    lr_final: float = flag(BY_METHOD, "learning rate at the last step (default: 0.01, 2e-5, 1e-6)", must=NOT_NEGATIVE)
     warmup_steps: int = flag(
         10, "optimizer steps; the rate starts at a fifth; 0 or -1: none",
         must=Rule(lambda steps: steps >= -1, "must not be negative: 0 is no warm-up, and so is -1"),
@@ -20,7 +22,7 @@ class OptimizerFlags(Flags, group="optimizer"):
     adam_eps: float = flag(1e-8, "Adam", must=NOT_NEGATIVE)
     weight_decay: float = flag(0.0, "above 0: AdamW", must=NOT_NEGATIVE)
     weight_decay_final: float = flag(-1.0, "above 0: weight decay moves there like the rate")
-    layerwise_lr: int = flag(1, "with train_type none, 2x the rate for time_decay; no effect on states", (0, 1))
+    layerwise_lr: int = flag(1, "2x the rate for time_decay where weights are trained; no effect on states", (0, 1))
     my_exit: int = flag(99999999, "stop after the epoch with this number")
     my_exit_tokens: int = flag(0, "cosine schedule over that many nominal tokens, then stop")
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from src.config.adapters import AdapterFlags
 from src.config.data import DataFlags
 from src.config.files import FileFlags, LogFlags, data_type_of
 from src.config.flags import Given, Lines
@@ -43,38 +44,63 @@ UNSUPPORTED: dict[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True)
-class TrainConfig(LogFlags, HardwareFlags, PreferenceFlags, OptimizerFlags, DataFlags, ModelFlags, FileFlags):
+class TrainConfig(
+    LogFlags, HardwareFlags, PreferenceFlags, OptimizerFlags, DataFlags, AdapterFlags, ModelFlags, FileFlags
+):
     """Every flag of `train.py`; after `from_flags` all values are final and consistent."""
 
     unsupported: ClassVar[Mapping[str, tuple[str, str]]] = UNSUPPORTED
 
     def told_apart(self) -> dict[str, Any]:
         """The flags, by name, that make this configuration when they are given."""
-        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)} | METHOD_DEFAULTS[self.train_type]
-        values = {name: getattr(self, name) for name, default in defaults.items() if getattr(self, name) != default}
+        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)} | METHOD_DEFAULTS[self.method]
+        said_by_json = self._said_by_json()
+        values = {
+            name: getattr(self, name)
+            for name, default in defaults.items()
+            if getattr(self, name) != default and name not in said_by_json
+        }
         if self.orpo:
             values.pop("dataload", None)
         if self.strategy not in STRATEGIES:
             values.pop("strategy", None)
         return values
 
+    @property
+    def method(self) -> str:
+        """The way of training, a key of METHOD_DEFAULTS."""
+        if self.adapter != "none":
+            return self.adapter
+        if not self.trains_states:
+            return "full"
+        return "parts" if self.parts else "states"
+
     def _completed(self) -> TrainConfig:
+        chosen = dataclasses.replace(
+            self,
+            data_type=self.data_type or data_type_of(self.data_file),
+            train_type=self.train_type or ("states" if self.peft == "none" else "none"),
+            **self._said_by_json(),
+        )
         filled = {
             name: value
-            for name, value in METHOD_DEFAULTS[self.train_type].items()
-            if getattr(self, name) == getattr(TrainConfig, name)
+            for name, value in METHOD_DEFAULTS[chosen.method].items()
+            if getattr(chosen, name) == getattr(TrainConfig, name)
         }
-        return dataclasses.replace(self, data_type=self.data_type or data_type_of(self.data_file), **filled)
+        return dataclasses.replace(chosen, **filled)
 
     def _contradictions(self, given: Given) -> Lines:
         if self.my_exit < self.epoch_begin < self.epoch_count:
             yield f"--my_exit {self.my_exit} lies before --epoch_begin {self.epoch_begin}: raise it"
         if self.random_seed == -1 and self.devices * self.num_nodes > 1:
             yield "--random_seed -1 would draw one for each GPU, and all need the same: give a number"
-        if self.train_type == "none":
+        if self.method == "full":
             yield from self._full_training_contradictions()
         elif not self.load_model:
-            yield "--load_model is missing: state tuning needs a base model (.pth)"
+            what = {"states": "state tuning"}.get(self.method, "an adapter")
+            yield f"--load_model is missing: {what} needs a base model (.pth)"
+        if self._has_two_rates and self.lr_state and not self.lr_init:
+            yield f"--lr_state {self.lr_state:g} moves as the other rate does, and --lr_init is 0: raise it"
         if self.orpo and "dataload" in given:
             yield "--dataload has no meaning with --orpo 1: pairs are packed on their own"
         if not self.orpo and not self.data_file and self.data_type != "dummy":
@@ -89,7 +115,9 @@ class TrainConfig(LogFlags, HardwareFlags, PreferenceFlags, OptimizerFlags, Data
         if self.quantised:
             yield "--quant 1 freezes the matrices, --train_type none trains them: use --quant 0"
         if self.orpo:
-            yield "--orpo 1 trains states: use --train_type states"
+            yield "--orpo 1 trains states: use --train_type states, or an adapter (--peft)"
+        if self.parts:
+            yield f"--train_parts {self.train_parts} has no use where every weight is trained: leave it out"
         if self.load_state:
             yield "--load_state has no use with --train_type none: leave it out"
         if not self.load_model:
@@ -100,7 +128,14 @@ class TrainConfig(LogFlags, HardwareFlags, PreferenceFlags, OptimizerFlags, Data
     def _remarks(self) -> Lines:
         if self.orpo and self.data_file:
             yield f"--data_file {self.data_file} is ignored: --orpo 1 trains on --rlhf_train_file"
-        if self.train_type == "none" and self.lr_init > _LARGE_RATE:
-            yield f"--lr_init {self.lr_init:g} suits states; weights (--train_type none) usually want 1e-3 or less"
-        if self.layerwise_lr == 0 and self.trains_states:
+        if self.method != "states" and self.lr_init > _LARGE_RATE:
+            apart = ", and states have --lr_state" if self.trains_states else ""
+            yield f"--lr_init {self.lr_init:g} suits states; weights usually want 1e-3 or less{apart}"
+        if self.layerwise_lr == 0 and self.method == "states":
             yield "--layerwise_lr 0 has no effect on states: they all have one rate"
+        if self.lr_state != TrainConfig.lr_state and not self._has_two_rates:
+            yield f"--lr_state {self.lr_state:g} has no effect unless states and other things are trained"
+
+    @property
+    def _has_two_rates(self) -> bool:
+        return self.trains_states and self.method != "states"

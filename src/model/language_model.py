@@ -5,7 +5,7 @@ Legend: B rows, T tokens, C channels, V vocabulary, S segments of a packed row.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,12 @@ from src.quant import DequantizationWorkspace, FrozenHead, FrozenLinear
 
 
 class Block(nn.Module):
-    """One layer; layer 0 also normalises the embedding (`ln0`)."""
+    """One layer; layer 0 also normalises the embedding (`ln0`).
+
+    Attributes:
+        recompute: what is computed again in the backward pass.
+        draws_random: whether one of its adapters does, so that a second pass has to draw the same.
+    """
 
     def __init__(self, shape: ModelShape, layer: int, head_size_divisor: int) -> None:
         super().__init__()
@@ -33,6 +38,7 @@ class Block(nn.Module):
         self.att = shape.time_mixer(head_size_divisor)
         self.ffn = shape.channel_mixer()
         self.recompute = Recompute.NOTHING
+        self.draws_random = False
 
     def forward(
         self,
@@ -92,8 +98,9 @@ class Block(nn.Module):
         inputs = (x, *(state or (None, None, None)))
         if level is Recompute.ALL:
             # The result, from which the feed-forward can take its gradients.
-            kept = 1 if dropout == 0 and self.ffn.can_feed_again() else 0
-            mixed, *memory = recomputed(layer, inputs, self.parameters(), kept=kept, draws_random=dropout > 0)
+            random = dropout > 0 or self.draws_random
+            kept = 1 if not random and self.ffn.can_feed_again() else 0
+            mixed, *memory = recomputed(layer, inputs, self.parameters(), kept=kept, draws_random=random)
         else:
             mixed, *memory = layer(*inputs)
         return mixed, LayerState(*memory) if remembers else None
@@ -119,6 +126,7 @@ class LanguageModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.dropout = dropout
         self.workspace = DequantizationWorkspace()
+        self._kept_by_adapters: dict[str, int] = {}
         self.emb = Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor) for i in range(shape.n_layer))
         self.ln_out = Norm(shape.n_embd)
@@ -163,6 +171,22 @@ class LanguageModel(nn.Module):
         packed = FrozenLinear.from_weight(weight, quant_type, self.compute_dtype, kind=kind, workspace=self.workspace)
         setattr(parent, child, packed)
 
+    def adapt(self, name: str, adapter: Callable[[Any], Any], kept_values: int) -> None:
+        """Puts an adapter around a matrix of a layer, which is then frozen.
+
+        Args:
+            name: the matrix's file key.
+            adapter: gives the module for the matrix that takes its place, and answers what `layers.Linear` does.
+            kept_values: per position, what the adapter keeps between forward and backward.
+        """
+        parent_name, _, child = name.removesuffix(".weight").rpartition(".")
+        parent = self.get_submodule(parent_name)
+        adapted = adapter(getattr(parent, child))
+        setattr(parent, child, adapted)
+        block: Any = self.get_submodule(".".join(parent_name.split(".")[:2]))
+        block.draws_random = block.draws_random or adapted.draws_random
+        self._kept_by_adapters[name] = kept_values
+
     def set_recomputation(self, modes: Sequence[Recompute], *, keep_dequantized: bool = False) -> None:
         """Sets what each layer computes again, and reserves the room its dense matrices need meanwhile.
 
@@ -179,7 +203,12 @@ class LanguageModel(nn.Module):
     def kept_bytes(self, mode: Recompute) -> int:
         """Bytes per token that a layer keeps between forward and backward in this mode."""
         fused = self.compute_dtype is torch.bfloat16 and fused_kernels() is not None
-        return self.shape.kept_bytes(mode, fused=fused)
+        kept = self.shape.kept_bytes(mode, fused=fused)
+        if mode is Recompute.ALL or not self._kept_by_adapters:
+            return kept
+        # The mixer's inputs lie in one piece: what is kept of them keeps that of the decay, too.
+        by_adapters = sum(self._kept_by_adapters.values()) // self.shape.n_layer + self.shape.n_embd
+        return kept + 2 * by_adapters
 
     @property
     def dense_time_mix_bytes(self) -> int:

@@ -8,7 +8,7 @@ Legend: B rows, T tokens, C channels, V vocabulary, G mixes.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
@@ -31,9 +31,20 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(x, self.weight.to(x.dtype))
 
-    def input_gradient(self, grad_output: Tensor) -> Tensor:
-        """The gradient of x from that of y, outside autograd."""
-        return grad_output @ self.weight.to(grad_output.dtype)
+    def trained(self) -> list[nn.Parameter]:
+        """Whose gradients `gradients` gives: of a frozen matrix none, and a trained one is autograd's own."""
+        return []
+
+    def kept(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What the gradients of the trained parameters need of x."""
+        return ()
+
+    def gradients(self, grad_output: Tensor) -> tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]:
+        """From the gradient of y: that of x, and a function from what was kept to those of `trained`.
+
+        Outside autograd. An adapter in this matrix's place answers the same questions.
+        """
+        return grad_output @ self.weight.to(grad_output.dtype), lambda kept: ()
 
 
 class Norm(nn.LayerNorm):
@@ -186,4 +197,4 @@ class ChannelMixer(Mixer):
 
     @abstractmethod
     def can_feed_again(self) -> bool:
-        """Whether `feed_again` can take the place of `feed`."""
+        """Whether `feed_again` can take the place of `feed`: where no matrix is trained but by an adapter beside it."""

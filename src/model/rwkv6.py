@@ -43,7 +43,6 @@ from src.ops.elementwise import (
 )
 from src.ops.wkv6 import wkv6, wkv6_branching
 from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available
-from src.quant import FrozenLinear
 
 MIX_GROUPS = 5
 """Axis 0 of `time_maa_w2`: one token-shift modulation each for w, k, v, r, g, in this order."""
@@ -403,27 +402,30 @@ class ChannelMix(ChannelMixer):
 
     def feed_again(self, x: Tensor, inputs: tuple[Tensor, ...], result: Tensor) -> Tensor:
         """See ChannelMixer."""
-        z_k, z_r = inputs
-        again: Tensor = _FeedAgain.apply(x, z_k, z_r, self, result)
+        trained = [parameter for matrix in self._matrices for parameter in matrix.trained()]
+        again: Tensor = _FeedAgain.apply(self, x, *inputs, result, *trained)
         return again
 
     def can_feed_again(self) -> bool:
-        """Where the three matrices are frozen, and nothing is wrapped around them."""
-        return all(
-            isinstance(matrix, (Linear, FrozenLinear)) and not any(p.requires_grad for p in matrix.parameters())
-            for matrix in (self.key, self.receptance, self.value)
-        )
+        """See ChannelMixer."""
+        return not any(isinstance(matrix, Linear) and matrix.weight.requires_grad for matrix in self._matrices)
+
+    @property
+    def _matrices(self) -> tuple[Linear, Linear, Linear]:
+        return self.receptance, self.value, self.key
 
 
 class _FeedAgain(torch.autograd.Function):
     """The backward of `ChannelMix.feed` from what goes in and what came out.
 
     Two of three products are computed again, and every matrix is dequantised once: the gradient of the hidden layer
-    needs no hidden layer, so the key's two products stand next to each other.
+    needs no hidden layer, so the key's two products stand next to each other. What adapters need of it comes last.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, z_k: Tensor, z_r: Tensor, mixer: ChannelMix, result: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, mixer: ChannelMix, x: Tensor, z_k: Tensor, z_r: Tensor, result: Tensor, *trained: Tensor
+    ) -> Tensor:
         ctx.mixer = mixer
         ctx.save_for_backward(x, z_k, z_r, result)
         return result.view_as(result)
@@ -433,9 +435,16 @@ class _FeedAgain(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z_k, z_r, result = ctx.saved_tensors
         mixer: ChannelMix = ctx.mixer
+        rows_k, rows_r = z_k.flatten(0, 1), z_r.flatten(0, 1)
         grad_r, grad_value = sigmoid_gated_residual_gradients(x, mixer.receptance(z_r), result, grad)
-        grad_z_r = mixer.receptance.input_gradient(grad_r)
-        grad_hidden = mixer.value.input_gradient(grad_value)
-        del grad_r, grad_value
-        grad_z_k = mixer.key.input_gradient(squared_relu_gradient(mixer.key(z_k), grad_hidden))
-        return grad, grad_z_k, grad_z_r, None, None
+        grad_z_r, of_receptance = mixer.receptance.gradients(grad_r.flatten(0, 1))
+        of_trained = of_receptance(mixer.receptance.kept(rows_r))
+        grad_hidden, of_value = mixer.value.gradients(grad_value.flatten(0, 1))
+        del grad_r, grad_value, of_receptance
+        key = mixer.key(rows_k)
+        if mixer.value.trained():
+            of_trained += of_value(mixer.value.kept(squared_relu(key)))
+        del of_value
+        grad_z_k, of_key = mixer.key.gradients(squared_relu_gradient(key, grad_hidden))
+        of_trained += of_key(mixer.key.kept(rows_k))
+        return None, grad, grad_z_k.view_as(z_k), grad_z_r.view_as(z_r), None, *of_trained

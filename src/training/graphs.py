@@ -3,8 +3,8 @@
 A small model's step is over a thousand kernels of a few microseconds; issued one by one, the GPU waits for
 the host most of the time. `GraphedObjective` records forward, recomputation and backward of an objective for
 a shape of its staged batch when that shape comes the second time, and replays it from then on. It keeps the
-shapes that come most often. The replay is an ordinary autograd node that holds the states' gradients, so that
-gradient accumulation and DeepSpeed's hooks see nothing unusual.
+shapes that come most often. The replay is an ordinary autograd node that holds the gradients of what is trained, so
+that gradient accumulation and DeepSpeed's hooks see nothing unusual.
 
 Batches are to be filled up a little (`src.data.rounding`), so that few shapes occur.
 """
@@ -37,7 +37,7 @@ class GraphedObjective:
 
     Args:
         objective: computes.
-        model: one that `can_be_recorded`, with trained states only and without dropout.
+        model: one that `can_be_recorded`, without dropout, trained by a method that is `recordable`.
         memory_gib: device memory the run may use in all; 0 is the whole device.
     """
 

@@ -64,7 +64,8 @@ def plan_memory(model: LanguageModel, row_tokens: int, limit_gib: float) -> Memo
     idle = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     used = total - free - idle
     limit = min(limit_gib * 2**30 or total, total)
-    optimizer = shape.state_parameter_count * 4 * 6
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    optimizer = trained * 4 * 6
     passing = row_tokens * 2 * (12 * shape.n_embd + 12 * shape.dim_att + 3 * shape.dim_ffn)
     available = limit - used - optimizer - passing - _WORKING_BYTES
 

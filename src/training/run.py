@@ -17,10 +17,11 @@ import pytorch_lightning as pl
 import torch
 
 from src.adapters.method import Method, method_of
-from src.checkpoint import Checkpoint, fresh_checkpoint, open_checkpoint, save_model
+from src.checkpoint import Checkpoint, fresh_checkpoint, load_state, open_checkpoint, read_tensors, save_model
 from src.config import TrainConfig
 from src.device import global_rank, spare_threads
 from src.errors import ConfigError, TrainingError
+from src.identity import FileIdentity
 from src.loading import LoadOptions, open_model
 from src.model.language_model import LanguageModel
 from src.model.rwkv6 import RWKV6Shape
@@ -37,6 +38,7 @@ from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
 from src.training.progress import BEGINNING, Start
 from src.training.report import RunResult, memory_advice, plan_of, say, summary_of
+from src.training.results import Results
 from src.training.resume import (
     OptimizerMoments,
     Part,
@@ -98,6 +100,7 @@ def _train(
         say(f"note: {line}")
     base = open_checkpoint(config.load_model) if config.load_model else None
     shape = _model_shape(config, base)
+    method.trained_names(shape)  # refuses what does not fit the model
     work = prepare_work(config, shape)
     figures = {
         "steps_per_epoch": work.batches_per_epoch // config.accumulate_grad_batches,
@@ -122,9 +125,20 @@ def _train(
     if global_rank() == 0:
         clean(folder, results=bool(config.overwrite), inputs=(config.load_model, config.load_state))
 
+    identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
+    origin = method.start(shape, folder, identity)
+    if config.load_state and not shape.state_shapes().keys().isdisjoint(origin):
+        raise ConfigError(
+            f"--load_state {config.load_state} and --load_adapter {config.load_adapter} both hold states: leave the "
+            "former out"
+        )
     base = base or _fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
-    model = open_model(base, options, state_file="" if saved else config.load_state, quiet=global_rank() != 0)
+    model = open_model(
+        base, options, state_file="" if saved else config.load_state, start=origin, quiet=global_rank() != 0
+    )
+    if global_rank() == 0:
+        method.begin(model, folder, identity, origin)
     choose_recomputation(model, work, config)
     first_batch = config.epoch_begin * work.batches_per_epoch + start.steps * config.accumulate_grad_batches
     module = TrainingModule(model, work.objective, config, method, work.dataset, first_batch)
@@ -133,9 +147,10 @@ def _train(
         TrainedTensors(module.trained()).restore(saved.parts["trained"])
         before = restored_held_out(saved.before)
     else:
-        before = _evaluate("loaded" if config.load_state else "untuned", model, work)
+        before = _evaluate("loaded" if config.load_state or config.load_adapter else "untuned", model, work)
         if isinstance(work.objective, PreferenceObjective):
             say(_preference_share(model, work, work.objective))
+    results = Results(method, config, identity)
     run = saved.run if saved else new_run_id()
     places = Places(folder, run, _warn)
     session = Session(
@@ -158,17 +173,20 @@ def _train(
 
     def finish() -> None:
         nonlocal after, seconds
-        final_files.append(places.save(lambda path: method.save(model, path), "rwkv-final.pth"))
+        final_files.append(places.save(lambda path: results.save(model, path), "rwkv-final.pth"))
         module.release_recordings()
         begin = time.perf_counter()
         after = _evaluate("tuned", model, work)
         seconds = time.perf_counter() - begin
 
-    files, monitor, stopper = fit(module, work, schedule, hardware, config, folder, finish, session, start)
+    files, monitor, stopper = fit(module, work, schedule, hardware, config, folder, finish, results, session, start)
     final_file = final_files[0] if final_files else folder / "rwkv-final.pth"
     unpacked = None
     if after is not None and config.quantised and stopper.signal_name is None:
-        unpacked = _evaluate_unpacked(base, final_file, options, work, seconds)
+        frozen = load_state(config.load_state, shape) if config.load_state else {}
+        tuned = {**frozen, **origin, **read_tensors(final_file, "result")}
+        measured = measure_unpacked(base, tuned, options, work, seconds)
+        unpacked = _told_unpacked(measured, config, final_file)
     result = RunResult(
         final_file=final_file,
         files=[*files, final_file],
@@ -282,6 +300,7 @@ def load_options(config: TrainConfig, method: Method, hardware: Hardware, shape:
         quant_type=config.quant_type if config.quantised else None,
         quant_head=bool(config.quant_head),
         trained=frozenset(method.trained_names(shape)),
+        adapters=method.adapters,
         head_size_divisor=config.head_size_divisor,
         dropout=config.dropout,
     )
@@ -311,15 +330,13 @@ def _evaluate(label: str, model: LanguageModel, work: Work) -> HeldOut | None:
     return measurement
 
 
-def _evaluate_unpacked(
-    base: Checkpoint, state_file: Path, options: LoadOptions, work: Work, packed_seconds: float
-) -> HeldOut | None:
-    """What the state is worth on the base as clients use it; a note where that costs too much."""
-    measurement = measure_unpacked(base, state_file, options, work, packed_seconds)
+def _told_unpacked(measurement: HeldOut | str, config: TrainConfig, result: Path) -> HeldOut | None:
+    """What the result is worth on the base as clients use it; a note where that costs too much."""
     if isinstance(measurement, str):
+        what, flag = ("state", "load_state") if config.method == "states" else ("result", "load_adapter")
         say(
-            "note: held-out data were not measured on the unpacked base, on which clients use the state: "
-            f"{measurement}; a run with --quant 0 --load_state {state_file} prints it before its first step"
+            f"note: held-out data were not measured on the unpacked base, on which clients use the {what}: "
+            f"{measurement}; a run with --quant 0 --{flag} {result} prints it before its first step"
         )
         return None
     say(f"held out   unpacked: {measurement}")
@@ -334,6 +351,7 @@ def fit(
     config: TrainConfig,
     folder: Path,
     finish: Callable[[], None] = lambda: None,
+    results: Results | None = None,
     session: Session | None = None,
     start: Start = BEGINNING,
 ) -> tuple[list[Path], TrainingMonitor, Stopper]:
@@ -346,6 +364,7 @@ def fit(
     Raises:
         TrainingError: when a loss or gradient is not finite; the last good state is saved.
     """
+    results = results or Results(module.method, config)
     epochs = epochs_of(config)
     accumulate = config.accumulate_grad_batches
     steps_per_epoch = work.batches_per_epoch // accumulate
@@ -354,7 +373,7 @@ def fit(
     control = StepControl(schedule, accumulate, work.describe, start)
     monitor = TrainingMonitor(control, [], config.epoch_begin, config.ctx_len, start)
     saver = CheckpointSaver(
-        lambda path: places.save(lambda place: module.method.save(module.model, place), path.name),
+        lambda path: places.save(lambda place: results.save(module.model, place), path.name),
         folder,
         config.epoch_begin,
         config.epoch_save,
@@ -413,7 +432,8 @@ def fit(
     try:
         trainer.fit(module)
     except NotFiniteError as error:
-        raise TrainingError(f"{error}; {_save_last_good(module, control, error.step, places, session)}") from error
+        saved = _save_last_good(module, control, error.step, places, results, session)
+        raise TrainingError(f"{error}; {saved}") from error
     except SystemExit as end_of_process:  # how Lightning ends after the second Ctrl-C
         raise KeyboardInterrupt from end_of_process
     finally:
@@ -426,7 +446,12 @@ def fit(
 
 
 def _save_last_good(
-    module: TrainingModule, control: StepControl, step: int, places: Places, session: Session | None
+    module: TrainingModule,
+    control: StepControl,
+    step: int,
+    places: Places,
+    results: Results,
+    session: Session | None,
 ) -> str:
     """Saves the newest weights from which a finite loss and gradient came; says what was saved, as half a sentence.
 
@@ -447,7 +472,7 @@ def _save_last_good(
     path = places.folder / "rwkv-last-good.pth"
     if global_rank() == 0:
         TrainedTensors(module.trained()).restore(tensors)
-        path = places.save(lambda place: module.method.save(module.model, place), path.name)
+        path = places.save(lambda place: results.save(module.model, place), path.name)
     return f"the weights after step {good}, which gave a finite loss and gradient, are in {path}"
 
 

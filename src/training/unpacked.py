@@ -1,13 +1,15 @@
-"""Held-out data on the base as clients use a state: not packed."""
+"""Held-out data on the base as clients use what was trained: not packed."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from src.checkpoint import Checkpoint
 from src.loading import LoadOptions, open_model
@@ -24,13 +26,13 @@ _MEMORY_FILE = Path("/proc/meminfo")
 
 
 def measure_unpacked(
-    base: Checkpoint, state_file: Path, options: LoadOptions, work: Work, packed_seconds: float
+    base: Checkpoint, tuned: Mapping[str, Tensor], options: LoadOptions, work: Work, packed_seconds: float
 ) -> HeldOut | str:
-    """Scores a state file on its base in the computation dtype, beside the packed model that is still there.
+    """Scores what a file holds on its base in the computation dtype, beside the packed model that is still there.
 
     Args:
         base: what was packed.
-        state_file: the tuned states.
+        tuned: tensors of the file, and what adapters need beside it to start.
         options: how the run's model was loaded.
         work: has held-out data.
         packed_seconds: how long the packed model took.
@@ -48,7 +50,7 @@ def measure_unpacked(
         return f"it needs {needed / 2**30:.1f} GiB beside the packed one and {free / 2**30:.1f} are free"
     unpacked = dataclasses.replace(options, quant_type=None, quant_head=False)
     try:
-        return work.measure(open_model(base, unpacked, state_file=state_file, quiet=True))
+        return work.measure(open_model(base, unpacked, start=tuned, quiet=True))
     except torch.cuda.OutOfMemoryError:
         return f"{free / 2**30:.1f} GiB of free memory were too little"
 

@@ -59,6 +59,16 @@ ROWS = {
     "orpo-1.6b": Row("1.6b", 1024, orpo=True),
     "orpo-7b": Row("7b", 1024, orpo=True),
     "orpo-14b": Row("14b", 1024, orpo=True),
+    "lora-1.6b": Row("1.6b", 1024, flags=("--peft", "lora", "--quant", "0")),
+    "pissa-1.6b": Row("1.6b", 1024, flags=("--peft", "pissa", "--quant", "0")),
+    "lora-3b": Row("3b", 1024, flags=("--peft", "lora", "--quant", "0")),
+    "qlora-3b": Row("3b", 1024, flags=("--peft", "lora")),
+    "lora-7b": Row("7b", 1024, flags=("--peft", "lora", "--quant", "0")),
+    "qlora-7b": Row("7b", 1024, flags=("--peft", "lora")),
+    "qlora-14b": Row("14b", 1024, flags=("--peft", "lora")),
+    "bone-7b": Row("7b", 1024, flags=("--peft", "bone", "--quant", "0")),
+    "qbone-7b": Row("7b", 1024, flags=("--peft", "bone")),
+    "qbat-7b": Row("7b", 1024, flags=("--peft", "bat")),
 }
 
 

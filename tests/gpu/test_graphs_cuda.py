@@ -11,6 +11,7 @@ import torch
 from factories import tiny_parameters, tiny_shape
 
 from src.adapters.method import method_of
+from src.adapters.plan import AdapterPlan
 from src.config import TrainConfig
 from src.data.batches import Batch, packed_batch, padded_batch
 from src.data.preference_batches import PairForm, PreferenceDataset
@@ -76,6 +77,34 @@ def test_recorded_steps_give_loss_and_gradients_of_issued_ones(
     batches = text_batches() if kind == "text" else preference_batches()
     made = model(recompute, keep_dequantized)
     recorder = GraphedObjective(objective, made)
+    recorded = []
+    for batch in batches:
+        outcome = recorder(objective.stage(made, batch))
+        recorded.append((outcome.loss.item(), gradients_of(made, outcome.loss)))
+    assert recorder._graphs, "nothing was recorded"
+    for batch, (loss, gradient) in zip(batches, recorded, strict=True):
+        issued = outcome_of(objective, made, objective.stage(made, batch)).loss
+        assert loss == pytest.approx(issued.item(), rel=1e-4)
+        expected = gradients_of(made, issued)
+        assert (gradient - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("recompute", list(Recompute))
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("kind", ["lora", "bone", "bat"])
+def test_adapters_and_parts_are_recorded_like_states(kind: str, quant_type: str | None, recompute: Recompute) -> None:
+    shape = tiny_shape(n_layer=3, n_embd=256, head_size=64)
+    plan = AdapterPlan(kind, 32)
+    parts = [name for name in shape.parameter_shapes() if "time" in name or "ln" in name]
+    trained = [*plan.parameter_shapes(shape), *shape.state_shapes(), *parts]
+    generator = torch.Generator().manual_seed(3)
+    start = {key: torch.randn(size, generator=generator) / 16 for key, size in plan.parameter_shapes(shape).items()}
+    options = LoadOptions(torch.device("cuda"), torch.bfloat16, quant_type, trained=trained, adapters=plan)
+    made = build_model({**tiny_parameters(shape), **start}, shape, options)
+    made.set_recomputation([recompute] * shape.n_layer, keep_dequantized=recompute is Recompute.ALL)
+    objective = SFTObjective()
+    recorder = GraphedObjective(objective, made)
+    batches = text_batches()
     recorded = []
     for batch in batches:
         outcome = recorder(objective.stage(made, batch))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from binidx_files import write_binidx
 from factories import tiny_checkpoint, tiny_shape
-from running import ROOT, RUN_FILES, files_in, metrics, started, train, try_train, wait_until, write_documents
+from running import ROOT, files_in, left_by_run, metrics, started, train, try_train, wait_until, write_documents
 
 from src.adapters.method import method_of
 from src.checkpoint import load_state, open_checkpoint, save_model
@@ -135,7 +135,7 @@ def test_a_run_leaves_what_it_should(strategy: str, base: Path, data: Path, tmp_
         tmp_path, load_model=base, data_file=data, accelerator="gpu", quant=1, strategy=strategy, epoch_steps=3,
         epoch_count=2, val_file=data, accumulate_grad_batches=3, micro_bsz=2,
     )  # fmt: skip
-    assert files_in(tmp_path) == {*RUN_FILES, "rwkv-0.pth", "rwkv-1.pth"}
+    assert files_in(tmp_path) == left_by_run("rwkv-0.pth", "rwkv-1.pth")
     assert len(metrics(tmp_path)) == 2
     for state in load_state(tmp_path / "rwkv-final.pth", SHAPE).values():
         assert state.dtype == torch.bfloat16
@@ -279,7 +279,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(strategy: str, base: Pa
     assert ended.code == 2
     assert "Traceback" not in ended.err
     assert f"the loss is not finite at step {len(metrics(folder)) + 1} (document 3 of " in ended.err
-    assert files_in(folder) == {"rwkv-last-good.pth", "train_log.txt", "metrics.jsonl"}
+    assert files_in(folder) == {"rwkv-last-good.pth", "rwkv-last-good.json", "train_log.txt", "metrics.jsonl"}
     assert f"the weights after step {len(metrics(folder)) - 1}, which gave a finite loss and gradient" in ended.err
     assert all(state.isfinite().all() for state in load_state(folder / "rwkv-last-good.pth", SHAPE).values())
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from factories import tiny_checkpoint, tiny_shape
-from running import RUN_FILES, Ended, files_in, metrics, refusal, run_script, train, try_train
+from running import Ended, files_in, left_by_run, metrics, refusal, run_script, train, try_train
 
 from src.checkpoint import load_state
 from src.data.pair_file import load_pairs, save_pairs
@@ -74,9 +74,19 @@ def finished(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[End
     return run(folder, files, val_file=files / "pairs.save", epoch_steps=10, data_file="elsewhere"), folder
 
 
+@pytest.mark.parametrize("peft", ["lora", "pissa", "bone", "bat"])
+def test_adapters_learn_preferences_too(peft: str, files: Path, tmp_path: Path) -> None:
+    sizes = {"lora_r": 8} if peft == "lora" else {"pissa_r": 8} if peft == "pissa" else {"bone_r": 8}
+    flags = {"peft": peft, "lr_init": 1e-2, "lr_final": 1e-2, "warmup_steps": 0, "epoch_steps": 10, **sizes}
+    run(tmp_path, files, **flags)
+    losses = [record["loss"] for record in metrics(tmp_path)]
+    assert losses[-1] < losses[0] - 0.1
+    assert not any("state" in name for name in torch.load(tmp_path / "rwkv-final.pth", weights_only=True))
+
+
 class TestARun:
     def test_exactly_these_files(self, finished: tuple[Ended, Path]) -> None:
-        assert files_in(finished[1]) == {*RUN_FILES, "rwkv-0.pth"}
+        assert files_in(finished[1]) == left_by_run("rwkv-0.pth")
 
     def test_the_states_have_moved(self, finished: tuple[Ended, Path]) -> None:
         states = states_of(finished[1])

@@ -16,9 +16,9 @@ import torch
 from binidx_files import write_binidx
 from factories import tiny_checkpoint, tiny_shape, tiny_state_file
 from running import (
-    RUN_FILES,
     Ended,
     files_in,
+    left_by_run,
     metrics,
     run_script,
     started,
@@ -70,7 +70,7 @@ def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> floa
 
 class TestWhatARunLeaves:
     def test_exactly_these_files(self, finished: tuple[Ended, Path]) -> None:
-        assert files_in(finished[1]) == {*RUN_FILES, "rwkv-0.pth", "rwkv-1.pth"}
+        assert files_in(finished[1]) == left_by_run("rwkv-0.pth", "rwkv-1.pth")
 
     def test_a_state_file_holds_the_states_and_nothing_else(self, finished: tuple[Ended, Path]) -> None:
         for name in ("rwkv-0.pth", "rwkv-1.pth", "rwkv-final.pth"):
@@ -202,7 +202,7 @@ class TestEpochs:
         self, flags: dict[str, int], files: set[str], base: Path, data: Path, tmp_path: Path
     ) -> None:
         train(tmp_path, load_model=base, data_file=data, epoch_steps=1, **flags)
-        assert files_in(tmp_path) == {*RUN_FILES, *files}
+        assert files_in(tmp_path) == left_by_run(*files)
 
     def test_no_epoch_steps_means_one_pass(self, base: Path, data: Path, tmp_path: Path) -> None:
         train(tmp_path, load_model=base, data_file=data, epoch_count=1)
@@ -345,7 +345,7 @@ class TestModes:
             folder, train_type="none", n_layer=2, n_embd=32, head_size_a=8, vocab_size=257, data_file=data, ctx_len=16,
             epoch_steps=4, epoch_count=1, lr_init=1e-2, lr_final=1e-3, micro_bsz=2, weight_decay=0.01,
         )  # fmt: skip
-        assert files_in(folder) == {*RUN_FILES, "rwkv-init.pth", "rwkv-0.pth"}
+        assert files_in(folder) == left_by_run("rwkv-0.pth") | {"rwkv-init.pth"}
         shape = open_checkpoint(folder / "rwkv-final.pth").info.shape
         assert (shape.n_layer, shape.n_embd, shape.head_size, shape.vocab_size) == (2, 32, 8, 257)
         first, last = open_checkpoint(folder / "rwkv-init.pth"), open_checkpoint(folder / "rwkv-final.pth")
@@ -356,7 +356,7 @@ class TestModes:
 
         assert f"python train.py --load_model {folder / 'rwkv-final.pth'}" in ended.out
         train(tmp_path / "tuned", load_model=folder / "rwkv-final.pth", data_file=data, epoch_steps=2, epoch_count=1)
-        assert files_in(tmp_path / "tuned") == {*RUN_FILES, "rwkv-0.pth"}
+        assert files_in(tmp_path / "tuned") == left_by_run("rwkv-0.pth")
 
     def test_state_tuning_learns(self, base: Path, data: Path, tmp_path: Path) -> None:
         train(tmp_path, load_model=base, data_file=data, epoch_count=8, ctx_len=24)
@@ -399,7 +399,7 @@ class TestStops:
             return
         where = tmp_path / "out" / "rwkv-last-good.pth"
         assert f"the weights after step {taken - 1}, which gave a finite loss and gradient, are in {where}" in message
-        assert files_in(tmp_path / "out") == {*logs, "rwkv-last-good.pth"}
+        assert files_in(tmp_path / "out") == {*logs, "rwkv-last-good.pth", "rwkv-last-good.json"}
         healthy = {"load_model": base, "data_file": tmp_path / "documents", "accumulate_grad_batches": accumulate}
         before = self.states_before(taken, tmp_path / "healthy", **healthy)
         assert largest_difference(states_in(where), before) == 0
@@ -436,7 +436,7 @@ class TestStops:
         assert "Traceback" not in err
         assert f"stopped by {number.name} after {len(metrics(tmp_path))} steps" in out
         assert f"python train.py --proj_dir {tmp_path} --resume 1" in out
-        assert files_in(tmp_path) == {*RUN_FILES, "rwkv-resume.pth"}, "rwkv-0.pth would claim a whole epoch"
+        assert files_in(tmp_path) == {*left_by_run(), "rwkv-resume.pth"}, "rwkv-0.pth would claim a whole epoch"
         assert any(state.any() for state in states_in(tmp_path / "rwkv-final.pth").values())
 
 

@@ -20,6 +20,9 @@ FLAGS = (
     # model
     "my_testing", "train_type", "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a",
     "head_size_divisor", "double_extra_dim", "load_partial", "quant", "quant_type", "quant_head", "dropout",
+    # adapters
+    "peft", "lora_config", "pissa_config", "bone_config", "disha_config", "lora_r", "lora_alpha", "lora_dropout",
+    "lora_rslora", "lora_plus", "pissa_r", "svd_niter", "bone_r", "targets", "train_parts", "load_adapter", "lr_state",
     # data
     "ctx_len", "dataload", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count",
     "epoch_begin", "epoch_save", "random_seed",
@@ -47,6 +50,7 @@ REFUSED = (
 DEFAULTS = {
     "my_testing": "x060", "train_type": "states", "accelerator": "auto", "strategy": "auto", "devices": 1,
     "quant": 1, "quant_type": "nf4", "dataload": "pack", "ctx_len": 1024, "micro_bsz": 1, "epoch_steps": 0,
+    "peft": "none", "lora_r": 64,
     "epoch_count": 4, "epoch_save": 1, "lr_init": 1.0, "lr_final": 0.01, "warmup_steps": 10, "beta1": 0.9,
     "beta2": 0.99, "adam_eps": 1e-8, "weight_decay": 0.0, "grad_cp": 1, "random_seed": 42, "orpo_type": 0,
     "orpo_alpha": 0.1, "fapi_logging_callback": 0, "accumulate_grad_batches": 1, "num_nodes": 1,
@@ -83,7 +87,7 @@ class TestDefaults:
 
     def test_full_training_has_its_own(self) -> None:
         made = config(train_type="none")
-        assert (made.quant, made.dataload) == (0, "get")
+        assert (made.quant, made.dataload, made.lr_init, made.lr_final) == (0, "pack", 1e-5, 1e-6)
 
     def test_what_is_given_wins(self) -> None:
         made = config(train_type="none", dataload="pack", quant=0, lr_init="6e-4", ctx_len=77)
@@ -92,9 +96,16 @@ class TestDefaults:
 
     def test_every_method_has_a_value_for_each_dependent_default(self) -> None:
         assert len({frozenset(defaults) for defaults in METHOD_DEFAULTS.values()}) == 1
+        asked: dict[str, dict[str, str]] = {
+            "states": {},
+            "full": {"train_type": "none"},
+            "parts": {"train_parts": "ln"},
+        }
         for method, defaults in METHOD_DEFAULTS.items():
-            made = config(train_type=method)
-            assert {name: getattr(made, name) for name in defaults} == defaults
+            made = config(**asked.get(method, {"peft": method}))
+            wanted = {**defaults, **asked.get(method, {})}
+            assert made.method == method
+            assert {name: getattr(made, name) for name in wanted} == wanted
 
     def test_it_is_a_value(self) -> None:
         with pytest.raises(dataclasses.FrozenInstanceError):

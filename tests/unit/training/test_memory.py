@@ -6,6 +6,7 @@ import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
 
+from src.adapters.plan import AdapterPlan
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
@@ -57,6 +58,15 @@ def test_limit_counts_what_others_use(model: LanguageModel, monkeypatch: pytest.
     assert plan_memory(model, 1_000_000, limit_gib=80) == MemoryPlan(layers=4, whole_layers=4)
 
 
+def test_every_trained_value_has_its_moments(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake_device(monkeypatch, 8, 80)
+    free = plan_memory(model, 1_000_000, 0)
+    model.register_parameter("large", torch.nn.Parameter(torch.empty(1, device="meta").expand(2 * GIB // 24)))
+    less = plan_memory(model, 1_000_000, 0)
+    assert less.light_layers + less.whole_layers <= free.light_layers + free.whole_layers
+    assert less != free
+
+
 def test_apply_gives_the_last_layers_most(model: LanguageModel) -> None:
     MemoryPlan(layers=4, light_layers=2, whole_layers=1).apply(model)
     assert [block.recompute for block in model.blocks] == [
@@ -79,13 +89,15 @@ def test_kept_bytes_of_the_7b_shape() -> None:
     assert shape.kept_bytes(Recompute.NOTHING, fused=True) == 2 * (11 * 4096 + 14336 + 128 + 320)
 
 
+@pytest.mark.parametrize("kind", ["", "lora", "bone", "bat"])
 @pytest.mark.parametrize("recompute", [Recompute.INPUTS, Recompute.NOTHING])
-def test_kept_bytes_cover_what_torch_keeps(recompute: Recompute) -> None:
+def test_kept_bytes_cover_what_torch_keeps(recompute: Recompute, kind: str) -> None:
     """In fp16, where nothing is fused: what one more layer keeps, by storage."""
     kept = []
     for layers in (1, 2):
         shape = tiny_shape(n_layer=layers, n_embd=256, head_size=64)
-        options = LoadOptions(torch.device("cpu"), torch.float16, quant_type="nf4")
+        adapters = AdapterPlan(kind, r=32) if kind else None
+        options = LoadOptions(torch.device("cpu"), torch.float16, quant_type="nf4", adapters=adapters)
         model = build_model(tiny_parameters(shape), shape, options)
         model.set_recomputation([recompute] * layers)
         own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -103,5 +115,5 @@ def test_kept_bytes_cover_what_torch_keeps(recompute: Recompute) -> None:
             hidden, _ = model(torch.arange(TOKENS)[None] % shape.vocab_size)
         kept.append(sum(storage.nbytes() for storage in seen.values()))
         del hidden
-    estimate = shape.kept_bytes(recompute, fused=False)
+    estimate = model.kept_bytes(recompute)
     assert 0.9 * estimate < (kept[1] - kept[0]) / TOKENS <= estimate

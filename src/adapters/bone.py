@@ -1,0 +1,110 @@
+"""Bone and Bat ("DiSHA"), which share one parameter over parts of the matrix. Both work on the activations.
+
+Bone: P [r, out]; y = W x + Pᵀ s, with s the sum of x's blocks of r values, the last one filled up with zeros. It is
+ΔW[:, c] = P[c mod r, :].
+
+Bat: P [in/r, r, r]; every r x r tile W_ab of W becomes W_ab + W_ab P_b + P_b. With u_b = P_b x_b that is
+y = W (x + u) + Σ_b u_b repeated out/r times: no tile is ever formed.
+
+Source: Bone, arXiv 2409.15371; the formulas are those of RWKV-PEFT (modes "bone" and "bat").
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from src.adapters.adapter import Adapter, Kept, OfParameters, outer_sum
+from src.model.shape import Shape
+
+
+class Bone(Adapter):
+    """See the module."""
+
+    names: ClassVar[tuple[str, ...]] = ("bone",)
+    bone: torch.nn.Parameter
+
+    @staticmethod
+    def parameter_shapes(r: int, out_features: int, in_features: int) -> dict[str, Shape]:
+        """See Adapter."""
+        return {"bone": (r, out_features)}
+
+    @staticmethod
+    def kept_values(r: int, in_features: int) -> int:
+        """See Adapter."""
+        return r
+
+    def product(self, x: Tensor) -> tuple[Tensor, Kept]:
+        """See Adapter."""
+        kept = self.kept(x)
+        y: Tensor = self.base(x)
+        return y.addmm_(kept[0], self.bone.to(x.dtype)), kept
+
+    def kept(self, x: Tensor) -> Kept:
+        """See Adapter."""
+        whole, rest = self._blocks(x)
+        folded = whole.sum(1)
+        folded[:, : rest.shape[1]] += rest
+        return (folded,)
+
+    def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfParameters]:
+        """See Adapter."""
+        grad_folded = grad_output @ self.bone.to(grad_output.dtype).t()
+        grad_x, _ = self.base.gradients(grad_output)
+        whole, rest = self._blocks(grad_x)
+        whole += grad_folded[:, None]
+        rest += grad_folded[:, : rest.shape[1]]
+        return grad_x, lambda kept: (outer_sum(kept[0], grad_output),)
+
+    def _blocks(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """[n, in] as its whole blocks [n, in // r, r] and what is left [n, in % r], both views."""
+        r = self.bone.shape[0]
+        whole = x.shape[1] // r * r
+        return x[:, :whole].view(x.shape[0], -1, r), x[:, whole:]
+
+
+class Bat(Adapter):
+    """See the module; r divides both sides of the matrix."""
+
+    names: ClassVar[tuple[str, ...]] = ("bone",)
+    bone: torch.nn.Parameter
+
+    @staticmethod
+    def parameter_shapes(r: int, out_features: int, in_features: int) -> dict[str, Shape]:
+        """See Adapter."""
+        return {"bone": (in_features // r, r, r)}
+
+    @staticmethod
+    def kept_values(r: int, in_features: int) -> int:
+        """See Adapter."""
+        return in_features
+
+    def product(self, x: Tensor) -> tuple[Tensor, Kept]:
+        """See Adapter."""
+        added = torch.bmm(self._by_block(x), self.bone.to(x.dtype).transpose(1, 2))
+        moved = x.clone()
+        self._by_block(moved).add_(added)
+        y: Tensor = self.base(moved)
+        self._by_tile(y).add_(added.sum(0)[:, None])
+        return y, self.kept(x)
+
+    def kept(self, x: Tensor) -> Kept:
+        """See Adapter."""
+        return (x,)
+
+    def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfParameters]:
+        """See Adapter."""
+        grad_x, _ = self.base.gradients(grad_output)
+        grad_added = self._by_block(grad_x) + self._by_tile(grad_output).sum(1)
+        self._by_block(grad_x).baddbmm_(grad_added, self.bone.to(grad_output.dtype))
+        return grad_x, lambda kept: (outer_sum(grad_added, self._by_block(kept[0])),)
+
+    def _by_block(self, x: Tensor) -> Tensor:
+        """[n, in] as [in/r, n, r], a view."""
+        return x.view(x.shape[0], -1, self.bone.shape[1]).transpose(0, 1)
+
+    def _by_tile(self, y: Tensor) -> Tensor:
+        """[n, out] as [n, out/r, r], a view."""
+        return y.view(y.shape[0], -1, self.bone.shape[1])

@@ -1,0 +1,132 @@
+"""LoRA and PiSSA: y = W x + scale · B (A x), with A [r, in] and B [out, r].
+
+PiSSA differs in where it starts: A and B are W's r largest singular directions, and W is what is left of it.
+
+Source: LoRA, arXiv 2106.09685; rsLoRA's scale, arXiv 2312.03732; PiSSA, arXiv 2404.02948.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from src.adapters.adapter import Adapter, Kept, OfParameters, outer_sum
+from src.model.layers import Linear
+from src.model.shape import Shape
+from src.quant import FrozenLinear
+
+_OVERSAMPLING = 8
+
+
+class LoRA(Adapter):
+    """See the module.
+
+    Args:
+        base, parameters: see Adapter.
+        scale: factor on what the adapter adds.
+        dropout: probability that a value of x is left out of what goes to A, in training.
+    """
+
+    names: ClassVar[tuple[str, ...]] = ("lora_A", "lora_B")
+    lora_A: torch.nn.Parameter
+    lora_B: torch.nn.Parameter
+
+    def __init__(
+        self,
+        base: Linear | FrozenLinear,
+        parameters: Mapping[str, Tensor],
+        *,
+        scale: float = 1.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(base, parameters)
+        self.scale = scale
+        self.dropout = dropout
+
+    @staticmethod
+    def parameter_shapes(r: int, out_features: int, in_features: int) -> dict[str, Shape]:
+        """See Adapter."""
+        return {"lora_A": (r, in_features), "lora_B": (out_features, r)}
+
+    @staticmethod
+    def kept_values(r: int, in_features: int) -> int:
+        """See Adapter."""
+        return in_features + r
+
+    @property
+    def draws_random(self) -> bool:
+        """See Adapter."""
+        return self.dropout > 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See Adapter."""
+        if self.dropout and self.training:
+            hidden = F.linear(F.dropout(x, self.dropout), self.lora_A.to(x.dtype))
+            added: Tensor = self.base(x) + self.scale * F.linear(hidden, self.lora_B.to(x.dtype))
+            return added
+        return super().forward(x)
+
+    def product(self, x: Tensor) -> tuple[Tensor, Kept]:
+        """See Adapter."""
+        kept = self.kept(x)
+        y: Tensor = self.base(x)
+        return y.addmm_(kept[1], self.lora_B.to(x.dtype).t(), alpha=self.scale), kept
+
+    def kept(self, x: Tensor) -> Kept:
+        """See Adapter."""
+        return x, x @ self.lora_A.to(x.dtype).t()
+
+    def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfParameters]:
+        """See Adapter."""
+        dtype = grad_output.dtype
+        grad_hidden = grad_output @ self.lora_B.to(dtype)
+        if self.scale != 1.0:
+            grad_hidden = grad_hidden * self.scale
+        grad_x, _ = self.base.gradients(grad_output)
+        grad_x.addmm_(grad_hidden, self.lora_A.to(dtype))
+
+        def of_parameters(kept: Kept) -> tuple[Tensor, ...]:
+            x, hidden = kept
+            grad_b = outer_sum(grad_output, hidden)
+            return outer_sum(grad_hidden, x), grad_b if self.scale == 1.0 else grad_b.mul_(self.scale)
+
+        return grad_x, of_parameters
+
+
+def fresh_factors(lora_a: Tensor, lora_b: Tensor, seed: int) -> None:
+    """Fills A [r, in] with ±1/√in, uniformly (Kaiming with a = √5), and B with 0; the same on every device."""
+    bound = 1 / math.sqrt(lora_a.shape[1])
+    drawn = torch.empty(lora_a.shape).uniform_(-bound, bound, generator=torch.Generator().manual_seed(seed))
+    lora_a.copy_(drawn)
+    lora_b.zero_()
+
+
+def principal_factors(weight: Tensor, r: int, niter: int, seed: int) -> tuple[Tensor, Tensor]:
+    """A [r, in] = √S Vᵀ and B [out, r] = U √S of the r largest singular values of W.
+
+    A randomised SVD with 8 more directions than are wanted, so that the last ones are as good as the first.
+
+    Args:
+        weight: [out, in] fp32, on any device.
+        r: at most min(out, in).
+        niter: power iterations.
+        seed: of the first directions, which are drawn on the host.
+
+    Source: Halko, Martinsson, Tropp, arXiv 0909.4061, algorithms 4.4 and 5.1.
+    """
+    width = min(r + _OVERSAMPLING, *weight.shape)
+    drawn = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(seed))
+    basis, _ = torch.linalg.qr(weight @ drawn.to(weight.device))
+    for _ in range(niter):
+        across, _ = torch.linalg.qr(weight.t() @ basis)
+        basis, _ = torch.linalg.qr(weight @ across)
+    # The SVD of the wide matrix basisᵀ W by way of its small triangular factor.
+    rows, triangle = torch.linalg.qr(weight.t() @ basis)
+    left, values, right = torch.linalg.svd(triangle.t())
+    root = values[:r].sqrt()
+    return root[:, None] * (right[:r] @ rows.t()), (basis @ left[:, :r]) * root

@@ -1,0 +1,172 @@
+"""Adapters beside the matrices, and which other weights are trained with them.
+
+Flags of RWKV-PEFT keep their names; each of its JSON values also has a plain flag.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from src.config.flags import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, Flags, Given, Lines, Rule, flag
+
+PEFT_NAMES = ("none", "lora", "pissa", "bone", "bat", "disha")
+DEFAULT_PARTS = "time,ln"
+
+_JSON_DEFAULTS: dict[str, dict[str, Any]] = {
+    "lora_config": {"lora_load": "", "lora_r": 8, "lora_alpha": 32.0, "lora_dropout": 0.01},
+    "pissa_config": {"pissa_load": "", "pissa_init": "", "pissa_r": 8, "svd_niter": 4},
+    "bone_config": {"bone_load": "", "bone_mode": "bat", "bone_r": 64},
+    "disha_config": {"load": "", "mode": "bone", "r": 64},
+}
+"""Keys of each JSON flag and what RWKV-PEFT takes where one is missing; bone_mode: what it meant before it existed."""
+
+_PLAIN = {
+    "lora_load": "load_adapter", "pissa_load": "load_adapter", "bone_load": "load_adapter", "load": "load_adapter",
+    "r": "bone_r",
+}  # fmt: skip
+"""The flag of a JSON key, where it is called otherwise; "" in `load` says nothing."""
+
+_USED_BY = {
+    "lora_config": ("lora",), "lora_r": ("lora",), "lora_alpha": ("lora",), "lora_dropout": ("lora",),
+    "lora_rslora": ("lora",), "lora_plus": ("lora",), "pissa_config": ("pissa",), "pissa_r": ("pissa",),
+    "svd_niter": ("pissa",), "bone_config": ("bone", "bat"), "disha_config": ("disha",),
+    "bone_r": ("bone", "bat", "disha"), "targets": PEFT_NAMES[1:],
+}  # fmt: skip
+"""Values of --peft that a flag has an effect with."""
+
+
+@dataclass(frozen=True)
+class AdapterFlags(Flags, group="adapters"):
+    """What is trained beside, or instead of, the states."""
+
+    peft: str = flag("none", "adapter beside the matrices: disha is bone or bat", PEFT_NAMES)
+    lora_config: str = flag("", "JSON of RWKV-PEFT: lora_load, lora_r (8), lora_alpha (32), lora_dropout (0.01)")
+    pissa_config: str = flag("", "JSON of RWKV-PEFT: pissa_load, pissa_init, pissa_r (8), svd_niter (4)")
+    bone_config: str = flag("", "JSON of RWKV-PEFT: bone_load, bone_mode (bone, or bat if missing), bone_r (64)")
+    disha_config: str = flag("", "JSON of RWKV-PEFT: load, mode (bone or bat), r (64)")
+    lora_r: int = flag(64, "rank", must=AT_LEAST_1)
+    lora_alpha: float = flag(64.0, "what the adapter adds is scaled by alpha / r", must=NOT_NEGATIVE)
+    lora_dropout: float = flag(0.0, "on the adapter's input; steps are then not recorded", must=SHARE_BELOW_1)
+    lora_rslora: int = flag(0, "1 scales by alpha / sqrt(r)", (0, 1))
+    lora_plus: float = flag(
+        1.0, "learning rate of B is so many times A's (LoRA+)", must=Rule(lambda value: value > 0, "must be above 0")
+    )
+    pissa_r: int = flag(64, "rank", must=AT_LEAST_1)
+    svd_niter: int = flag(4, "power iterations of the start's randomised SVD", must=NOT_NEGATIVE)
+    bone_r: int = flag(64, "block size of bone and bat", must=AT_LEAST_1)
+    targets: str = flag("", "matrices that get an adapter, e.g. att.key,ffn.value or key; empty: all of every layer")
+    train_parts: str = flag(
+        "", "further weights, by parts of their names: time,ln or [\"time\",\"ln\"] (default with --peft), or []",
+        several=True,
+    )  # fmt: skip
+    load_adapter: str = flag("", "go on from this file of an earlier run")
+    lr_state: float = flag(
+        1.0, "rate of the states where other things are trained, too; it moves as the other does", must=NOT_NEGATIVE
+    )
+
+    @property
+    def adapter(self) -> str:
+        """The kind of adapter: none, lora, pissa, bone or bat."""
+        if self.peft == "disha":
+            return str(self._json("disha_config")[0]["mode"])
+        if self.peft == "bone" and self.bone_config:
+            return str(self._json("bone_config")[0]["bone_mode"])
+        return self.peft
+
+    @property
+    def adapter_r(self) -> int:
+        """Its rank or block size."""
+        return {"lora": self.lora_r, "pissa": self.pissa_r}.get(self.adapter, self.bone_r)
+
+    @property
+    def pissa_init(self) -> str:
+        """File of the factors that PiSSA began with; "" is none."""
+        return str(self._json("pissa_config")[0]["pissa_init"])
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """`train_parts`, one by one."""
+        return names_in(self.train_parts)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """`targets`, one by one."""
+        return names_in(self.targets)
+
+    def _json(self, name: str) -> tuple[dict[str, Any], list[str]]:
+        return _read_json(name, getattr(self, name))
+
+    def _said_by_json(self) -> dict[str, Any]:
+        """Flags and values that the JSON of the chosen method gives."""
+        name = self._config_in_use()
+        if not name:
+            return {}
+        values = self._json(name)[0]
+        plain = {_PLAIN.get(key, key): value for key, value in values.items()}
+        if not plain["load_adapter"]:
+            del plain["load_adapter"]
+        return {flag: value for flag, value in plain.items() if flag in AdapterFlags.__dataclass_fields__}
+
+    def _config_in_use(self) -> str:
+        used = [name for name in _JSON_DEFAULTS if self.peft in _USED_BY[name] and getattr(self, name)]
+        return used[0] if used else ""
+
+    def _contradictions(self, given: Given) -> Lines:
+        for name in _JSON_DEFAULTS:
+            yield from self._json(name)[1]
+        name = self._config_in_use()
+        if name:
+            twice = [flag for flag in self._said_by_json() if flag in given]
+            for flag_name in twice:
+                yield f"--{flag_name} {given[flag_name]} and --{name} both say it: give it in one place"
+            if self.peft == "bat" and '"bone_mode"' in self.bone_config and self._json(name)[0]["bone_mode"] != "bat":
+                yield "--peft bat and bone_mode in --bone_config name two methods: leave bone_mode out"
+        if self.load_adapter and self.peft == "none" and not self.parts:
+            yield f"--load_adapter {self.load_adapter} needs --peft, which names the adapter's method"
+
+    def _remarks(self) -> Lines:
+        for name, methods in _USED_BY.items():
+            value = getattr(self, name)
+            if value != getattr(AdapterFlags, name) and self.peft not in methods:
+                yield f"--{name} {value} has no effect without --peft {' or '.join(methods)}"
+        if self.peft == "bone" and self.bone_config and '"bone_mode"' not in self.bone_config:
+            yield "--bone_config without bone_mode means bat, as where it comes from; bone is another method"
+        if self.peft == "disha" and '"mode"' not in self.disha_config:
+            yield "--peft disha without a mode means bone"
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in `a,b`, `a b`, `["a", "b"]`, or what a shell leaves of it; none in `[]`."""
+    inner = text.strip().removeprefix("[").removesuffix("]")
+    words = (word.strip("\"'") for word in inner.replace(",", " ").split())
+    return tuple(dict.fromkeys(word for word in words if word))
+
+
+def _read_json(name: str, text: str) -> tuple[dict[str, Any], list[str]]:
+    """The values of a JSON flag with its defaults, and a sentence for everything that is wrong with it."""
+    defaults = _JSON_DEFAULTS[name]
+    if not text:
+        return dict(defaults), []
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        return dict(defaults), [f"--{name} {text} is no JSON ({error}): write it as '{json.dumps(defaults)}'"]
+    if not isinstance(content, Mapping):
+        return dict(defaults), [f"--{name} {text} is no JSON object: write it as '{json.dumps(defaults)}'"]
+    values, problems = dict(defaults), []
+    for key, value in content.items():
+        if key not in defaults:
+            problems.append(f"--{name} has the unknown key {key!r}: it may have {', '.join(defaults)}")
+            continue
+        kind: Any = type(defaults[key])
+        if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
+            named = {str: "a text", int: "a whole number", float: "a number"}[kind]
+            problems.append(f"--{name}: {key} is {json.dumps(value)}, expected {named}")
+        elif key in ("mode", "bone_mode") and value not in ("bone", "bat"):
+            problems.append(f"--{name}: {key} {value!r} is unknown: use one of bone, bat")
+        else:
+            values[key] = kind(value)
+    return values, problems
