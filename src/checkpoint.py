@@ -16,8 +16,8 @@ from src.model.rwkv6 import RWKV6Shape, other_kind
 from src.model.shape import ModelShape, state_key
 from src.storage import PathLike
 
-_PREFIXES = ("_forward_module.", "model.")
-"""What DeepSpeed engines and wrapping modules put before every key."""
+_PREFIXES = ("_forward_module.", "module.", "_orig_mod.", "model.")
+"""What DeepSpeed engines, DataParallel, torch.compile and wrapping modules put before every key."""
 
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
@@ -72,8 +72,7 @@ class Checkpoint(Mapping[str, Tensor]):
 def open_checkpoint(path: PathLike) -> Checkpoint:
     """Opens a model file by memory map and checks that it is a complete RWKV-6 (x060) model.
 
-    Key prefixes `_forward_module.` and `model.`, and a `{"state_dict": ...}` around the keys, are
-    taken off.
+    Key prefixes of wrapping modules (`_PREFIXES`), and a `{"state_dict": ...}` around the keys, are taken off.
 
     Raises:
         CheckpointError: The file is missing, damaged, of another kind or architecture, or a key is
@@ -241,10 +240,9 @@ def _read(path: PathLike, role: str) -> dict[str, Any]:
 
 
 def _strip_prefix(key: str) -> str:
-    """The key without leading `_forward_module.` and `model.`, in any order."""
-    for prefix in _PREFIXES:
-        if key.startswith(prefix):
-            return _strip_prefix(key.removeprefix(prefix))
+    """The key without leading prefixes, in any order."""
+    while key.startswith(_PREFIXES):
+        key = key.partition(".")[2]
     return key
 
 

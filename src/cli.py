@@ -5,12 +5,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from src.config import TrainConfig
-from src.config.flags import BY_METHOD, Flags
+from src.config.flags import BY_METHOD, INPUT, OUTPUT, Flags, path_problem, shortened, shown_number
+from src.config.synonyms import meant_by
 from src.errors import ConfigError
+
+_NUMBER = re.compile(r"-[\d.]+([eE][-+]?\d+)?")
 
 
 class SuggestingParser(argparse.ArgumentParser):
@@ -20,6 +24,8 @@ class SuggestingParser(argparse.ArgumentParser):
         super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
 
     def error(self, message: str) -> NoReturn:
+        if "expected one argument" in message:
+            message += " (a value that begins with a dash is written --flag=VALUE)"
         raise ConfigError(f"{message}; see {self.prog} -h")
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: None = None) -> argparse.Namespace:  # type: ignore[override]
@@ -34,15 +40,17 @@ class SuggestingParser(argparse.ArgumentParser):
             stray = [
                 text
                 for before, text in zip(["", *unknown], unknown, strict=False)
-                if text.startswith("-") or not before.startswith("-") or "=" in before
+                if (text.startswith("-") and not _NUMBER.fullmatch(text)) or not before.startswith("-") or "=" in before
             ]
             raise ConfigError("; ".join(self._complaint(text) for text in stray))
         return known
 
     def _complaint(self, text: str) -> str:
         if not text.startswith("-"):
-            return f"{text!r} belongs to no flag"
-        name = text.split("=")[0]
+            return f"{shortened(text)!r} belongs to no flag"
+        name = shortened(text.split("=")[0])
+        if known := meant_by(name, self._option_string_actions):
+            return f"unknown flag {name}: {f'use {known}' if known.startswith('--') else known}"
         near = difflib.get_close_matches(name, list(self._option_string_actions), n=1, cutoff=0.5)
         return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else f"; see {self.prog} -h")
 
@@ -71,15 +79,26 @@ def given_flags(config_class: type[Flags], prog: str, description: str) -> dict[
 
 
 def merge_arguments() -> argparse.Namespace:
-    """The command line of merge_state.py: `base_model`, `state_checkpoint` and `output`."""
-    parser = argparse.ArgumentParser(
+    """The command line of merge_state.py: `base_model`, `state_checkpoint` and `output`.
+
+    Raises:
+        ConfigError: for flags, for other than three words, and for words that name no file.
+    """
+    parser = SuggestingParser(
+        prog="merge_state.py",
         description="Write a copy of an RWKV-6 base model that starts from a trained state (time_state). "
         "Every other tensor is copied bit for bit; the inputs are left alone.",
     )
     parser.add_argument("base_model", help="the .pth model that the state was trained on")
     parser.add_argument("state_checkpoint", help="the state file (rwkv-final.pth), or a merged model")
     parser.add_argument("output", help="the model to write; it must be neither of the inputs")
-    return parser.parse_args()
+    parsed = parser.parse_args()
+    for name, path in vars(parsed).items():
+        if problem := path_problem(path, OUTPUT if name == "output" else INPUT) or (
+            "" if path else "is empty: name a file"
+        ):
+            raise ConfigError(f"{name} {shortened(path)!r} {problem}")
+    return parsed
 
 
 def _given(
@@ -110,4 +129,6 @@ def _help(spec: dataclasses.Field[object]) -> str:
     text: str = spec.metadata["help"]
     if spec.default in ("", -1, BY_METHOD):
         return text
-    return f"{text} (default {spec.default})"
+    most = spec.metadata["most"]
+    limit = f"; at most {shown_number(most)}" if most else ""
+    return f"{text} (default {spec.default}{limit})"

@@ -7,11 +7,13 @@ import ctypes
 import os
 import platform
 import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
-from src.errors import ConfigError
+from src.errors import ConfigError, TrainingError
 from src.model.shape import ModelShape
 
 COMPUTE_DTYPES = {
@@ -24,6 +26,9 @@ OLDEST_CAPABILITY = (8, 0)
 _SMALL_MODEL = 20_000_000
 _CU_LIMIT_STACK_SIZE = 0
 _STACK_BYTES = 128
+_CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+_NO_MEMORY = ("can't allocate memory", "DefaultCPUAllocator", "Cannot allocate memory")
+"""How torch says that the host has no memory left, in a plain RuntimeError."""
 
 
 @dataclass(frozen=True)
@@ -176,6 +181,56 @@ def _limit_stacks(device: torch.device) -> None:
         driver = ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
         torch.cuda.synchronize(device)  # the limit is the context's, which this makes if there is none
         driver.cuCtxSetLimit(_CU_LIMIT_STACK_SIZE, ctypes.c_size_t(_STACK_BYTES))
+
+
+def memory_bytes(device: torch.device) -> int | None:
+    """All memory of a GPU, or what this process may take of the host's; None where the system does not say."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    if not hasattr(os, "sysconf"):
+        return None
+    known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for limit in map(Path, _CGROUP_LIMITS):
+        with contextlib.suppress(OSError, ValueError):  # no such group, or the word "max"
+            known.append(int(limit.read_text()))
+    return min(known)
+
+
+def require_memory(subject: str, way_out: str, needed_bytes: float, device: torch.device) -> None:
+    """Refuses what could not fit into all the memory there is.
+
+    Args:
+        subject: flags and values, the beginning of the sentence.
+        way_out: its end.
+        needed_bytes: at least.
+        device: the GPU, or a CPU for the host.
+
+    Raises:
+        ConfigError: naming what is needed and what there is.
+    """
+    there_bytes = memory_bytes(device)
+    if there_bytes is not None and needed_bytes > there_bytes:
+        name = "GPU" if device.type == "cuda" else "machine"
+        raise ConfigError(
+            f"{subject} needs {needed_bytes / 2**30:,.1f} GiB at least and the {name} has "
+            f"{there_bytes / 2**30:,.1f}: {way_out}"
+        )
+
+
+@contextlib.contextmanager
+def without_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """Inside, a device or host without memory left is an error of the user's, in the words of `advice`.
+
+    Raises:
+        TrainingError: no memory was left.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not known and not any(words in str(error) for words in _NO_MEMORY):
+            raise
+        raise TrainingError(advice()) from error
 
 
 def spare_threads(device: torch.device, shape: ModelShape) -> None:

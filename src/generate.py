@@ -33,6 +33,7 @@ PROMPT_CHUNK_TOKENS = 4096
 """Prompt tokens read at a time: bounds the memory of the first phase, whatever the prompts' lengths."""
 
 _SAMPLING_STREAM = 0x5361_6D70  # keeps these random numbers apart from others of the same seed
+_DRAWN_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -95,10 +96,9 @@ def generate(
     if not prompts:
         return []
     encoded = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
-    draws = np.stack([_random_numbers(settings, number) for number in numbers])
     with inference(model):
         logits, state = read_prompts(model, encoded)
-        sampler = _Sampler(settings, logits, torch.from_numpy(draws).to(logits.device))
+        sampler = _Sampler(settings, logits, numbers)
         active = list(range(len(prompts)))
         while True:
             tokens = sampler.sample(logits)
@@ -226,16 +226,20 @@ def draw(probabilities: Tensor, uniform: Tensor) -> Tensor:
 class _Sampler:
     """Penalties, sampling and random numbers of the rows still running."""
 
-    def __init__(self, settings: SamplingSettings, logits: Tensor, draws: Tensor) -> None:
+    def __init__(self, settings: SamplingSettings, logits: Tensor, numbers: Sequence[int]) -> None:
         self._settings = settings
         self._forbidden = torch.tensor(settings.forbidden_tokens, dtype=torch.int64, device=logits.device)
         self._counts = torch.zeros_like(logits)
-        self._draws = draws
+        self._generators = [np.random.default_rng((settings.seed, _SAMPLING_STREAM, number)) for number in numbers]
+        self._draws = logits.new_empty((len(numbers), 0), dtype=torch.float64)
         self._step = 0
 
     def sample(self, logits: Tensor) -> Tensor:
         """int64 [B] tokens for logits [B, V]; -1 where the logits are not finite."""
         settings = self._settings
+        if self._step % _DRAWN_AT_ONCE == 0:
+            drawn = np.stack([generator.random(_DRAWN_AT_ONCE) for generator in self._generators])
+            self._draws = torch.from_numpy(drawn).to(logits.device)
         finite = logits.isfinite().all(-1)
         scores = logits - self._counts * settings.frequency_penalty
         if settings.presence_penalty:
@@ -243,7 +247,7 @@ class _Sampler:
         scores.index_fill_(1, self._forbidden, -torch.inf)
         scores = torch.where(finite[:, None], scores, 0)
         probabilities = sampling_probabilities(scores, settings.temperature, settings.top_p)
-        tokens = draw(probabilities, self._draws[:, self._step])
+        tokens = draw(probabilities, self._draws[:, self._step % _DRAWN_AT_ONCE])
         self._counts *= settings.penalty_decay
         self._counts.scatter_add_(1, tokens[:, None], torch.ones_like(self._counts[:, :1]))
         self._step += 1
@@ -253,6 +257,7 @@ class _Sampler:
         """Goes on with the rows named by int64 [K]."""
         self._counts = self._counts[index]
         self._draws = self._draws[index]
+        self._generators = [self._generators[place] for place in index.tolist()]
 
 
 class _Answer:
@@ -283,11 +288,6 @@ class _Answer:
     def text(self) -> str:
         """All of it so far."""
         return self._bytes.decode("utf-8", errors="replace")
-
-
-def _random_numbers(settings: SamplingSettings, row: int) -> np.ndarray:
-    """[max_tokens] fp64 in [0, 1), the same for a row whatever is sampled beside it."""
-    return np.random.default_rng((settings.seed, _SAMPLING_STREAM, row)).random(settings.max_tokens)
 
 
 def answer_logps(

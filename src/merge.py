@@ -37,17 +37,17 @@ def merge_state(base_path: PathLike, state_path: PathLike, output_path: PathLike
     clients do not know them. Tensors go from the base's memory map to the output one by one.
 
     Raises:
-        CheckpointError: An input cannot be used, the state does not fit the base, the output is one
-            of the inputs, or it cannot be written. Nothing is then written.
+        ConfigError: The output is one of the inputs.
+        CheckpointError: An input cannot be used, the state does not fit the base, or the output cannot
+            be written. Nothing is then written.
     """
-    for role, source in (("base model", base_path), ("state file", state_path)):
-        if _same_file(source, output_path):
-            raise CheckpointError(
-                f"the output {output_path} is the {role} itself and would overwrite it; give another name"
-            )
+    storage.refuse_overlap({"base model": base_path, "state file": state_path}, {"output": output_path})
     base = open_checkpoint(base_path)
     states = load_state(state_path, base.info.shape)
-    storage.save(output_path, {**base, **states})
+    try:
+        storage.save(output_path, {**base, **states})
+    except MemoryError as error:
+        raise CheckpointError(f"no memory left to write {output_path}: end other programs, or add swap") from error
     return MergeReport(
         shape=base.info.shape,
         base_dtype=base.info.dtype,
@@ -55,13 +55,3 @@ def merge_state(base_path: PathLike, state_path: PathLike, output_path: PathLike
         replaced_state=base.info.has_state,
         size_bytes=os.path.getsize(output_path),
     )
-
-
-def _same_file(first: PathLike, second: PathLike) -> bool:
-    """Whether two paths name one file, by links too; the second need not exist."""
-    if os.path.realpath(first) == os.path.realpath(second):
-        return True
-    try:
-        return os.path.samefile(first, second)
-    except OSError:
-        return False

@@ -69,12 +69,12 @@ class LastingStream:
 
 @contextlib.contextmanager
 def lasting_output() -> Iterator[None]:
-    """Inside, writing to standard output and error never fails."""
-    for descriptor in (1, 2):
+    """Inside, writing to standard output and error never fails; what their encoding lacks is written as escapes."""
+    for descriptor in (0, 1, 2):
         try:
             os.fstat(descriptor)
         except OSError:  # closed: the next file that is opened would take its place, and get what is printed
-            nowhere = os.open(os.devnull, os.O_WRONLY)
+            nowhere = os.open(os.devnull, os.O_RDWR)
             if nowhere != descriptor:
                 os.dup2(nowhere, descriptor)
                 os.close(nowhere)
@@ -84,6 +84,9 @@ def lasting_output() -> Iterator[None]:
             stream or opened.enter_context(open(os.devnull, "w", encoding="utf-8"))  # None: closed from the start
             for stream in (out, err)
         )
+        for stream in (real_out, real_err):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
         sys.stdout = LastingStream(real_out, real_err)
         sys.stderr = LastingStream(real_err)
         try:

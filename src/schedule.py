@@ -19,9 +19,9 @@ class Schedule:
         total_steps: optimizer steps of the whole schedule, those before `first_step` included.
         first_step: schedule position at which this run begins (`epoch_begin` epochs).
         weight_decay, weight_decay_final: constant, or moving like the rate if the latter is > 0.
-        exit_tokens: if not 0, cosine decay over |exit_tokens| nominal tokens instead; positive
+        exit_tokens: if not 0, cosine decay over |exit_tokens| tokens instead; positive
             values use the cosine alone, negative ones average it with the exponential.
-        tokens_per_step: nominal tokens (ctx_len times samples) of one optimizer step.
+        tokens_per_step: tokens of one optimizer step on all ranks in the mean, padding not counted.
 
     Source: the schedule of RWKV-LM's trainer callback, with the division by zero at
     total_steps == warmup_steps removed.
@@ -35,7 +35,7 @@ class Schedule:
     weight_decay: float = 0.0
     weight_decay_final: float = -1.0
     exit_tokens: int = 0
-    tokens_per_step: int = 0
+    tokens_per_step: float = 0.0
 
     def progress(self, step: int) -> float:
         """Share of the decay done at `step`, from 0 to 1."""
@@ -56,7 +56,7 @@ class Schedule:
         return self.weight_decay * math.exp(math.log(ratio) * self.progress(step))
 
     def exhausted(self, step: int) -> bool:
-        """Whether `exit_tokens` nominal tokens have been trained when `step` begins."""
+        """Whether `exit_tokens` tokens have been trained when `step` begins."""
         if not self.exit_tokens:
             return False
         return (self.first_step + step) * self.tokens_per_step >= abs(self.exit_tokens)

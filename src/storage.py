@@ -2,20 +2,23 @@
 
 The only caller of `torch.load` and `torch.save`, and the only place that replaces files. A file of tensors is
 opened by memory map and with `weights_only`, never in any other way: reading it costs address space, not memory,
-and runs no code that the file brings along. A file is written beside its target, is flushed to the disk and then
-takes the target's place in one step.
+and runs no code that the file brings along. torch reads the names, sizes and strides; where the bytes of a tensor lie
+and that they are those that were written is found out here (`src.archive`). A file is written beside its target, is
+flushed to the disk and then takes the target's place in one step.
 """
 
 import errno
+import io
+import itertools
 import math
 import mmap
 import os
 import re
 import secrets
-import struct
+import stat
 import sys
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias
@@ -23,7 +26,8 @@ from typing import Any, BinaryIO, TypeAlias
 import torch
 from torch import Tensor
 
-from src.errors import CheckpointError
+from src.archive import PICKLE, Entry, check, conversion, read_directory, read_entry
+from src.errors import CheckpointError, ConfigError
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -33,9 +37,18 @@ UNFINISHED = ".unfinished"
 _REFUSED_GLOBAL = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
 """How torch names a Python object that it does not load with `weights_only`."""
 
+_BYTE_ORDER, _DATA = "byteorder", "data/"
+_MOST_TUPLES = 4
+"""How deep tuples lie in each other in which tensors are looked for."""
+_PROTOCOL = b"\x80\x02"
+_HUGE_ON_REQUEST = re.compile(rb"c(?:builtins|__builtin__)\n(bytearray)\n")
+"""What torch would load, though it takes as much memory as a number in the file says."""
+_DEEP_TUPLES = re.compile(rb"(?:N?[\x85-\x87]){5000}")
+"""The pickle of what Python cannot hash without the end of its stack, and so of the process."""
+
 
 def load(path: PathLike, role: str, writer: str = "torch.save (.pth)") -> Any:
-    """What a file written by `torch.save` holds, its tensors mapped.
+    """What a file written by `torch.save` holds, its tensors mapped, each a plain one over its own bytes.
 
     Args:
         role: what the file should be, for messages: "model file".
@@ -44,15 +57,15 @@ def load(path: PathLike, role: str, writer: str = "torch.save (.pth)") -> Any:
     Raises:
         CheckpointError: The file is missing, damaged, of another format, or holds more than plain data and tensors.
     """
-    _refuse_other_formats(Path(path), role, writer)
-    try:
-        return _load_mapped(path)
-    except (CheckpointError, MemoryError):
-        raise
-    except Exception as error:
-        # Whatever the reader trips over is a property of the file: a damaged archive, a broken or
-        # hostile pickle, a member beyond the end.
-        raise CheckpointError(_unreadable(path, error)) from error
+    with _opened(path, role) as file:
+        name = os.fspath(path)
+        _refuse_other_formats(file, name, role, writer)
+        entries = read_directory(file, name)
+        _refuse_other_byte_order(file, name, entries)
+        check(file, name, entries)
+        content, entry_of = _skeleton(name, read_entry(file, entries[PICKLE]), entries)
+        pages = _reserve_nothing(file, name)
+    return _map_tensors(content, lambda key, outline: _tensor(name, pages, entry_of(outline), key, outline))
 
 
 def save(
@@ -80,6 +93,38 @@ def save(
         raise
 
 
+def refuse_overlap(inputs: Mapping[str, PathLike], outputs: Mapping[str, PathLike]) -> None:
+    """Refuses to write what is read, and two outputs into one file; links and hard links are seen through.
+
+    Args:
+        inputs: what a file is for the user ("--load_model") -> its path, "" where none was given.
+        outputs: the same of the files that will be written.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    for output, written in outputs.items():
+        for name, read in inputs.items():
+            if read and _is_same_file(read, written):
+                raise ConfigError(
+                    f"{name} {read} would be written over, because it is the same file as {output} {written}: choose "
+                    "another for one of them"
+                )
+    for (first, path), (second, other) in itertools.combinations(outputs.items(), 2):
+        if _is_same_file(path, other):
+            raise ConfigError(f"{first} {path} and {second} {other} are one file: choose another for one of them")
+
+
+def _is_same_file(first: PathLike, second: PathLike) -> bool:
+    """Whether two paths name one file, by links too; neither need exist."""
+    try:
+        if os.path.realpath(first) == os.path.realpath(second):
+            return True
+        return os.path.samefile(first, second)
+    except (OSError, ValueError):  # one of them cannot exist
+        return False
+
+
 @contextmanager
 def replacing(path: PathLike, previous: PathLike | None = None) -> Iterator[BinaryIO]:
     """A new file that takes the place of `path` at the end of the block.
@@ -93,7 +138,10 @@ def replacing(path: PathLike, previous: PathLike | None = None) -> Iterator[Bina
     Raises:
         OSError: The file cannot be written: EISDIR if it is a folder, ENODEV if it is a device or pipe.
     """
-    target = Path(os.path.realpath(path))
+    try:
+        target = Path(os.path.realpath(path))
+    except ValueError as error:  # a zero byte
+        raise OSError(errno.EINVAL, "no file has such a name", str(path)) from error
     if target.exists() and not target.is_file():
         code = errno.EISDIR if target.is_dir() else errno.ENODEV
         raise OSError(code, os.strerror(code), str(path))
@@ -126,106 +174,196 @@ def _keep(path: Path, passing: Path, name: Path) -> None:
         passing.unlink(missing_ok=True)
 
 
-def _load_mapped(path: PathLike) -> Any:
-    """What the file holds, its tensors mapped.
+@contextmanager
+def _opened(path: PathLike, role: str) -> Iterator[BinaryIO]:
+    """An existing ordinary file, opened for reading.
 
-    The map is private and writable, and Linux counts such a map as memory it may have to provide:
-    by default it refuses one that is larger than memory and swap together, such as a 14B file on a
-    host of 16 GB. Then the file is mapped without that reservation.
+    Raises:
+        CheckpointError: it is missing, a folder, a device or a pipe, or cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except RuntimeError as error:
-        if "unable to mmap" not in str(error):
-            raise
-    return _load_without_reservation(path)
-
-
-def _load_without_reservation(path: PathLike) -> Any:
-    """As `torch.load` by memory map, with tensors over a map that reserves no memory.
-
-    torch tells at which byte of the file each storage begins. It computes that from the order of
-    its members, so each position is compared with the archive's own directory before it is used.
-    """
-    skeleton = torch.load(path, map_location="meta", weights_only=True)
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-    with open(path, "rb") as file:
-        mapping = mmap.mmap(
-            file.fileno(), 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=mmap.PROT_READ | mmap.PROT_WRITE
-        )
-    member_sizes = _member_sizes(path)
-
-    def mapped(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: mapped(entry) for key, entry in value.items()}
-        if not isinstance(value, Tensor) or value.layout != torch.strided or not value.numel():
-            return value
-        member = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-        if member is None:
-            raise CheckpointError(
-                f"{path} is larger than memory and swap together, and this version of torch cannot map such "
-                "a file; update torch, or add swap"
-            )
-        first = int(value.storage_offset()) * value.itemsize
-        count = 1 + sum((size - 1) * stride for size, stride in zip(value.shape, value.stride(), strict=True))
-        if first + count * value.itemsize > member_sizes.get(member, 0):
-            raise ValueError(f"no record of {count} values of {value.dtype} begins at byte {member}")
-        flat = torch.frombuffer(mapping, dtype=value.dtype, count=count, offset=member + first)
-        return flat.as_strided(value.shape, value.stride())
-
-    return mapped(skeleton)
-
-
-def _member_sizes(path: PathLike) -> dict[int, int]:
-    """First byte -> size in bytes of every uncompressed member of a zip archive."""
-    fixed_bytes, lengths_at = 30, 26  # of a member's own header; then follow its name and its padding
-    sizes = {}
-    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
-        for member in archive.infolist():
-            if member.compress_type == zipfile.ZIP_STORED:
-                file.seek(member.header_offset + lengths_at)
-                name_bytes, padding_bytes = struct.unpack("<HH", file.read(4))
-                sizes[member.header_offset + fixed_bytes + name_bytes + padding_bytes] = member.file_size
-    return sizes
-
-
-def _refuse_other_formats(path: Path, role: str, writer: str) -> None:
-    """Refuses what is not a zip archive written by `torch.save`, by the file's first bytes."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(512)
-            size_bytes = os.fstat(file.fileno()).st_size
+        mode = os.stat(path).st_mode
+        if stat.S_ISDIR(mode):
+            raise CheckpointError(f"{role} {path} is a directory; name the file itself")
+        if not stat.S_ISREG(mode):  # opening a pipe would wait for a writer
+            raise CheckpointError(f"{role} {path} is a device or pipe; name an ordinary file")
+        file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:
-        raise CheckpointError(f"{role} {path} does not exist; {_what_is_there(path)}") from None
-    except IsADirectoryError:
-        raise CheckpointError(f"{role} {path} is a directory; name the file itself") from None
+        raise CheckpointError(f"{role} {path} does not exist; {_what_is_there(Path(path))}") from None
     except OSError as error:
         raise CheckpointError(f"{role} {path} cannot be read: {error.strerror}") from error
+    except ValueError as error:  # a zero byte
+        raise CheckpointError(f"{role} {os.fspath(path)!r} cannot be read: no file has such a name") from error
+    with file:
+        try:
+            yield file
+        except OSError as error:
+            raise CheckpointError(f"{role} {path} cannot be read: {error.strerror}") from error
+
+
+def _refuse_other_byte_order(file: BinaryIO, path: str, entries: Mapping[str, Entry]) -> None:
+    """Refuses what a machine of another kind wrote.
+
+    Raises:
+        CheckpointError: naming its byte order.
+    """
+    order = read_entry(file, entries[_BYTE_ORDER]) if _BYTE_ORDER in entries else b"little"
+    if order != b"little":
+        raise CheckpointError(
+            f"{path} has byte order {order[:16]!r} instead of b'little'; write it again on an ordinary (little-endian) "
+            "machine, or download it again"
+        )
+
+
+def _skeleton(path: str, pickled: bytes, entries: Mapping[str, Entry]) -> tuple[Any, Callable[[Tensor], Entry | None]]:
+    """What a file holds, its tensors without bytes, and the function from such a tensor to its entry.
+
+    torch sees an archive of the pickle and empty entries: nothing else in the file can mislead it. It notes where in
+    that archive the bytes of a storage would begin, which tells the entry by name.
+
+    Args:
+        pickled: the entry `data.pkl`.
+
+    Raises:
+        CheckpointError: the pickle is damaged or holds more than plain data and tensors.
+    """
+    if not pickled.startswith(_PROTOCOL):
+        raise CheckpointError(
+            f"{path} is damaged or not a checkpoint; it holds no pickle of protocol 2, which torch.save writes unless "
+            "told otherwise"
+        )
+    if _DEEP_TUPLES.search(pickled):
+        raise CheckpointError(f"{path} is damaged or not a checkpoint; it holds tuples in tuples, thousands deep")
+    refused = _HUGE_ON_REQUEST.search(pickled)
+    if refused:
+        raise CheckpointError(_python_object(path, f"builtins.{refused[1].decode()}"))
+    outline = io.BytesIO()
+    with zipfile.ZipFile(outline, "w") as archive:
+        archive.writestr(f"outline/{PICKLE}", pickled)
+        archive.writestr("outline/version", "3\n")
+        place = {}
+        for name in entries:
+            if name.startswith(_DATA):
+                archive.writestr(f"outline/{name}", b"")
+                place[outline.tell()] = name
+    outline.seek(0)
+    try:
+        content = torch.load(outline, map_location="meta", weights_only=True)
+    except Exception as error:
+        # Whatever the reader trips over is a property of the file: a damaged or hostile pickle, an entry that is
+        # not there, sizes that no tensor has.
+        raise CheckpointError(_unreadable(path, error)) from error
+
+    def entry_of(tensor: Tensor) -> Entry | None:
+        if not tensor.is_meta or tensor.layout != torch.strided or tensor.is_quantized:
+            return None
+        name = place.get(getattr(tensor.untyped_storage(), "_checkpoint_offset", -1))
+        return entries[name] if name else None
+
+    return content, entry_of
+
+
+def _map_tensors(content: Any, tensor_of: Callable[[str, Tensor], Tensor]) -> Any:
+    """`content` with `tensor_of(name, outline)` for every tensor in its dicts, lists and tuples.
+
+    It may be nested as deep as a file likes, and hold one part in many places or itself.
+    """
+    whole = [content]
+    waiting: list[dict[Any, Any] | list[Any]] = [whole]
+    seen = set()
+
+    def of_tuple(parts: tuple[Any, ...], levels: int) -> tuple[Any, ...]:
+        return tuple(of(str(number), part, levels) for number, part in enumerate(parts))
+
+    def of(name: str, part: Any, levels: int = _MOST_TUPLES) -> Any:
+        if isinstance(part, Tensor):
+            return tensor_of(name, part)
+        if isinstance(part, (dict, list)):
+            waiting.append(part)
+        return of_tuple(part, levels - 1) if type(part) is tuple and levels else part
+
+    while waiting:
+        parts = waiting.pop()
+        if id(parts) in seen:
+            continue
+        seen.add(id(parts))
+        found = [  # of a list of numbers, which may be long, nothing
+            (key, part)
+            for key, part in (parts.items() if isinstance(parts, dict) else enumerate(parts))
+            if isinstance(part, (Tensor, dict, list, tuple))
+        ]
+        for key, part in found:
+            parts[key] = of(key if isinstance(key, str) else f"a {type(key).__name__}", part)
+    return whole[0]
+
+
+def _reserve_nothing(file: BinaryIO, path: str) -> mmap.mmap:
+    """The file's bytes on pages that are read when they are used, and written to without changing the file.
+
+    Linux counts such a map as memory it may have to provide, and by default refuses one that is larger than memory and
+    swap together, such as a 14B file on a host of 16 GB; so it reserves nothing.
+    """
+    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
+    protection = mmap.PROT_READ | mmap.PROT_WRITE
+    try:
+        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=protection)
+    except OSError as error:
+        size = _amount(os.fstat(file.fileno()).st_size)
+        raise CheckpointError(f"{path} of {size} cannot be mapped ({error.strerror}); raise `ulimit -v`") from error
+
+
+def _tensor(path: str, pages: mmap.mmap, entry: Entry | None, name: str, outline: Tensor) -> Tensor:
+    """The plain tensor that `outline` describes, over the bytes of its entry.
+
+    Args:
+        entry: None if the file has no bytes for it.
+        outline: a tensor on the meta device, of any kind.
+
+    Raises:
+        CheckpointError: it does not fit the entry.
+    """
+    if outline.layout != torch.strided or outline.is_quantized:
+        return outline  # which no reader takes
+    if entry is None or outline.is_neg() or outline.is_conj():
+        raise CheckpointError(
+            f"{path}: {name} has no values of its own in the file (a meta tensor, or one that is computed); save the "
+            "tensors themselves"
+        )
+    item_bytes, count = outline.itemsize, outline.numel()
+    reach = 1 + sum((size - 1) * stride for size, stride in zip(outline.shape, outline.stride(), strict=True))
+    needed_bytes = (outline.storage_offset() + max(reach, count)) * item_bytes if count else 0
+    if outline.untyped_storage().nbytes() != entry.size_bytes or needed_bytes > entry.size_bytes:
+        raise CheckpointError(
+            f"{path} is damaged: {name} of shape {list(outline.shape)} and {outline.dtype} does not fit the "
+            f"{entry.size_bytes} bytes that are there for it; copy or download it again"
+        )
+    if not count:
+        return torch.empty(outline.shape, dtype=outline.dtype)
+    first = entry.start + int(outline.storage_offset()) * item_bytes
+    if first % item_bytes:  # of a rewritten archive
+        flat = torch.frombuffer(bytearray(pages[first : first + reach * item_bytes]), dtype=outline.dtype)
+    else:
+        flat = torch.frombuffer(pages, dtype=outline.dtype, count=reach, offset=first)
+    return flat.as_strided(outline.shape, outline.stride())
+
+
+def _refuse_other_formats(file: BinaryIO, path: str, role: str, writer: str) -> None:
+    """Refuses what is not a zip archive written by `torch.save`, by the file's first bytes."""
+    head = file.read(512)
     if head.startswith(b"PK\x03\x04"):
-        if not zipfile.is_zipfile(path):
-            raise CheckpointError(
-                f"{path} is incomplete: its {size_bytes} bytes begin like a .pth file, but the directory at "
-                "its end is missing; copy or download it again"
-            )
         return
     if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"):
         raise CheckpointError(
             f"{path} is a .pth file in the format of torch before 1.6, which cannot be memory-mapped; "
-            f"convert it once with {_conversion(weights_only=True)}"
+            f"convert it once with {conversion(weights_only=True)}"
         )
     if head[257:262] == b"ustar":
         raise CheckpointError(
             f"{path} is a tar archive as torch wrote before 0.1.10, which cannot be memory-mapped; if you "
             "trust its origin, because loading this format can run code, convert it once with "
-            f"{_conversion(weights_only=False)}"
+            f"{conversion(weights_only=False)}"
         )
     raise CheckpointError(f"{path} is {_describe(head)}, not a {role} written by {writer}")
-
-
-def _conversion(weights_only: bool) -> str:
-    """The command that rewrites a file of an old format."""
-    load = f"torch.load('OLD.pth', map_location='cpu', weights_only={weights_only})"
-    return f"python -c \"import torch; torch.save({load}, 'NEW.pth')\""
 
 
 def _describe(head: bytes) -> str:
@@ -265,22 +403,26 @@ def _what_is_there(path: Path) -> str:
 def _unreadable(path: PathLike, error: Exception) -> str:
     """One sentence for what `torch.load` said in many."""
     reason = str(error)
-    if "TorchScript" in reason:
-        return f"{path} is a TorchScript program, not a dict of tensors"
     global_ = _REFUSED_GLOBAL.search(reason)
     if global_:
-        return (
-            f"{path} holds a Python object ({global_[1]}) beside tensors, and loading it could run foreign code; "
-            "save the dict of tensors alone"
-        )
-    if isinstance(error, OSError) and error.strerror:
-        return f"{path} cannot be read: {error.strerror}"
+        return _python_object(path, global_[1])
+    if isinstance(error, MemoryError):
+        return f"{path} holds more than there is memory for; use a machine with more, or an undamaged file"
     first_line = reason.strip().splitlines()[0] if reason.strip() else type(error).__name__
     return f"{path} is damaged or not a checkpoint; copy or download it again (torch: {first_line[:200]})"
 
 
+def _python_object(path: PathLike, name: str) -> str:
+    return (
+        f"{path} holds a Python object ({name}) beside tensors, and loading it could run foreign code; save the dict "
+        "of tensors alone"
+    )
+
+
 def _unwritable(path: PathLike, error: OSError, size: str) -> str:
     """Why a file of this size cannot be written, as the end of a sentence."""
+    if error.errno == errno.EINVAL:
+        return f"cannot be written: {error.strerror}"
     folder = Path(os.path.realpath(path)).parent
     no_folder = f"cannot be written: there is no folder {folder}; create it first"
     known = {
@@ -307,6 +449,10 @@ def _size(content: Mapping[str, Any] | list[Any], unit: str) -> str:
     size_bytes = tensor_bytes(content)
     if size_bytes < 2**20 / 100:
         return f"{size_bytes:,} bytes"
+    return _amount(size_bytes)
+
+
+def _amount(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.2f} MiB"
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterable
-from functools import cached_property
+from functools import cache, cached_property
 from typing import Any, Protocol
 
 from src.errors import DataError
@@ -111,6 +111,12 @@ class WorldTokenizer(Tokenizer):
         return table
 
 
+@cache
+def _world_tokenizer() -> WorldTokenizer:
+    """One for all, because its tables take more than a second to build."""
+    return WorldTokenizer()
+
+
 def tokenizer_for_vocabulary(vocab_size: int) -> Tokenizer:
     """The tokenizer of models with `vocab_size` entries.
 
@@ -118,7 +124,7 @@ def tokenizer_for_vocabulary(vocab_size: int) -> Tokenizer:
         DataError: no tokenizer belongs to this vocabulary, or its package is not installed.
     """
     if vocab_size == WORLD_VOCABULARY:
-        return WorldTokenizer()
+        return _world_tokenizer()
     if vocab_size in BYTE_VOCABULARIES:
         return ByteTokenizer()
     raise DataError(

@@ -13,6 +13,7 @@ ENTRY_SCRIPTS = ("train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_ge
 LEVELS = (
     ("src.output",),
     ("src.errors",),
+    ("src.archive",),
     ("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout", "src.storage", "src.identity"),
     ("src.data", "src.ops"),
     ("src.quant",),
@@ -59,7 +60,7 @@ ARCHITECTURE_KEY = re.compile(r"\b(time_(maa|mix_w|mix_x|decay|faaaa)\w*|ln_x)\b
 """How an architecture's own tensors are called; `time_state` is every architecture's."""
 ARCHITECTURES = ("src.model.rwkv6",)
 
-ENVIRONMENT_READERS = ("src.device", "src.ops.cuda_extension")
+ENVIRONMENT_READERS = ("src.device", "src.ops.cuda_extension", "src.archive")
 """Who may look at the environment: what launchers and compilers say of the place, never a setting."""
 
 

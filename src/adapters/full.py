@@ -28,7 +28,6 @@ class FullTraining:
     small = False
     recordable = False
     freezes_matrices = False
-    needs_base = False
     adapters: AdapterPlan | None = None
 
     def __init__(self, *, layerwise_rates: bool = True) -> None:

@@ -28,14 +28,12 @@ class Method(Protocol):
         small: whether what is trained is megabytes, not gigabytes.
         recordable: whether its steps can be CUDA graphs.
         freezes_matrices: whether the large matrices stay as they are, so that they can be packed.
-        needs_base: whether its files are of use only beside the base model.
         adapters: what stands beside the matrices.
     """
 
     small: bool
     recordable: bool
     freezes_matrices: bool
-    needs_base: bool
     adapters: AdapterPlan | None
 
     def trained_names(self, shape: ModelShape) -> list[str]:

@@ -25,7 +25,6 @@ class StateTuning:
     small = True
     recordable = True
     freezes_matrices = True
-    needs_base = True
     adapters: AdapterPlan | None = None
 
     def trained_names(self, shape: ModelShape) -> list[str]:

@@ -59,7 +59,6 @@ class Tuning:
 
     small = False
     freezes_matrices = True
-    needs_base = True
 
     def __init__(
         self,

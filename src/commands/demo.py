@@ -8,9 +8,10 @@ come from.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from src.checkpoint import open_checkpoint
@@ -21,6 +22,7 @@ from src.device import global_rank
 from src.errors import ConfigError
 from src.generate import SamplingSettings, generate
 from src.loading import LoadOptions, open_model
+from src.storage import refuse_overlap
 from src.tokenizer import tokenizer_for_vocabulary
 from src.training.engine import apply_hardware, resolve_hardware
 from src.training.evaluation import START_POSITIONS, HeldOutLoss, HeldOutPreference
@@ -102,10 +104,8 @@ def _orpo_demo(given: Mapping[str, str]) -> RunResult:
         "follows in the Bible to its own continuation. Only its initial state is trained.\n"
     )
     if global_rank() == 0:
-        try:
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--proj_dir {folder} cannot be written ({error.strerror}): choose another") from error
         _make_pairs(config, "orpo.csv", config.rlhf_train_file, config.epoch_steps * config.micro_bsz)
         _make_pairs(config, "orpo-held-out.csv", config.val_file, most=0)
     prompt = TEMPLATES[TEMPLATE].prompt(read_rows(_bundled("orpo-held-out.csv"))[0].prompt)
@@ -137,13 +137,15 @@ def _make_pairs(config: TrainConfig, source: str, pairs_file: str, most: int) ->
     """
     stem = Path(pairs_file).with_suffix("")
     prompts, complete = f"{stem}-prompts.csv", f"{stem}-rejects.csv"
+    refuse_overlap({"--load_model": config.load_model}, {"the prompts": prompts, "the rejects": complete})
     rows = read_rows(_bundled(source))[: most or None]
-    with open(prompts, "w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("prompt", "chosen", "reject"))
-        table.writerows((row.prompt, row.chosen, "") for row in rows)
-    for leftover in (complete, f"{complete}.run.json"):
-        Path(leftover).unlink(missing_ok=True)
+    with _writing(Path(config.proj_dir)):
+        with open(prompts, "w", encoding="utf-8", newline="") as file:
+            table = csv.writer(file)
+            table.writerow(("prompt", "chosen", "reject"))
+            table.writerows((row.prompt, row.chosen, "") for row in rows)
+        for leftover in (complete, f"{complete}.run.json"):
+            Path(leftover).unlink(missing_ok=True)
     common = {"load_model": config.load_model, "accelerator": config.accelerator, "template": TEMPLATE}
     if config.precision:
         common["precision"] = config.precision
@@ -153,6 +155,17 @@ def _make_pairs(config: TrainConfig, source: str, pairs_file: str, most: int) ->
     pairing = {"input_csv": complete, "output_save": pairs_file, "target_pair_count": str(len(rows))}
     prepare_pairs(PairConfig.from_flags({**common, **pairing}))
     say()
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Inside, what the system refuses is the folder's fault."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(
+            f"--proj_dir {folder} cannot be written ({error.filename}: {error.strerror}): choose another"
+        ) from error
 
 
 def _sample(config: TrainConfig, prompt: str, state_file: Path | None = None, stop: str = "") -> str:

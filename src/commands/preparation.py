@@ -5,30 +5,34 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import hashlib
+import http.client
 import json
 import os
 import shlex
 import urllib.request
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from src.checkpoint import Checkpoint, open_checkpoint
+from src.checkpoint import Checkpoint, load_state, open_checkpoint
 from src.config import PairConfig, RejectConfig
+from src.data.inputs import opened, unix_lines
 from src.data.pair_file import save_pairs
-from src.data.preferences import TEMPLATES, PreparedPairs, make_pairs, read_rows
+from src.data.preferences import PreparedPairs, in_template, make_pairs, read_rows
 from src.data.reject_file import RejectFile, plan_groups
-from src.device import apply_device, resolve_device
-from src.errors import ConfigError, DataError, TrainingError
+from src.data.turns import formatted_statement, is_formatted
+from src.device import apply_device, require_memory, resolve_device, without_memory
+from src.errors import ConfigError, DataError
 from src.generate import SamplingSettings, answer_logps, generate
 from src.loading import LoadOptions, open_model
-from src.storage import replacing
+from src.storage import refuse_overlap, replacing
 from src.tokenizer import WORLD_VOCABULARY, Tokenizer, tokenizer_for_vocabulary
 
 _POST_TIMEOUT_SECONDS = 2.0
 _HASHED_BYTES = 1 << 28
+_PAIR_BYTES = 150
+"""Of a pair's objects in memory, beside its text; tokens are shared by the pairs of a row."""
 
 
 def generate_rejects(config: RejectConfig) -> None:
@@ -41,15 +45,25 @@ def generate_rejects(config: RejectConfig) -> None:
     Raises:
         UserError: for everything the user can put right.
     """
-    rows = read_rows(config.input_csv)
+    progress = f"{config.output_csv}.run.json"
+    refuse_overlap(
+        {"--load_model": config.load_model, "--load_state": config.load_state, "--input_csv": config.input_csv},
+        {"--output_csv": config.output_csv, "its progress": progress},
+    )
+    rows = read_rows(config.input_csv, _note)
     checkpoint = open_checkpoint(config.load_model)
     tokenizer = tokenizer_for_vocabulary(checkpoint.info.shape.vocab_size)
+    formatted = sum(is_formatted(unix_lines(row.prompt)[0]) for row in rows)
+    if formatted:
+        _note(formatted_statement(formatted))
     groups = plan_groups(rows, config.batch, overwrite=bool(config.overwrite))
     options = _load_options(config)
     settings = {**dataclasses.asdict(config), "precision": str(options.compute_dtype).removeprefix("torch.")}
     for irrelevant in ("input_csv", "output_csv", "accelerator", "load_model", "load_state"):
         del settings[irrelevant]
     settings["load_model"] = _identity(config.load_model)
+    if config.load_state:
+        load_state(config.load_state, checkpoint.info.shape)  # refused before anything is written
     settings["load_state"] = _identity(config.load_state)
 
     with RejectFile(config.output_csv, rows, settings) as file:
@@ -79,18 +93,19 @@ def _sampler(
     config: RejectConfig, checkpoint: Checkpoint, options: LoadOptions, tokenizer: Tokenizer
 ) -> Callable[[Sequence[str], Sequence[int], Callable[[int, int], None]], list[str]]:
     """Loads the model and returns a function of (prompts, row numbers, on_finished) that answers."""
-    model = open_model(checkpoint, options, state_file=config.load_state)
-    settings, template = sampling_settings(config), TEMPLATES[config.template]
+    with without_memory(lambda: "no memory left for the model: use --quant 1, or a smaller model"):
+        model = open_model(checkpoint, options, state_file=config.load_state)
+    settings = sampling_settings(config)
 
     def sample(prompts: Sequence[str], numbers: Sequence[int], on_finished: Callable[[int, int], None]) -> list[str]:
-        texts = [template.prompt(prompt.replace("\r\n", "\n")) for prompt in prompts]
-        try:
+        texts = [in_template(config.template, unix_lines(prompt)[0]) for prompt in prompts]
+        with without_memory(
+            lambda: (
+                f"no memory left with {len(prompts)} rows at a time: use a smaller --batch than {config.batch}, or "
+                f"--quant 1{', or --accelerator cpu' if options.device.type == 'cuda' else ''}"
+            )
+        ):
             return generate(model, tokenizer, texts, settings, row_numbers=numbers, on_finished=on_finished)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"no GPU memory left with {len(prompts)} rows at a time: use a smaller --batch than {config.batch}, "
-                "or --quant 1, or --accelerator cpu"
-            ) from error
 
     return sample
 
@@ -116,27 +131,40 @@ def prepare_pairs(config: PairConfig) -> PreparedPairs:
     Raises:
         UserError: for everything the user can put right; nothing is written then.
     """
-    rows = read_rows(config.input_csv)
+    refuse_overlap(
+        {"--load_model": config.load_model, "--input_csv": config.input_csv},
+        {"--output_save": config.output_save, "its texts": config.text_file},
+    )
+    rows = read_rows(config.input_csv, _note)
     checkpoint = open_checkpoint(config.load_model) if config.load_model else None
     tokenizer = tokenizer_for_vocabulary(checkpoint.info.shape.vocab_size if checkpoint else WORLD_VOCABULARY)
     _require_folder(config.output_save)
+    text_bytes = sum(len(row.prompt) + len(row.chosen) for row in rows) / len(rows)
+    require_memory(
+        f"--target_pair_count {config.target_pair_count}",
+        "lower it",
+        config.target_pair_count * (text_bytes + _PAIR_BYTES),
+        torch.device("cpu"),
+    )
 
     def post(made: int) -> None:
         if config.fapi_logging_callback and made % config.fapi_logging_callback_step == 0:
             _post_status(config.fapi_logging_address, f"{made} of {config.target_pair_count} pairs")
 
-    prepared = make_pairs(
-        config.input_csv,
-        rows,
-        tokenizer,
-        config.target_pair_count,
-        template=config.template,
-        longest=config.max_len or None,
-        seed=config.seed,
-        on_pair=post,
-    )
+    with without_memory(lambda: f"no memory left for --target_pair_count {config.target_pair_count}: lower it"):
+        prepared = make_pairs(
+            config.input_csv,
+            rows,
+            tokenizer,
+            config.target_pair_count,
+            template=config.template,
+            longest=config.max_len or None,
+            seed=config.seed,
+            on_pair=post,
+        )
     if checkpoint and config.base_logp:
-        prepared = _with_base_logps(prepared, checkpoint, config)
+        with without_memory(lambda: "no memory left for --base_logp 1: use --quant 1, or a smaller --max_len"):
+            prepared = _with_base_logps(prepared, checkpoint, config)
     _write_texts(config.text_file, prepared.texts)
     save_pairs(config.output_save, prepared.pairs)
 
@@ -168,14 +196,19 @@ def _load_options(config: RejectConfig | PairConfig) -> LoadOptions:
     return LoadOptions(chosen.device, chosen.compute_dtype, config.quant_type if config.quant else None)
 
 
+def _note(line: str) -> None:
+    print(f"note: {line}")
+
+
 def _identity(path: str) -> str:
     """What tells a file from another: its name and size, and for a state file's size its content too."""
     if not path:
         return ""
-    size = os.path.getsize(path)
-    if size > _HASHED_BYTES:
-        return f"{os.path.basename(path)}, {size} bytes"
-    return f"{os.path.basename(path)}, sha256 {hashlib.sha256(Path(path).read_bytes()).hexdigest()}"
+    with opened(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > _HASHED_BYTES:
+            return f"{os.path.basename(path)}, {size} bytes"
+        return f"{os.path.basename(path)}, sha256 {hashlib.sha256(file.read()).hexdigest()}"
 
 
 def _require_folder(path: str) -> None:
@@ -196,10 +229,10 @@ def _write_texts(path: str, texts: Sequence[str]) -> None:
 
 def _post_status(address: str, text: str) -> None:
     """POST of the progress; a listener that is not there is no error."""
-    request = urllib.request.Request(
-        address.rstrip("/") + "/ProcessingCallback",
-        data=json.dumps({"statusinfo": text}).encode(),
-        headers={"Content-Type": "application/json"},
-    )
-    with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=_POST_TIMEOUT_SECONDS):
-        pass
+    with contextlib.suppress(OSError, ValueError, http.client.HTTPException):
+        request = urllib.request.Request(
+            address.rstrip("/") + "/ProcessingCallback",
+            data=json.dumps({"statusinfo": text}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        urllib.request.urlopen(request, timeout=_POST_TIMEOUT_SECONDS).close()

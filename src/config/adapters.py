@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from src.config.flags import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, Flags, Given, Lines, Rule, flag
+from src.config.flags import AT_LEAST_1, INPUT, NOT_NEGATIVE, SHARE_BELOW_1, Flags, Given, Lines, Rule, flag, shortened
 
 PEFT_NAMES = ("none", "lora", "pissa", "bone", "bat", "disha")
 DEFAULT_PARTS = "time,ln"
@@ -47,22 +47,22 @@ class AdapterFlags(Flags, group="adapters"):
     pissa_config: str = flag("", "JSON of RWKV-PEFT: pissa_load, pissa_init, pissa_r (8), svd_niter (4)")
     bone_config: str = flag("", "JSON of RWKV-PEFT: bone_load, bone_mode (bone, or bat if missing), bone_r (64)")
     disha_config: str = flag("", "JSON of RWKV-PEFT: load, mode (bone or bat), r (64)")
-    lora_r: int = flag(64, "rank", must=AT_LEAST_1)
+    lora_r: int = flag(64, "rank", must=AT_LEAST_1, most=2**14)
     lora_alpha: float = flag(64.0, "what the adapter adds is scaled by alpha / r", must=NOT_NEGATIVE)
     lora_dropout: float = flag(0.0, "on the adapter's input; steps are then not recorded", must=SHARE_BELOW_1)
     lora_rslora: int = flag(0, "1 scales by alpha / sqrt(r)", (0, 1))
     lora_plus: float = flag(
         1.0, "learning rate of B is so many times A's (LoRA+)", must=Rule(lambda value: value > 0, "must be above 0")
     )
-    pissa_r: int = flag(64, "rank", must=AT_LEAST_1)
-    svd_niter: int = flag(4, "power iterations of the start's randomised SVD", must=NOT_NEGATIVE)
-    bone_r: int = flag(64, "block size of bone and bat", must=AT_LEAST_1)
+    pissa_r: int = flag(64, "rank", must=AT_LEAST_1, most=2**14)
+    svd_niter: int = flag(4, "power iterations of the start's randomised SVD", must=NOT_NEGATIVE, most=1000)
+    bone_r: int = flag(64, "block size of bone and bat", must=AT_LEAST_1, most=2**14)
     targets: str = flag("", "matrices that get an adapter, e.g. att.key,ffn.value or key; empty: all of every layer")
     train_parts: str = flag(
         "", "further weights, by parts of their names: time,ln or [\"time\",\"ln\"] (default with --peft), or []",
         several=True,
     )  # fmt: skip
-    load_adapter: str = flag("", "go on from this file of an earlier run")
+    load_adapter: str = flag("", "go on from this file of an earlier run", path=INPUT)
     lr_state: float = flag(
         1.0, "rate of the states where other things are trained, too; it moves as the other does", must=NOT_NEGATIVE
     )
@@ -121,7 +121,7 @@ class AdapterFlags(Flags, group="adapters"):
         if name:
             twice = [flag for flag in self._said_by_json() if flag in given]
             for flag_name in twice:
-                yield f"--{flag_name} {given[flag_name]} and --{name} both say it: give it in one place"
+                yield f"--{flag_name} {shortened(given[flag_name])} and --{name} both say it: give it in one place"
             if self.peft == "bat" and '"bone_mode"' in self.bone_config and self._json(name)[0]["bone_mode"] != "bat":
                 yield "--peft bat and bone_mode in --bone_config name two methods: leave bone_mode out"
         if self.load_adapter and self.peft == "none" and not self.parts:
@@ -131,7 +131,7 @@ class AdapterFlags(Flags, group="adapters"):
         for name, methods in _USED_BY.items():
             value = getattr(self, name)
             if value != getattr(AdapterFlags, name) and self.peft not in methods:
-                yield f"--{name} {value} has no effect without --peft {' or '.join(methods)}"
+                yield f"--{name} {shortened(str(value))} has no effect without --peft {' or '.join(methods)}"
         if self.peft == "bone" and self.bone_config and '"bone_mode"' not in self.bone_config:
             yield "--bone_config without bone_mode means bat, as where it comes from; bone is another method"
         if self.peft == "disha" and '"mode"' not in self.disha_config:
@@ -152,21 +152,23 @@ def _read_json(name: str, text: str) -> tuple[dict[str, Any], list[str]]:
         return dict(defaults), []
     try:
         content = json.loads(text)
-    except json.JSONDecodeError as error:
-        return dict(defaults), [f"--{name} {text} is no JSON ({error}): write it as '{json.dumps(defaults)}'"]
+    except (ValueError, RecursionError) as error:
+        return dict(defaults), [
+            f"--{name} {shortened(text)} is no JSON ({error}): write it as '{json.dumps(defaults)}'"
+        ]
     if not isinstance(content, Mapping):
-        return dict(defaults), [f"--{name} {text} is no JSON object: write it as '{json.dumps(defaults)}'"]
+        return dict(defaults), [f"--{name} {shortened(text)} is no JSON object: write it as '{json.dumps(defaults)}'"]
     values, problems = dict(defaults), []
     for key, value in content.items():
         if key not in defaults:
-            problems.append(f"--{name} has the unknown key {key!r}: it may have {', '.join(defaults)}")
+            problems.append(f"--{name} has the unknown key {shortened(key)!r}: it may have {', '.join(defaults)}")
             continue
         kind: Any = type(defaults[key])
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             named = {str: "a text", int: "a whole number", float: "a number"}[kind]
-            problems.append(f"--{name}: {key} is {json.dumps(value)}, expected {named}")
+            problems.append(f"--{name}: {key} is {shortened(json.dumps(value))}, expected {named}")
         elif key in ("mode", "bone_mode") and value not in ("bone", "bat"):
-            problems.append(f"--{name}: {key} {value!r} is unknown: use one of bone, bat")
+            problems.append(f"--{name}: {key} {shortened(str(value))!r} is unknown: use one of bone, bat")
         else:
             values[key] = kind(value)
     return values, problems

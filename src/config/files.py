@@ -1,10 +1,11 @@
-"""What a run reads, where it writes, and who else is told how it goes."""
+"""What a run reads and where it writes."""
 
+import json
 import os
+import re
 from dataclasses import dataclass
-from typing import Any
 
-from src.config.flags import NOT_NEGATIVE, Flags, Given, Lines, flag
+from src.config.flags import FOLDER, INPUT, NOT_NEGATIVE, Flags, Given, Lines, empty_paths, flag
 
 DATA_TYPES = ("binidx", "jsonl", "utf-8", "dummy")
 
@@ -13,57 +14,131 @@ DATA_TYPES = ("binidx", "jsonl", "utf-8", "dummy")
 class FileFlags(Flags, group="files"):
     """Files of a training run."""
 
-    load_model: str = flag("", "base model, an RWKV-6 (x060) .pth")
-    load_state: str = flag("", "start from this state file instead of zeros")
-    proj_dir: str = flag("out", "folder for checkpoints and logs, created if missing")
+    load_model: str = flag("", "base model, an RWKV-6 (x060) .pth", path=INPUT)
+    load_state: str = flag("", "start from this state file instead of zeros", path=INPUT)
+    proj_dir: str = flag("out", "folder for checkpoints and logs, created if missing", path=FOLDER)
     resume: int = flag(0, "1 goes on with the run in proj_dir; flags not given are those it was begun with", (0, 1))
     overwrite: int = flag(0, "1 begins anew in a folder that holds results, which are removed", (0, 1))
     save_minutes: float = flag(
-        0.0,
-        "minutes between saves of what --resume 1 goes on from; 0 lets the run choose, from 1 up",
-        must=NOT_NEGATIVE,
-    )
-    data_file: str = flag("", "training data: binidx prefix, .jsonl or text file")
+        0.0, "minutes between saves of what --resume 1 goes on from; 0 lets the run choose, from 1 up",
+        must=NOT_NEGATIVE, most=1e6,
+    )  # fmt: skip
+    data_file: str = flag("", "training data: binidx prefix, .jsonl or text file", path=INPUT)
     data_type: str = flag(
         "", "binidx, jsonl, utf-8 (plain text) or dummy; found from the file if not given", DATA_TYPES
     )
     val_file: str = flag(
-        "",
-        "held-out data of the same kind: loss before and after, with quant 1 also on the unpacked base",
+        "", "held-out data of the same kind: loss before and after, with quant 1 also on the unpacked base", path=INPUT
     )
     demo: str = flag("", "run the bundled demonstration: sft or orpo", ("sft", "orpo"))
 
     def _contradictions(self, given: Given) -> Lines:
+        yield from empty_paths(self, "proj_dir")
         if self.resume and self.overwrite:
             yield "--resume 1 keeps what --overwrite 1 removes: leave one of them out"
         if self.data_type == "dummy" and self.val_file:
             yield "--val_file has no meaning with --data_type dummy: leave one of them out"
 
 
-def logging_address_flag() -> Any:
-    """Where figures are posted, the same for every script."""
-    return flag("http://localhost:5000/", "see above", only_with=("fapi_logging_callback", 1))
+_PEEKED_BYTES = 1 << 20
+_PEEKED_LINES = 5
+_TABLE_SUFFIXES = (".csv", ".tsv")
+_BINIDX_MAGIC = (b"MMIDIDX", b"TNTIDX")
+_FORMATS: dict[bytes, str] = {
+    b"PK": "is a zip archive, as .pth and .save files are: pairs go to --rlhf_train_file with --orpo 1, models to "
+    "--load_model",
+    b"\x1f\x8b": "is packed by gzip: unpack it first (gunzip)",
+    b"\xfd7zXZ": "is packed by xz: unpack it first (unxz)",
+    b"BZh": "is packed by bzip2: unpack it first (bunzip2)",
+    b"\x28\xb5\x2f\xfd": "is packed by zstd: unpack it first (unzstd)",
+    b"PAR1": "is a parquet table: write it as JSON lines first",
+}
+"""First bytes of what is no training data, and what to do with it."""
 
 
 @dataclass(frozen=True)
-class LogFlags(Flags, group="logs"):
-    """Weights & Biases and HTTP."""
+class Recognised:
+    """What kind of data a file holds.
 
-    wandb: str = flag("", "Weights & Biases project; empty is off")
-    fapi_logging_callback: int = flag(0, "1 posts step and loss to fapi_logging_address", (0, 1))
-    fapi_logging_address: str = logging_address_flag()
+    Attributes:
+        data_type: one of DATA_TYPES; where there is doubt, what its name says.
+        problem: why it cannot be said or used without more ado, a sentence that goes on after the file's name; "" if
+            it can.
+        surprise: "" where name and content agree, else what the content is.
+    """
 
-    def _contradictions(self, given: Given) -> Lines:
-        if self.fapi_logging_callback and not self.fapi_logging_address:
-            yield "--fapi_logging_address is empty: --fapi_logging_callback 1 needs an address"
+    data_type: str
+    problem: str = ""
+    surprise: str = ""
 
 
-def data_type_of(data_file: str) -> str:
-    """The data type of a file, or of the common prefix of a binidx' two files."""
-    if data_file.endswith((".jsonl", ".json")):
-        return "jsonl"
-    if data_file.endswith((".bin", ".idx")):
-        return "binidx"
-    if os.path.exists(data_file + ".idx") or not os.path.isfile(data_file):
-        return "binidx"
-    return "utf-8"
+def recognise(data_file: str) -> Recognised:
+    """The data type of a file by its content, or of the common prefix of a binidx' two files.
+
+    A file that is missing, or cannot be read, has the type its name says; its reader tells what is wrong.
+    """
+    suffix = os.path.splitext(data_file)[1].lower()
+    if suffix in (".bin", ".idx"):
+        return Recognised("binidx")
+    named = "jsonl" if suffix in (".jsonl", ".json", ".ndjson") else "utf-8"
+    is_prefix = os.path.isfile(data_file + ".idx")
+    if not os.path.isfile(data_file):
+        is_other = os.path.exists(data_file) and not is_prefix  # a pipe, a device, a folder
+        return Recognised(named if is_other or named == "jsonl" else "binidx")
+    if is_prefix:
+        return Recognised("binidx", f"is a file, and {data_file}.idx is there too: say with --data_type which is meant")
+    try:
+        with open(data_file, "rb") as file:
+            head = file.read(_PEEKED_BYTES)
+    except OSError:
+        return Recognised(named)
+    return _by_content(head, named, suffix)
+
+
+def _by_content(head: bytes, named: str, suffix: str) -> Recognised:
+    if head.startswith(_BINIDX_MAGIC):
+        return Recognised("binidx", "is the index of binidx data: call it NAME.idx, with NAME.bin beside it")
+    for magic, problem in _FORMATS.items():
+        if head.startswith(magic):
+            return Recognised(named, problem)
+    is_whole = len(head) < _PEEKED_BYTES
+    lines = head.decode("utf-8-sig", errors="replace").splitlines()
+    filled = [line for line in lines if line.strip()][: _PEEKED_LINES + 1]
+    if not filled:
+        return Recognised(named)
+    header = {name.strip().strip("\"'") for name in re.split("[,;\t]", filled[0])}
+    if {"prompt", "chosen"} <= header:
+        return Recognised(
+            named,
+            "is a table of preference pairs: make pairs of it with PrepareOrpoDataset.py --input_csv and train on them "
+            "with --orpo 1",
+        )
+    if named == "jsonl":
+        return Recognised(named)
+    if not is_whole and len(filled) == 1:
+        objects = [filled[0].lstrip().startswith('{"')]  # cut off, so that no more can be said
+    else:
+        complete = filled if is_whole else filled[:-1]
+        objects = [_is_json(line, dict) for line in complete[:_PEEKED_LINES]]
+    if all(objects):
+        return Recognised("jsonl", surprise="JSON lines")
+    begins_json = _is_json(filled[0], list) or filled[0].strip() in ("{", "[")
+    if any(objects) or begins_json:
+        return Recognised(
+            named,
+            "is in part JSON, but not an object on every line: say with --data_type whether it is jsonl or utf-8 "
+            "(plain text)",
+        )
+    if suffix in _TABLE_SUFFIXES:
+        return Recognised(
+            named,
+            "is a table by its name: write it as JSON lines, or say --data_type utf-8 to train on it as plain text",
+        )
+    return Recognised(named)
+
+
+def _is_json(line: str, kind: type) -> bool:
+    try:
+        return isinstance(json.loads(line), kind)
+    except (ValueError, RecursionError):
+        return False

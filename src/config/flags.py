@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -18,6 +19,14 @@ Given = Mapping[str, str]
 Lines = Iterator[str]
 """Sentences for the user."""
 
+INPUT, OUTPUT, FOLDER = "input", "output", "folder"
+"""Kinds of paths, see `flag`."""
+
+_SHOWN_CHARACTERS = 60
+_LONGEST_NAME_BYTES = 255
+_LONGEST_PATH_BYTES = 4095
+_NUL = "holds a NUL character, which no file and no program takes: leave it out"
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -31,6 +40,25 @@ AT_LEAST_1 = Rule(lambda value: value >= 1, "must be at least 1")
 NOT_NEGATIVE = Rule(lambda value: value >= 0, "must not be negative")
 SHARE = Rule(lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 SHARE_BELOW_1 = Rule(lambda value: 0 <= value < 1, SHARE.words)
+LARGEST: dict[type, float] = {int: 2**31 - 1, float: 1e12}
+"""Beyond these no number means anything, whatever its flag; most flags state less."""
+MOST_SEED = 2**32 - 1
+MOST_STEPS = 10**9
+"""Of steps, epochs and positions: years of training."""
+
+
+def empty_paths(config: Flags, *names: str) -> Lines:
+    """A sentence for each of these flags that is empty: no folder and no file is meant by that."""
+    for name in names:
+        if not getattr(config, name):
+            yield f"--{name} is empty: give a path, or leave the flag out"
+
+
+def unset_inputs(config: Flags, given: Given, *names: str) -> Lines:
+    """A sentence for each of these flags that was left to the original's default, which is not there."""
+    for name in names:
+        if name not in given and not os.path.exists(getattr(config, name)):
+            yield f"--{name} is missing: name the file (the original's {getattr(config, name)} is not here)"
 
 
 def flag(
@@ -39,6 +67,8 @@ def flag(
     choices: tuple[Any, ...] = (),
     *,
     must: Rule | None = None,
+    most: float | None = None,
+    path: str = "",
     only_with: tuple[str, int] | None = None,
     several: bool = False,
 ) -> Any:
@@ -49,10 +79,20 @@ def flag(
         text: for the help.
         choices: all values, where they can be listed; -1 stands for "not given" and is not shown.
         must: what has to hold for the value.
+        most: the largest number it takes, in either direction; without it `LARGEST` of its type.
+        path: INPUT for a file that is read, OUTPUT for one that is written, FOLDER for a folder.
         only_with: another flag and the value it must have for this one to have an effect.
         several: whether its value may be several words of the command line, or none.
     """
-    metadata = {"help": text, "choices": choices, "must": must, "only_with": only_with, "several": several}
+    metadata = {
+        "help": text,
+        "choices": choices,
+        "must": must,
+        "most": most,
+        "path": path,
+        "only_with": only_with,
+        "several": several,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -94,7 +134,7 @@ class Flags:
             if name in cls.unsupported:
                 default, reason = cls.unsupported[name]
                 if not _same(text, default):
-                    problems.append(f"--{name} {text} is not supported ({reason}): leave it out")
+                    problems.append(f"--{name} {shortened(text)} is not supported ({reason}): leave it out")
                 continue
             try:
                 values[name] = _typed(specs[name], text)
@@ -123,7 +163,11 @@ class Flags:
 
     def _problems(self, given: Given) -> list[str]:
         ruled = [(spec.name, getattr(self, spec.name), spec.metadata["must"]) for spec in dataclasses.fields(self)]
-        lines = [f"--{name} {value} {rule.words}" for name, value, rule in ruled if rule and not rule.holds(value)]
+        lines = [
+            f"--{name} {shortened(str(value))} {rule.words}"
+            for name, value, rule in ruled
+            if rule and not rule.holds(value)
+        ]
         return lines + self._asked_of_all("_contradictions", given)
 
     def _asked_of_all(self, question: str, *arguments: Any) -> list[str]:
@@ -139,18 +183,80 @@ def _typed(spec: Field[Any], text: str) -> Any:
         ConfigError: it is none of this type, or none of the choices.
     """
     kind: type = type(spec.default)
-    try:
-        value = kind(text)
-    except ValueError:
-        named = {int: "a whole number", float: "a number"}[kind]
-        raise ConfigError(f"--{spec.name} {text!r} is not {named}") from None
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"--{spec.name} {text} is not a finite number")
+    value = _text(spec, text) if kind is str else _number(spec, text)
     choices = spec.metadata["choices"]
     if choices and value not in choices:
         allowed = ", ".join(str(choice) for choice in choices if choice != -1)
-        raise ConfigError(f"--{spec.name} {value} is unknown: use one of {allowed}")
+        raise ConfigError(f"--{spec.name} {shortened(str(value))} is unknown: use one of {allowed}")
     return value
+
+
+def _text(spec: Field[Any], text: str) -> str:
+    if problem := path_problem(text, spec.metadata["path"]):
+        raise ConfigError(f"--{spec.name} {shortened(text)!r} {problem}")
+    return text
+
+
+def _number(spec: Field[Any], text: str) -> int | float:
+    kind: Any = type(spec.default)
+    try:
+        if not text.isascii():  # int and float take the digits of all scripts
+            raise ValueError
+        value: int | float = kind(text)
+    except ValueError:
+        digits = text.strip().lstrip("+-")
+        if not (digits.isascii() and digits.isdecimal()):
+            named = {int: "a whole number", float: "a number"}[kind]
+            raise ConfigError(f"--{spec.name} {shortened(text)!r} is not {named}") from None
+        value = math.inf  # more digits than Python reads
+    most = spec.metadata["most"] or LARGEST[kind]
+    if kind is float and not math.isfinite(value):
+        raise ConfigError(f"--{spec.name} {shortened(text)} is not a finite number")
+    if abs(value) > most:
+        raise ConfigError(f"--{spec.name} {shortened(text)} is too large: it takes at most {shown_number(most)}")
+    return value
+
+
+def shown_number(value: float) -> str:
+    """A limit as a reader wants it: 1,000,000 or 1e+12."""
+    return f"{value:,}" if isinstance(value, int) else f"{value:g}"
+
+
+def path_problem(text: str, path: str) -> str:
+    """What keeps a text from naming a file, as the end of a sentence; "" when nothing does, or it is empty.
+
+    Args:
+        text: as it was given.
+        path: INPUT, OUTPUT, FOLDER, or "" for a text that names none of them.
+    """
+    if "\0" in text:
+        return _NUL
+    if not path:
+        return ""
+    if text and not text.strip():
+        return "is white space alone: name a file or folder"
+    try:
+        encoded = os.fsencode(text)
+    except UnicodeEncodeError:
+        return "holds a character that names of files cannot have here: choose another name"
+    longest = max(map(len, encoded.split(os.fsencode(os.sep))))
+    if longest > _LONGEST_NAME_BYTES:
+        return f"holds a name of {longest:,} bytes, and file systems take {_LONGEST_NAME_BYTES}: choose a shorter one"
+    if len(encoded) > _LONGEST_PATH_BYTES:
+        return f"has {len(encoded):,} bytes, and systems take {_LONGEST_PATH_BYTES:,}: choose a shorter path"
+    if path == OUTPUT and text.endswith(os.sep):
+        return "ends like a folder: give the name of the file to write"
+    # Opening a pipe waits for somebody to write into it, and a device may never end.
+    if path == INPUT and os.path.exists(text) and not os.path.isfile(text) and not os.path.isdir(text):
+        return "is a pipe or a device: name an ordinary file"
+    return ""
+
+
+def shortened(text: str) -> str:
+    """A text as it was given; of a long one its beginning and its length."""
+    if len(text) <= _SHOWN_CHARACTERS:
+        return text
+    return f"{text[:_SHOWN_CHARACTERS]}… ({len(text):,} characters)"
 
 
 def _same(text: str, default: str) -> bool:

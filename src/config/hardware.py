@@ -32,21 +32,22 @@ class HardwareFlags(Flags, group="hardware"):
     """The machine and how much of its memory a run takes."""
 
     accelerator: str = accelerator_flag()
-    devices: int = flag(1, "GPUs per machine", must=AT_LEAST_1)
-    num_nodes: int = flag(1, "machines", must=AT_LEAST_1)
+    devices: int = flag(1, "GPUs per machine", must=AT_LEAST_1, most=1024)
+    num_nodes: int = flag(1, "machines", must=AT_LEAST_1, most=10_000)
     strategy: str = flag("auto", "auto: one device without DeepSpeed, several with stage 1", STRATEGIES)
     precision: str = precision_flag("bf16 (default on a GPU), fp32 (default on a CPU), fp16, tf32")
     grad_cp: int = flag(
         1, "1 recomputes each layer in the backward pass, 0 keeps everything, 2 keeps what fits into memory", (0, 1, 2)
     )
     memory_gib: float = flag(
-        0.0, "GPU memory --grad_cp 2 may use in all; 0 is the whole card", must=NOT_NEGATIVE, only_with=("grad_cp", 2)
-    )
+        0.0, "GPU memory --grad_cp 2 may use in all; 0 is the whole card",
+        must=NOT_NEGATIVE, most=10**6, only_with=("grad_cp", 2),
+    )  # fmt: skip
     cuda_graph: int = flag(1, "1 records a step per shape and replays it, 0 issues every kernel", (0, 1))
     offload_activations: int = flag(
         0, "1 keeps what the backward needs in host memory; steps are then not recorded", (0, 1)
     )
-    ds_bucket_mb: int = flag(200, "upper limit of DeepSpeed's buckets, million bytes", must=AT_LEAST_1)
+    ds_bucket_mb: int = flag(200, "upper limit of DeepSpeed's buckets, million bytes", must=AT_LEAST_1, most=10**6)
 
     @property
     def uses_deepspeed(self) -> bool:

@@ -36,15 +36,15 @@ class ModelFlags(Flags, group="model"):
         "", "states: train time_state (default without --peft); none: no states, and without --peft every weight",
         ("states", "none"),
     )  # fmt: skip
-    vocab_size: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
-    n_layer: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
-    n_embd: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
-    dim_att: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
-    dim_ffn: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE)
+    vocab_size: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE, most=2**24)
+    n_layer: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE, most=1000)
+    n_embd: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE, most=2**17)
+    dim_att: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE, most=2**17)
+    dim_ffn: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE, most=2**20)
     head_size_a: int = flag(
-        0, "head size, checked against the checkpoint (64 for a fresh model)", must=NOT_NEGATIVE
+        0, "head size, checked against the checkpoint (64 for a fresh model)", must=NOT_NEGATIVE, most=2**12
     )  # fmt: skip
-    head_size_divisor: int = flag(8, "group norm eps is 1e-5 times its square", must=AT_LEAST_1)
+    head_size_divisor: int = flag(8, "group norm eps is 1e-5 times its square", must=AT_LEAST_1, most=1000)
     double_extra_dim: int = flag(0, "recognised from the checkpoint; 1 is checked against it", (0, 1))
     load_partial: int = flag(0, "accepted for old commands; a base model without states always loads", (0, 1))
     quant: int = flag(-1, "1 quantises the frozen matrices (default for states), 0 does not", (-1, 0, 1))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from src.config.flags import BY_METHOD, NOT_NEGATIVE, SHARE_BELOW_1, Flags, Lines, Rule, flag
+from src.config.flags import BY_METHOD, MOST_STEPS, NOT_NEGATIVE, SHARE_BELOW_1, Flags, Lines, Rule, flag
 
 
 @dataclass(frozen=True)
@@ -10,21 +10,29 @@ class OptimizerFlags(Flags, group="optimizer"):
     """Adam and the schedules of its rate and weight decay."""
 
     lr_init: float = flag(
-        BY_METHOD, "learning rate after warm-up (default: states 1, adapters 2e-5, all weights 1e-5)", must=NOT_NEGATIVE
+        BY_METHOD, "learning rate after warm-up (default: states 1, adapters 2e-5, all weights 1e-5)",
+        must=NOT_NEGATIVE, most=1e6,
+    )  # fmt: skip
+    lr_final: float = flag(
+        BY_METHOD, "learning rate at the last step (default: 0.01, 2e-5, 1e-6)", must=NOT_NEGATIVE, most=1e6
     )
-    lr_final: float = flag(BY_METHOD, "learning rate at the last step (default: 0.01, 2e-5, 1e-6)", must=NOT_NEGATIVE)
     warmup_steps: int = flag(
-        10, "optimizer steps; the rate starts at a fifth; 0 or -1: none",
+        10, "optimizer steps; the rate starts at a fifth; 0 or -1: none", most=MOST_STEPS,
         must=Rule(lambda steps: steps >= -1, "must not be negative: 0 is no warm-up, and so is -1"),
     )  # fmt: skip
     beta1: float = flag(0.9, "Adam", must=SHARE_BELOW_1)
     beta2: float = flag(0.99, "Adam", must=SHARE_BELOW_1)
-    adam_eps: float = flag(1e-8, "Adam", must=NOT_NEGATIVE)
-    weight_decay: float = flag(0.0, "above 0: AdamW", must=NOT_NEGATIVE)
-    weight_decay_final: float = flag(-1.0, "above 0: weight decay moves there like the rate")
+    adam_eps: float = flag(1e-8, "Adam", must=NOT_NEGATIVE, most=1e6)
+    weight_decay: float = flag(0.0, "above 0: AdamW", must=NOT_NEGATIVE, most=1e6)
+    weight_decay_final: float = flag(
+        -1.0, "above 0: weight decay moves there like the rate", most=1e6,
+        must=Rule(lambda value: value == -1 or value >= 0, "must not be negative, but for -1, which is none"),
+    )  # fmt: skip
     layerwise_lr: int = flag(1, "2x the rate for time_decay where weights are trained; no effect on states", (0, 1))
-    my_exit: int = flag(99999999, "stop after the epoch with this number")
-    my_exit_tokens: int = flag(0, "cosine schedule over that many nominal tokens, then stop")
+    my_exit: int = flag(99999999, "stop after the epoch with this number", must=NOT_NEGATIVE, most=MOST_STEPS)
+    my_exit_tokens: int = flag(
+        0, "cosine schedule over that many tokens (padding not counted), then stop", must=NOT_NEGATIVE, most=10**15
+    )
 
     def _remarks(self) -> Lines:
         if self.weight_decay_final > 0 and not self.weight_decay:

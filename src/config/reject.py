@@ -3,7 +3,20 @@
 import os
 from dataclasses import dataclass
 
-from src.config.flags import AT_LEAST_1, NOT_NEGATIVE, SHARE, Flags, Given, Lines, flag
+from src.config.flags import (
+    AT_LEAST_1,
+    INPUT,
+    MOST_SEED,
+    NOT_NEGATIVE,
+    OUTPUT,
+    SHARE,
+    Flags,
+    Given,
+    Lines,
+    empty_paths,
+    flag,
+    unset_inputs,
+)
 from src.config.hardware import accelerator_flag, precision_flag
 from src.config.model import quant_type_flag
 from src.config.preference import TEMPLATE_NAMES
@@ -11,15 +24,15 @@ from src.config.preference import TEMPLATE_NAMES
 
 @dataclass(frozen=True)
 class _Files(Flags, group="files"):
-    load_model: str = flag("base_model/Anarchy-RWKV-2B-68.pth", "base model (.pth)")
-    load_state: str = flag("", "sample with this tuned state")
-    input_csv: str = flag("example.csv", "CSV or JSONL with prompt, chosen and perhaps reject")
-    output_csv: str = flag("rlhfoutput.csv", "CSV to write; a second start goes on at its end")
+    load_model: str = flag("base_model/Anarchy-RWKV-2B-68.pth", "base model (.pth)", path=INPUT)
+    load_state: str = flag("", "sample with this tuned state", path=INPUT)
+    input_csv: str = flag("example.csv", "CSV or JSONL with prompt, chosen and perhaps reject", path=INPUT)
+    output_csv: str = flag("rlhfoutput.csv", "CSV to write; a second start goes on at its end", path=OUTPUT)
     overwrite: int = flag(0, "1 also replaces rejects that the input has", (0, 1))
 
     def _contradictions(self, given: Given) -> Lines:
-        if not self.load_model:
-            yield "--load_model is empty: name a .pth file"
+        yield from empty_paths(self, "load_model", "input_csv", "output_csv")
+        yield from unset_inputs(self, given, "load_model", "input_csv")
         if os.path.realpath(self.input_csv) == os.path.realpath(self.output_csv):
             yield f"--output_csv {self.output_csv} is the input: give another name"
 
@@ -27,20 +40,20 @@ class _Files(Flags, group="files"):
 @dataclass(frozen=True)
 class _Sampling(Flags, group="sampling"):
     template: str = flag("user", "what stands around a prompt", TEMPLATE_NAMES)
-    temperature: float = flag(1.0, "0 takes the most probable token", must=NOT_NEGATIVE)
+    temperature: float = flag(1.0, "0 takes the most probable token", must=NOT_NEGATIVE, most=1e6)
     top_p: float = flag(0.3, "share of probability that may be sampled, from the top", must=SHARE)
-    alpha_presence: float = flag(0.0, "taken off the logit of tokens already in the answer")
-    alpha_frequency: float = flag(1.0, "taken off once more for every time they are")
+    alpha_presence: float = flag(0.0, "taken off the logit of tokens already in the answer", most=1e6)
+    alpha_frequency: float = flag(1.0, "taken off once more for every time they are", most=1e6)
     alpha_decay: float = flag(0.996, "factor on these counts per token", must=SHARE)
-    max_tokens: int = flag(1000, "longest answer", must=AT_LEAST_1)
+    max_tokens: int = flag(1000, "longest answer", must=AT_LEAST_1, most=10**8)
     stop: str = flag(r"\n\n", r"text that ends an answer; \n is a line break")
     allow_end: int = flag(0, "1: token 0 may be sampled and ends an answer", (0, 1))
-    seed: int = flag(42, "the same seed gives the same answers", must=NOT_NEGATIVE)
+    seed: int = flag(42, "the same seed gives the same answers", must=NOT_NEGATIVE, most=MOST_SEED)
 
 
 @dataclass(frozen=True)
 class _Hardware(Flags, group="hardware"):
-    batch: int = flag(16, "rows generated at a time", must=AT_LEAST_1)
+    batch: int = flag(16, "rows generated at a time", must=AT_LEAST_1, most=10**6)
     accelerator: str = accelerator_flag()
     precision: str = precision_flag()
     quant: int = flag(0, "1 quantises the matrices, for models larger than the GPU", (0, 1))

@@ -9,9 +9,10 @@ from typing import Any, ClassVar
 
 from src.config.adapters import AdapterFlags
 from src.config.data import DataFlags
-from src.config.files import FileFlags, LogFlags, data_type_of
+from src.config.files import FileFlags, recognise
 from src.config.flags import Given, Lines
 from src.config.hardware import STRATEGIES, HardwareFlags
+from src.config.logs import LogFlags
 from src.config.model import METHOD_DEFAULTS, ModelFlags
 from src.config.optimizer import OptimizerFlags
 from src.config.preference import PreferenceFlags
@@ -78,7 +79,7 @@ class TrainConfig(
     def _completed(self) -> TrainConfig:
         chosen = dataclasses.replace(
             self,
-            data_type=self.data_type or data_type_of(self.data_file),
+            data_type=self.data_type or recognise(self.data_file).data_type,
             train_type=self.train_type or ("states" if self.peft == "none" else "none"),
             **self._said_by_json(),
         )
@@ -105,11 +106,28 @@ class TrainConfig(
             yield "--dataload has no meaning with --orpo 1: pairs are packed on their own"
         if not self.orpo and not self.data_file and self.data_type != "dummy":
             yield "--data_file is missing: name a binidx prefix, a .jsonl or a text file"
+        if not self.orpo and self.data_type != "dummy":
+            yield from self._data_contradictions(given)
         if self.strategy.startswith("deepspeed_stage_3") and self.quantised:
             yield (
                 f"--strategy {self.strategy} shards every weight, which packed weights cannot take: use "
                 "deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
             )
+
+    def _data_contradictions(self, given: Given) -> Lines:
+        """What the data are by their content, unless the user has said it."""
+        if given.get("data_type"):
+            return
+        for name in ("data_file", "val_file"):
+            path = getattr(self, name)
+            found = recognise(path) if path else None
+            if found and found.problem:
+                yield f"--{name} {path} {found.problem}"
+            elif found and found.data_type != self.data_type:
+                yield (
+                    f"--{name} {path} is read as {found.data_type}, but --data_file {self.data_file} as "
+                    f"{self.data_type}: give held-out data of the same kind, or --data_type"
+                )
 
     def _full_training_contradictions(self) -> Lines:
         if self.quantised:
@@ -128,6 +146,13 @@ class TrainConfig(
     def _remarks(self) -> Lines:
         if self.orpo and self.data_file:
             yield f"--data_file {self.data_file} is ignored: --orpo 1 trains on --rlhf_train_file"
+        if not self.orpo and self.data_type in ("jsonl", "utf-8"):
+            for name, path in (("data_file", self.data_file), ("val_file", self.val_file)):
+                found = recognise(path) if path else None
+                if found and found.surprise and self.data_type == found.data_type:
+                    yield f"--{name} {path} holds {found.surprise} and is read as --data_type {found.data_type}"
+                elif found and found.data_type == "jsonl" and self.data_type == "utf-8":
+                    yield f"--{name} {path} holds JSON lines and is read as plain text, as --data_type utf-8 says"
         if self.method != "states" and self.lr_init > _LARGE_RATE:
             apart = ", and states have --lr_state" if self.trains_states else ""
             yield f"--lr_init {self.lr_init:g} suits states; weights usually want 1e-3 or less{apart}"

@@ -12,13 +12,17 @@ Source: Megatron-LM's MMapIndexedDataset, as json2binidx_tool and make_data.py w
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.data.documents import Documents, Positions, Tokens
+from src.config.files import recognise
+from src.data.documents import Documents, Positions
+from src.data.inputs import opened, read_whole
+from src.data.token_file import FileTokens
 from src.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -34,11 +38,14 @@ DTYPES: dict[int, np.dtype[Any]] = {
 }
 FLOAT_CODES = (6, 7)
 
+_IN_MEMORY_BYTES = 256 << 20
+"""Up to here nothing that happens to the file later touches the run."""
+
 _HEADER = struct.Struct("<9sQBQQ")
 
 
 def read_binidx(prefix: str, vocab_size: int) -> Documents:
-    """Opens `prefix.idx` and memory-maps `prefix.bin`; either suffix on `prefix` is tolerated.
+    """Opens `prefix.idx` and `prefix.bin`, which stays in its file if it is large; either suffix is tolerated.
 
     Raises:
         DataError: a file is missing, damaged or of another kind, the two disagree, or the
@@ -48,7 +55,7 @@ def read_binidx(prefix: str, vocab_size: int) -> Documents:
         prefix = prefix[: -len(".idx")]
     index_path, tokens_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
     for path in (index_path, tokens_path):
-        if not path.is_file():
+        if not os.path.exists(path):
             raise DataError(f"{path} is missing: binidx data is {index_path} and {tokens_path}.{_hint(prefix)}")
     dtype, sizes, offsets = _read_index(index_path)
 
@@ -61,28 +68,26 @@ def read_binidx(prefix: str, vocab_size: int) -> Documents:
             f"{starts[document] * dtype.itemsize}, it says {offsets[document]}; make the data again."
         )
     expected_bytes = int(sizes.sum(dtype=np.int64)) * dtype.itemsize
-    actual_bytes = tokens_path.stat().st_size
+    with opened(str(tokens_path)) as file:
+        actual_bytes = os.fstat(file.fileno()).st_size
     if actual_bytes != expected_bytes:
         raise DataError(
             f"{index_path} and {tokens_path} disagree: the index speaks of {expected_bytes} bytes of "
             f"{dtype.name} tokens, the other file has {actual_bytes}; they are not from one run, or one is "
             "cut short: copy both again."
         )
-    stream: Tokens = np.zeros(0, dtype)
-    if actual_bytes:
-        try:
-            stream = np.memmap(tokens_path, dtype=dtype, mode="r")
-        except OSError as error:
-            raise DataError(f"{tokens_path} cannot be read: {error.strerror}.") from error
-    return Documents.from_stream(prefix, stream, starts, sizes, vocab_size)
+    if actual_bytes <= _IN_MEMORY_BYTES:
+        stream = np.frombuffer(read_whole(str(tokens_path)), dtype)
+        return Documents.from_stream(prefix, stream, starts, sizes, vocab_size)
+    in_file = FileTokens(str(tokens_path), dtype)
+    documents = Documents.from_stream(prefix, in_file, starts, sizes, vocab_size)
+    in_file.refuse_ids_from(vocab_size)
+    return documents
 
 
 def _read_index(path: Path) -> tuple[np.dtype[Any], Positions, Positions]:
     """Token dtype, item sizes in tokens and item offsets in bytes, from a file checked throughout."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+    content = read_whole(str(path))
     if content.startswith(OLDER_MAGIC):
         raise DataError(
             f"{path} is an index of the older kind TNTIDX; make the data again with json2binidx_tool's "
@@ -124,7 +129,6 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], Positions, Positions]:
 def _hint(prefix: str) -> str:
     """What to do when `prefix` is a file of its own or stands beside one."""
     for path in (Path(prefix), Path(f"{prefix}.jsonl"), Path(f"{prefix}.txt")):
-        if path.is_file():
-            kind = "jsonl" if path.suffix in (".jsonl", ".json") else "utf-8"
-            return f" For {path} use --data_type {kind} --data_file {path}."
+        if os.path.isfile(path):
+            return f" For {path} use --data_type {recognise(str(path)).data_type} --data_file {path}."
     return " --data_file takes their common path without suffix."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +18,19 @@ Mask = npt.NDArray[np.bool_]
 _BLOCK_TOKENS = 1 << 22
 
 
+class TokenStream(Protocol):
+    """What documents are slices of: an array, or a file that is read slice by slice."""
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """Of a token, an integer."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, span: slice, /) -> Tokens: ...
+
+
 @dataclass(frozen=True, eq=False)
 class Documents:
     """Training documents as slices of `stream`, each of two tokens or more.
@@ -25,7 +38,7 @@ class Documents:
     Attributes:
         source: the file, for messages.
         unit: what one document is in that file: "document", "line", "piece".
-        stream: integer [total], every token of the source in order; often a memory map.
+        stream: integer [total], every token of the source in order; often still in its file.
         starts: int64 [n], where each document begins in the stream.
         sizes: int64 [n], its tokens, end-of-document token included. Documents may overlap.
         numbers: int64 [n], its number in the source (lines and pieces count from 1).
@@ -36,7 +49,7 @@ class Documents:
 
     source: str
     unit: str
-    stream: Tokens
+    stream: TokenStream
     starts: Positions
     sizes: Positions
     numbers: Positions
@@ -47,7 +60,7 @@ class Documents:
     def from_stream(
         cls,
         source: str,
-        stream: Tokens,
+        stream: TokenStream,
         starts: Positions,
         sizes: Positions,
         vocab_size: int,
@@ -125,7 +138,7 @@ class Documents:
 
 
 def _check_vocabulary(
-    source: str, stream: Tokens, starts: Positions, numbers: Positions, unit: str, vocab_size: int
+    source: str, stream: TokenStream, starts: Positions, numbers: Positions, unit: str, vocab_size: int
 ) -> None:
     limits = np.iinfo(stream.dtype)
     if limits.min >= 0 and limits.max < vocab_size:

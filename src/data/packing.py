@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
@@ -16,7 +17,7 @@ def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         Rows of positions in `lengths`, in the order they were opened.
     """
     rows: list[list[int]] = []
-    rows_with_room: list[list[int]] = [[] for _ in range(capacity + 1)]
+    rows_with_room: defaultdict[int, list[int]] = defaultdict(list)
     rooms = 0  # bit n is set while some row has room for exactly n
     for position, length in enumerate(lengths):
         assert 0 < length <= capacity, f"length {length} does not fit a row of {capacity}"
@@ -56,9 +57,9 @@ class RowPlan:
 
     def __init__(self, lengths: Positions, capacity: int, seed: int) -> None:
         self._lengths = lengths
-        self._capacity = capacity
+        self._capacity = min(capacity, int(lengths.sum()))  # more is never filled, and --ctx_len may be any number
         self._seed = seed
-        longest_first = best_fit(sorted(lengths.tolist(), reverse=True), capacity)
+        longest_first = best_fit(sorted(lengths.tolist(), reverse=True), self._capacity)
         first_pass = self._in_order(pass_generator(seed, 0).permutation(len(lengths)))
         self.rows = max(len(longest_first), len(first_pass))
 

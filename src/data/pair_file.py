@@ -1,10 +1,8 @@
 """Pair files: the list of 5-tuples, in a `.save`, that PrepareOrpoDataset.py writes and train.py reads."""
 
+import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from src import storage
 from src.data.preferences import PreferencePair
@@ -21,8 +19,10 @@ def load_pairs(path: PathLike, vocab_size: int) -> list[PreferencePair]:
         CheckpointError: The file is missing, damaged or was not written by `torch.save`.
         DataError: It holds something else, or tokens outside a vocabulary of `vocab_size`.
     """
-    if not Path(path).exists():
-        raise CheckpointError(f"{_ROLE} {path} does not exist; make it with {_WRITER} --output_save")
+    if not os.path.lexists(path):
+        raise CheckpointError(
+            f"{_ROLE} {path} does not exist; make it with {_WRITER} --output_save, and give it as --rlhf_train_file"
+        )
     return pairs_from_tuples(str(path), storage.load(path, _ROLE, _WRITER), vocab_size)
 
 
@@ -53,26 +53,27 @@ def pairs_from_tuples(source: str, content: Any, vocab_size: int) -> list[Prefer
             raise DataError(f"{source} pair {number} has {found}, not (prompt, chosen, reject, logp, logp): {remedy}.")
         for name, tokens in zip(("prompt", "chosen", "reject"), item[:3], strict=True):
             _check_tokens(f"{source} pair {number}", name, tokens, vocab_size, remedy)
-        if not all(isinstance(logp, (int, float)) for logp in item[3:]):
+        if not all(type(logp) in (int, float) for logp in item[3:]):
             raise DataError(f"{source} pair {number} has no number for a base log-probability: {remedy}.")
         pairs.append(PreferencePair(*item))
     return pairs
 
 
 def _check_tokens(where: str, name: str, tokens: Any, vocab_size: int, remedy: str) -> None:
-    try:
-        ids = np.asarray(tokens) if isinstance(tokens, list) else None
-    except ValueError:  # lists of unequal length inside
-        ids = None
-    if ids is None or (ids.size and (ids.ndim != 1 or ids.dtype.kind != "i")):
+    if not isinstance(tokens, list) or not set(map(type, tokens)) <= {int}:
         raise DataError(f"{where} has no list of token ids as its {name}: {remedy}.")
-    if not ids.size:
+    if not tokens:
         if name == "reject":
             return
         raise DataError(f"{where} has an empty {name}, so nothing can be learned from it: {remedy}.")
-    outside = ids[(ids < 0) | (ids >= vocab_size)]
-    if outside.size:
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        outside = next(token for token in tokens if not 0 <= token < vocab_size)
         raise DataError(
-            f"{where} has token {outside[0]} in its {name}, but the model knows 0 to {vocab_size - 1}: "
+            f"{where} has token {_in_digits(outside)} in its {name}, but the model knows 0 to {vocab_size - 1}: "
             "prepare the pairs for this model's vocabulary."
         )
+
+
+def _in_digits(number: int) -> str:
+    """A number for a message; Python writes none of thousands of digits."""
+    return str(number) if abs(number) < 10**40 else "of more than 40 digits"

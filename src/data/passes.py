@@ -73,6 +73,27 @@ class PassDataset(ABC, Generic[BatchT]):
     def _weight(self, number: int) -> int:
         """What that batch weighs against the others of its optimizer step."""
 
+    @property
+    @abstractmethod
+    def tokens_per_pass(self) -> int:
+        """Of all batches of a pass, padding not counted."""
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Of an optimizer step on all ranks, in the mean of a pass, padding not counted."""
+        return self.tokens_per_pass / self.batches_per_pass * self._batches_per_step
+
+    def statements(self) -> tuple[str, ...]:
+        """What the user should know of steps and passes, one sentence each."""
+        if self._batches_per_step <= self.batches_per_pass:
+            return ()
+        times = self._batches_per_step / self.batches_per_pass
+        ways = "--accumulate_grad_batches" if self._world_size == 1 else "--accumulate_grad_batches or --devices"
+        return (
+            f"warning: an optimizer step takes {self._batches_per_step} micro-batches and a pass over the data has "
+            f"{self.batches_per_pass}: every step sees the data {times:.3g} times; lower {ways}.",
+        )
+
     def __len__(self) -> int:
         return self._epoch_steps
 

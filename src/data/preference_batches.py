@@ -213,6 +213,10 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
     def _batch(self, number: int, rounding: Rounding) -> PreferenceBatch:
         return self.batch(self._indices(number).tolist(), rounding)
 
+    @property
+    def tokens_per_pass(self) -> int:
+        return sum(self._positions(number, padded=False) for number in range(len(self._pairs)))
+
     def _weight(self, number: int) -> int:
         return len(self._indices(number))
 
@@ -234,11 +238,11 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         numbers = [index + 1 for index in batch.sample_indices]
         return f"pair{'s' if batch.pairs > 1 else ''} {listed(numbers)} of {self.source}"
 
-    def _positions(self, index: int) -> int:
+    def _positions(self, index: int, *, padded: bool = True) -> int:
         pair = self._pairs[index]
         prompt, chosen, rejected = len(pair.prompt) - 1, len(pair.chosen), len(pair.rejected)
         if self._form is PairForm.RELEASED:
-            return 2 * (prompt + max(chosen, rejected))
+            return 2 * prompt + (2 * max(chosen, rejected) if padded else chosen + rejected)
         if self._plain[index]:
             return prompt + chosen
         return (prompt if self._form is PairForm.SHARED_PROMPT else 2 * prompt) + chosen + rejected

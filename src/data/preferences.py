@@ -8,21 +8,33 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import random
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from src.config.preference import MIXED
+from src.data.inputs import (
+    MalformedEntry,
+    decoded,
+    json_object,
+    listed_names,
+    read_whole,
+    shown,
+    string_of,
+    unix_lines,
+    unread_keys,
+)
+from src.data.turns import formatted_statement, is_formatted
 from src.errors import ConfigError, DataError
 from src.tokenizer import Tokenizer
 
 PLACEHOLDER_LOGP = 0.5
 """What stands in a pair's two log-probability fields when none was computed; ORPO reads neither."""
 
+_COLUMNS = ("prompt", "chosen", "reject", "rejected")
 _CSV_FIELD_LIMIT = 2**31 - 1
 
 
@@ -43,66 +55,74 @@ class PreferenceRow:
     rejected: str
 
 
-def read_rows(path: str) -> list[PreferenceRow]:
-    """Rows of a CSV (`prompt,chosen,reject`) or, by its suffix, JSONL file of the same keys.
+def read_rows(path: str, remark: Callable[[str], None] = lambda line: None) -> list[PreferenceRow]:
+    """Rows of a CSV (`prompt,chosen,reject`) or, by its suffix or first character, JSONL file of the same keys.
 
-    UTF-8 with or without BOM. `reject` may also be called `rejected`, and may be missing or empty.
-    Other columns are ignored.
+    UTF-8 with or without BOM. `reject` may also be called `rejected`, and may be missing or empty; where there are
+    both, the filled one counts.
+
+    Args:
+        path: the file.
+        remark: called with a sentence for each thing that stands in the file and is not read.
 
     Raises:
         DataError: a file that is missing, not UTF-8 or empty; a column that is missing; a row that
             cannot be read, with its line.
     """
-    text = _read_text(path)
-    rows = list(_jsonl_rows(path, text) if Path(path).suffix in (".jsonl", ".json") else _csv_rows(path, text))
+    text = decoded(path, read_whole(path), nul=True)  # models write them, so that rejects may hold some
+    if not text.strip():
+        raise DataError(f"{path} is empty: expected the columns prompt,chosen,reject and at least one row.")
+    is_jsonl = Path(path).suffix.lower() in (".jsonl", ".json", ".ndjson") or text.lstrip().startswith("{")
+    unread: Counter[str] = Counter()
+    rows = list(_jsonl_rows(path, text, unread) if is_jsonl else _csv_rows(path, text, unread))
     if not rows:
         raise DataError(f"{path} holds no rows: write at least one prompt with a chosen answer below the header.")
+    for line in unread_keys(unread, unit="row"):
+        remark(line)
     return rows
 
 
-def _read_text(path: str) -> str:
-    try:
-        raw = Path(path).read_bytes()
-    except OSError as error:
-        raise DataError(f"{path} cannot be read ({error.strerror}): give the path of a CSV or JSONL file.") from error
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line = raw.count(b"\n", 0, error.start) + 1
-        guess = " (it looks like UTF-16)" if raw[:2] in (b"\xff\xfe", b"\xfe\xff") else ""
-        raise DataError(
-            f"{path} line {line} is not UTF-8{guess}: byte 0x{raw[error.start]:02x} fits no character; "
-            "save the file as UTF-8."
-        ) from error
-    if not text.strip():
-        raise DataError(f"{path} is empty: expected the columns prompt,chosen,reject and at least one row.")
-    return text
-
-
-def _csv_rows(path: str, text: str) -> Iterator[PreferenceRow]:
+def _csv_rows(path: str, text: str, unread: Counter[str]) -> Iterator[PreferenceRow]:
     entries = _csv_entries(path, text)
-    _, header = next(entries)
+    _, header = next(entries, (1, []))
     names = [name.strip() for name in header]
-    columns = {name: names.index(name) for name in ("prompt", "chosen") if name in names}
-    missing = [name for name in ("prompt", "chosen") if name not in columns]
+    missing = [name for name in ("prompt", "chosen") if name not in names]
     if missing:
-        found, lacking = (" and ".join(map(repr, some)) for some in (names, missing))
+        found, lacking = (listed_names(some, " and ") for some in (names, missing))
         raise DataError(
-            f"{path} has no column {lacking} (its first line has {found}): name the columns prompt,chosen,reject there."
+            f"{path} has no column {lacking} (its first line has {found or 'nothing'}): name the columns "
+            "prompt,chosen,reject there."
         )
-    rejected = next((names.index(name) for name in ("reject", "rejected") if name in names), len(names))
+    repeated = [name for name in _COLUMNS if names.count(name) > 1]
+    if repeated:
+        raise DataError(f"{path} has several columns {repeated[0]!r}: give each of prompt,chosen,reject once.")
     for line, fields in entries:
-        if len(fields) <= max(columns.values()):
+        if len(fields) > len(names):
+            raise DataError(
+                f"{path} line {line} has {len(fields)} fields, the header {len(names)}: put fields with commas in "
+                f"quotes (the last field read is {shown(fields[-1])})."
+            )
+        entry = dict(zip(names, fields, strict=False))
+        if not {"prompt", "chosen"} <= entry.keys():
             raise DataError(
                 f"{path} line {line} has {len(fields)} of the {len(names)} fields of the header: write "
                 "prompt and chosen, in quotes where they hold commas or line breaks."
             )
-        yield PreferenceRow(
-            line,
-            fields[columns["prompt"]],
-            fields[columns["chosen"]],
-            fields[rejected] if rejected < len(fields) else "",
+        unread.update(name for name, value in entry.items() if name not in _COLUMNS and value.strip())
+        try:
+            rejected = _filled_reject(entry.get("reject", ""), entry.get("rejected", ""))
+            yield PreferenceRow(line, string_of(entry, "prompt"), string_of(entry, "chosen"), rejected)
+        except MalformedEntry as error:
+            raise DataError(f"{path} line {line}: {error}.") from error
+
+
+def _filled_reject(reject: str, rejected: str) -> str:
+    """The one that is filled of the two columns for a worse answer."""
+    if reject.strip() and rejected.strip() and reject != rejected:
+        raise MalformedEntry(
+            f"'reject' is {shown(reject)} and 'rejected' is {shown(rejected)}: leave one of them empty"
         )
+    return reject if reject.strip() or not rejected else rejected
 
 
 def _csv_entries(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
@@ -129,29 +149,21 @@ def _csv_entries(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
         csv.field_size_limit(limit_before)
 
 
-def _jsonl_rows(path: str, text: str) -> Iterator[PreferenceRow]:
-    for line, content in enumerate(text.split("\n"), start=1):
+def _jsonl_rows(path: str, text: str, unread: Counter[str]) -> Iterator[PreferenceRow]:
+    for line, content in enumerate(unix_lines(text)[0].split("\n"), start=1):
         if not content.strip():
             continue
         try:
-            entry = json.loads(content)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{path} line {line} is no JSON ({error}): write one object per line.") from error
-        if not isinstance(entry, dict):
-            raise DataError(f'{path} line {line} is no JSON object: write {{"prompt": …, "chosen": …}}.')
-        rejected_key = "reject" if "reject" in entry else "rejected"
-        texts: dict[str, Any] = {"prompt": entry.get("prompt"), "chosen": entry.get("chosen")}
-        texts[rejected_key] = entry.get(rejected_key) or ""
-        for key, value in texts.items():
-            if not isinstance(value, str):
-                found = "no such key" if value is None else type(value).__name__
-                raise DataError(f"{path} line {line}: expected a text for {key!r}, found {found}.")
-            if any("\ud800" <= character <= "\udfff" for character in value):
-                raise DataError(
-                    f"{path} line {line}: the text of {key!r} holds half of a surrogate pair, which is no "
-                    "character; write the whole pair, or remove it."
-                )
-        yield PreferenceRow(line, texts["prompt"], texts["chosen"], texts[rejected_key])
+            entry = json_object(content)
+            unread.update(entry.keys() - set(_COLUMNS))
+            reject, rejected = (
+                "" if entry.get(key) is None else string_of(entry, key, nul=True) for key in ("reject", "rejected")
+            )
+            yield PreferenceRow(
+                line, string_of(entry, "prompt"), string_of(entry, "chosen"), _filled_reject(reject, rejected)
+            )
+        except MalformedEntry as error:
+            raise DataError(f'{path} line {line}: {error}; write {{"prompt": …, "chosen": …}}.') from error
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,18 @@ def clean_text(text: str) -> str:
 
     In a single pass, as RWKV-LM-State-4bit-Orpo does it: three line breaks in a row become two.
     """
-    return text.strip().replace("\r\n", "\n").replace("\n\n", "\n")
+    return unix_lines(text.strip())[0].replace("\n\n", "\n")
+
+
+def clean_prompt(text: str) -> str:
+    """`clean_text`, but of a prompt that stands in a template already only outer white space and line ends."""
+    ready = unix_lines(text.strip())[0]
+    return ready if is_formatted(ready) else clean_text(text)
+
+
+def in_template(name: str, prompt: str) -> str:
+    """A prompt, with Unix lines, as the model reads it; one that stands in a template already gets no other."""
+    return prompt.strip() if is_formatted(prompt) else TEMPLATES[name].prompt(prompt)
 
 
 def answer_text(text: str) -> str:
@@ -229,6 +252,8 @@ class PreparedPairs:
         unusable_lines: lines of rows left out because prompt or chosen answer is blank.
         shortened: pairs of which something was cut.
         empty_rejects: pairs without a rejected answer.
+        equal_rejects: pairs whose rejected answer is the chosen one, between which nothing is preferred.
+        formatted: pairs whose prompt stands in a template already and was taken as it is.
     """
 
     pairs: list[PreferencePair]
@@ -236,6 +261,8 @@ class PreparedPairs:
     unusable_lines: list[int]
     shortened: int
     empty_rejects: int
+    equal_rejects: int
+    formatted: int
 
     def summary(self) -> list[str]:
         """The counts, a line each."""
@@ -245,6 +272,10 @@ class PreparedPairs:
             sizes = [len(getattr(pair, name)) for pair in self.pairs]
             middle = statistics.median_low(sizes)
             lines.append(f"{name:>8} tokens: min {min(sizes):,}, median {middle:,}, max {max(sizes):,}")
+        if self.equal_rejects:
+            lines.append(f"{self.equal_rejects:,} pairs with the chosen answer as reject: they train on it alone")
+        if self.formatted:
+            lines.append(formatted_statement(self.formatted))
         if self.unusable_lines:
             lines.append(
                 f"{len(self.unusable_lines):,} rows left out, prompt or chosen is blank "
@@ -290,7 +321,7 @@ def make_pairs(
     if longest is not None and longest < 1:
         raise ConfigError(f"--max_len {longest} leaves no tokens: give at least 1, or leave it out.")
     cleaned = [
-        replace(row, prompt=clean_text(row.prompt), chosen=clean_text(row.chosen), rejected=clean_text(row.rejected))
+        replace(row, prompt=clean_prompt(row.prompt), chosen=clean_text(row.chosen), rejected=clean_text(row.rejected))
         for row in rows
     ]
     usable = [row for row in cleaned if row.prompt and row.chosen]
@@ -302,13 +333,13 @@ def make_pairs(
     generator = random.Random(seed)
     pairs: list[PreferencePair] = []
     texts: list[str] = []
-    shortened = empty_rejects = 0
+    shortened = empty_rejects = equal_rejects = formatted = 0
     for made in range(count):
         row = usable[made % len(usable)]
         drawn = _drawn_template(generator.random())
         generator.random()
         name = drawn if template == MIXED else template
-        prompt_text = TEMPLATES[name].prompt(row.prompt)
+        prompt_text = in_template(name, row.prompt)
         if row.line not in answers:
             chosen, rejected = (tokenizer.encode(answer_text(text)) for text in (row.chosen, row.rejected))
             answers[row.line] = (chosen, rejected)
@@ -318,12 +349,14 @@ def make_pairs(
         pair = whole if longest is None else whole.shortened(longest)
         shortened += pair is not whole
         empty_rejects += not row.rejected
+        equal_rejects += row.rejected == row.chosen
+        formatted += is_formatted(row.prompt)
         pairs.append(pair)
         texts.append(prompt_text + answer_text(row.chosen))
         on_pair(made + 1)
     generator.shuffle(pairs)
     unusable_lines = [row.line for row in cleaned if not (row.prompt and row.chosen)]
-    return PreparedPairs(pairs, texts, unusable_lines, shortened, empty_rejects)
+    return PreparedPairs(pairs, texts, unusable_lines, shortened, empty_rejects, equal_rejects, formatted)
 
 
 def _drawn_template(number: float) -> str:

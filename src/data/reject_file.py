@@ -1,9 +1,9 @@
 """The CSV that reject generation writes: it grows group by group and survives being cut off.
 
-Beside `OUT.csv` stands `OUT.csv.run.json`: the settings, a checksum of the input, and how many rows and bytes
-of the CSV are complete. It is replaced after every group, once the group's rows are on the disk. A second
-start cuts off what was written after that and goes on; other settings or another input are refused once there
-are rows. It stays after the last row, and tells how the rejects were made.
+Beside `OUT.csv` stands `OUT.csv.run.json`: the settings, checksums of the input and of the CSV as it is to be, and
+the text of the group that is being written. It is replaced before every group is written. A second start writes what
+is missing of that text and goes on; it refuses a CSV or a `.run.json` that somebody else changed, and, once there are
+rows, other settings or another input. The file stays after the last row, and tells how the rejects were made.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from src.data.inputs import MalformedEntry, decoded, json_object, read_whole
 from src.data.preferences import PreferenceRow
 from src.errors import DataError
 from src.storage import replacing
@@ -74,15 +75,16 @@ class RejectFile:
         self._rows = rows
         self._progress: dict[str, Any] = {
             "settings": dict(settings),
-            "input_sha256": _checksum(rows),
+            "input_sha256": _checksum([(row.prompt, row.chosen, row.rejected) for row in rows]),
             "rows": len(rows),
             "rows_done": 0,
             "bytes_done": 0,
+            "output_sha256": "",
+            "last_group": "",
         }
+        self._written = hashlib.sha256()
         try:
             self._file = self._open()
-            if not self._progress["bytes_done"]:
-                self._write([HEADER], rows_done=0)
         except OSError as error:
             raise DataError(f"--output_csv {path} cannot be written ({error.strerror}): choose another.") from error
 
@@ -107,7 +109,7 @@ class RejectFile:
             self._write(lines, rows_done=group.stop)
         except OSError as error:
             raise DataError(
-                f"{self._path} cannot be written after row {self.rows_done} ({error.strerror}): free some "
+                f"{self._path} cannot be written after row {group.start} ({error.strerror}): free some "
                 "space and start again, it goes on from there."
             ) from error
 
@@ -118,27 +120,35 @@ class RejectFile:
         self._file.close()
 
     def _open(self) -> BinaryIO:
-        if self._path.exists():
-            self._take_up()
-        else:
+        content = self._take_up() if os.path.exists(self._path) else b""
+        if not content:
             # First the progress: a file without it would be taken for somebody else's.
-            self._write_progress()
+            self._plan(_csv_text([HEADER]), rows_done=0)
             self._path.touch()
         file: BinaryIO = open(self._path, "r+b")  # noqa: SIM115
-        file.truncate(self._progress["bytes_done"])
-        file.seek(0, os.SEEK_END)
+        missing = self._progress["last_group"].encode()
+        file.seek(self._progress["bytes_done"] - len(missing))
+        _write_durably(file, missing)
         return file
 
-    def _take_up(self) -> None:
-        """Goes on with an existing file, if it is one of ours and of this run."""
+    def _take_up(self) -> bytes:
+        """What is to stand in an existing file, if it is one of ours and of this run; nothing to begin it anew."""
+        content = read_whole(str(self._path))
         progress = _read_progress(self._progress_path)
         if progress is None:
             raise DataError(
                 f"--output_csv {self._path} exists and is not the beginning of such a run "
-                f"({self._progress_path.name} is missing or unreadable): name another file, or remove it."
+                f"({self._progress_path.name} is missing, unreadable or was changed): name another file, or remove it."
+            )
+        last_group: bytes = progress["last_group"].encode()
+        present = len(content) - (progress["bytes_done"] - len(last_group))
+        whole = content + last_group[max(present, 0) :]
+        if present < 0 or hashlib.sha256(whole).hexdigest() != progress["output_sha256"]:
+            raise DataError(
+                f"{self._path} was changed since it was written: name another --output_csv, or remove that one."
             )
         if not progress["rows_done"]:
-            return  # a start that failed, for want of memory or of a model: the next may have other settings
+            return b""  # a start that failed, for want of memory or of a model: the next may have other settings
         for name, value in self._progress["settings"].items():
             before = progress["settings"].get(name)
             if before != value:
@@ -149,38 +159,53 @@ class RejectFile:
                 )
         if progress["input_sha256"] != self._progress["input_sha256"]:
             raise DataError(f"{self._path} was begun with other input rows: name another --output_csv, or remove it.")
-        if self._path.stat().st_size < progress["bytes_done"]:
-            raise DataError(
-                f"{self._path} is shorter than when it was written, it was changed since: name another "
-                "--output_csv, or remove that one."
-            )
         self._progress = progress
+        self._written.update(whole)
+        return whole
 
     def _write(self, lines: Sequence[Sequence[str]], rows_done: int) -> None:
-        text = io.StringIO()
-        csv.writer(text).writerows(lines)
-        self._file.write(text.getvalue().encode())
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._progress = {**self._progress, "rows_done": rows_done, "bytes_done": self._file.tell()}
-        self._write_progress()
+        text = _csv_text(lines)
+        self._plan(text, rows_done)
+        _write_durably(self._file, text.encode())
 
-    def _write_progress(self) -> None:
+    def _plan(self, text: str, rows_done: int) -> None:
+        """Notes what is about to be written, so that a later start can complete it."""
+        content = text.encode()
+        self._written.update(content)
+        progress = {
+            **self._progress,
+            "rows_done": rows_done,
+            "bytes_done": self._progress["bytes_done"] + len(content),
+            "output_sha256": self._written.hexdigest(),
+            "last_group": text,
+        }
         with replacing(self._progress_path) as file:
-            file.write(json.dumps(self._progress, indent=1, ensure_ascii=False).encode())
+            signed = {**progress, "sha256": _checksum(progress)}
+            file.write(json.dumps(signed, indent=1).encode())
+        self._progress = progress
 
 
-def _checksum(rows: Sequence[PreferenceRow]) -> str:
-    content = json.dumps([(row.prompt, row.chosen, row.rejected) for row in rows])
-    return hashlib.sha256(content.encode()).hexdigest()
+def _csv_text(lines: Sequence[Sequence[str]]) -> str:
+    text = io.StringIO()
+    csv.writer(text).writerows(lines)
+    return text.getvalue()
+
+
+def _write_durably(file: BinaryIO, content: bytes) -> None:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+
+
+def _checksum(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def _read_progress(path: Path) -> dict[str, Any] | None:
+    """What the file says; None if it is missing or not as it was written."""
     try:
-        progress = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        progress = json_object(decoded(str(path), read_whole(str(path))))
+    except (DataError, MalformedEntry):
         return None
-    expected = {"settings": dict, "input_sha256": str, "rows": int, "rows_done": int, "bytes_done": int}
-    if isinstance(progress, dict) and all(isinstance(progress.get(name), kind) for name, kind in expected.items()):
-        return progress
-    return None
+    signature = progress.pop("sha256", None)
+    return progress if signature == _checksum(progress) else None

@@ -134,6 +134,15 @@ class BatchDataset(PassDataset[Batch]):
         super().__init__(batches_per_pass, **share)
         self.plan = self._make_plan()
 
+    @property
+    def most_positions(self) -> int:
+        """Of a batch."""
+        if self.mode == "get":
+            return self._micro_bsz * (self._row_tokens - 1)
+        if self.mode == "pack":
+            return min(self._micro_bsz * (self._row_tokens - 1), int(self._lengths.sum()))
+        return min(self._micro_bsz, len(self._lengths)) * int(self._lengths.max())
+
     def _divide(self, pass_number: int) -> list[Positions]:
         if self._rows is not None:
             return [self._visited[row] for row in self._rows.pass_rows(pass_number)]
@@ -158,6 +167,12 @@ class BatchDataset(PassDataset[Batch]):
             indices.tolist(),
             rounding,
         )
+
+    @property
+    def tokens_per_pass(self) -> int:
+        if self.mode == "get":
+            return self.batches_per_pass * self._micro_bsz * (self._row_tokens - 1)
+        return int(self._lengths.sum())
 
     def _weight(self, number: int) -> int:
         """Targets that the loss is taken on."""

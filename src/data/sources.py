@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import replace
+
+import numpy as np
+
 from src.config.files import DATA_TYPES
 from src.data.binidx import read_binidx
 from src.data.documents import Documents
 from src.data.text import generated_documents, read_jsonl, read_text
+from src.errors import DataError
 from src.tokenizer import tokenizer_for_vocabulary
+
+_SHOWN_CHARACTERS = 60
+_PROBED_DOCUMENTS, _PROBED_TOKENS = 64, 256
+_LEAST_AGREEMENT = 0.9  # text that was encoded in parts keeps 0.97 and more
 
 
 def open_documents(data_type: str, path: str, vocab_size: int, *, ctx_len: int) -> Documents:
@@ -23,9 +33,37 @@ def open_documents(data_type: str, path: str, vocab_size: int, *, ctx_len: int) 
     """
     assert data_type in DATA_TYPES, f"{data_type} is none of {DATA_TYPES}"
     if data_type == "binidx":
-        return read_binidx(path, vocab_size)
+        documents = read_binidx(path, vocab_size)
+        return replace(documents, statements=(*documents.statements, *_as_text(documents, vocab_size)))
     if data_type == "jsonl":
         return read_jsonl(path, tokenizer_for_vocabulary(vocab_size), vocab_size)
     if data_type == "utf-8":
         return read_text(path, tokenizer_for_vocabulary(vocab_size), vocab_size, ctx_len + 1)
     return generated_documents(vocab_size)
+
+
+def _as_text(documents: Documents, vocab_size: int) -> list[str]:
+    """How tokens that came without text read, and a warning where they are not this tokenizer's.
+
+    Text encoded again gives the tokens it was decoded from, or nearly so: what was made with another tokenizer reads as
+    something else, or as no text at all.
+    """
+    try:
+        tokenizer = tokenizer_for_vocabulary(vocab_size)
+    except DataError:
+        return []
+    start = tokenizer.decode(documents.tokens(0, _PROBED_TOKENS).tolist())
+    more = "…" if len(start) > _SHOWN_CHARACTERS or documents.sizes[0] > _PROBED_TOKENS else ""
+    said = [f"{documents.unit.capitalize()} {documents.numbers[0]} begins {start[:_SHOWN_CHARACTERS]!r}{more}"]
+    probed = np.unique(np.linspace(0, len(documents) - 1, _PROBED_DOCUMENTS).astype(int))
+    total = kept = 0
+    for index in probed:
+        tokens = [token for token in documents.tokens(index, _PROBED_TOKENS).tolist() if token]
+        total += len(tokens)
+        kept += (Counter(tokens) & Counter(tokenizer.encode(tokenizer.decode(tokens)))).total()
+    if kept < _LEAST_AGREEMENT * total:
+        said.append(
+            f"warning: {1 - kept / total:.0%} of the tokens looked at are not what the tokenizer of this vocabulary "
+            "makes of their text: the data were made with another one, or are no text."
+        )
+    return said

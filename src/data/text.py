@@ -7,25 +7,36 @@ and, after the last answer, the end of the document.
 
 from __future__ import annotations
 
-import json
 import re
 from array import array
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from src.data.documents import Documents
+from src.data.inputs import (
+    MalformedEntry,
+    decoded,
+    json_object,
+    kind_of,
+    listed_names,
+    numbered_lines,
+    read_whole,
+    shown,
+    string_of,
+    unix_lines,
+    unread_keys,
+)
+from src.data.turns import formatted_statement, is_formatted
 from src.errors import DataError
 from src.tokenizer import Tokenizer
 
 LINE_FORMS = '{"text": …}, {"prompt": …, "response": …} or {"messages": [{"role": …, "content": …}, …]}'
 
 _BLANK_LINES = re.compile(r"\n{2,}")
-_UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 class Part(NamedTuple):
@@ -33,6 +44,63 @@ class Part(NamedTuple):
 
     text: str
     counted: bool
+
+
+@dataclass
+class Findings:
+    """What was met while a file was read that the user should know of, in numbers.
+
+    Attributes:
+        conversations, plain: lines with roles, and lines of plain text.
+        blank_lines: runs of them inside turns, replaced by a line break.
+        line_ends: of another kind than LF, replaced by it.
+        formatted: prompts that stand in a template already and were taken as they are.
+        named: turns that begin with their speaker's name themselves.
+        empty_systems: system messages without text, left out.
+        unread: keys of entries and messages that have no meaning here.
+    """
+
+    conversations: int = 0
+    plain: int = 0
+    blank_lines: int = 0
+    line_ends: int = 0
+    formatted: int = 0
+    named: int = 0
+    empty_systems: int = 0
+    unread: Counter[str] = field(default_factory=Counter)
+
+    def statements(self, template: ChatTemplate) -> list[str]:
+        """One sentence each."""
+        said = []
+        if self.conversations and self.plain:
+            said.append(
+                f"{_several(self.conversations, 'conversation')} in the template {template.name}: the loss is on "
+                f"answers only; {_several(self.plain, 'line')} of plain text: it is on every token."
+            )
+        elif self.conversations:
+            said.append(f"Conversations are written in the template {template.name}; the loss is on answers only.")
+        if self.blank_lines:
+            said.append(
+                f"{_several(self.blank_lines, 'run')} of blank lines inside turns replaced by a line break each: "
+                "a blank line ends a turn."
+            )
+        if self.line_ends:
+            said.append(line_ends_statement(self.line_ends))
+        if self.formatted:
+            said.append(formatted_statement(self.formatted))
+        if self.named:
+            said.append(
+                f"Trained with their speaker's name twice, since they begin with it: {_several(self.named, 'turn')}; "
+                "take the name out of the file."
+            )
+        if self.empty_systems:
+            said.append(f"{_several(self.empty_systems, 'empty system message')} left out.")
+        return said + unread_keys(self.unread)
+
+
+def line_ends_statement(count: int) -> str:
+    """Says that CR LF and CR are not trained on."""
+    return f"{_several(count, 'line end')} CR LF or CR read as LF, as clients send them."
 
 
 @dataclass(frozen=True)
@@ -48,31 +116,41 @@ class ChatTemplate:
     answering: str = "assistant"
     turn_end: str = "\n\n"
 
-    def render(self, messages: Sequence[tuple[str, str]]) -> tuple[list[Part], int]:
-        """Parts of a conversation of (role, content), and how many blank lines were replaced.
+    def render(self, messages: Sequence[tuple[str, str]], findings: Findings) -> list[Part]:
+        """Parts of a conversation of (role, content).
 
         An uncounted part ends in "Assistant:" as a client's prompt does; the answer that follows
-        begins with the space.
+        begins with the space. A question in which that stands already is taken as it is, and a system
+        message without text is left out.
         """
+        findings.conversations += 1
         parts: list[Part] = []
         prompt = ""
-        replaced = 0
-        for role, content in messages:
-            turn, blank_lines = self.clean(content)
-            replaced += blank_lines
+        ready = False
+        for place, (role, content) in enumerate(messages):
+            text, line_ends = unix_lines(content)
+            text = text.strip()
+            findings.line_ends += line_ends
+            is_answered = messages[place + 1 : place + 2] and messages[place + 1][0] == self.answering
+            if role == "user" and is_answered and is_formatted(text):
+                findings.formatted += 1
+                prompt += text
+                ready = True
+                continue
+            turn, blank_lines = _BLANK_LINES.subn("\n", text)
+            findings.blank_lines += blank_lines
+            findings.named += turn.startswith(f"{self.speakers[role]}:")
             if role == self.answering:
-                parts.append(Part(f"{prompt}{self.speakers[role]}:", counted=False))
+                parts.append(Part(prompt if ready else f"{prompt}{self.speakers[role]}:", counted=False))
                 parts.append(Part(f" {turn}{self.turn_end}", counted=True))
-                prompt = ""
+                prompt, ready = "", False
+            elif role == "system" and not turn:
+                findings.empty_systems += 1
             else:
                 prompt += f"{self.speakers[role]}: {turn}{self.turn_end}"
         if prompt:
             parts.append(Part(prompt, counted=False))
-        return parts, replaced
-
-    def clean(self, content: str) -> tuple[str, int]:
-        """A turn's text without outer white space and blank lines, and how many lines those were."""
-        return _BLANK_LINES.subn("\n", _unix_lines(content).strip())
+        return parts
 
 
 WORLD_CHAT = ChatTemplate("World chat", {"system": "System", "user": "User", "assistant": "Assistant"})
@@ -121,28 +199,22 @@ def read_jsonl(path: str, tokenizer: Tokenizer, vocab_size: int) -> Documents:
     """Reads JSON lines, one document each; blank lines of the file are passed over.
 
     Of a line's keys "messages" comes first, then "prompt" with "response", then "text", which is
-    taken as it stands. Other keys are ignored. A "system" message may only come first.
+    taken as it stands, with Unix line ends. "system" and "history" (questions with answers) come before
+    a "prompt", "system" before "messages". Keys without a meaning are named. A "system" message may only
+    come first.
 
     Raises:
         DataError: the file is missing, empty or not UTF-8; a line is malformed (named with file,
             number and reason); or the documents cannot be trained on.
     """
     collector = _Collector(tokenizer)
-    replaced = 0
-    for number, line in _lines(path):
+    findings = Findings()
+    for number, line in numbered_lines(path):
         try:
-            parts, blank_lines = _parts(_entry(line), WORLD_CHAT)
-            replaced += blank_lines
-            collector.add(parts, number)
-        except (_MalformedLine, DataError) as error:
+            collector.add(_parts(_entry(line), WORLD_CHAT, findings), number)
+        except (MalformedEntry, DataError) as error:
             raise DataError(f"{path}, line {number}: {str(error).removesuffix('.')}.") from error
-    statements = []
-    if collector.masked:
-        statements.append(f"Conversations are written in the template {WORLD_CHAT.name}; the loss is on answers only.")
-    if replaced:
-        subject = "1 run of blank lines" if replaced == 1 else f"{replaced} runs of blank lines"
-        statements.append(f"{subject} inside turns replaced by a line break each: a blank line ends a turn.")
-    return collector.documents(path, vocab_size, statements)
+    return collector.documents(path, vocab_size, findings.statements(WORLD_CHAT))
 
 
 def read_text(path: str, tokenizer: Tokenizer, vocab_size: int, piece_tokens: int) -> Documents:
@@ -155,17 +227,12 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int, piece_tokens: in
         DataError: the file is missing, empty or not UTF-8.
     """
     assert piece_tokens >= 2, "a piece needs an input and a target"
-    with _opened(path) as file:
-        content = file.read()
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise _wrong_encoding(path, content, content.count(b"\n", 0, error.start) + 1, error) from error
-    ids = tokenizer.encode(_unix_lines(text))
+    text, line_ends = unix_lines(decoded(path, read_whole(path)))
+    ids = tokenizer.encode(text)
     stream = np.array([*ids, tokenizer.end_of_document] if ids else [], dtype=np.uint16)
     starts = np.arange(0, max(len(stream) - 1, 0), piece_tokens - 1, dtype=np.int64)
     sizes = np.minimum(len(stream) - starts, piece_tokens)
-    statements = []
+    statements = [line_ends_statement(line_ends)] if line_ends else []
     if len(starts) > 1:
         statements.append(
             f"A text file is one document; its {len(stream)} tokens are read as {len(starts)} pieces of at "
@@ -206,119 +273,96 @@ def generated_documents(vocab_size: int) -> Documents:
     )
 
 
-class _MalformedLine(Exception):
-    """Reason why a line is none of the known forms."""
-
-
 def _entry(line: str) -> dict[str, Any]:
     """The JSON object of a line."""
     try:
-        entry = json.loads(line.rstrip())  # a line break would count as another line, from column 1
-    except json.JSONDecodeError as error:
-        reason = f"not valid JSON ({error.msg} at column {error.colno})"
-        raise _MalformedLine(f"{reason}; every line is one object: {LINE_FORMS}") from error
-    except RecursionError as error:
-        raise _MalformedLine(f"nested too deeply; every line is one object: {LINE_FORMS}") from error
-    if not isinstance(entry, dict):
-        raise _MalformedLine(f"it is {_kind(entry)}, expected an object: {LINE_FORMS}")
-    return entry
+        return json_object(line)
+    except MalformedEntry as error:
+        raise MalformedEntry(f"{error}; every line is one object: {LINE_FORMS}") from error
 
 
-def _parts(entry: dict[str, Any], template: ChatTemplate) -> tuple[list[Part], int]:
-    """Parts of one line's document, and the blank lines replaced in it."""
+def _parts(entry: dict[str, Any], template: ChatTemplate, findings: Findings) -> list[Part]:
+    """Parts of one line's document."""
     if "messages" in entry:
-        return template.render(_messages(entry["messages"], template))
-    if "prompt" in entry and "response" in entry:
-        turns = [("user", _string(entry, "prompt")), (template.answering, _string(entry, "response"))]
-        if not turns[1][1].strip():
-            raise _MalformedLine('"response" is empty')
-        return template.render(turns)
-    if "text" in entry:
-        return [Part(_string(entry, "text"), counted=True)], 0
-    keys = ", ".join(map(repr, entry)) or "none"
-    raise _MalformedLine(f"its keys are {keys}, expected {LINE_FORMS}")
+        turns = _messages(entry["messages"], template, findings)
+        read = {"messages"}
+        if entry.get("system"):
+            if turns[0][0] == "system":
+                raise MalformedEntry('there are a "system" and a system message; keep one')
+            turns.insert(0, ("system", string_of(entry, "system")))
+            read.add("system")
+    elif "prompt" in entry and "response" in entry:
+        turns = [
+            *([("system", string_of(entry, "system"))] if entry.get("system") is not None else []),
+            *_history(entry.get("history") or [], template),
+            ("user", _filled(entry, "prompt")),
+            (template.answering, _filled(entry, "response")),
+        ]
+        read = {"system", "history", "prompt", "response"}
+    elif "text" in entry:
+        findings.unread.update(entry.keys() - {"text"})
+        findings.plain += 1
+        text, line_ends = unix_lines(string_of(entry, "text"))
+        findings.line_ends += line_ends
+        return [Part(text, counted=True)]
+    elif "prompt" in entry and "chosen" in entry:
+        raise MalformedEntry(
+            "it is a preference pair; make pairs with PrepareOrpoDataset.py --input_csv FILE and train with --orpo 1"
+        )
+    else:
+        keys = listed_names(list(entry)) or "none"
+        raise MalformedEntry(f"its keys are {keys}, expected {LINE_FORMS}")
+    findings.unread.update(entry.keys() - read)
+    return template.render(turns, findings)
 
 
-def _messages(messages: object, template: ChatTemplate) -> list[tuple[str, str]]:
+def _history(history: object, template: ChatTemplate) -> list[tuple[str, str]]:
+    """The turns of a list of [question, answer]."""
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise MalformedEntry('"history" is no list of [question, answer] pairs')
+    roles = ("user", template.answering)
+    return [
+        (role, _filled({"history": text}, "history"))
+        for pair in history
+        for role, text in zip(roles, pair, strict=True)
+    ]
+
+
+def _messages(messages: object, template: ChatTemplate, findings: Findings) -> list[tuple[str, str]]:
     if not isinstance(messages, list):
-        raise _MalformedLine(f'"messages" is {_kind(messages)}, expected a list')
+        raise MalformedEntry(f'"messages" is {kind_of(messages)}, expected a list')
     turns: list[tuple[str, str]] = []
+    unread: set[str] = set()
     for position, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
-            raise _MalformedLine(f"message {position} is {_kind(message)}, expected an object")
+            raise MalformedEntry(f"message {position} is {kind_of(message)}, expected an object")
         missing = [key for key in ("role", "content") if key not in message]
         if missing:
-            raise _MalformedLine(f'message {position} has no "{missing[0]}"')
-        role, content = _string(message, "role"), _string(message, "content")
+            raise MalformedEntry(f'message {position} has no "{missing[0]}"')
+        role, content = string_of(message, "role"), string_of(message, "content")
         if role not in template.speakers:
             known = ", ".join(template.speakers)
-            raise _MalformedLine(f"message {position} has the role {role!r}; known are {known}")
+            raise MalformedEntry(f"message {position} has the role {shown(role)}; known are {known}")
         if role == "system" and turns:
-            raise _MalformedLine(f"message {position} is a system message; it may only come first")
-        if role == template.answering and not content.strip():
-            raise _MalformedLine(f"message {position}, an answer, is empty")
+            raise MalformedEntry(f"message {position} is a system message; it may only come first")
+        if role != "system" and not content.strip():
+            kind = "an answer" if role == template.answering else "a question"
+            raise MalformedEntry(f"message {position}, {kind}, is empty")
         turns.append((role, content))
+        unread |= message.keys() - {"role", "content"}
     if template.answering not in (role for role, _ in turns):
-        raise _MalformedLine(f'no message has the role "{template.answering}", so there is nothing to learn')
+        raise MalformedEntry(f'no message has the role "{template.answering}", so there is nothing to learn')
+    findings.unread.update(f"messages: {key}" for key in unread)
     return turns
 
 
-def _string(entry: dict[str, Any], key: str) -> str:
-    value = entry[key]
-    if not isinstance(value, str):
-        raise _MalformedLine(f'"{key}" is {_kind(value)}, expected a string')
-    return value
+def _filled(entry: dict[str, Any], key: str) -> str:
+    """The text of a turn, which an empty one would end at once."""
+    text = string_of(entry, key)
+    if not text.strip():
+        raise MalformedEntry(f'"{key}" is empty; text without a question is given as {{"text": …}}')
+    return text
 
 
-def _kind(value: object) -> str:
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
-
-
-def _unix_lines(text: str) -> str:
-    return text.replace("\r\n", "\n")
-
-
-def _lines(path: str) -> Iterator[tuple[int, str]]:
-    """Number, from 1, and text of every line that is not blank."""
-    with _opened(path) as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise _wrong_encoding(path, line, number, error) from error
-            if text.strip():
-                yield number, text
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[BinaryIO]:
-    """The file to read; a DataError says why it cannot be."""
-    _must_be_a_file(path)
-    try:
-        with open(path, "rb") as file:
-            yield file
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _must_be_a_file(path: str) -> None:
-    if Path(path).is_file():
-        return
-    if Path(path).is_dir():
-        raise DataError(f"{path} is a directory; --data_file names one file.")
-    advice = "check the path"
-    if Path(f"{path}.idx").is_file():
-        advice = f"for {path}.idx use --data_type binidx"
-    elif Path(f"{path}.jsonl").is_file():
-        advice = f"there is {path}.jsonl"
-    raise DataError(f"{path} does not exist; {advice}.")
-
-
-def _wrong_encoding(path: str, content: bytes, line: int, error: UnicodeDecodeError) -> DataError:
-    if content.startswith(_UTF16_BOMS):
-        return DataError(
-            f"{path} is UTF-16, expected UTF-8; convert it: `iconv -f UTF-16 -t UTF-8 {path} > utf8-file`."
-        )
-    byte = content[error.start] if error.start < len(content) else 0
-    return DataError(f"{path}, line {line}: not UTF-8 (byte 0x{byte:02x}: {error.reason}); save the file as UTF-8.")
+def _several(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"

@@ -160,20 +160,16 @@ class StepControl(pl.Callback):
 class TrainingMonitor(pl.Callback):
     """Makes one log per optimizer step and per epoch and hands it to the sinks (rank 0 only)."""
 
-    def __init__(
-        self, control: StepControl, sinks: Sequence[Sink], epoch_begin: int, ctx_len: int, start: Start = BEGINNING
-    ) -> None:
+    def __init__(self, control: StepControl, sinks: Sequence[Sink], epoch_begin: int, start: Start = BEGINNING) -> None:
         self.control = control
         self.sinks = sinks
         self.epoch_begin = epoch_begin
-        self.ctx_len = ctx_len
         self.start = start
         self.peak_bytes = 0
         self.used_bytes = 0
         self.losses: list[float] = []
-        self.nominal_tokens = 0
+        self.tokens = 0
         self.step_seconds: list[float] = []
-        self._samples = 0
         self._tokens = 0
         self._logs: list[dict[str, float]] = []
         self._epoch_losses: list[float] = []
@@ -188,7 +184,6 @@ class TrainingMonitor(pl.Callback):
         """Adds the micro-batch up; writes the log when it closed an optimizer step."""
         assert isinstance(module, TrainingModule)
         assert module.outcome is not None
-        self._samples += len(batch.source.sample_indices)
         self._tokens += batch.source.token_count
         self._logs.append(module.outcome.logs())
         if (batch_idx + 1) % self.control.accumulate:
@@ -204,12 +199,11 @@ class TrainingMonitor(pl.Callback):
             grad_norm=self.control.grad_norm,
             seconds=now - self._last,
             tokens=self._tokens * trainer.world_size,
-            nominal_tokens=self._samples * self.ctx_len * trainer.world_size,
             extra=extra,
         )
-        self._last, self._samples, self._tokens, self._logs = now, 0, 0, []
+        self._last, self._tokens, self._logs = now, 0, []
         self.losses.append(log.loss)
-        self.nominal_tokens += log.nominal_tokens
+        self.tokens += log.tokens
         self.step_seconds.append(log.seconds)
         self._epoch_losses.append(log.loss)
         for sink in self.sinks:
@@ -236,12 +230,12 @@ class TrainingMonitor(pl.Callback):
 
     def state(self) -> dict[str, Any]:
         """See `resume.Part`."""
-        return {"losses": torch.tensor(self.losses, dtype=torch.float64), "nominal_tokens": self.nominal_tokens}
+        return {"losses": torch.tensor(self.losses, dtype=torch.float64), "tokens": self.tokens}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `resume.Part`."""
         self.losses = state["losses"].tolist()
-        self.nominal_tokens = state["nominal_tokens"]
+        self.tokens = state["tokens"]
         of_this_epoch = self.start.batches // self.control.accumulate
         self._epoch_losses = self.losses[len(self.losses) - of_this_epoch :]
 

@@ -33,6 +33,7 @@ class Stopper(pl.Callback):
         self.accumulate = accumulate
         self.start = start
         self.signal_name: str | None = None
+        self.exhausted = False
         self._wants_save = False
         self._handlers: dict[int, Any] = {}
 
@@ -46,8 +47,8 @@ class Stopper(pl.Callback):
         """Asks all ranks whether one of them wants to stop, once the optimizer step is complete."""
         if (batch_idx + 1) % self.accumulate:
             return
-        step = self.start.steps + trainer.global_step
-        wants_stop = self.signal_name is not None or self.schedule.exhausted(step)
+        self.exhausted = self.schedule.exhausted(self.start.steps + trainer.global_step)
+        wants_stop = self.signal_name is not None or self.exhausted
         if trainer.world_size > 1:
             wants_stop = trainer.strategy.reduce_boolean_decision(wants_stop, all=False)
         if wants_stop:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import re
@@ -10,20 +11,21 @@ import secrets
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import IO
 
 from src.errors import CheckpointError, ConfigError
-from src.storage import UNFINISHED
+from src.storage import UNFINISHED, refuse_overlap
 
 LOCK = ".rwkv-lock"
 RESUME = "rwkv-resume.pth"
 PREVIOUS = "rwkv-resume-previous.pth"
 _RESULT = re.compile(r"rwkv-(\d+|final)\.pth")
-_WRITTEN = re.compile(r"rwkv-(\d+|final|init|last-good|resume|resume-previous)\.pth")
-_LEFT = re.compile(rf"\.{_WRITTEN.pattern}\.[0-9a-f]{{8}}(-old)?{re.escape(UNFINISHED)}")
+_WRITTEN = re.compile(r"rwkv-(\d+|final|init|last-good|resume|resume-previous)\.(?:pth|json)|init_pissa\.(?:pth|json)")
+_LOGS = ("train_log.txt", "metrics.jsonl")
+_LEFT = re.compile(rf"\.(?:{_WRITTEN.pattern})\.[0-9a-f]{{8}}(-old)?{re.escape(UNFINISHED)}")
 
 
 def new_run_id() -> str:
@@ -135,6 +137,37 @@ def refuse_results(folder: Path) -> None:
         )
 
 
+def spare_inputs(folder: Path, inputs: Mapping[str, str], epochs: range) -> None:
+    """Refuses a folder in which the run would write over what it reads, or through a link over what lies elsewhere.
+
+    Args:
+        folder: need not exist.
+        inputs: paths by flag, "" where none was given; of binidx data the common part of two files' names.
+        epochs: numbers of those whose files the run will write.
+
+    Raises:
+        ConfigError: naming the file.
+    """
+    read = dict(inputs)
+    for flag, path in inputs.items():
+        read |= {f"a file of {flag}": f"{path}.bin", f"the index of {flag}": f"{path}.idx"} if path else {}
+    try:
+        names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    except OSError as error:
+        raise ConfigError(f"--proj_dir {folder} cannot be read ({error.strerror}): choose another folder") from error
+    for name in names:
+        written = _WRITTEN.fullmatch(name)
+        number = written and written[1]
+        if name not in _LOGS and (not written or (number and number.isdecimal() and int(number) not in epochs)):
+            continue
+        refuse_overlap(read, {"a result in --proj_dir,": folder / name})
+        if (folder / name).is_symlink():
+            raise ConfigError(
+                f"{folder / name} is a link to {os.readlink(folder / name)}, which the run would write over: remove "
+                "the link, or choose another --proj_dir"
+            )
+
+
 def clean(folder: Path, *, results: bool, inputs: Iterable[str]) -> list[str]:
     """Removes what killed runs were writing, and on request what earlier runs wrote; returns the names.
 
@@ -228,6 +261,8 @@ class LineFile:
         self._file: IO[bytes] | None = None
         self._good_bytes = 0
         try:
+            if path.exists() and not (path.is_file() or path.is_dir() or path.is_char_device()):
+                raise OSError(errno.ENODEV, "it is no file")  # to open a pipe would wait for a reader
             self._file = path.open("ab", buffering=0)
             if path.is_file():
                 self._good_bytes = _wanted_bytes(path, unwanted)

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import math
 import sys
-import urllib.error
 import urllib.request
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from src.config import TrainConfig
+from src.errors import TrainingError
 from src.training.folder import LineFile
 
 TIMESTAMP = "%Y-%m-%d-%H-%M-%S"
@@ -35,7 +36,6 @@ class StepLog:
         grad_norm: global norm before clipping.
         seconds: time since the end of the step before.
         tokens: tokens of the step on all devices, padding not counted.
-        nominal_tokens: ctx_len times samples, as the original counts.
         extra: further numbers of the objective by name.
     """
 
@@ -47,7 +47,6 @@ class StepLog:
     grad_norm: float
     seconds: float
     tokens: int
-    nominal_tokens: int
     extra: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -169,8 +168,10 @@ class WandbSink(Sink):
     def __init__(self, config: TrainConfig, run_name: str, tokens: int = 0) -> None:
         import wandb
 
+        entity, project = config.wandb_names
         options: dict[str, Any] = {
-            "project": config.wandb,
+            "entity": entity,
+            "project": project,
             "name": f"{run_name} {datetime.now().strftime(TIMESTAMP)}",
             "config": asdict(config),
             "dir": config.proj_dir,
@@ -179,14 +180,17 @@ class WandbSink(Sink):
             self._run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
         except wandb.errors.Error as error:
             print(f"warning: wandb is not reachable ({error}); logging offline, see `wandb sync`", file=sys.stderr)
-            self._run = wandb.init(**options, mode="offline")
+            try:
+                self._run = wandb.init(**options, mode="offline")
+            except wandb.errors.Error as error:
+                raise TrainingError(f"--wandb {config.wandb} cannot be used ({error}): leave it out") from error
         self._tokens = tokens
 
     def step(self, log: StepLog) -> None:
-        self._tokens += log.nominal_tokens
+        self._tokens += log.tokens
         row = {"loss": log.loss, "lr": log.lr, "wd": log.weight_decay, "Gtokens": self._tokens / 1e9}
         if log.step > 1:
-            row["kt/s"] = log.nominal_tokens / log.seconds / 1000
+            row["kt/s"] = log.tokens / log.seconds / 1000
         self._run.log({**row, **log.extra}, step=log.step)
 
     def close(self) -> None:
@@ -212,7 +216,7 @@ class HttpSink(Sink):
         )
         try:
             urllib.request.urlopen(request, timeout=2).close()
-        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        except (OSError, http.client.HTTPException) as error:
             if not self._warned:
                 print(f"warning: {self._url} does not answer ({error}); training goes on", file=sys.stderr)
             self._warned = True

@@ -1,4 +1,4 @@
-"""How much of a layer is kept for the backward pass: `--grad_cp`, and `--grad_cp 2` from free memory.
+"""What fits into memory: sizes that cannot, and how much of a layer is kept for the backward pass (`--grad_cp`).
 
 Keeping a layer's costly tensors saves its recomputation. Layers are alike, so the choice is two numbers: so
 many layers recompute only their inputs, so many nothing, the others everything.
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 
 import torch
 
+from src.config import TrainConfig
+from src.device import require_memory
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
+from src.model.shape import ModelShape
 
 _WORKING_BYTES = 700 * 2**20
 """Kept free for what the estimate below does not see: library handles, logits of a chunk, fragmentation."""
@@ -49,6 +52,34 @@ class MemoryPlan:
         modes = [Recompute.NOTHING] * self.whole_layers + [Recompute.INPUTS] * self.light_layers
         modes += [Recompute.ALL] * (self.layers - len(modes))
         model.set_recomputation(modes[::-1], keep_dequantized=self.keep_dequantized)
+
+
+def require_memory_of_run(config: TrainConfig, device: torch.device, shape: ModelShape, positions: int) -> None:
+    """Refuses sizes that no way of training could fit into the device's memory, before anything is allocated.
+
+    Counted is what has to be there in any case: the weights of a fresh model in fp32 on the host, and in 2 bytes a
+    value what enters each layer at every position of a micro-batch. Real runs take several times as much.
+
+    Args:
+        config: the flags.
+        device: where the run computes.
+        shape: of the model.
+        positions: most of a micro-batch.
+
+    Raises:
+        ConfigError: naming the flags, what they need and what there is.
+    """
+    host = torch.device("cpu")
+    if not config.load_model:
+        sizes = f"--n_layer {shape.n_layer} --n_embd {shape.n_embd} --vocab_size {shape.vocab_size}"
+        require_memory(f"a fresh model of {sizes}", "choose smaller ones", shape.parameter_count * 4, host)
+    longest = f"--rlhf_max_corpus_len {config.rlhf_max_corpus_len}" if config.orpo else f"--ctx_len {config.ctx_len}"
+    require_memory(
+        f"{longest} with --micro_bsz {config.micro_bsz}, {positions:,} positions at a time,",
+        "lower them",
+        positions * shape.n_embd * shape.n_layer * 2,
+        host if config.offload_activations else device,
+    )
 
 
 def plan_memory(model: LanguageModel, row_tokens: int, limit_gib: float) -> MemoryPlan:

@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from src.adapters.method import Method
 from src.config import TrainConfig
-from src.device import global_rank
+from src.device import global_rank, memory_bytes
 from src.model.shape import ModelShape
 from src.schedule import Schedule
 from src.training.callbacks import TrainingMonitor
@@ -139,8 +137,10 @@ def summary_of(config: TrainConfig, method: Method, result: RunResult, monitor: 
 
 
 def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> str:
-    """One sentence for a GPU that is full: its size and the three cheapest changes, in order."""
-    total = torch.cuda.get_device_properties(hardware.device).total_memory / 2**30
+    """One sentence for a device that is full: its size and the three cheapest changes, in order."""
+    total_bytes = memory_bytes(hardware.device)
+    whose = "memory" if total_bytes is None else f"its {total_bytes / 2**30:.1f} GiB"
+    name = "GPU" if hardware.on_gpu else "machine"
     changes = []
     if config.grad_cp != 1:
         changes.append("--grad_cp 1")
@@ -153,11 +153,12 @@ def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> st
         changes.append("--quant_type nf4")
     if config.quantised and not config.quant_head:
         changes.append("--quant_head 1")
-    if config.grad_cp == 1 and not config.offload_activations:
+    if config.grad_cp == 1 and not config.offload_activations and hardware.on_gpu:
         changes.append("--offload_activations 1")
     if config.orpo:
         changes.append(f"--rlhf_max_corpus_len {max(config.rlhf_max_corpus_len // 2, 1)}")
     else:
         changes.append(f"--ctx_len {max(config.ctx_len // 2, 1)}")
-    changes += ["a GPU that no other program uses (see nvidia-smi)", "a smaller base model"]
-    return f"the GPU ran out of its {total:.1f} GiB; the cheapest ways out: {', or '.join(changes[:3])}"
+    look = " (see nvidia-smi)" if hardware.on_gpu else ""
+    changes += [f"a {name} that no other program uses{look}", "a smaller base model"]
+    return f"the {name} ran out of {whose}; the cheapest ways out: {', or '.join(changes[:3])}"

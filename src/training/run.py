@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import random
-import re
 import shutil
 import sys
 import tempfile
@@ -19,7 +19,7 @@ import torch
 from src.adapters.method import Method, method_of
 from src.checkpoint import Checkpoint, fresh_checkpoint, load_state, open_checkpoint, read_tensors, save_model
 from src.config import TrainConfig
-from src.device import global_rank, spare_threads
+from src.device import global_rank, spare_threads, without_memory
 from src.errors import ConfigError, TrainingError
 from src.identity import FileIdentity
 from src.loading import LoadOptions, open_model
@@ -31,9 +31,9 @@ from src.training.callbacks import AtEnd, CheckpointSaver, NotFiniteError, StepC
 from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware, trainer_arguments
 from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
 from src.training.exits import Stopper, unharmed_by_save_requests
-from src.training.folder import Places, clean, locked, new_run_id, refuse_results
+from src.training.folder import Places, clean, locked, new_run_id, refuse_results, spare_inputs
 from src.training.logs import FileSink, HttpSink, ProgressSink, Sink, WandbSink
-from src.training.memory import MemoryPlan, plan_memory
+from src.training.memory import MemoryPlan, plan_memory, require_memory_of_run
 from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
 from src.training.progress import BEGINNING, Start
@@ -58,8 +58,8 @@ from src.training.unpacked import measure_unpacked
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
 GRADIENT_CLIP = 1.0
+INPUT_FLAGS = ("load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file")
 _SMALL_SHARE = 0.01
-_WRITTEN = re.compile(r"rwkv-(\d+|final|init|last-good)\.pth")
 
 
 def train(config: TrainConfig) -> RunResult:
@@ -79,10 +79,8 @@ def train(config: TrainConfig) -> RunResult:
         apply_hardware(hardware, config, small_messages=method.small)
         # From here on the engine is the one that runs, not what was asked for: `auto` with several GPUs is DeepSpeed.
         config = dataclasses.replace(config, strategy=hardware.strategy)
-        try:
+        with without_memory(lambda: memory_advice(config, method, hardware)):
             return _train(config, method, hardware, saved, held)
-        except torch.cuda.OutOfMemoryError as error:
-            raise TrainingError(memory_advice(config, method, hardware)) from error
 
 
 def _take(folder: Path, config: TrainConfig, held: contextlib.ExitStack) -> None:
@@ -102,6 +100,7 @@ def _train(
     shape = _model_shape(config, base)
     method.trained_names(shape)  # refuses what does not fit the model
     work = prepare_work(config, shape)
+    require_memory_of_run(config, hardware.device, shape, work.row_tokens)
     figures = {
         "steps_per_epoch": work.batches_per_epoch // config.accumulate_grad_batches,
         "micro_batches_per_step": config.accumulate_grad_batches * config.devices * config.num_nodes,
@@ -111,7 +110,7 @@ def _train(
             say(f"note: {line}")
     folder = Path(config.proj_dir)
     was_there = folder.is_dir()
-    _prepare_folder(config, method)
+    _prepare_folder(config)
     if not was_there:
         _take(folder, config, held)
     _check_room(folder, method.file_bytes(shape))
@@ -123,7 +122,7 @@ def _train(
         start = Start.after(saved.steps, figures["steps_per_epoch"], config.accumulate_grad_batches)
         say(f"resuming   after step {saved.steps:,}, epoch {config.epoch_begin + start.epochs}, from {saved.path}")
     if global_rank() == 0:
-        clean(folder, results=bool(config.overwrite), inputs=(config.load_model, config.load_state))
+        clean(folder, results=bool(config.overwrite), inputs=[getattr(config, flag) for flag in INPUT_FLAGS])
 
     identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
     origin = method.start(shape, folder, identity)
@@ -197,6 +196,10 @@ def _train(
         stopped_by=stopper.signal_name,
         go_on=command_to_go_on(session.writer.folder) if session.writer.folder else "",
     )
+    if stopper.exhausted:
+        say(
+            f"stopped after {len(result.losses)} steps, which hold --my_exit_tokens {config.my_exit_tokens} in the mean"
+        )
     say(summary_of(config, method, result, monitor))
     return result
 
@@ -209,15 +212,13 @@ def _with_seed(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def _prepare_folder(config: TrainConfig, method: Method) -> Path:
+def _prepare_folder(config: TrainConfig) -> Path:
     """Creates the output folder and proves that a file can be written there."""
     folder = Path(config.proj_dir)
-    base = Path(config.load_model).resolve()
-    if method.needs_base and base.parent == folder.resolve() and _WRITTEN.fullmatch(base.name):
-        raise ConfigError(
-            f"--load_model {config.load_model} would be written over, because it lies in --proj_dir {folder} and has "
-            "the name of a result: choose another --proj_dir"
-        )
+    if os.path.lexists(folder) and not os.path.isdir(folder):
+        raise ConfigError(f"--proj_dir {folder} cannot be written: it is not a folder; choose another")
+    inputs = {f"--{flag}": getattr(config, flag) for flag in INPUT_FLAGS}
+    spare_inputs(folder, inputs, range(config.epoch_begin, config.epoch_begin + epochs_of(config)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -371,7 +372,7 @@ def fit(
     trained_elements = sum(parameter.numel() for _, parameter in module.trained())
     places = session.writer.places if session else Places(folder, new_run_id(), _warn)
     control = StepControl(schedule, accumulate, work.describe, start)
-    monitor = TrainingMonitor(control, [], config.epoch_begin, config.ctx_len, start)
+    monitor = TrainingMonitor(control, [], config.epoch_begin, start)
     saver = CheckpointSaver(
         lambda path: places.save(lambda place: results.save(module.model, place), path.name),
         folder,
@@ -499,7 +500,7 @@ def _sinks(
     if config.wandb:
         shape = module.model.shape
         name = f"{shape.vocab_size} ctx{config.ctx_len} L{shape.n_layer} D{shape.n_embd}"
-        tokens = session.saved.parts["monitor"]["nominal_tokens"] if session and start.steps else 0
+        tokens = session.saved.parts["monitor"]["tokens"] if session and start.steps else 0
         sinks.append(WandbSink(config, name, tokens))
     if config.fapi_logging_callback:
         sinks.append(HttpSink(config.fapi_logging_address))

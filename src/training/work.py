@@ -23,6 +23,8 @@ from src.tokenizer import tokenizer_for_vocabulary
 from src.training.evaluation import HeldOut, held_out_loss, held_out_preference
 from src.training.objectives import Objective, PreferenceObjective, SFTObjective
 
+_KINDS = {"binidx": "binidx", "jsonl": "JSON lines", "utf-8": "plain text", "dummy": "counting"}
+
 
 @dataclass(frozen=True)
 class Work:
@@ -73,18 +75,20 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
     )
     plan = dataset.plan
     lines = [
-        f"data       {config.data_file or 'generated'}: {plan.documents:,} documents, {plan.tokens:,} tokens, "
-        f"{plan.counted_targets_per_pass:,} targets a pass, --dataload {plan.mode}",
-        *(f"           {statement}" for statement in (*dataset.documents.statements, *plan.statements())),
+        f"data       {config.data_file or 'generated'}: {_KINDS[config.data_type]}, {plan.documents:,} documents, "
+        f"{plan.tokens:,} tokens, {plan.counted_targets_per_pass:,} targets a pass, --dataload {plan.mode}",
+        *(
+            f"           {statement}"
+            for statement in (*dataset.documents.statements, *plan.statements(), *dataset.statements())
+        ),
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
     if config.val_file:
         held_out = documents_of(config.val_file)
         lines.append(f"held out   {config.val_file}: {len(held_out):,} documents, {held_out.total_tokens:,} tokens")
+        lines += [f"           {statement}" for statement in held_out.statements]
         measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len)
-    longest = min(config.ctx_len, int(dataset.documents.sizes.max())) if plan.mode == "pad" else config.ctx_len
-    row_tokens = config.micro_bsz * longest
-    return Work(dataset, SFTObjective(), measure, len(dataset), row_tokens, dataset.describe, lines)
+    return Work(dataset, SFTObjective(), measure, len(dataset), dataset.most_positions, dataset.describe, lines)
 
 
 def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
@@ -113,22 +117,22 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
     plan = dataset.plan
     lines = [
         f"pairs      {config.rlhf_train_file}: {plan.pairs:,} pairs, {plan.positions_per_pass:,} positions a pass",
-        *(f"           {statement}" for statement in plan.statements()),
+        *(f"           {statement}" for statement in (*plan.statements(), *dataset.statements())),
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
     if config.val_file:
         held_out = dataset_of(config.val_file, 0)
         lines.append(f"held out   {config.val_file}: {held_out.plan.pairs:,} pairs")
+        lines += [f"           {statement}" for statement in held_out.plan.statements()]
         measure = partial(held_out_preference, dataset=held_out, objective=objective)
     parts = 3 if config.orpo_shared_prompt and config.orpo_type == 0 else 4
-    row_tokens = config.micro_bsz * parts * config.rlhf_max_corpus_len
+    row_tokens = min(config.micro_bsz * parts * config.rlhf_max_corpus_len, plan.positions_per_pass)
     return Work(dataset, objective, measure, len(dataset), row_tokens, dataset.describe, lines)
 
 
 def make_schedule(config: TrainConfig, work: Work) -> Schedule:
     """Learning rate over the optimizer steps of the epochs 0 … epoch_count - 1."""
     steps_per_epoch = work.batches_per_epoch // config.accumulate_grad_batches
-    samples = config.devices * config.num_nodes * config.micro_bsz * config.accumulate_grad_batches
     return Schedule(
         lr_init=config.lr_init,
         lr_final=config.lr_final,
@@ -138,7 +142,7 @@ def make_schedule(config: TrainConfig, work: Work) -> Schedule:
         weight_decay=config.weight_decay,
         weight_decay_final=config.weight_decay_final,
         exit_tokens=config.my_exit_tokens,
-        tokens_per_step=samples * config.ctx_len,
+        tokens_per_step=work.dataset.tokens_per_step,
     )
 
 

@@ -198,6 +198,8 @@ class TestPissaFolders:
         common = {"load_model": base, "data_file": data, "epoch_steps": 1, "epoch_count": 1, **sized("pissa")}
         train(tmp_path, **common)
         first = (tmp_path / "init_pissa.pth").read_bytes()
+        (tmp_path / "rwkv-0.pth").unlink()
+        (tmp_path / "rwkv-final.pth").unlink()  # as if the run had been killed early
         train(tmp_path, **common)
         assert (tmp_path / "init_pissa.pth").read_bytes() == first
         assert losses(tmp_path)[0] == losses(tmp_path)[1]
@@ -206,10 +208,14 @@ class TestPissaFolders:
         common = {"load_model": base, "data_file": data, "epoch_steps": 1, "epoch_count": 1}
         train(tmp_path, **common, **sized("pissa"))
         kept = {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")}
+        for name in ("rwkv-0.pth", "rwkv-final.pth"):
+            (tmp_path / name).unlink()
+            del kept[name]
         ended = try_train(tmp_path, **common, **sized("pissa", r=4))
         assert ended.code == 2
         assert "was made with r 8" in ended.err
         assert {path.name: path.read_bytes() for path in tmp_path.glob("*.pth")} == kept
+        train(tmp_path, **common, **sized("pissa", r=4), overwrite=1)
 
 
 class TestRefusals:

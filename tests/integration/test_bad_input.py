@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import os
 import resource
 import shutil
 import struct
@@ -12,7 +13,7 @@ import pytest
 import torch
 from binidx_files import write_binidx
 from factories import tiny_checkpoint, tiny_shape, tiny_state_file
-from running import metrics, refusal, started, train, try_train, write_documents
+from running import metrics, refusal, run_script, started, train, try_train, write_documents
 
 LENGTHS = [30, 12, 25]
 
@@ -307,6 +308,22 @@ class TestText:
 
 
 class TestOutput:
+    @pytest.mark.parametrize("kind", ["a pipe", "a broken link", "a loop"])
+    def test_what_is_no_folder(self, kind: str, base: Path, data: Path, tmp_path: Path) -> None:
+        folder = tmp_path / "out"
+        if kind == "a pipe":
+            os.mkfifo(folder)
+        else:
+            folder.symlink_to(folder if kind == "a loop" else tmp_path / "nowhere")
+        message = refusal(try_train(folder, load_model=base, data_file=data), folder)
+        assert message == f"--proj_dir {folder} cannot be written: it is not a folder; choose another"
+
+    @pytest.mark.parametrize("leftover", ["pairs-prompts.csv", "pairs-rejects.csv", "pairs-rejects.csv.run.json"])
+    def test_a_demonstration_whose_files_are_in_the_way(self, leftover: str, tmp_path: Path) -> None:
+        (tmp_path / leftover).mkdir()
+        message = refusal(run_script("train.py", demo="orpo", proj_dir=tmp_path, accelerator="cpu"), tmp_path)
+        assert message.startswith(f"--proj_dir {tmp_path} cannot be written ({tmp_path / leftover}: ")
+
     @pytest.mark.parametrize("place", ["a file", "below a file"])
     def test_a_folder_that_cannot_be(self, place: str, base: Path, data: Path, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("mine", encoding="utf-8")
@@ -323,6 +340,41 @@ class TestOutput:
         assert ended.code == 2
         assert "would be written over" in ended.err
         assert trained.read_bytes() == base.read_bytes()
+
+    @pytest.mark.parametrize("output", ["rwkv-final.pth", "rwkv-0.pth", "rwkv-last-good.pth", "metrics.jsonl"])
+    @pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+    @pytest.mark.parametrize("flag", ["load_model", "load_state", "data_file"])
+    def test_no_input_is_written_over_through_a_link(
+        self, output: str, link: Callable[[Path, Path], None], flag: str, base: Path, data: Path, tmp_path: Path
+    ) -> None:
+        tiny_state_file(tmp_path / "state.pth", tiny_shape())
+        inputs = {"load_model": base, "load_state": tmp_path / "state.pth", "data_file": data}
+        linked = data.with_name(f"{data.name}.bin") if flag == "data_file" else inputs[flag]
+        before = linked.read_bytes()
+        (tmp_path / "out").mkdir()
+        link(tmp_path / "out" / output, linked)
+        ended = try_train(tmp_path / "out", **inputs, epoch_count=1, overwrite=1)
+        assert ended.code == 2
+        assert "would be written over" in ended.err
+        assert flag in ended.err
+        assert linked.read_bytes() == before
+
+    def test_a_link_in_the_folder_is_not_followed(self, base: Path, data: Path, tmp_path: Path) -> None:
+        (tmp_path / "precious.pth").write_bytes(b"mine")
+        (tmp_path / "out").mkdir()
+        (tmp_path / "out" / "rwkv-final.pth").symlink_to(tmp_path / "precious.pth")
+        ended = try_train(tmp_path / "out", load_model=base, data_file=data, overwrite=1)
+        assert ended.code == 2
+        assert f"rwkv-final.pth is a link to {tmp_path / 'precious.pth'}" in ended.err
+        assert (tmp_path / "precious.pth").read_bytes() == b"mine"
+
+    def test_a_state_of_an_epoch_that_is_not_trained_again_may_lie_in_the_folder(
+        self, base: Path, data: Path, tmp_path: Path
+    ) -> None:
+        train(tmp_path / "out", load_model=base, data_file=data, epoch_count=1, epoch_steps=2)
+        flags = {"load_model": base, "data_file": data, "epoch_begin": 1, "epoch_count": 2, "epoch_steps": 2}
+        train(tmp_path / "out", **flags, load_state=tmp_path / "out" / "rwkv-0.pth", overwrite=1)
+        assert (tmp_path / "out" / "rwkv-0.pth").exists()
 
     def test_a_read_only_folder(self, base: Path, data: Path, tmp_path: Path) -> None:
         folder = Path("/proc/rwkv-out") if Path("/proc/self").exists() else tmp_path / "locked" / "out"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import runpy
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from factories import tiny_checkpoint, tiny_state_file
 from src.commands.preparation import generate_rejects
 from src.config import RejectConfig
 from src.data.preferences import read_rows
-from src.errors import UserError
+from src.errors import ConfigError, UserError
 
 SCRIPT = str(Path(__file__).parents[2] / "rlhf_generate_reject.py")
 FLAGS = {"accelerator": "cpu", "batch": "3", "max_tokens": "25", "top_p": "0.9"}
@@ -78,6 +80,19 @@ def test_random_numbers_belong_to_the_row_of_the_input(folder: Path) -> None:
     assert edited == [*rejects[:2], "by hand", rejects[3]]
 
 
+@pytest.mark.parametrize("link", [Path.symlink_to, Path.hardlink_to])
+@pytest.mark.parametrize("output", ["linked.csv", "linked.csv.run.json"])
+@pytest.mark.parametrize("source", ["in.csv", "base.pth"])
+def test_no_input_is_written_over_through_a_link(
+    folder: Path, link: Callable[[Path, Path], None], output: str, source: str
+) -> None:
+    before = Path(source).read_bytes()
+    link(folder / output, folder / source)
+    with pytest.raises(ConfigError, match=f"{source} would be written over|is the input"):
+        run(output_csv="linked.csv")
+    assert Path(source).read_bytes() == before
+
+
 def test_overwrite_replaces_existing_rejects(folder: Path) -> None:
     run(overwrite="1")
     rows = read_rows("out.csv")
@@ -134,7 +149,7 @@ def test_killed_and_restarted_gives_the_same_file(folder: Path, capsys: pytest.C
         ("", "is empty"),
         ("prompt,chosen\n", "holds no rows"),
         ('prompt,chosen\na,"b\n', "quote that is never closed"),
-        ("prompt,chosen\nä,b\n".encode("latin-1"), "is not UTF-8"),
+        ("prompt,chosen\nä,b\n".encode("latin-1"), "line 2: not UTF-8"),
     ],
 )
 def test_bad_input_leaves_nothing_behind(folder: Path, content: str | bytes, expected: str) -> None:
@@ -151,6 +166,8 @@ def test_bad_input_leaves_nothing_behind(folder: Path, content: str | bytes, exp
         (["--top_q", "1"], "did you mean --top_p?"),
         (["--load_model", "none.pth", "--input_csv", "in.csv"], "none.pth does not exist"),
         (["--load_model", "base.pth", "--input_csv", "in.csv", "--accelerator", "tpu"], "--accelerator tpu"),
+        (["--load_model", "base.pth", "--input_csv", "in.csv", "--load_state", "none.pth"], "none.pth does not exist"),
+        (["--load_model", "base.pth", "--input_csv", "in.csv", "--load_state", "."], ". is a directory"),
     ],
 )
 def test_the_command_line_reports_errors_in_one_line(
@@ -167,3 +184,17 @@ def test_the_command_line_reports_errors_in_one_line(
     message = capsys.readouterr().err
     assert expected in message
     assert message.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["missing", "a folder", "a table"])
+def test_a_state_that_cannot_be_used_is_named_before_anything_is_written(kind: str, folder: Path) -> None:
+    path = {"missing": "gone.pth", "a folder": ".", "a table": "in.csv"}[kind]
+    with pytest.raises(UserError, match=re.escape(path)):
+        run(load_state=path)
+    assert sorted(entry.name for entry in folder.iterdir()) == ["base.pth", "in.csv"]
+
+
+def test_an_answer_may_be_as_long_as_it_likes(folder: Path) -> None:
+    """Random numbers are drawn as they are used, not for the longest answer of all rows at once."""
+    Path("in.csv").write_text("prompt,chosen,reject\na,b,\n", encoding="utf-8")
+    assert run(max_tokens="100000000", batch="1000000", stop="", allow_end="1", alpha_frequency="0", temperature="9")

@@ -67,8 +67,8 @@ def test_a_merge_writes_the_model_and_says_what_it_did(inputs: Path) -> None:
         (("base.pth", "missing.pth", "merged.pth"), "state file missing.pth does not exist"),
         (("state.pth", "base.pth", "merged.pth"), "state.pth holds only the time_state of 2 layers"),
         (("base.pth", "base.pth", "merged.pth"), "base.pth holds no blocks.*.att.time_state"),
-        (("base.pth", "state.pth", "base.pth"), "is the base model itself"),
-        (("base.pth", "state.pth", "state.pth"), "is the state file itself"),
+        (("base.pth", "state.pth", "base.pth"), "base model base.pth would be written over"),
+        (("base.pth", "state.pth", "state.pth"), "state file state.pth would be written over"),
         (("base.pth", "state.pth", "."), ". is a directory"),
         (("base.pth", "state.pth", "nowhere/merged.pth"), "nowhere; create it first"),
     ],
@@ -99,7 +99,8 @@ def test_a_refusal_reaches_the_shell(inputs: Path) -> None:
     run = merge(inputs, "base.pth", "state.pth", "base.pth")
     assert (run.returncode, run.stdout) == (2, "")
     assert run.stderr == (
-        "error: the output base.pth is the base model itself and would overwrite it; give another name\n"
+        "error: base model base.pth would be written over, because it is the same file as output base.pth: choose "
+        "another for one of them\n"
     )
 
 

@@ -30,8 +30,7 @@ ORIGINAL_NAMES = {"pref_percentage", "loss_1_token_chosen", "loss_2_odds_ratio"}
 ALWAYS_NAMES = ORIGINAL_NAMES | {"nll", "preference_share", "plain_pairs"}
 COMPARED_NAMES = {"log_odds", "logp_chosen", "logp_rejected", "margin", "accuracy"}
 RUN_NAMES = {
-    "run", "step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "seconds", "tokens", "nominal_tokens",
-    "tokens_per_s",
+    "run", "step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "seconds", "tokens", "tokens_per_s",
 }  # fmt: skip
 HELD_OUT = r"accuracy (\d+\.\d)%, margin ([+-]\d+\.\d{4}) over (\d+) pairs, nll (\d+\.\d{4}) over (\d+)"
 

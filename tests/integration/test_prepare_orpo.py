@@ -141,13 +141,14 @@ def test_posts_only_when_asked_to(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"input_csv": "none.csv"}, "none.csv cannot be read"),
+        ({"input_csv": "none.csv"}, "none.csv does not exist"),
         ({"load_model": "none.pth"}, "none.pth does not exist"),
         ({"output_save": "none/out.save"}, "there is no folder"),
         ({"target_pair_count": "0"}, "--target_pair_count 0"),
         ({"template": "other"}, "--template other is unknown: use one of mixed, user, question, input"),
         ({"output_save": "in.csv"}, "must be three files"),
         ({"input_csv": "out.texts.jsonl"}, "must be three files"),
+        ({"output_save": "base.pth"}, "--load_model base.pth would be written over"),
         ({"load_model": "", "base_logp": "1"}, "--base_logp 1 needs --load_model"),
     ],
 )
@@ -166,7 +167,7 @@ def test_bad_flags_write_nothing(folder: Path, changes: dict[str, str], expected
         ("prompt,chosen\n", "holds no rows"),
         ("prompt,chosen\n,\n", "none of the 1 rows"),
         ('prompt,chosen\na,"b\n', "quote that is never closed"),
-        ("prompt,chosen\nä,b\n".encode("latin-1"), "is not UTF-8"),
+        ("prompt,chosen\nä,b\n".encode("latin-1"), "line 2: not UTF-8"),
     ],
 )
 def test_bad_input_writes_nothing(folder: Path, content: str | bytes, expected: str) -> None:

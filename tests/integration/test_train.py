@@ -106,15 +106,13 @@ class TestWhatARunLeaves:
     def test_metrics_has_one_line_per_step(self, finished: tuple[Ended, Path]) -> None:
         lines = metrics(finished[1])
         keys = {
-            "run", "step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "seconds", "tokens", "nominal_tokens",
-            "tokens_per_s",
+            "run", "step", "epoch", "loss", "lr", "weight_decay", "grad_norm", "seconds", "tokens", "tokens_per_s",
         }  # fmt: skip
         assert [set(line) for line in lines] == [keys] * 6
         assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
         assert [line["epoch"] for line in lines] == [0, 0, 0, 1, 1, 1]
         assert [line["lr"] for line in lines] == pytest.approx([0.2, 0.28, 0.36, 0.44, 0.52, 0.6])
         assert sorted(line["tokens"] + 1 for line in lines) == sorted(LENGTHS)
-        assert {line["nominal_tokens"] for line in lines} == {1024}
 
     def test_the_plan_comes_first(self, finished: tuple[Ended, Path]) -> None:
         out = finished[0].out
@@ -209,8 +207,13 @@ class TestEpochs:
         assert sorted(line["tokens"] + 1 for line in metrics(tmp_path)) == sorted(LENGTHS)
 
     def test_my_exit_tokens_ends_the_run(self, base: Path, data: Path, tmp_path: Path) -> None:
-        train(tmp_path, load_model=base, data_file=data, ctx_len=40, epoch_steps=50, my_exit_tokens=160, warmup_steps=0)
-        assert len(metrics(tmp_path)) == 4
+        ended = train(
+            tmp_path, load_model=base, data_file=data, ctx_len=40, epoch_steps=50, my_exit_tokens=160, warmup_steps=0
+        )
+        lines = metrics(tmp_path)
+        assert len(lines) == 8  # of 121 / 6 tokens in the mean
+        assert sum(line["tokens"] for line in lines) == pytest.approx(160, abs=max(LENGTHS))
+        assert "stopped after 8 steps, which hold --my_exit_tokens 160 in the mean" in ended.out
         assert "rwkv-final.pth" in files_in(tmp_path)
 
     def test_logs_are_appended(self, base: Path, data: Path, tmp_path: Path) -> None:

@@ -58,7 +58,13 @@ def test_other_sizes_are_read_from_the_tensors(tmp_path: Path) -> None:
     assert open_checkpoint(tmp_path / "model.pth").info.shape == shape
 
 
-@pytest.mark.parametrize("prefix", ["_forward_module.", "model.", "_forward_module.model.", "model._forward_module."])
+@pytest.mark.parametrize(
+    "prefix",
+    [
+        *("_forward_module.", "model.", "_forward_module.model.", "model._forward_module.", "module.", "_orig_mod."),
+        *("module._orig_mod.", "_orig_mod.module.", "_forward_module._orig_mod.model.module."),
+    ],
+)
 def test_leading_prefixes_are_stripped(tmp_path: Path, prefix: str) -> None:
     weights = parameters()
     torch.save({prefix + key: tensor for key, tensor in weights.items()}, tmp_path / "model.pth")
@@ -219,6 +225,14 @@ def test_a_loaded_state_outlives_its_file(tmp_path: Path) -> None:
 def test_the_states_of_a_merged_model_are_loaded(tmp_path: Path) -> None:
     tiny_checkpoint(tmp_path / "merged.pth", with_state=True)
     assert_same_tensors(load_state(tmp_path / "merged.pth", SHAPE), tiny_states(SHAPE))
+
+
+def test_parameters_in_a_state_file_are_tensors(tmp_path: Path) -> None:
+    states = tiny_states(SHAPE)
+    torch.save({key: torch.nn.Parameter(value) for key, value in states.items()}, tmp_path / "s.pth")
+    loaded = load_state(tmp_path / "s.pth", SHAPE)
+    assert {type(tensor) for tensor in loaded.values()} == {torch.Tensor}
+    assert_same_tensors(loaded, states)
 
 
 def test_a_state_file_with_prefixes_is_loaded(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 from src.cli import given_flags, given_train_flags, merge_arguments
 from src.config import PairConfig, RejectConfig, TrainConfig
 from src.config.flags import Flags
+from src.config.synonyms import meant_by
 from src.errors import ConfigError
 
 
@@ -103,3 +104,70 @@ def test_the_three_words_of_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["merge_state.py", "base.pth", "state.pth", "merged.pth"])
     expected = argparse.Namespace(base_model="base.pth", state_checkpoint="state.pth", output="merged.pth")
     assert merge_arguments() == expected
+
+
+class TestFlagsOfOtherPrograms:
+    @pytest.mark.parametrize(
+        ("typed", "said"),
+        [
+            ("--lr", "use --lr_init"),
+            ("--learning_rate", "use --lr_init"),
+            ("--learning-rate", "use --lr_init"),
+            ("--epochs", "use --epoch_count"),
+            ("--num_epochs", "use --epoch_count"),
+            ("--batch_size", "use --micro_bsz"),
+            ("--max_steps", "use --epoch_steps N --epoch_count 1"),
+            ("--output_dir", "use --proj_dir"),
+            ("--model", "use --load_model"),
+            ("--dataset", "use --data_file"),
+            ("--seed", "use --random_seed"),
+            ("--load_in_4bit", "use --quant 1 --quant_type nf4"),
+            ("--gradient_checkpointing", "use --grad_cp 1"),
+            ("--bf16", "use --precision bf16"),
+            ("--max_grad_norm", "gradients are always clipped at norm 1"),
+        ],
+    )
+    def test_what_people_type_is_answered(self, typed: str, said: str) -> None:
+        assert refusal(typed, "1") == f"unknown flag {typed}: {said}"
+
+    def test_a_switch_without_a_value_is_one_too(self) -> None:
+        assert (
+            refusal("--bf16", "--lr", "-1")
+            == "unknown flag --bf16: use --precision bf16; unknown flag --lr: use --lr_init"
+        )
+
+    def test_another_script_has_other_flags(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(sys, "argv", ["x.py", "--batch_size", "3", "--max_new_tokens", "5", "--output", "o"])
+        with pytest.raises(ConfigError) as refused:
+            help_of_reject()
+        for said in ("--batch_size: use --batch;", "use --max_tokens;", "use --output_csv"):
+            assert said in str(refused.value)
+
+    def test_a_flag_that_does_not_exist_is_never_suggested(self) -> None:
+        assert meant_by("--resume_from_checkpoint", ["--resume", "--load_state", "--epoch_begin"]) == "--resume 1"
+        assert "--load_state" in meant_by("--resume_from_checkpoint", ["--load_state", "--epoch_begin"])
+        assert meant_by("--resume_from_checkpoint", ["--lr_init"]) == ""
+        assert meant_by("--rank", ["--lora_r"]) == "--lora_r"
+
+
+def test_a_value_that_begins_with_a_dash_is_explained() -> None:
+    assert "is written --flag=VALUE" in refusal("--lr_init", "-1e-3")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("a", "b"), "required: output"),
+        (("a", "b", "c", "d"), "'d' belongs to no flag"),
+        (("a", "b", ""), "output '' is empty: name a file"),
+        (("a", "b", "c/"), "output 'c/' ends like a folder"),
+        (("/dev/zero", "b", "c"), "base_model '/dev/zero' is a pipe or a device"),
+        (("a", "b\0", "c"), "holds a NUL character"),
+        (("a", "b", "x" * 300), "holds a name of 300 bytes"),
+    ],
+)
+def test_words_that_cannot_be_merged(words: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["merge_state.py", *words])
+    with pytest.raises(ConfigError) as refused:
+        merge_arguments()
+    assert message in str(refused.value)

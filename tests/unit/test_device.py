@@ -3,14 +3,26 @@
 import ctypes
 import os
 import platform
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
 
-from src.device import Device, _limit_stacks, apply_device, global_rank, launched_by, resolve_device, spare_threads
-from src.errors import ConfigError
+from src.device import (
+    Device,
+    _limit_stacks,
+    apply_device,
+    global_rank,
+    launched_by,
+    memory_bytes,
+    require_memory,
+    resolve_device,
+    spare_threads,
+    without_memory,
+)
+from src.errors import ConfigError, TrainingError
 from src.model.rwkv6 import RWKV6Shape
 
 GPU = Device(torch.device("cuda", 1), "bf16")
@@ -208,3 +220,38 @@ def test_the_launcher_is_known_by_what_it_leaves_in_the_environment(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert launched_by() == expected
+
+
+class TestMemory:
+    @pytest.mark.parametrize(
+        "error",
+        [
+            MemoryError(),
+            torch.OutOfMemoryError("CUDA out of memory"),
+            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        ],
+    )
+    def test_running_out_of_it_is_the_users(self, error: Exception) -> None:
+        with pytest.raises(TrainingError, match="lower it"), without_memory(lambda: "lower it"):
+            raise error
+
+    def test_the_allocators_own_error_is_known(self) -> None:
+        with pytest.raises(TrainingError, match="lower it"), without_memory(lambda: "lower it"):
+            torch.empty(2**60, dtype=torch.uint8)
+
+    def test_other_errors_stay_what_they_are(self) -> None:
+        with pytest.raises(RuntimeError, match="shapes"), without_memory(lambda: "lower it"):
+            raise RuntimeError("shapes differ")
+
+    def test_what_no_machine_has_is_refused(self) -> None:
+        cpu = torch.device("cpu")
+        require_memory("--x 1", "lower it", 1, cpu)
+        with pytest.raises(ConfigError, match=r"^--x 9 needs 1,048,576\.0 GiB at least and the machine has .*: lower"):
+            require_memory("--x 9", "lower it", 2**50, cpu)
+
+    def test_a_containers_limit_counts(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        (tmp_path / "limit").write_text("1000\n")
+        (tmp_path / "none").write_text("max\n")
+        paths = [str(tmp_path / name) for name in ("limit", "none", "missing")]
+        monkeypatch.setattr("src.device._CGROUP_LIMITS", paths)
+        assert memory_bytes(torch.device("cpu")) == 1000

@@ -13,6 +13,7 @@ from assertions import assert_same_tensors, refusal
 from factories import tiny_checkpoint, tiny_parameters, tiny_shape, tiny_state_file
 
 from src.checkpoint import open_checkpoint, save_model
+from src.errors import ConfigError
 from src.merge import merge_state
 
 SHAPE = tiny_shape()
@@ -93,6 +94,16 @@ def test_bits_that_are_no_numbers_are_copied_too(tmp_path: Path) -> None:
     assert torch.equal(copied.view(torch.int16), pattern)
 
 
+def test_parameters_are_merged_as_tensors(tmp_path: Path) -> None:
+    weights = tiny_parameters(SHAPE)
+    torch.save({key: torch.nn.Parameter(tensor) for key, tensor in weights.items()}, tmp_path / "base.pth")
+    states = tiny_state_file(tmp_path / "state.pth", SHAPE)
+    merge_state(tmp_path / "base.pth", tmp_path / "state.pth", tmp_path / "merged.pth")
+    merged = torch.load(tmp_path / "merged.pth", weights_only=True)
+    assert {type(tensor) for tensor in merged.values()} == {torch.Tensor}
+    assert_same_tensors(merged, {**weights, **states})
+
+
 def test_a_merged_file_has_standard_keys_in_the_order_of_the_base(tmp_path: Path) -> None:
     weights = tiny_parameters(SHAPE)
     torch.save({f"_forward_module.{key}": tensor for key, tensor in weights.items()}, tmp_path / "base.pth")
@@ -124,9 +135,13 @@ def test_a_merge_does_not_overwrite_its_inputs(
     if link is not None:
         output = tmp_path / "other.pth"
         link(tmp_path / source, output)
-    message = refusal(lambda: merge_state(tmp_path / "base.pth", tmp_path / "state.pth", output))
+    with pytest.raises(ConfigError) as refused:
+        merge_state(tmp_path / "base.pth", tmp_path / "state.pth", output)
     role = "base model" if source == "base.pth" else "state file"
-    assert message == f"the output {output} is the {role} itself and would overwrite it; give another name"
+    assert str(refused.value) == (
+        f"{role} {tmp_path / source} would be written over, because it is the same file as output {output}: choose "
+        "another for one of them"
+    )
     assert {name: (tmp_path / name).read_bytes() for name in before} == before
 
 
@@ -141,7 +156,8 @@ def test_other_spellings_of_an_input_are_recognised(
     tiny_state_file(tmp_path / "state.pth", SHAPE)
     (tmp_path / "folder").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert "base model itself" in refusal(lambda: merge_state(tmp_path / "base.pth", tmp_path / "state.pth", output))
+    with pytest.raises(ConfigError, match=r"base model .* would be written over"):
+        merge_state(tmp_path / "base.pth", tmp_path / "state.pth", output)
 
 
 def test_a_state_of_another_model_is_not_merged(tmp_path: Path) -> None:

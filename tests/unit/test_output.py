@@ -1,4 +1,4 @@
-"""Output that nobody reads any more."""
+"""Scripts whose standard streams are closed, full or of a small encoding, in processes of their own."""
 
 import os
 import subprocess
@@ -49,3 +49,42 @@ def test_it_is_put_back_and_otherwise_the_stream_itself(capsys: pytest.CaptureFi
         assert sys.stdout.encoding == before.encoding
     assert sys.stdout is before
     assert capsys.readouterr().out == "said\n"
+
+
+def shell(command: str, folder: Path, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    """Runs `PYTHON SCRIPT ...` as a shell would, with the script's folder put before it."""
+    return subprocess.run(
+        ["sh", "-c", f"{sys.executable} {ROOT}/{command}"],
+        cwd=folder,
+        capture_output=True,
+        check=False,
+        env={**os.environ, **environment},
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full here")
+@pytest.mark.parametrize(
+    ("command", "code", "err"),
+    [
+        ("train.py -h >/dev/full", 0, b"warning: <stdout> cannot be written (No space left on device)"),
+        ("train.py -h >&-", 0, b""),
+        ("merge_state.py -h 2>&-", 0, b""),
+        ("train.py --lr 1 2>/dev/full", 2, b""),
+        ("train.py --lr 1 2>&-", 2, b""),
+        ("train.py --lr 1 <&-", 2, b"error: unknown flag --lr: use --lr_init"),
+        ("merge_state.py a b <&- >&- 2>&-", 2, b""),
+    ],
+)
+def test_nobody_has_to_listen(command: str, code: int, err: bytes, tmp_path: Path) -> None:
+    ended = shell(command, tmp_path)
+    assert ended.returncode == code
+    assert ended.stderr.startswith(err)
+    assert ended.stderr.count(b"\n") == bool(err)
+
+
+def test_what_the_encoding_lacks_is_written_as_escapes(tmp_path: Path) -> None:
+    ended = shell(
+        "PrepareOrpoDataset.py --input_csv p\u00e4rchen.csv --output_save x.save", tmp_path, PYTHONIOENCODING="ascii"
+    )
+    assert (ended.returncode, ended.stdout) == (2, b"")
+    assert ended.stderr.startswith(b"error: p\\xe4rchen.csv does not exist")

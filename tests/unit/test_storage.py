@@ -1,14 +1,18 @@
 """Files of tensors: what is read, what is refused and in which words; and files that are complete or not there."""
 
+import collections
+import contextlib
 import errno
 import io
 import json
+import mmap
 import os
 import struct
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,12 @@ import torch
 from assertions import assert_same_tensors, refusal
 from torch import Tensor
 
-from src import storage
+from src import archive, storage
+from src.checkpoint import open_checkpoint
+from src.data.pair_file import load_pairs
+from src.errors import CheckpointError, ConfigError, UserError
+
+ROOT = Path(__file__).parents[2]
 
 
 def tensors(seed: int = 0) -> dict[str, Tensor]:
@@ -31,6 +40,23 @@ def read(path: Path) -> Any:
     return storage.load(path, "model file")
 
 
+def rewrite(
+    path: Path,
+    change: Callable[[str, bytes], bytes | None] = lambda name, content: content,
+    *,
+    reverse: bool = False,
+    compression: int = zipfile.ZIP_STORED,
+) -> None:
+    """Writes a file's archive again, with right checksums, its entries changed or (None) left out."""
+    with zipfile.ZipFile(path) as archive:
+        members = [(info.filename, archive.read(info)) for info in archive.infolist()]
+    with zipfile.ZipFile(path, "w", compression) as archive:
+        for name, content in reversed(members) if reverse else members:
+            changed = change(name.partition("/")[2], content)
+            if changed is not None:
+                archive.writestr(name, changed)
+
+
 def test_writing_into_a_mapped_tensor_does_not_reach_the_file(tmp_path: Path) -> None:
     storage.save(tmp_path / "model.pth", tensors())
     before = (tmp_path / "model.pth").read_bytes()
@@ -39,19 +65,24 @@ def test_writing_into_a_mapped_tensor_does_not_reach_the_file(tmp_path: Path) ->
     assert read(tmp_path / "model.pth")["emb.weight"].any()
 
 
-@pytest.fixture
-def no_reservation(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system refuses to reserve memory for a map, as it does for a file larger than memory."""
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not count maps as memory")
+def test_a_map_reserves_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux refuses to reserve more than memory and swap, which a 14B file is on many machines."""
+    seen = []
+    create = mmap.mmap
 
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("unable to mmap 28138176512 bytes from file <x>: Cannot allocate memory (12)")
+    def remember(*arguments: Any, flags: int, **options: Any) -> mmap.mmap:
+        seen.append(flags)
+        return create(*arguments, flags=flags, **options)
 
-    monkeypatch.setattr(torch.UntypedStorage, "from_file", refuse)
+    monkeypatch.setattr(mmap, "mmap", remember)
+    storage.save(tmp_path / "model.pth", tensors())
+    assert_same_tensors(read(tmp_path / "model.pth"), tensors())
+    assert seen == [mmap.MAP_PRIVATE | 0x4000]  # MAP_NORESERVE has no name before Python 3.13
 
 
-@pytest.mark.usefixtures("no_reservation")
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_a_file_larger_than_memory_is_mapped_all_the_same(tmp_path: Path, wrapped: bool) -> None:
+def test_views_and_wrapped_dicts_are_mapped(tmp_path: Path, wrapped: bool) -> None:
     weights = {key: tensor.bfloat16() for key, tensor in tensors().items()}
     # A view and a transposed tensor, as foreign writers leave them in files.
     weights["ln.weight"] = torch.randn(100).bfloat16()[40:72]
@@ -65,19 +96,305 @@ def test_a_file_larger_than_memory_is_mapped_all_the_same(tmp_path: Path, wrappe
     assert (tmp_path / "model.pth").read_bytes() == before
 
 
-@pytest.mark.usefixtures("no_reservation")
-def test_a_member_whose_place_is_in_doubt_is_refused(tmp_path: Path) -> None:
-    """A rewritten archive, its members no longer where torch computes them."""
+def test_a_rewritten_archive_is_read_by_the_names_of_its_entries(tmp_path: Path) -> None:
+    """In another order and at odd places, which torch computes wrongly."""
     storage.save(tmp_path / "model.pth", tensors())
-    with (
-        zipfile.ZipFile(tmp_path / "model.pth") as archive,
-        zipfile.ZipFile(tmp_path / "rewritten.pth", "w") as rewritten,
-    ):
-        for member in archive.infolist():
-            rewritten.writestr(member.filename, archive.read(member))
-    message = refusal(lambda: read(tmp_path / "rewritten.pth"))
-    assert "damaged or not a checkpoint" in message
-    assert "values of torch.float32 begins at byte" in message
+    rewrite(tmp_path / "model.pth", reverse=True)
+    assert_same_tensors(read(tmp_path / "model.pth"), tensors())
+
+
+def test_every_flipped_byte_of_a_tensor_is_noticed(tmp_path: Path) -> None:
+    path = tmp_path / "model.pth"
+    storage.save(path, tensors())
+    content = path.read_bytes()
+    with zipfile.ZipFile(path) as opened:
+        places = [info.header_offset + 200 for info in opened.infolist() if "/data/" in info.filename]
+    assert len(places) == 3
+    for place in [*places, places[-1] + 16_000]:
+        damaged = bytearray(content)
+        damaged[place] ^= 1
+        path.write_bytes(damaged)
+        assert "do not have the checksum they were written with" in refusal(lambda: read(path))
+
+
+def test_compressed_archives_are_refused_with_a_conversion_that_works(tmp_path: Path) -> None:
+    storage.save(tmp_path / "model.pth", tensors())
+    rewrite(tmp_path / "model.pth", compression=zipfile.ZIP_DEFLATED)
+    message = refusal(lambda: read(tmp_path / "model.pth"))
+    assert "was compressed or encrypted" in message
+    run_conversion(message, tmp_path / "model.pth", tmp_path / "new.pth")
+    assert_same_tensors(read(tmp_path / "new.pth"), tensors())
+
+
+@pytest.mark.parametrize(
+    ("entry", "changed", "expected"),
+    [
+        ("data/1", b"", "does not fit the 0 bytes that are there for it"),
+        ("data/1", bytes(16_383), "head.weight of shape [32, 128] and torch.float32 does not fit the 16383 bytes"),
+        ("data/1", bytes(16_385), "does not fit the 16385 bytes"),
+        ("data/1", None, "damaged or not a checkpoint"),
+        ("byteorder", b"big", "has byte order b'big' instead of b'little'"),
+        ("data.pkl", None, "a zip archive without data.pkl"),
+        ("data.pkl", b"", "it holds no pickle of protocol 2"),
+    ],
+)
+def test_entries_that_do_not_fit_are_refused(tmp_path: Path, entry: str, changed: bytes | None, expected: str) -> None:
+    """With right checksums, as a program that rewrites archives leaves them."""
+    storage.save(tmp_path / "model.pth", tensors())
+    rewrite(tmp_path / "model.pth", lambda name, content: changed if name == entry else content)
+    assert expected in refusal(lambda: read(tmp_path / "model.pth"))
+
+
+class Rebuilt:
+    """What is pickled as a tensor with these numbers over a storage of 100 values, or as another call."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def rebuilt(offset: Any, shape: Any, stride: Any, *more: Any) -> Rebuilt:
+    rebuild: Any = torch._utils._rebuild_tensor_v2
+    return Rebuilt(
+        rebuild, torch.arange(100.0)._typed_storage(), offset, shape, stride, False, collections.OrderedDict(), *more
+    )
+
+
+@pytest.mark.parametrize(
+    ("offset", "shape", "stride"),
+    [
+        (0, (101,), (1,)),
+        (1, (100,), (1,)),
+        (0, (2, 50), (51, 1)),
+        (-1, (5,), (1,)),
+        (0, (-5,), (1,)),
+        (2**62, (5,), (1,)),
+        (0, (2**62,), (1,)),
+        (0, (2**62, 2**62), (0, 0)),
+        (0, (2**40,), (0,)),
+        (0, (5,), (2**61,)),
+        (10**100, (5,), (1,)),
+        (0, (10**100,), (1,)),
+        (0, (5, 5), (1,)),
+        (0, ("a",), (1,)),
+        ("a", None, 3),
+        (0, (5,) * 100_000, (0,) * 100_000),
+    ],
+)
+def test_tensors_that_lie_outside_of_their_entry_are_refused(
+    tmp_path: Path, offset: Any, shape: Any, stride: Any
+) -> None:
+    torch.save({"emb.weight": rebuilt(offset, shape, stride)}, tmp_path / "model.pth")
+    assert len(refusal(lambda: read(tmp_path / "model.pth"))) < 1000
+
+
+def test_a_negative_stride_stands_for_that_of_a_tensor_without_gaps(tmp_path: Path) -> None:
+    torch.save({"emb.weight": rebuilt(0, (2, 5), (-7, 1))}, tmp_path / "model.pth")
+    assert_same_tensors(read(tmp_path / "model.pth"), {"emb.weight": torch.arange(10.0).view(2, 5)})
+
+
+def test_tensors_of_odd_places_are_read(tmp_path: Path) -> None:
+    """Views, shared bytes, no values at all."""
+    whole = torch.arange(100.0)
+    content = {
+        "whole": whole,
+        "part": whole[7:29:3],
+        "square": whole.view(10, 10).T,
+        "none": whole[:0],
+        "one": whole[5],
+    }
+    torch.save(content, tmp_path / "model.pth")
+    assert_same_tensors(read(tmp_path / "model.pth"), content)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.zeros(3, device="meta"),
+        rebuilt(0, (5,), (1,), {"neg": True}),
+        Rebuilt(torch.FloatTensor, 1 << 40),
+        Rebuilt(torch.FloatTensor, 3),
+    ],
+)
+def test_tensors_without_values_of_their_own_are_refused(tmp_path: Path, value: Any) -> None:
+    torch.save({"emb.weight": value}, tmp_path / "model.pth")
+    message = refusal(lambda: read(tmp_path / "model.pth"))
+    assert "emb.weight has no values of its own in the file" in message or "damaged or not a checkpoint" in message
+
+
+def test_parameters_are_read_as_tensors(tmp_path: Path) -> None:
+    content: dict[str, Any] = {name: torch.nn.Parameter(tensor) for name, tensor in tensors().items()}
+    content["marked"] = torch.nn.Parameter(torch.ones(3))
+    content["marked"].remark = "a state of its own"
+    torch.save(content, tmp_path / "model.pth")
+    found = read(tmp_path / "model.pth")
+    assert {type(tensor) for tensor in found.values()} == {Tensor}
+    assert not any(tensor.requires_grad for tensor in found.values())
+    assert_same_tensors(found, {name: parameter.detach() for name, parameter in content.items()})
+
+
+def test_a_file_without_checksums_is_read_with_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        storage.save(tmp_path / "model.pth", tensors())
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert_same_tensors(read(tmp_path / "model.pth"), tensors())
+    assert "was written without checksums" in capsys.readouterr().err
+
+
+class TestLargeFiles:
+    """Their bytes are compared with the checksums the first time only."""
+
+    @pytest.fixture
+    def cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        """The folder of the user's caches; every file counts as large."""
+        monkeypatch.setattr(archive, "CHECKED_ONCE_BYTES", 1)
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        return tmp_path / "cache"
+
+    def damage(self, path: Path) -> None:
+        """Flips a bit of the last tensor and keeps the file's time."""
+        status = path.stat()
+        content = bytearray(path.read_bytes())
+        content[-2000] ^= 1
+        path.write_bytes(content)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+    def test_once_per_file(self, cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        path = tmp_path / "model.pth"
+        storage.save(path, tensors())
+        read(path)
+        assert "against its checksums, once" in capsys.readouterr().err
+        assert len(list(cache.rglob("*"))) == 3
+        self.damage(path)
+        assert not torch.equal(read(path)["ln.weight"], tensors()["ln.weight"]), "not looked at again"
+        assert capsys.readouterr().err == ""
+        os.utime(path)
+        assert "do not have the checksum" in refusal(lambda: read(path))
+        assert "do not have the checksum" in refusal(lambda: read(path)), "a damaged file is never taken as checked"
+
+    def test_every_time_where_there_is_no_cache(
+        self, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = tmp_path / "model.pth"
+        storage.save(path, tensors())
+        cache.write_text("not a folder")
+        assert_same_tensors(read(path), tensors())
+        monkeypatch.setenv("XDG_CACHE_HOME", "")
+        monkeypatch.setattr(os.path, "expanduser", lambda name: name)
+        assert_same_tensors(read(path), tensors())
+        self.damage(path)
+        assert "do not have the checksum" in refusal(lambda: read(path))
+
+
+@pytest.mark.parametrize("width", [1, 8])
+def test_nothing_in_the_directory_gives_other_values(tmp_path: Path, width: int) -> None:
+    """It ends with two records that say where it is, one of them with fields of 64 bits."""
+    path = tmp_path / "model.pth"
+    storage.save(path, {"emb.weight": torch.arange(8.0), "head.weight": torch.ones(8)})
+    content = path.read_bytes()
+    refused = 0
+    for place in range(content.index(b"PK\1\2"), len(content) - width + 1, 2):
+        for value in (0, 1, 2 ** (8 * width - 1) - 1, 2 ** (8 * width - 1), 2 ** (8 * width) - 1):
+            damaged = bytearray(content)
+            damaged[place : place + width] = value.to_bytes(width, "little")
+            path.write_bytes(damaged)
+            try:
+                found = read(path)
+            except CheckpointError:
+                refused += 1
+            else:
+                assert_same_tensors(found, {"emb.weight": torch.arange(8.0), "head.weight": torch.ones(8)})
+    assert refused > 300
+
+
+def test_pipes_devices_and_impossible_names_are_refused(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    assert "is a device or pipe" in refusal(lambda: read(tmp_path / "pipe"))
+    assert "is a device or pipe" in refusal(lambda: read(Path("/dev/zero")))
+    assert "no file has such a name" in refusal(lambda: storage.load("a\0b", "model file"))
+    assert "File name too long" in refusal(lambda: read(tmp_path / ("a" * 300)))
+    assert "File name too long" in refusal(lambda: storage.save(tmp_path / ("a" * 300), tensors()))
+    assert "no file has such a name" in refusal(lambda: storage.save("a\0b", tensors()))
+
+
+def test_a_disk_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    storage.save(tmp_path / "model.pth", tensors())
+    for call in ("preadv", "pread"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, call, fail)
+            assert "cannot be read: Input/output error" in refusal(lambda: read(tmp_path / "model.pth"))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may enter everywhere")
+def test_a_folder_without_entry_permission_is_named(tmp_path: Path) -> None:
+    (tmp_path / "closed").mkdir(mode=0)
+    assert "Permission denied" in refusal(lambda: read(tmp_path / "closed" / "model.pth"))
+    assert "Permission denied" in refusal(lambda: storage.save(tmp_path / "closed" / "model.pth", tensors()))
+
+
+def nested(depth: int, make: Callable[[Any], Any]) -> Any:
+    value: Any = make(None)
+    for _ in range(depth):
+        value = make(value)
+    return value
+
+
+def write_pickle(path: Path, pickled: bytes) -> None:
+    """A file with this pickle and one tensor's bytes."""
+    torch.save({"emb.weight": torch.zeros(4)}, path)
+    rewrite(path, lambda name, content: pickled if name == "data.pkl" else content)
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"]" * 200_000 + b"a" * 199_999 + b".",  # lists in lists
+        b"}" + b"U\1a}" * 100_000 + b"s" * 100_000 + b".",  # dicts in dicts
+        b"N" + b"\x85" * 200_000 + b".",  # tuples in tuples
+        b"}N" + b"\x85" * 1_000_000 + b"K\1s.",  # as a key
+        b"}q\0U\1aq\1h\0s.",  # a dict that holds itself
+        b"]q\0" + b"".join(b"]q%c(h%ch%ce" % (n, n - 1, n - 1) for n in range(1, 100)) + b".",  # doubled 100 times
+        b"}q\0" + b"".join(b"}q%c(U\1ah%cU\1bh%cu" % (n, n - 1, n - 1) for n in range(1, 100)) + b".",
+        b"cbuiltins\nbytearray\n\x8a\x06\0\0\0\0\0\x01\x85R.",
+        b"\x8a\xff" + b"\x7f" * 255 + b".",
+        b"r\xff\xff\xff\x7f.",
+        b"N" + b"r\xff\xff\xff\xff" + b".",
+        b"}K\1K\2s.",  # keys that are no strings
+        b"}}}s.",  # and cannot be keys
+        b"X\xff\xff\xff\xffa.",
+        b"(((((.",
+        b"",
+    ],
+)
+def test_odd_pickles_are_read_or_refused(tmp_path: Path, pickled: bytes) -> None:
+    write_pickle(tmp_path / "model.pth", b"\x80\2" + pickled)
+    with contextlib.suppress(CheckpointError):
+        storage.load(tmp_path / "model.pth", "model file")
+    assert len(refusal(lambda: open_checkpoint(tmp_path / "model.pth"))) < 1000
+    with pytest.raises(UserError):
+        load_pairs(tmp_path / "model.pth", 257)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        *("posix\nsystem", "os\nsystem", "nt\nsystem", "subprocess\nPopen", "builtins\ngetattr", "torch\nload"),
+        *("builtins\neval", "builtins\nexec", "__builtin__\neval", "torch.hub\nload", "importlib\nimport_module"),
+    ],
+)
+def test_malicious_pickles_are_refused(tmp_path: Path, call: str) -> None:
+    payload = f"open({str(tmp_path / 'sprung')!r}, 'w')" if "eval" in call else f"touch {tmp_path / 'sprung'}"
+    pickled = b"\x80\2c" + call.encode() + b"\nX" + struct.pack("<I", len(payload)) + payload.encode() + b"\x85R."
+    write_pickle(tmp_path / "model.pth", pickled)
+    assert "could run foreign code" in refusal(lambda: read(tmp_path / "model.pth"))
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_a_missing_file_is_named_with_what_is_there(tmp_path: Path) -> None:
@@ -203,7 +520,7 @@ def test_a_damaged_pickle_is_refused(tmp_path: Path) -> None:
     content = bytearray((tmp_path / "model.pth").read_bytes())
     content[100:300] = bytes(200)
     (tmp_path / "model.pth").write_bytes(content)
-    assert "damaged or not a checkpoint" in refusal(lambda: read(tmp_path / "model.pth"))
+    assert "the bytes of entry 'data.pkl' do not have the checksum" in refusal(lambda: read(tmp_path / "model.pth"))
 
 
 def test_the_same_tensors_give_the_same_bytes(tmp_path: Path) -> None:
@@ -324,6 +641,51 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     message = refusal(lambda: storage.save(tmp_path / "state.pth", tensors()))
     tmp_path.chmod(0o700)
     assert "cannot be written: Permission denied" in message
+
+
+def test_tensors_are_found_wherever_they_are(tmp_path: Path) -> None:
+    one, two = torch.arange(3.0), torch.ones(2, dtype=torch.uint8)
+    content = {"a": [{"b": (one, 3, [two])}, one], "c": {"d": {"e": {"f": two}}}}
+    torch.save(content, tmp_path / "nested.pth")
+    found = read(tmp_path / "nested.pth")
+    pairs = [(found["a"][0]["b"][0], one), (found["a"][0]["b"][2][0], two), (found["a"][1], one)]
+    pairs.append((found["c"]["d"]["e"]["f"], two))
+    assert all(torch.equal(mapped, original) for mapped, original in pairs)
+
+
+class TestOverlap:
+    """Outputs that are inputs."""
+
+    @pytest.mark.parametrize("link", [None, "symbolic", "hard", "folder", "chain"])
+    def test_the_same_file_is_refused_by_any_name(self, tmp_path: Path, link: str | None) -> None:
+        base, output = tmp_path / "base.pth", tmp_path / "out.pth"
+        base.write_bytes(b"x")
+        if link is None:
+            output = tmp_path / "nowhere" / ".." / "base.pth"
+        elif link == "hard":
+            output.hardlink_to(base)
+        elif link == "folder":
+            (tmp_path / "folder").symlink_to(tmp_path)
+            output = tmp_path / "folder" / "base.pth"
+        else:
+            (tmp_path / "middle").symlink_to(base)
+            output.symlink_to(tmp_path / "middle" if link == "chain" else base)
+        with pytest.raises(ConfigError) as refused:
+            storage.refuse_overlap({"--load_state": "", "--load_model": base}, {"--output_save": output})
+        assert str(refused.value) == (
+            f"--load_model {base} would be written over, because it is the same file as --output_save {output}: choose "
+            "another for one of them"
+        )
+
+    def test_two_outputs_are_two_files(self, tmp_path: Path) -> None:
+        (tmp_path / "a").symlink_to(tmp_path / "b")
+        with pytest.raises(ConfigError, match="are one file"):
+            storage.refuse_overlap({}, {"--output_save": tmp_path / "a", "its texts": tmp_path / "b"})
+
+    def test_others_pass(self, tmp_path: Path) -> None:
+        (tmp_path / "a").write_bytes(b"x")
+        storage.refuse_overlap({"--load_model": tmp_path / "a", "--load_state": "a\0b"}, {"output": tmp_path / "b"})
+        storage.refuse_overlap({"--load_model": tmp_path / "a"}, {"output": tmp_path / ("b" * 300)})
 
 
 def test_any_file_is_replaced_as_a_whole(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import random
 import pytest
 
 from src.errors import DataError
-from src.tokenizer import ByteTokenizer, WorldTokenizer, tokenizer_for_vocabulary
+from src.tokenizer import ByteTokenizer, WorldTokenizer, _world_tokenizer, tokenizer_for_vocabulary
 
 SCRIPTS = "Hello, wörld! 你好。\n\nこんにちは 👩‍👩‍👧 Привет\r\n\tदेवनागरी ﷽ \x00 \U0010ffff"
 
@@ -107,5 +107,6 @@ def test_another_vocabulary_is_an_error_that_names_what_works(vocab_size):
 
 def test_a_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyrwkv_tokenizer", None)
+    _world_tokenizer.cache_clear()
     with pytest.raises(DataError, match="pip install pyrwkv-tokenizer"):
         tokenizer_for_vocabulary(65536)

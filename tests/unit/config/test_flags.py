@@ -1,14 +1,16 @@
 """How flags are declared, read and checked, on a configuration of two subjects."""
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
 from src.config import PairConfig, RejectConfig, TrainConfig
-from src.config.flags import AT_LEAST_1, SHARE, Flags, Given, Lines, flag
+from src.config.flags import AT_LEAST_1, INPUT, SHARE, Flags, Given, Lines, flag, path_problem
 from src.errors import ConfigError
 
 
@@ -102,3 +104,74 @@ def test_every_flag_of_every_script_is_well_declared(config_class: type[Flags]) 
     switches = [spec.metadata["only_with"][0] for spec in specs if spec.metadata["only_with"]]
     assert [name for name in switches if name not in config_class.__dataclass_fields__] == []
     assert sum(len(group) for group in config_class.groups().values()) == len(specs)
+
+
+class TestNumbers:
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"apples": "9" * 20}, "--apples 99999999999999999999 is too large: it takes at most 2,147,483,647"),
+            ({"apples": "-" + "9" * 20}, "is too large: it takes at most 2,147,483,647"),
+            ({"apples": "9" * 400}, f"--apples {'9' * 60}… (400 characters) is too large"),
+            ({"apples": "9" * 5000}, f"--apples {'9' * 60}… (5,000 characters) is too large"),
+            ({"apples": "٣"}, "--apples '٣' is not a whole number"),
+            ({"apples": "３"}, "--apples '３' is not a whole number"),
+            ({"apples": "1\0"}, "is not a whole number"),
+            ({"apples": ""}, "--apples '' is not a whole number"),
+            ({"sugar": "1e400"}, "--sugar 1e400 is not a finite number"),
+            ({"sugar": "9" * 5000}, "is not a finite number"),
+            ({"sugar": "1e300"}, "--sugar 1e300 is too large: it takes at most 1e+12"),
+            ({"kind": "x" * 500}, f"--kind {'x' * 60}… (500 characters) is unknown"),
+        ],
+    )
+    def test_what_is_no_number_of_this_world_is_refused_shortly(self, given: dict[str, str], message: str) -> None:
+        assert message in problem(**given)
+        assert len(problem(**given)) < 200
+
+    @pytest.mark.parametrize("config_class", [TrainConfig, RejectConfig, PairConfig])
+    def test_every_number_has_a_largest(self, config_class: type[Flags]) -> None:
+        numbers = [s for s in dataclasses.fields(config_class) if isinstance(s.default, (int, float))]
+        assert len(numbers) > 3
+        for spec in numbers:
+            for text in ("9" * 30, "-" + "9" * 30):
+                with pytest.raises(ConfigError, match=f"--{spec.name} {text}.*(at most|unknown)"):
+                    config_class.from_flags({spec.name: text})
+
+
+class TestPaths:
+    @pytest.mark.parametrize(
+        ("path", "message"),
+        [
+            ("a\0b", "holds a NUL character"),
+            ("  ", "is white space alone"),
+            ("x" * 256, "holds a name of 256 bytes, and file systems take 255"),
+            ("é" * 128, "holds a name of 256 bytes"),
+            ("d/" * 2100, "has 4,200 bytes, and systems take 4,095"),
+            ("\ud800", "holds a character that names of files cannot have here"),
+            ("/dev/zero", "is a pipe or a device: name an ordinary file"),
+        ],
+    )
+    def test_what_names_no_file_is_refused(self, path: str, message: str) -> None:
+        with pytest.raises(ConfigError) as refused:
+            TrainConfig.from_flags({"load_model": path, "data_file": "d"})
+        assert "--load_model" in str(refused.value)
+        assert message in str(refused.value)
+
+    def test_a_pipe_is_not_waited_for(self, tmp_path: Path) -> None:
+        os.mkfifo(tmp_path / "pipe")
+        with pytest.raises(ConfigError, match="is a pipe or a device"):
+            PairConfig.from_flags({"input_csv": str(tmp_path / "pipe")})
+
+    @pytest.mark.parametrize(
+        ("config_class", "name"), [(TrainConfig, "proj_dir"), (RejectConfig, "output_csv"), (PairConfig, "output_save")]
+    )
+    def test_an_empty_path_is_not_the_current_folder(self, config_class: type[Flags], name: str) -> None:
+        with pytest.raises(ConfigError, match=f"--{name} is empty: give a path, or leave the flag out"):
+            config_class.from_flags({name: ""})
+
+    def test_a_file_to_write_is_no_folder(self) -> None:
+        with pytest.raises(ConfigError, match="--output_save 'x/' ends like a folder"):
+            PairConfig.from_flags({"output_save": "x/"})
+
+    def test_the_longest_name_passes(self) -> None:
+        assert path_problem("d/" + "x" * 255, INPUT) == ""

@@ -25,7 +25,7 @@ def test_the_flags_are_these() -> None:
 
 
 def test_defaults_are_the_originals() -> None:
-    config = PairConfig.from_flags({})
+    config = PairConfig()
     assert (config.input_csv, config.output_save) == ("ojousamatalkscript200.csv", "ojousama.save")
     assert (config.target_pair_count, config.seed, config.template) == (10000, 100, "mixed")
     assert (config.fapi_logging_callback, config.fapi_logging_callback_step) == (0, 1000)
@@ -46,10 +46,10 @@ def test_defaults_are_the_originals() -> None:
 )
 def test_refusals(flags: dict[str, str], message: str) -> None:
     with pytest.raises(ConfigError) as refused:
-        PairConfig.from_flags(flags)
+        PairConfig.from_flags({"input_csv": "in.csv", **flags})
     assert str(refused.value) == message
 
 
 def test_flags_are_checked_together() -> None:
     with pytest.raises(ConfigError, match="2 problems"):
-        PairConfig.from_flags({"target_pair_count": "0", "seed": "x"})
+        PairConfig.from_flags({"input_csv": "in.csv", "target_pair_count": "0", "seed": "x"})

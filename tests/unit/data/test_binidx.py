@@ -9,7 +9,10 @@ import pytest
 from binidx_files import write_binidx
 
 from src.data.binidx import read_binidx
+from src.data.sources import open_documents
+from src.data.token_file import FileTokens
 from src.errors import DataError
+from src.tokenizer import ByteTokenizer, WorldTokenizer
 
 DOCUMENTS = [[5, 6, 7, 0], [9, 10, 0], [1, 0]]
 
@@ -40,7 +43,7 @@ def test_every_integer_type_reads_back(tmp_path, dtype):
     write_binidx(tmp_path / "data", [*DOCUMENTS, [largest, 0]], dtype)
     documents = read_binidx(str(tmp_path / "data"), largest + 1)
     assert documents.stream.dtype == dtype
-    assert isinstance(documents.stream, np.memmap)
+    assert not isinstance(documents.stream, np.memmap)
     assert [documents.tokens(i).tolist() for i in range(4)] == [*DOCUMENTS, [largest, 0]]
     assert documents.tokens(0).dtype == np.int64
 
@@ -149,3 +152,95 @@ def test_a_negative_token_is_named(tmp_path, monkeypatch):
     write_binidx(tmp_path / "data", [[1, 2, 3], [4, 5, 6], [7, -8]], np.int32)
     with pytest.raises(DataError, match="token id -8 in document 2"):
         read_binidx(str(tmp_path / "data"), 65536)
+
+
+class TestTokensThatStayInTheirFile:
+    @pytest.fixture(autouse=True)
+    def nothing_fits(self, monkeypatch):
+        monkeypatch.setattr("src.data.binidx._IN_MEMORY_BYTES", 4)
+
+    def test_slices_are_those_of_the_array(self, prefix):
+        documents = read_binidx(prefix, 11)
+        assert isinstance(documents.stream, FileTokens)
+        everything = np.fromfile(f"{prefix}.bin", np.uint16)
+        assert len(documents.stream) == len(everything) == documents.total_tokens
+        for span in (slice(0, 3), slice(2, 100), slice(5, 5), slice(None)):
+            assert documents.stream[span].tolist() == everything[span].tolist()
+        assert documents.tokens(0).tolist() == everything[:4].tolist()
+
+    @pytest.mark.parametrize("content", [b"", b"\1\0" * 8, b"\1\0" * 10])
+    def test_a_file_cut_short_or_grown_under_the_run_is_refused(self, prefix, content):
+        documents = read_binidx(prefix, 11)
+        Path(f"{prefix}.bin").write_bytes(content)
+        with pytest.raises(DataError, match=r"data\.bin was changed while the program reads it: it had 18 bytes, now"):
+            documents.tokens(1)
+
+    def test_a_file_written_over_is_refused(self, prefix):
+        documents = read_binidx(prefix, 11)
+        Path(f"{prefix}.bin").write_bytes(b"\1\0" * 9)
+        os.utime(f"{prefix}.bin", (1, 1))  # clocks of file systems are coarse
+        with pytest.raises(DataError, match="was changed while"):
+            documents.tokens(0)
+
+    def test_a_file_replaced_by_another_goes_unnoticed(self, prefix):
+        documents = read_binidx(prefix, 11)
+        before = documents.tokens(0).tolist()
+        Path(f"{prefix}.new").write_bytes(b"")
+        os.replace(f"{prefix}.new", f"{prefix}.bin")
+        assert documents.tokens(0).tolist() == before
+
+    def test_an_id_out_of_range_that_appears_later_is_refused(self, prefix):
+        documents = read_binidx(prefix, 11)
+        status = os.stat(f"{prefix}.bin")
+        Path(f"{prefix}.bin").write_bytes(b"\1\0" * 2 + b"\xff\0" + b"\1\0" * 6)
+        os.utime(f"{prefix}.bin", ns=(status.st_atime_ns, status.st_mtime_ns))
+        with pytest.raises(DataError, match=r"holds id 255 as token 2, .* it did not when the run began"):
+            documents.tokens(0)
+
+    def test_an_id_out_of_range_names_its_document(self, prefix):
+        with pytest.raises(DataError, match=r"token id 10 in document 1, but the model's"):
+            read_binidx(prefix, 10)
+
+
+def test_what_happens_to_a_small_file_does_not_touch_the_run(prefix):
+    documents = read_binidx(prefix, 11)
+    before = documents.tokens(0).tolist()
+    Path(f"{prefix}.bin").write_bytes(b"")
+    assert documents.tokens(0).tolist() == before
+
+
+@pytest.mark.parametrize("suffix", ["idx", "bin"])
+def test_pipes_and_folders_are_refused(prefix, suffix):
+    os.remove(f"{prefix}.{suffix}")
+    os.mkfifo(f"{prefix}.{suffix}")
+    with pytest.raises(DataError, match=rf"data\.{suffix} is a pipe"):
+        read_binidx(prefix, 11)
+    os.remove(f"{prefix}.{suffix}")
+    os.mkdir(f"{prefix}.{suffix}")
+    with pytest.raises(DataError, match=rf"data\.{suffix} is a directory"):
+        read_binidx(prefix, 11)
+
+
+class TestTokensAsText:
+    def statements(self, tmp_path, documents, vocab_size):
+        write_binidx(tmp_path / "data", documents)
+        return open_documents("binidx", str(tmp_path / "data"), vocab_size, ctx_len=64).statements
+
+    @pytest.mark.parametrize(("vocab_size", "tokenizer"), [(257, ByteTokenizer()), (65536, WorldTokenizer())])
+    def test_own_tokens(self, tmp_path, vocab_size, tokenizer):
+        text = "User: Où est\n\nAssistant: là-bas. " * 3
+        (said,) = self.statements(tmp_path, [[*tokenizer.encode(text), 0], [1, 2]], vocab_size)
+        assert said == f"Document 0 begins {text[:60]!r}…"
+
+    def test_tokens_of_another_tokenizer(self, tmp_path):
+        text = "The quick brown fox jumps over the lazy dog. "
+        _, said = self.statements(tmp_path, [[*ByteTokenizer().encode(text), 0]], 65536)
+        assert said.startswith("warning: 96% of the tokens looked at are not what the tokenizer of this vocabulary")
+
+    def test_no_text(self, tmp_path):
+        first, said = self.statements(tmp_path, [[200, 201, 202, 203]], 257)
+        assert first == f"Document 0 begins {chr(0xFFFD) * 4!r}"
+        assert said.startswith("warning: 100%")
+
+    def test_a_vocabulary_without_tokenizer(self, tmp_path):
+        assert self.statements(tmp_path, [[200, 201]], 1000) == ()

@@ -43,3 +43,8 @@ def test_missing_rows_are_made_by_halving_the_last():
     assert _halved([[1, 2, 3, 4], [5], [6, 7, 8], [9, 10]], 4) == [[1, 2, 3, 4], [5], [6, 7, 8], [9, 10]]
     assert _halved([[1, 2, 3, 4], [5], [6, 7, 8]], 5) == [[1, 2], [5], [6], [7, 8], [3, 4]]
     assert sorted(_halved([[1, 2, 3, 4]], 4)) == [[1], [2], [3], [4]]
+
+
+def test_a_row_longer_than_all_documents_costs_nothing() -> None:
+    lengths = np.array([5, 3, 9])
+    assert [sorted(row) for row in RowPlan(lengths, 10**14, 0).pass_rows(0)] == [[0, 1, 2]]

@@ -71,6 +71,10 @@ def test_a_save_file_that_is_not_ours_is_refused(tmp_path: Path, monkeypatch: py
         ([([], [2], [3], 0.5, 0.5)], "has an empty prompt"),
         ([([1], [257], [3], 0.5, 0.5)], "token 257 in its chosen, but the model knows 0 to 256"),
         ([([1], [2], [-3], 0.5, 0.5)], "token -3 in its reject"),
+        ([([1], [2], [True], 0.5, 0.5)], "no list of token ids as its reject"),
+        ([([1], [torch.tensor(2)], [3], 0.5, 0.5)], "no list of token ids as its chosen"),
+        ([([1], [10**5000], [3], 0.5, 0.5)], "token of more than 40 digits in its chosen"),
+        ([([1], [2], [3], True, 0.5)], "no number for a base log-probability"),
         ([([1], [2], [3], "a", 0.5)], "no number for a base log-probability"),
     ],
 )

@@ -180,6 +180,23 @@ def test_batches_weigh_by_their_pairs_within_an_optimizer_step() -> None:
     assert [batch.step_weight for batch in shared] == [pytest.approx(2 / 3), pytest.approx(4 / 3)]
 
 
+def test_a_reject_equal_to_the_chosen_answer_is_no_preference() -> None:
+    pairs = [PreferencePair([5], [1, 2], [1, 2]), PreferencePair([5], [1, 2, 3], [1, 2]), PreferencePair([5], [1], [])]
+    made = dataset(pairs)
+    assert made.batch([0, 1, 2]).reject_lengths.tolist() == [0, 2, 0]
+    assert made.plan.statements() == (
+        "1 of 3 pairs have no reject and train on the chosen answer.",
+        "1 of 3 pairs have a reject that is their chosen answer and train on that alone.",
+    )
+    assert dataset(pairs, PairForm.RELEASED).plan.equal_pairs == 0
+
+
+@pytest.mark.parametrize("form", PairForm)
+def test_tokens_of_a_pass_are_those_of_its_batches(form: PairForm) -> None:
+    made = dataset(random_pairs([(17, 5, 9), (1, 4, 3), (6, 3, 0), (2, 8, 6)]), form)
+    assert made.tokens_per_pass == sum(made[step].token_count for step in range(made.batches_per_pass))
+
+
 def test_an_epoch_streams_through_passes() -> None:
     made = dataset(random_pairs([(2, 2, 2)] * 5), micro_bsz=1, epoch_steps=3)
     assert len(made) == 3

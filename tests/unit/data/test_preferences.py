@@ -68,14 +68,35 @@ def test_jsonl_takes_reject_and_rejected(tmp_path: Path) -> None:
         ("a.csv", 'prompt,chosen\na,b\nc,"d\ne,f\n', "line 3 has a quote that is never closed"),
         ("a.csv", 'prompt,chosen\n"a" b,c\n', "line 2 is no CSV"),
         ("a.csv", "prompt,chosen\na,b\nc\n", "line 3 has 1 of the 2 fields"),
-        ("a.csv", "prompt,chosen\na,b\nc,Stra\xdfe\n".encode("latin-1"), "line 3 is not UTF-8: byte 0xdf"),
-        ("a.csv", "prompt,chosen\na,b\n".encode("utf-16"), "it looks like UTF-16"),
-        ("a.jsonl", '{"prompt": "p", "chosen": "c"}\n{"prompt"\n', "line 2 is no JSON"),
-        ("a.jsonl", "[" * 100_000 + "\n", "line 1 is no JSON (maximum recursion depth exceeded"),
-        ("a.jsonl", "[1]\n", "line 1 is no JSON object"),
-        ("a.jsonl", '{"prompt": "p"}\n', "line 1: expected a text for 'chosen', found no such key"),
-        ("a.jsonl", '{"prompt": "p", "chosen": []}\n', "expected a text for 'chosen', found list"),
+        ("a.csv", "prompt,chosen\na,b\nc,Stra\xdfe\n".encode("latin-1"), "a.csv, line 3: not UTF-8 (byte 0xdf"),
+        ("a.csv", "prompt,chosen\na,b\n".encode("utf-16"), "is UTF-16, expected UTF-8"),
+        ("a.jsonl", '{"prompt": "p", "chosen": "c"}\n{"prompt"\n', "line 2: not valid JSON ("),
+        ("a.jsonl", "[" * 100_000 + "\n", "line 1: nested too deeply"),
+        ("a.jsonl", "[1]\n", "line 1: it is a list, expected an object"),
+        ("a.jsonl", '{"prompt": "p"}\n', 'line 1: "chosen" is missing'),
+        ("a.jsonl", '{"prompt": "p", "chosen": []}\n', '"chosen" is a list, expected a string'),
         ("a.jsonl", '{"prompt": "p", "chosen": "\\ud83d"}\n', "half of a surrogate pair"),
+        ("a.jsonl", '{"prompt": "p", "chosen": "\\u0000"}\n', '"chosen" holds a NUL character'),
+        ("a.jsonl", '{"prompt": "p", "prompt": "q", "chosen": "c"}\n', "it has the key 'prompt' twice"),
+        ("a.jsonl", '{"prompt": "p", "chosen": "c", "n": 1%s}\n' % ("0" * 5000), "number of thousands of digits"),
+        (
+            "a.jsonl",
+            '{"prompt": "p", "chosen": "c", "reject": "r", "rejected": "s"}\n',
+            "line 1: 'reject' is 'r' and 'rejected' is 's': leave one of them empty",
+        ),
+        ("a.csv", "prompt,chosen\na,b\0\n", 'line 2: "chosen" holds a NUL character'),
+        ("a.csv", "prompt,chosen,prompt\na,b,c\n", "has several columns 'prompt'"),
+        ("a.csv", "\n\n,\n", "has no column 'prompt' and 'chosen'"),
+        (
+            "a.csv",
+            "prompt,chosen\na,b\nc,d, and more\n",
+            "line 3 has 3 fields, the header 2: put fields with commas in quotes (the last field read is ' and more')",
+        ),
+        (
+            "a.csv",
+            "prompt,chosen,reject,rejected\na,b,c,c\na,b,c,d\n",
+            "line 3: 'reject' is 'c' and 'rejected' is 'd': leave one of them empty",
+        ),
     ],
 )
 def test_unreadable_files_are_refused_in_one_sentence(
@@ -91,8 +112,30 @@ def test_unreadable_files_are_refused_in_one_sentence(
 
 
 def test_missing_file_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(DataError, match="does not exist; check the path"):
         read_rows(str(tmp_path / "none.csv"))
+
+
+def test_the_filled_column_of_two_for_rejects_counts(tmp_path: Path) -> None:
+    rows = read_rows(written(tmp_path, "prompt,chosen,reject,rejected\np,c,,r\np,c,r,\np,c,r,r\np,c, ,\np,c\n"))
+    assert [row.rejected for row in rows] == ["r", "r", "r", " ", ""]
+    rows = read_rows(written(tmp_path, '{"prompt": "p", "chosen": "c", "reject": "", "rejected": "r"}'))
+    assert rows[0].rejected == "r"
+
+
+def test_what_is_not_read_is_named_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    read_rows(written(tmp_path, "prompt,chosen,note,id\np,c,x,1\np,c,,2\n"), said.append)
+    assert said == ["Not read: 'id' (2 rows), 'note' (1 row)."]
+    said.clear()
+    read_rows(written(tmp_path, '{"prompt": "p", "chosen": "c", "history": []}\n', "a.jsonl"), said.append)
+    assert said == ["Not read: 'history' (1 row)."]
+
+
+def test_carriage_returns_alone_end_lines(tmp_path: Path) -> None:
+    assert read_rows(written(tmp_path, "prompt,chosen\ra,b\rc,d\r"))[1] == PreferenceRow(3, "c", "d", "")
+    rows = read_rows(written(tmp_path, '{"prompt": "p", "chosen": "c"}\r{"prompt": "q", "chosen": "d"}\r', "a.jsonl"))
+    assert rows[1] == PreferenceRow(2, "q", "d", "")
 
 
 @pytest.mark.parametrize(
@@ -104,6 +147,7 @@ def test_missing_file_is_refused(tmp_path: Path) -> None:
         ("a\n\n\n\nb", "a\n\nb"),
         ("a\n\n\n\n\nb", "a\n\n\nb"),
         ("a\r\n\r\nb", "a\nb"),
+        ("a\rb\r\rc", "a\nb\nc"),
     ],
 )
 def test_clean_text_halves_blank_lines_in_one_pass(before: str, after: str) -> None:
@@ -180,3 +224,23 @@ def test_make_pairs_refuses_impossible_numbers() -> None:
         make_pairs("f", rows_of(1), BYTES, 0)
     with pytest.raises(ConfigError, match="--max_len 0"):
         make_pairs("f", rows_of(1), BYTES, 1, template=MIXED, longest=0)
+
+
+def test_prompts_that_stand_in_a_template_get_no_other() -> None:
+    ready = "User: a\r\n\r\nAssistant: b\n\nUser: c\n\nAssistant:"
+    rows = [PreferenceRow(2, f" {ready} ", "d", "r"), PreferenceRow(3, "User: hi", "d", "r")]
+    prepared = make_pairs("f", rows, BYTES, 2, template="question")
+    assert prepared.texts == [
+        "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\n",
+        "Question: User: hi\n\nAnswer: d\n\n",
+    ]
+    assert "stands in them: 1 prompt." in prepared.summary()[-1]
+
+
+def test_rejects_equal_to_the_chosen_answer_are_counted() -> None:
+    prepared = make_pairs("f", [PreferenceRow(2, "p", "c ", "c")], BYTES, 1)
+    assert prepared.summary()[-1] == "1 pairs with the chosen answer as reject: they train on it alone"
+
+
+def test_rejects_that_a_model_wrote_may_hold_nul(tmp_path: Path) -> None:
+    assert read_rows(written(tmp_path, "prompt,chosen,reject\na,b,\0\n"))[0].rejected == "\0"

@@ -50,28 +50,57 @@ def test_the_file_reads_back_as_written(tmp_path: Path) -> None:
     assert (progress["rows"], progress["rows_done"], progress["settings"]) == (5, 5, SETTINGS)
 
 
-@pytest.mark.parametrize("cut_after_group", [0, 1])
-def test_a_cut_off_file_is_taken_up_where_its_last_group_ended(tmp_path: Path, cut_after_group: int) -> None:
+@pytest.mark.parametrize("groups_done", [0, 1, 2])
+def test_a_cut_off_file_is_completed_and_taken_up(tmp_path: Path, groups_done: int) -> None:
+    """Whatever part of the last group reached the disk."""
     whole = complete(tmp_path / "whole.csv")
     path = tmp_path / "cut.csv"
+    groups = plan_groups(ROWS, 2, overwrite=False)
+    starts = [0]
     with RejectFile(str(path), ROWS, SETTINGS) as file:
-        for group in plan_groups(ROWS, 2, overwrite=False)[:cut_after_group]:
+        for group in groups[:groups_done]:
+            starts.append(path.stat().st_size)
             file.append(group, {number: f" new\r{number}\n\n" for number in group.generated})
-    with open(path, "ab") as torn:
-        torn.write(b'h,i," half a r')
-    assert complete(path) == whole
-    assert complete(path) == whole
+    content, progress = path.read_bytes(), (tmp_path / "cut.csv.run.json").read_bytes()
+    for size in range(starts[-1], len(content) + 1):
+        path.write_bytes(content[:size])
+        (tmp_path / "cut.csv.run.json").write_bytes(progress)
+        assert complete(path) == whole
+        assert complete(path) == whole
 
 
-def test_a_crash_before_the_first_byte_is_taken_up(tmp_path: Path) -> None:
-    with RejectFile(str(tmp_path / "out.csv"), ROWS, SETTINGS):
-        pass
-    whole = complete(tmp_path / "whole.csv")
-    progress_path = tmp_path / "out.csv.run.json"
-    progress = json.loads(progress_path.read_text())
-    progress_path.write_text(json.dumps({**progress, "bytes_done": 0}))
-    (tmp_path / "out.csv").write_bytes(b"")
-    assert complete(tmp_path / "out.csv") == whole
+@pytest.mark.parametrize("groups_done", [0, 1, 2])
+def test_a_file_that_somebody_changed_is_refused_and_left_alone(tmp_path: Path, groups_done: int) -> None:
+    path = tmp_path / "out.csv"
+    with RejectFile(str(path), ROWS, SETTINGS) as file:
+        for group in plan_groups(ROWS, 2, overwrite=False)[:groups_done]:
+            file.append(group, dict.fromkeys(group.generated, "new"))
+    content = path.read_bytes()
+    swapped = bytearray(content)
+    swapped[5] ^= 1
+    for changed in (content + b"x,y,z\r\n", content[1:], bytes(swapped), b"x"):
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match=r"out\.csv was changed since it was written"):
+            RejectFile(str(path), ROWS, SETTINGS)
+        assert path.read_bytes() == changed
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rows_done": 5}, {"rows_done": 0}, {"rows_done": True}, {"bytes_done": 0}, {"input_sha256": ""},
+        {"settings": {}}, {"last_group": ""}, {"more": 1},
+    ],
+)  # fmt: skip
+def test_an_altered_progress_is_refused(tmp_path: Path, change: dict[str, object]) -> None:
+    path, progress_path = tmp_path / "out.csv", tmp_path / "out.csv.run.json"
+    with RejectFile(str(path), ROWS, SETTINGS) as file:
+        file.append(RejectGroup(0, 4, (0, 3)), {0: "r", 3: "s"})
+    content = path.read_bytes()
+    progress_path.write_text(json.dumps({**json.loads(progress_path.read_text()), **change}))
+    with pytest.raises(DataError, match="missing, unreadable or was changed"):
+        RejectFile(str(path), ROWS, SETTINGS)
+    assert path.read_bytes() == content
 
 
 def test_a_removed_output_is_begun_again_with_any_settings(tmp_path: Path) -> None:
@@ -104,11 +133,8 @@ def test_what_is_not_this_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="was begun with other input rows"):
         RejectFile(str(path), ROWS[:-1], SETTINGS)
     assert path.read_bytes() == whole
-    path.write_bytes(whole[:-1])
-    with pytest.raises(DataError, match="is shorter than when it was written"):
-        RejectFile(str(path), ROWS, SETTINGS)
     (tmp_path / "out.csv.run.json").write_text("{")
-    with pytest.raises(DataError, match="missing or unreadable"):
+    with pytest.raises(DataError, match="missing, unreadable or was changed"):
         RejectFile(str(path), ROWS, SETTINGS)
 
 

@@ -1,12 +1,13 @@
 """Text to documents: what the loss is taken on, and every line that is refused."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 
 from src.data.sources import open_documents
-from src.data.text import WORLD_CHAT, Part
+from src.data.text import WORLD_CHAT, Findings, Part
 from src.errors import DataError
 from src.tokenizer import ByteTokenizer, WorldTokenizer
 
@@ -34,7 +35,7 @@ def text_and_counted(documents, index, tokenizer=BYTES):
 
 
 def test_plain_lines_are_taken_as_they_stand_and_counted_whole(tmp_path):
-    documents = read_lines(tmp_path, {"text": " a\n\nb ", "id": 3}, {"text": "é"})
+    documents = read_lines(tmp_path, {"text": " a\n\nb "}, {"text": "é"})
     assert documents.tokens(0).tolist() == [*BYTES.encode(" a\n\nb "), 0]
     assert documents.tokens(1).tolist() == [*BYTES.encode("é"), 0]
     assert documents.counted(0) is None
@@ -64,6 +65,7 @@ def test_a_conversation(tmp_path):
     assert counted == expected
     assert documents.statements == (
         "Conversations are written in the template World chat; the loss is on answers only.",
+        "Not read: 'messages: model' (1 line), 'prompt' (1 line), 'text' (1 line).",
     )
 
 
@@ -72,6 +74,62 @@ def test_a_closing_question_is_not_counted(tmp_path):
     text, counted = text_and_counted(read_lines(tmp_path, {"messages": messages}), 0)
     assert text == "Assistant: hello\n\nUser: bye\n\n∎"
     assert counted == " hello\n\n"
+
+
+def test_system_and_history_come_before_a_prompt(tmp_path):
+    entry = {"system": "Be brief.", "history": [["a", "b"]], "prompt": "c", "response": "d", "tools": []}
+    documents = read_lines(tmp_path, entry, {**entry, "history": None, "system": None})
+    text, counted = text_and_counted(documents, 0)
+    assert text == "System: Be brief.\n\nUser: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\n∎"
+    assert counted == " b\n\n" + "." * len("User: c\n\nAssistant:") + " d\n\n∎"
+    assert text_and_counted(documents, 1)[0] == "User: c\n\nAssistant: d\n\n∎"
+    assert documents.statements[1] == "Not read: 'tools' (2 lines)."
+
+
+def test_system_comes_before_messages(tmp_path):
+    messages = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    documents = read_lines(tmp_path, {"system": "s", "messages": messages})
+    assert text_and_counted(documents, 0)[0] == "System: s\n\nUser: a\n\nAssistant: b\n\n∎"
+
+
+def test_an_empty_system_message_is_left_out(tmp_path):
+    messages = [
+        {"role": role, "content": text} for role, text in (("system", " \n"), ("user", "a"), ("assistant", "b"))
+    ]
+    documents = read_lines(tmp_path, {"messages": messages})
+    assert text_and_counted(documents, 0)[0] == "User: a\n\nAssistant: b\n\n∎"
+    assert documents.statements[1] == "1 empty system message left out."
+
+
+@pytest.mark.parametrize("end", ["", " ", "\n"])
+def test_a_prompt_that_stands_in_a_template_is_taken_as_it_is(tmp_path, end):
+    earlier = "User: a\r\n\r\nAssistant: b\n\nUser: c\n\nAssistant:" + end
+    documents = read_lines(
+        tmp_path, {"prompt": earlier, "response": "d"}, {"prompt": "User: e", "response": "Assistant: f"}
+    )
+    text, counted = text_and_counted(documents, 0)
+    assert text == "User: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\n∎"
+    assert counted == " d\n\n∎"
+    said = "\n".join(documents.statements)
+    assert "Taken as they are, since the template (User: …, Assistant:) stands in them: 1 prompt." in said
+    assert "Trained with their speaker's name twice, since they begin with it: 2 turns" in said
+
+
+def test_line_ends_are_those_of_clients(tmp_path):
+    documents = read_lines(tmp_path, {"text": "a\r\n\r\nb"}, {"prompt": "c\rd", "response": "e\r\nf"})
+    assert text_and_counted(documents, 0)[0] == "a\n\nb∎"
+    assert text_and_counted(documents, 1)[0] == "User: c\nd\n\nAssistant: e\nf\n\n∎"
+    assert "4 line ends CR LF or CR read as LF, as clients send them." in documents.statements
+
+
+def test_a_file_with_carriage_returns_only(tmp_path):
+    (tmp_path / "data").write_bytes(b'{"text": "one"}\r\r{"text": "two"}\r')
+    documents = open_documents("jsonl", str(tmp_path / "data"), 257, ctx_len=8)
+    assert documents.numbers.tolist() == [1, 3]
+    (tmp_path / "data").write_bytes(b"one\rtwo")
+    documents = open_documents("utf-8", str(tmp_path / "data"), 257, ctx_len=8)
+    assert BYTES.decode(documents.tokens(0)) == "one\ntwo"
+    assert documents.statements == ("1 line end CR LF or CR read as LF, as clients send them.",)
 
 
 def test_masks_are_exact_with_a_tokenizer_that_joins_characters(tmp_path):
@@ -97,12 +155,17 @@ def test_counted_and_uncounted_documents_mix(tmp_path):
     assert documents.counted(0).all()
     assert documents.counted_targets(1000).tolist() == [3, 5]
     assert documents.counted_targets(len("User: a\n\nAssistant: b")).tolist() == [3, 2]
+    assert documents.statements == (
+        "1 conversation in the template World chat: the loss is on answers only; 1 line of plain text: it is on every "
+        "token.",
+    )
 
 
 def test_rendering_gives_a_prompt_as_clients_write_it():
-    parts, replaced = WORLD_CHAT.render([("user", "x"), ("assistant", "y")])
+    findings = Findings()
+    parts = WORLD_CHAT.render([("user", "x"), ("assistant", "y")], findings)
     assert parts == [Part("User: x\n\nAssistant:", False), Part(" y\n\n", True)]
-    assert replaced == 0
+    assert findings == Findings(conversations=1)
 
 
 def test_byte_order_mark_blank_lines_and_carriage_returns_are_tolerated(tmp_path):
@@ -136,6 +199,15 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
         (r'{"text": "a\ud800"}', "half of a surrogate pair"),
         ('{"prompt": "a", "response": ["b"]}', '"response" is a list'),
         ('{"prompt": "a", "response": " "}', '"response" is empty'),
+        ('{"prompt": " ", "response": "a"}', '"prompt" is empty'),
+        ('{"prompt": "a", "chosen": "b"}', "preference pair; make pairs with PrepareOrpoDataset.py"),
+        ('{"prompt": "a", "response": "b", "history": [["c"]]}', r'"history" is no list of \[question, answer\]'),
+        ('{"prompt": "a", "response": "b", "history": [["c", 1]]}', '"history" is a number'),
+        ('{"text": "a", "text": "b"}', "it has the key 'text' twice"),
+        ('{"text": "a", "id": 1%s}' % ("0" * 5000), "a number of thousands of digits"),
+        (r'{"text": "a\u0000b"}', '"text" holds a NUL character'),
+        ('{"text": "a\0b"}', "a NUL character"),
+        ('[{"text": "a"}]', r"a file that is one list becomes lines with `jq"),
         ('{"messages": {}}', '"messages" is an object, expected a list'),
         ('{"messages": []}', 'no message has the role "assistant"'),
         ('{"messages": ["a"]}', "message 1 is a string, expected an object"),
@@ -144,6 +216,11 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
         ('{"messages": [{"role": "user", "content": "a"}]}', 'no message has the role "assistant"'),
         ('{"messages": [{"role": "bot", "content": "a"}]}', "role 'bot'; known are system, user, assistant"),
         ('{"messages": [{"role": "assistant", "content": "\\n"}]}', "message 1, an answer, is empty"),
+        ('{"messages": [{"role": "user", "content": ""}]}', "message 1, a question, is empty"),
+        (
+            '{"system": "s", "messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "a"}]}',
+            'a "system" and a system message',
+        ),
         (
             '{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "a"}]}',
             "message 2 is a system message; it may only come first",
@@ -177,6 +254,32 @@ class TestFilesThatCannotBeRead:
     def test_latin1(self, data_type, tmp_path):
         (tmp_path / "data").write_bytes(b'{"text": "a"}\n{"text": "\xe9t\xe9"}\n')
         self.check_refused(data_type, tmp_path / "data", r"data, line 2: not UTF-8 \(byte 0xe9")
+
+    def test_nul(self, data_type, tmp_path):
+        (tmp_path / "data").write_bytes(b'{"text": "a"}\n{"text": "b"}\0\0\n')
+        self.check_refused(data_type, tmp_path / "data", "data, line 2: a NUL character")
+
+    def test_pipes_and_devices(self, data_type, tmp_path):
+        os.mkfifo(tmp_path / "pipe")
+        self.check_refused(data_type, tmp_path / "pipe", "pipe is a pipe; write what comes out of it to a file")
+        self.check_refused(data_type, "/dev/zero", "/dev/zero is a device")
+
+    def test_a_name_no_file_can_have(self, data_type, tmp_path):
+        self.check_refused(data_type, tmp_path / ("n" * 300), "cannot be read: File name too long")
+
+    def test_a_file_that_grows_while_it_is_read(self, data_type, tmp_path, monkeypatch):
+        path = tmp_path / "data"
+        path.write_bytes(b'{"text": "a"}\n')
+        whole = os.fstat
+
+        def grown(descriptor):
+            status = whole(descriptor)
+            with open(path, "ab") as file:
+                file.write(b'{"text": "b"}\n')
+            return status
+
+        monkeypatch.setattr(os, "fstat", grown)
+        self.check_refused(data_type, path, "was changed while it was read")
 
     def test_utf16(self, data_type, tmp_path):
         (tmp_path / "data").write_bytes('{"text": "a"}\n'.encode("utf-16"))

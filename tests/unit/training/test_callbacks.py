@@ -203,7 +203,7 @@ class Remembering:
 class TestMonitor:
     def test_one_log_per_optimizer_step_and_epoch(self) -> None:
         made, control, sink = module(), StepControl(SCHEDULE, 2), Remembering()
-        monitor = TrainingMonitor(control, [sink], epoch_begin=5, ctx_len=100)
+        monitor = TrainingMonitor(control, [sink], epoch_begin=5)
         loop = trainer(made)
         monitor.on_train_start(loop, made)
         for number, item in enumerate([batch(0), batch(1, 2), batch(3), batch(4)]):
@@ -214,7 +214,6 @@ class TestMonitor:
         monitor.on_train_end(loop, made)
         assert [log.step for log in sink.steps] == [1, 2]
         assert [log.tokens for log in sink.steps] == [30, 20]
-        assert [log.nominal_tokens for log in sink.steps] == [300, 200]
         assert [(log.epoch, log.local_epoch) for log in sink.epochs] == [(5, 0)]
         assert sink.epochs[0].loss == pytest.approx(sum(monitor.losses) / 2)
         assert sink.closed == 1
@@ -222,9 +221,9 @@ class TestMonitor:
     def test_a_run_that_goes_on_counts_on(self) -> None:
         made, start, sink = module(), Start(steps=7, epochs=2, batches=1), Remembering()
         control = StepControl(SCHEDULE, 1, start=start)
-        monitor = TrainingMonitor(control, [sink], epoch_begin=5, ctx_len=100, start=start)
+        monitor = TrainingMonitor(control, [sink], epoch_begin=5, start=start)
         losses = torch.arange(7, dtype=torch.float64)
-        monitor.restore({"losses": losses, "nominal_tokens": 700})
+        monitor.restore({"losses": losses, "tokens": 700})
         loop = trainer(made)
         monitor.on_train_start(loop, made)
         run_batch(control, loop, made, batch(0), 0)
@@ -235,12 +234,12 @@ class TestMonitor:
         assert (sink.steps[0].step, sink.steps[0].epoch) == (8, 7)
         assert (sink.epochs[0].epoch, sink.epochs[0].local_epoch) == (7, 2)
         assert sink.epochs[0].loss == pytest.approx((6 + sink.steps[0].loss) / 2)
-        assert monitor.state()["nominal_tokens"] == 800
+        assert monitor.state()["tokens"] == 710
         assert torch.equal(monitor.state()["losses"][:7], losses)
 
     def test_an_epoch_without_a_step_writes_nothing(self) -> None:
         made, sink = module(), Remembering()
-        TrainingMonitor(StepControl(SCHEDULE, 1), [sink], 0, 100).on_train_epoch_end(trainer(made), made)
+        TrainingMonitor(StepControl(SCHEDULE, 1), [sink], 0).on_train_epoch_end(trainer(made), made)
         assert sink.epochs == []
 
 

@@ -1,9 +1,12 @@
 """Where the numbers of a run go."""
 
+import http.client
 import json
+import os
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +21,7 @@ def step_log(step: int = 1, **changes: Any) -> StepLog:
     """A log of plausible numbers."""
     values = {
         "step": step, "epoch": 0, "loss": 2.5, "lr": 0.5, "weight_decay": 0.0, "grad_norm": 0.1, "seconds": 0.25,
-        "tokens": 100, "nominal_tokens": 2048, **changes,
+        "tokens": 100, **changes,
     }  # fmt: skip
     return StepLog(**values)
 
@@ -97,6 +100,17 @@ class TestFiles:
         assert [line.split()[0] for line in lines if line[0].isdigit()] == ["0", "1", "0"]
         assert lines[-2].startswith("RESUMED RUN at step 1, ")
 
+    @pytest.mark.parametrize("name", ["train_log.txt", "metrics.jsonl"])
+    @pytest.mark.parametrize(("make", "what"), [(Path.mkdir, "Is a directory"), (os.mkfifo, "it is no file")])
+    def test_a_log_that_is_no_file_stops_nothing(
+        self, make: Callable[[Path], None], what: str, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        make(tmp_path / name)
+        sink = FileSink(tmp_path, config(), None)
+        sink.step(step_log())
+        sink.close()
+        assert f"{name} cannot be written ({what})" in capsys.readouterr().err
+
     def test_a_line_is_there_as_soon_as_its_step_is_done(self, tmp_path: Path) -> None:
         sink = FileSink(tmp_path, config(), None)
         sink.step(step_log())
@@ -158,16 +172,21 @@ class TestWandb:
         sink.epoch(EpochLog(0, 0, 1.0, 0.5))
         sink.close()
         (options,) = reachable.started
-        assert (options["project"], options["dir"]) == ("my project", "there")
+        assert (options["entity"], options["project"], options["dir"]) == (None, "my project", "there")
         assert options["name"].startswith("257 ctx1024 L2 D32 20")
         assert options["config"]["ctx_len"] == 1024
         (first, one), (second, two) = reachable.logged
         assert (one, two) == (1, 2)
         assert first.keys() == {"loss", "lr", "wd", "Gtokens"}
         assert second.keys() == {"loss", "lr", "wd", "Gtokens", "kt/s", "pref_percentage"}
-        assert second["Gtokens"] == pytest.approx(2 * 2048 / 1e9)
-        assert second["kt/s"] == pytest.approx(2048 / 0.25 / 1000)
+        assert second["Gtokens"] == pytest.approx(2 * 100 / 1e9)
+        assert second["kt/s"] == pytest.approx(100 / 0.25 / 1000)
         assert reachable.finished == 1
+
+    def test_a_project_of_an_entity(self, reachable: FakeWandb) -> None:
+        WandbSink(config(wandb="me/mine"), "run").close()
+        (options,) = reachable.started
+        assert (options["entity"], options["project"]) == ("me", "mine")
 
     def test_without_network_it_goes_on_offline_and_says_so(
         self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -201,7 +220,13 @@ class TestHttp:
         assert json.loads(sent[0].data) == {"step": 7, "loss": 2.5, "loss2": 0.25, "pref": 0.75}
 
     @pytest.mark.parametrize(
-        "error", [urllib.error.URLError("refused"), TimeoutError("slow"), ConnectionResetError("gone")]
+        "error",
+        [
+            urllib.error.URLError("refused"),
+            TimeoutError("slow"),
+            ConnectionResetError("gone"),
+            http.client.BadStatusLine("not http"),
+        ],
     )
     def test_an_address_that_does_not_answer_is_said_once(
         self, error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

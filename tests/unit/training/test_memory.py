@@ -7,11 +7,13 @@ import torch
 from factories import tiny_parameters, tiny_shape
 
 from src.adapters.plan import AdapterPlan
+from src.config import TrainConfig
+from src.errors import ConfigError
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.model.rwkv6 import RWKV6Shape
-from src.training.memory import MemoryPlan, plan_memory
+from src.training.memory import MemoryPlan, plan_memory, require_memory_of_run
 
 GIB = 2**30
 TOKENS = 512
@@ -117,3 +119,30 @@ def test_kept_bytes_cover_what_torch_keeps(recompute: Recompute, kind: str) -> N
         del hidden
     estimate = model.kept_bytes(recompute)
     assert 0.9 * estimate < (kept[1] - kept[0]) / TOKENS <= estimate
+
+
+class TestSizesThatNoMachineHas:
+    CPU = torch.device("cpu")
+
+    def test_a_fresh_model(self) -> None:
+        sizes = {"train_type": "none", "data_file": "d", "n_layer": "1000", "n_embd": "131072", "vocab_size": "257"}
+        shape = RWKV6Shape.from_sizes(n_layer=1000, n_embd=131072, vocab_size=257)
+        message = r"--n_layer 1000 --n_embd 131072 --vocab_size 257 needs .* GiB at least and the machine has"
+        with pytest.raises(ConfigError, match=message):
+            require_memory_of_run(TrainConfig.from_flags(sizes), self.CPU, shape, 1)
+
+    @pytest.mark.parametrize(
+        ("flags", "named"),
+        [
+            (
+                {"data_file": "d", "ctx_len": "100000000", "micro_bsz": "1000"},
+                "--ctx_len 100000000 with --micro_bsz 1000",
+            ),
+            ({"orpo": "1", "rlhf_max_corpus_len": "100000000"}, "--rlhf_max_corpus_len 100000000 with --micro_bsz 1"),
+        ],
+    )
+    def test_a_micro_batch(self, flags: dict[str, str], named: str) -> None:
+        config = TrainConfig.from_flags({"load_model": "b", **flags})
+        require_memory_of_run(config, self.CPU, tiny_shape(), 1_000_000)
+        with pytest.raises(ConfigError, match=f"{named}, 100,000,000,000 positions at a time, needs .*: lower them"):
+            require_memory_of_run(config, self.CPU, tiny_shape(), 10**11)

@@ -78,9 +78,32 @@ class TestSchedule:
         assert (schedule.first_step, schedule.total_steps) == (40, 60)
         assert schedule.learning_rate(19) == pytest.approx(0.01)
 
-    def test_nominal_tokens_of_a_step(self, data: Path) -> None:
-        chosen = config(data, micro_bsz=3, accumulate_grad_batches=2, ctx_len=50)
-        assert make_schedule(chosen, prepare_work(chosen, SHAPE)).tokens_per_step == 300
+    @pytest.mark.parametrize(
+        ("flags", "expected"),
+        [
+            ({"dataload": "pack", "micro_bsz": 3}, 2 * 87),  # one row holds all documents, of 94 tokens together
+            ({"dataload": "pack", "ctx_len": 20}, 2 * 77 / 4),
+            ({"dataload": "pad"}, 2 * 87 / 7),
+            ({"dataload": "pad", "micro_bsz": 4}, 87),
+            ({"dataload": "get", "micro_bsz": 3, "ctx_len": 40}, 2 * 3 * 40),
+        ],
+    )
+    def test_tokens_of_a_step_are_real_ones(self, data: Path, flags: dict[str, object], expected: float) -> None:
+        chosen = config(data, **{"ctx_len": 50, "accumulate_grad_batches": 2, **flags})
+        work = prepare_work(chosen, SHAPE)
+        assert make_schedule(chosen, work).tokens_per_step == pytest.approx(expected)
+        batches = work.dataset.batches_per_pass
+        seen = sum(work.dataset[step].token_count for step in range(batches)) / batches
+        assert seen * 2 == pytest.approx(expected)
+
+    def test_a_step_larger_than_a_pass_is_said(self, data: Path) -> None:
+        lines = prepare_work(config(data, dataload="pad", accumulate_grad_batches=16), SHAPE).lines
+        assert lines[-1].strip() == (
+            "warning: an optimizer step takes 16 micro-batches and a pass over the data has 7: every step sees the "
+            "data 2.29 times; lower --accumulate_grad_batches."
+        )
+        lines = prepare_work(config(data, dataload="pad", accumulate_grad_batches=7), SHAPE).lines
+        assert not any("micro-batches" in line for line in lines)
 
 
 class TestMemoryAdvice:

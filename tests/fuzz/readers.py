@@ -1,0 +1,123 @@
+"""The readers that are given damaged files: one table, to which each new reader adds its entry."""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from src.config.files import recognise
+from src.data.binidx import MAGIC
+from src.data.documents import Documents
+from src.data.preferences import PreferenceRow, make_pairs, read_rows
+from src.data.reject_file import RejectFile, plan_groups
+from src.data.sources import open_documents
+from src.tokenizer import ByteTokenizer
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A function that reads a file.
+
+    Attributes:
+        read: what is tried; it may raise a UserError and nothing else.
+        seeds: contents that it reads without complaint.
+        name: of the damaged file.
+        beside: further files of its folder, as they should be, by name.
+    """
+
+    read: Callable[[Path], object]
+    seeds: tuple[bytes, ...]
+    name: str
+    beside: Mapping[str, bytes] = field(default_factory=dict)
+
+
+def _documents(data_type: str, vocab_size: int = 257) -> Callable[[Path], object]:
+    """Opens them and reads each to its end."""
+
+    def read(path: Path) -> None:
+        documents: Documents = open_documents(data_type, str(path), vocab_size, ctx_len=16)
+        for index in range(len(documents)):
+            tokens = documents.tokens(index)
+            assert len(tokens) >= 2
+            assert 0 <= tokens.min() <= tokens.max() < vocab_size
+
+    return read
+
+
+def _pairs(path: Path) -> None:
+    rows = read_rows(str(path))
+    assert all(isinstance(row.rejected, str) for row in rows)
+    make_pairs(str(path), rows, ByteTokenizer(), 5, longest=50)
+
+
+_ROWS = [PreferenceRow(2, "a", "b", ""), PreferenceRow(3, 'c "q"', "d\r\ne", "has one"), PreferenceRow(4, "f", "é", "")]
+_GROUPS = plan_groups(_ROWS, 1, overwrite=False)
+_REJECTS_CSV = b'prompt,chosen,reject\r\na,b,new\r\n"c ""q""","d\r\ne",has one\r\nf,\xc3\xa9,new\r\n'
+
+
+def _rejects(path: Path) -> None:
+    """Goes on with a reject file; whatever is not refused becomes the file of a run without a stop."""
+    output = path.with_name("out.csv")
+    with RejectFile(str(output), _ROWS, {"seed": 1}) as file:
+        for group in _GROUPS:
+            if group.start >= file.rows_done:
+                file.append(group, dict.fromkeys(group.generated, "new"))
+    assert output.read_bytes() == _REJECTS_CSV
+
+
+def _reject_run(groups: int, folder: Path) -> tuple[bytes, bytes]:
+    """The CSV and its `.run.json` after so many groups."""
+    with RejectFile(str(folder / "out.csv"), _ROWS, {"seed": 1}) as file:
+        for group in _GROUPS[:groups]:
+            file.append(group, dict.fromkeys(group.generated, "new"))
+    return (folder / "out.csv").read_bytes(), (folder / "out.csv.run.json").read_bytes()
+
+
+def _binidx(code: int, token_bytes: int) -> tuple[bytes, bytes]:
+    """An index and its tokens: documents of 3, 0 and 2 tokens."""
+    sizes, offsets = (3, 0, 2), (0, 3 * token_bytes, 3 * token_bytes)
+    index = struct.pack("<9sQBQQ", MAGIC, 1, code, 3, 4) + struct.pack("<3i3q4q", *sizes, *offsets, 0, 1, 2, 3)
+    return index, b"".join(token.to_bytes(token_bytes, "little") for token in (70, 71, 0, 72, 0))
+
+
+_JSONL = tuple(
+    "\n".join(json.dumps(entry, ensure_ascii=False) for entry in entries).encode()
+    for entries in (
+        [{"text": "one\r\n\r\ntwo é"}, {"text": "", "id": 3}],
+        [{"prompt": "hi", "response": "yo\n\nyes", "system": "s", "history": [["a", "b"]]}],
+        [{"messages": [{"role": "system", "content": ""}, {"role": "user", "content": "User: x\n\nAssistant:"},
+                       {"role": "assistant", "content": "z", "tools": []}]}],
+    )
+)  # fmt: skip
+_TABLES = (
+    b'\xef\xbb\xbfprompt,chosen,reject,note\r\n"a, ""b""","one\ntwo",worse,x\r\n\r\nc,d\r\n',
+    b"chosen,prompt,rejected\nyes,User: hi,no\n,,\nq,r\n",
+)
+_TABLE_LINES = (
+    b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n\n{"prompt": "q", "chosen": "d\\n", "reject": null, "x": 3}\n',
+)
+_TEXT = ("One.\r\n\r\nTwo: é, 好。\n" * 3).encode(), b"User: a\n\nAssistant: b\n\n" * 4
+_INDEX, _TOKENS = _binidx(8, 2)
+_WIDE_INDEX, _WIDE_TOKENS = _binidx(4, 4)
+
+
+def readers(folder: Path) -> dict[str, Reader]:
+    """All of them; `folder` is an empty one in which seeds are made."""
+    half_csv, half_progress = _reject_run(1, folder)
+    return {
+        "jsonl": Reader(_documents("jsonl"), _JSONL, "data.jsonl"),
+        "jsonl, World tokens": Reader(_documents("jsonl", 65536), _JSONL, "data.jsonl"),
+        "text": Reader(_documents("utf-8"), _TEXT, "data.txt"),
+        "text, World tokens": Reader(_documents("utf-8", 65536), _TEXT, "data.txt"),
+        "CSV of preferences": Reader(_pairs, _TABLES, "rows.csv"),
+        "JSON lines of preferences": Reader(_pairs, _TABLE_LINES, "rows.jsonl"),
+        "binidx index": Reader(_documents("binidx"), (_INDEX,), "data.idx", {"data.bin": _TOKENS}),
+        "binidx index of int32": Reader(_documents("binidx"), (_WIDE_INDEX,), "data.idx", {"data.bin": _WIDE_TOKENS}),
+        "binidx tokens": Reader(_documents("binidx"), (_TOKENS,), "data.bin", {"data.idx": _INDEX}),
+        "run.json of rejects": Reader(_rejects, (half_progress,), "out.csv.run.json", {"out.csv": half_csv}),
+        "CSV of rejects": Reader(_rejects, (half_csv,), "out.csv", {"out.csv.run.json": half_progress}),
+        "kind of data": Reader(lambda path: recognise(str(path)), (*_JSONL, *_TABLES, *_TEXT), "data"),
+    }
