@@ -28,7 +28,7 @@ CHECKED_ONCE_BYTES = 1 << 30
 PICKLE = "data.pkl"
 """The entry with everything but the tensors' bytes."""
 
-_CHUNK_BYTES = 1 << 22
+_CHUNK_BYTES = 1 << 20
 _MOST_THREADS = 8
 _CACHE_NAME = "rwkv-state-tuning"
 

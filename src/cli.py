@@ -9,8 +9,8 @@ import re
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from src.config import TrainConfig
-from src.config.flags import BY_METHOD, INPUT, OUTPUT, Flags, path_problem, shortened, shown_number
+from src.config import MergeConfig, TrainConfig
+from src.config.flags import BY_METHOD, Flags, shortened, shown_number
 from src.config.synonyms import meant_by
 from src.errors import ConfigError
 
@@ -43,6 +43,21 @@ class SuggestingParser(argparse.ArgumentParser):
                 if (text.startswith("-") and not _NUMBER.fullmatch(text)) or not before.startswith("-") or "=" in before
             ]
             raise ConfigError("; ".join(self._complaint(text) for text in stray))
+        return known
+
+    def parse_words(self, args: Sequence[str] | None, words: Sequence[str]) -> argparse.Namespace:
+        """As `parse_args`, with the first texts that belong to no flag as the values of `words`.
+
+        Raises:
+            ConfigError: also if a value is given twice.
+        """
+        known, unknown = self.parse_known_args(args)
+        if any(text.startswith("-") for text in unknown) or len(unknown) > len(words):
+            return self.parse_args(args)
+        for name, text in zip(words, unknown, strict=False):
+            if hasattr(known, name):
+                raise ConfigError(f"--{name} {getattr(known, name)} and {text!r} are the same: give one of them")
+            setattr(known, name, text)
         return known
 
     def _complaint(self, text: str) -> str:
@@ -78,42 +93,43 @@ def given_flags(config_class: type[Flags], prog: str, description: str) -> dict[
     return _given(SuggestingParser(prog=prog, description=description), config_class)
 
 
-def merge_arguments() -> argparse.Namespace:
-    """The command line of merge_state.py: `base_model`, `state_checkpoint` and `output`.
+def given_merge_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
+    """The words BASE, FILE and OUTPUT, and the flags, on merge_state.py's command line as texts; only those given.
 
     Raises:
-        ConfigError: for flags, for other than three words, and for words that name no file.
+        ConfigError: for unknown flags or missing values, or more than three words.
     """
     parser = SuggestingParser(
         prog="merge_state.py",
-        description="Write a copy of an RWKV-6 base model that starts from a trained state (time_state). "
-        "Every other tensor is copied bit for bit; the inputs are left alone.",
+        usage="merge_state.py BASE FILE OUTPUT [flags]",
+        description="Writes a copy of an RWKV-6 base model with a trained state, adapter (LoRA, PiSSA, Bone, Bat) or "
+        "further weights put in. Every other tensor is copied bit for bit; the inputs are left alone.",
     )
-    parser.add_argument("base_model", help="the .pth model that the state was trained on")
-    parser.add_argument("state_checkpoint", help="the state file (rwkv-final.pth), or a merged model")
-    parser.add_argument("output", help="the model to write; it must be neither of the inputs")
-    parsed = parser.parse_args()
-    for name, path in vars(parsed).items():
-        if problem := path_problem(path, OUTPUT if name == "output" else INPUT) or (
-            "" if path else "is empty: name a file"
-        ):
-            raise ConfigError(f"{name} {shortened(path)!r} {problem}")
-    return parsed
+    return _given(parser, MergeConfig, arguments, words=("base_model", "peft_checkpoint", "output"))
 
 
 def _given(
-    parser: SuggestingParser, config_class: type[Flags], arguments: Sequence[str] | None = None
+    parser: SuggestingParser,
+    config_class: type[Flags],
+    arguments: Sequence[str] | None = None,
+    words: Sequence[str] = (),
 ) -> dict[str, str]:
-    """Parses one flag per field of a configuration, in its groups; texts left for it to convert."""
+    """Parses one flag per field of a configuration, in its groups; texts left for it to convert.
+
+    Args:
+        words: flags that may also be given without their names, in this order.
+    """
     for title, specs in config_class.groups().items():
         group = parser.add_argument_group(title)
         for spec in specs:
             text = _help(spec).replace("%", "%%")
-            words: dict[str, Any] = {"nargs": "*"} if spec.metadata["several"] else {}
-            group.add_argument(f"--{spec.name}", metavar=_metavar(spec), default=argparse.SUPPRESS, help=text, **words)
+            several: dict[str, Any] = {"nargs": "*"} if spec.metadata["several"] else {}
+            group.add_argument(
+                f"--{spec.name}", metavar=_metavar(spec), default=argparse.SUPPRESS, help=text, **several
+            )
     for name in config_class.unsupported:
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
-    given = vars(parser.parse_args(arguments))
+    given = vars(parser.parse_words(arguments, words))
     # No word is an empty list, which differs from a flag that is not there.
     return {name: (" ".join(text) or "[]") if isinstance(text, list) else text for name, text in given.items()}
 

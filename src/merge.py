@@ -1,57 +1,253 @@
 """Models with what was trained put in."""
 
+from __future__ import annotations
+
 import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from src import storage
-from src.checkpoint import load_state, open_checkpoint
-from src.errors import CheckpointError
-from src.model.shape import ModelShape, state_key
+from src.adapters.hf import write_hf
+from src.adapters.trained import Told, Trained, read_trained
+from src.checkpoint import Checkpoint, open_checkpoint
+from src.errors import CheckpointError, ConfigError
+from src.identity import FileIdentity
+from src.model.shape import ModelShape
+from src.quant import DequantizationWorkspace, FrozenLinear
 from src.storage import PathLike
+from src.streaming import save_one_by_one
+
+_FOUR_BIT = {"4bit": "fp4"}
+"""Names of one quantisation."""
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What `merge_state` did.
+    """What `merge` did.
 
     Attributes:
-        shape: sizes of the base model.
-        base_dtype: dtype of the base model's weights, as in CheckpointInfo.
-        state_dtype: dtype of the merged state.
+        base: the base model.
+        trained: what was put in.
         replaced_state: whether the base already had a state, now replaced.
         size_bytes: size of the written file.
     """
 
-    shape: ModelShape
-    base_dtype: str
-    state_dtype: str
+    base: Checkpoint
+    trained: Trained
     replaced_state: bool
     size_bytes: int
 
+    @property
+    def shape(self) -> ModelShape:
+        """Sizes of the base model."""
+        return self.base.info.shape
 
-def merge_state(base_path: PathLike, state_path: PathLike, output_path: PathLike) -> MergeReport:
-    """Writes a copy of the base model that starts from the given state.
+    @property
+    def base_dtype(self) -> str:
+        """dtype of the base model's weights, as in CheckpointInfo."""
+        return self.base.info.dtype
 
-    Every other tensor is copied bit for bit, in its dtype; a state that the base already has is
-    replaced; the new one keeps the dtype of its file. Key prefixes are taken off, because inference
-    clients do not know them. Tensors go from the base's memory map to the output one by one.
+    @property
+    def state_dtype(self) -> str:
+        """dtype of the merged state; "" if there is none."""
+        return next((str(state.dtype).removeprefix("torch.") for state in self.trained.states.values()), "")
+
+
+class Merged(Mapping[str, Tensor]):
+    """The tensors of a model with what was trained put in, each made when it is asked for.
+
+    A matrix with an adapter is merged in fp32 and rounded once, to the dtype it has in the base model; a state keeps
+    the dtype of its file; everything else is the base model's own tensor.
+
+    Args:
+        base: the base model.
+        trained: what is put in.
+        quant: quantisation that the matrices with an adapter are packed in and unpacked from first; "none" is none.
+        device: where matrices are computed.
+    """
+
+    def __init__(
+        self, base: Checkpoint, trained: Trained, quant: str = "none", device: torch.device | str = "cpu"
+    ) -> None:
+        self._base, self._trained, self._quant, self._device = base, trained, quant, device
+        self._keys = list({**base, **trained.states})
+
+    def __getitem__(self, key: str) -> Tensor:
+        trained = self._trained
+        if key in trained.states:
+            return trained.states[key]
+        dtype = self._base[key].dtype
+        if key in trained.adapters:
+            merged = trained.adapters[key].merged(self.frozen(key)).to("cpu", dtype)
+        elif key in trained.weights:
+            merged = trained.weights[key].to(dtype)
+        else:
+            return self._base[key]
+        if not torch.isfinite(merged).all():
+            raise CheckpointError(
+                f"{key} holds values that are not finite once {trained.path} is merged into {dtype}: one of the two "
+                "files is damaged, or the numbers are too large for this type"
+            )
+        return merged
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._keys)
+
+    def __len__(self) -> int:
+        return len(self._keys)
+
+    def frozen(self, key: str) -> Tensor:
+        """What stood frozen beside an adapter, fp32 [out, in] on the device."""
+        weight = self._trained.weights.get(key, self._base[key])
+        wide = self._trained.adapters[key].frozen(weight.to(self._device, torch.float32))
+        if self._quant == "none":
+            return wide
+        packed = FrozenLinear.from_weight(wide, self._quant, torch.float32, workspace=DequantizationWorkspace())
+        return packed.dequantized()
+
+    def outlines(self) -> dict[str, Tensor]:
+        """Key -> dtype and shape, as a tensor without values."""
+        states = self._trained.states
+        sources = ((key, states[key] if key in states else self._base[key]) for key in self._keys)
+        return {key: torch.empty(source.shape, dtype=source.dtype, device="meta") for key, source in sources}
+
+
+def merge(
+    base_path: PathLike,
+    file_path: PathLike,
+    output_path: PathLike,
+    told: Told | None = None,
+    *,
+    quant: str = "none",
+    device: torch.device | str = "cpu",
+) -> MergeReport:
+    """Writes a copy of the base model with a state, an adapter, further weights, or all of them put in.
+
+    Every other tensor is copied bit for bit, in its dtype; a state that the base already has is replaced. Key prefixes
+    are taken off, because inference clients do not know them. Tensors go from the base's memory map to the output one
+    by one, so that host memory stays near one matrix.
+
+    Args:
+        base_path: the base model.
+        file_path: what was trained on it, see `read_trained`.
+        output_path: the model to write.
+        told: what the user says of the file.
+        quant: see `Merged`.
+        device: see `Merged`.
 
     Raises:
-        ConfigError: The output is one of the inputs.
-        CheckpointError: An input cannot be used, the state does not fit the base, or the output cannot
-            be written. Nothing is then written.
+        CheckpointError: An input cannot be used, they do not fit each other, or the output cannot be written. Nothing
+            is then written.
+        ConfigError: The output is one of the inputs, or `quant` is not what the file was trained on.
     """
-    storage.refuse_overlap({"base model": base_path, "state file": state_path}, {"output": output_path})
-    base = open_checkpoint(base_path)
-    states = load_state(state_path, base.info.shape)
-    try:
-        storage.save(output_path, {**base, **states})
-    except MemoryError as error:
-        raise CheckpointError(f"no memory left to write {output_path}: end other programs, or add swap") from error
+    base, trained = open_inputs(base_path, file_path, output_path, told)
+    check_quant(trained, quant)
+    merged = Merged(base, trained, quant, device)
+    save_one_by_one(output_path, merged.outlines(), merged.__getitem__)
     return MergeReport(
-        shape=base.info.shape,
-        base_dtype=base.info.dtype,
-        state_dtype=str(states[state_key(0)].dtype).removeprefix("torch."),
-        replaced_state=base.info.has_state,
+        base=base,
+        trained=trained,
+        replaced_state=base.info.has_state and bool(trained.states),
         size_bytes=os.path.getsize(output_path),
     )
+
+
+def export_hf(base_path: PathLike, file_path: PathLike, output_path: PathLike, told: Told | None = None) -> Trained:
+    """Writes an adapter as a folder that Hugging Face's `peft` reads.
+
+    PiSSA becomes a LoRA of twice the rank, beside the whole base model.
+
+    Args:
+        base_path: the base model.
+        file_path: LoRA, PiSSA or Bone.
+        output_path: the folder.
+        told: what the user says of the file.
+
+    Raises:
+        CheckpointError: as `merge`; or the file holds what such a folder has no place for.
+    """
+    _, trained = open_inputs(base_path, file_path, output_path, told)
+    beside = [*trained.weights, *trained.states]
+    if not trained.adapters or trained.kind == "bat":
+        what = "a Bat, which peft computes otherwise" if trained.adapters else "no adapter"
+        raise CheckpointError(f"{file_path} holds {what}, so --export hf cannot write it: merge it instead")
+    if beside:
+        raise CheckpointError(
+            f"{file_path} holds {len(beside)} tensors beside its adapter, {beside[0]} among them, which peft has no "
+            "place for: merge it instead, or train with --train_parts []"
+        )
+    if Path(output_path).is_file():
+        raise CheckpointError(f"the output {output_path} is a file, and --export hf writes a folder: give another name")
+    tensors: dict[str, Tensor] = {}
+    for key, adapter in trained.adapters.items():
+        module = key.removesuffix(".weight")
+        parameters = dict(adapter.parameters)
+        if adapter.first is not None:
+            a, b = adapter.first
+            parameters["lora_A"] = torch.cat([parameters["lora_A"].float(), a.float()])
+            parameters["lora_B"] = torch.cat([parameters["lora_B"].float(), -b.float()], dim=1)
+        tensors |= {f"{module}.{name}": tensor.contiguous() for name, tensor in parameters.items()}
+    r = trained.r * (2 if trained.kind == "pissa" else 1)
+    write_hf(Path(output_path), tensors, r=r, alpha=trained.scale * r, base=Path(base_path).name)
+    return trained
+
+
+def open_inputs(
+    base_path: PathLike, file_path: PathLike, output_path: PathLike, told: Told | None
+) -> tuple[Checkpoint, Trained]:
+    """The base model, and what was trained on it.
+
+    Raises:
+        CheckpointError, ConfigError: as `merge`.
+    """
+    told = told or Told()
+    inputs = {"base model": base_path, "trained file": file_path, "init file": told.init}
+    storage.refuse_overlap(inputs, {"output": output_path})
+    base = open_checkpoint(base_path)
+    trained = read_trained(file_path, base.info.shape, told)
+    if trained.adapters or trained.weights:
+        _refuse_other_base(base_path, trained)
+    return base, trained
+
+
+def check_quant(trained: Trained, quant: str) -> None:
+    """Refuses a quantisation that is not the one a file was trained on.
+
+    Raises:
+        ConfigError: naming both.
+    """
+    if quant == "none":
+        return
+    if not trained.adapters:
+        raise ConfigError(f"--quant {quant} says nothing about {trained.path}, which holds no adapter: leave it out")
+    trained_on = trained.quant or quant
+    if _FOUR_BIT.get(trained_on, trained_on) != _FOUR_BIT.get(quant, quant):
+        on = "weights that were not packed" if trained_on == "none" else trained_on
+        raise ConfigError(f"--quant {quant}, but {trained.path} was trained on {on}: leave it out, or use --quant none")
+
+
+def _refuse_other_base(path: PathLike, trained: Trained) -> None:
+    """Compares size and SHA-256 of the base model with what the training noted.
+
+    Raises:
+        CheckpointError: they differ.
+    """
+    if "size_bytes" not in trained.base:
+        return
+    identity = FileIdentity(Path(path))
+    found = {"size_bytes": identity.size_bytes}
+    if "sha256" in trained.base and identity.size_bytes == trained.base["size_bytes"]:
+        try:
+            found["sha256"] = identity.sha256  # type: ignore[assignment]
+        except OSError as error:
+            raise CheckpointError(f"base model {path} cannot be read: {error.strerror}") from error
+    for name, value in found.items():
+        if trained.base.get(name, value) != value:
+            raise CheckpointError(
+                f"{trained.path} was trained on {trained.base.get('file', 'a base model')} with {name} "
+                f"{trained.base[name]}, and {path} has {value}: give the model it was trained on"
+            )

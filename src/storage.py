@@ -87,7 +87,7 @@ def save(
         # torch.save puts an error of its own in place of one raised by the file it writes to.
         cause = error if isinstance(error, OSError) else error.__context__
         if isinstance(cause, OSError):
-            raise CheckpointError(f"{path} {_unwritable(path, cause, _size(content, unit))}") from error
+            raise CheckpointError(unwritable(path, cause, content, unit)) from error
         if cause is not None and not isinstance(cause, Exception):
             raise cause from None  # an interrupt
         raise
@@ -419,10 +419,10 @@ def _python_object(path: PathLike, name: str) -> str:
     )
 
 
-def _unwritable(path: PathLike, error: OSError, size: str) -> str:
-    """Why a file of this size cannot be written, as the end of a sentence."""
+def unwritable(path: PathLike, error: OSError, content: Mapping[str, Any] | list[Any], unit: str = "entries") -> str:
+    """Why a file of this content cannot be written, a sentence; `unit` as in `save`."""
     if error.errno == errno.EINVAL:
-        return f"cannot be written: {error.strerror}"
+        return f"{path} cannot be written: {error.strerror}"
     folder = Path(os.path.realpath(path)).parent
     no_folder = f"cannot be written: there is no folder {folder}; create it first"
     known = {
@@ -431,7 +431,8 @@ def _unwritable(path: PathLike, error: OSError, size: str) -> str:
         errno.ENOENT: no_folder,
         errno.ENOTDIR: no_folder,
     }
-    return known.get(error.errno or 0, f"cannot be written: {error.strerror}; {size} are needed in {folder}")
+    needed = f"cannot be written: {error.strerror}; {_size(content, unit)} are needed in {folder}"
+    return f"{path} {known.get(error.errno or 0, needed)}"
 
 
 def tensor_bytes(content: Any) -> int:

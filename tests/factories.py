@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -100,3 +101,46 @@ def tiny_state_file(
     states = tiny_states(shape, seed, dtype)
     save_state(path, states, dtype)
     return states
+
+
+def tiny_adapter(
+    path: str | os.PathLike[str],
+    shape: ModelShape,
+    kind: str,
+    r: int = 8,
+    *,
+    seed: int = 0,
+    dtype: torch.dtype = torch.bfloat16,
+    scale: float = 0.2,
+    further: Mapping[str, Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Writes a random adapter on every matrix under RWKV-PEFT's keys, without JSON; of PiSSA also `init_pissa.pth`.
+
+    Args:
+        kind: lora, pissa, bone or bat.
+        scale: size of what it adds to a matrix's result.
+        further: other tensors of the file.
+
+    Returns:
+        What the file holds.
+    """
+    generator = torch.Generator().manual_seed(seed + 3)
+    sizes = shape.parameter_shapes()
+
+    def drawn(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator) * scale / math.sqrt(size[-1])
+
+    tensors, first = {}, {}
+    for key in shape.matrix_names():
+        module, (out_features, in_features) = key.removesuffix(".weight"), sizes[key]
+        if kind in ("lora", "pissa"):
+            for name, size in (("lora_A", (r, in_features)), ("lora_B", (out_features, r))):
+                tensors[f"{module}.{name}"] = drawn(*size) * 2
+                first[f"{module}.init_{name}"] = drawn(*size) * 2
+        else:
+            tensors[f"{module}.bone"] = drawn(*((r, out_features) if kind == "bone" else (in_features // r, r, r)))
+    if kind == "pissa":
+        torch.save(first, os.path.join(os.path.dirname(path), "init_pissa.pth"))
+    content = {key: tensor.to(dtype) for key, tensor in tensors.items()} | dict(further or {})
+    torch.save(content, path)
+    return content

@@ -14,7 +14,10 @@ LEVELS = (
     ("src.output",),
     ("src.errors",),
     ("src.archive",),
-    ("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout", "src.storage", "src.identity"),
+    (
+        *("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout", "src.identity"),
+        *("src.storage", "src.streaming", "src.safetensors"),
+    ),
     ("src.data", "src.ops"),
     ("src.quant",),
     ("src.model",),
@@ -25,7 +28,12 @@ LEVELS = (
 )
 """Rooms from the ground up: a module or a package. A file imports its own room and lower levels."""
 
-SIDEWAYS = {("src.adapters", "src.checkpoint")}
+SIDEWAYS = {
+    ("src.adapters", "src.checkpoint"),
+    ("src.streaming", "src.storage"),
+    ("src.safetensors", "src.storage"),
+    ("src.safetensors", "src.streaming"),
+}
 """Imports within a level that are wanted: (who, whom)."""
 
 ONE_DOOR = {

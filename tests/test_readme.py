@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from src.cli import given_train_flags
-from src.config import UNSUPPORTED, PairConfig, RejectConfig, TrainConfig
+from src.cli import given_merge_flags, given_train_flags
+from src.config import UNSUPPORTED, MergeConfig, PairConfig, RejectConfig, TrainConfig
 from src.config.model import METHOD_DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -38,7 +38,7 @@ def test_the_flag_table_is_complete_and_in_order() -> None:
 
 def test_every_flag_it_names_exists() -> None:
     known = {*TrainConfig.__dataclass_fields__, *UNSUPPORTED}
-    for config in (RejectConfig, PairConfig):
+    for config in (RejectConfig, PairConfig, MergeConfig):
         known |= set(config.__dataclass_fields__)
     named = re.findall(r"`--(\w+)(\*?)", README)
     unknown = [
@@ -54,6 +54,13 @@ def test_its_training_commands_are_accepted(command: str) -> None:
     given = given_train_flags(words)
     if not {"demo", "resume"} & given.keys():  # which bring flags of their own
         TrainConfig.from_flags(given)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "merge_state.py" in c])
+def test_its_merging_commands_are_accepted(command: str) -> None:
+    python, script, *words = shlex.split(command)
+    assert (python, script) == ("python", "merge_state.py")
+    MergeConfig.from_flags(given_merge_flags(words))
 
 
 def test_the_two_commands_of_the_first_screen() -> None:

@@ -108,3 +108,29 @@ class Bat(Adapter):
     def _by_tile(self, y: Tensor) -> Tensor:
         """[n, out] as [n, out/r, r], a view."""
         return y.view(y.shape[0], -1, self.bone.shape[1])
+
+
+def bone_weight(weight: Tensor, block: Tensor) -> Tensor:
+    """W' [out, in] of Bone in W's dtype.
+
+    Args:
+        weight: W [out, in].
+        block: P [r, out].
+    """
+    repeats = -(-weight.shape[1] // block.shape[0])
+    return weight + block.to(weight).t().repeat(1, repeats)[:, : weight.shape[1]]
+
+
+def bat_weight(weight: Tensor, blocks: Tensor, *, by_output: bool = False) -> Tensor:
+    """W' [out, in] of Bat in W's dtype: every tile W_ab becomes W_ab + W_ab P + P.
+
+    Args:
+        weight: W [out, in].
+        blocks: P [in/r, r, r], one for each strip b of columns; [out/r, r, r] if `by_output`.
+        by_output: P belongs to a, the tile's rows, as in HF's `peft`, whose method of that name is another one.
+    """
+    r = blocks.shape[1]
+    tiles = weight.reshape(weight.shape[0] // r, r, -1, r).transpose(1, 2)
+    of_tiles = blocks.to(weight)
+    of_tiles = of_tiles[:, None] if by_output else of_tiles[None]
+    return (tiles + tiles @ of_tiles + of_tiles).transpose(1, 2).reshape(weight.shape)

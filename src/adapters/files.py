@@ -37,7 +37,7 @@ def load_trained(path: PathLike, trained: Mapping[str, Shape], adapters: Mapping
     Raises:
         CheckpointError: The file cannot be read, holds what is not trained here, lacks an adapter, or does not fit.
     """
-    tensors = _with_own_names(read_tensors(path, "adapter file"))
+    tensors = with_own_names(read_tensors(path, "adapter file"))
     foreign = [key for key in tensors if key not in trained]
     if foreign:
         raise CheckpointError(
@@ -167,7 +167,8 @@ def _origin(plan: AdapterPlan, base: FileIdentity) -> dict[str, Any]:
     return {"r": plan.r, "svd_niter": plan.niter, "base_size_bytes": base.size_bytes, "base_sha256": base.sha256}
 
 
-def _with_own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def with_own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by this program's keys, whatever a writer calls them."""
     named = {}
     for key, tensor in tensors.items():
         suffix = key[key.rfind(".") :]

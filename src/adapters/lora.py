@@ -98,6 +98,11 @@ class LoRA(Adapter):
         return grad_x, of_parameters
 
 
+def lora_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float = 1.0) -> Tensor:
+    """W + scale · B A [out, in] in W's dtype; PiSSA's residual, of its first factors, has scale -1."""
+    return torch.addmm(weight, lora_b.to(weight), lora_a.to(weight), alpha=scale)
+
+
 def fresh_factors(lora_a: Tensor, lora_b: Tensor, seed: int) -> None:
     """Fills A [r, in] with ±1/√in, uniformly (Kaiming with a = √5), and B with 0; the same on every device."""
     bound = 1 / math.sqrt(lora_a.shape[1])

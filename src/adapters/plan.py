@@ -13,7 +13,7 @@ from torch import Tensor
 
 from src.adapters.adapter import Adapter
 from src.adapters.bone import Bat, Bone
-from src.adapters.lora import LoRA, fresh_factors, principal_factors
+from src.adapters.lora import LoRA, fresh_factors, lora_weight, principal_factors
 from src.errors import ConfigError
 from src.model.language_model import LanguageModel
 from src.model.shape import LAYER_KEY, ModelShape, Shape
@@ -120,7 +120,7 @@ class AdapterPlan:
         for name, factor in zip(names, first, strict=True):
             if f"{matrix}.{name}" not in tensors:
                 values[f"{matrix}.{name}"].copy_(factor)
-        return torch.addmm(wide, first[1], first[0], alpha=-1)
+        return lora_weight(wide, *first, scale=-1.0)
 
     def attach(self, model: LanguageModel, values: Mapping[str, Tensor]) -> None:
         """Puts the adapters into a model whose matrices are in place; the values become their parameters."""

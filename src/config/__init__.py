@@ -4,8 +4,9 @@ Flags keep the names of RWKV-LM-State-4bit. Each is declared once, as a field; t
 table come from these declarations. No torch import here, so that a wrong flag is refused within milliseconds.
 """
 
+from src.config.merge import MergeConfig
 from src.config.pairs import PairConfig
 from src.config.reject import RejectConfig
 from src.config.train import UNSUPPORTED, TrainConfig
 
-__all__ = ["UNSUPPORTED", "PairConfig", "RejectConfig", "TrainConfig"]
+__all__ = ["UNSUPPORTED", "MergeConfig", "PairConfig", "RejectConfig", "TrainConfig"]

@@ -16,9 +16,10 @@ from typing import Any
 
 import pytest
 import torch
-from factories import tiny_checkpoint, tiny_state_file
+from factories import tiny_adapter, tiny_checkpoint, tiny_state_file, tiny_states
 from torch import Tensor
 
+from src.adapters.plan import AdapterPlan
 from src.checkpoint import open_checkpoint, save_model
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
@@ -79,18 +80,23 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-@pytest.fixture(scope="module")
-def merged(base: Path) -> Path:
-    """The same model with a random start state put in by merge_state.py."""
-    folder = base.parent
-    tiny_state_file(folder / "state.pth", open_checkpoint(base).info.shape, seed=5)
-    command = ["merge_state.py", str(base), str(folder / "state.pth"), str(folder / "merged.pth")]
+def merge(base: Path, file: Path, output: Path, *flags: str) -> Path:
+    """What merge_state.py writes."""
+    command = ["merge_state.py", str(base), str(file), str(output), *flags]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
         with pytest.raises(SystemExit) as ended:
             runpy.run_path(str(ROOT / "merge_state.py"), run_name="__main__")
     assert ended.value.code == 0
-    return folder / "merged.pth"
+    return output
+
+
+@pytest.fixture(scope="module")
+def merged(base: Path) -> Path:
+    """The same model with a random start state put in by merge_state.py."""
+    folder = base.parent
+    tiny_state_file(folder / "state.pth", open_checkpoint(base).info.shape, seed=5)
+    return merge(base, folder / "state.pth", folder / "merged.pth")
 
 
 def load(path: Path) -> LanguageModel:
@@ -176,3 +182,27 @@ def test_a_transposed_state_is_another_model(client_logits: dict[str, tuple[Tens
         for block in model.blocks:
             block.att.time_state.copy_(block.att.time_state.transpose(1, 2).clone())
     assert largest_relative_difference(logits_at_once(model, tokens), client_logits["merged"][0]) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa", "bone", "bat"])
+def test_a_merged_adapter_gives_the_client_the_logits_that_training_has(
+    client: ModuleType, kind: str, base: Path, tmp_path: Path
+) -> None:
+    """The trainer's are those of the adapter beside the base model's matrices, with states and norms trained, too."""
+    checkpoint = open_checkpoint(base)
+    shape = checkpoint.info.shape
+    norms = {key: checkpoint[key] + 0.1 for key in ("ln_out.weight", "blocks.0.ln0.bias", "blocks.1.ln1.weight")}
+    further = {**tiny_states(shape, 5, torch.bfloat16), **norms}
+    content = tiny_adapter(tmp_path / "trained.pth", shape, kind, further=further)
+    flags = {"lora": ("--lora_alpha", "16")}.get(kind, ())
+    merged = merge(base, tmp_path / "trained.pth", tmp_path / "merged.pth", "--type", kind, *flags, "--verify", "1")
+
+    first = torch.load(tmp_path / "init_pissa.pth", weights_only=True) if kind == "pissa" else {}
+    plan = AdapterPlan(kind, 8, alpha=16.0)
+    trained = {*content, *shape.state_shapes()}
+    options = LoadOptions(torch.device("cpu"), torch.float32, trained=trained, adapters=plan)
+    trainer = build_model({**checkpoint, **first, **content}, shape, options).eval()
+    tokens = random_tokens(shape.vocab_size)
+    theirs = load_in_client(client, merged).forward(tokens, None, full_output=True)[0]
+    assert largest_relative_difference(theirs, logits_at_once(trainer, tokens)) < TOLERANCE
+    assert largest_relative_difference(theirs, logits_at_once(load(base), tokens)) > 1e-2

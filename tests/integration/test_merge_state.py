@@ -32,7 +32,7 @@ def inputs(tmp_path: Path) -> Path:
 def test_help_is_printed(tmp_path: Path) -> None:
     run = merge(tmp_path, "-h")
     assert run.returncode == 0
-    assert "base_model state_checkpoint output" in run.stdout
+    assert "BASE FILE OUTPUT [flags]" in run.stdout
     assert run.stderr == ""
 
 
@@ -64,11 +64,11 @@ def test_a_merge_writes_the_model_and_says_what_it_did(inputs: Path) -> None:
     ("arguments", "message"),
     [
         (("missing.pth", "state.pth", "merged.pth"), "model file missing.pth does not exist"),
-        (("base.pth", "missing.pth", "merged.pth"), "state file missing.pth does not exist"),
+        (("base.pth", "missing.pth", "merged.pth"), "state or adapter file missing.pth does not exist"),
         (("state.pth", "base.pth", "merged.pth"), "state.pth holds only the time_state of 2 layers"),
         (("base.pth", "base.pth", "merged.pth"), "base.pth holds no blocks.*.att.time_state"),
         (("base.pth", "state.pth", "base.pth"), "base model base.pth would be written over"),
-        (("base.pth", "state.pth", "state.pth"), "state file state.pth would be written over"),
+        (("base.pth", "state.pth", "state.pth"), "trained file state.pth would be written over"),
         (("base.pth", "state.pth", "."), ". is a directory"),
         (("base.pth", "state.pth", "nowhere/merged.pth"), "nowhere; create it first"),
     ],
@@ -107,7 +107,7 @@ def test_a_refusal_reaches_the_shell(inputs: Path) -> None:
 def test_a_missing_argument_is_code_2(inputs: Path) -> None:
     run = merge(inputs, "base.pth", "state.pth")
     assert run.returncode == 2
-    assert "output" in run.stderr
+    assert "OUTPUT missing" in run.stderr
 
 
 def test_a_file_that_may_not_grow_so_large_leaves_nothing(inputs: Path) -> None:

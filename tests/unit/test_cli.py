@@ -1,14 +1,13 @@
 """The command lines, and what they refuse."""
 
-import argparse
 import re
 import sys
 from collections.abc import Callable
 
 import pytest
 
-from src.cli import given_flags, given_train_flags, merge_arguments
-from src.config import PairConfig, RejectConfig, TrainConfig
+from src.cli import given_flags, given_merge_flags, given_train_flags
+from src.config import MergeConfig, PairConfig, RejectConfig, TrainConfig
 from src.config.flags import Flags
 from src.config.synonyms import meant_by
 from src.errors import ConfigError
@@ -75,12 +74,22 @@ def help_of_pairs() -> dict[str, str]:
     return given_flags(PairConfig, "PrepareOrpoDataset.py", "Makes pairs.")
 
 
+def help_of_merge() -> dict[str, str]:
+    return given_merge_flags(["-h"])
+
+
 def help_of_reject() -> dict[str, str]:
     return given_flags(RejectConfig, "rlhf_generate_reject.py", "Samples.")
 
 
 @pytest.mark.parametrize(
-    ("ask", "config_class"), [(help_of_train, TrainConfig), (help_of_pairs, PairConfig), (help_of_reject, RejectConfig)]
+    ("ask", "config_class"),
+    [
+        (help_of_train, TrainConfig),
+        (help_of_pairs, PairConfig),
+        (help_of_reject, RejectConfig),
+        (help_of_merge, MergeConfig),
+    ],
 )
 def test_the_help_shows_every_flag_in_its_group(
     ask: Callable[[], dict[str, str]],
@@ -98,12 +107,6 @@ def test_the_help_shows_every_flag_in_its_group(
     assert [flag or title for flag, title in shown] == wanted
     assert "--dpo" not in text
     assert "None" not in text
-
-
-def test_the_three_words_of_a_merge(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["merge_state.py", "base.pth", "state.pth", "merged.pth"])
-    expected = argparse.Namespace(base_model="base.pth", state_checkpoint="state.pth", output="merged.pth")
-    assert merge_arguments() == expected
 
 
 class TestFlagsOfOtherPrograms:
@@ -154,20 +157,35 @@ def test_a_value_that_begins_with_a_dash_is_explained() -> None:
     assert "is written --flag=VALUE" in refusal("--lr_init", "-1e-3")
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (("a", "b"), "required: output"),
-        (("a", "b", "c", "d"), "'d' belongs to no flag"),
-        (("a", "b", ""), "output '' is empty: name a file"),
-        (("a", "b", "c/"), "output 'c/' ends like a folder"),
-        (("/dev/zero", "b", "c"), "base_model '/dev/zero' is a pipe or a device"),
-        (("a", "b\0", "c"), "holds a NUL character"),
-        (("a", "b", "x" * 300), "holds a name of 300 bytes"),
-    ],
-)
-def test_words_that_cannot_be_merged(words: tuple[str, ...], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "argv", ["merge_state.py", *words])
-    with pytest.raises(ConfigError) as refused:
-        merge_arguments()
-    assert message in str(refused.value)
+class TestMergeWords:
+    expected = {"base_model": "base.pth", "peft_checkpoint": "state.pth", "output": "merged.pth"}  # noqa: RUF012
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            "base.pth state.pth merged.pth",
+            "--base_model base.pth --peft_checkpoint state.pth --output merged.pth",
+            "base.pth state.pth --output merged.pth",
+        ],
+    )
+    def test_in_place_of_flags(self, line: str) -> None:
+        assert given_merge_flags(line.split()) == self.expected
+
+    @pytest.mark.parametrize("line", ["--verify 1 {}", "base.pth --verify 1 state.pth merged.pth", "{} --verify=1"])
+    def test_among_flags(self, line: str) -> None:
+        words = line.format("base.pth state.pth merged.pth").split()
+        assert given_merge_flags(words) == {**self.expected, "verify": "1"}
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("a b c d", "'d' belongs to no flag"),
+            ("a b c --base_model d", "--base_model d and 'a' are the same: give one of them"),
+            ("a b c --lora_alhpa 3", "did you mean --lora_alpha?"),
+            ("a b c --quant", "--quant"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, line: str, message: str) -> None:
+        with pytest.raises(ConfigError) as refused:
+            given_merge_flags(line.split())
+        assert message in str(refused.value)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from src.adapters.adapter import Adapter
-from src.adapters.bone import Bat, Bone
-from src.adapters.lora import LoRA, fresh_factors, principal_factors
+from src.adapters.bone import Bat, Bone, bat_weight, bone_weight
+from src.adapters.lora import LoRA, fresh_factors, lora_weight, principal_factors
 from src.model.layers import Linear
 from src.quant import DequantizationWorkspace, FrozenLinear
 
@@ -145,6 +145,42 @@ def test_the_original_s_bat_is_not_bone() -> None:
     bat, bone = bat_matrix, bone_matrix
     weight, block = torch.randn(OUT, IN), torch.randn(8, OUT)
     assert not torch.allclose(bat(weight, {"bone": torch.randn(IN // 8, 8, 8)}), bone(weight, {"bone": block}))
+
+
+class TestMergedWeights:
+    @pytest.mark.parametrize("name", CASES)
+    def test_they_are_the_dense_matrix(self, name: str) -> None:
+        kind, _, matrix, r = CASES[name]
+        generator = torch.Generator().manual_seed(1)
+        shapes = kind.parameter_shapes(r, OUT, IN)
+        parameters = {n: torch.randn(s, generator=generator, dtype=torch.float64) for n, s in shapes.items()}
+        weight = torch.randn(OUT, IN, generator=generator, dtype=torch.float64)
+        before = weight.clone()
+        values = tuple(parameters.values())
+        merged = {LoRA: lambda: lora_weight(weight, *values, scale=0.5), Bone: lambda: bone_weight(weight, *values)}
+        found = merged.get(kind, lambda: bat_weight(weight, *values))()
+        assert relative(found, matrix(weight, parameters)) < 1e-15
+        assert torch.equal(weight, before)
+
+    def test_parameters_of_16_bits_are_used_in_the_matrix_s_dtype(self) -> None:
+        weight, a, b = (
+            torch.zeros(OUT, IN),
+            torch.full((4, IN), 1 / 3).bfloat16(),
+            torch.full((OUT, 4), 1 / 3).bfloat16(),
+        )
+        assert torch.equal(lora_weight(weight, a, b), b.float() @ a.float())
+
+    def test_bat_by_output_is_a_tile_loop_over_rows(self) -> None:
+        generator = torch.Generator().manual_seed(2)
+        weight = torch.randn(48, 48, generator=generator, dtype=torch.float64)
+        blocks = torch.randn(6, 8, 8, generator=generator, dtype=torch.float64)
+        expected = weight.clone()
+        for a in range(6):
+            for b in range(6):
+                tile = weight[a * 8 : a * 8 + 8, b * 8 : b * 8 + 8]
+                expected[a * 8 : a * 8 + 8, b * 8 : b * 8 + 8] = tile + tile @ blocks[a] + blocks[a]
+        assert relative(bat_weight(weight, blocks, by_output=True), expected) < 1e-15
+        assert relative(bat_weight(weight, blocks), expected) > 0.1
 
 
 class TestDropout:
