@@ -7,18 +7,22 @@ from src.errors import exit_on_user_error
 def main() -> None:
     """Flags -> configuration -> run. Without any flag: the bundled demonstration."""
     given = given_train_flags()
-    from src.config import TrainConfig
+    from src.config import TrainConfig, translated
 
     if given.get("resume") == "1" and "demo" not in given:
         from src.training.resume import completed_flags
 
         given = completed_flags(given)
-    if given.get("demo") or not given:
+    config = TrainConfig.from_flags(given) if given and not given.get("demo") else None
+    from src.training.report import say
+
+    for note in translated(given).notes:
+        say(f"note: {note}")
+    if config is None:
         from src.commands.demo import run_demo
 
         run_demo(given)
         return
-    config = TrainConfig.from_flags(given)
     from src.training.run import train
 
     train(config)

@@ -127,8 +127,9 @@ def _given(
             group.add_argument(
                 f"--{spec.name}", metavar=_metavar(spec), default=argparse.SUPPRESS, help=text, **several
             )
-    for name in config_class.unsupported:
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+    for name in (*config_class.unsupported, *config_class.understood):
+        alone: dict[str, Any] = {"nargs": "?", "const": "1"} if config_class.understood.get(name) else {}
+        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **alone)
     given = vars(parser.parse_words(arguments, words))
     # No word is an empty list, which differs from a flag that is not there.
     return {name: (" ".join(text) or "[]") if isinstance(text, list) else text for name, text in given.items()}

@@ -1,4 +1,4 @@
-"""What training minimises: next-token cross-entropy with L2Wrap, and ORPO on preference pairs.
+"""What training minimises: next-token cross-entropy with L2Wrap; ORPO, DPO and SimPO on preference pairs.
 
 Everything here starts from two numbers per position, as `src.ops.token_logps` delivers them: `logp`, the
 log-probability of the target, and `max_logit`, the largest logit. The functions are pure torch, work on CPU
@@ -193,9 +193,8 @@ def orpo_loss(logp: Tensor, max_logit: Tensor, groups: Tensor, pairs: int, alpha
     Source: Hong et al. 2024, arXiv 2403.07691, equation 6, with (1 - alpha) on the first term as in
         RWKV-LM-State-4bit-Orpo.
     """
-    sums = _group_sums(logp, groups, len(Role) * pairs + 1)[:-1].view(pairs, len(Role))
-    counts = _group_sums(torch.ones_like(logp), groups, len(Role) * pairs + 1)[:-1].view(pairs, len(Role))
-    squares = _group_sums(max_logit.square(), groups, len(Role) * pairs + 1)[:-1].view(pairs, len(Role))
+    sums, counts = _sums_and_counts(logp, groups, pairs)
+    squares = _role_sums(max_logit.square(), groups, pairs)
 
     has_reject = counts[:, Role.REJECTED] > 0
     trained = slice(Role.PROMPT, Role.REJECTED)
@@ -209,6 +208,105 @@ def orpo_loss(logp: Tensor, max_logit: Tensor, groups: Tensor, pairs: int, alpha
 
     preferred = ((log_odds > 0) & has_reject).sum() / has_reject.sum()
     return _preference_loss(alpha, nll, logp_chosen, logp_rejected, log_odds, ~has_reject, penalty, preferred)
+
+
+@dataclass(frozen=True)
+class ComparisonLoss:
+    """The loss of a micro-batch of pairs that compares their two answers, and what it is made of.
+
+    The reward of an answer is beta times what the loss measures of it: with `dpo_loss` the log-probability gained over
+    the reference, with `simpo_loss` the mean log-probability. Everything but `loss` is detached.
+    """
+
+    loss: Tensor
+    """0-d, to minimise: the mean of -log sigmoid(margin - gamma)."""
+    pair_losses: Tensor
+    """[P]"""
+    nll: Tensor
+    """[P] mean cross-entropy over prompt and chosen answer; not a part of the loss."""
+    logp_chosen: Tensor
+    """[P] mean log-probability."""
+    logp_rejected: Tensor
+    reward_chosen: Tensor
+    """[P] fp64."""
+    reward_rejected: Tensor
+
+    @property
+    def margins(self) -> Tensor:
+        """[P] reward of the chosen answer minus that of the rejected one."""
+        return self.reward_chosen - self.reward_rejected
+
+    def averages(self) -> dict[str, float]:
+        """Means over the micro-batch by log name; waits for the device once."""
+        named = {
+            "nll": self.nll,
+            "logp_chosen": self.logp_chosen,
+            "logp_rejected": self.logp_rejected,
+            "reward_chosen": self.reward_chosen,
+            "reward_rejected": self.reward_rejected,
+            "margin": self.margins,
+            "accuracy": won(self.margins),
+        }
+        values = torch.stack([value.double().mean() for value in named.values()]).tolist()
+        return dict(zip(named, values, strict=True))
+
+
+def won(margins: Tensor) -> Tensor:
+    """1 where the chosen answer has the larger reward, 0 where the rejected one has, a half where they are equal.
+
+    Equal they are at DPO's start, where every reward is 0.
+    """
+    return (1 + margins.sign()) / 2
+
+
+def dpo_loss(logp: Tensor, groups: Tensor, pairs: int, reference: Tensor, beta: float) -> ComparisonLoss:
+    """DPO as published: mean over pairs of -log sigmoid(beta · ((log p_c - ref_c) - (log p_r - ref_r))).
+
+    p_c and p_r are probabilities of whole answers, sums of log-probabilities over their tokens; ref_c and ref_r are
+    the same under the reference model. No cross-entropy and no L2Wrap is added.
+
+    Args:
+        logp, groups, pairs: as for `orpo_loss`; every pair has rejected positions.
+        reference: [P, 2] fp64, sums of log-probabilities of chosen and rejected answer.
+        beta: how far the model may leave the reference for a preference: less for larger values.
+
+    Source: Rafailov et al. 2023, arXiv 2305.18290, equation 7.
+    """
+    sums, counts = _sums_and_counts(logp, groups, pairs)
+    return _comparison_loss(logp, sums, counts, beta * (sums[:, Role.CHOSEN :] - reference), 0.0)
+
+
+def simpo_loss(logp: Tensor, groups: Tensor, pairs: int, beta: float, gamma: float) -> ComparisonLoss:
+    """SimPO as published: mean over pairs of -log sigmoid(beta · (mean log p_c - mean log p_r) - gamma).
+
+    The means are over an answer's tokens. No cross-entropy and no L2Wrap is added.
+
+    Args:
+        logp, groups, pairs: as for `dpo_loss`.
+        beta: factor on mean log-probabilities.
+        gamma: margin between the two answers that is aimed for.
+
+    Source: Meng et al. 2024, arXiv 2405.14734, equation 6.
+    """
+    sums, counts = _sums_and_counts(logp, groups, pairs)
+    return _comparison_loss(logp, sums, counts, beta * (sums / counts)[:, Role.CHOSEN :], gamma)
+
+
+def _comparison_loss(logp: Tensor, sums: Tensor, counts: Tensor, rewards: Tensor, gamma: float) -> ComparisonLoss:
+    """From sums and counts [P, roles] and rewards [P, 2], all fp64: sums of hundreds of tokens cancel to a few nats."""
+    chosen, rejected = rewards.unbind(1)
+    pair_losses = -F.logsigmoid(chosen - rejected - gamma)
+    trained = slice(Role.PROMPT, Role.REJECTED)
+    means = (sums / counts).detach().to(logp.dtype)
+    return ComparisonLoss(
+        loss=pair_losses.mean().to(logp.dtype),
+        pair_losses=pair_losses.detach(),
+        nll=(-sums[:, trained].sum(1) / counts[:, trained].sum(1)).detach().to(logp.dtype),
+        logp_chosen=means[:, Role.CHOSEN],
+        logp_rejected=means[:, Role.REJECTED],
+        reward_chosen=chosen.detach(),
+        reward_rejected=rejected.detach(),
+    )
 
 
 def targets_after(targets: Tensor, rows: Tensor) -> Tensor:
@@ -303,6 +401,21 @@ def _preference_loss(
         is_plain=is_plain,
         preferred_share=preferred_share.detach(),
     )
+
+
+def _sums_and_counts(logp: Tensor, groups: Tensor, pairs: int) -> tuple[Tensor, Tensor]:
+    """[P, roles] fp64: sums of log-probabilities, and over how many positions."""
+    return _role_sums(logp, groups, pairs), _role_sums(torch.ones_like(logp), groups, pairs)
+
+
+def answer_sums(logp: Tensor, groups: Tensor, pairs: int) -> Tensor:
+    """[P, 2] fp64: log-probabilities [M] summed over the tokens of the chosen and of the rejected answer."""
+    return _role_sums(logp, groups, pairs)[:, Role.CHOSEN :]
+
+
+def _role_sums(values: Tensor, groups: Tensor, pairs: int) -> Tensor:
+    """[P, roles] sums in fp64; what counts nowhere is in the group beyond them."""
+    return _group_sums(values, groups, len(Role) * pairs + 1)[:-1].view(pairs, len(Role))
 
 
 def _group_sums(values: Tensor, groups: Tensor, count: int) -> Tensor:

@@ -1,8 +1,8 @@
 """Frozen, quantised linear layers on bitsandbytes' functional interface.
 
-The only module that imports bitsandbytes. A `FrozenLinear` keeps packed bytes and their scales, nothing else:
-forward and backward each write the dense matrix into a buffer that layers share, unless it still stands there, and
-multiply.
+The only module that imports bitsandbytes, but for its optimizers in `src.training`. A `FrozenLinear` keeps packed bytes
+and their scales, nothing else: forward and backward each write the dense matrix into a buffer that layers share, unless
+it still stands there, and multiply.
 
 Storage of a [out, in] matrix, row-major, as bitsandbytes packs it (CPU and GPU alike):
 

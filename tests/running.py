@@ -22,6 +22,7 @@ import torch
 from binidx_files import write_binidx
 from torch import Tensor
 
+from src.training import exits
 from src.training.objectives import Staged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -86,8 +87,42 @@ def train(folder: Path, **flags: object) -> Ended:
 
 def try_train(folder: Path, **flags: object) -> Ended:
     """As `train`, whatever the end; with a document a row, so that tests can count steps."""
-    rows = {} if {"orpo", "train_type"} & flags.keys() else {"dataload": "pad"}
+    rows = {} if {"orpo", "dpo", "simpo", "train_type"} & flags.keys() else {"dataload": "pad"}
     return run_script("train.py", **{"proj_dir": folder, "accelerator": "cpu", "quant": 0, **rows, **flags})
+
+
+@contextlib.contextmanager
+def after_step(step: int, act: Callable[[Any], None]) -> Iterator[None]:
+    """Does something once a step of a run is complete, before anybody asks whether to stop."""
+    ask = exits.Stopper.on_train_batch_end
+
+    def acting(self: exits.Stopper, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if (batch_idx + 1) % self.accumulate == 0 and self.start.steps + trainer.global_step == step:
+            act(self)
+        ask(self, trainer, module, outputs, batch, batch_idx)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exits.Stopper, "on_train_batch_end", acting)
+        yield
+
+
+def interrupt(stopper: exits.Stopper) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+def stopped(step: int, folder: Path, **flags: object) -> Ended:
+    """A run that gets a Ctrl-C in this step."""
+    with after_step(step, interrupt):
+        ended = train(folder, **flags)
+    assert "stopped by SIGINT" in ended.out
+    assert {"rwkv-resume.pth", "rwkv-final.pth"} <= files_in(folder)
+    return ended
+
+
+def go_on(folder: Path, **flags: object) -> Ended:
+    ended = run_script("train.py", proj_dir=folder, resume=1, **flags)
+    assert ended.code == 0, ended.err
+    return ended
 
 
 def refusal(ended: Ended, folder: Path) -> str:

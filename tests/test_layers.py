@@ -38,7 +38,7 @@ SIDEWAYS = {
 
 ONE_DOOR = {
     "argparse": ("src.cli",),
-    "bitsandbytes": ("src.quant",),
+    "bitsandbytes": ("src.quant", "src.training.optimizers"),
     "pyrwkv_tokenizer": ("src.tokenizer",),
     "pytorch_lightning": ("src.training",),
     "wandb": ("src.training",),

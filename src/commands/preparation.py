@@ -172,7 +172,8 @@ def prepare_pairs(config: PairConfig) -> PreparedPairs:
         print(line)
     print(f"written    {config.output_save} and {config.text_file}")
     model, pairs = shlex.quote(config.load_model or "MODEL.pth"), shlex.quote(config.output_save)
-    print(f"next       python train.py --orpo 1 --load_model {model} --rlhf_train_file {pairs}")
+    loss = "dpo" if config.base_logp else "orpo"
+    print(f"next       python train.py --{loss} 1 --load_model {model} --rlhf_train_file {pairs}")
     return prepared
 
 

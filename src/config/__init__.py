@@ -7,6 +7,15 @@ table come from these declarations. No torch import here, so that a wrong flag i
 from src.config.merge import MergeConfig
 from src.config.pairs import PairConfig
 from src.config.reject import RejectConfig
+from src.config.spellings import UNDERSTOOD, translated
 from src.config.train import UNSUPPORTED, TrainConfig
 
-__all__ = ["UNSUPPORTED", "MergeConfig", "PairConfig", "RejectConfig", "TrainConfig"]
+__all__ = [
+    "UNDERSTOOD",
+    "UNSUPPORTED",
+    "MergeConfig",
+    "PairConfig",
+    "RejectConfig",
+    "TrainConfig",
+    "translated",
+]

@@ -10,7 +10,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from src.config.flags import AT_LEAST_1, INPUT, NOT_NEGATIVE, SHARE_BELOW_1, Flags, Given, Lines, Rule, flag, shortened
+from src.config.flags import (
+    AT_LEAST_1,
+    INPUT,
+    NOT_NEGATIVE,
+    SHARE_BELOW_1,
+    Flags,
+    Given,
+    Lines,
+    Rule,
+    flag,
+    names_in,
+    shortened,
+)
 
 PEFT_NAMES = ("none", "lora", "pissa", "bone", "bat", "disha")
 DEFAULT_PARTS = "time,ln"
@@ -136,13 +148,6 @@ class AdapterFlags(Flags, group="adapters"):
             yield "--bone_config without bone_mode means bat, as where it comes from; bone is another method"
         if self.peft == "disha" and '"mode"' not in self.disha_config:
             yield "--peft disha without a mode means bone"
-
-
-def names_in(text: str) -> tuple[str, ...]:
-    """The names in `a,b`, `a b`, `["a", "b"]`, or what a shell leaves of it; none in `[]`."""
-    inner = text.strip().removeprefix("[").removesuffix("]")
-    words = (word.strip("\"'") for word in inner.replace(",", " ").split())
-    return tuple(dict.fromkeys(word for word in words if word))
 
 
 def _read_json(name: str, text: str) -> tuple[dict[str, Any], list[str]]:

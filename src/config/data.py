@@ -17,7 +17,8 @@ class DataFlags(Flags, group="data"):
         "one alone; get: windows anywhere",
         DATALOAD_MODES,
     )  # fmt: skip
-    micro_bsz: int = flag(1, "rows (ORPO: pairs) per device and step", must=AT_LEAST_1, most=10**6)
+    data_shuffle: int = flag(1, "1: every pass in an order of its own; 0: in the order of the file", (0, 1))
+    micro_bsz: int = flag(1, "rows (or preference pairs) per device and step", must=AT_LEAST_1, most=10**6)
     accumulate_grad_batches: int = flag(1, "micro-batches per optimizer step", must=AT_LEAST_1, most=10**6)
     epoch_steps: int = flag(
         0, "micro-batches of an epoch on each device; 0 is one pass over the data", must=NOT_NEGATIVE, most=MOST_STEPS
@@ -32,11 +33,18 @@ class DataFlags(Flags, group="data"):
         must=Rule(lambda seed: seed >= -1, "must be at least 0, or -1 to draw one"),
     )  # fmt: skip
 
+    @property
+    def order_seed(self) -> int | None:
+        """Of the order of passes; None: that of the file."""
+        return self.random_seed if self.data_shuffle else None
+
     def _contradictions(self, given: Given) -> Lines:
         if self.epoch_begin >= self.epoch_count:
             yield (
                 f"--epoch_begin {self.epoch_begin} leaves nothing to train with --epoch_count {self.epoch_count}: "
                 "epochs are numbered from epoch_begin to epoch_count - 1"
             )
+        if self.dataload == "get" and not self.data_shuffle:
+            yield "--data_shuffle 0 has no meaning with --dataload get, which takes windows anywhere: use pad or pack"
         if self.dataload == "only" and self.micro_bsz > 1:
             yield f"--dataload only gives rows of unequal length: --micro_bsz {self.micro_bsz} must be 1"

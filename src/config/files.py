@@ -5,9 +5,10 @@ import os
 import re
 from dataclasses import dataclass
 
-from src.config.flags import FOLDER, INPUT, NOT_NEGATIVE, Flags, Given, Lines, empty_paths, flag
+from src.config.flags import FOLDER, INPUT, NOT_NEGATIVE, Flags, Given, Lines, empty_paths, flag, names_in, shortened
 
 DATA_TYPES = ("binidx", "jsonl", "utf-8", "dummy")
+_SPLIT = re.compile(r"train(?:\[(\d*):(\d*)\])?")
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,24 @@ class FileFlags(Flags, group="files"):
     val_file: str = flag(
         "", "held-out data of the same kind: loss before and after, with quant 1 also on the unpacked base", path=INPUT
     )
+    sft_field: str = flag(
+        "", "names of the question's and the answer's field in JSON lines (default: prompt response)", several=True
+    )
+    sft_split: str = flag("", "which of the JSON lines: train (default), train[:1000], train[500:], train[500:1000]")
     demo: str = flag("", "run the bundled demonstration: sft or orpo", ("sft", "orpo"))
+
+    @property
+    def answer_fields(self) -> tuple[str, str] | None:
+        """Keys of question and answer; None: the known ones."""
+        names = names_in(self.sft_field)
+        return (names[0], names[1]) if len(names) == 2 else None
+
+    @property
+    def lines_used(self) -> slice:
+        """Which of the JSON lines are training data."""
+        found = _SPLIT.fullmatch(self.sft_split)
+        first, last = found.groups() if found else (None, None)
+        return slice(int(first) if first else None, int(last) if last else None)
 
     def _contradictions(self, given: Given) -> Lines:
         yield from empty_paths(self, "proj_dir")
@@ -38,6 +56,10 @@ class FileFlags(Flags, group="files"):
             yield "--resume 1 keeps what --overwrite 1 removes: leave one of them out"
         if self.data_type == "dummy" and self.val_file:
             yield "--val_file has no meaning with --data_type dummy: leave one of them out"
+        if self.sft_field and self.answer_fields is None:
+            yield f"--sft_field {shortened(self.sft_field)} must be two names, the question's field and the answer's"
+        if self.sft_split and not _SPLIT.fullmatch(self.sft_split):
+            yield f"--sft_split {shortened(self.sft_split)} is not understood: write train, or lines as in train[:1000]"
 
 
 _PEEKED_BYTES = 1 << 20

@@ -110,6 +110,8 @@ class Flags:
 
     group: ClassVar[str] = ""
     unsupported: ClassVar[Mapping[str, tuple[str, str]]] = {}
+    understood: ClassVar[Mapping[str, bool]] = {}
+    """Flags that are translated into others, and whether they may stand without a value."""
 
     def __init_subclass__(cls, group: str = "") -> None:
         cls.group = group
@@ -127,7 +129,7 @@ class Flags:
         Raises:
             ConfigError: naming every problem at once.
         """
-        problems: list[str] = []
+        given, problems = cls._translated(given)
         values: dict[str, Any] = {}
         specs = {spec.name: spec for spec in dataclasses.fields(cls)}
         for name, text in given.items():
@@ -157,6 +159,11 @@ class Flags:
                     lines.append(f"--{spec.name} {value} has no effect without --{switch} {on}")
         return lines
 
+    @classmethod
+    def _translated(cls, given: Given) -> tuple[Given, list[str]]:
+        """The flags that are meant, and what is wrong with spellings that are understood."""
+        return given, []
+
     def _completed(self: _Config) -> _Config:
         """With the defaults that depend on other flags."""
         return self
@@ -174,6 +181,13 @@ class Flags:
         """The lines that every subject, and at last the configuration, has to a question."""
         answering = [part for part in reversed(type(self).__mro__) if question in vars(part)]
         return [line for part in answering for line in vars(part)[question](self, *arguments)]
+
+
+def names_in(text: str) -> tuple[str, ...]:
+    """The names in `a,b`, `a b`, `["a", "b"]`, or what a shell leaves of it; none in `[]`."""
+    inner = text.strip().removeprefix("[").removesuffix("]")
+    words = (word.strip("\"'") for word in inner.replace(",", " ").split())
+    return tuple(dict.fromkeys(word for word in words if word))
 
 
 def _typed(spec: Field[Any], text: str) -> Any:

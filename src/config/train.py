@@ -10,12 +10,13 @@ from typing import Any, ClassVar
 from src.config.adapters import AdapterFlags
 from src.config.data import DataFlags
 from src.config.files import FileFlags, recognise
-from src.config.flags import Given, Lines
+from src.config.flags import Given, Lines, shortened
 from src.config.hardware import STRATEGIES, HardwareFlags
 from src.config.logs import LogFlags
 from src.config.model import METHOD_DEFAULTS, ModelFlags
 from src.config.optimizer import OptimizerFlags
 from src.config.preference import PreferenceFlags
+from src.config.spellings import UNDERSTOOD, translated
 
 _LARGE_RATE = 1e-2
 
@@ -38,8 +39,6 @@ UNSUPPORTED: dict[str, tuple[str, str]] = {
     "magic_prime": ("0", _PRETRAINING),
     "my_random_steps": ("0", _PRETRAINING),
     "my_qa_mask": ("0", "it names files of its author"),
-    "dpo": ("0", "no DPO loss exists; see --orpo"),
-    "dpo_beta": ("0.01", _UNREAD),
 }
 """Flags of RWKV-LM-State-4bit without a meaning here: their default, which is accepted, and why others are not."""
 
@@ -51,6 +50,12 @@ class TrainConfig(
     """Every flag of `train.py`; after `from_flags` all values are final and consistent."""
 
     unsupported: ClassVar[Mapping[str, tuple[str, str]]] = UNSUPPORTED
+    understood: ClassVar[Mapping[str, bool]] = UNDERSTOOD
+
+    @classmethod
+    def _translated(cls, given: Given) -> tuple[Given, list[str]]:
+        made = translated(given)
+        return made.given, made.problems
 
     def told_apart(self) -> dict[str, Any]:
         """The flags, by name, that make this configuration when they are given."""
@@ -61,7 +66,7 @@ class TrainConfig(
             for name, default in defaults.items()
             if getattr(self, name) != default and name not in said_by_json
         }
-        if self.orpo:
+        if self.preference:
             values.pop("dataload", None)
         if self.strategy not in STRATEGIES:
             values.pop("strategy", None)
@@ -102,12 +107,18 @@ class TrainConfig(
             yield f"--load_model is missing: {what} needs a base model (.pth)"
         if self._has_two_rates and self.lr_state and not self.lr_init:
             yield f"--lr_state {self.lr_state:g} moves as the other rate does, and --lr_init is 0: raise it"
-        if self.orpo and "dataload" in given:
-            yield "--dataload has no meaning with --orpo 1: pairs are packed on their own"
-        if not self.orpo and not self.data_file and self.data_type != "dummy":
+        if self.preference and "dataload" in given:
+            yield f"--dataload has no meaning with --{self.preference} 1: pairs are packed on their own"
+        if not self.preference and not self.data_file and self.data_type != "dummy":
             yield "--data_file is missing: name a binidx prefix, a .jsonl or a text file"
-        if not self.orpo and self.data_type != "dummy":
+        if not self.preference and self.data_type != "dummy":
             yield from self._data_contradictions(given)
+        if not self.preference and self.data_type != "jsonl" and (self.sft_field or self.sft_split):
+            name = "sft_field" if self.sft_field else "sft_split"
+            yield (
+                f"--{name} belongs to JSON lines, and --data_file {shortened(self.data_file)} is {self.data_type}: "
+                "leave it out"
+            )
         if self.strategy.startswith("deepspeed_stage_3") and self.quantised:
             yield (
                 f"--strategy {self.strategy} shards every weight, which packed weights cannot take: use "
@@ -132,8 +143,6 @@ class TrainConfig(
     def _full_training_contradictions(self) -> Lines:
         if self.quantised:
             yield "--quant 1 freezes the matrices, --train_type none trains them: use --quant 0"
-        if self.orpo:
-            yield "--orpo 1 trains states: use --train_type states, or an adapter (--peft)"
         if self.parts:
             yield f"--train_parts {self.train_parts} has no use where every weight is trained: leave it out"
         if self.load_state:
@@ -144,9 +153,9 @@ class TrainConfig(
                     yield f"--{name} is missing: a fresh model (no --load_model) needs its sizes"
 
     def _remarks(self) -> Lines:
-        if self.orpo and self.data_file:
-            yield f"--data_file {self.data_file} is ignored: --orpo 1 trains on --rlhf_train_file"
-        if not self.orpo and self.data_type in ("jsonl", "utf-8"):
+        if self.preference and self.data_file:
+            yield f"--data_file {self.data_file} is ignored: --{self.preference} 1 trains on --rlhf_train_file"
+        if not self.preference and self.data_type in ("jsonl", "utf-8"):
             for name, path in (("data_file", self.data_file), ("val_file", self.val_file)):
                 found = recognise(path) if path else None
                 if found and found.surprise and self.data_type == found.data_type:

@@ -49,13 +49,13 @@ class RowPlan:
     Args:
         lengths: int64 [n], positions each document fills.
         capacity: positions of a row.
-        seed: of the documents' order.
+        seed: of the documents' order; None: the order given, but for documents that fill an earlier row up.
 
     Attributes:
         rows: number of rows of every pass.
     """
 
-    def __init__(self, lengths: Positions, capacity: int, seed: int) -> None:
+    def __init__(self, lengths: Positions, capacity: int, seed: int | None) -> None:
         self._lengths = lengths
         self._capacity = min(capacity, int(lengths.sum()))  # more is never filled, and --ctx_len may be any number
         self._seed = seed
@@ -77,9 +77,17 @@ class RowPlan:
         return [order[row].tolist() for row in rows]
 
 
-def pass_generator(seed: int, pass_number: int) -> np.random.Generator:
-    """The random numbers of a pass, a pure function of its arguments."""
-    return np.random.default_rng((seed, pass_number))
+class InOrder:
+    """Stands for a generator where nothing is to be shuffled."""
+
+    def permutation(self, x: int | Positions) -> Positions:
+        """0 … x - 1, or x itself."""
+        return np.arange(x) if isinstance(x, int) else x
+
+
+def pass_generator(seed: int | None, pass_number: int) -> np.random.Generator | InOrder:
+    """The orders of a pass, a pure function of its arguments; with None for a seed every order is the one given."""
+    return InOrder() if seed is None else np.random.default_rng((seed, pass_number))
 
 
 def _halved(rows: list[list[int]], count: int) -> list[list[int]]:

@@ -1,8 +1,9 @@
 """One endless stream of batches, of which every rank takes its share.
 
 The batches of a run follow each other pass after pass, each pass a permutation of the data that is a
-function of (seed, pass). Ranks take turns: step s of rank r is batch s·world_size + r of the stream. So
-ranks share a pass without overlap, take equally many steps, and n ranks see what one rank sees in n steps.
+function of (seed, pass), or the data's own order without a seed. Ranks take turns: step s of rank r is batch
+s·world_size + r of the stream. So ranks share a pass without overlap, take equally many steps, and n ranks see what one
+rank sees in n steps.
 Nothing is dropped or repeated: the last batch of a pass may have fewer rows, and a step in which a pass
 ends takes its other batches from the next pass.
 
@@ -150,7 +151,7 @@ class Lookahead(Generic[MadeT]):
         return made
 
 
-def shuffled_batches(indices: Positions, batch_size: int, seed: int, pass_number: int) -> list[Positions]:
+def shuffled_batches(indices: Positions, batch_size: int, seed: int | None, pass_number: int) -> list[Positions]:
     """int64 indices in the order of a pass, `batch_size` at a time; the last batch may have fewer."""
     order = pass_generator(seed, pass_number).permutation(indices)
     return np.split(order, range(batch_size, len(order), batch_size))

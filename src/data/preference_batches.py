@@ -64,6 +64,7 @@ class PreferenceBatch:
         rounding: to which it is filled up.
         step_weight: factor on the batch's mean loss that makes the plain mean over all batches of an
             optimizer step (accumulated ones, all ranks) the mean over the step's pairs.
+        reference: fp64 [P, 2], see `PreferenceDataset.references`; None without.
     """
 
     tokens: Tensor
@@ -75,6 +76,7 @@ class PreferenceBatch:
     token_count: int
     rounding: Rounding = EXACT
     step_weight: float = 1.0
+    reference: Tensor | None = None
 
     @property
     def pairs(self) -> int:
@@ -99,8 +101,9 @@ class PreferencePlan:
 
     Attributes:
         pairs: in the data set.
-        plain_pairs: trained on the chosen answer alone, because the rejected one is blank or too short.
-        equal_pairs: trained on the chosen answer alone, because the rejected one is the same.
+        plain_pairs: whose rejected answer is blank or too short: trained on the chosen one alone, or left out.
+        equal_pairs: whose rejected answer is the chosen one: the same.
+        left_out: whether they are left out.
         shortest_reject: tokens of the shortest rejected answer that counts.
         shortened_prompts: prompts that lost their beginning, or in the released form their end.
         keeps_prompt_end: which of the two.
@@ -118,17 +121,19 @@ class PreferencePlan:
     shortened_answers: int
     longest: int
     positions_per_pass: int
+    left_out: bool = False
 
     def statements(self) -> tuple[str, ...]:
         """What the user should know about the pairs, one sentence each."""
         said = []
         if self.plain_pairs:
             reject = "reject" if self.shortest_reject == 1 else f"reject of {self.shortest_reject} tokens or more"
-            said.append(f"{self.plain_pairs} of {self.pairs} pairs have no {reject} and train on the chosen answer.")
+            fate = "are left out: the loss compares two answers" if self.left_out else "train on the chosen answer"
+            said.append(f"{self.plain_pairs} of {self.pairs} pairs have no {reject} and {fate}.")
         if self.equal_pairs:
+            fate = "are left out" if self.left_out else "train on that alone"
             said.append(
-                f"{self.equal_pairs} of {self.pairs} pairs have a reject that is their chosen answer and train on "
-                "that alone."
+                f"{self.equal_pairs} of {self.pairs} pairs have a reject that is their chosen answer and {fate}."
             )
         if self.shortened_prompts or self.shortened_answers:
             cut_at = "beginning" if self.keeps_prompt_end else "end, as the original does"
@@ -149,13 +154,18 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         longest: most tokens of a prompt and of an answer, see `PreferencePair.shortened`. Answers that it makes
             equal are equal.
         micro_bsz: pairs of a batch.
-        seed: 0 or more.
+        seed: 0 or more; None: every pass in the order of the data.
         tokenizer: recognises rejects of nothing but white space; None: only a reject without tokens is blank. In the
             released form the number of tokens alone counts.
+        compares: whether the loss has nothing to say of pairs without a reject of their own, which are left out.
         **share: `rank`, `world_size`, `epoch_steps` and `accumulate` of `PassDataset`.
 
+    Attributes:
+        references: fp64 [number of pairs, 2], log-probabilities of chosen and rejected answers under a reference
+            model, for losses that need them; None until somebody knows them.
+
     Raises:
-        DataError: `longest` cuts every chosen answer.
+        DataError: `longest` cuts every chosen answer, or no pair is left.
     """
 
     def __init__(
@@ -166,13 +176,14 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         form: PairForm,
         longest: int,
         micro_bsz: int,
-        seed: int,
+        seed: int | None,
         tokenizer: Tokenizer | None = None,
+        compares: bool = False,
         **share: int,
     ) -> None:
         assert pairs
         assert min(longest, micro_bsz) >= 1
-        assert seed >= 0
+        assert seed is None or seed >= 0
         shortest, largest = (pick(len(pair.chosen) for pair in pairs) for pick in (min, max))
         if shortest > longest:
             raise DataError(
@@ -191,10 +202,18 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
             lacks or (not as_released and pair.rejected == pair.chosen)
             for lacks, pair in zip(lacking, self._pairs, strict=True)
         ]
+        plain = np.array(self._plain)
+        self._visited: Positions = np.flatnonzero(~plain) if compares else np.arange(len(pairs))
+        if not len(self._visited):
+            raise DataError(
+                f"{source}: none of its {len(pairs)} pairs has a reject, and the loss compares two answers; "
+                "rlhf_generate_reject.py makes rejects."
+            )
+        self.references: Tensor | None = None
         self._form = form
         self._micro_bsz = micro_bsz
         self._seed = seed
-        super().__init__(ceil_div(len(pairs), micro_bsz), **share)
+        super().__init__(ceil_div(len(self._visited), micro_bsz), **share)
         self.plan = PreferencePlan(
             pairs=len(pairs),
             plain_pairs=sum(lacking),
@@ -204,11 +223,12 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
             shortened_prompts=sum(len(pair.prompt) > longest for pair in pairs),
             shortened_answers=sum(len(tokens) > longest for pair in pairs for tokens in (pair.chosen, pair.rejected)),
             longest=longest,
-            positions_per_pass=sum(self._positions(number) for number in range(len(pairs))),
+            positions_per_pass=sum(self._positions(number) for number in self._visited.tolist()),
+            left_out=compares,
         )
 
     def _divide(self, pass_number: int) -> list[Positions]:
-        return shuffled_batches(np.arange(len(self._pairs)), self._micro_bsz, self._seed, pass_number)
+        return shuffled_batches(self._visited, self._micro_bsz, self._seed, pass_number)
 
     def _batch(self, number: int, rounding: Rounding) -> PreferenceBatch:
         return self.batch(self._indices(number).tolist(), rounding)
@@ -226,12 +246,31 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         for place, index in enumerate(indices):
             _ADD[self._form](segments, place, self._pairs[index], self._plain[index])
         lengths = [0 if self._plain[index] else len(self._pairs[index].rejected) for index in indices]
-        return segments.batch(indices, lengths, rounding)
+        made = segments.batch(indices, lengths, rounding)
+        return made if self.references is None else replace(made, reference=self.references[list(indices)])
 
     def batches_in_order(self) -> Iterator[PreferenceBatch]:
         """Every pair once, in the order of the data set; for evaluation."""
-        for start in range(0, len(self._pairs), self._micro_bsz):
-            yield self.batch(range(start, min(start + self._micro_bsz, len(self._pairs))))
+        for start in range(0, len(self._visited), self._micro_bsz):
+            yield self.batch(self._visited[start : start + self._micro_bsz].tolist())
+
+    @property
+    def visited(self) -> list[int]:
+        """Numbers of the pairs that are not left out."""
+        return list(map(int, self._visited))
+
+    def seen_in(self, steps: int) -> list[int]:
+        """Numbers of the pairs in the first `steps` batches of this rank."""
+        seen: set[int] = set()
+        for step in range(steps):
+            seen.update(self._indices(step * self._world_size + self._rank).tolist())
+            if len(seen) == len(self._visited):
+                break
+        return sorted(seen)
+
+    def pair(self, number: int) -> PreferencePair:
+        """A pair as it is trained on, cut to the longest."""
+        return self._pairs[number]
 
     def describe(self, batch: PreferenceBatch) -> str:
         """Names what a batch was made of, for messages; pairs count from 1."""

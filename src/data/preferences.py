@@ -32,7 +32,7 @@ from src.errors import ConfigError, DataError
 from src.tokenizer import Tokenizer
 
 PLACEHOLDER_LOGP = 0.5
-"""What stands in a pair's two log-probability fields when none was computed; ORPO reads neither."""
+"""What stands in a pair's two log-probability fields when none was computed; such are below 0."""
 
 _COLUMNS = ("prompt", "chosen", "reject", "rejected")
 _CSV_FIELD_LIMIT = 2**31 - 1
@@ -226,11 +226,17 @@ class PreferencePair:
         """The pair as a `.save` file holds it."""
         return self.prompt, self.chosen, self.rejected, self.chosen_base_logp, self.rejected_base_logp
 
+    @property
+    def has_base_logps(self) -> bool:
+        """Whether the base log-probabilities were computed."""
+        return self.chosen_base_logp < 0 and self.rejected_base_logp < 0
+
     def shortened(self, longest: int, *, keeps_prompt_end: bool = True) -> PreferencePair:
         """At most `longest` tokens each: prompts lose their beginning, answers their end.
 
         The end of a prompt is where the answer is asked for; a model that never saw it there would
-        learn to answer something else. Without `keeps_prompt_end` prompts lose it, as in the original.
+        learn to answer something else. Without `keeps_prompt_end` prompts lose it, as in the original. Log-
+        probabilities of what was cut are not kept.
         """
         if max(len(self.prompt), len(self.chosen), len(self.rejected)) <= longest:
             return self
@@ -239,6 +245,8 @@ class PreferencePair:
             prompt=self.prompt[-longest:] if keeps_prompt_end else self.prompt[:longest],
             chosen=self.chosen[:longest],
             rejected=self.rejected[:longest],
+            chosen_base_logp=PLACEHOLDER_LOGP,
+            rejected_base_logp=PLACEHOLDER_LOGP,
         )
 
 

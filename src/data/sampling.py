@@ -81,7 +81,7 @@ class BatchDataset(PassDataset[Batch]):
         mode: one of DATALOAD_MODES.
         ctx_len: tokens of a row at most.
         micro_bsz: rows of a batch; with `pack` they are joined to a single one.
-        seed: 0 or more.
+        seed: 0 or more; None: every pass in the order of the data.
         **share: `rank`, `world_size`, `epoch_steps` and `accumulate` of `PassDataset`. With `get`, where
             nothing is exhausted, a pass is as many windows as the stream is long.
 
@@ -97,11 +97,12 @@ class BatchDataset(PassDataset[Batch]):
         mode: str,
         ctx_len: int,
         micro_bsz: int,
-        seed: int,
+        seed: int | None,
         **share: int,
     ) -> None:
         assert min(ctx_len, micro_bsz) >= 1
-        assert seed >= 0
+        assert seed is None or seed >= 0
+        assert seed is not None or mode != "get"
         assert mode in DATALOAD_MODES, f"{mode} is none of {DATALOAD_MODES}"
         if mode == "only" and micro_bsz != 1:
             raise ConfigError(
@@ -193,6 +194,7 @@ class BatchDataset(PassDataset[Batch]):
 
     def _offsets(self, number: int) -> list[int]:
         """Where the windows of a batch begin: uniformly random in [0, total - R)."""
+        assert self._seed is not None
         rng = np.random.default_rng((self._seed, _WINDOW_STREAM, number))
         mask = self.documents.stream_counted
         offsets = []

@@ -19,7 +19,15 @@ _PROBED_DOCUMENTS, _PROBED_TOKENS = 64, 256
 _LEAST_AGREEMENT = 0.9  # text that was encoded in parts keeps 0.97 and more
 
 
-def open_documents(data_type: str, path: str, vocab_size: int, *, ctx_len: int) -> Documents:
+def open_documents(
+    data_type: str,
+    path: str,
+    vocab_size: int,
+    *,
+    ctx_len: int,
+    fields: tuple[str, str] | None = None,
+    part: slice = slice(None),
+) -> Documents:
     """Opens training or held-out data.
 
     Args:
@@ -27,6 +35,8 @@ def open_documents(data_type: str, path: str, vocab_size: int, *, ctx_len: int) 
         path: the file; for binidx the common prefix of its two files; unused for dummy.
         vocab_size: the model's vocabulary; it chooses the tokenizer of text.
         ctx_len: tokens of a row; plain text is read in pieces of ctx_len + 1.
+        fields: keys of question and answer in JSON lines; None: the known ones.
+        part: which of the JSON lines.
 
     Raises:
         DataError: data that cannot be read or used; the message names the place.
@@ -36,7 +46,7 @@ def open_documents(data_type: str, path: str, vocab_size: int, *, ctx_len: int) 
         documents = read_binidx(path, vocab_size)
         return replace(documents, statements=(*documents.statements, *_as_text(documents, vocab_size)))
     if data_type == "jsonl":
-        return read_jsonl(path, tokenizer_for_vocabulary(vocab_size), vocab_size)
+        return read_jsonl(path, tokenizer_for_vocabulary(vocab_size), vocab_size, fields=fields, part=part)
     if data_type == "utf-8":
         return read_text(path, tokenizer_for_vocabulary(vocab_size), vocab_size, ctx_len + 1)
     return generated_documents(vocab_size)

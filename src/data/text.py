@@ -12,6 +12,7 @@ from array import array
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -195,7 +196,14 @@ class _Collector:
         )
 
 
-def read_jsonl(path: str, tokenizer: Tokenizer, vocab_size: int) -> Documents:
+def read_jsonl(
+    path: str,
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    *,
+    fields: tuple[str, str] | None = None,
+    part: slice = slice(None),
+) -> Documents:
     """Reads JSON lines, one document each; blank lines of the file are passed over.
 
     Of a line's keys "messages" comes first, then "prompt" with "response", then "text", which is
@@ -203,15 +211,22 @@ def read_jsonl(path: str, tokenizer: Tokenizer, vocab_size: int) -> Documents:
     a "prompt", "system" before "messages". Keys without a meaning are named. A "system" message may only
     come first.
 
+    Args:
+        path: the file.
+        tokenizer: of the model's vocabulary.
+        vocab_size: its size.
+        fields: keys of question and answer, instead of all that.
+        part: which of the lines that are not blank.
+
     Raises:
         DataError: the file is missing, empty or not UTF-8; a line is malformed (named with file,
             number and reason); or the documents cannot be trained on.
     """
     collector = _Collector(tokenizer)
     findings = Findings()
-    for number, line in numbered_lines(path):
+    for number, line in islice(numbered_lines(path), part.start, part.stop):
         try:
-            collector.add(_parts(_entry(line), WORLD_CHAT, findings), number)
+            collector.add(_parts(_entry(line), WORLD_CHAT, findings, fields), number)
         except (MalformedEntry, DataError) as error:
             raise DataError(f"{path}, line {number}: {str(error).removesuffix('.')}.") from error
     return collector.documents(path, vocab_size, findings.statements(WORLD_CHAT))
@@ -281,9 +296,17 @@ def _entry(line: str) -> dict[str, Any]:
         raise MalformedEntry(f"{error}; every line is one object: {LINE_FORMS}") from error
 
 
-def _parts(entry: dict[str, Any], template: ChatTemplate, findings: Findings) -> list[Part]:
+def _parts(
+    entry: dict[str, Any], template: ChatTemplate, findings: Findings, fields: tuple[str, str] | None
+) -> list[Part]:
     """Parts of one line's document."""
-    if "messages" in entry:
+    if fields is not None:
+        missing = [name for name in fields if name not in entry]
+        if missing:
+            raise MalformedEntry(f"its keys are {_keys(entry)}, and --sft_field names {shown(missing[0])}")
+        turns = [(role, _filled(entry, name)) for role, name in zip(("user", template.answering), fields, strict=True)]
+        read = set(fields)
+    elif "messages" in entry:
         turns = _messages(entry["messages"], template, findings)
         read = {"messages"}
         if entry.get("system"):
@@ -310,10 +333,13 @@ def _parts(entry: dict[str, Any], template: ChatTemplate, findings: Findings) ->
             "it is a preference pair; make pairs with PrepareOrpoDataset.py --input_csv FILE and train with --orpo 1"
         )
     else:
-        keys = listed_names(list(entry)) or "none"
-        raise MalformedEntry(f"its keys are {keys}, expected {LINE_FORMS}")
+        raise MalformedEntry(f"its keys are {_keys(entry)}, expected {LINE_FORMS}")
     findings.unread.update(entry.keys() - read)
     return template.render(turns, findings)
+
+
+def _keys(entry: dict[str, Any]) -> str:
+    return listed_names(list(entry)) or "none"
 
 
 def _history(history: object, template: ChatTemplate) -> list[tuple[str, str]]:

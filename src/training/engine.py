@@ -23,6 +23,7 @@ from src.config import TrainConfig
 from src.device import Device, apply_device, launched_by, resolve_device, uses_gpu
 from src.errors import ConfigError
 from src.training import alone
+from src.training.optimizers import check_optimizer
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
         )
     if on_gpu and config.devices > (visible := torch.cuda.device_count()):
         raise ConfigError(f"--devices {config.devices} was asked for and {visible} GPU(s) are visible: lower --devices")
+    check_optimizer(config, on_gpu=on_gpu)
     chosen = resolve_device(config.accelerator, config.precision)
     several = processes > 1
     if on_gpu:

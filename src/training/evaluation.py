@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -13,8 +13,9 @@ from src.data.documents import Documents
 from src.data.evaluation import evaluation_batches
 from src.data.preference_batches import PreferenceDataset
 from src.generate import inference
+from src.losses import won
 from src.model.language_model import LanguageModel
-from src.training.objectives import PreferenceObjective, counted_logps
+from src.training.objectives import ComparisonObjective, PreferenceObjective, counted_logps
 
 START_POSITIONS = 64
 _BATCH_TOKENS = 4096
@@ -72,7 +73,48 @@ class HeldOutPreference:
         )
 
 
-HeldOut = HeldOutLoss | HeldOutPreference
+@dataclass(frozen=True)
+class HeldOutComparison:
+    """Means over held-out pairs of a loss that compares rewards, DPO's or SimPO's.
+
+    Attributes:
+        loss: the loss.
+        accuracy: share of pairs whose chosen answer has the larger reward; equal ones, as at DPO's start, count half.
+        margin: reward of the chosen answer minus the rejected one's.
+        nll: cross-entropy of prompt and chosen answer, nats per token.
+        pairs: how many.
+    """
+
+    loss: float
+    accuracy: float
+    margin: float
+    nll: float
+    pairs: int
+
+    def __str__(self) -> str:
+        return (
+            f"loss {self.loss:.4f}, accuracy {self.accuracy:.1%}, reward margin {self.margin:+.4f}, nll {self.nll:.4f} "
+            f"over {self.pairs} pairs"
+        )
+
+
+HeldOut = HeldOutLoss | HeldOutPreference | HeldOutComparison
+
+
+def held_out_comparison(
+    model: LanguageModel, dataset: PreferenceDataset, objective: ComparisonObjective
+) -> HeldOutComparison:
+    """Scores every pair that has both answers once, without gradients."""
+    with inference(model):
+        results = [objective.evaluate(model, batch) for batch in dataset.batches_in_order()]
+    margins = torch.cat([result.margins for result in results])
+    return HeldOutComparison(
+        loss=float(torch.cat([result.pair_losses for result in results]).mean()),
+        accuracy=float(won(margins).mean()),
+        margin=float(margins.mean()),
+        nll=float(torch.cat([result.nll for result in results]).mean()),
+        pairs=margins.numel(),
+    )
 
 
 def kept_held_out(measured: HeldOut | None) -> dict[str, Any] | None:
@@ -82,7 +124,7 @@ def kept_held_out(measured: HeldOut | None) -> dict[str, Any] | None:
 
 def restored_held_out(kept: Mapping[str, Any] | None) -> HeldOut | None:
     """What `kept_held_out` was given."""
-    kinds: dict[str, Callable[..., HeldOut]] = {kind.__name__: kind for kind in (HeldOutLoss, HeldOutPreference)}
+    kinds: dict[str, Callable[..., HeldOut]] = {kind.__name__: kind for kind in get_args(HeldOut)}
     return None if kept is None else kinds[kept["of"]](**kept["values"])
 
 

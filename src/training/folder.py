@@ -24,8 +24,10 @@ RESUME = "rwkv-resume.pth"
 PREVIOUS = "rwkv-resume-previous.pth"
 _RESULT = re.compile(r"rwkv-(\d+|final)\.pth")
 _WRITTEN = re.compile(r"rwkv-(\d+|final|init|last-good|resume|resume-previous)\.(?:pth|json)|init_pissa\.(?:pth|json)")
+_KEPT = re.compile(r"dpo-reference(?:-held-out)?\.pth")
+"""What is compared before it is used, and so stays for the next run."""
 _LOGS = ("train_log.txt", "metrics.jsonl")
-_LEFT = re.compile(rf"\.(?:{_WRITTEN.pattern})\.[0-9a-f]{{8}}(-old)?{re.escape(UNFINISHED)}")
+_LEFT = re.compile(rf"\.(?:{_WRITTEN.pattern}|{_KEPT.pattern})\.[0-9a-f]{{8}}(-old)?{re.escape(UNFINISHED)}")
 
 
 def new_run_id() -> str:
@@ -158,7 +160,8 @@ def spare_inputs(folder: Path, inputs: Mapping[str, str], epochs: range) -> None
     for name in names:
         written = _WRITTEN.fullmatch(name)
         number = written and written[1]
-        if name not in _LOGS and (not written or (number and number.isdecimal() and int(number) not in epochs)):
+        of_other_epoch = bool(number and number.isdecimal() and int(number) not in epochs)
+        if of_other_epoch or not (written or name in _LOGS or _KEPT.fullmatch(name)):
             continue
         refuse_overlap(read, {"a result in --proj_dir,": folder / name})
         if (folder / name).is_symlink():

@@ -73,9 +73,9 @@ def require_memory_of_run(config: TrainConfig, device: torch.device, shape: Mode
     if not config.load_model:
         sizes = f"--n_layer {shape.n_layer} --n_embd {shape.n_embd} --vocab_size {shape.vocab_size}"
         require_memory(f"a fresh model of {sizes}", "choose smaller ones", shape.parameter_count * 4, host)
-    longest = f"--rlhf_max_corpus_len {config.rlhf_max_corpus_len}" if config.orpo else f"--ctx_len {config.ctx_len}"
+    limit = "rlhf_max_corpus_len" if config.preference else "ctx_len"
     require_memory(
-        f"{longest} with --micro_bsz {config.micro_bsz}, {positions:,} positions at a time,",
+        f"--{limit} {getattr(config, limit)} with --micro_bsz {config.micro_bsz}, {positions:,} positions at a time,",
         "lower them",
         positions * shape.n_embd * shape.n_layer * 2,
         host if config.offload_activations else device,

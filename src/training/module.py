@@ -18,6 +18,7 @@ from src.model.language_model import LanguageModel
 from src.training.graphs import GraphedObjective
 from src.training.objectives import Objective, Outcome, Staged, outcome_of
 from src.training.offload import KeptOnHost
+from src.training.optimizers import make_optimizer
 
 FP16_LOSS_SCALE = 4096.0
 """fp16 gradients of activations underflow near 6e-8; losses are scaled by this and gradients divided by it."""
@@ -104,17 +105,10 @@ class TrainingModule(pl.LightningModule):
         return self
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """Adam, or AdamW when there is weight decay."""
-        config = self.config
+        """What `--optim` names, over the trained parameters."""
         factors = {name: self.method.rate_factor(self.model.shape, name) for name, _ in self.trained()}
-        groups = parameter_groups(self.trained(), factors, config)
-        options: dict[str, Any] = {"lr": config.lr_init, "betas": (config.beta1, config.beta2), "eps": config.adam_eps}
-        if config.strategy.endswith("offload") and self.model.device.type == "cuda":
-            from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-            return DeepSpeedCPUAdam(groups, **options, adamw_mode=config.weight_decay > 0)  # type: ignore[no-any-return]
-        adam = torch.optim.AdamW if config.weight_decay > 0 else torch.optim.Adam
-        return adam(groups, **options, fused=self.model.device.type == "cuda")
+        groups = parameter_groups(self.trained(), factors, self.config)
+        return make_optimizer(groups, self.config, on_gpu=self.model.device.type == "cuda")
 
 
 def parameter_groups(

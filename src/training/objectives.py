@@ -9,6 +9,7 @@ here; the Lightning module knows none of them.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
@@ -23,12 +24,15 @@ from src.layout import SegmentLayout
 from src.losses import (
     IGNORED_TARGET,
     PLAIN_REJECT_TOKENS,
+    ComparisonLoss,
     PreferenceLoss,
     Role,
+    dpo_loss,
     group_number,
     orpo_loss,
     orpo_loss_released,
     running_preference,
+    simpo_loss,
     targets_after,
 )
 from src.model.language_model import LanguageModel
@@ -196,28 +200,25 @@ class SFTObjective:
         """See Objective."""
 
 
-class PreferenceObjective:
-    """ORPO on packed pairs: `orpo_type` 0 as published, 1 as the original released it.
+class PairObjective(ABC):
+    """A loss on packed preference pairs.
 
-    Args:
-        alpha: weight of the preference term.
-        orpo_type: 0 or 1.
-        debug: print each pair's weighted preference term.
+    Attributes:
+        recordable: see Objective.
     """
 
-    def __init__(self, alpha: float, orpo_type: int, *, debug: bool = False) -> None:
-        self.alpha = alpha
-        self.orpo_type = orpo_type
-        self.debug = debug
-        self.recordable = orpo_type == 0  # as released, the loss depends on what padding there is
+    recordable = True
+
+    def __init__(self) -> None:
         self._running_preference = 0.5
 
-    @staticmethod
-    def form(orpo_type: int, shared_prompt: bool) -> PairForm:
-        """How pairs are laid out for a type of loss."""
-        if orpo_type == 1:
-            return PairForm.RELEASED
-        return PairForm.SHARED_PROMPT if shared_prompt else PairForm.TWO_ROWS
+    @abstractmethod
+    def result_of(self, model: LanguageModel, rows: Tensor, staged: Staged) -> Any:
+        """The loss and what it is made of, from hidden states [M, C] at the staged positions; `loss` is what counts."""
+
+    @abstractmethod
+    def logs(self, result: Any) -> dict[str, float]:
+        """See Objective."""
 
     def stage(self, model: LanguageModel, batch: PreferenceBatch) -> Staged:
         """See Objective."""
@@ -233,27 +234,15 @@ class PreferenceObjective:
         }
         return Staged(tensors, batch, batch.layout, batch.pairs)
 
-    def compute(self, model: LanguageModel, staged: Staged) -> tuple[Tensor, PreferenceLoss]:
+    def compute(self, model: LanguageModel, staged: Staged) -> tuple[Tensor, Any]:
         """See Objective."""
-        tensors = staged.tensors
-        hidden, _ = model(tensors["x"], layout=staged.layout)
-        rows, targets, groups = rows_at(hidden, tensors["positions"]), tensors["targets"], tensors["groups"]
-        logp, max_logit = token_logps(rows, model.head_weight(), targets)
-        if self.orpo_type == 0:
-            result = orpo_loss(logp, max_logit, groups, staged.pairs, self.alpha)
-        else:
-            logp_after, _ = token_logps(rows, model.head_weight(), targets_after(targets, groups))
-            lengths = tensors["reject_lengths"]
-            result = orpo_loss_released(logp, logp_after, max_logit, targets, groups, lengths, self.alpha)
-        return result.loss * tensors["weight"], result
+        hidden, _ = model(staged.tensors["x"], layout=staged.layout)
+        result = self.result_of(model, rows_at(hidden, staged.tensors["positions"]), staged)
+        return result.loss * staged.tensors["weight"], result
 
-    def logs(self, result: PreferenceLoss) -> dict[str, float]:
-        """See Objective."""
-        self._running_preference = running_preference(self._running_preference, float(result.preferred_share))
-        if self.debug:
-            terms = ", ".join(f"{self.alpha * term:.6f}" for term in result.odds_loss.tolist())
-            print(f"preference terms: {terms}", flush=True)
-        return {**result.averages(), "pref_percentage": self._running_preference}
+    def evaluate(self, model: LanguageModel, batch: PreferenceBatch) -> Any:
+        """The loss and its parts, outside of training."""
+        return self.compute(model, self.stage(model, batch).to(model.device))[1]
 
     def state(self) -> dict[str, Any]:
         """The mean that goes along with the run."""
@@ -263,6 +252,48 @@ class PreferenceObjective:
         """See Objective."""
         self._running_preference = state["running_preference"]
 
+
+class PreferenceObjective(PairObjective):
+    """ORPO on packed pairs: `orpo_type` 0 as published, 1 as the original released it.
+
+    Args:
+        alpha: weight of the preference term.
+        orpo_type: 0 or 1.
+        debug: print each pair's weighted preference term.
+    """
+
+    def __init__(self, alpha: float, orpo_type: int, *, debug: bool = False) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.orpo_type = orpo_type
+        self.debug = debug
+        self.recordable = orpo_type == 0  # as released, the loss depends on what padding there is
+
+    @staticmethod
+    def form(orpo_type: int, shared_prompt: bool) -> PairForm:
+        """How pairs are laid out for a type of loss."""
+        if orpo_type == 1:
+            return PairForm.RELEASED
+        return PairForm.SHARED_PROMPT if shared_prompt else PairForm.TWO_ROWS
+
+    def result_of(self, model: LanguageModel, rows: Tensor, staged: Staged) -> PreferenceLoss:
+        """See PairObjective."""
+        tensors = staged.tensors
+        targets, groups = tensors["targets"], tensors["groups"]
+        logp, max_logit = token_logps(rows, model.head_weight(), targets)
+        if self.orpo_type == 0:
+            return orpo_loss(logp, max_logit, groups, staged.pairs, self.alpha)
+        logp_after, _ = token_logps(rows, model.head_weight(), targets_after(targets, groups))
+        return orpo_loss_released(logp, logp_after, max_logit, targets, groups, tensors["reject_lengths"], self.alpha)
+
+    def logs(self, result: PreferenceLoss) -> dict[str, float]:
+        """See Objective."""
+        self._running_preference = running_preference(self._running_preference, float(result.preferred_share))
+        if self.debug:
+            terms = ", ".join(f"{self.alpha * term:.6f}" for term in result.odds_loss.tolist())
+            print(f"preference terms: {terms}", flush=True)
+        return {**result.averages(), "pref_percentage": self._running_preference}
+
     def compares(self, batch: PreferenceBatch) -> bool:
         """Whether a pair of the batch has a preference term."""
         if self.orpo_type == 1:
@@ -270,6 +301,54 @@ class PreferenceObjective:
         rejected = torch.tensor([group_number(pair, Role.REJECTED) for pair in range(batch.pairs)])
         return bool(torch.isin(batch.groups, rejected).any())
 
-    def evaluate(self, model: LanguageModel, batch: PreferenceBatch) -> PreferenceLoss:
-        """The loss and its parts, outside of training."""
-        return self.compute(model, self.stage(model, batch).to(model.device))[1]
+
+class ComparisonObjective(PairObjective):
+    """A loss that compares the answers of a pair; every pair has both."""
+
+    def logs(self, result: ComparisonLoss) -> dict[str, float]:
+        """See Objective."""
+        averages = result.averages()
+        self._running_preference = running_preference(self._running_preference, averages["accuracy"])
+        return {**averages, "pref_percentage": self._running_preference}
+
+
+class DPOObjective(ComparisonObjective):
+    """DPO; batches bring the reference's log-probabilities.
+
+    Args:
+        beta: see `dpo_loss`.
+    """
+
+    def __init__(self, beta: float) -> None:
+        super().__init__()
+        self.beta = beta
+
+    def stage(self, model: LanguageModel, batch: PreferenceBatch) -> Staged:
+        """See Objective."""
+        staged = super().stage(model, batch)
+        assert batch.reference is not None
+        return replace(staged, tensors={**staged.tensors, "reference": batch.reference})
+
+    def result_of(self, model: LanguageModel, rows: Tensor, staged: Staged) -> ComparisonLoss:
+        """See PairObjective."""
+        tensors = staged.tensors
+        logp, _ = token_logps(rows, model.head_weight(), tensors["targets"])
+        return dpo_loss(logp, tensors["groups"], staged.pairs, tensors["reference"], self.beta)
+
+
+class SimPOObjective(ComparisonObjective):
+    """SimPO.
+
+    Args:
+        beta, gamma: see `simpo_loss`.
+    """
+
+    def __init__(self, beta: float, gamma: float) -> None:
+        super().__init__()
+        self.beta = beta
+        self.gamma = gamma
+
+    def result_of(self, model: LanguageModel, rows: Tensor, staged: Staged) -> ComparisonLoss:
+        """See PairObjective."""
+        logp, _ = token_logps(rows, model.head_weight(), staged.tensors["targets"])
+        return simpo_loss(logp, staged.tensors["groups"], staged.pairs, self.beta, self.gamma)

@@ -70,7 +70,7 @@ def plan_of(
     packed = "matrices and head" if config.quant_head else "matrices"
     weights = f"{config.quant_type} {packed}" if config.quantised else "unquantised"
     batch = config.micro_bsz * config.accumulate_grad_batches * config.devices * config.num_nodes
-    if config.orpo:
+    if config.preference:
         size = f"{_several(batch, 'pair')} a step at most, longest text {config.rlhf_max_corpus_len}"
     elif config.dataload == "pack":
         size = f"{batch * config.ctx_len:,} positions a step at most, ctx_len {config.ctx_len}"
@@ -155,7 +155,7 @@ def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> st
         changes.append("--quant_head 1")
     if config.grad_cp == 1 and not config.offload_activations and hardware.on_gpu:
         changes.append("--offload_activations 1")
-    if config.orpo:
+    if config.preference:
         changes.append(f"--rlhf_max_corpus_len {max(config.rlhf_max_corpus_len // 2, 1)}")
     else:
         changes.append(f"--ctx_len {max(config.ctx_len // 2, 1)}")

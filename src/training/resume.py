@@ -299,7 +299,7 @@ def _shown(value: Any) -> str:
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
     """By flag, what tells a run's input files from others: sizes, and hashes of them or of pieces all over them."""
-    unused = {"data_file"} if config.orpo else {"rlhf_train_file"}
+    unused = {"data_file"} if config.preference else {"rlhf_train_file"}
     found = {}
     for name in _INPUTS:
         path = getattr(config, name)

@@ -36,7 +36,9 @@ from src.training.logs import FileSink, HttpSink, ProgressSink, Sink, WandbSink
 from src.training.memory import MemoryPlan, plan_memory, require_memory_of_run
 from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
+from src.training.optimizers import can_be_resumed
 from src.training.progress import BEGINNING, Start
+from src.training.references import Reference
 from src.training.report import RunResult, memory_advice, plan_of, say, summary_of
 from src.training.results import Results
 from src.training.resume import (
@@ -96,6 +98,8 @@ def _train(
 ) -> RunResult:
     for line in [*config.notes(), *hardware.notes, *(saved.notes if saved else ())]:
         say(f"note: {line}")
+    if not can_be_resumed(config, hardware.strategy):
+        say(f"note: --resume 1 cannot go on with this run: DeepSpeed's states of --optim {config.optim} are not saved")
     base = open_checkpoint(config.load_model) if config.load_model else None
     shape = _model_shape(config, base)
     method.trained_names(shape)  # refuses what does not fit the model
@@ -133,12 +137,14 @@ def _train(
         )
     base = base or _fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
-    model = open_model(
-        base, options, state_file="" if saved else config.load_state, start=origin, quiet=global_rank() != 0
-    )
+    # What a resumed run goes on from replaces the start, which only a reference is measured with.
+    state_file = config.load_state if config.dpo or not saved else ""
+    model = open_model(base, options, state_file=state_file, start=origin, quiet=global_rank() != 0)
     if global_rank() == 0:
         method.begin(model, folder, identity, origin)
     choose_recomputation(model, work, config)
+    for line in work.prepare(model, Reference(config, identity, folder)):
+        say(line)
     first_batch = config.epoch_begin * work.batches_per_epoch + start.steps * config.accumulate_grad_batches
     module = TrainingModule(model, work.objective, config, method, work.dataset, first_batch)
     before: HeldOut | None
@@ -403,7 +409,7 @@ def fit(
 
     # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
     callbacks: list[pl.Callback] = [control, monitor, saver, AtEnd(end), stopper]
-    if session:
+    if session and can_be_resumed(config, hardware.strategy):
         draws = bool(config.dropout) and config.devices * config.num_nodes == 1
         total_steps = epochs * steps_per_epoch
         callbacks.append(RunSaver(session, parts, stopper, start, steps_per_epoch, total_steps, remembers_random=draws))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,16 @@ from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
 from src.schedule import Schedule
 from src.tokenizer import tokenizer_for_vocabulary
-from src.training.evaluation import HeldOut, held_out_loss, held_out_preference
-from src.training.objectives import Objective, PreferenceObjective, SFTObjective
+from src.training.evaluation import HeldOut, held_out_comparison, held_out_loss, held_out_preference
+from src.training.objectives import (
+    ComparisonObjective,
+    DPOObjective,
+    Objective,
+    PreferenceObjective,
+    SFTObjective,
+    SimPOObjective,
+)
+from src.training.references import Reference, attach_references
 
 _KINDS = {"binidx": "binidx", "jsonl": "JSON lines", "utf-8": "plain text", "dummy": "counting"}
 
@@ -38,6 +47,7 @@ class Work:
         row_tokens: most positions of a micro-batch.
         describe: names what a micro-batch was made of, for messages.
         lines: what the plan says about the data.
+        prepare: measures what the loss needs of the model that the run starts from, and says what it did.
     """
 
     dataset: PassDataset[Any]
@@ -47,6 +57,7 @@ class Work:
     row_tokens: int
     describe: Callable[[Any], str]
     lines: list[str]
+    prepare: Callable[[LanguageModel, Reference], list[str]] = lambda model, start: []
 
 
 def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
@@ -55,19 +66,20 @@ def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
     Raises:
         DataError: for data that cannot be read or used.
     """
-    return _preference_work(config, shape) if config.orpo else _text_work(config, shape)
+    return _preference_work(config, shape) if config.preference else _text_work(config, shape)
 
 
 def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
-    def documents_of(path: str) -> Documents:
-        return open_documents(config.data_type, path, shape.vocab_size, ctx_len=config.ctx_len)
+    def documents_of(path: str, part: slice = slice(None)) -> Documents:
+        kind, ctx_len, fields = config.data_type, config.ctx_len, config.answer_fields
+        return open_documents(kind, path, shape.vocab_size, ctx_len=ctx_len, fields=fields, part=part)
 
     dataset = BatchDataset(
-        documents_of(config.data_file),
+        documents_of(config.data_file, config.lines_used),
         mode=config.dataload,
         ctx_len=config.ctx_len,
         micro_bsz=config.micro_bsz,
-        seed=config.random_seed,
+        seed=config.order_seed,
         rank=global_rank(config.devices),
         world_size=config.devices * config.num_nodes,
         epoch_steps=config.epoch_steps,
@@ -97,15 +109,18 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
     except DataError:  # pairs are tokens already; the tokenizer only recognises rejects of white space
         tokenizer = None
 
+    orpo_type = config.orpo_type if config.orpo else 0
+
     def dataset_of(path: str, epoch_steps: int) -> PreferenceDataset:
         return PreferenceDataset(
             load_pairs(path, shape.vocab_size),
             source=path,
-            form=PreferenceObjective.form(config.orpo_type, bool(config.orpo_shared_prompt)),
+            form=PreferenceObjective.form(orpo_type, bool(config.orpo_shared_prompt)),
             longest=config.rlhf_max_corpus_len,
             micro_bsz=config.micro_bsz,
-            seed=config.random_seed,
+            seed=config.order_seed,
             tokenizer=tokenizer,
+            compares=not config.orpo,
             rank=global_rank(config.devices),
             world_size=config.devices * config.num_nodes,
             epoch_steps=epoch_steps,
@@ -113,21 +128,46 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
         )
 
     dataset = dataset_of(config.rlhf_train_file, config.epoch_steps)
-    objective = PreferenceObjective(config.orpo_alpha, config.orpo_type, debug=bool(config.orpo_debug))
+    objective = _pair_objective(config)
     plan = dataset.plan
     lines = [
         f"pairs      {config.rlhf_train_file}: {plan.pairs:,} pairs, {plan.positions_per_pass:,} positions a pass",
         *(f"           {statement}" for statement in (*plan.statements(), *dataset.statements())),
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
-    if config.val_file:
-        held_out = dataset_of(config.val_file, 0)
-        lines.append(f"held out   {config.val_file}: {held_out.plan.pairs:,} pairs")
+    held_out = dataset_of(config.val_file, 0) if config.val_file else None
+    if held_out is not None:
+        lines.append(f"held out   {config.val_file}: {len(held_out.visited):,} pairs")
         lines += [f"           {statement}" for statement in held_out.plan.statements()]
-        measure = partial(held_out_preference, dataset=held_out, objective=objective)
-    parts = 3 if config.orpo_shared_prompt and config.orpo_type == 0 else 4
+        if isinstance(objective, PreferenceObjective):
+            measure = partial(held_out_preference, dataset=held_out, objective=objective)
+        else:
+            measure = partial(held_out_comparison, dataset=held_out, objective=objective)
+    parts = 3 if config.orpo_shared_prompt and orpo_type == 0 else 4
     row_tokens = min(config.micro_bsz * parts * config.rlhf_max_corpus_len, plan.positions_per_pass)
-    return Work(dataset, objective, measure, len(dataset), row_tokens, dataset.describe, lines)
+    work = Work(dataset, objective, measure, len(dataset), row_tokens, dataset.describe, lines)
+    return dataclasses.replace(work, prepare=partial(_with_references, dataset, held_out)) if config.dpo else work
+
+
+def _pair_objective(config: TrainConfig) -> PreferenceObjective | ComparisonObjective:
+    match config.preference:
+        case "dpo":
+            return DPOObjective(config.dpo_beta)
+        case "simpo":
+            return SimPOObjective(config.simpo_beta, config.simpo_gamma)
+    return PreferenceObjective(config.orpo_alpha, config.orpo_type, debug=bool(config.orpo_debug))
+
+
+def _with_references(
+    dataset: PreferenceDataset, held_out: PreferenceDataset | None, model: LanguageModel, start: Reference
+) -> list[str]:
+    """The pairs that this rank will see, and on rank 0, which alone measures them, the held-out ones."""
+    seen = dataset.seen_in(len(dataset) * epochs_of(start.config))
+    lines = [f"reference  {attach_references(model, dataset, seen, start, 'dpo-reference.pth')}"]
+    if held_out is not None and global_rank() == 0:
+        name = "dpo-reference-held-out.pth"
+        lines.append(f"           held out: {attach_references(model, held_out, held_out.visited, start, name)}")
+    return lines
 
 
 def make_schedule(config: TrainConfig, work: Work) -> Schedule:
@@ -143,6 +183,7 @@ def make_schedule(config: TrainConfig, work: Work) -> Schedule:
         weight_decay_final=config.weight_decay_final,
         exit_tokens=config.my_exit_tokens,
         tokens_per_step=work.dataset.tokens_per_step,
+        decay=config.lr_schedule,
     )
 
 

@@ -38,13 +38,13 @@ class Row:
     size: str
     ctx_len: int
     grad_cp: int = 1
-    orpo: bool = False
+    preference: str = ""
     flags: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
-        kind = "ORPO" if self.orpo else "SFT"
-        length = "512 + 512 / 512" if self.orpo else f"ctx {self.ctx_len}"
+        kind = self.preference.upper() or "SFT"
+        length = "512 + 512 / 512" if self.preference else f"ctx {self.ctx_len}"
         return " ".join([f"{kind} {self.size.upper()} {length}, grad_cp {self.grad_cp}", *self.flags])
 
 
@@ -56,9 +56,11 @@ ROWS = {
     "sft-7b-4096-keep": Row("7b", 4096, grad_cp=0),
     "sft-7b-4096-fit": Row("7b", 4096, grad_cp=2, flags=("--memory_gib", "22.5")),
     "sft-14b-1024": Row("14b", 1024),
-    "orpo-1.6b": Row("1.6b", 1024, orpo=True),
-    "orpo-7b": Row("7b", 1024, orpo=True),
-    "orpo-14b": Row("14b", 1024, orpo=True),
+    "orpo-1.6b": Row("1.6b", 1024, preference="orpo"),
+    "orpo-7b": Row("7b", 1024, preference="orpo"),
+    "orpo-14b": Row("14b", 1024, preference="orpo"),
+    "dpo-7b": Row("7b", 1024, preference="dpo"),
+    "simpo-7b": Row("7b", 1024, preference="simpo"),
     "lora-1.6b": Row("1.6b", 1024, flags=("--peft", "lora", "--quant", "0")),
     "pissa-1.6b": Row("1.6b", 1024, flags=("--peft", "pissa", "--quant", "0")),
     "lora-3b": Row("3b", 1024, flags=("--peft", "lora", "--quant", "0")),
@@ -81,6 +83,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
     from src.model.rwkv6 import RWKV6Shape
     from src.training.engine import apply_hardware, resolve_hardware
     from src.training.module import TrainingModule
+    from src.training.references import Reference
     from src.training.run import choose_recomputation, fit, load_options
     from src.training.work import make_schedule, prepare_work
 
@@ -91,12 +94,14 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
         "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
         "--grad_cp", str(row.grad_cp), "--epoch_steps", str(steps), "--epoch_count", "1", "--epoch_save", "0",
         "--strategy", strategy, "--quant", "1", "--quant_type", "nf4", *row.flags,
-        *([] if row.orpo else ["--dataload", "pad"]), *extra,
+        *([] if row.preference else ["--dataload", "pad"]), *extra,
     ]  # fmt: skip
     if documents:
         flags += ["--data_file", documents, "--data_type", "jsonl"]
     else:
-        flags += _preference_flags(folder) if row.orpo else _text_flags(folder, row.ctx_len, steps)
+        flags += (
+            _preference_flags(folder, row.preference) if row.preference else _text_flags(folder, row.ctx_len, steps)
+        )
     config = TrainConfig.from_flags(given_train_flags(flags))
     hardware = resolve_hardware(config)
     method = method_of(config)
@@ -104,6 +109,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
     work = prepare_work(config, shape)
     model = build_model(RandomTensors(shape, hardware.device), shape, load_options(config, method, hardware, shape))
     choose_recomputation(model, work, config)
+    work.prepare(model, Reference(config, None, folder))
     module = TrainingModule(model, work.objective, config, method, work.dataset)
     _, monitor, _ = fit(module, work, make_schedule(config, work), hardware, config, folder)
     return {
@@ -165,7 +171,7 @@ def _text_flags(folder: Path, ctx_len: int, documents: int) -> list[str]:
     return ["--data_file", str(folder / "data")]
 
 
-def _preference_flags(folder: Path) -> list[str]:
+def _preference_flags(folder: Path, loss: str) -> list[str]:
     import numpy as np
 
     from src.data.pair_file import save_pairs
@@ -174,7 +180,7 @@ def _preference_flags(folder: Path) -> list[str]:
     rng = np.random.default_rng(0)
     pairs = [PreferencePair(*(rng.integers(1, 65529, 512).tolist() for _ in range(3))) for _ in range(16)]
     save_pairs(folder / "pairs.save", pairs)
-    return ["--orpo", "1", "--rlhf_train_file", str(folder / "pairs.save"), "--rlhf_max_corpus_len", "512"]
+    return [f"--{loss}", "1", "--rlhf_train_file", str(folder / "pairs.save"), "--rlhf_max_corpus_len", "512"]
 
 
 def gradients_agree() -> bool:

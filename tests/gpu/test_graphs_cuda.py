@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,7 +23,14 @@ from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.training.graphs import GraphedObjective
 from src.training.module import TrainingModule
-from src.training.objectives import Objective, PreferenceObjective, SFTObjective, outcome_of
+from src.training.objectives import (
+    DPOObjective,
+    Objective,
+    PreferenceObjective,
+    SFTObjective,
+    SimPOObjective,
+    outcome_of,
+)
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [
@@ -55,7 +63,16 @@ def preference_batches() -> list[object]:
     rng = np.random.default_rng(1)
     pairs = [PreferencePair(*(rng.integers(1, 257, n).tolist() for n in (20 + i, 60, 61))) for i in range(6)]
     data = PreferenceDataset(pairs, source="test", form=PairForm.SHARED_PROMPT, longest=64, micro_bsz=2, seed=1)
+    data.references = torch.tensor(rng.uniform(-350, -300, (len(pairs), 2)))
     return [data.rounded(step, FEW_SHAPES) for step in range(9)]
+
+
+OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "text": SFTObjective,
+    "orpo": lambda: PreferenceObjective(0.3, 0),
+    "dpo": lambda: DPOObjective(0.1),
+    "simpo": lambda: SimPOObjective(2.0, 1.0),
+}
 
 
 def gradients_of(made: LanguageModel, loss: torch.Tensor) -> torch.Tensor:
@@ -69,11 +86,11 @@ def gradients_of(made: LanguageModel, loss: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("recompute", list(Recompute))
 @pytest.mark.parametrize("keep_dequantized", [False, True])
-@pytest.mark.parametrize("kind", ["text", "pairs"])
+@pytest.mark.parametrize("kind", OBJECTIVES)
 def test_recorded_steps_give_loss_and_gradients_of_issued_ones(
     recompute: Recompute, keep_dequantized: bool, kind: str
 ) -> None:
-    objective: Objective = SFTObjective() if kind == "text" else PreferenceObjective(0.3, 0)
+    objective = OBJECTIVES[kind]()
     batches = text_batches() if kind == "text" else preference_batches()
     made = model(recompute, keep_dequantized)
     recorder = GraphedObjective(objective, made)

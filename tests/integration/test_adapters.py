@@ -129,6 +129,31 @@ def test_what_was_trained_on_a_packed_base_is_measured_on_the_unpacked_one(
     assert held_out(loaded, "loaded") == pytest.approx(held_out(ended, "unpacked"), abs=2e-4)
 
 
+@pytest.mark.parametrize("optim", ["adamw", "adamw8bit", "lion8bit"])
+@pytest.mark.parametrize(
+    "flags", [{}, {"peft": "lora", "lora_r": 8, "lr_init": 5e-3, "quant": 1}], ids=["states", "lora"]
+)
+def test_every_optimizer_lowers_the_loss(
+    flags: dict[str, object], optim: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    common = {"load_model": base, "data_file": data, "val_file": data, "epoch_count": 1, "lr_init": 0.3, **flags}
+    common["lr_final"] = common["lr_init"]
+    ended = train(tmp_path, epoch_steps=16, warmup_steps=0, optim=optim, **common)
+    assert held_out(ended, "tuned") < held_out(ended, "untuned") - 0.03
+
+
+@pytest.mark.parametrize("lr_schedule", ["cos", "wsd"])
+def test_the_rate_follows_its_schedule(lr_schedule: str, base: Path, data: Path, tmp_path: Path) -> None:
+    rate = {"lr_init": 0.1, "lr_final": 0.02, "lr_schedule": lr_schedule, "warmup_steps": 0}
+    train(tmp_path, load_model=base, data_file=data, epoch_steps=20, epoch_count=1, **rate, **sized("bone"))
+    rates = [record["lr"] for record in metrics(tmp_path)]
+    assert rates[-1] == pytest.approx(0.02)
+    if lr_schedule == "wsd":
+        assert rates[:18] == [0.1] * 18
+    else:
+        assert rates[9] == pytest.approx(0.06)
+
+
 def test_states_and_adapters_together(base: Path, data: Path, tmp_path: Path) -> None:
     flags = {**sized("lora"), "train_type": "states", "lr_state": 0.3, "train_parts": "[]", "quant": 1}
     ended = train(tmp_path, load_model=base, data_file=data, epoch_steps=2, epoch_count=1, **flags)

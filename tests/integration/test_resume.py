@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from factories import tiny_checkpoint, tiny_state_file
-from running import Ended, files_in, left_by_run, metrics, run_script, train, try_train, write_documents
+from running import (
+    Ended,
+    after_step,
+    files_in,
+    go_on,
+    interrupt,
+    left_by_run,
+    metrics,
+    run_script,
+    stopped,
+    train,
+    try_train,
+    write_documents,
+)
 
 from src.data.pair_file import save_pairs
 from src.data.preferences import PreferencePair
@@ -46,43 +58,17 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@contextlib.contextmanager
-def after_step(step: int, act: Callable[[Any], None]) -> Iterator[None]:
-    """Does something once a step of a run is complete, before anybody asks whether to stop."""
-    ask = exits.Stopper.on_train_batch_end
-
-    def acting(self: exits.Stopper, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        if (batch_idx + 1) % self.accumulate == 0 and self.start.steps + trainer.global_step == step:
-            act(self)
-        ask(self, trainer, module, outputs, batch, batch_idx)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exits.Stopper, "on_train_batch_end", acting)
-        yield
-
-
-def interrupt(stopper: exits.Stopper) -> None:
-    os.kill(os.getpid(), signal.SIGINT)
-
-
-def stopped(step: int, folder: Path, **flags: object) -> Ended:
-    """A run that gets a Ctrl-C in this step."""
-    with after_step(step, interrupt):
-        ended = train(folder, **flags)
-    assert "stopped by SIGINT" in ended.out
-    assert {"rwkv-resume.pth", "rwkv-final.pth"} <= files_in(folder)
-    return ended
-
-
-def go_on(folder: Path, **flags: object) -> Ended:
-    ended = run_script("train.py", proj_dir=folder, resume=1, **flags)
-    assert ended.code == 0, ended.err
-    return ended
-
-
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """Records without what differs between any two runs."""
     return [{k: v for k, v in row.items() if k not in ("run", "seconds", "tokens_per_s")} for row in metrics(folder)]
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors, however deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from tensors_in(part)
 
 
 def epoch_lines(folder: Path) -> list[list[str]]:
@@ -113,6 +99,8 @@ KINDS: dict[str, dict[str, object]] = {
     "later epochs": {"epoch_begin": 2, "epoch_count": 5},
     "nf4": {"quant": 1},
     "tokens": {"my_exit_tokens": 16 * 1024, "epoch_steps": 7},
+    "in order": {"data_shuffle": 0, "lr_schedule": "cos"},
+    "wsd": {"lr_schedule": "wsd", "optim": "adamw8bit"},
 }
 
 
@@ -138,6 +126,33 @@ class TestSameBits:
         assert_same_end(tmp_path / "whole", tmp_path / "parts")
         assert "pref_percentage" in metrics(tmp_path / "parts")[-1]
         assert "before: accuracy" in ended.out
+
+    @pytest.mark.parametrize("kind", ["dpo", "simpo"])
+    def test_comparisons(self, kind: str, base: Path, pairs: Path, tmp_path: Path) -> None:
+        """From a state, which is the reference of DPO, however far the run has come."""
+        tiny_state_file(tmp_path / "start.pth", tiny_checkpoint(tmp_path / "same.pth", dtype=torch.bfloat16))
+        flags = {
+            "load_model": base, kind: 1, "rlhf_train_file": pairs, "val_file": pairs, "micro_bsz": 2, "epoch_count": 3,
+            "load_state": tmp_path / "start.pth",
+        }  # fmt: skip
+        train(tmp_path / "whole", **flags)
+        stopped(3, tmp_path / "parts", **flags)
+        go_on(tmp_path / "parts")
+        assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
+    @pytest.mark.parametrize("optim", ["adamw8bit", "lion8bit"])
+    def test_states_in_8_bits(self, optim: str, base: Path, data: Path, tmp_path: Path) -> None:
+        """The embedding is large enough for them."""
+        flags = {
+            "train_type": "none", "load_model": base, "data_file": data, "ctx_len": 16, "epoch_steps": 4,
+            "epoch_count": 2, "lr_init": 1e-3, "lr_final": 1e-3, "optim": optim,
+        }  # fmt: skip
+        train(tmp_path / "whole", **flags)
+        stopped(3, tmp_path / "parts", **flags)
+        saved = torch.load(tmp_path / "parts" / "rwkv-resume.pth", weights_only=True)
+        assert any(tensor.dtype == torch.uint8 and tensor.numel() > 4096 for tensor in tensors_in(saved))
+        go_on(tmp_path / "parts")
+        assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
     @pytest.mark.parametrize("fresh", [True, False])
     def test_full_training(self, fresh: bool, base: Path, data: Path, tmp_path: Path) -> None:

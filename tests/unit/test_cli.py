@@ -105,7 +105,7 @@ def test_the_help_shows_every_flag_in_its_group(
     wanted = [line for title, specs in config_class.groups().items() for line in (title, *(s.name for s in specs))]
     shown = re.findall(r"^(?:  --(\w+) |([\w-]+):$)", text[text.index("\nfiles:") :], re.MULTILINE)
     assert [flag or title for flag, title in shown] == wanted
-    assert "--dpo" not in text
+    assert "--my_pile" not in text
     assert "None" not in text
 
 

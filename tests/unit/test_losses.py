@@ -11,8 +11,10 @@ from torch import Tensor
 
 from src.losses import (
     IGNORED_TARGET,
+    ComparisonLoss,
     PreferenceLoss,
     Role,
+    dpo_loss,
     group_number,
     l2wrap_penalty,
     log1mexp,
@@ -21,7 +23,9 @@ from src.losses import (
     orpo_loss_released,
     running_preference,
     sft_loss,
+    simpo_loss,
     targets_after,
+    won,
 )
 
 
@@ -311,3 +315,103 @@ def test_averages_names_and_values() -> None:
     assert set(result.averages()) == always
     assert running_preference(0.5, result.preferred_share.item()) == 0.5
     assert running_preference(0.5, 1.0) == pytest.approx(0.55)
+
+
+class TestComparisons:
+    """DPO and SimPO against the formulas of their papers, spelled out with probabilities."""
+
+    LENGTHS = ((1, 1, 1), (5, 3, 17), (4, 15, 2), (60, 7, 1))
+
+    def pairs(self) -> list[Pair]:
+        return [Pair(*each, seed=30 + seed) for seed, each in enumerate(self.LENGTHS)]
+
+    def answers(self, pair: Pair) -> tuple[Tensor, Tensor]:
+        """Log-probabilities of the tokens of both answers."""
+        prompt, chosen, _ = pair.lengths
+        logp = F.cross_entropy(pair.logits, pair.targets, reduction="none").neg()[prompt - 1 :]
+        return logp[:chosen], logp[chosen:]
+
+    def gathered(self, pairs: list[Pair]) -> tuple[Tensor, Tensor]:
+        """logp and groups of all positions in any order, two that do not count among them."""
+        logits = torch.cat([pair.logits for pair in pairs])
+        logp, _ = scores(logits, torch.cat([pair.targets for pair in pairs]))
+        groups = torch.cat([pair.groups(index) for index, pair in enumerate(pairs)])
+        order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(0))
+        ignored = torch.tensor([group_number(len(pairs), Role.PROMPT)] * 2)
+        return torch.cat([logp[order], logp.new_zeros(2)]), torch.cat([groups[order], ignored])
+
+    def check(self, pairs: list[Pair], result: ComparisonLoss, expected: Tensor) -> None:
+        wanted = torch.autograd.grad(expected, [pair.logits for pair in pairs], retain_graph=True)
+        gradients = torch.autograd.grad(result.loss, [pair.logits for pair in pairs])
+        torch.testing.assert_close(result.loss, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(result.pair_losses.mean(), expected.detach(), rtol=1e-12, atol=0)
+        for one, other in zip(gradients, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-15)
+
+    @pytest.mark.parametrize("beta", [0.01, 0.1, 1.0])
+    def test_dpo(self, beta: float) -> None:
+        pairs = self.pairs()
+        generator = torch.Generator().manual_seed(1)
+        reference = -20 * torch.rand(len(pairs), 2, generator=generator, dtype=torch.float64)
+        terms = []
+        for pair, (ref_chosen, ref_rejected) in zip(pairs, reference, strict=True):
+            chosen, rejected = self.answers(pair)
+            ratio = (chosen.sum() - ref_chosen).exp() / (rejected.sum() - ref_rejected).exp()
+            terms.append(-torch.log(ratio**beta / (1 + ratio**beta)))
+        result = dpo_loss(*self.gathered(pairs), len(pairs), reference, beta)
+        self.check(pairs, result, torch.stack(terms).mean())
+        gained = torch.stack([torch.stack([part.sum() for part in self.answers(pair)]) for pair in pairs]) - reference
+        torch.testing.assert_close(result.reward_chosen, beta * gained[:, 0].detach())
+        torch.testing.assert_close(result.margins, beta * (gained[:, 0] - gained[:, 1]).detach())
+
+    def test_dpo_begins_at_ln_2_and_with_a_gradient(self) -> None:
+        pairs = self.pairs()
+        logp, groups = self.gathered(pairs)
+        reference = torch.stack([torch.stack([part.sum() for part in self.answers(pair)]) for pair in pairs]).detach()
+        result = dpo_loss(logp, groups, len(pairs), reference, 0.1)
+        assert result.loss.item() == pytest.approx(math.log(2), rel=1e-14)
+        averages = result.averages()
+        assert averages["margin"] == pytest.approx(0, abs=1e-13)
+        gradient = torch.autograd.grad(result.loss, logp)[0]
+        weights = torch.zeros_like(gradient)
+        for pair in range(len(pairs)):
+            weights[groups == group_number(pair, Role.CHOSEN)] = -0.1 / 2 / len(pairs)
+            weights[groups == group_number(pair, Role.REJECTED)] = 0.1 / 2 / len(pairs)
+        torch.testing.assert_close(gradient, weights)
+
+    @pytest.mark.parametrize(("beta", "gamma"), [(2.0, 1.0), (2.5, 0.0), (10.0, 3.0)])
+    def test_simpo(self, beta: float, gamma: float) -> None:
+        pairs = self.pairs()
+        terms, margins = [], []
+        for pair in pairs:
+            chosen, rejected = self.answers(pair)
+            difference = beta / len(chosen) * chosen.sum() - beta / len(rejected) * rejected.sum()
+            terms.append(-torch.log(1 / (1 + torch.exp(-(difference - gamma)))))
+            margins.append(difference.detach())
+        result = simpo_loss(*self.gathered(pairs), len(pairs), beta, gamma)
+        self.check(pairs, result, torch.stack(terms).mean())
+        torch.testing.assert_close(result.margins, torch.stack(margins))
+
+    def test_what_is_logged(self) -> None:
+        pairs = self.pairs()
+        result = simpo_loss(*self.gathered(pairs), len(pairs), 2.0, 1.0)
+        averages = result.averages()
+        assert averages["margin"] == pytest.approx(averages["reward_chosen"] - averages["reward_rejected"])
+        assert averages["reward_chosen"] == pytest.approx(2 * averages["logp_chosen"])
+        assert averages["accuracy"] == pytest.approx((result.margins > 0).double().mean().item())
+        nll = [-torch.cat([scores(p.logits, p.targets)[0][: p.lengths[0] - 1 + p.lengths[1]]]).mean() for p in pairs]
+        assert averages["nll"] == pytest.approx(sum(nll).item() / len(nll))
+
+    def test_equal_rewards_are_half_won(self) -> None:
+        assert won(torch.tensor([-2.0, 0.0, 3.0])).tolist() == [0.0, 0.5, 1.0]
+
+    def test_extreme_log_probabilities_stay_finite_and_a_nan_shows(self) -> None:
+        groups = torch.tensor(
+            [group_number(0, Role.CHOSEN), group_number(0, Role.REJECTED), group_number(0, Role.PROMPT)]
+        )
+        logp = torch.tensor([-1e4, -1e-6, -1.0], requires_grad=True)
+        result = dpo_loss(logp, groups, 1, torch.zeros(1, 2, dtype=torch.float64), 1.0)
+        result.loss.backward()
+        assert result.loss.item() == pytest.approx(1e4)
+        assert torch.isfinite(logp.grad).all()
+        assert math.isnan(simpo_loss(torch.tensor([math.nan, -1.0, -1.0]), groups, 1, 2.0, 1.0).loss.item())

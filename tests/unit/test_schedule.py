@@ -94,3 +94,37 @@ class TestWeightDecay:
 
     def test_a_final_value_without_weight_decay_changes_nothing(self) -> None:
         assert schedule(weight_decay=0.0, weight_decay_final=0.1).weight_decay_at(5) == 0.0
+
+
+class TestOtherShapes:
+    def test_a_cosine_from_end_to_end(self) -> None:
+        cosine = schedule(decay="cos", warmup_steps=0, total_steps=100)
+        for step in (0, 24, 49, 74, 99):
+            share = (step + 1) / 100
+            expected = 0.01 + 0.99 * (1 + math.cos(math.pi * share)) / 2
+            assert cosine.learning_rate(step) == pytest.approx(expected, rel=1e-12)
+        assert cosine.learning_rate(49) == pytest.approx(0.505)
+        assert cosine.learning_rate(99) == pytest.approx(0.01)
+        assert cosine.learning_rate(150) == pytest.approx(0.01)
+
+    def test_stable_until_the_last_tenth(self) -> None:
+        stable = schedule(decay="wsd", total_steps=110)
+        assert [stable.learning_rate(step) for step in (0, 5)] == pytest.approx([0.2, 0.6])
+        assert {stable.learning_rate(step) for step in range(10, 100)} == {1.0}
+        falling = [stable.learning_rate(step) for step in range(100, 110)]
+        assert falling == pytest.approx([0.01 + 0.99 * (1 - math.sqrt(share / 10)) for share in range(1, 11)])
+        assert falling[-1] == pytest.approx(0.01)
+
+    @pytest.mark.parametrize("decay", ["cos", "wsd"])
+    def test_they_warm_up_and_go_down_to_zero_if_asked(self, decay: str) -> None:
+        rates = [schedule(decay=decay, lr_final=0.0, total_steps=60).learning_rate(step) for step in range(60)]
+        assert rates[0] == pytest.approx(0.2)
+        assert rates[-1] == pytest.approx(0, abs=1e-12)
+        assert rates[:10] == sorted(rates[:10])
+        assert rates[10:] == sorted(rates[10:], reverse=True)
+
+    @pytest.mark.parametrize("decay", ["cos", "wsd"])
+    @pytest.mark.parametrize("total_steps", [1, 5, 10, 11])
+    def test_a_run_no_longer_than_its_warm_up(self, decay: str, total_steps: int) -> None:
+        rates = [schedule(decay=decay, total_steps=total_steps).learning_rate(step) for step in range(total_steps)]
+        assert all(0 < rate <= 1 for rate in rates)

@@ -8,7 +8,7 @@ import pytest
 
 from src.cli import given_train_flags
 from src.config import TrainConfig
-from src.config.adapters import names_in
+from src.config.flags import names_in
 from src.errors import ConfigError
 
 BASE = {"load_model": "base.pth", "data_file": "data"}

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FLAGS = (
     # files
     "load_model", "load_state", "proj_dir", "resume", "overwrite", "save_minutes", "data_file", "data_type",
-    "val_file", "demo",
+    "val_file", "sft_field", "sft_split", "demo",
     # model
     "my_testing", "train_type", "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a",
     "head_size_divisor", "double_extra_dim", "load_partial", "quant", "quant_type", "quant_head", "dropout",
@@ -24,14 +24,14 @@ FLAGS = (
     "peft", "lora_config", "pissa_config", "bone_config", "disha_config", "lora_r", "lora_alpha", "lora_dropout",
     "lora_rslora", "lora_plus", "pissa_r", "svd_niter", "bone_r", "targets", "train_parts", "load_adapter", "lr_state",
     # data
-    "ctx_len", "dataload", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count",
+    "ctx_len", "dataload", "data_shuffle", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count",
     "epoch_begin", "epoch_save", "random_seed",
     # optimizer
-    "lr_init", "lr_final", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay", "weight_decay_final",
-    "layerwise_lr", "my_exit", "my_exit_tokens",
+    "optim", "lr_init", "lr_final", "lr_schedule", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay",
+    "weight_decay_final", "layerwise_lr", "my_exit", "my_exit_tokens",
     # preference training
-    "orpo", "orpo_type", "orpo_alpha", "orpo_debug", "orpo_shared_prompt", "rlhf_max_corpus_len",
-    "rlhf_train_file",
+    "orpo", "orpo_type", "orpo_alpha", "orpo_debug", "dpo", "dpo_beta", "simpo", "simpo_beta", "simpo_gamma",
+    "orpo_shared_prompt", "rlhf_max_corpus_len", "rlhf_train_file",
     # hardware
     "accelerator", "devices", "num_nodes", "strategy", "precision", "grad_cp", "memory_gib", "cuda_graph",
     "offload_activations", "ds_bucket_mb",
@@ -43,7 +43,7 @@ FLAGS = (
 REFUSED = (
     "pre_ffn", "head_qk", "tiny_att_dim", "tiny_att_layer", "my_pile_version", "my_pile_stage",
     "my_pile_shift", "my_pile_edecay", "my_sample_len", "my_ffn_shift", "my_att_shift", "my_pos_emb", "magic_prime",
-    "my_random_steps", "my_qa_mask", "dpo", "dpo_beta",
+    "my_random_steps", "my_qa_mask",
 )  # fmt: skip
 """Flags of the original that mean nothing here."""
 
@@ -143,6 +143,17 @@ class TestRefusals:
             ({"grad_cp": "2", "offload_activations": "1"}, "use --grad_cp 1 or 0 with it"),
             ({"dropout": "1"}, "--dropout 1.0 must lie between 0 and 1"),
             ({"beta2": "1"}, "--beta2 1.0 must lie between 0 and 1"),
+            ({"optim": "adam_mini"}, "--optim adam_mini is unknown: use one of none, adam, adamw, adamw8bit, paged"),
+            ({"optim": "adam", "weight_decay": "0.1"}, "--weight_decay 0.1 is AdamW's: use --optim adamw"),
+            ({"lr_schedule": "cos", "my_exit_tokens": "9"}, "--my_exit_tokens 9 brings a cosine of its own"),
+            ({"lr_schedule": "linear"}, "--lr_schedule linear is unknown: use one of exp, cos, wsd"),
+            ({"data_shuffle": "0", "dataload": "get"}, "--data_shuffle 0 has no meaning with --dataload get"),
+            ({"data_file": "a.jsonl", "sft_field": "q"}, "--sft_field q must be two names, the question's field and"),
+            (
+                {"data_file": "a.jsonl", "sft_split": "test"},
+                "--sft_split test is not understood: write train, or",
+            ),
+            ({"sft_split": "train[:9]"}, "--sft_split belongs to JSON lines, and --data_file data is binidx: leave it"),
             ({"orpo_alpha": "1.5"}, "--orpo_alpha 1.5 must lie between 0 and 1"),
             ({"epoch_begin": "4"}, "--epoch_begin 4 leaves nothing to train with --epoch_count 4"),
             ({"dataload": "only", "micro_bsz": "2"}, "--micro_bsz 2 must be 1"),
@@ -152,7 +163,11 @@ class TestRefusals:
                 {"train_type": "none", "quant": "1"},
                 "--quant 1 freezes the matrices, --train_type none trains them",
             ),
-            ({"train_type": "none", "orpo": "1"}, "--orpo 1 trains states: use --train_type states"),
+            ({"orpo": "1", "simpo": "1"}, "--orpo 1 and --simpo 1 are different losses: choose one"),
+            ({"dpo": "1", "rlhf_train_file": ""}, "--rlhf_train_file is missing: --dpo 1 trains on a .save file"),
+            ({"dpo": "1", "dpo_beta": "0"}, "--dpo_beta 0.0 must be above 0"),
+            ({"simpo": "1", "simpo_gamma": "-1"}, "--simpo_gamma -1.0 must not be negative"),
+            ({"simpo": "1", "dataload": "pad"}, "--dataload has no meaning with --simpo 1"),
             ({"train_type": "none", "load_state": "s.pth"}, "--load_state has no use with --train_type none"),
             ({"orpo": "1", "dataload": "pad"}, "--dataload has no meaning with --orpo 1"),
             ({"orpo": "1", "rlhf_train_file": ""}, "--rlhf_train_file is missing"),
@@ -208,12 +223,12 @@ class TestRefusals:
             "ctx_len": "x",
             "lr_init": "y",
             "quant_type": "z",
-            "dpo": "1",
+            "my_pile_stage": "1",
             "beta1": "3",
         }
         message = problem(flags)
         assert message.startswith("6 problems:")
-        for flag in ("ctx_len", "lr_init", "quant_type", "dpo", "beta1", "data_file"):
+        for flag in ("ctx_len", "lr_init", "quant_type", "my_pile_stage", "beta1", "data_file"):
             assert f"--{flag}" in message
 
 
@@ -223,7 +238,7 @@ class TestFlagsOfTheOriginal:
         assert config(**{name: UNSUPPORTED[name][0]}) == config()
 
     def test_a_default_may_be_written_differently(self) -> None:
-        assert config(dpo_beta="0.010", my_pile_version="01") == config()
+        assert config(my_pile_shift="-1.0", my_pile_version="01") == config()
 
     @pytest.mark.parametrize("name", REFUSED)
     def test_refused_by_name_otherwise(self, name: str) -> None:
@@ -243,7 +258,12 @@ class TestFlagsOfTheOriginal:
             ({"quant": 0, "quant_type": "fp4"}, "--quant_type fp4 has no effect without --quant 1"),
             ({"memory_gib": 8}, "--memory_gib 8.0 has no effect without --grad_cp 2"),
             ({"orpo_alpha": 0.3}, "--orpo_alpha 0.3 has no effect without --orpo 1"),
-            ({"rlhf_train_file": "a.save"}, "--rlhf_train_file a.save has no effect without --orpo 1"),
+            (
+                {"rlhf_train_file": "a.save"},
+                "--rlhf_train_file a.save has no effect without --orpo 1, --dpo 1 or --simpo 1",
+            ),
+            ({"dpo_beta": 0.01}, "--dpo_beta 0.01 has no effect without --dpo 1"),
+            ({"orpo": 1, "data_file": "", "simpo_gamma": 2}, "--simpo_gamma 2.0 has no effect without --simpo 1"),
             ({"weight_decay_final": 0.1}, "--weight_decay_final 0.1 has no effect with --weight_decay 0"),
         ],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -268,3 +269,41 @@ def test_released_batch_feeds_the_released_loss() -> None:
     torch.testing.assert_close(together.pair_losses, separate, rtol=1e-5, atol=0)
     nll = dataset(pairs, PairForm.TWO_ROWS)
     torch.testing.assert_close(together.nll, loss_and_gradients(model, nll.batch([0, 1]))[0].nll)
+
+
+class TestComparisons:
+    """Data for losses that compare two answers."""
+
+    def made(self, **options: int) -> PreferenceDataset:
+        """Seven pairs, of which the second has no reject and the last one equal to the chosen answer."""
+        pairs = random_pairs([(2, 2, 2), (2, 2, 0), *[(3, 4, 5)] * 4, (2, 3, 3)])
+        pairs[-1] = replace(pairs[-1], rejected=pairs[-1].chosen)
+        return dataset(pairs, seed=1, compares=True, **options)
+
+    def test_pairs_without_a_reject_of_their_own_are_left_out(self) -> None:
+        made = self.made()
+        assert made.visited == [0, 2, 3, 4, 5]
+        assert [batch.sample_indices for batch in made.batches_in_order()] == [(0, 2), (3, 4), (5,)]
+        assert made.batches_per_pass == 3
+        assert sorted(index for step in range(3) for index in made[step].sample_indices) == made.visited
+        assert made.plan.statements() == (
+            "1 of 7 pairs have no reject and are left out: the loss compares two answers.",
+            "1 of 7 pairs have a reject that is their chosen answer and are left out.",
+        )
+        assert made.describe(made.batch([2])) == "pair 3 of some.save"
+
+    def test_which_pairs_a_rank_sees(self) -> None:
+        assert self.made().seen_in(0) == []
+        assert self.made().seen_in(1) == sorted(self.made()[0].sample_indices)
+        assert self.made().seen_in(1000) == self.made().visited
+        halves = [set(self.made(rank=rank, world_size=3).seen_in(1)) for rank in range(3)]
+        assert set.union(*halves) == set(self.made().visited)
+        assert sum(map(len, halves)) == 5
+
+    def test_batches_bring_their_references(self) -> None:
+        made = self.made()
+        assert made.batch([3, 0]).reference is None
+        made.references = torch.arange(14, dtype=torch.float64).view(7, 2)
+        reference = made.batch([3, 0]).reference
+        assert reference is not None
+        assert reference.tolist() == [[6.0, 7.0], [0.0, 1.0]]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,7 +17,15 @@ from src.data.preferences import PreferencePair
 from src.data.rounding import EXACT, FEW_SHAPES, Rounding, shared_size
 from src.data.sampling import BatchDataset
 from src.losses import IGNORED_TARGET
-from src.training.objectives import Objective, PreferenceObjective, SFTObjective, counted_positions, outcome_of
+from src.training.objectives import (
+    DPOObjective,
+    Objective,
+    PreferenceObjective,
+    SFTObjective,
+    SimPOObjective,
+    counted_positions,
+    outcome_of,
+)
 
 IGN = IGNORED_TARGET
 DOCUMENTS = [np.array([1, 2, 3, 4]), np.array([5, 6])]
@@ -131,6 +141,14 @@ def test_neither_loss_nor_gradients_change(make: object, sizes: tuple[int, ...])
 def test_neither_loss_nor_gradients_of_pairs_change(form: PairForm) -> None:
     batches = [preference_batch(form, PAIRS, rounding) for rounding in (EXACT, FEW_SHAPES)]
     assert_same_loss_and_gradients(PreferenceObjective(0.4, 0), batches)
+
+
+@pytest.mark.parametrize("objective", [DPOObjective(0.1), SimPOObjective(2.0, 1.0)], ids=["dpo", "simpo"])
+@pytest.mark.parametrize("form", [PairForm.SHARED_PROMPT, PairForm.TWO_ROWS])
+def test_neither_loss_nor_gradients_of_comparisons_change(form: PairForm, objective: Objective) -> None:
+    reference = torch.tensor([[-15.0, -20.0], [-10.0, -7.0], [-80.0, -12.0]], dtype=torch.float64)
+    batches = [preference_batch(form, PAIRS[:3], rounding) for rounding in (EXACT, FEW_SHAPES)]
+    assert_same_loss_and_gradients(objective, [replace(batch, reference=reference) for batch in batches])
 
 
 def test_batches_of_about_one_size_get_one_shape() -> None:

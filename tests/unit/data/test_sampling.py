@@ -287,3 +287,23 @@ class TestPlan:
         assert both.describe(both[0]).endswith(" and 4 more of data")
         windows = dataset(SHARED, "get", 5)
         assert windows.describe(windows[0]) == "tokens 0 and following of data"
+
+
+class TestTheOrderOfTheFile:
+    """Without a seed."""
+
+    @pytest.mark.parametrize("mode", ["pad", "only"])
+    def test_every_pass_begins_at_the_first_document(self, mode):
+        data = dataset(numbered([3, 5, 2, 7, 4]), mode, 8, micro_bsz=1 if mode == "only" else 2, seed=None)
+        seen = [[index for batch in epoch_of(data, number) for index in batch.sample_indices] for number in (0, 1)]
+        assert seen == [[0, 1, 2, 3, 4]] * 2
+
+    def test_packed_rows_follow_it_as_far_as_they_fill(self):
+        data = dataset(numbered([6, 6, 11, 3, 9]), "pack", 10, seed=None)
+        rows = [batch.sample_indices for batch in one_pass(data)]
+        assert rows == [(0, 1), (2,), (3, 4)]
+        assert [batch.sample_indices for batch in epoch_of(data, 1)] == rows
+
+    def test_ranks_take_turns(self):
+        halves = [dataset(numbered([3] * 6), "pad", 8, seed=None, rank=rank, world_size=2) for rank in (0, 1)]
+        assert [[batch.sample_indices[0] for batch in epoch_of(half, 0)] for half in halves] == [[0, 2, 4], [1, 3, 5]]

@@ -2,12 +2,13 @@
 
 import json
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from src.data.sources import open_documents
-from src.data.text import WORLD_CHAT, Findings, Part
+from src.data.text import WORLD_CHAT, Findings, Part, read_jsonl
 from src.errors import DataError
 from src.tokenizer import ByteTokenizer, WorldTokenizer
 
@@ -324,3 +325,41 @@ def test_generated_data_are_the_same_every_time(vocab_size):
 def test_generated_data_need_a_vocabulary():
     with pytest.raises(DataError, match="at least 3 entries, not 2"):
         open_documents("dummy", "", 2, ctx_len=8)
+
+
+class TestNamedFields:
+    LINES = "".join(f'{{"q": "Why {n}?", "a": "For {n}.", "text": "other"}}\n\n' for n in range(4))
+
+    def test_question_and_answer_by_name(self, tmp_path: Path) -> None:
+        path = tmp_path / "named.jsonl"
+        path.write_text(self.LINES, encoding="utf-8")
+        documents = read_jsonl(str(path), ByteTokenizer(), 257, fields=("q", "a"))
+        plain = tmp_path / "plain.jsonl"
+        plain.write_text(self.LINES.replace('"q"', '"prompt"').replace('"a"', '"response"'), encoding="utf-8")
+        expected = read_jsonl(str(plain), ByteTokenizer(), 257)
+        assert np.array_equal(documents.stream, expected.stream)
+        assert np.array_equal(documents.stream_counted, expected.stream_counted)
+
+    def test_some_of_the_lines(self, tmp_path: Path) -> None:
+        path = tmp_path / "named.jsonl"
+        path.write_text(self.LINES, encoding="utf-8")
+        made = read_jsonl(str(path), ByteTokenizer(), 257, fields=("q", "a"), part=slice(1, 3))
+        assert made.numbers.tolist() == [3, 5]
+        assert len(read_jsonl(str(path), ByteTokenizer(), 257, part=slice(None, 100))) == 4
+        with pytest.raises(DataError):
+            read_jsonl(str(path), ByteTokenizer(), 257, part=slice(9, None))
+
+    @pytest.mark.parametrize(
+        ("line", "reason"),
+        [
+            ('{"q": "a"}', "its keys are 'q', and --sft_field names 'a'"),
+            ('{"q": 1, "a": "b"}', '"q" is a number, expected a string'),
+            ('{"q": "x", "a": " "}', '"a" is empty'),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, line: str, reason: str, tmp_path: Path) -> None:
+        path = tmp_path / "named.jsonl"
+        path.write_text(line, encoding="utf-8")
+        with pytest.raises(DataError, match="line 1") as refused:
+            read_jsonl(str(path), ByteTokenizer(), 257, fields=("q", "a"))
+        assert reason in str(refused.value)

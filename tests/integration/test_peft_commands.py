@@ -1,0 +1,106 @@
+"""The command lines of RWKV-PEFT, word for word: what they are understood as, and that they run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import tiny_checkpoint
+from original_commands import replaced, words
+from peft_commands import COMMANDS, PRETRAIN
+from running import metrics, run_script, write_documents
+
+from src.cli import given_train_flags
+from src.config import TrainConfig, translated
+
+COMMON = {
+    "vocab_size": 65536, "ctx_len": 512, "epoch_steps": 1000, "epoch_count": 1, "micro_bsz": 8, "n_layer": 32,
+    "n_embd": 2560, "lr_init": 2e-5, "lr_final": 2e-5, "warmup_steps": 0, "adam_eps": 1e-8, "accelerator": "gpu",
+    "precision": "bf16", "strategy": "deepspeed_stage_1", "grad_cp": 1, "dataload": "pad", "quant": 0, "optim": "none",
+    "data_type": "binidx", "lr_schedule": "exp", "data_shuffle": 1, "parts": ("time", "ln"), "trains_states": False,
+}  # fmt: skip
+STATES = {
+    "method": "states", "trains_states": True, "micro_bsz": 2, "epoch_steps": 800, "epoch_count": 10, "lr_init": 1.0,
+    "lr_final": 0.01, "warmup_steps": 10, "n_layer": 24, "n_embd": 2048, "parts": (),
+}  # fmt: skip
+LORA = {"method": "lora", "adapter_r": 32, "lora_alpha": 32.0, "lora_dropout": 0.0}
+EXPECTED: dict[str, dict[str, object]] = {
+    "lora": LORA,
+    "lora, packed": {**LORA, "quant": 1, "quant_type": "nf4"},
+    "pissa": {"method": "pissa", "adapter_r": 32, "svd_niter": 4},
+    "bone of the seed": {"method": "bat", "adapter_r": 64},
+    "bone of December 2024": {
+        "method": "bone", "adapter_r": 64, "data_shuffle": 0, "wandb": "peft-loss", "ctx_len": 1024, "epoch_steps": 200,
+    },
+    "states": STATES,
+    "states, packed": {**STATES, "quant": 1, "quant_type": "int8"},
+    "pretraining": {
+        "method": "full", "data_type": "jsonl", "answer_fields": ("query", "response"), "lr_init": 3e-4,
+        "lines_used": slice(None, 1000), "lr_final": 1e-4, "load_model": "", "parts": (),
+    },
+    "parts in brackets": LORA,
+    "no parts": {**LORA, "parts": ()},
+}  # fmt: skip
+PADDING = "--loss_mask pad has no effect: padding never counts"
+FLA = "--fla has no effect: the operator is chosen by the device"
+STATE = "--train_type state is --train_type states"
+THEIRS = "--train_type state is RWKV-PEFT's spelling: unquantised without --quant, as there"
+NOTES: dict[str, list[str]] = {
+    "lora, packed": [PADDING, "--quant nf4 is --quant 1 --quant_type nf4"],
+    "states": [FLA, PADDING, STATE, THEIRS],
+    "states, packed": [FLA, PADDING, STATE, "--quant int8 is --quant 1 --quant_type int8"],
+    "pretraining": [
+        PADDING,
+        "--data_type sft is --data_type jsonl, written as chats of World models",
+        "--data_type sft is RWKV-PEFT's spelling: unquantised without --quant, as there",
+        "--data_type sft without --peft and --train_type trains every weight, as there",
+    ],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_what_it_is_understood_as(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("P").touch()
+    given = given_train_flags(words(COMMANDS[name]))
+    made = TrainConfig.from_flags(given)
+    wanted = {**COMMON, **EXPECTED[name]}
+    assert {key: getattr(made, key) for key in wanted} == wanted
+    assert sorted(translated(given).notes) == sorted(NOTES.get(name, [PADDING]))
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a World-vocabulary model of two layers, a binidx, and questions with their answers."""
+    folder = tmp_path_factory.mktemp("workplace")
+    tiny_checkpoint(folder / "base.pth", n_embd=64, dim_ffn=256, vocab_size=65536, dtype=torch.bfloat16)
+    write_documents(folder / "data", [700, 54, 50, 20, 90, 33, 12, 25, 61], vocab_size=65536, dtype=np.int32)
+    lines = [{"query": f"What comes after {n}?", "response": f"After {n} comes {n + 1}."} for n in range(20)]
+    (folder / "data.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_it_runs(name: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With other paths, sizes and accelerator, and two steps of an epoch."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    sizes = {"n_layer": "2", "n_embd": "64", "epoch_steps": "2", "epoch_count": "1", "accelerator": "cpu"}
+    arguments = words(COMMANDS[name])
+    if COMMANDS[name] == PRETRAIN:
+        pytest.importorskip("pyrwkv_tokenizer")
+        paths = {"data_file": str(workplace / "data.jsonl")}
+    else:
+        paths = {"load_model": str(workplace / "base.pth"), "data_file": str(workplace / "data")}
+    ended = run_script("train.py", *replaced(arguments, proj_dir=str(tmp_path), **paths, **sizes))
+    assert ended.code == 0, ended.err
+    for note in NOTES.get(name, [PADDING]):
+        assert f"note: {note}\n" in ended.out
+    assert len(metrics(tmp_path)) == 2
+    written = torch.load(tmp_path / "rwkv-final.pth", weights_only=True)
+    endings = {"lora_A", "lora_B"} if "lora" in name or "parts" in name else set()
+    found = {key.rpartition(".")[2] for key in written}
+    assert endings <= found
+    assert (found == {"time_state"}) == ("states" in name)
