@@ -95,6 +95,7 @@ class OptimizerMoments:
             return {name: dict(self._optimizer.state[p]) for name, p in self._named.items()}
         from deepspeed.utils import safe_get_full_optimizer_state
 
+        self._link()
         flat = next(iter(self._optimizer.optimizer.state.values()))
         shared = {key: value for key, value in flat.items() if not _is_moment(value)}
         keys = sorted(flat.keys() - shared.keys())
@@ -129,11 +130,19 @@ class OptimizerMoments:
                 else:
                     where = flat.device if group.get("fused") or group.get("capturable") else "cpu"
                     inner.state[flat][key] = torch.tensor(float(value), device=where)
-        self._optimizer._lazy_init_hp_params_optimizer_state()  # what the engine does in its first step
+        self._link()
         for name, parameter in self._named.items():
             for key, value in state[name].items():
                 if _is_moment(value):
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+
+    def _link(self) -> None:
+        """Tells DeepSpeed where each tensor's moments lie, which it does itself after its first step of one group."""
+        from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
+
+        groups = zip(self._optimizer.bit16_groups, self._optimizer.single_partition_of_fp32_groups, strict=True)
+        for parameters, flat in groups:
+            lazy_init_hp_params_optimizer_state(parameters, flat, self._optimizer.optimizer.state)
 
 
 def _is_moment(value: Any) -> bool:

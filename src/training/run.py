@@ -410,7 +410,7 @@ def fit(
     # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
     callbacks: list[pl.Callback] = [control, monitor, saver, AtEnd(end), stopper]
     if session and can_be_resumed(config, hardware.strategy):
-        draws = bool(config.dropout) and config.devices * config.num_nodes == 1
+        draws = bool(config.dropout or config.lora_dropout) and config.devices * config.num_nodes == 1
         total_steps = epochs * steps_per_epoch
         callbacks.append(RunSaver(session, parts, stopper, start, steps_per_epoch, total_steps, remembers_random=draws))
         if start.steps and is_complete(start.steps):

@@ -1,13 +1,12 @@
 """Two GPUs of one machine against one that accumulates: the same steps, each rank with packed weights of its own."""
 
+import signal
 from pathlib import Path
 
 import pytest
 import torch
-from factories import tiny_checkpoint, tiny_shape
-from running import metrics, started, write_documents
-
-from src.checkpoint import load_state
+from factories import tiny_checkpoint
+from running import files_in, metrics, started, wait_until, write_documents
 
 pytest.importorskip("deepspeed")
 pytestmark = [
@@ -15,27 +14,40 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
 ]
 
-
-def run(folder: Path, *words: object) -> tuple[torch.Tensor, list[dict[str, float]], str]:
-    """State, logged lines and output of a run in processes of its own."""
-    base = folder / "base.pth"
-    with started(
-        "train.py", "--load_model", base, "--data_file", folder / "documents", "--dataload", "pad", "--micro_bsz", 2,
-        "--epoch_count", 3, "--lr_init", 0.1, "--strategy", "deepspeed_stage_1", *words,
-    ) as process:  # fmt: skip
-        out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    results = folder / str(words[words.index("--proj_dir") + 1])
-    shape = tiny_shape(n_layer=3, n_embd=128, head_size=64)
-    state = torch.cat([tensor.float().flatten() for tensor in load_state(results / "rwkv-final.pth", shape).values()])
-    return state, metrics(results), out
+METHODS: dict[str, tuple[object, ...]] = {
+    "states": ("--lr_init", 0.1),
+    "lora": ("--peft", "lora", "--lr_init", 1e-3, "--lr_final", 1e-3, "--quant", 1),
+}
 
 
-def test_two_devices_take_the_steps_of_one_that_accumulates(tmp_path: Path) -> None:
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    """A folder with a base model and documents."""
     tiny_checkpoint(tmp_path / "base.pth", n_layer=3, n_embd=128, head_size=64, dtype=torch.bfloat16)
     write_documents(tmp_path / "documents", [200, 33, 64, 129, 16, 90, 70, 120])
-    one, one_lines, _ = run(tmp_path, "--proj_dir", tmp_path / "one", "--accumulate_grad_batches", 2)
-    two, two_lines, out = run(tmp_path, "--proj_dir", tmp_path / "two", "--devices", 2)
+    return tmp_path
+
+
+def words_of(files: Path, method: str, *words: object) -> list[object]:
+    return [
+        *("--load_model", files / "base.pth", "--data_file", files / "documents", "--dataload", "pad"),
+        *("--micro_bsz", 2, "--strategy", "deepspeed_stage_1", *METHODS[method], *words),
+    ]
+
+
+def run(files: Path, name: str, method: str, *words: object) -> tuple[torch.Tensor, list[dict[str, float]], str]:
+    """What was trained, logged lines and output of a run in processes of its own."""
+    with started("train.py", *words_of(files, method, "--proj_dir", files / name, *words)) as process:
+        out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    tensors = torch.load(files / name / "rwkv-final.pth", weights_only=True)
+    return torch.cat([tensor.float().flatten() for tensor in tensors.values()]), metrics(files / name), out
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_two_devices_take_the_steps_of_one_that_accumulates(method: str, files: Path) -> None:
+    one, one_lines, _ = run(files, "one", method, "--epoch_count", 3, "--accumulate_grad_batches", 2)
+    two, two_lines, out = run(files, "two", method, "--epoch_count", 3, "--devices", 2)
     assert [line["lr"] for line in two_lines] == [line["lr"] for line in one_lines]
     for name in ("loss", "grad_norm"):
         values, expected = ([line[name] for line in lines] for lines in (two_lines, one_lines))
@@ -44,3 +56,26 @@ def test_two_devices_take_the_steps_of_one_that_accumulates(tmp_path: Path) -> N
     # Gradients that differ by 1e-6 move these states by 0.3 % (bf16, on a CPU); other samples would by 40 %.
     assert (two - one).norm() < 0.03 * one.norm()
     assert out.count("results    ") == 1, "only one rank prints"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_goes_on_with_both(method: str, files: Path) -> None:
+    length = ("--epoch_count", 60, "--epoch_save", 0, "--devices", 2)
+    _, whole, _ = run(files, "whole", method, *length)
+    folder = files / "parts"
+    with started("train.py", *words_of(files, method, "--proj_dir", folder, *length)) as process:
+        wait_until(lambda: len(metrics(folder)) >= 40 or process.poll() is not None, seconds=300)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert "stopped by SIGINT" in out
+    assert len(metrics(folder)) < len(whole)
+    with started("train.py", "--proj_dir", folder, "--resume", 1) as process:
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    parts = metrics(folder)
+    assert [line["lr"] for line in parts] == [line["lr"] for line in whole]
+    assert [line["tokens"] for line in parts] == [line["tokens"] for line in whole]
+    losses, expected = ([line["loss"] for line in lines] for lines in (parts, whole))
+    assert losses == pytest.approx(expected, rel=5e-2)
+    assert files_in(folder) == files_in(files / "whole")

@@ -21,6 +21,8 @@ from src.checkpoint import load_state
 pytest.importorskip("deepspeed")
 
 FLAGS = {"quant": 1, "dataload": "pad", "micro_bsz": 2, "epoch_count": 3, "lr_init": 0.1, "precision": "fp32"}
+LORA = {"peft": "lora", "lora_r": 8, "lr_init": 1e-3, "lr_final": 1e-3}
+"""Its tensors are of groups with rates of their own."""
 SIZES = {"n_layer": 3, "n_embd": 32, "head_size": 8}
 
 
@@ -75,13 +77,15 @@ def test_two_processes_take_the_steps_of_one_that_accumulates(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["deepspeed_stage_1", "deepspeed_stage_2"])
-def test_a_run_of_two_goes_on_with_two_and_with_one(strategy: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("strategy", "flags"), [("deepspeed_stage_1", {}), ("deepspeed_stage_2", {}), ("deepspeed_stage_1", LORA)]
+)
+def test_a_run_of_two_goes_on_with_two_and_with_one(strategy: str, flags: dict[str, object], tmp_path: Path) -> None:
     """With as many the same bits, with another number within the rounding of sums in another order."""
     base = tmp_path / "base.pth"
     tiny_checkpoint(base, **SIZES)
     documents = write_documents(tmp_path / "documents", [100, 17, 32, 64, 8, 45, 35, 60])
-    given = {"load_model": base, "data_file": documents, "strategy": strategy, **FLAGS}
+    given = {"load_model": base, "data_file": documents, "strategy": strategy, **FLAGS, **flags}
     train_together(tmp_path / "whole", **given)
     train_together(tmp_path / "two", my_exit=0, **given)
     shutil.copytree(tmp_path / "two", tmp_path / "one")
