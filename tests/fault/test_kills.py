@@ -21,7 +21,7 @@ from factories import tiny_checkpoint
 from running import ROOT, metrics, run_script, train, wait_until, write_documents
 
 TIMES = 3
-"""How often each disturbance is tried. 30 kills and 10 of every other kind were tried when this was written."""
+"""How often each disturbance is tried."""
 
 STEPS = 90
 FLAGS = {

@@ -66,8 +66,8 @@ def bundled(path: Path) -> Callable[[Path, pytest.FixtureRequest], Path]:
 
 SOURCES = [
     pytest.param(random_model, id="random"),
-    pytest.param(trained_model, id="trained"),
-    *(pytest.param(bundled(path), id=path.stem) for path in BUNDLED_MODELS),
+    pytest.param(trained_model, id="trained", marks=pytest.mark.slow),
+    *(pytest.param(bundled(path), id=path.stem, marks=pytest.mark.slow) for path in BUNDLED_MODELS),
 ]
 
 

@@ -37,6 +37,7 @@ def texts(name: str) -> list[str]:
     return [json.loads(line)["text"] for line in (BUNDLE / name).read_text(encoding="utf-8").splitlines()]
 
 
+@pytest.mark.slow
 def test_text_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     """From another folder: the bundle is found, held-out loss falls, and nothing is written but the results."""
     flags = ["--demo", "sft", "--epoch_steps", "4", "--accelerator", "cpu", "--proj_dir", "results"]

@@ -134,7 +134,11 @@ def test_a_file_that_may_not_grow_so_large_leaves_nothing(inputs: Path) -> None:
 
 @pytest.mark.parametrize(
     ("number", "code", "leftovers"),
-    [(signal.SIGINT, 130, 0), (signal.SIGTERM, 143, 0), (signal.SIGKILL, -9, 1)],
+    [
+        pytest.param(signal.SIGINT, 130, 0, marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, 143, 0, marks=pytest.mark.slow),
+        (signal.SIGKILL, -9, 1),
+    ],
     ids=["SIGINT", "SIGTERM", "SIGKILL"],
 )
 def test_an_ended_merge_leaves_the_output_as_it_was(
@@ -170,6 +174,7 @@ def test_an_ended_merge_leaves_the_output_as_it_was(
     assert load_state(inputs / "merged.pth", tiny_shape())
 
 
+@pytest.mark.slow
 def test_the_real_model_is_merged(tmp_path: Path, real_inputs: Path) -> None:
     base = real_inputs / "tiny-rwkv6-3m-utf16.pth"
     shape = open_checkpoint(base).info.shape

@@ -76,6 +76,7 @@ def test_sft_runs(workplace: Path) -> None:
     check_sft_runs(workplace)
 
 
+@pytest.mark.slow
 def test_sft_runs_on_the_originals_sample(workplace: Path, real_inputs: Path) -> None:
     for suffix in (".bin", ".idx"):
         shutil.copy(real_inputs / f"default_text_document{suffix}", workplace / "dataset" / f"dataset{suffix}")

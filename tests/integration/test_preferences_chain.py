@@ -73,7 +73,9 @@ def finished(files: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[End
     return run(folder, files, val_file=files / "pairs.save", epoch_steps=10, data_file="elsewhere"), folder
 
 
-@pytest.mark.parametrize("peft", ["lora", "pissa", "bone", "bat"])
+@pytest.mark.parametrize(
+    "peft", ["lora", *(pytest.param(name, marks=pytest.mark.slow) for name in ("pissa", "bone", "bat"))]
+)
 def test_adapters_learn_preferences_too(peft: str, files: Path, tmp_path: Path) -> None:
     sizes = {"lora_r": 8} if peft == "lora" else {"pissa_r": 8} if peft == "pissa" else {"bone_r": 8}
     flags = {"peft": peft, "lr_init": 1e-2, "lr_final": 1e-2, "warmup_steps": 0, "epoch_steps": 10, **sizes}
@@ -324,6 +326,7 @@ def style_pairs(folder: Path) -> list[PreferencePair]:
     return pairs
 
 
+@pytest.mark.slow
 def test_a_trained_model_learns_to_prefer_a_style(real_inputs: Path, tmp_path: Path) -> None:
     """Measured with torch 2.13 on a CPU: accuracy 28 % before, 94 % after; margin -0.04, +0.29."""
     pairs = style_pairs(real_inputs)

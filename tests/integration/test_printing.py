@@ -14,7 +14,7 @@ NAMES = ["モデル", os.fsdecode(b"caf\xe9")]
 """A name that ASCII lacks, and one that is no UTF-8."""
 
 
-@pytest.fixture(params=NAMES, ids=["japanese", "latin-1"])
+@pytest.fixture(params=[NAMES[0], pytest.param(NAMES[1], marks=pytest.mark.slow)], ids=["japanese", "latin-1"])
 def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A folder of such a name with every script's inputs."""
     folder = tmp_path / request.param
@@ -27,7 +27,7 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+@pytest.mark.parametrize("encoding", ["ascii", pytest.param("utf-8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", ["train", "merge_state", "PrepareOrpoDataset", "rlhf_generate_reject"])
 def test_a_script_prints_what_it_can(script: str, encoding: str, folder: Path) -> None:
     base, state = folder / f"{folder.name}.pth", folder / "state.pth"

@@ -105,7 +105,11 @@ KINDS: dict[str, dict[str, object]] = {
 
 
 class TestSameBits:
-    @pytest.mark.parametrize("step", [1, 5, 8], ids=["first step", "an epoch's end or inside", "inside an epoch"])
+    @pytest.mark.parametrize(
+        "step",
+        [pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 8],
+        ids=["first step", "an epoch's end or inside", "inside an epoch"],
+    )
     @pytest.mark.parametrize("kind", KINDS)
     def test_sft(self, kind: str, step: int, base: Path, data: Path, tmp_path: Path) -> None:
         flags = {"load_model": base, "data_file": data, "epoch_steps": 5, "epoch_count": 3, **KINDS[kind]}

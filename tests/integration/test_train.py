@@ -504,6 +504,7 @@ class TestOutside:
         )  # fmt: skip
         assert ended.err.count("does not answer") == 1
 
+    @pytest.mark.slow
     def test_wandb_without_an_account_or_network_goes_on_offline(
         self, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

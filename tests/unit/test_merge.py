@@ -28,6 +28,7 @@ ROUNDING = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.bfloat16, torc
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["states", "lora", "pissa", "bone", "bat"])
 def test_host_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
     """All weights are read, then merged; a thread watches the memory that belongs to no file."""
