@@ -87,6 +87,8 @@ def _translate_quantisation(given: Given, made: Translation) -> None:
             made.problems.append(f"--quant {text} and --quant_type {given['quant_type']} name two types: leave one out")
         made.given |= {"quant": "1", "quant_type": text}
         made.notes.append(f"--quant {text} is --quant 1 --quant_type {text}")
+    elif given.get("resume") == "1":
+        return  # the flags not given are those that the run was begun with
     elif not {"quant", "quant_type"} & given.keys() and given.get("peft", "none") == "none":
         theirs = _own_spelling(given)
         if theirs:

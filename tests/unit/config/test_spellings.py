@@ -86,6 +86,10 @@ class TestQuantisation:
         said = any("unquantised without --quant, as there" in note for note in notes(**flags))
         assert said == (quant == 0 and "peft" not in flags)
 
+    def test_a_run_that_goes_on_stays_what_it_was(self) -> None:
+        assert config(resume="1", loss_mask="pad").quant == 1
+        assert config(resume="1", loss_mask="pad", quant="0").quant == 0
+
 
 class TestWhatIsTrained:
     def test_states(self) -> None:
