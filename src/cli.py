@@ -78,7 +78,8 @@ def given_train_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
     """
     parser = SuggestingParser(
         prog="train.py",
-        description="Tunes the initial state of an RWKV-6 model. Without any flag it runs the bundled demonstration.",
+        description="Trains the initial state, adapters or weights of an RWKV-6 model. Without any flag it runs the "
+        "bundled demonstration.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return _given(parser, TrainConfig, arguments)

@@ -134,5 +134,8 @@ class TestStopper:
 
 
 def test_a_request_to_save_ends_nothing() -> None:
+    before = signal.getsignal(signal.SIGUSR1)
     with unharmed_by_save_requests():
+        assert signal.getsignal(signal.SIGUSR1) != signal.SIG_DFL  # which would end this process
         os.kill(os.getpid(), signal.SIGUSR1)
+    assert signal.getsignal(signal.SIGUSR1) == before

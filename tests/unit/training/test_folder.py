@@ -63,6 +63,9 @@ class TestResults:
         for name in ("metrics.jsonl", "train_log.txt", "rwkv-last-good.pth", "rwkv-mine.pth", "base.pth"):
             (tmp_path / name).touch()
         refuse_results(tmp_path)
+        (tmp_path / "rwkv-0.pth").touch()
+        with pytest.raises(ConfigError, match=r"\(rwkv-0\.pth\)"):
+            refuse_results(tmp_path)
 
     def test_only_what_this_program_writes_is_removed(self, tmp_path: Path) -> None:
         left = [".rwkv-3.pth.0123abcd.unfinished", ".rwkv-resume.pth.0123abcd-old.unfinished"]
