@@ -76,7 +76,12 @@ def main() -> None:
         writer.wait()
         (folder / "norms.json").write_text(json.dumps(norms), encoding="utf-8")
         torch.save({name: state.float() for name, state in state_tensors(model).items()}, folder / "states.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main()
+    # Threads of gloo and of its store that still run while an interpreter takes itself down can abort the process.
+    sys.stderr.flush()
+    os._exit(0)
