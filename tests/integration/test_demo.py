@@ -82,6 +82,7 @@ def test_text_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert (state, merged) == ("results/rwkv-final.pth", "results/merged.pth")
 
 
+@pytest.mark.slow
 def test_preference_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """CSV, rejects, pairs and training in one go; what an earlier start left is made anew."""
     monkeypatch.setattr(demo, "REJECT_FLAGS", {**demo.REJECT_FLAGS, "max_tokens": "30"})
