@@ -4,9 +4,13 @@ from src.cli import given_train_flags
 from src.errors import exit_on_user_error
 
 
-def main() -> None:
+def main() -> int | None:
     """Flags -> configuration -> run. Without any flag: the bundled demonstration."""
     given = given_train_flags()
+    if given.get("doctor") == "1":
+        from src.commands.doctor import run_doctor
+
+        return run_doctor(given)
     from src.config import TrainConfig, translated
 
     if given.get("resume") == "1" and "demo" not in given:
@@ -22,10 +26,11 @@ def main() -> None:
         from src.commands.demo import run_demo
 
         run_demo(given)
-        return
+        return None
     from src.training.run import train
 
     train(config)
+    return None
 
 
 if __name__ == "__main__":
