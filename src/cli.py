@@ -6,11 +6,12 @@ import argparse
 import dataclasses
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from src.config import MergeConfig, TrainConfig
 from src.config.flags import BY_METHOD, Flags, shortened, shown_number
+from src.config.run_file import read_flags
 from src.config.synonyms import meant_by
 from src.errors import ConfigError
 
@@ -42,7 +43,7 @@ class SuggestingParser(argparse.ArgumentParser):
                 for before, text in zip(["", *unknown], unknown, strict=False)
                 if (text.startswith("-") and not _NUMBER.fullmatch(text)) or not before.startswith("-") or "=" in before
             ]
-            raise ConfigError("; ".join(self._complaint(text) for text in stray))
+            raise ConfigError("; ".join(self.complaint(text) for text in stray))
         return known
 
     def parse_words(self, args: Sequence[str] | None, words: Sequence[str]) -> argparse.Namespace:
@@ -60,18 +61,24 @@ class SuggestingParser(argparse.ArgumentParser):
             setattr(known, name, text)
         return known
 
-    def _complaint(self, text: str) -> str:
+    @property
+    def flags(self) -> Collection[str]:
+        """All flags there are, with their dashes."""
+        return self._option_string_actions
+
+    def complaint(self, text: str) -> str:
+        """What is wrong with a text on the command line that is no flag, as a sentence."""
         if not text.startswith("-"):
             return f"{shortened(text)!r} belongs to no flag"
         name = shortened(text.split("=")[0])
-        if known := meant_by(name, self._option_string_actions):
+        if known := meant_by(name, self.flags):
             return f"unknown flag {name}: {f'use {known}' if known.startswith('--') else known}"
-        near = difflib.get_close_matches(name, list(self._option_string_actions), n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name, list(self.flags), n=1, cutoff=0.5)
         return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else f"; see {self.prog} -h")
 
 
 def given_train_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
-    """The flags on train.py's command line as texts, only those given.
+    """The flags on train.py's command line, and behind them those of `--config`, as texts; only those given.
 
     Raises:
         ConfigError: for unknown flags or missing values.
@@ -82,7 +89,13 @@ def given_train_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
         "bundled demonstration.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    return _given(parser, TrainConfig, arguments)
+    given = _given(parser, TrainConfig, arguments)
+    if not given.get("config"):
+        return given
+    of_file = read_flags(given["config"])
+    if unknown := [name for name in of_file if f"--{name}" not in parser.flags]:
+        raise ConfigError("; ".join(f"--config {given['config']}: {parser.complaint(f'--{name}')}" for name in unknown))
+    return {**of_file, **given}
 
 
 def given_flags(config_class: type[Flags], prog: str, description: str) -> dict[str, str]:

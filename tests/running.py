@@ -31,7 +31,13 @@ ROOT = Path(__file__).resolve().parents[1]
 def left_by_run(*checkpoints: str) -> set[str]:
     """Names of what a finished run leaves that wrote these `rwkv-{epoch}.pth`; a JSON file stands beside each."""
     written = {"rwkv-final.pth", *checkpoints}
-    return {*written, *(name.replace(".pth", ".json") for name in written), "train_log.txt", "metrics.jsonl"}
+    return {
+        *written,
+        *(name.replace(".pth", ".json") for name in written),
+        "train_log.txt",
+        "metrics.jsonl",
+        "run.toml",
+    }
 
 
 @dataclass(frozen=True)

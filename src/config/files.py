@@ -15,6 +15,7 @@ _SPLIT = re.compile(r"train(?:\[(\d*):(\d*)\])?")
 class FileFlags(Flags, group="files"):
     """Files of a training run."""
 
+    config: str = flag("", "TOML file of flags, as each run leaves one (run.toml); others come before", path=INPUT)
     load_model: str = flag("", "base model, an RWKV-6 (x060) .pth", path=INPUT)
     load_state: str = flag("", "start from this state file instead of zeros", path=INPUT)
     proj_dir: str = flag("out", "folder for checkpoints and logs, created if missing", path=FOLDER)

@@ -16,6 +16,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import IO
 
+from src.config import run_file
 from src.errors import CheckpointError, ConfigError
 from src.storage import UNFINISHED, refuse_overlap
 
@@ -26,7 +27,7 @@ _RESULT = re.compile(r"rwkv-(\d+|final)\.pth")
 _WRITTEN = re.compile(r"rwkv-(\d+|final|init|last-good|resume|resume-previous)\.(?:pth|json)|init_pissa\.(?:pth|json)")
 _KEPT = re.compile(r"dpo-reference(?:-held-out)?\.pth")
 """What is compared before it is used, and so stays for the next run."""
-_LOGS = ("train_log.txt", "metrics.jsonl")
+_LOGS = ("train_log.txt", "metrics.jsonl", run_file.NAME)
 _LEFT = re.compile(rf"\.(?:{_WRITTEN.pattern}|{_KEPT.pattern})\.[0-9a-f]{{8}}(-old)?{re.escape(UNFINISHED)}")
 
 

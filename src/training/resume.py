@@ -42,7 +42,7 @@ FREE = {
 """Flags that may differ when a run goes on: they change nothing that is trained."""
 ROUNDING = {"accelerator", "strategy", "grad_cp", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps"}
 """Flags that may differ as well, but change the order of sums; steps and their batches must stay what they are."""
-_OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo"}
+_OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "doctor", "config"}
 _INPUTS = ("load_model", "data_file", "rlhf_train_file")
 
 
@@ -266,7 +266,12 @@ def values_of(config: TrainConfig, precision: str) -> dict[str, Any]:
         precision: that is computed in.
     """
     final = {**dataclasses.asdict(config), "precision": precision}
-    return {**final, "given": {k: str(v) for k, v in config.told_apart().items() if k not in _OF_THE_COMMAND}}
+    return {**final, "given": {name: str(value) for name, value in flags_of_run(config).items()}}
+
+
+def flags_of_run(config: TrainConfig) -> dict[str, str | int | float]:
+    """The flags that make this configuration when they are given, but for those of one command alone."""
+    return {name: value for name, value in config.told_apart().items() if name not in _OF_THE_COMMAND}
 
 
 def check_flags(config: TrainConfig, precision: str, figures: Mapping[str, int], saved: SavedRun) -> list[str]:

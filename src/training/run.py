@@ -16,9 +16,10 @@ from pathlib import Path
 import pytorch_lightning as pl
 import torch
 
+from src import storage
 from src.adapters.method import Method, method_of
 from src.checkpoint import Checkpoint, fresh_checkpoint, load_state, open_checkpoint, read_tensors, save_model
-from src.config import TrainConfig
+from src.config import TrainConfig, run_file
 from src.device import global_rank, spare_threads, without_memory
 from src.errors import ConfigError, TrainingError
 from src.identity import FileIdentity
@@ -53,6 +54,7 @@ from src.training.resume import (
     check_flags,
     command_to_go_on,
     fingerprints,
+    flags_of_run,
     saved_run,
     values_of,
 )
@@ -60,7 +62,7 @@ from src.training.unpacked import measure_unpacked
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
 GRADIENT_CLIP = 1.0
-INPUT_FLAGS = ("load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file")
+INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file")
 _SMALL_SHARE = 0.01
 
 
@@ -127,6 +129,7 @@ def _train(
         say(f"resuming   after step {saved.steps:,}, epoch {config.epoch_begin + start.epochs}, from {saved.path}")
     if global_rank() == 0:
         clean(folder, results=bool(config.overwrite), inputs=[getattr(config, flag) for flag in INPUT_FLAGS])
+        _write_flags(config, folder)
 
     identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
     origin = method.start(shape, folder, identity)
@@ -235,6 +238,16 @@ def _prepare_folder(config: TrainConfig) -> Path:
             f"--proj_dir {folder} cannot be written ({error.strerror}): choose another folder or free some space"
         ) from error
     return folder
+
+
+def _write_flags(config: TrainConfig, folder: Path) -> None:
+    """Leaves the flags of this run for `--config`."""
+    path = folder / run_file.NAME
+    try:
+        with storage.replacing(path) as file:
+            file.write(run_file.as_toml(flags_of_run(config)).encode())
+    except OSError as error:
+        _warn(f"{path} cannot be written ({error.strerror}); training goes on")
 
 
 def _check_room(folder: Path, needed_bytes: int) -> None:

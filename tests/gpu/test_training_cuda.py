@@ -319,7 +319,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(strategy: str, base: Pa
     assert ended.code == 2
     assert "Traceback" not in ended.err
     assert "the loss is not finite at step 4 (document 3 of " in ended.err
-    assert files_in(folder) == {"rwkv-last-good.pth", "rwkv-last-good.json", "train_log.txt", "metrics.jsonl"}
+    assert files_in(folder) == {
+        "rwkv-last-good.pth",
+        "rwkv-last-good.json",
+        "train_log.txt",
+        "metrics.jsonl",
+        "run.toml",
+    }
     assert len(metrics(folder)) == 3
     assert "the weights after step 2, which gave a finite loss and gradient" in ended.err
     assert all(state.isfinite().all() for state in load_state(folder / "rwkv-last-good.pth", SHAPE).values())

@@ -4,6 +4,7 @@ import json
 import re
 import signal
 import socket
+import sys
 import threading
 import urllib.request
 from collections.abc import Iterator
@@ -55,6 +56,19 @@ def finished(base: Path, data: Path, tmp_path_factory: pytest.TempPathFactory) -
     """One run of two epochs of three steps, and its folder."""
     folder = tmp_path_factory.mktemp("finished") / "new" / "folder"
     return train(folder, load_model=base, data_file=data, epoch_steps=3, epoch_count=2, val_file=data), folder
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python reads TOML from 3.11 on")
+def test_the_flags_a_run_leaves_train_so_once_more(finished: tuple[Ended, Path], tmp_path: Path) -> None:
+    left = finished[1] / "run.toml"
+    ended = run_script("train.py", config=left, proj_dir=tmp_path / "again", accelerator="cpu")
+    assert ended.code == 0, ended.err
+    first, again = (states_in(folder / "rwkv-final.pth") for folder in (finished[1], tmp_path / "again"))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert left.read_text() == (tmp_path / "again" / "run.toml").read_text()
+    over = run_script("train.py", config=left, proj_dir=finished[1], overwrite=1)
+    assert over.code == 2
+    assert "would be written over" in over.err
 
 
 def states_in(path: Path) -> dict[str, Tensor]:
@@ -395,7 +409,7 @@ class TestStops:
         message = ended.err.splitlines()[-1]
         assert f"the loss is not finite at step {taken + 1} " in message
         assert re.search(r"\b3\b", message.partition("step")[2].partition(" ")[2])
-        logs = {"train_log.txt", "metrics.jsonl"}
+        logs = {"train_log.txt", "metrics.jsonl", "run.toml"}
         if not taken:
             assert "it is the first, so that what was loaded gives it" in message
             assert files_in(tmp_path / "out") == logs

@@ -3,6 +3,7 @@
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,26 @@ def refusal(*arguments: str) -> str:
 def test_only_given_flags_are_returned_as_texts() -> None:
     assert given_train_flags([]) == {}
     assert given_train_flags(["--ctx_len", "512", "--lr_init=1e-2"]) == {"ctx_len": "512", "lr_init": "1e-2"}
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python reads TOML from 3.11 on")
+class TestConfigFile:
+    def test_the_command_line_comes_first(self, tmp_path: Path) -> None:
+        path = tmp_path / "run.toml"
+        path.write_text('ctx_len = 256\nlr_init = 0.5\nload_model = "base.pth"\n')
+        given = given_train_flags(["--config", str(path), "--ctx_len", "512"])
+        assert given == {"config": str(path), "ctx_len": "512", "lr_init": "0.5", "load_model": "base.pth"}
+
+    @pytest.mark.parametrize(
+        ("key", "said"),
+        [("lr_inti", "unknown flag --lr_inti: did you mean --lr_init?"), ("epochs", "use --epoch_count")],
+    )
+    def test_unknown_keys_are_answered_like_flags(self, key: str, said: str, tmp_path: Path) -> None:
+        path = tmp_path / "run.toml"
+        path.write_text(f"{key} = 1\n")
+        message = refusal("--config", str(path))
+        assert message.startswith(f"--config {path}: ")
+        assert said in message
 
 
 def test_a_negative_number_is_a_value() -> None:

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[3]
 
 FLAGS = (
     # files
-    "load_model", "load_state", "proj_dir", "resume", "overwrite", "save_minutes", "data_file", "data_type",
+    "config", "load_model", "load_state", "proj_dir", "resume", "overwrite", "save_minutes", "data_file", "data_type",
     "val_file", "sft_field", "sft_split", "demo",
     "doctor",
     # model
