@@ -12,8 +12,12 @@ from src.errors import ConfigError
 pytestmark = pytest.mark.skipif(sys.version_info < (3, 11), reason="Python reads TOML from 3.11 on")
 
 WRITTEN: dict[str, str | int | float] = {
-    "load_model": 'a "quoted" \\ path\n雨\x7f.pth', "lr_init": 1e-05, "ctx_len": 512, "train_parts": "time,ln", "sft_field": "",
-}  # fmt: skip
+    "load_model": 'a "quoted" \\ path\n雨\x7f.pth',
+    "lr_init": 1e-05,
+    "ctx_len": 512,
+    "train_parts": "time,ln",
+    "sft_field": "",
+}
 
 
 def test_what_is_written_is_read(tmp_path: Path) -> None:
