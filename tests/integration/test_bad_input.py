@@ -467,7 +467,7 @@ class TestOwnProcess:
     ) -> None:
         monkeypatch.chdir(tmp_path)
         with started("train.py", *words) as process:
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=600)
         assert process.returncode == 2
         assert err.startswith(expected)
         assert len(err.splitlines()) == (1 if "problems" not in err else 5)

@@ -162,7 +162,7 @@ def test_an_ended_merge_leaves_the_output_as_it_was(
         assert process.stdout is not None
         assert process.stdout.readline() == "written\n"
         process.send_signal(number)
-        _, error_text = process.communicate(timeout=30)
+        _, error_text = process.communicate(timeout=600)
     assert process.returncode == code
     assert "Traceback" not in error_text
     assert (inputs / "merged.pth").read_bytes() == b"old"

@@ -448,7 +448,7 @@ class TestStops:
         with started("train.py", *flags) as process:
             wait_until(lambda: len(metrics(tmp_path)) >= 3 or process.poll() is not None, seconds=60)
             process.send_signal(number)
-            out, err = process.communicate(timeout=60)
+            out, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         assert "Traceback" not in err
         assert f"stopped by {number.name} after {len(metrics(tmp_path))} steps" in out
@@ -530,7 +530,7 @@ class TestOutside:
             *("--quant", 0, "--epoch_steps", 2, "--epoch_count", 1, "--wandb", "project"),
         ]
         with started("train.py", *words, environment=environment) as process:
-            _, err = process.communicate(timeout=100)
+            _, err = process.communicate(timeout=600)
         assert process.returncode == 0, err
         assert "logging offline" in err
         assert list((tmp_path / "out" / "wandb").glob("offline-run-*/*.wandb"))

@@ -50,7 +50,7 @@ def train_together(folder: Path, ranks: int = 2, **flags: object) -> None:
     ]
     try:
         # The first run on a machine also compiles DeepSpeed's shared-memory operator.
-        errors = [process.communicate(timeout=300)[1] for process in processes]
+        errors = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
             process.kill()
