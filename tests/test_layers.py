@@ -61,6 +61,8 @@ CLOSED_TO_TRAINING = (
     "src.ops.wkv6_cuda",
     "src.ops.wkv6_chunked",
     "src.ops.wkv6_reference",
+    "src.ops.wkv7",
+    "src.ops.wkv7_reference",
 )
 """What training asks the model for instead of importing it."""
 

@@ -4,18 +4,18 @@ Shapes: B batch, T tokens, H heads, N head size, S packed sequences. The state i
 checkpoints.
 """
 
-from itertools import pairwise
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from src.errors import KernelError
+from src.ops.sequences import check_devices, check_state, check_tokens, lengths_of, run_branching, start_states
 from src.ops.wkv6_chunked import wkv6_chunked
 from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available, wkv6_branching_cuda, wkv6_cuda
 from src.ops.wkv6_reference import wkv6_reference
 
 BACKENDS = ("reference", "chunked", "cuda")
-TOKEN_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
 def wkv6(
@@ -74,10 +74,9 @@ def wkv6(
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)} or None")
 
-    lengths = None if cu_seqlens is None else _lengths(cu_seqlens, r.shape[1])
-    starts = state.expand(sequences, *state.shape) if state.dim() == 3 else state
+    lengths = None if cu_seqlens is None else lengths_of(cu_seqlens, r.shape[1])
     run = wkv6_chunked if backend == "chunked" else wkv6_reference
-    return run(r, k, v, w_raw, u, starts, lengths)
+    return run(r, k, v, w_raw, u, start_states(state, sequences), lengths)
 
 
 def wkv6_branching(
@@ -112,20 +111,8 @@ def wkv6_branching(
     """
     if 0 < root_tokens < r.shape[1] and _takes_kernel(r):
         return wkv6_branching_cuda(r, k, v, w_raw, u, state, root_borders, child_borders, parents, root_tokens)
-    # Split, not sliced: the backward of two slices writes every gradient twice, into zeros, and adds.
-    sizes = (root_tokens, r.shape[1] - root_tokens)
-    (r, r_children), (k, k_children) = r.split(sizes, dim=1), k.split(sizes, dim=1)
-    (v, v_children), (w_raw, w_children) = v.split(sizes, dim=1), w_raw.split(sizes, dim=1)
-    outputs: list[Tensor] = []
-    final = state.expand(root_borders.shape[0] - 1, *state.shape[-3:])
-    if root_tokens:
-        y, final = wkv6(r, k, v, w_raw, u, state, root_borders)
-        outputs.append(y)
-    if sizes[1]:
-        starts = final.index_select(0, parents)
-        y, _ = wkv6(r_children, k_children, v_children, w_children, u, starts, child_borders)
-        outputs.append(y)
-    return torch.cat(outputs, dim=1), final
+    tokens = {"r": r, "k": k, "v": v, "w_raw": w_raw}
+    return run_branching(partial(wkv6, u=u), tokens, state, root_borders, child_borders, parents, root_tokens)
 
 
 def _takes_kernel(r: Tensor) -> bool:
@@ -137,50 +124,11 @@ def _check_arguments(
     r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor, cu_seqlens: Tensor | None
 ) -> int:
     """Raises ValueError naming the first argument that does not fit; returns the number of sequences."""
-    if r.dim() != 4 or 0 in r.shape:
-        raise ValueError(f"r has shape {list(r.shape)}, expected [B, T, H, N] with no empty dimension")
-    batch, _, heads, size = r.shape
-    if r.dtype not in TOKEN_DTYPES:
-        raise ValueError(f"r is {r.dtype}, expected bfloat16, float16, float32 or float64")
-    for name, tensor in (("k", k), ("v", v), ("w_raw", w_raw)):
-        if tensor.shape != r.shape:
-            raise ValueError(f"{name} has shape {list(tensor.shape)}, expected r's {list(r.shape)}")
-        if tensor.dtype != r.dtype:
-            raise ValueError(f"{name} is {tensor.dtype}, expected r's {r.dtype}")
-    if u.shape != (heads, size):
-        raise ValueError(f"u has shape {list(u.shape)}, expected [H, N] = {[heads, size]}")
+    check_tokens({"r": r, "k": k, "v": v, "w_raw": w_raw})
+    if u.shape != r.shape[2:]:
+        raise ValueError(f"u has shape {list(u.shape)}, expected [H, N] = {list(r.shape[2:])}")
     if not u.is_floating_point():
         raise ValueError(f"u is {u.dtype}, expected a float dtype")
-
-    sequences = batch
-    if cu_seqlens is not None:
-        if batch != 1:
-            raise ValueError(f"r has batch size {batch}, expected 1 when cu_seqlens packs the sequences")
-        if cu_seqlens.dim() != 1 or cu_seqlens.numel() < 2:
-            raise ValueError(f"cu_seqlens has shape {list(cu_seqlens.shape)}, expected [S + 1] with S >= 1")
-        if cu_seqlens.dtype not in (torch.int32, torch.int64):
-            raise ValueError(f"cu_seqlens is {cu_seqlens.dtype}, expected int32 or int64")
-        sequences = cu_seqlens.numel() - 1
-    shared = (heads, size, size)
-    if state.shape != shared and state.shape != (sequences, *shared):
-        raise ValueError(
-            f"state has shape {list(state.shape)}, expected [H, value, key] = {list(shared)} or one per "
-            f"sequence, {[sequences, *shared]}"
-        )
-    state_dtypes = (torch.float32, torch.float64) if r.dtype == torch.float64 else (torch.float32,)
-    if state.dtype not in state_dtypes:
-        raise ValueError(f"state is {state.dtype}, expected {' or '.join(map(str, state_dtypes))}")
-    others = {"k": k, "v": v, "w_raw": w_raw, "u": u, "state": state, "cu_seqlens": cu_seqlens}
-    for name, other in others.items():
-        if other is not None and other.device != r.device:
-            raise ValueError(f"{name} is on {other.device}, expected r's device {r.device}")
+    sequences = check_state(r, state, cu_seqlens)
+    check_devices(r, {"k": k, "v": v, "w_raw": w_raw, "u": u, "state": state, "cu_seqlens": cu_seqlens})
     return sequences
-
-
-def _lengths(cu_seqlens: Tensor, tokens: int) -> list[int]:
-    """Sequence lengths in tokens; waits for the GPU when cu_seqlens lives there."""
-    borders = cu_seqlens.tolist()
-    lengths = [end - begin for begin, end in pairwise(borders)]
-    if borders[0] != 0 or borders[-1] != tokens or min(lengths) < 0:
-        raise ValueError(f"cu_seqlens is {borders}, expected borders that never fall, from 0 to T = {tokens}")
-    return lengths

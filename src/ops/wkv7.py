@@ -1,0 +1,100 @@
+"""The WKV7 operator: its contract, the checks of its arguments, the choice of a backend.
+
+Shapes: B batch, T tokens, H heads, N head size, S packed sequences. The state is [H, value, key], as in
+checkpoints.
+"""
+
+from torch import Tensor
+
+from src.ops.sequences import check_devices, check_state, check_tokens, lengths_of, run_branching, start_states
+from src.ops.wkv7_reference import wkv7_reference
+
+BACKENDS = ("reference",)
+
+
+def wkv7(
+    r: Tensor,
+    w_raw: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None = None,
+    *,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7's linear attention: a decay per token and channel, a memory that corrects itself, and a start state.
+
+        S[i, j] <- decay[t, j] · S[i, j] + (Σ_m S[i, m] · a[t, m]) · b[t, j] + v[t, i] · k[t, j]
+        y[t, i]  = Σ_j S[i, j] · r[t, j]
+
+    for every head, i the value and j, m the key index, with decay = exp(-exp(-1/2) · sigmoid(w_raw)). Unlike in
+    RWKV-6, y reads the state after the token. A model gives a = -κ and b = κ times the in-context learning rate, κ
+    of length 1 in each head. Right for every w_raw from -inf to +inf and every T >= 1. Gradients exist for all
+    seven, also those that enter by the final state; only those asked for are computed. The running state and every
+    sum are float32 (float64 for float64 inputs).
+
+    Args:
+        r: receptance [B, T, H, N], bfloat16, float16, float32 or float64.
+        w_raw: decay before its sigmoid, as r.
+        k: replacement key, as r.
+        v: value, as r.
+        a: what is read of the state before the token, as r.
+        b: where the answer is written, as r.
+        state: start state, float32 (float64 allowed for float64 inputs): [H, N, N] shared by all sequences, or
+            one per sequence, [B, H, N, N], with cu_seqlens [S, H, N, N].
+        cu_seqlens: int32 or int64 [S + 1], borders of the sequences packed into one row (then B == 1), from 0 to
+            T, never falling, on r's device. A sequence of length 0 passes its state on.
+        backend: "reference"; None chooses.
+
+    Returns:
+        y [B, T, H, N] in r's dtype; final states [B or S, H, N, N], float32 (float64 for float64 inputs).
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    tokens = {"r": r, "w_raw": w_raw, "k": k, "v": v, "a": a, "b": b}
+    check_tokens(tokens)
+    sequences = check_state(r, state, cu_seqlens)
+    check_devices(r, {**tokens, "state": state, "cu_seqlens": cu_seqlens})
+    if backend is None:
+        backend = "reference"
+    if backend not in BACKENDS:
+        raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)} or None")
+
+    lengths = None if cu_seqlens is None else lengths_of(cu_seqlens, r.shape[1])
+    return wkv7_reference(r, w_raw, k, v, a, b, start_states(state, sequences), lengths)
+
+
+def wkv7_branching(
+    r: Tensor,
+    w_raw: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    root_borders: Tensor,
+    child_borders: Tensor,
+    parents: Tensor,
+    root_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """`wkv7` over a packed row whose later sequences continue the first ones, from their final states.
+
+    Args:
+        r, w_raw, k, v, a, b: [1, T, H, N], as for `wkv7`.
+        state: start state of the roots, [H, N, N] shared or [R, H, N, N].
+        root_borders: int32 or int64 [R + 1], borders of the roots in the first tokens, from 0 to `root_tokens`.
+        child_borders: as such [S + 1], borders of the sequences that continue roots in the other tokens, from 0.
+        parents: int64 [S], the root that each of them continues.
+        root_tokens: tokens of all roots, 0 to T.
+
+    Returns:
+        y [1, T, H, N] in r's dtype; final states of the roots [R, H, N, N].
+
+    Raises:
+        ValueError: an argument does not fit; the message names it.
+    """
+    tokens = {"r": r, "w_raw": w_raw, "k": k, "v": v, "a": a, "b": b}
+    return run_branching(wkv7, tokens, state, root_borders, child_borders, parents, root_tokens)
