@@ -21,84 +21,18 @@ span at a time. Accumulation in float32 (float64 for float64 inputs).
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from src.ops.tiling import Tiling, plan_tiles
 from src.ops.wkv6_reference import W_RAW_LIMIT
 
 TILE_TOKENS = 16  # power of two; matrix work inside a tile grows with it, the number of states shrinks with it
 SPAN_TOKENS = 1024  # tokens of one sequence whose intermediate values exist at the same time
 
 PADDING_W_RAW = -torch.inf  # decay 1: with r = k = v = 0 a padding token changes nothing
-
-
-@dataclass(frozen=True)
-class _Tiling:
-    """How tokens are cut into tiles, in the order the state scan visits them.
-
-    Step c holds tile c of every sequence that is long enough, longest sequence first, so the tiles of a step
-    are neighbours, and so are the tiles of successive steps.
-    """
-
-    active: tuple[int, ...]  # sequences that still run at each step; never rises
-    rank_to_sequence: tuple[int, ...]  # sequences, longest first
-    places: Tensor | None  # int64 [tokens]: row of each token in the flattened tiles; None when it is a plain view
-    batch: int
-
-    @property
-    def tiles(self) -> int:
-        return sum(self.active)
-
-    def scatter(self, x: Tensor, dtype: torch.dtype, padding: float) -> Tensor:
-        """[B, T, H, N] -> contiguous tiles [M, H, L, N] of `dtype`."""
-        heads, size = x.shape[2:]
-        if self.places is None:
-            rows = x.view(self.batch, len(self.active), TILE_TOKENS, heads, size).permute(1, 0, 3, 2, 4)
-            return rows.to(dtype).reshape(-1, heads, TILE_TOKENS, size)
-        rows = x.new_full((self.tiles * TILE_TOKENS, heads, size), padding)
-        rows[self.places] = x.reshape(-1, heads, size)
-        return rows.view(-1, TILE_TOKENS, heads, size).transpose(1, 2).to(dtype).contiguous()
-
-    def gather(self, tiles: Tensor, like: Tensor) -> Tensor:
-        """Tiles [M, H, L, N] -> shape and dtype of `like`, [B, T, H, N]."""
-        heads, size = like.shape[2:]
-        if self.places is None:
-            rows = tiles.view(len(self.active), self.batch, heads, TILE_TOKENS, size).permute(1, 0, 3, 2, 4)
-            return rows.to(like.dtype).reshape(like.shape)
-        return tiles.transpose(1, 2).reshape(-1, heads, size)[self.places].to(like.dtype).view(like.shape)
-
-    def spans(self) -> list[tuple[slice, list[slice]]]:
-        """(tiles, tiles of each of its steps from the span's first on) of each span, first to last."""
-        spans, first = [], 0
-        for step in range(0, len(self.active), SPAN_TOKENS // TILE_TOKENS):
-            active = self.active[step : step + SPAN_TOKENS // TILE_TOKENS]
-            ends = list(accumulate(active))
-            steps = [slice(end - count, end) for count, end in zip(active, ends, strict=True)]
-            spans.append((slice(first, first + ends[-1]), steps))
-            first += ends[-1]
-        return spans
-
-
-def _plan_tiles(lengths: Sequence[int], batch: int, device: torch.device) -> _Tiling:
-    ranks = sorted(range(len(lengths)), key=lambda sequence: -lengths[sequence])
-    tile_counts = [-(-length // TILE_TOKENS) for length in lengths]
-    steps = max(tile_counts, default=0)
-    active = tuple(sum(count > step for count in tile_counts) for step in range(steps))
-    if batch == len(lengths) and len(set(lengths)) <= 1 and (not lengths or lengths[0] % TILE_TOKENS == 0):
-        return _Tiling(active, tuple(ranks), None, batch)
-    first_tile_of_step = torch.tensor((0, *active)).cumsum(0)
-    places = torch.empty(sum(lengths), dtype=torch.int64)
-    rank_of = {sequence: rank for rank, sequence in enumerate(ranks)}
-    first = 0
-    for sequence, length in enumerate(lengths):
-        offsets = torch.arange(length)
-        tile = first_tile_of_step[offsets // TILE_TOKENS] + rank_of[sequence]
-        places[first : first + length] = tile * TILE_TOKENS + offsets % TILE_TOKENS
-        first += length
-    return _Tiling(active, tuple(ranks), places.to(device), batch)
 
 
 @dataclass(frozen=True)
@@ -171,63 +105,56 @@ def _scan(start: Tensor, whole: Tensor, added: Tensor, steps: Iterable[slice]) -
 class _ChunkedWKV6(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor, tiling: _Tiling
+        ctx: Any, r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, u: Tensor, state: Tensor, tiling: Tiling
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-        order = torch.tensor(tiling.rank_to_sequence, dtype=torch.int64, device=r.device)
-        running = state.to(dtype)[order]
+        running = state.to(dtype)[tiling.order]
         bonus = u.to(dtype)
-        inputs = [
-            tiling.scatter(x, dtype, padding) for x, padding in ((r, 0.0), (k, 0.0), (v, 0.0), (w_raw, PADDING_W_RAW))
-        ]
-        y = torch.empty_like(inputs[0])
+        y = torch.empty(r.shape, dtype=r.dtype, device=r.device)
         span_starts = []
-        for rows, steps in tiling.spans():
-            r_tile, k_tile, v_tile, w_tile = (x[rows] for x in inputs)
-            decays = _decay_products(w_tile, with_levels=True)
+        for span in tiling.spans:
+            r_tile, k_tile, v_tile = (tiling.read(x, span, dtype) for x in (r, k, v))
+            decays = _decay_products(tiling.read(w_raw, span, dtype, PADDING_W_RAW), with_levels=True)
             span_starts.append(running)
-            states, running = _scan(running, decays.whole, v_tile.mT @ (k_tile * decays.after), steps)
-            y[rows] = (r_tile * decays.before) @ states.mT
-            y[rows] += _pair_weights(r_tile, k_tile, bonus, decays) @ v_tile
+            states, running = _scan(running, decays.whole, v_tile.mT @ (k_tile * decays.after), span.steps)
+            y_tile = (r_tile * decays.before) @ states.mT
+            y_tile += _pair_weights(r_tile, k_tile, bonus, decays) @ v_tile
+            tiling.write(y_tile, span, y)
         ctx.tiling = tiling
-        ctx.save_for_backward(r, k, v, w_raw, u, order, *span_starts)
+        ctx.save_for_backward(r, k, v, w_raw, u, *span_starts)
         ctx.state_dtype = state.dtype
         final = torch.empty_like(running)
-        final[order] = running
-        return tiling.gather(y, r), final
+        final[tiling.order] = running
+        return y, final
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        r, k, v, w_raw, u, order, *span_starts = ctx.saved_tensors
-        tiling: _Tiling = ctx.tiling
-        need_r, need_k, need_v, need_w, need_u, need_state, _ = ctx.needs_input_grad
+        r, k, v, w_raw, u, *span_starts = ctx.saved_tensors
+        tiling: Tiling = ctx.tiling
+        *need_tokens, need_u, need_state, _ = ctx.needs_input_grad
         dtype = torch.float64 if r.dtype == torch.float64 else torch.float32
-        dend = dfinal.to(dtype)[order]
+        dend = dfinal.to(dtype)[tiling.order]
         bonus = u.to(dtype)
+        only_state = not (any(need_tokens) or need_u)
+        gradients = [torch.empty(r.shape, dtype=r.dtype, device=r.device) if need else None for need in need_tokens]
+        du = torch.zeros_like(bonus)
 
-        r_all, dy_all = tiling.scatter(r, dtype, 0.0), tiling.scatter(dy, dtype, 0.0)
-        w_all = tiling.scatter(w_raw, dtype, PADDING_W_RAW)
-        only_state = not (need_r or need_k or need_v or need_w or need_u)
-        if not only_state:
-            k_all, v_all = tiling.scatter(k, dtype, 0.0), tiling.scatter(v, dtype, 0.0)
-            dr_all, dk_all, dv_all, dw_all = (torch.empty_like(r_all) for _ in range(4))
-            du = torch.zeros_like(bonus)
-
-        for (rows, steps), start in zip(reversed(tiling.spans()), reversed(span_starts), strict=True):
-            r_tile, w_tile, dy_tile = r_all[rows], w_all[rows], dy_all[rows]
+        for span, start in zip(reversed(tiling.spans), reversed(span_starts), strict=True):
+            r_tile, dy_tile = tiling.read(r, span, dtype), tiling.read(dy, span, dtype)
+            w_tile = tiling.read(w_raw, span, dtype, PADDING_W_RAW)
             decays = _decay_products(w_tile, with_levels=not only_state)
             before, after, whole = decays.before, decays.after, decays.whole
-            dstates, dend = _scan(dend, whole, dy_tile.mT @ (r_tile * before), reversed(steps))
+            dstates, dend = _scan(dend, whole, dy_tile.mT @ (r_tile * before), reversed(span.steps))
             if only_state:
                 continue
 
-            k_tile, v_tile = k_all[rows], v_all[rows]
+            k_tile, v_tile = tiling.read(k, span, dtype), tiling.read(v, span, dtype)
             k_after = k_tile * after
-            states, _ = _scan(start, whole, v_tile.mT @ k_after, steps)
+            states, _ = _scan(start, whole, v_tile.mT @ k_after, span.steps)
             dpairs = torch.tril(dy_tile @ v_tile.mT)  # gradient of A
             diagonal = dpairs.diagonal(dim1=-2, dim2=-1)[..., None]
             pairs = _pair_weights(r_tile, k_tile, bonus, decays)
-            dv_all[rows] = pairs.mT @ dy_tile + k_after @ dstates.mT
+            dv = pairs.mT @ dy_tile + k_after @ dstates.mT
 
             dr = before * (dy_tile @ states)  # through the state before the tile
             dk = after * (v_tile @ dstates)  # through the state after it
@@ -242,26 +169,19 @@ class _ChunkedWKV6(torch.autograd.Function):
                 dk += level_dk
                 dlog += later @ (r_tile * level_dr) + later.mT @ (k_tile * level_dk)
             du += (diagonal * r_tile * k_tile).sum((0, 2))
-            dr_all[rows] = dr + diagonal * bonus[:, None] * k_tile
-            dk_all[rows] = dk + diagonal * bonus[:, None] * r_tile
-            dw_all[rows] = -torch.exp(w_tile.clamp(max=W_RAW_LIMIT)) * dlog
+            dr = dr + diagonal * bonus[:, None] * k_tile
+            dk = dk + diagonal * bonus[:, None] * r_tile
+            dw = -torch.exp(w_tile.clamp(max=W_RAW_LIMIT)) * dlog
+            for gradient, tiles in zip(gradients, (dr, dk, dv, dw), strict=True):
+                if gradient is not None:
+                    tiling.write(tiles, span, gradient)
 
         dstate = None
         if need_state:
             dstate = torch.empty_like(dend)
-            dstate[order] = dend
+            dstate[tiling.order] = dend
             dstate = dstate.to(ctx.state_dtype)
-        if only_state:
-            return None, None, None, None, None, dstate, None
-        return (
-            tiling.gather(dr_all, r) if need_r else None,
-            tiling.gather(dk_all, k) if need_k else None,
-            tiling.gather(dv_all, v) if need_v else None,
-            tiling.gather(dw_all, w_raw) if need_w else None,
-            du.to(u.dtype) if need_u else None,
-            dstate,
-            None,
-        )
+        return *gradients, du.to(u.dtype) if need_u else None, dstate, None
 
 
 def wkv6_chunked(
@@ -282,6 +202,12 @@ def wkv6_chunked(
     the halving of tiles replaces its secondary chunks.
     """
     batch, tokens = r.shape[:2]
-    tiling = _plan_tiles((tokens,) * batch if lengths is None else lengths, batch, r.device)
+    tiling = plan_tiles(
+        (tokens,) * batch if lengths is None else lengths,
+        batch,
+        r.device,
+        tile_tokens=TILE_TOKENS,
+        span_tokens=SPAN_TOKENS,
+    )
     y, final = _ChunkedWKV6.apply(r, k, v, w_raw, u, state, tiling)
     return y, final
