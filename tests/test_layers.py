@@ -62,6 +62,7 @@ CLOSED_TO_TRAINING = (
     "src.ops.wkv6_chunked",
     "src.ops.wkv6_reference",
     "src.ops.wkv7",
+    "src.ops.wkv7_chunked",
     "src.ops.wkv7_reference",
 )
 """What training asks the model for instead of importing it."""

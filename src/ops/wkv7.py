@@ -7,9 +7,10 @@ checkpoints.
 from torch import Tensor
 
 from src.ops.sequences import check_devices, check_state, check_tokens, lengths_of, run_branching, start_states
+from src.ops.wkv7_chunked import wkv7_chunked
 from src.ops.wkv7_reference import wkv7_reference
 
-BACKENDS = ("reference",)
+BACKENDS = ("reference", "chunked")
 
 
 def wkv7(
@@ -46,7 +47,7 @@ def wkv7(
             one per sequence, [B, H, N, N], with cu_seqlens [S, H, N, N].
         cu_seqlens: int32 or int64 [S + 1], borders of the sequences packed into one row (then B == 1), from 0 to
             T, never falling, on r's device. A sequence of length 0 passes its state on.
-        backend: "reference"; None chooses.
+        backend: "reference" or "chunked"; None takes "reference" for a single token and "chunked" for more.
 
     Returns:
         y [B, T, H, N] in r's dtype; final states [B or S, H, N, N], float32 (float64 for float64 inputs).
@@ -59,12 +60,13 @@ def wkv7(
     sequences = check_state(r, state, cu_seqlens)
     check_devices(r, {**tokens, "state": state, "cu_seqlens": cu_seqlens})
     if backend is None:
-        backend = "reference"
+        backend = "reference" if r.shape[1] == 1 else "chunked"
     if backend not in BACKENDS:
         raise ValueError(f"backend is {backend!r}, expected one of {', '.join(BACKENDS)} or None")
 
     lengths = None if cu_seqlens is None else lengths_of(cu_seqlens, r.shape[1])
-    return wkv7_reference(r, w_raw, k, v, a, b, start_states(state, sequences), lengths)
+    run = wkv7_chunked if backend == "chunked" else wkv7_reference
+    return run(r, w_raw, k, v, a, b, start_states(state, sequences), lengths)
 
 
 def wkv7_branching(

@@ -1,10 +1,8 @@
 """Every backend of wkv6 that runs on a CPU, against the float64 loop, name by name."""
 
-import time
-from collections.abc import Callable, Iterator
-
 import pytest
 import torch
+from operators import assert_close, median_seconds, relative_rms, run_with_gradients
 from torch import Tensor
 
 from src.errors import KernelError
@@ -44,39 +42,6 @@ def draw_inputs(
     return inputs
 
 
-def run_with_gradients(
-    inputs: dict[str, Tensor],
-    backend: str,
-    cu_seqlens: Tensor | None = None,
-    *,
-    final_gradient: bool = True,
-    seed: int = 1,
-) -> dict[str, Tensor]:
-    """y, final state and the gradient of every input under one fixed random cotangent."""
-    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
-    y, final = wkv6(*leaves.values(), cu_seqlens, backend=backend)
-    generator = torch.Generator().manual_seed(seed)
-
-    def cotangent(shape: torch.Size) -> Tensor:  # exact in every dtype, so that only the backward is compared
-        return torch.randn(shape, generator=generator).bfloat16().double()
-
-    loss = (y.double() * cotangent(y.shape)).sum()
-    if final_gradient:
-        loss = loss + (final.double() * cotangent(final.shape)).sum()
-    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
-    return {"y": y, "final state": final, **{f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}}
-
-
-def relative_rms(value: Tensor, truth: Tensor) -> float:
-    value, truth = value.detach().double(), truth.detach().double()
-    return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
-
-
-def assert_close(results: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:
-    errors = {name: relative_rms(results[name], truth[name]) for name in truth}
-    assert all(error <= tolerance for error in errors.values()), errors
-
-
 def independent_loop(inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """The formula spelled out in scalars, for a single sequence: what the reference is checked with."""
     r, k, v, w_raw, u, state = (inputs[name] for name in INPUT_NAMES)
@@ -105,12 +70,12 @@ def test_matches_the_formula_in_scalars(backend: str) -> None:
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 63, 64, 65, 100])
 def test_chunked_matches_loop_in_float64(tokens: int, states: int | None) -> None:
     inputs = draw_inputs(2, tokens, 2, 8, states=states)
-    assert_close(run_with_gradients(inputs, "chunked"), run_with_gradients(inputs, "reference"), 1e-13)
+    assert_close(run_with_gradients(wkv6, inputs, "chunked"), run_with_gradients(wkv6, inputs, "reference"), 1e-13)
 
 
 def test_chunked_matches_loop_over_several_spans() -> None:
     inputs = draw_inputs(1, 2 * SPAN_TOKENS + TILE_TOKENS + 3, 1, 4, w_mean=-6.0)
-    assert_close(run_with_gradients(inputs, "chunked"), run_with_gradients(inputs, "reference"), 1e-12)
+    assert_close(run_with_gradients(wkv6, inputs, "chunked"), run_with_gradients(wkv6, inputs, "reference"), 1e-12)
 
 
 @pytest.mark.parametrize("lengths", [[5], [17, 0, 1, 16, 40], [0, 0, 3], [1, 1, 1], [33, 0]])
@@ -118,8 +83,8 @@ def test_chunked_matches_loop_over_several_spans() -> None:
 def test_chunked_matches_loop_on_packed_sequences(lengths: list[int], per_sequence: bool) -> None:
     inputs = draw_inputs(1, sum(lengths), 2, 8, states=len(lengths) if per_sequence else None)
     cu_seqlens = torch.tensor([0, *lengths]).cumsum(0)
-    results = run_with_gradients(inputs, "chunked", cu_seqlens)
-    assert_close(results, run_with_gradients(inputs, "reference", cu_seqlens), 1e-13)
+    results = run_with_gradients(wkv6, inputs, "chunked", cu_seqlens)
+    assert_close(results, run_with_gradients(wkv6, inputs, "reference", cu_seqlens), 1e-13)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -186,8 +151,8 @@ def test_float32_is_right_for_strong_decays(spike: str) -> None:
     hit = torch.rand(inputs["w_raw"].shape, generator=torch.Generator().manual_seed(3)) < 0.05
     inputs["w_raw"][hit] = torch.linspace(low, high, int(hit.sum()), dtype=torch.float64)
     single = {name: tensor.float() for name, tensor in inputs.items()}
-    truth = run_with_gradients({name: tensor.double() for name, tensor in single.items()}, "reference")
-    assert_close(run_with_gradients(single, "chunked"), truth, 2e-6)
+    truth = run_with_gradients(wkv6, {name: tensor.double() for name, tensor in single.items()}, "reference")
+    assert_close(run_with_gradients(wkv6, single, "chunked"), truth, 2e-6)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -195,27 +160,27 @@ def test_infinite_decays_are_exact(backend: str) -> None:
     inputs = draw_inputs(1, 40, 2, 8)
     choice = torch.randint(0, 3, inputs["w_raw"].shape, generator=torch.Generator().manual_seed(4))
     inputs["w_raw"] = torch.where(choice == 0, torch.inf, torch.where(choice == 1, -torch.inf, inputs["w_raw"]))
-    results = run_with_gradients(inputs, backend)
+    results = run_with_gradients(wkv6, inputs, backend)
     assert all(bool(tensor.isfinite().all()) for tensor in results.values())
-    assert_close(results, run_with_gradients(inputs, "reference"), 1e-13)
+    assert_close(results, run_with_gradients(wkv6, inputs, "reference"), 1e-13)
     assert torch.count_nonzero(results["dw_raw"][choice < 2]) == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_decay_gradient_is_zero_where_nothing_is_decayed(backend: str) -> None:
     inputs = draw_inputs(2, 20, 2, 8)
-    results = run_with_gradients(inputs, backend, final_gradient=False)
+    results = run_with_gradients(wkv6, inputs, backend, final_gradient=False)
     assert torch.count_nonzero(results["dw_raw"][:, -1]) == 0
     assert torch.count_nonzero(results["dw_raw"][:, 0]) > 0
     alone = draw_inputs(1, 1, 2, 8)
-    assert torch.count_nonzero(run_with_gradients(alone, backend, final_gradient=False)["dw_raw"]) == 0
+    assert torch.count_nonzero(run_with_gradients(wkv6, alone, backend, final_gradient=False)["dw_raw"]) == 0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("wanted", INPUT_NAMES)
 def test_each_gradient_alone(backend: str, wanted: str) -> None:
     inputs = draw_inputs(2, 19, 2, 8)
-    expected = run_with_gradients(inputs, "reference", final_gradient=False)[f"d{wanted}"]
+    expected = run_with_gradients(wkv6, inputs, "reference", final_gradient=False)[f"d{wanted}"]
     leaves = {name: tensor.clone().requires_grad_(name == wanted) for name, tensor in inputs.items()}
     y, _ = wkv6(*leaves.values(), backend=backend)
     (y * torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()).sum().backward()
@@ -236,12 +201,12 @@ def test_low_precision_tokens_keep_float32_state(dtype: torch.dtype) -> None:
     inputs = draw_inputs(1, 33, 2, 8, w_mean=-3.0)
     tokens = {name: inputs[name].to(dtype) for name in ("r", "k", "v", "w_raw")}
     low = {**tokens, "u": inputs["u"].float(), "state": inputs["state"].float()}
-    results = run_with_gradients(low, "chunked")
+    results = run_with_gradients(wkv6, low, "chunked")
     assert results["y"].dtype == dtype
     assert results["dr"].dtype == dtype
     assert results["final state"].dtype == torch.float32
     assert results["dstate"].dtype == torch.float32
-    truth = run_with_gradients({name: tensor.double() for name, tensor in low.items()}, "reference")
+    truth = run_with_gradients(wkv6, {name: tensor.double() for name, tensor in low.items()}, "reference")
     # Rounding of the result alone: 2^-9 relative for bfloat16, at most; sums are float32.
     assert_close(results, truth, max(torch.finfo(dtype).eps, 1e-6))
     assert relative_rms(results["dstate"], truth["dstate"]) < 1e-5
@@ -260,26 +225,6 @@ def test_automatic_choice_on_cpu_is_chunked() -> None:
     torch.testing.assert_close(wkv6(*inputs.values())[0], wkv6(*inputs.values(), backend="chunked")[0], rtol=0, atol=0)
 
 
-def median_seconds(run: Callable[[], None], repeats: int) -> float:
-    """Of processor time, which other programs on the machine do not lengthen."""
-    run()
-    times = []
-    for _ in range(repeats):
-        start = time.process_time()
-        run()
-        times.append(time.process_time() - start)
-    return sorted(times)[repeats // 2]
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.usefixtures("one_thread")
 def test_chunked_is_five_times_faster_than_the_loop() -> None:
     inputs = {name: tensor.float().requires_grad_() for name, tensor in draw_inputs(1, 512, 8, 64).items()}
 

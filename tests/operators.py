@@ -1,0 +1,68 @@
+"""What tests of the recurrent operators share: gradients by name, errors, memory that shows what was forgotten."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+
+def run_with_gradients(
+    operator: Callable[..., tuple[Tensor, Tensor]],
+    inputs: dict[str, Tensor],
+    backend: str,
+    cu_seqlens: Tensor | None = None,
+    *,
+    final_gradient: bool = True,
+    seed: int = 1,
+) -> dict[str, Tensor]:
+    """y, final state and the gradient of every input under one fixed random cotangent."""
+    leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
+    y, final = operator(**leaves, cu_seqlens=cu_seqlens, backend=backend)
+    loss = (y.double() * cotangent(y.shape, seed)).sum()
+    if final_gradient:
+        loss = loss + (final.double() * cotangent(final.shape, seed + 1)).sum()
+    gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
+    return {"y": y, "final state": final, **{f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}}
+
+
+def cotangent(shape: torch.Size, seed: int = 1) -> Tensor:
+    """Exact in every dtype, so that only the backward is compared."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16().double()
+
+
+def relative_rms(value: Tensor, truth: Tensor) -> float:
+    value, truth = value.detach().double(), truth.detach().double()
+    return float((value - truth).norm() / truth.norm().clamp(min=1e-300))
+
+
+def assert_close(results: dict[str, Tensor], truth: dict[str, Tensor], tolerance: float) -> None:
+    errors = {name: relative_rms(results[name], truth[name]) for name in truth}
+    assert all(error <= tolerance for error in errors.values()), errors
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Every torch.empty starts as NaN, so that an element nothing writes is noticed."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def median_seconds(run: Callable[[], None], repeats: int) -> float:
+    """Of processor time on one thread, which other programs on the machine do not lengthen."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        run()
+        times = []
+        for _ in range(repeats):
+            start = time.process_time()
+            run()
+            times.append(time.process_time() - start)
+        return sorted(times)[repeats // 2]
+    finally:
+        torch.set_num_threads(threads)
