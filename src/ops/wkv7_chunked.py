@@ -5,8 +5,8 @@ Shapes: B batch, T tokens, H heads, N head size, S sequences, M tiles, L tile le
 
 With inc[t] the product of a tile's decays up to and with token t, and exc[t] the same without t's own, a token
 reads with a ∘ exc and r ∘ inc, and writes b / inc and k / inc: what it reads of the state is then what it reads of
-the tile's start state and of earlier writings, undecayed. No decay is below 0.5452, so 1 / inc stays under e^19.5
-over 32 tokens and every product in float32's range.
+the tile's start state and of earlier writings, undecayed. No decay is below 0.5452, so 1 / inc stays under e^9.8
+over 16 tokens and every product in float32's range.
 
 The answers to a, U, depend on the answers to earlier tokens of the tile:
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from src.ops.tiling import Tiling, plan_tiles
 from src.ops.wkv7_reference import STRONGEST_LOG_DECAY
 
-TILE_TOKENS = 32
+TILE_TOKENS = 16  # 32 is 7 % faster at 1024 tokens, and the gradient of w_raw three times less exact
 SPAN_TOKENS = 512  # tokens of one sequence whose intermediate values exist at the same time
 
 PADDING_W_RAW = -torch.inf  # decay 1: with r = k = v = a = b = 0 a padding token changes nothing
@@ -55,9 +55,8 @@ class _Decays:
 
 
 def _decay_products(w_raw: Tensor) -> _Decays:
-    # A running product, not the exponential of a running sum: what two of them differ by is rounded as the decays
-    # between them are, however many came before.
-    inc = torch.exp(STRONGEST_LOG_DECAY * torch.sigmoid(w_raw)).cumprod(2)
+    # The exponential of a running sum, not a running product: a decay near 1 has lost digits that its logarithm has.
+    inc = torch.exp((STRONGEST_LOG_DECAY * torch.sigmoid(w_raw)).cumsum(2))
     exc = torch.cat((torch.ones_like(inc[:, :, :1]), inc[:, :, :-1]), dim=2)
     return _Decays(inc, exc, inc.reciprocal())
 

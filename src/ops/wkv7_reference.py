@@ -54,21 +54,21 @@ def wkv7_reference(
         outputs, finals, first = [], [], 0
         for sequence, length in enumerate(lengths):
             rows = slice(first, first + length)
-            tokens = (r[:, rows], w_raw[:, rows], k[:, rows], v[:, rows], a[:, rows], b[:, rows])
-            y, final = wkv7_reference(*tokens, state[sequence : sequence + 1])
+            part = (r[:, rows], w_raw[:, rows], k[:, rows], v[:, rows], a[:, rows], b[:, rows])
+            y, final = wkv7_reference(*part, state[sequence : sequence + 1])
             outputs.append(y)
             finals.append(final)
             first += length
         return torch.cat(outputs, dim=1), torch.cat(finals)
 
     running = state.to(accumulate)
-    receptance, key, value, read, write = (tensor.to(accumulate) for tensor in (r, k, v, a, b))
     decay = torch.exp(STRONGEST_LOG_DECAY * torch.sigmoid(w_raw.to(accumulate)))
+    # Unbound, not sliced: the backward of each slice would write zeros for all tokens.
+    by_token = zip(*(x.to(accumulate).unbind(1) for x in (r, decay, k, v, a, b)), strict=True)
     outputs = []
-    for t in range(r.shape[1]):
-        answer = running @ read[:, t, :, :, None]  # [B, H, value, 1]
-        outer = value[:, t, :, :, None] * key[:, t, :, None, :]  # [B, H, value, key]
-        running = decay[:, t, :, None, :] * running + answer * write[:, t, :, None, :] + outer
-        outputs.append((running @ receptance[:, t, :, :, None]).squeeze(-1))
-    y = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(value)
+    for receptance, kept, key, value, read, write in by_token:  # each [B, H, N]
+        answer = running @ read[..., None]  # [B, H, value, 1]
+        running = running * kept[..., None, :] + answer * write[..., None, :] + value[..., None] * key[..., None, :]
+        outputs.append((running @ receptance[..., None]).squeeze(-1))
+    y = torch.stack(outputs, dim=1) if outputs else torch.zeros_like(v, dtype=accumulate)
     return y.to(r.dtype), running

@@ -25,8 +25,9 @@ def draw_inputs(
     """Random float64 inputs as a model makes them; the state is asymmetric, so that a transposed one is noticed.
 
     Args:
-        kind: of KINDS: decays of all tokens 0.5452 or 1; the removal key κ the same in every token; k along κ as long
-            as what is removed, so that the memory replaces; and all that at once without decay.
+        kind: of KINDS: all decays 0.5452 or 1, with gradients of w_raw that are small but not zero; the removal
+            key κ the same in every token; k along κ and as long as what is removed, so that the memory replaces; and
+            that with one key and without decay.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -37,9 +38,9 @@ def draw_inputs(
     inputs = {"r": normal(*shape), "w_raw": normal(*shape) * 2 - 1, "k": normal(*shape), "v": normal(*shape)}
     removal_key, rate = F.normalize(normal(*shape), dim=-1), torch.sigmoid(normal(*shape))
     if kind == "strongest decay":
-        inputs["w_raw"] = torch.full(shape, torch.inf, dtype=torch.float64)
+        inputs["w_raw"] = torch.full(shape, 20.0, dtype=torch.float64)
     if kind in ("weakest decay", "repeated delta rule"):
-        inputs["w_raw"] = torch.full(shape, -torch.inf, dtype=torch.float64)
+        inputs["w_raw"] = torch.full(shape, -20.0, dtype=torch.float64)
     if kind in ("repeated key", "repeated delta rule"):
         removal_key = removal_key[:, :1].expand(shape)
     if kind in ("delta rule", "repeated delta rule"):
@@ -92,14 +93,29 @@ def test_chunked_matches_loop_in_float64(tokens: int, states: int | None) -> Non
     assert_close(run_with_gradients(wkv7, inputs, "chunked"), run_with_gradients(wkv7, inputs, "reference"), 1e-13)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 60, 500, pytest.param(4096, marks=pytest.mark.slow)])
+LENGTHS_AND_KINDS = (
+    *((tokens, kind) for tokens in (1, 15, 16, 17, 60, 500) for kind in KINDS),
+    *(pytest.param(4096, kind, marks=pytest.mark.slow) for kind in ("usual", "repeated delta rule")),
+)
+
+
+@pytest.mark.parametrize(("tokens", "kind"), LENGTHS_AND_KINDS)
 def test_float32_is_right_at_head_size_64(tokens: int, kind: str) -> None:
     single, double = in_float32(draw_inputs(1, tokens, 1, 64, kind=kind))
     truth = run_with_gradients(wkv7, double, "reference")
-    # Measured: 6e-7 at most to 60 tokens, 5e-7 at 500 and 4096; without any decay errors add up: 2e-6 and 4e-6.
-    limit = 5e-6 if kind in ("weakest decay", "repeated delta rule") else 1e-6
-    assert_close(run_with_gradients(wkv7, single, "chunked"), truth, limit)
+    assert all(bool(tensor.any()) for tensor in truth.values())
+    # Measured 5e-7 at most; where nothing is ever forgotten no error is either, 8e-7 at 500 tokens, 4e-6 at 4096.
+    assert_close(run_with_gradients(wkv7, single, "chunked"), truth, 1e-5 if kind == "repeated delta rule" else 1e-6)
+
+
+def test_slow_decays_keep_their_digits_in_float32() -> None:
+    inputs = draw_inputs(1, 500, 1, 8)
+    inputs["w_raw"] = torch.full_like(inputs["w_raw"], -9.0)  # decay 0.99993
+    inputs["b"] *= 0.01  # else a memory of 8 keys forgets by being overwritten
+    single, double = in_float32(inputs)
+    truth = run_with_gradients(wkv7, double, "reference")
+    # Measured 6e-7; a running product of decays rounded near 1 gives 6e-6.
+    assert_close(run_with_gradients(wkv7, single, "chunked"), truth, 1e-6)
 
 
 def test_chunked_matches_loop_over_several_spans() -> None:
@@ -117,15 +133,6 @@ def test_infinite_decays_are_exact() -> None:
     assert_close(results, truth, 1e-13)
     for gradients in (results, truth):
         assert torch.count_nonzero(gradients["dw_raw"][choice < 2]) == 0
-
-
-def test_small_derivative_of_a_strong_decay_is_not_lost_in_float32() -> None:
-    inputs = draw_inputs(1, 40, 1, 8)
-    inputs["w_raw"] += 20
-    single, double = in_float32(inputs)
-    truth = run_with_gradients(wkv7, double, "reference")
-    assert 0 < float(truth["dw_raw"].abs().max()) < 1e-4
-    assert_close(run_with_gradients(wkv7, single, "chunked"), truth, 2e-6)
 
 
 @pytest.mark.parametrize("lengths", [[5], [17, 0, 1, 16, 70], [0, 0, 3], [1, 1, 1], [33, 0]])
@@ -367,6 +374,7 @@ def test_activations_of_a_trained_model(file: str, real_inputs: Path) -> None:
         assert_close(run_with_gradients(wkv7, inputs, "chunked"), truth, 1e-12)
         single, double = in_float32(inputs)
         truth = run_with_gradients(wkv7, double, "reference")
+        # Measured 1.3e-6 for w_raw, 5e-7 for the others; the loop itself in float32 has 1.2e-6.
         assert_close(run_with_gradients(wkv7, single, "chunked"), truth, 2e-6)
 
 
