@@ -20,9 +20,9 @@ def run_with_gradients(
     """y, final state and the gradient of every input under one fixed random cotangent."""
     leaves = {name: tensor.clone().requires_grad_() for name, tensor in inputs.items()}
     y, final = operator(**leaves, cu_seqlens=cu_seqlens, backend=backend)
-    loss = (y.double() * cotangent(y.shape, seed)).sum()
+    loss = (y.double() * cotangent(y.shape, seed).to(y.device)).sum()
     if final_gradient:
-        loss = loss + (final.double() * cotangent(final.shape, seed + 1)).sum()
+        loss = loss + (final.double() * cotangent(final.shape, seed + 1).to(y.device)).sum()
     gradients = torch.autograd.grad(loss, list(leaves.values()), materialize_grads=True)
     return {"y": y, "final state": final, **{f"d{n}": g for n, g in zip(leaves, gradients, strict=True)}}
 

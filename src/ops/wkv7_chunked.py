@@ -30,6 +30,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from src.ops.tiling import Tiling, plan_tiles
 from src.ops.wkv7_reference import STRONGEST_LOG_DECAY
@@ -54,9 +55,21 @@ class _Decays:
         return self.inc[:, :, -1:]
 
 
+def _running_sums(x: Tensor, *, backwards: bool = False) -> Tensor:
+    """Sums over a tile's tokens [M, H, L, N] up to and with each one, or from it on; the same bits everywhere."""
+    # torch.cumsum promises no order of additions on a GPU.
+    distance = 1
+    while distance < x.shape[2]:
+        near, far = x[:, :, :-distance], x[:, :, distance:]
+        kept = x[:, :, -distance:] if backwards else x[:, :, :distance]
+        x = torch.cat((near + far, kept) if backwards else (kept, near + far), dim=2)
+        distance *= 2
+    return x
+
+
 def _decay_products(w_raw: Tensor) -> _Decays:
     # The exponential of a running sum, not a running product: a decay near 1 has lost digits that its logarithm has.
-    inc = torch.exp((STRONGEST_LOG_DECAY * torch.sigmoid(w_raw)).cumsum(2))
+    inc = torch.exp(_running_sums(STRONGEST_LOG_DECAY * torch.sigmoid(w_raw)))
     exc = torch.cat((torch.ones_like(inc[:, :, :1]), inc[:, :, :-1]), dim=2)
     return _Decays(inc, exc, inc.reciprocal())
 
@@ -164,6 +177,7 @@ class _ChunkedWKV7(torch.autograd.Function):
         return y, final
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
         r, w_raw, a, b, *of_tokens = ctx.saved_tensors
         tiling: Tiling = ctx.tiling
@@ -227,8 +241,8 @@ def _token_gradients(
     within = read[:, :, tokens:] - (writing * dwriting_within).unflatten(2, (2, tokens)).sum(2)
     within[:, :, :-1] += read[:, :, 1:tokens]
     after = (writing * dwriting_after).unflatten(2, (2, tokens)).sum(2)
-    dlog = within.flip(2).cumsum(2).flip(2) + (states * dwritten).sum(2, keepdim=True)
-    dlog[:, :, 1:] += after[:, :, :-1].cumsum(2)
+    dlog = _running_sums(within, backwards=True) + (states * dwritten).sum(2, keepdim=True)
+    dlog[:, :, 1:] += _running_sums(after)[:, :, :-1]
     # 1 - sigmoid(w_raw) would be zero in float32 from w_raw = 17 on, where its derivative is not.
     dw = dlog.mul_(STRONGEST_LOG_DECAY * torch.sigmoid(w_raw) * torch.sigmoid(-w_raw))
 

@@ -6,11 +6,11 @@ Float64 comes from the chunked form, which unit tests hold to the token loop wit
 loop itself.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 import pytest
 import torch
+from operators import poisoned_memory
 from torch import Tensor
 
 from src.ops.wkv6 import wkv6, wkv6_branching
@@ -33,16 +33,6 @@ LIMITS = {
     "du": 2.5e-3,
 }
 TOKEN_NAMES = ("r", "k", "v", "w_raw")
-
-
-@contextmanager
-def poisoned_memory() -> Iterator[None]:
-    """Every torch.empty starts as NaN, so that an element no kernel writes is noticed."""
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(False)
 
 
 def spikes(low: float, high: float) -> Callable[[Tensor, Tensor], Tensor]:
