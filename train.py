@@ -27,6 +27,11 @@ def main() -> int | None:
 
         run_demo(given)
         return None
+    if config.preview:
+        from src.training.preview import preview
+
+        preview(config)
+        return None
     from src.training.run import train
 
     train(config)

@@ -2,7 +2,8 @@
 
 Two tokenizers, chosen by the model's vocabulary. In both, id 0 ends a document and stands for
 no text, and every byte has an id of its own, so any text can be encoded and a piece of UTF-8
-can be split over several tokens. Decoding therefore works on bytes.
+can be split over several tokens. Decoding therefore works on bytes. Tokens of a vocabulary of 256 are bytes themselves:
+they can be read, but in which encoding text becomes them only its maker knows.
 """
 
 from __future__ import annotations
@@ -18,16 +19,42 @@ from src.errors import DataError
 END_OF_DOCUMENT = 0
 WORLD_VOCABULARY = 65536
 BYTE_VOCABULARIES = range(257, 513)
+PLAIN_BYTES = 256
 
 REPLACEMENT = "\ufffd"
 _LINE_START = re.compile(r"\n(?=\S)")
 _BLOCK_CHARACTERS = 1 << 20
 
 
-class Tokenizer(Protocol):
+class Decoder(Protocol):
+    """What can be read of tokens.
+
+    Attributes:
+        ends_documents: the id that ends a document; None where every id stands for text.
+        encoding: of the text whose bytes the tokens stand for.
+    """
+
+    ends_documents: int | None
+    encoding: str = "utf-8"
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        """The bytes that each id stands for: none for the end of a document, U+FFFD for an id without an entry."""
+        ...
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes that `ids` stand for together."""
+        return b"".join(self.pieces(ids))
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """`decode_bytes` as text, U+FFFD standing for what is not valid in the encoding."""
+        return self.decode_bytes(ids).decode(self.encoding, errors="replace")
+
+
+class Tokenizer(Decoder, Protocol):
     """What every tokenizer can do."""
 
     end_of_document: int = END_OF_DOCUMENT
+    ends_documents: int | None = END_OF_DOCUMENT
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without an end-of-document token.
@@ -37,13 +64,17 @@ class Tokenizer(Protocol):
         """
         ...
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes that `ids` stand for: none for 0, U+FFFD for an id without an entry."""
-        ...
 
-    def decode(self, ids: Iterable[int]) -> str:
-        """`decode_bytes` as text, U+FFFD standing for what is not valid UTF-8."""
-        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+class PlainBytes(Decoder):
+    """Token = byte of a text in UTF-16 (little-endian), which has bytes of 0, or in UTF-8, which has none."""
+
+    ends_documents = None
+
+    def __init__(self, sample: Iterable[int]) -> None:
+        self.encoding = "utf-16-le" if 0 in sample else "utf-8"
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        return [bytes((token,)) for token in ids]
 
 
 class ByteTokenizer(Tokenizer):
@@ -52,11 +83,9 @@ class ByteTokenizer(Tokenizer):
     def encode(self, text: str) -> list[int]:
         return [byte + 1 for byte in _utf8(text)]
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
         replacement = REPLACEMENT.encode()
-        return b"".join(
-            bytes((token - 1,)) if 1 <= token <= 256 else b"" if token == 0 else replacement for token in ids
-        )
+        return [bytes((token - 1,)) if 1 <= token <= 256 else b"" if token == 0 else replacement for token in ids]
 
 
 class WorldTokenizer(Tokenizer):
@@ -89,10 +118,10 @@ class WorldTokenizer(Tokenizer):
             start = end
         return ids
 
-    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
         table = self._table
         replacement = REPLACEMENT.encode()
-        return b"".join(table[token] if 0 <= token < len(table) else replacement for token in ids)
+        return [table[token] if 0 <= token < len(table) else replacement for token in ids]
 
     @cached_property
     def _table(self) -> list[bytes]:
@@ -132,6 +161,15 @@ def tokenizer_for_vocabulary(vocab_size: int) -> Tokenizer:
         f"{BYTE_VOCABULARIES.start} to {BYTE_VOCABULARIES.stop - 1} (bytes); tokens (--data_type "
         "binidx, or pairs in a .save file) work with every vocabulary."
     )
+
+
+def decoder_for_vocabulary(vocab_size: int, sample: Iterable[int]) -> Decoder:
+    """What reads the tokens of models with `vocab_size` entries; `sample` are some of them.
+
+    Raises:
+        DataError: as `tokenizer_for_vocabulary`.
+    """
+    return PlainBytes(sample) if vocab_size == PLAIN_BYTES else tokenizer_for_vocabulary(vocab_size)
 
 
 def _utf8(text: str) -> bytes:

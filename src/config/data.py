@@ -1,10 +1,46 @@
-"""Rows, batches and epochs."""
+"""Rows, batches and epochs, and which tokens the loss is taken on."""
 
+from __future__ import annotations
+
+import json
 from dataclasses import dataclass
 
-from src.config.flags import AT_LEAST_1, MOST_SEED, MOST_STEPS, NOT_NEGATIVE, Flags, Given, Lines, Rule, flag
+from src.config.flags import AT_LEAST_1, MOST_SEED, MOST_STEPS, NOT_NEGATIVE, Flags, Given, Lines, Rule, flag, shortened
 
 DATALOAD_MODES = ("pack", "pad", "only", "get")
+MASK_KINDS = ("none", "pad", "qa", "se")
+
+_MASK_KEYS = ("mask0", "mask1")
+_MASK_EXAMPLE = '{"mask0": "text that ends", "mask1": "text that begins"}'
+
+
+@dataclass(frozen=True)
+class LossMask:
+    """Which tokens the loss is taken on; on padding never.
+
+    Attributes:
+        kind: none and pad: every one; qa: answers; se: what stands between two texts; "": qa where roles are known from
+            the data's structure, else pad.
+        begin, end: the two texts, with `se`.
+    """
+
+    kind: str = ""
+    begin: str = ""
+    end: str = ""
+
+    @property
+    def finds_in_text(self) -> bool:
+        """Whether what counts is found in the text of documents."""
+        return self.kind in ("qa", "se")
+
+    @property
+    def takes_all(self) -> bool:
+        """Whether every token counts, whatever the data say."""
+        return self.kind in ("none", "pad")
+
+
+BY_DATA = LossMask()
+"""What the data say themselves."""
 
 
 @dataclass(frozen=True)
@@ -28,6 +64,16 @@ class DataFlags(Flags, group="data"):
         0, "number of the first epoch; the schedule starts there", must=NOT_NEGATIVE, most=MOST_STEPS
     )
     epoch_save: int = flag(1, "save every so many epochs; 0 saves at the end only", must=NOT_NEGATIVE, most=MOST_STEPS)
+    loss_mask: str = flag(
+        "", "tokens the loss is on: pad or none: every one; qa: answers; se: from one text of mask_id to the other; "
+        "default: qa for JSON lines with roles, else pad. Padding never counts",
+        MASK_KINDS,
+    )  # fmt: skip
+    mask_id: str = flag("", f"the two texts of se, as JSON: {_MASK_EXAMPLE}")
+    preview: int = flag(
+        0, "print so many documents with what the loss is on, and end: nothing is trained or written",
+        must=NOT_NEGATIVE, most=10**6,
+    )  # fmt: skip
     random_seed: int = flag(
         42, "-1 draws one", most=MOST_SEED,
         must=Rule(lambda seed: seed >= -1, "must be at least 0, or -1 to draw one"),
@@ -38,7 +84,17 @@ class DataFlags(Flags, group="data"):
         """Of the order of passes; None: that of the file."""
         return self.random_seed if self.data_shuffle else None
 
+    @property
+    def mask(self) -> LossMask:
+        """`loss_mask` and `mask_id` as one value."""
+        texts = _mask_texts(self.mask_id)[0] if self.loss_mask == "se" else {}
+        return LossMask(self.loss_mask, texts.get("mask1", ""), texts.get("mask0", ""))
+
     def _contradictions(self, given: Given) -> Lines:
+        if self.mask_id:
+            yield from _mask_texts(self.mask_id)[1]
+        elif self.loss_mask == "se":
+            yield f"--loss_mask se needs --mask_id, the two texts it takes the loss between: '{_MASK_EXAMPLE}'"
         if self.epoch_begin >= self.epoch_count:
             yield (
                 f"--epoch_begin {self.epoch_begin} leaves nothing to train with --epoch_count {self.epoch_count}: "
@@ -48,3 +104,32 @@ class DataFlags(Flags, group="data"):
             yield "--data_shuffle 0 has no meaning with --dataload get, which takes windows anywhere: use pad or pack"
         if self.dataload == "only" and self.micro_bsz > 1:
             yield f"--dataload only gives rows of unequal length: --micro_bsz {self.micro_bsz} must be 1"
+
+    def _remarks(self) -> Lines:
+        if self.mask_id and self.loss_mask != "se":
+            yield f"--mask_id {shortened(self.mask_id)} has no effect without --loss_mask se"
+
+
+def _mask_texts(text: str) -> tuple[dict[str, str], list[str]]:
+    """The texts of `--mask_id` by key, and a sentence for everything that is wrong with it."""
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return {}, [f"--mask_id {shortened(text)} is no JSON ({error}): write it as '{_MASK_EXAMPLE}'"]
+    if not isinstance(content, dict):
+        return {}, [f"--mask_id {shortened(text)} is no JSON object: write it as '{_MASK_EXAMPLE}'"]
+    problems = [
+        f"--mask_id has the unknown key {shortened(key)!r}: it has {' and '.join(_MASK_KEYS)}"
+        for key in content
+        if key not in _MASK_KEYS
+    ]
+    for key in _MASK_KEYS:
+        if key not in content:
+            problems.append(f"--mask_id {shortened(text)} lacks {key}: write it as '{_MASK_EXAMPLE}'")
+        elif not isinstance(content[key], str) or not content[key].strip(" "):
+            problems.append(f"--mask_id: {key} is {shortened(json.dumps(content[key]))}, expected a text")
+    if not problems and content["mask0"] == content["mask1"]:
+        problems.append(
+            f"--mask_id: mask0 and mask1 are both {shortened(json.dumps(content['mask0']))}: give two texts"
+        )
+    return ({} if problems else content), problems

@@ -14,7 +14,6 @@ from src.config.model import QUANT_TYPES
 
 UNDERSTOOD = {
     "state_tune": True, "fla": True, "fused_kernel": True, "op": False, "avg_loss": False, "chunk_ctx": False,
-    "loss_mask": False, "mask_id": False,
 }  # fmt: skip
 """Its flags that are none here, and whether they stand without a value."""
 
@@ -116,13 +115,8 @@ def _translate_data(given: Given, made: Translation) -> None:
         if given.get("peft", "none") == "none" and "train_type" not in made.given:
             made.given["train_type"] = "none"
             made.notes.append("--data_type sft without --peft and --train_type trains every weight, as there")
-    mask = given.get("loss_mask", "pad")
-    if mask in ("qa", "se"):
-        hint = "; JSON lines with roles are trained on the answers alone" if mask == "qa" else ""
-        made.problems.append(f"--loss_mask {mask} {_NOT_HERE}{hint}")
-    elif mask not in ("pad", "none"):
-        made.problems.append(f"--loss_mask {mask} is unknown: use one of pad, none")
-    elif "loss_mask" in given:
-        made.notes.append(f"--loss_mask {mask} has no effect: padding never counts")
-    if "mask_id" in given:
-        made.problems.append(f"--mask_id belongs to --loss_mask se, which {_NOT_HERE}")
+        if given.get("loss_mask") in ("pad", "none"):
+            del made.given["loss_mask"]
+            made.notes.append(
+                f"--data_type sft trains on answers alone, as there: --loss_mask {given['loss_mask']} has no effect"
+            )

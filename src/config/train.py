@@ -109,6 +109,11 @@ class TrainConfig(
             yield f"--lr_state {self.lr_state:g} moves as the other rate does, and --lr_init is 0: raise it"
         if self.preference and "dataload" in given:
             yield f"--dataload has no meaning with --{self.preference} 1: pairs are packed on their own"
+        for name in ("loss_mask", "mask_id", "preview"):
+            if self.preference and name in given:
+                yield f"--{name} has no meaning with --{self.preference} 1, which trains on pairs: leave it out"
+        if self.loss_mask in ("qa", "se") and self.data_type == "dummy":
+            yield f"--loss_mask {self.loss_mask} looks for texts, which --data_type dummy has none of: leave it out"
         if not self.preference and not self.data_file and self.data_type != "dummy":
             yield "--data_file is missing: name a binidx prefix, a .jsonl or a text file"
         if not self.preference and self.data_type != "dummy":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -88,22 +88,36 @@ class Documents:
                 f"{source} cannot be used: its longest {unit} has one token, and training needs two, an "
                 "input and a target; check how the file was made."
             )
-        if stream_counted is not None and not stream_counted.any():
-            raise DataError(f"{source} cannot be used: it holds no answer, and with roles the loss is on answers only.")
         short = int(len(sizes) - usable.sum())
         if short:
             kind = unit if short == 1 else f"{unit}s"
             statements = (*statements, f"{short} {kind} of fewer than two tokens left out.")
-        return cls(
+        documents = cls(
             source=source,
             unit=unit,
             stream=stream,
             starts=starts[usable],
             sizes=sizes[usable],
             numbers=numbers[usable],
-            stream_counted=stream_counted,
             statements=tuple(statements),
         )
+        return documents if stream_counted is None else documents.masked(stream_counted)
+
+    def masked(self, stream_counted: Mask, statements: Sequence[str] = ()) -> Documents:
+        """With a choice of what the loss is taken on, and what there is to say about it.
+
+        Raises:
+            DataError: it is taken on nothing.
+        """
+        if not stream_counted.any():
+            raise DataError(
+                f"{self.source} cannot be used: the loss is taken on no token of it; look at it with --preview 1 "
+                "--loss_mask pad."
+            )
+        chosen = replace(self, stream_counted=stream_counted)
+        without = int((chosen.counted_targets(int(self.sizes.max())) == 0).sum())
+        said = [f"{without} of {len(self)} {self.unit}s hold nothing that the loss is taken on."] if without else []
+        return replace(chosen, statements=(*self.statements, *statements, *said))
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -126,11 +140,12 @@ class Documents:
 
         A document's first token is never a target.
         """
-        ends = self.starts + np.minimum(self.sizes, limit)
-        if self.stream_counted is None:
-            return ends - self.starts - 1
-        before = np.concatenate(([0], np.cumsum(self.stream_counted, dtype=np.int64)))
-        return np.asarray(before[ends] - before[self.starts + 1], dtype=np.int64)
+        sizes = np.minimum(self.sizes, limit)
+        mask = self.stream_counted
+        if mask is None:
+            return sizes - 1
+        spans = zip((self.starts + 1).tolist(), (self.starts + sizes).tolist(), strict=True)
+        return np.fromiter((np.count_nonzero(mask[begin:end]) for begin, end in spans), np.int64, len(self))
 
     def _span(self, index: int, limit: int | None) -> slice:
         start, size = int(self.starts[index]), int(self.sizes[index])

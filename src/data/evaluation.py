@@ -32,7 +32,7 @@ class EvaluationBatch:
 def evaluation_batches(documents: Documents, *, ctx_len: int, batch_tokens: int) -> Iterator[EvaluationBatch]:
     """All documents once, the longest first, each cut to ctx_len + 1 tokens.
 
-    Documents whose answers all lie beyond the cut are left out. No random number is used.
+    Documents in which what the loss is taken on lies beyond the cut are left out. No random number is used.
 
     Args:
         documents: held-out documents.
@@ -40,14 +40,14 @@ def evaluation_batches(documents: Documents, *, ctx_len: int, batch_tokens: int)
         batch_tokens: positions of a batch at most, padding included; a longer row comes alone.
 
     Raises:
-        DataError: no document has an answer before the cut.
+        DataError: no document has a target that counts before the cut.
     """
     limit = ctx_len + 1
     visited = np.flatnonzero(documents.counted_targets(limit))
     if not len(visited):
         raise DataError(
-            f"{documents.source} holds nothing to evaluate with --ctx_len {ctx_len}: no answer begins within "
-            "so many tokens; use a larger --ctx_len."
+            f"{documents.source} holds nothing to evaluate with --ctx_len {ctx_len}: nothing that the loss is "
+            "taken on stands within so many tokens; use a larger --ctx_len."
         )
     lengths = np.minimum(documents.sizes[visited], limit) - 1
     order = np.argsort(-lengths, kind="stable")

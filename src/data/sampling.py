@@ -14,13 +14,14 @@ Their order is that of `src.data.passes`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from src.config.data import DATALOAD_MODES
 from src.data.batches import Batch, packed_batch, padded_batch
-from src.data.documents import Documents, Positions
+from src.data.documents import Documents, Mask, Positions, Tokens
 from src.data.packing import RowPlan
 from src.data.passes import PassDataset, listed, shuffled_batches
 from src.data.rounding import Rounding, ceil_div
@@ -39,9 +40,10 @@ class SamplingPlan:
         documents: that are visited.
         tokens: of the source, everything included.
         counted_targets_per_pass: targets of one pass that the loss is taken on (with `get`: of the stream).
+        targets_per_pass: all of them.
         cut_documents: documents longer than ctx_len + 1 tokens.
         lost_tokens: their tokens beyond it, never seen (0 with `get`).
-        unanswered_documents: left out, because no answer begins within ctx_len + 1 tokens.
+        unanswered_documents: left out, because what the loss is taken on begins behind their first ctx_len + 1 tokens.
         padding_share: of the positions of one pass, those that are padding: 0 to 1.
     """
 
@@ -49,6 +51,7 @@ class SamplingPlan:
     documents: int
     tokens: int
     counted_targets_per_pass: int
+    targets_per_pass: int
     cut_documents: int
     lost_tokens: int
     unanswered_documents: int
@@ -65,12 +68,29 @@ class SamplingPlan:
             )
         if self.unanswered_documents:
             said.append(
-                f"{self.unanswered_documents} documents left out: no answer begins within a row; a larger "
-                "--ctx_len keeps them."
+                f"{self.unanswered_documents} documents left out: nothing that the loss is taken on stands within a "
+                "row; a larger --ctx_len keeps them."
             )
         if self.padding_share >= 0.2:
             said.append(f"{self.padding_share:.0%} of the positions are padding; --dataload pack has none.")
         return tuple(said)
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What a row holds of one document, or a window.
+
+    Attributes:
+        name: its place in the source.
+        tokens: int64 [n].
+        counted: bool [n], whether the loss is taken on a token; on the first, which is only read, never.
+        beyond: tokens of the document that do not fit the row.
+    """
+
+    name: str
+    tokens: Positions
+    counted: Mask
+    beyond: int = 0
 
 
 class BatchDataset(PassDataset[Batch]):
@@ -87,7 +107,7 @@ class BatchDataset(PassDataset[Batch]):
 
     Raises:
         ConfigError: `only` with more than one row.
-        DataError: data too short for `get`, or no document with an answer within a row.
+        DataError: data too short for `get`, or no document with a target that counts within a row.
     """
 
     def __init__(
@@ -124,8 +144,8 @@ class BatchDataset(PassDataset[Batch]):
             batches_per_pass = ceil_div(documents.total_tokens, ctx_len * micro_bsz)
         elif not len(self._visited):
             raise DataError(
-                f"{documents.source} cannot be used with --ctx_len {ctx_len}: no answer begins within so "
-                "many tokens, and the loss is on answers only; use a larger --ctx_len."
+                f"{documents.source} cannot be used with --ctx_len {ctx_len}: nothing that the "
+                "loss is taken on stands within so many tokens; use a larger --ctx_len."
             )
         elif mode == "pack":
             self._rows = RowPlan(self._lengths, micro_bsz * ctx_len, seed)
@@ -150,24 +170,29 @@ class BatchDataset(PassDataset[Batch]):
         return shuffled_batches(self._visited, self._micro_bsz, self._seed, pass_number)
 
     def _batch(self, number: int, rounding: Rounding) -> Batch:
+        make = packed_batch if self.mode == "pack" else padded_batch
+        return make(*self._contents(number), rounding)
+
+    def _contents(self, number: int) -> tuple[list[Tokens], list[Mask | None], list[int]]:
+        """Tokens of a batch's documents or windows, which of them count, and their numbers."""
         if self.mode == "get":
             stream, mask = self.documents.stream, self.documents.stream_counted
             offsets = self._offsets(number)
             spans = [slice(offset, offset + self._row_tokens) for offset in offsets]
-            return padded_batch(
-                [np.asarray(stream[span], dtype=np.int64) for span in spans],
-                [None if mask is None else mask[span] for span in spans],
-                offsets,
-                rounding,
-            )
-        indices = self._indices(number)
-        make = packed_batch if self.mode == "pack" else padded_batch
-        return make(
-            [self.documents.tokens(index, self._row_tokens) for index in indices],
-            [self.documents.counted(index, self._row_tokens) for index in indices],
-            indices.tolist(),
-            rounding,
-        )
+            windows: list[Tokens] = [np.asarray(stream[span], dtype=np.int64) for span in spans]
+            return windows, [None if mask is None else mask[span] for span in spans], offsets
+        indices = self._indices(number).tolist()
+        tokens: list[Tokens] = [self.documents.tokens(index, self._row_tokens) for index in indices]
+        return tokens, [self.documents.counted(index, self._row_tokens) for index in indices], indices
+
+    def samples(self) -> Iterator[Sample]:
+        """What the first pass is made of, in its order."""
+        for number in range(self.batches_per_pass):
+            for tokens, mask, index in zip(*self._contents(number), strict=True):
+                counted = np.ones(len(tokens), dtype=np.bool_) if mask is None else mask.copy()
+                counted[0] = False
+                beyond = 0 if self.mode == "get" else int(self.documents.sizes[index]) - len(tokens)
+                yield Sample(self._named([index]), np.asarray(tokens, np.int64), counted, beyond)
 
     @property
     def tokens_per_pass(self) -> int:
@@ -186,9 +211,12 @@ class BatchDataset(PassDataset[Batch]):
 
     def describe(self, batch: Batch) -> str:
         """Names what a batch was made of, for messages."""
+        return self._named(batch.sample_indices)
+
+    def _named(self, indices: Sequence[int]) -> str:
         if self.mode == "get":
-            return f"tokens {listed(batch.sample_indices)} and following of {self.documents.source}"
-        numbers = [int(self.documents.numbers[index]) for index in batch.sample_indices]
+            return f"tokens {listed(indices)} and following of {self.documents.source}"
+        numbers = [int(self.documents.numbers[index]) for index in indices]
         plural = "s" if len(numbers) > 1 else ""
         return f"{self.documents.unit}{plural} {listed(numbers)} of {self.documents.source}"
 
@@ -205,8 +233,8 @@ class BatchDataset(PassDataset[Batch]):
                     break
             else:
                 raise DataError(
-                    f"{self.documents.source} has so few answers that {_WINDOW_ATTEMPTS} random windows met "
-                    "none; use --dataload pad or pack."
+                    f"{self.documents.source} has so little that the loss is taken on that {_WINDOW_ATTEMPTS} random "
+                    "windows met none; use --dataload pad or pack."
                 )
             offsets.append(offset)
         return offsets
@@ -224,6 +252,7 @@ class BatchDataset(PassDataset[Batch]):
         windows = self.mode == "get"
         sizes = documents.sizes[self._visited]
         lost = np.maximum(sizes - self._row_tokens, 0)
+        answered = documents.counted_targets(int(documents.sizes.max())) > 0
         counted_targets = int(self._counted.sum())
         if windows:
             mask = documents.stream_counted
@@ -233,9 +262,10 @@ class BatchDataset(PassDataset[Batch]):
             documents=len(documents) if windows else len(self._visited),
             tokens=documents.total_tokens,
             counted_targets_per_pass=counted_targets,
+            targets_per_pass=documents.total_tokens if windows else int(self._lengths.sum()),
             cut_documents=0 if windows else int((lost > 0).sum()),
             lost_tokens=0 if windows else int(lost.sum()),
-            unanswered_documents=0 if windows else len(documents) - len(self._visited),
+            unanswered_documents=0 if windows else int((answered & (self._counted == 0)).sum()),
             padding_share=self._padding_share(),
         )
 

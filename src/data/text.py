@@ -1,8 +1,8 @@
 """Documents from text: JSON lines, chats through one template, plain text, and generated ones.
 
 Every document ends with the tokenizer's end-of-document token. Where speakers have roles the loss
-is taken on answers only: an answer's text, the blank line that ends it (chat clients stop there),
-and, after the last answer, the end of the document.
+is taken on answers only, unless a mask says otherwise: an answer's text, the blank line that ends it (chat clients stop
+there), and, after the last answer, the end of the document.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from src.config.data import BY_DATA, LossMask
 from src.data.documents import Documents
 from src.data.inputs import (
     MalformedEntry,
@@ -31,6 +32,7 @@ from src.data.inputs import (
     unix_lines,
     unread_keys,
 )
+from src.data.masks import Marker
 from src.data.turns import formatted_statement, is_formatted
 from src.errors import DataError
 from src.tokenizer import Tokenizer
@@ -70,16 +72,17 @@ class Findings:
     empty_systems: int = 0
     unread: Counter[str] = field(default_factory=Counter)
 
-    def statements(self, template: ChatTemplate) -> list[str]:
+    def statements(self, template: ChatTemplate, mask: LossMask = BY_DATA) -> list[str]:
         """One sentence each."""
         said = []
-        if self.conversations and self.plain:
+        if self.conversations and self.plain and not mask.kind:
             said.append(
                 f"{_several(self.conversations, 'conversation')} in the template {template.name}: the loss is on "
                 f"answers only; {_several(self.plain, 'line')} of plain text: it is on every token."
             )
         elif self.conversations:
-            said.append(f"Conversations are written in the template {template.name}; the loss is on answers only.")
+            chosen = "; the loss is on answers only" if mask.kind in ("", "qa") else ""
+            said.append(f"Conversations are written in the template {template.name}{chosen}.")
         if self.blank_lines:
             said.append(
                 f"{_several(self.blank_lines, 'run')} of blank lines inside turns replaced by a line break each: "
@@ -160,13 +163,16 @@ WORLD_CHAT = ChatTemplate("World chat", {"system": "System", "user": "User", "as
 class _Collector:
     """Grows the token stream and the mask of documents read one by one."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, mask: LossMask) -> None:
         self._tokenizer = tokenizer
+        self._mask = mask
+        self._marker = Marker(mask, tokenizer) if mask.finds_in_text else None
+        self._searched = 0
         self._tokens = array("H")
         self._counted = bytearray()
         self._sizes: list[int] = []
         self._numbers: list[int] = []
-        self.masked = False
+        self._masked = False
 
     def add(self, parts: Sequence[Part], number: int) -> None:
         """Appends one document and its end; the end counts when the last part does."""
@@ -175,14 +181,24 @@ class _Collector:
             ids = self._tokenizer.encode(text)
             self._tokens.extend(ids)
             self._counted += bytes((counted,)) * len(ids)
-            self.masked |= not counted
         self._tokens.append(self._tokenizer.end_of_document)
         self._counted.append(parts[-1].counted)
+        is_plain = all(part.counted for part in parts)
+        self._masked |= not is_plain
+        if self._marker is not None and (is_plain or self._mask.kind == "se"):
+            self._searched += 1
+            tokens = np.array(self._tokens[before:], dtype=np.int64)
+            self._counted[before:] = self._marker.mark(tokens, number).tobytes()
         self._sizes.append(len(self._tokens) - before)
         self._numbers.append(number)
 
     def documents(self, source: str, vocab_size: int, statements: Sequence[str]) -> Documents:
         sizes = np.array(self._sizes, dtype=np.int64)
+        if self._marker is not None and self._searched:
+            amount = _several(self._searched, "line")
+            self._marker.refuse(source, amount, others=self._searched < len(sizes))
+            statements = [*statements, *self._marker.statements(amount)]
+        masked = self._marker is not None or (self._masked and not self._mask.takes_all)
         return Documents.from_stream(
             source,
             np.frombuffer(self._tokens, dtype=np.uint16),
@@ -191,7 +207,7 @@ class _Collector:
             vocab_size,
             unit="line",
             numbers=np.array(self._numbers, dtype=np.int64),
-            stream_counted=np.frombuffer(self._counted, dtype=np.bool_) if self.masked else None,
+            stream_counted=np.frombuffer(self._counted, dtype=np.bool_) if masked else None,
             statements=statements,
         )
 
@@ -203,6 +219,7 @@ def read_jsonl(
     *,
     fields: tuple[str, str] | None = None,
     part: slice = slice(None),
+    mask: LossMask = BY_DATA,
 ) -> Documents:
     """Reads JSON lines, one document each; blank lines of the file are passed over.
 
@@ -217,26 +234,29 @@ def read_jsonl(
         vocab_size: its size.
         fields: keys of question and answer, instead of all that.
         part: which of the lines that are not blank.
+        mask: what the loss is taken on; `qa` goes by roles where a line has them, and by its text where it has none.
 
     Raises:
         DataError: the file is missing, empty or not UTF-8; a line is malformed (named with file,
             number and reason); or the documents cannot be trained on.
     """
-    collector = _Collector(tokenizer)
+    collector = _Collector(tokenizer, mask)
     findings = Findings()
     for number, line in islice(numbered_lines(path), part.start, part.stop):
         try:
             collector.add(_parts(_entry(line), WORLD_CHAT, findings, fields), number)
         except (MalformedEntry, DataError) as error:
             raise DataError(f"{path}, line {number}: {str(error).removesuffix('.')}.") from error
-    return collector.documents(path, vocab_size, findings.statements(WORLD_CHAT))
+    return collector.documents(path, vocab_size, findings.statements(WORLD_CHAT, mask))
 
 
-def read_text(path: str, tokenizer: Tokenizer, vocab_size: int, piece_tokens: int) -> Documents:
+def read_text(
+    path: str, tokenizer: Tokenizer, vocab_size: int, piece_tokens: int, *, mask: LossMask = BY_DATA
+) -> Documents:
     """Reads a text file as one document, and hands it on in pieces that fit a row.
 
     A piece has `piece_tokens` tokens at most and begins with the last token of the piece before,
-    so every token but the first is a target exactly once. Line ends become "\n".
+    so every token but the first is a target exactly once. Line ends become "\n". A mask goes by the whole text.
 
     Raises:
         DataError: the file is missing, empty or not UTF-8.
@@ -253,6 +273,12 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int, piece_tokens: in
             f"A text file is one document; its {len(stream)} tokens are read as {len(starts)} pieces of at "
             f"most {piece_tokens}. A file of short documents is better given as --data_type jsonl."
         )
+    counted = None
+    if mask.finds_in_text and ids:
+        marker = Marker(mask, tokenizer)
+        counted = marker.mark(stream, 1)
+        marker.refuse(path, "1 document")
+        statements += marker.statements("1 document")
     return Documents.from_stream(
         path,
         stream,
@@ -261,6 +287,7 @@ def read_text(path: str, tokenizer: Tokenizer, vocab_size: int, piece_tokens: in
         vocab_size,
         unit="piece",
         numbers=np.arange(1, len(starts) + 1, dtype=np.int64),
+        stream_counted=counted,
         statements=statements,
     )
 
@@ -374,6 +401,8 @@ def _messages(messages: object, template: ChatTemplate, findings: Findings) -> l
         if role != "system" and not content.strip():
             kind = "an answer" if role == template.answering else "a question"
             raise MalformedEntry(f"message {position}, {kind}, is empty")
+        if turns and role == turns[-1][0]:
+            raise MalformedEntry(f"message {position} is a second {role} message in a row; join it to the one before")
         turns.append((role, content))
         unread |= message.keys() - {"role", "content"}
     if template.answering not in (role for role, _ in turns):

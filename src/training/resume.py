@@ -42,7 +42,7 @@ FREE = {
 """Flags that may differ when a run goes on: they change nothing that is trained."""
 ROUNDING = {"accelerator", "strategy", "grad_cp", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps"}
 """Flags that may differ as well, but change the order of sums; steps and their batches must stay what they are."""
-_OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "doctor", "config"}
+_OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "doctor", "config", "preview"}
 _INPUTS = ("load_model", "data_file", "rlhf_train_file")
 
 

@@ -103,7 +103,7 @@ def _train(
     if not can_be_resumed(config, hardware.strategy):
         say(f"note: --resume 1 cannot go on with this run: DeepSpeed's states of --optim {config.optim} are not saved")
     base = open_checkpoint(config.load_model) if config.load_model else None
-    shape = _model_shape(config, base)
+    shape = model_shape(config, base)
     method.trained_names(shape)  # refuses what does not fit the model
     work = prepare_work(config, shape)
     require_memory_of_run(config, hardware.device, shape, work.row_tokens)
@@ -264,7 +264,7 @@ def _check_room(folder: Path, needed_bytes: int) -> None:
         )
 
 
-def _model_shape(config: TrainConfig, base: Checkpoint | None) -> ModelShape:
+def model_shape(config: TrainConfig, base: Checkpoint | None) -> ModelShape:
     """Sizes of the base model, checked against the flags; or those of a fresh one."""
     if base is None:
         return RWKV6Shape.from_sizes(

@@ -72,7 +72,7 @@ def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
 def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
     def documents_of(path: str, part: slice = slice(None)) -> Documents:
         kind, ctx_len, fields = config.data_type, config.ctx_len, config.answer_fields
-        return open_documents(kind, path, shape.vocab_size, ctx_len=ctx_len, fields=fields, part=part)
+        return open_documents(kind, path, shape.vocab_size, ctx_len=ctx_len, fields=fields, part=part, mask=config.mask)
 
     dataset = BatchDataset(
         documents_of(config.data_file, config.lines_used),
@@ -93,6 +93,7 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
             f"           {statement}"
             for statement in (*dataset.documents.statements, *plan.statements(), *dataset.statements())
         ),
+        _loss_line(config, dataset),
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
     if config.val_file:
@@ -101,6 +102,22 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         lines += [f"           {statement}" for statement in held_out.statements]
         measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len)
     return Work(dataset, SFTObjective(), measure, len(dataset), dataset.most_positions, dataset.describe, lines)
+
+
+def _loss_line(config: TrainConfig, dataset: BatchDataset) -> str:
+    """Which tokens the loss is taken on, and how many."""
+    plan = dataset.plan
+    by_data = "pad" if dataset.documents.stream_counted is None else "by role"
+    words = {
+        "by role": "answers where roles are known (--loss_mask qa)",
+        "qa": "answers only (--loss_mask qa)",
+        "se": "what stands between the texts of --mask_id (--loss_mask se)",
+    }.get(config.loss_mask or by_data, f"every token (--loss_mask {config.loss_mask or 'pad'})")
+    share = plan.counted_targets_per_pass / plan.targets_per_pass
+    return (
+        f"loss       on {words}: {plan.counted_targets_per_pass:,} of {plan.targets_per_pass:,} targets a pass "
+        f"({share:.1%})"
+    )
 
 
 def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:

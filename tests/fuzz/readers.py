@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from src.config.data import BY_DATA, LossMask
 from src.config.files import recognise
 from src.data.binidx import MAGIC
 from src.data.documents import Documents
@@ -34,14 +35,15 @@ class Reader:
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def _documents(data_type: str, vocab_size: int = 257) -> Callable[[Path], object]:
+def _documents(data_type: str, vocab_size: int = 257, mask: LossMask = BY_DATA) -> Callable[[Path], object]:
     """Opens them and reads each to its end."""
 
     def read(path: Path) -> None:
-        documents: Documents = open_documents(data_type, str(path), vocab_size, ctx_len=16)
+        documents: Documents = open_documents(data_type, str(path), vocab_size, ctx_len=16, mask=mask)
         for index in range(len(documents)):
             tokens = documents.tokens(index)
             assert len(tokens) >= 2
+            assert mask.kind == "" or len(documents.counted(index)) == len(tokens)
             assert 0 <= tokens.min() <= tokens.max() < vocab_size
 
     return read
@@ -76,6 +78,12 @@ def _reject_run(groups: int, folder: Path) -> tuple[bytes, bytes]:
     return (folder / "out.csv").read_bytes(), (folder / "out.csv.run.json").read_bytes()
 
 
+def _one_document(tokens: bytes) -> tuple[bytes, bytes]:
+    """An index and its tokens, a byte each, of a single document."""
+    index = struct.pack("<9sQBQQ", MAGIC, 1, 1, 1, 2) + struct.pack("<i3q", len(tokens), 0, 0, 1)
+    return index, tokens
+
+
 def _binidx(code: int, token_bytes: int) -> tuple[bytes, bytes]:
     """An index and its tokens: documents of 3, 0 and 2 tokens."""
     sizes, offsets = (3, 0, 2), (0, 3 * token_bytes, 3 * token_bytes)
@@ -100,6 +108,10 @@ _TABLE_LINES = (
     b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n\n{"prompt": "q", "chosen": "d\\n", "reject": null, "x": 3}\n',
 )
 _TEXT = ("One.\r\n\r\nTwo: é, 好。\n" * 3).encode(), b"User: a\n\nAssistant: b\n\n" * 4
+_TURNS = (json.dumps({"text": "User: a\n\nAssistant: b"}).encode(),)
+_ANSWERS = LossMask("qa")
+_CHAT = _one_document(bytes(ByteTokenizer().encode("User: a\n\nAssistant: b\n\n")) + b"\0")
+_CHAT16 = _one_document("User: a\n\nAssistant: é".encode("utf-16-le"))
 _INDEX, _TOKENS = _binidx(8, 2)
 _WIDE_INDEX, _WIDE_TOKENS = _binidx(4, 4)
 
@@ -114,6 +126,15 @@ def readers(folder: Path) -> dict[str, Reader]:
         "text, World tokens": Reader(_documents("utf-8", 65536), _TEXT, "data.txt"),
         "CSV of preferences": Reader(_pairs, _TABLES, "rows.csv"),
         "JSON lines of preferences": Reader(_pairs, _TABLE_LINES, "rows.jsonl"),
+        "jsonl, answers": Reader(_documents("jsonl", mask=_ANSWERS), (*_JSONL[1:], *_TURNS), "data.jsonl"),
+        "text, answers, World tokens": Reader(_documents("utf-8", 65536, _ANSWERS), _TEXT[1:], "data.txt"),
+        "text between two": Reader(_documents("utf-8", mask=LossMask("se", ":", ".")), _TEXT[:1], "data.txt"),
+        "binidx tokens, answers": Reader(
+            _documents("binidx", mask=_ANSWERS), (_CHAT[1],), "data.bin", {"data.idx": _CHAT[0]}
+        ),
+        "binidx of bytes, answers": Reader(
+            _documents("binidx", 256, _ANSWERS), (_CHAT16[1],), "data.bin", {"data.idx": _CHAT16[0]}
+        ),
         "binidx index": Reader(_documents("binidx"), (_INDEX,), "data.idx", {"data.bin": _TOKENS}),
         "binidx index of int32": Reader(_documents("binidx"), (_WIDE_INDEX,), "data.idx", {"data.bin": _WIDE_TOKENS}),
         "binidx tokens": Reader(_documents("binidx"), (_TOKENS,), "data.bin", {"data.idx": _INDEX}),

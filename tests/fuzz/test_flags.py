@@ -43,7 +43,8 @@ WORDS = (
     "x" * 10_000, "auto ", "AUTO", "cpu", "bf16", "nf4", "pack", "states", "me/project", "me/", "/me", "a/b/c",
     "../x", "a#b", "localhost:5000", "//host", "http://", "http:///x", "http://[", "http://h:99999/", "http://h:x/",
     "file:///etc/passwd", "ftp://h/", "http://a b/", "http://é/", "http://" + "a" * 70 + "/", "http://localhost:1/",
-    "HTTP://localhost:1", "http://a..b/", "http://h/?q", "javascript:1",
+    "HTTP://localhost:1", "http://a..b/", "http://h/?q", "javascript:1", "qa", "se", '{"mask0":"a","mask1":"b"}',
+    '{"mask0":"a"}', '{"mask0":"","mask1":[]}', '{"mask0":"\\ud800","mask1":"\\u0000"}', "{" * 9999, "[" * 99_999,
 )  # fmt: skip
 
 

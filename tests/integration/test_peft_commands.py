@@ -44,16 +44,16 @@ EXPECTED: dict[str, dict[str, object]] = {
     "parts in brackets": LORA,
     "no parts": {**LORA, "parts": ()},
 }  # fmt: skip
-PADDING = "--loss_mask pad has no effect: padding never counts"
+ANSWERS = "--data_type sft trains on answers alone, as there: --loss_mask pad has no effect"
 FLA = "--fla has no effect: the operator is chosen by the device"
 STATE = "--train_type state is --train_type states"
 THEIRS = "--train_type state is RWKV-PEFT's spelling: unquantised without --quant, as there"
 NOTES: dict[str, list[str]] = {
-    "lora, packed": [PADDING, "--quant nf4 is --quant 1 --quant_type nf4"],
-    "states": [FLA, PADDING, STATE, THEIRS],
-    "states, packed": [FLA, PADDING, STATE, "--quant int8 is --quant 1 --quant_type int8"],
+    "lora, packed": ["--quant nf4 is --quant 1 --quant_type nf4"],
+    "states": [FLA, STATE, THEIRS],
+    "states, packed": [FLA, STATE, "--quant int8 is --quant 1 --quant_type int8"],
     "pretraining": [
-        PADDING,
+        ANSWERS,
         "--data_type sft is --data_type jsonl, written as chats of World models",
         "--data_type sft is RWKV-PEFT's spelling: unquantised without --quant, as there",
         "--data_type sft without --peft and --train_type trains every weight, as there",
@@ -69,7 +69,7 @@ def test_what_it_is_understood_as(name: str, tmp_path: Path, monkeypatch: pytest
     made = TrainConfig.from_flags(given)
     wanted = {**COMMON, **EXPECTED[name]}
     assert {key: getattr(made, key) for key in wanted} == wanted
-    assert sorted(translated(given).notes) == sorted(NOTES.get(name, [PADDING]))
+    assert sorted(translated(given).notes) == sorted(NOTES.get(name, []))
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +96,7 @@ def test_it_runs(name: str, workplace: Path, tmp_path: Path, monkeypatch: pytest
         paths = {"load_model": str(workplace / "base.pth"), "data_file": str(workplace / "data")}
     ended = run_script("train.py", *replaced(arguments, proj_dir=str(tmp_path), **paths, **sizes))
     assert ended.code == 0, ended.err
-    for note in NOTES.get(name, [PADDING]):
+    for note in NOTES.get(name, []):
         assert f"note: {note}\n" in ended.out
     assert len(metrics(tmp_path)) == 2
     written = torch.load(tmp_path / "rwkv-final.pth", weights_only=True)

@@ -35,7 +35,7 @@ def test_a_command_without_them_stays_as_it_is() -> None:
 
 
 def test_the_ones_that_are_no_flags_here_are_these() -> None:
-    names = {"state_tune", "fla", "fused_kernel", "op", "avg_loss", "chunk_ctx", "loss_mask", "mask_id"}
+    names = {"state_tune", "fla", "fused_kernel", "op", "avg_loss", "chunk_ctx"}
     assert UNDERSTOOD.keys() == names
     assert not names & TrainConfig.__dataclass_fields__.keys()
 
@@ -74,7 +74,7 @@ class TestQuantisation:
             ({"train_type": "state", "quant_type": "int8"}, 1),
             ({"state_tune": "1"}, 0),
             ({"fla": "1"}, 0),
-            ({"loss_mask": "pad"}, 0),
+            ({"loss_mask": "pad"}, 1),
             ({"peft": "lora"}, 0),
             ({"peft": "lora", "fla": "1"}, 0),
             ({"peft": "lora", "fla": "1", "quant": "int8"}, 1),
@@ -87,8 +87,8 @@ class TestQuantisation:
         assert said == (quant == 0 and "peft" not in flags)
 
     def test_a_run_that_goes_on_stays_what_it_was(self) -> None:
-        assert config(resume="1", loss_mask="pad").quant == 1
-        assert config(resume="1", loss_mask="pad", quant="0").quant == 0
+        assert config(resume="1", fla="1").quant == 1
+        assert config(resume="1", fla="1", quant="0").quant == 0
 
 
 class TestWhatIsTrained:
@@ -121,8 +121,6 @@ class TestTheRest:
             ({"op": "triton"}, "--op has no effect: the operator is chosen by the device"),
             ({"fused_kernel": "1"}, "--fused_kernel has no effect: no loss here keeps all logits"),
             ({"avg_loss": "0"}, "--avg_loss has no effect: it sets nothing there, either"),
-            ({"loss_mask": "pad"}, "--loss_mask pad has no effect: padding never counts"),
-            ({"loss_mask": "none"}, "--loss_mask none has no effect: padding never counts"),
         ],
     )
     def test_what_has_no_effect(self, flags: dict[str, str], note: str) -> None:
@@ -132,10 +130,6 @@ class TestTheRest:
     @pytest.mark.parametrize(
         ("flags", "expected"),
         [
-            ({"loss_mask": "qa"}, "--loss_mask qa is not here yet: leave it out; JSON lines with roles are trained on"),
-            ({"loss_mask": "se"}, "--loss_mask se is not here yet: leave it out"),
-            ({"loss_mask": "all"}, "--loss_mask all is unknown: use one of pad, none"),
-            ({"mask_id": '{"mask0":"0"}'}, "--mask_id belongs to --loss_mask se, which is not here yet"),
             ({"data_type": "sft", "data_file": "org/set"}, "--data_file org/set is no file, and data sets are not"),
         ],
     )
@@ -152,6 +146,10 @@ class TestTheRest:
         )  # fmt: skip
         assert (made.method, made.quant) == ("full", 0)
         assert "--data_type sft without --peft and --train_type trains every weight, as there" in notes(**flags)
+        masked = {**flags, "loss_mask": "pad"}
+        assert config(**masked).mask.kind == ""
+        assert "--data_type sft trains on answers alone, as there: --loss_mask pad has no effect" in notes(**masked)
+        assert config(**{**flags, "loss_mask": "qa"}).mask.kind == "qa"
         assert config(**flags, peft="lora").method == "lora"
         assert config(**flags, train_type="state").method == "states"
 
@@ -171,5 +169,5 @@ def test_some_stand_alone_on_the_command_line() -> None:
 
 def test_their_problems_are_told_with_all_others() -> None:
     with pytest.raises(ConfigError) as refused:
-        config(quant="fp8", loss_mask="qa", ctx_len="0")
+        config(quant="fp8", loss_mask="q", ctx_len="0")
     assert str(refused.value).startswith("3 problems:")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from src.config import UNSUPPORTED, TrainConfig
+from src.config.data import LossMask
 from src.config.model import METHOD_DEFAULTS
 from src.errors import ConfigError
 
@@ -25,7 +26,7 @@ FLAGS = (
     "lora_rslora", "lora_plus", "pissa_r", "svd_niter", "bone_r", "targets", "train_parts", "load_adapter", "lr_state",
     # data
     "ctx_len", "dataload", "data_shuffle", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count",
-    "epoch_begin", "epoch_save", "random_seed",
+    "epoch_begin", "epoch_save", "loss_mask", "mask_id", "preview", "random_seed",
     # optimizer
     "optim", "lr_init", "lr_final", "lr_schedule", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay",
     "weight_decay_final", "layerwise_lr", "my_exit", "my_exit_tokens",
@@ -172,6 +173,23 @@ class TestRefusals:
             ({"orpo": "1", "dataload": "pad"}, "--dataload has no meaning with --orpo 1"),
             ({"orpo": "1", "rlhf_train_file": ""}, "--rlhf_train_file is missing"),
             ({"data_type": "dummy", "val_file": "v"}, "--val_file has no meaning with --data_type dummy"),
+            ({"loss_mask": "all"}, "--loss_mask all is unknown: use one of none, pad, qa, se"),
+            ({"loss_mask": "se"}, "--loss_mask se needs --mask_id, the two texts it takes the loss between: '{"),
+            ({"loss_mask": "se", "mask_id": "x"}, "--mask_id x is no JSON ("),
+            ({"loss_mask": "se", "mask_id": "[1]"}, "--mask_id [1] is no JSON object: write it as '{"),
+            (
+                {"loss_mask": "se", "mask_id": '{"mask0":"a","mask1":"b","mask01":"c"}'},
+                "--mask_id has the unknown key 'mask01': it has mask0 and mask1",
+            ),
+            ({"loss_mask": "se", "mask_id": '{"mask0":"a"}'}, '--mask_id {"mask0":"a"} lacks mask1: write it as'),
+            ({"loss_mask": "se", "mask_id": '{"mask0":0,"mask1":"1"}'}, "--mask_id: mask0 is 0, expected a text"),
+            ({"loss_mask": "se", "mask_id": '{"mask0":"a","mask1":" "}'}, '--mask_id: mask1 is " ", expected a text'),
+            ({"loss_mask": "se", "mask_id": '{"mask0":"a","mask1":"a"}'}, 'mask0 and mask1 are both "a": give two'),
+            ({"mask_id": "[" * 99999}, "is no JSON"),
+            ({"loss_mask": "qa", "data_type": "dummy"}, "--loss_mask qa looks for texts, which --data_type dummy has"),
+            ({"orpo": "1", "loss_mask": "qa"}, "--loss_mask has no meaning with --orpo 1, which trains on pairs"),
+            ({"dpo": "1", "preview": "2"}, "--preview has no meaning with --dpo 1"),
+            ({"preview": "-1"}, "--preview -1 must not be negative"),
             ({"accelerator": "cpu", "precision": "fp16"}, "--precision fp16 needs a GPU"),
             ({"fapi_logging_callback": "1", "fapi_logging_address": ""}, "--fapi_logging_address is empty"),
         ],
@@ -232,6 +250,21 @@ class TestRefusals:
             assert f"--{flag}" in message
 
 
+class TestMask:
+    def test_the_texts_of_se(self) -> None:
+        made = config(loss_mask="se", mask_id='{"mask0": "\\n\\nUser:", "mask1": "Assistant:"}').mask
+        assert (made.kind, made.begin, made.end) == ("se", "Assistant:", "\n\nUser:")
+
+    @pytest.mark.parametrize(
+        ("kind", "in_text", "all_of_it"),
+        [("", False, False), ("none", False, True), ("pad", False, True), ("qa", True, False)],
+    )
+    def test_the_others_have_none(self, kind: str, in_text: bool, all_of_it: bool) -> None:
+        made = config(**({"loss_mask": kind} if kind else {}), mask_id='{"mask0":"a","mask1":"b"}').mask
+        assert made == LossMask(kind)
+        assert (made.finds_in_text, made.takes_all) == (in_text, all_of_it)
+
+
 class TestFlagsOfTheOriginal:
     @pytest.mark.parametrize("name", REFUSED)
     def test_accepted_at_the_default(self, name: str) -> None:
@@ -264,6 +297,10 @@ class TestFlagsOfTheOriginal:
             ),
             ({"dpo_beta": 0.01}, "--dpo_beta 0.01 has no effect without --dpo 1"),
             ({"orpo": 1, "data_file": "", "simpo_gamma": 2}, "--simpo_gamma 2.0 has no effect without --simpo 1"),
+            (
+                {"mask_id": '{"mask0":"a","mask1":"b"}'},
+                '--mask_id {"mask0":"a","mask1":"b"} has no effect without --loss_mask se',
+            ),
             ({"weight_decay_final": 0.1}, "--weight_decay_final 0.1 has no effect with --weight_decay 0"),
         ],
     )

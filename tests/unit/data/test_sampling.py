@@ -243,11 +243,11 @@ class TestRefusals:
     @pytest.mark.parametrize("mode", ["pad", "only", "pack"])
     def test_no_answer_within_a_row(self, mode):
         documents = made([1, 2, 3, 4], counted=[[0, 0, 0, 1]])
-        with pytest.raises(DataError, match="--ctx_len 2: no answer begins within"):
+        with pytest.raises(DataError, match="--ctx_len 2: nothing that the loss is taken on"):
             dataset(documents, mode, 2)
 
     def test_no_answer_at_all(self):
-        with pytest.raises(DataError, match="it holds no answer"):
+        with pytest.raises(DataError, match="the loss is taken on no token of it"):
             made([1, 2], counted=[[0, 0]])
 
 
