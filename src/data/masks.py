@@ -63,9 +63,8 @@ class _Answers:
         if answers.repeated is not None:
             place, name = answers.repeated
             self._repeating += 1
-            self._first_repeated = (
-                self._first_repeated or f"number {number} has {name}: after {name}: (character {place})"
-            )
+            if not self._first_repeated:
+                self._first_repeated = f"first in number {number}: {name}: after {name}: at character {place}"
         return list(answers.stretches)
 
     def refuse(self, source: str, documents: str, *, others: bool = False) -> None:
@@ -73,7 +72,7 @@ class _Answers:
         if self._repeating:
             raise DataError(
                 f"{source} cannot be used with --loss_mask qa: in {self._repeating} of {documents} a speaker follows "
-                f"themselves, {self._first_repeated}; join such turns, or take out what only looks like one."
+                f"themselves ({self._first_repeated}); join such turns, or take out what only looks like one."
             )
         if not self._found and not others:
             labels = " or ".join(f"{speakers.answering}:" for speakers in SPEAKERS)

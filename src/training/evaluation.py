@@ -27,7 +27,7 @@ class HeldOutLoss:
 
     Attributes:
         overall: over all targets.
-        start: over the first 64 positions of documents.
+        start: over those among the first 64 positions of documents; NaN when there are none.
         rest: over the others; NaN when there are none.
         targets: how many targets there are.
         documents: how many documents.
@@ -40,9 +40,8 @@ class HeldOutLoss:
     documents: int
 
     def __str__(self) -> str:
-        parts = f"first {START_POSITIONS} positions {self.start:.4f}"
-        if not math.isnan(self.rest):
-            parts += f", rest {self.rest:.4f}"
+        named = ((f"first {START_POSITIONS} positions", self.start), ("rest", self.rest))
+        parts = ", ".join(f"{name} {loss:.4f}" for name, loss in named if not math.isnan(loss))
         return f"loss {self.overall:.4f} over {self.targets:,} tokens of {self.documents} documents ({parts})"
 
 

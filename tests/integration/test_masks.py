@@ -85,6 +85,23 @@ def test_with_every_way_to_make_rows(
     assert int(held_out[1]) == counted + ends < expected
 
 
+@pytest.mark.parametrize(
+    "method",
+    [{}, {"quant": 1}, {"peft": "lora", "lora_r": 8}, {"peft": "bone", "bone_r": 8}, {"train_type": "none"}],
+    ids=lambda method: " ".join(f"{name} {value}" for name, value in method.items()) or "states",
+)
+@pytest.mark.parametrize("grad_cp", [0, 1, 2])
+def test_the_first_loss_is_that_of_the_answers(
+    grad_cp: int, method: dict[str, object], places: dict[str, Path], tmp_path: Path
+) -> None:
+    """With every document in the first step, and before it as held-out data, for each way of training."""
+    chosen = flags(places, "binidx", loss_mask="qa", micro_bsz=len(CHATS), epoch_steps=1, dataload="pad")
+    ended = train(tmp_path, **{**chosen, "grad_cp": grad_cp, "val_file": places["binidx"], **method})
+    before = re.search(r"held out   untuned: loss ([\d.]+) over", ended.out)
+    assert before
+    assert metrics(tmp_path)[0]["loss"] == pytest.approx(float(before[1]), abs=1e-4)
+
+
 def test_a_stopped_run_keeps_its_mask(places: dict[str, Path], tmp_path: Path) -> None:
     chosen = flags(places, "text", loss_mask="se", mask_id=TEXTS, epoch_steps=4)
     train(tmp_path / "whole", **chosen)
@@ -151,7 +168,7 @@ class TestRefusals:
             (
                 ["User: a\n\nUser: b\n\nAssistant: c"],
                 {"loss_mask": "qa"},
-                "a speaker follows themselves, number 1 has User:",
+                "a speaker follows themselves (first in number 1: User:",
             ),
             (["one"], {"loss_mask": "se"}, "--loss_mask se needs --mask_id, the two texts it takes the loss between"),
             (["one"], {"loss_mask": "se", "mask_id": TEXTS}, "of 1 line none holds ' is' or '.' of --mask_id"),

@@ -5,7 +5,14 @@ import random
 import pytest
 
 from src.errors import DataError
-from src.tokenizer import ByteTokenizer, WorldTokenizer, _world_tokenizer, tokenizer_for_vocabulary
+from src.tokenizer import (
+    ByteTokenizer,
+    PlainBytes,
+    WorldTokenizer,
+    _world_tokenizer,
+    decoder_for_vocabulary,
+    tokenizer_for_vocabulary,
+)
 
 SCRIPTS = "Hello, wörld! 你好。\n\nこんにちは 👩‍👩‍👧 Привет\r\n\tदेवनागरी ﷽ \x00 \U0010ffff"
 
@@ -110,3 +117,24 @@ def test_a_missing_package_says_what_to_install(monkeypatch):
     _world_tokenizer.cache_clear()
     with pytest.raises(DataError, match="pip install pyrwkv-tokenizer"):
         tokenizer_for_vocabulary(65536)
+
+
+def test_pieces_are_what_each_token_stands_for(world):
+    assert ByteTokenizer().pieces([0, 98, 300]) == [b"", b"a", "\ufffd".encode()]
+    assert world.pieces([24281, 59, 0, 65535]) == [b"User", b":", b"", "\ufffd".encode()]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16-le"])
+def test_a_vocabulary_of_bytes_is_read_in_the_encoding_it_has(encoding):
+    tokens = list("Hi, é 好 \U0010ffff".encode(encoding))
+    decoder = decoder_for_vocabulary(256, tokens)
+    assert isinstance(decoder, PlainBytes)
+    assert (decoder.encoding, decoder.ends_documents) == (encoding, None)
+    assert decoder.decode(tokens) == "Hi, é 好 \U0010ffff"
+    assert b"".join(decoder.pieces(tokens)) == decoder.decode_bytes(tokens) == bytes(tokens)
+
+
+def test_other_vocabularies_are_read_by_their_tokenizers():
+    assert decoder_for_vocabulary(257, []).ends_documents == 0
+    with pytest.raises(DataError, match="vocabulary of 255"):
+        decoder_for_vocabulary(255, [])

@@ -367,9 +367,9 @@ class TestReaders:
             (
                 QA,
                 [TURNS, CHAT, {"text": "User: a\n\nUser: b\n\nAssistant: c"}],
-                r"in 1 of 2 lines a speaker follows themselves, number 3 has User: after User: \(character 9\); join",
+                r"in 1 of 2 lines a speaker follows themselves \(first in number 3: User: after User: at character 9\)",
             ),
-            (QA, [{"text": "Assistant: a\n\nAssistant: b"}], r"Assistant: after Assistant: \(character 14\)"),
+            (QA, [{"text": "Assistant: a\n\nAssistant: b"}], r"Assistant: after Assistant: at character 14\)"),
             (between("<a>", "</a>"), [PROSE], "of 1 line none holds '<a>' or '</a>' of --mask_id; compare with"),
             (between("prose", "</a>"), [CHAT, PROSE], "of 2 lines none holds '</a>' of --mask_id; compare"),
             (

@@ -67,6 +67,13 @@ def test_short_documents_have_no_rest_and_say_so_in_words(model: LanguageModel, 
     assert str(result).startswith(f"loss {result.overall:.4f} over 20 tokens of 2 documents")
 
 
+def test_answers_behind_the_start_have_no_figure_for_it(model: LanguageModel, tmp_path: Path) -> None:
+    documents = read_binidx(str(write_documents(tmp_path / "d", [80])), SHAPE.vocab_size)
+    result = held_out_loss(model, documents.masked(np.arange(80) > 70), ctx_len=90)
+    assert np.isnan(result.start)
+    assert str(result) == f"loss {result.rest:.4f} over 9 tokens of 1 documents (rest {result.rest:.4f})"
+
+
 def test_preference_accuracy_and_margin(model: LanguageModel) -> None:
     pairs = [
         PreferencePair([5, 6, 7], [10, 11, 12, 13, 14], [20, 21, 22, 23, 24, 25]),
