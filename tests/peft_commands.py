@@ -47,5 +47,6 @@ COMMANDS = {
     "states, packed": f"{STATES} --quant int8",
     "pretraining": PRETRAIN,
     "parts in brackets": f'{LORA} --train_parts ["time", "ln"]',
+    "answers": _changed(STATES, loss_mask="qa"),
     "no parts": f"{LORA} --train_parts []",
 }

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from binidx_files import write_binidx
 from factories import tiny_checkpoint
 from original_commands import replaced, words
 from peft_commands import COMMANDS, PRETRAIN
@@ -43,6 +44,7 @@ EXPECTED: dict[str, dict[str, object]] = {
     },
     "parts in brackets": LORA,
     "no parts": {**LORA, "parts": ()},
+    "answers": {**STATES, "loss_mask": "qa"},
 }  # fmt: skip
 ANSWERS = "--data_type sft trains on answers alone, as there: --loss_mask pad has no effect"
 FLA = "--fla has no effect: the operator is chosen by the device"
@@ -51,6 +53,7 @@ THEIRS = "--train_type state is RWKV-PEFT's spelling: unquantised without --quan
 NOTES: dict[str, list[str]] = {
     "lora, packed": ["--quant nf4 is --quant 1 --quant_type nf4"],
     "states": [FLA, STATE, THEIRS],
+    "answers": [FLA, STATE, THEIRS],
     "states, packed": [FLA, STATE, "--quant int8 is --quant 1 --quant_type int8"],
     "pretraining": [
         ANSWERS,
@@ -94,6 +97,11 @@ def test_it_runs(name: str, workplace: Path, tmp_path: Path, monkeypatch: pytest
         paths = {"data_file": str(workplace / "data.jsonl")}
     else:
         paths = {"load_model": str(workplace / "base.pth"), "data_file": str(workplace / "data")}
+    if name == "answers":
+        tokenizer = pytest.importorskip("pyrwkv_tokenizer").RWKVTokenizer()
+        chats = [f"User: What comes after {n}?\n\nAssistant: After {n} comes {n + 1}.\n\n" for n in range(9)]
+        write_binidx(tmp_path / "chats", [[*tokenizer.encode(chat), 0] for chat in chats])
+        paths["data_file"] = str(tmp_path / "chats")
     ended = run_script("train.py", *replaced(arguments, proj_dir=str(tmp_path), **paths, **sizes))
     assert ended.code == 0, ended.err
     for note in NOTES.get(name, []):
@@ -103,4 +111,5 @@ def test_it_runs(name: str, workplace: Path, tmp_path: Path, monkeypatch: pytest
     endings = {"lora_A", "lora_B"} if "lora" in name or "parts" in name else set()
     found = {key.rpartition(".")[2] for key in written}
     assert endings <= found
-    assert (found == {"time_state"}) == ("states" in name)
+    assert (found == {"time_state"}) == ("states" in name or name == "answers")
+    assert ("loss       on answers only (--loss_mask qa): " in ended.out) == (name == "answers")
