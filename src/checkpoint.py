@@ -120,20 +120,7 @@ def load_state(path: PathLike, shape: ModelShape) -> dict[str, Tensor]:
         CheckpointError: The file cannot be read, or its states do not fit a model of this shape, or
             a value is not finite.
     """
-    content = _read(path, "state file")
-    states = {key: value for key, value in content.items() if key.endswith(_STATE_SUFFIX)}
-    if not states:
-        raise CheckpointError(
-            f"{path} holds no blocks.*.att.time_state; a state file written by this program, or a merged "
-            "model, is needed here"
-        )
-    others = [key for key in content if key not in states]
-    if others and "emb.weight" not in content:
-        raise CheckpointError(
-            f"{path} holds {others[0]}{_and_more(others)} beside the time_state of {len(states)} layers; "
-            "a state file holds nothing else"
-        )
-    tensors = _float_tensors(path, states)
+    tensors = _states_in(path)
     expected = shape.state_shapes()
     if tensors.keys() != expected.keys():
         missing = [key for key in expected if key not in tensors]
@@ -152,6 +139,34 @@ def load_state(path: PathLike, shape: ModelShape) -> dict[str, Tensor]:
             )
     _refuse_non_finite(path, tensors)
     return {key: tensors[key].detach().clone(memory_format=torch.contiguous_format) for key in expected}
+
+
+def read_states(path: PathLike) -> dict[str, Tensor]:
+    """The states of a state file or merged model, whatever model they belong to.
+
+    Returns:
+        As `load_state`.
+
+    Raises:
+        CheckpointError: The file cannot be read, holds other things, lacks a layer, or holds what are no square
+            matrices of one size, or a value that is not finite.
+    """
+    tensors = _states_in(path)
+    keys = [state_key(layer) for layer in range(len(tensors))]
+    missing = [key for key in keys if key not in tensors]
+    if missing:
+        raise CheckpointError(
+            f"{path} holds the time_state of {len(tensors)} layers, but lacks {missing[0]}: copy or download it again"
+        )
+    wanted = tuple(tensors[keys[0]].shape)
+    for key in keys:
+        shape = tuple(tensors[key].shape)
+        if len(shape) != 3 or 0 in shape or shape[1] != shape[2] or shape != wanted:
+            raise CheckpointError(
+                f"{path}: {key} has shape {list(shape)}, expected [heads, head size, head size], the same in all layers"
+            )
+    _refuse_non_finite(path, tensors)
+    return {key: tensors[key].detach().clone(memory_format=torch.contiguous_format) for key in keys}
 
 
 def save_state(path: PathLike, states: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -215,6 +230,24 @@ def save_model(path: PathLike, tensors: Mapping[str, Tensor], dtype: torch.dtype
     problems = RWKV6Shape.from_shapes(shapes).key_problems(shapes)
     assert not problems, problems
     storage.save(path, {key: _own_copy(tensor, dtype) for key, tensor in tensors.items()})
+
+
+def _states_in(path: PathLike) -> dict[str, Tensor]:
+    """The mapped `time_state` tensors of a state file or merged model, in no order."""
+    content = _read(path, "state file")
+    states = {key: value for key, value in content.items() if key.endswith(_STATE_SUFFIX)}
+    if not states:
+        raise CheckpointError(
+            f"{path} holds no blocks.*.att.time_state; a state file written by this program, or a merged "
+            "model, is needed here"
+        )
+    others = [key for key in content if key not in states]
+    if others and "emb.weight" not in content:
+        raise CheckpointError(
+            f"{path} holds {others[0]}{_and_more(others)} beside the time_state of {len(states)} layers; "
+            "a state file holds nothing else"
+        )
+    return _float_tensors(path, states)
 
 
 def _read(path: PathLike, role: str) -> dict[str, Any]:

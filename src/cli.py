@@ -6,10 +6,12 @@ import argparse
 import dataclasses
 import difflib
 import re
+import shlex
+import sys
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from src.config import MergeConfig, TrainConfig
+from src.config import STATE_COMMANDS, MergeConfig, TrainConfig
 from src.config.flags import BY_METHOD, Flags, shortened, shown_number
 from src.config.run_file import read_flags
 from src.config.synonyms import meant_by
@@ -46,13 +48,24 @@ class SuggestingParser(argparse.ArgumentParser):
             raise ConfigError("; ".join(self.complaint(text) for text in stray))
         return known
 
-    def parse_words(self, args: Sequence[str] | None, words: Sequence[str]) -> argparse.Namespace:
+    def parse_words(
+        self, args: Sequence[str] | None, words: Sequence[str], *, many: bool = False
+    ) -> argparse.Namespace:
         """As `parse_args`, with the first texts that belong to no flag as the values of `words`.
+
+        Args:
+            args: of the command line; None is this process's.
+            words: names of flags, in this order.
+            many: the first of them takes all texts but those of the others, quoted as for a shell.
 
         Raises:
             ConfigError: also if a value is given twice.
         """
         known, unknown = self.parse_known_args(args)
+        others = len(words) - 1 - sum(hasattr(known, name) for name in words[1:])
+        if many and not any(text.startswith("-") for text in unknown):
+            first, rest = unknown[: len(unknown) - others], unknown[len(unknown) - others :]
+            unknown = [shlex.join(first), *rest] if first else unknown
         if any(text.startswith("-") for text in unknown) or len(unknown) > len(words):
             return self.parse_args(args)
         for name, text in zip(words, unknown, strict=False):
@@ -122,16 +135,49 @@ def given_merge_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
     return _given(parser, MergeConfig, arguments, words=("base_model", "peft_checkpoint", "output"))
 
 
+def given_state_flags(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, str]]:
+    """The command on the state tool's command line, and its words and flags as texts; only those given.
+
+    Raises:
+        ConfigError: for an unknown command, unknown flags, missing values, or too many words.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    prog = "python -m src.commands.state"
+    chosen = arguments[0] if arguments else ""
+    if chosen in STATE_COMMANDS:
+        command = STATE_COMMANDS[chosen]
+        parser = SuggestingParser(
+            prog=f"{prog} {chosen}", usage=f"{prog} {chosen} {command.usage()} [flags]", description=command.about
+        )
+        return chosen, _given(parser, command, arguments[1:], command.words, many=command.many)
+    overview = SuggestingParser(
+        prog=prog,
+        usage=f"{prog} COMMAND ...",
+        description="Looks at states and adapters, writes them for inference clients, blends and compares them.",
+        epilog="\n".join(f"{name:8} {command.about}" for name, command in STATE_COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    if chosen in ("-h", "--help"):
+        overview.parse_args(arguments)
+    said = f"{shortened(chosen)!r} is no command" if chosen else "no command is given"
+    near = difflib.get_close_matches(chosen, list(STATE_COMMANDS), n=1)
+    way_out = f"did you mean {near[0]}?" if near else f"use one of {', '.join(STATE_COMMANDS)}; see {prog} -h"
+    raise ConfigError(f"{said}: {way_out}")
+
+
 def _given(
     parser: SuggestingParser,
     config_class: type[Flags],
     arguments: Sequence[str] | None = None,
     words: Sequence[str] = (),
+    *,
+    many: bool = False,
 ) -> dict[str, str]:
     """Parses one flag per field of a configuration, in its groups; texts left for it to convert.
 
     Args:
         words: flags that may also be given without their names, in this order.
+        many: see `SuggestingParser.parse_words`.
     """
     for title, specs in config_class.groups().items():
         group = parser.add_argument_group(title)
@@ -144,7 +190,7 @@ def _given(
     for name in (*config_class.unsupported, *config_class.understood):
         alone: dict[str, Any] = {"nargs": "?", "const": "1"} if config_class.understood.get(name) else {}
         parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **alone)
-    given = vars(parser.parse_words(arguments, words))
+    given = vars(parser.parse_words(arguments, words, many=many))
     # No word is an empty list, which differs from a flag that is not there.
     return {name: (" ".join(text) or "[]") if isinstance(text, list) else text for name, text in given.items()}
 

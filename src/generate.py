@@ -1,4 +1,4 @@
-"""Text from a model: batched, recurrent sampling with carried state, and the scoring of given answers.
+"""Text from a model: batched, recurrent sampling with carried state; conversations; the scoring of given answers.
 
 Prompts of different length are read together in packed rows. From then on every row is one step of the
 recurrence per token, whatever came before, and a row that has finished leaves the batch.
@@ -11,6 +11,7 @@ Letters: B rows, V vocabulary.
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from src.config.sampling import SamplingFlags
 from src.data.preference_batches import PairForm, PreferenceDataset
 from src.data.preferences import PreferencePair
 from src.errors import CheckpointError
@@ -62,6 +64,27 @@ class SamplingSettings:
     forbidden_tokens: tuple[int, ...] = (0,)
     seed: int = 42
 
+    @classmethod
+    def by(cls, flags: SamplingFlags, *, stop: str, may_end: bool) -> SamplingSettings:
+        """What a command line says.
+
+        Args:
+            flags: of a program.
+            stop: text that ends an answer.
+            may_end: whether an end-of-document token may be sampled.
+        """
+        return cls(
+            temperature=flags.temperature,
+            top_p=flags.top_p,
+            presence_penalty=flags.alpha_presence,
+            frequency_penalty=flags.alpha_frequency,
+            penalty_decay=flags.alpha_decay,
+            max_tokens=flags.max_tokens,
+            stop=stop,
+            forbidden_tokens=() if may_end else (0,),
+            seed=flags.seed,
+        )
+
 
 def generate(
     model: LanguageModel,
@@ -104,11 +127,7 @@ def generate(
             tokens = sampler.sample(logits)
             running = []
             for place, token in enumerate(tokens.tolist()):
-                if token < 0:
-                    raise CheckpointError(
-                        "the model's output is not finite, so no token can be sampled: check the model and "
-                        "state files, and use --precision bf16 or fp32"
-                    )
+                _refuse_no_token(token)
                 answer = answers[active[place]]
                 if answer.take(token):
                     on_finished(active[place], answer.tokens)
@@ -127,6 +146,88 @@ def generate(
             logits = model.logits(hidden[:, -1]).float()
 
 
+class Conversation:
+    """One text that is read and gone on with in turns; what the model has read stays in its memory.
+
+    An interrupt (KeyboardInterrupt) at any moment leaves it as a whole: a text that was being read was never there, and
+    an answer ends with the token that came last.
+
+    Args:
+        model: in eval mode; the text starts from its `time_state`.
+        tokenizer: of its vocabulary.
+        settings: see SamplingSettings; every answer has penalties of its own.
+        tokens: a text so far, which is read when it is needed.
+
+    Attributes:
+        tokens: the text so far.
+    """
+
+    def __init__(
+        self, model: LanguageModel, tokenizer: Tokenizer, settings: SamplingSettings, tokens: Sequence[int] = ()
+    ) -> None:
+        assert not model.training
+        self._model, self._tokenizer, self._settings = model, tokenizer, settings
+        self._memory: tuple[ModelState | None, int] = (None, 0)
+        self.tokens = list(tokens)
+
+    def answer(self, text: str, number: int) -> Iterator[str]:
+        """Reads a text and yields what follows as it is sampled, in whole characters and without the stop text.
+
+        The first piece may be long in coming. Bytes that are not valid UTF-8 appear as U+FFFD.
+
+        Args:
+            text: goes on where the last answer ended; with the text so far at least one token.
+            number: the random numbers are those of this row of `generate`.
+
+        Raises:
+            CheckpointError: the model's output is not finite.
+        """
+        before = len(self.tokens)
+        self.tokens += self._tokenizer.encode(text)
+        try:
+            logits = self._read()
+        except BaseException:
+            del self.tokens[before:]
+            raise
+        sampler = _Sampler(self._settings, logits, [number])
+        answer = _Answer(self._tokenizer, self._settings)
+        while True:
+            with torch.no_grad():
+                token = int(sampler.sample(logits))
+            _refuse_no_token(token)
+            has_ended = answer.take(token)
+            if token != self._tokenizer.end_of_document:
+                self.tokens += self._without_overrun(token, answer.overrun_bytes)
+            yield answer.fresh(has_ended)
+            if has_ended:
+                return
+            logits = self._read()
+
+    def missing(self, ending: str) -> str:
+        """What has to follow so that the text so far, unless it is empty, ends with `ending`."""
+        wanted = ending.encode()
+        tail = self._tokenizer.decode_bytes(self.tokens[-len(wanted) :])
+        if not tail or tail.endswith(wanted):
+            return ""
+        return wanted[_overlap(tail, wanted) :].decode("utf-8", errors="replace")
+
+    def _without_overrun(self, token: int, overrun_bytes: int) -> list[int]:
+        """The tokens of an answer's last one without its bytes behind the stop text."""
+        if not overrun_bytes:
+            return [token]
+        kept = self._tokenizer.decode_bytes([token])[:-overrun_bytes]
+        return self._tokenizer.encode(kept.decode("utf-8", errors="replace"))
+
+    @torch.no_grad()
+    def _read(self) -> Tensor:
+        """Reads what was not read yet, one token at least, and gives logits [1, V] fp32 of the next."""
+        state, count = self._memory
+        hidden, state = _read_in_pieces(self._model, self.tokens[count:], state)
+        logits = self._model.logits(hidden).float()
+        self._memory = state, len(self.tokens)
+        return logits
+
+
 def read_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> tuple[Tensor, ModelState]:
     """What the model expects after each prompt, and its memory of it.
 
@@ -141,7 +242,7 @@ def read_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> tupl
     states: list[ModelState] = []
     for group in _chunks(prompts):
         if len(group) == 1 and len(group[0]) > PROMPT_CHUNK_TOKENS:
-            last, state = _read_long_prompt(model, group[0])
+            last, state = _read_in_pieces(model, group[0])
         else:
             layout = SegmentLayout.packed([len(prompt) for prompt in group], model.device)
             row = torch.tensor([[token for prompt in group for token in prompt]])
@@ -154,11 +255,12 @@ def read_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> tupl
     return torch.cat(logits), [LayerState(*map(torch.cat, zip(*layer, strict=True))) for layer in layers]
 
 
-def _read_long_prompt(model: LanguageModel, prompt: Sequence[int]) -> tuple[Tensor, ModelState]:
-    """Last hidden state [1, C] and the memory of a prompt, read in pieces."""
-    state: ModelState | None = None
-    for start in range(0, len(prompt), PROMPT_CHUNK_TOKENS):
-        piece = torch.tensor([list(prompt[start : start + PROMPT_CHUNK_TOKENS])])
+def _read_in_pieces(
+    model: LanguageModel, tokens: Sequence[int], state: ModelState | None = None
+) -> tuple[Tensor, ModelState]:
+    """Last hidden state [1, C] and the memory after tokens of one row, at least one, that go on from `state`."""
+    for start in range(0, len(tokens), PROMPT_CHUNK_TOKENS):
+        piece = torch.tensor([list(tokens[start : start + PROMPT_CHUNK_TOKENS])])
         hidden, state = model(piece, state, return_state=True)
     assert state is not None
     return hidden[:, -1], state
@@ -261,14 +363,24 @@ class _Sampler:
 
 
 class _Answer:
-    """The text of one row while it grows. Stops are looked for in bytes: one can straddle tokens."""
+    """The text of one row while it grows. Stops are looked for in bytes: one can straddle tokens.
+
+    Attributes:
+        tokens: so many of them.
+        stopped: whether it ends with the stop text.
+        overrun_bytes: what the last token had beyond that.
+    """
 
     def __init__(self, tokenizer: Tokenizer, settings: SamplingSettings) -> None:
         self._tokenizer = tokenizer
         self._stop = settings.stop.encode()
         self._limit = settings.max_tokens
         self._bytes = bytearray()
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._given_bytes = 0
         self.tokens = 0
+        self.stopped = False
+        self.overrun_bytes = 0
 
     def take(self, token: int) -> bool:
         """Adds a token; True when the answer has ended with it."""
@@ -278,9 +390,12 @@ class _Answer:
         search_from = max(0, len(self._bytes) - len(self._stop) + 1)
         self._bytes += self._tokenizer.decode_bytes([token])
         if self._stop:
+            end = len(self._bytes)
             place = self._bytes.find(self._stop, search_from)
             if place >= 0:
                 del self._bytes[place + len(self._stop) :]
+                self.stopped = True
+                self.overrun_bytes = end - len(self._bytes)
                 return True
         return self.tokens == self._limit
 
@@ -288,6 +403,38 @@ class _Answer:
     def text(self) -> str:
         """All of it so far."""
         return self._bytes.decode("utf-8", errors="replace")
+
+    def fresh(self, has_ended: bool) -> str:
+        """What was not given before of it and no later token changes: whole characters, and not the stop text.
+
+        Args:
+            has_ended: whether no later token comes.
+        """
+        if self.stopped:
+            end = len(self._bytes) - len(self._stop)
+        else:
+            end = len(self._bytes) - (0 if has_ended else _overlap(self._bytes, self._stop))
+        start, self._given_bytes = self._given_bytes, end
+        return self._decoder.decode(bytes(self._bytes[start:end]), final=has_ended)
+
+
+def _overlap(text: bytes | bytearray, stop: bytes) -> int:
+    """How many bytes at the end of a text may be the beginning of the stop text."""
+    longest = min(len(stop) - 1, len(text))
+    return next((count for count in range(longest, 0, -1) if text.endswith(stop[:count])), 0)
+
+
+def _refuse_no_token(token: int) -> None:
+    """Refuses what stands for a token where the model's output is not finite.
+
+    Raises:
+        CheckpointError: it is negative.
+    """
+    if token < 0:
+        raise CheckpointError(
+            "the model's output is not finite, so no token can be sampled: check the model and state files, and use "
+            "--precision bf16 or fp32"
+        )
 
 
 def answer_logps(

@@ -75,12 +75,25 @@ def open_model(
         CheckpointError: the state file cannot be read or does not fit, or a value of the model is not finite.
     """
     shape = checkpoint.info.shape
-    spare_threads(options.device, shape)
     states = load_state(state_file, shape) if state_file else {}
+    tensors = {**checkpoint, **states, **(start or {})}
+    return show_and_build(tensors, shape, options, source=checkpoint.source, quiet=quiet)
+
+
+def show_and_build(
+    tensors: Mapping[str, Tensor],
+    shape: ModelShape,
+    options: LoadOptions,
+    *,
+    source: str | PathLike[str],
+    quiet: bool = False,
+) -> LanguageModel:
+    """`build_model` with a progress bar where that takes time, and with as many threads as the model is worth."""
+    spare_threads(options.device, shape)
     hidden = quiet or shape.parameter_count < _SLOW_VALUES
-    with tqdm(total=len(checkpoint), desc="loading", unit="tensor", disable=hidden, dynamic_ncols=True) as bar:
-        tensors = {**checkpoint, **states, **(start or {})}
-        return build_model(tensors, shape, options, lambda _: bar.update() and None, source=checkpoint.source)
+    total = len(shape.parameter_shapes())
+    with tqdm(total=total, desc="loading", unit="tensor", disable=hidden, dynamic_ncols=True) as bar:
+        return build_model(tensors, shape, options, lambda _: bar.update() and None, source=source)
 
 
 def build_model(

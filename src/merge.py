@@ -116,6 +116,22 @@ class Merged(Mapping[str, Tensor]):
         return {key: torch.empty(source.shape, dtype=source.dtype, device="meta") for key, source in sources}
 
 
+class Apart(Mapping[str, Tensor]):
+    """A merged model's tensors, but what stood frozen beside adapters where there are some."""
+
+    def __init__(self, merged: Merged, trained: Trained) -> None:
+        self._merged, self._trained = merged, trained
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self._merged.frozen(key) if key in self._trained.adapters else self._merged[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._merged)
+
+    def __len__(self) -> int:
+        return len(self._merged)
+
+
 def merge(
     base_path: PathLike,
     file_path: PathLike,

@@ -22,9 +22,10 @@ LEVELS = (
     ("src.quant",),
     ("src.model",),
     ("src.adapters", "src.checkpoint", "src.generate", "src.device"),
-    ("src.loading", "src.merge"),
+    ("src.loading", "src.merge", "src.export", "src.inspection"),
+    ("src.tuned", "src.cli"),
     ("src.training",),
-    ("src.commands", "src.cli", "src.demo"),
+    ("src.commands", "src.demo"),
 )
 """Rooms from the ground up: a module or a package. A file imports its own room and lower levels."""
 

@@ -5,11 +5,14 @@ They are kept in fp32 whatever the computation's dtype, and saved in bf16.
 
 from __future__ import annotations
 
+import functools
+import math
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from src.adapters.plan import AdapterPlan
@@ -69,3 +72,29 @@ class StateTuning:
 def state_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """The model's start states, [H, value, key] fp32, detached, by file key."""
     return {name: model.get_parameter(name).detach() for name in model.shape.state_shapes()}
+
+
+def blended(states: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
+    """The weighted sum of states, computed in fp64 and rounded once.
+
+    What all of them agree in is scaled by the sum of the weights: with weights that add up to 1, a blend of one state
+    with itself is that state to the last bit.
+
+    Args:
+        states: at least one; all with the same keys and shapes.
+        weights: one for each, of any sign.
+
+    Returns:
+        In the states' dtype, or where they differ in one that holds all of theirs.
+    """
+    total = math.fsum(weights)
+    dtype = functools.reduce(torch.promote_types, (next(iter(state.values())).dtype for state in states))
+    first, others = states[0], list(zip(states[1:], weights[1:], strict=True))
+    sums = {}
+    for key, tensor in first.items():
+        start = tensor.double()
+        total_of_key = start * total
+        for other, weight in others:
+            total_of_key += weight * (other[key].double() - start)
+        sums[key] = total_of_key.to(dtype)
+    return sums

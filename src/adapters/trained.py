@@ -21,6 +21,7 @@ from src.adapters.hf import is_hf, read_hf
 from src.adapters.lora import LoRA, lora_weight
 from src.adapters.plan import init_key, module_of
 from src.checkpoint import load_state, read_tensors
+from src.config.told import ToldFlags
 from src.errors import CheckpointError
 from src.model.shape import LAYER_KEY, ModelShape, Shape
 from src.storage import PathLike
@@ -44,6 +45,11 @@ class Told:
     alpha: float = 0.0
     init: str = ""
     writer: str = ""
+
+    @classmethod
+    def by(cls, flags: ToldFlags) -> Told:
+        """What a command line says."""
+        return cls(flags.type, flags.alpha, flags.lora_init, flags.writer)
 
 
 @dataclass(frozen=True)

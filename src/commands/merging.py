@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from src.adapters.trained import Told, Trained
+from src.adapters.trained import Told
 from src.checkpoint import open_checkpoint
+from src.commands.comparison import compared_tokens, logits_on, relative_error
 from src.config import MergeConfig
-from src.errors import CheckpointError, ConfigError, DataError
+from src.errors import CheckpointError, ConfigError
 from src.loading import LoadOptions, build_model
-from src.merge import Merged, MergeReport, export_hf, merge
-from src.model.language_model import LanguageModel
-from src.model.shape import ModelShape
-from src.tokenizer import tokenizer_for_vocabulary
+from src.merge import Apart, Merged, MergeReport, export_hf, merge
 
-VERIFIED_TOKENS = 256
 _WIDE_LIMIT, _NARROW_LIMIT = 1e-5, 1e-2
 """Relative errors of logits that rounding explains, in fp32 and in 16 bits."""
 _WRONG = 10
@@ -34,7 +31,7 @@ def run(config: MergeConfig) -> int:
     Raises:
         UserError: an input cannot be used, or the merged model is wrong.
     """
-    told = Told(config.type, config.alpha, config.lora_init, config.writer)
+    told = Told.by(config)
     if config.export:
         exported = export_hf(config.base_model, config.file, config.output, told)
         print(
@@ -42,7 +39,7 @@ def run(config: MergeConfig) -> int:
         )
         return 0
     device = _device(config.device)
-    tokens = _tokens(config.verify_text) if config.verify else None
+    tokens = compared_tokens(config.verify_text) if config.verify else None
     quant = config.quant or "none"
     report = merge(config.base_model, config.file, config.output, told, quant=quant, device=device)
     for line in [*_report(report, config, quant), *config.notes()]:
@@ -110,13 +107,13 @@ def _verify(report: MergeReport, output: Path, quant: str, device: torch.device,
 
     def logits_of(tensors: Mapping[str, Tensor], quant_type: str | None = None) -> Tensor:
         model = build_model(tensors, shape, LoadOptions(device, torch.float32, quant_type)).eval()
-        if isinstance(tensors, _Apart):
+        if isinstance(tensors, Apart):
             for key, adapter in trained.adapters.items():
                 model.adapt(key, adapter.module, 0)
-        return _logits(model, tokens)
+        return logits_on(model, tokens)
 
     merged = logits_of(open_checkpoint(output))
-    error = _relative(merged, logits_of(_Apart(Merged(report.base, trained, quant, device), trained)))
+    error = relative_error(merged, logits_of(Apart(Merged(report.base, trained, quant, device), trained)))
     limit = _WIDE_LIMIT if report.base_dtype in ("float32", "float64") else _NARROW_LIMIT
     print(f"verify   logits of {tokens.numel()} tokens: the merged model's are {error:.1e} from base + trained (rms)")
     if error > _WRONG * limit:
@@ -127,58 +124,9 @@ def _verify(report: MergeReport, output: Path, quant: str, device: torch.device,
     if error > limit:
         print(f"warning  that is more than the {limit:.0e} that rounding to {report.base_dtype} explains")
     if quant == "none" and trained.quant not in (None, "none"):
-        packed = logits_of(_Apart(Merged(report.base, trained, device=device), trained), trained.quant)
-        print(
-            f"verify   they are {_relative(merged, packed):.1e} from the {trained.quant} model as it was trained (rms)"
-        )
-
-
-class _Apart(Mapping[str, Tensor]):
-    """A merged model's tensors, but what stood frozen beside adapters where there are some."""
-
-    def __init__(self, merged: Merged, trained: Trained) -> None:
-        self._merged, self._trained = merged, trained
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self._merged.frozen(key) if key in self._trained.adapters else self._merged[key]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._merged)
-
-    def __len__(self) -> int:
-        return len(self._merged)
-
-
-@torch.no_grad()
-def _logits(model: LanguageModel, tokens: Tensor) -> Tensor:
-    """[T, V] fp32 on the CPU."""
-    hidden, _ = model(tokens[None])
-    return model.logits(hidden)[0].float().cpu()
-
-
-def _relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-def _tokens(text_file: str) -> Callable[[ModelShape], Tensor]:
-    """From the model's sizes to int64 [T]: the text's first tokens, or random ones.
-
-    Raises:
-        DataError: the file cannot be read, or is empty.
-    """
-    if not text_file:
-        return lambda shape: torch.randint(
-            shape.vocab_size, (VERIFIED_TOKENS,), generator=torch.Generator().manual_seed(0)
-        )
-    try:
-        text = Path(text_file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--verify_text {text_file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"--verify_text {text_file} is no UTF-8 text: convert it") from error
-    if not text:
-        raise DataError(f"--verify_text {text_file} is empty: name another text")
-    return lambda shape: torch.tensor(tokenizer_for_vocabulary(shape.vocab_size).encode(text)[:VERIFIED_TOKENS])
+        packed = logits_of(Apart(Merged(report.base, trained, device=device), trained), trained.quant)
+        error = relative_error(merged, packed)
+        print(f"verify   they are {error:.1e} from the {trained.quant} model as it was trained (rms)")
 
 
 def _device(name: str) -> torch.device:

@@ -112,17 +112,7 @@ def _sampler(
 
 def sampling_settings(config: RejectConfig) -> SamplingSettings:
     """The flags as `generate` wants them."""
-    return SamplingSettings(
-        temperature=config.temperature,
-        top_p=config.top_p,
-        presence_penalty=config.alpha_presence,
-        frequency_penalty=config.alpha_frequency,
-        penalty_decay=config.alpha_decay,
-        max_tokens=config.max_tokens,
-        stop=config.stop.replace("\\n", "\n"),
-        forbidden_tokens=() if config.allow_end else (0,),
-        seed=config.seed,
-    )
+    return SamplingSettings.by(config, stop=config.stop.replace("\\n", "\n"), may_end=bool(config.allow_end))
 
 
 def prepare_pairs(config: PairConfig) -> PreparedPairs:

@@ -3,8 +3,9 @@
 import os
 from dataclasses import dataclass
 
-from src.config.flags import BY_METHOD, FOLDER, INPUT, Flags, Given, Lines, Rule, flag, shortened
+from src.config.flags import FOLDER, INPUT, Flags, Given, Lines, flag, shortened
 from src.config.model import QUANT_TYPES
+from src.config.told import ToldFlags
 
 _FILE_FLAGS = ("lora_checkpoint", "peft_checkpoint", "state_checkpoint")
 
@@ -17,7 +18,6 @@ class _Files(Flags, group="files"):
     )
     peft_checkpoint: str = flag("", "the same", path=INPUT)
     state_checkpoint: str = flag("", "the same", path=INPUT)
-    lora_init: str = flag("", "PiSSA: init_pissa.pth, if it does not lie beside FILE", path=INPUT)
     output: str = flag("", "OUTPUT: the model to write; none of the inputs", path=FOLDER)
     export: str = flag("", "hf writes OUTPUT as a folder for Hugging Face's peft, instead of a model", ("hf",))
 
@@ -39,24 +39,10 @@ class _Files(Flags, group="files"):
 
 
 @dataclass(frozen=True)
-class _Adapter(Flags, group="adapter"):
-    type: str = flag(
-        "", "method, where no JSON beside FILE says it: disha is bone or bat", ("lora", "pissa", "bone", "bat", "disha")
-    )
-    lora_alpha: float = flag(
-        BY_METHOD,
-        "LoRA's alpha, where no JSON says it",
-        must=Rule(lambda value: value > 0, "must be above 0"),
-        most=1e6,
-    )
+class _Work(Flags, group="work"):
     quant: str = flag(
         "", "pack and unpack the matrices first: the model as it was trained; default: none", ("none", *QUANT_TYPES)
     )
-    writer: str = flag("", "whose Bat it is: they number blocks differently", ("hf", "rwkv-peft"))
-
-
-@dataclass(frozen=True)
-class _Work(Flags, group="work"):
     device: str = flag("auto", "where matrices are computed: auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     verify: int = flag(0, "1 compares logits of base + adapter and merged model, in fp32", (0, 1))
     verify_text: str = flag(
@@ -65,13 +51,8 @@ class _Work(Flags, group="work"):
 
 
 @dataclass(frozen=True)
-class MergeConfig(_Work, _Adapter, _Files):
+class MergeConfig(_Work, ToldFlags, _Files):
     """Every flag of `merge_state.py`."""
-
-    @property
-    def alpha(self) -> float:
-        """`lora_alpha`; 0 where it was not given."""
-        return 0.0 if self.lora_alpha == BY_METHOD else self.lora_alpha
 
     def _contradictions(self, given: Given) -> Lines:
         if self.export and self.verify:

@@ -6,10 +6,7 @@ from dataclasses import dataclass
 from src.config.flags import (
     AT_LEAST_1,
     INPUT,
-    MOST_SEED,
-    NOT_NEGATIVE,
     OUTPUT,
-    SHARE,
     Flags,
     Given,
     Lines,
@@ -20,6 +17,7 @@ from src.config.flags import (
 from src.config.hardware import accelerator_flag, precision_flag
 from src.config.model import quant_type_flag
 from src.config.preference import TEMPLATE_NAMES
+from src.config.sampling import SamplingFlags
 
 
 @dataclass(frozen=True)
@@ -38,17 +36,10 @@ class _Files(Flags, group="files"):
 
 
 @dataclass(frozen=True)
-class _Sampling(Flags, group="sampling"):
+class _Sampling(SamplingFlags, group="sampling"):
     template: str = flag("user", "what stands around a prompt", TEMPLATE_NAMES)
-    temperature: float = flag(1.0, "0 takes the most probable token", must=NOT_NEGATIVE, most=1e6)
-    top_p: float = flag(0.3, "share of probability that may be sampled, from the top", must=SHARE)
-    alpha_presence: float = flag(0.0, "taken off the logit of tokens already in the answer", most=1e6)
-    alpha_frequency: float = flag(1.0, "taken off once more for every time they are", most=1e6)
-    alpha_decay: float = flag(0.996, "factor on these counts per token", must=SHARE)
-    max_tokens: int = flag(1000, "longest answer", must=AT_LEAST_1, most=10**8)
     stop: str = flag(r"\n\n", r"text that ends an answer; \n is a line break")
     allow_end: int = flag(0, "1: token 0 may be sampled and ends an answer", (0, 1))
-    seed: int = flag(42, "the same seed gives the same answers", must=NOT_NEGATIVE, most=MOST_SEED)
 
 
 @dataclass(frozen=True)

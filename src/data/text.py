@@ -156,6 +156,11 @@ class ChatTemplate:
             parts.append(Part(prompt, counted=False))
         return parts
 
+    def asked(self, question: str) -> str:
+        """A question as a model reads it before it answers, up to and with "Assistant:"."""
+        prompt, _ = self.render([("user", question), (self.answering, "")], Findings())
+        return prompt.text
+
 
 WORLD_CHAT = ChatTemplate("World chat", {"system": "System", "user": "User", "assistant": "Assistant"})
 

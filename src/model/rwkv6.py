@@ -21,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,9 @@ _NARROW_LORA, _WIDE_LORA = (32, 64), (64, 128)
 @dataclass(frozen=True)
 class RWKV6Shape(ModelShape):
     """Every size of one RWKV-6 model. Source: formats of the RWKV-6 "World" checkpoints."""
+
+    architecture: ClassVar[str] = "x060"
+    family: ClassVar[str] = "RWKV-6 (x060)"
 
     mix_lora_width: int  # Dm
     decay_lora_width: int  # Dd

@@ -11,7 +11,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -33,7 +33,14 @@ class ModelShape(ABC):
 
     Shape legend: C channels (n_embd), A dim_att, F dim_ffn, V vocabulary, H heads, N head size, L layers. Linear
     weights are [out, in].
+
+    Attributes:
+        architecture: its name for `--my_testing`.
+        family: its name in sentences.
     """
+
+    architecture: ClassVar[str]
+    family: ClassVar[str]
 
     n_layer: int
     n_embd: int

@@ -49,6 +49,7 @@ class Results:
             raise CheckpointError(f"--load_model {config.load_model} cannot be read: {error.strerror}") from error
         return {
             **self.method.properties(model.shape),
+            "architecture": model.shape.architecture,
             "quant": config.quant_type if config.quantised else "none",
             "quant_head": bool(config.quant_head),
             "base": base,

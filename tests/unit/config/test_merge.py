@@ -9,11 +9,11 @@ from src.errors import ConfigError
 
 FLAGS = (
     # files
-    "base_model", "lora_checkpoint", "peft_checkpoint", "state_checkpoint", "lora_init", "output", "export",
+    "base_model", "lora_checkpoint", "peft_checkpoint", "state_checkpoint", "output", "export",
     # adapter
-    "type", "lora_alpha", "quant", "writer",
+    "type", "lora_alpha", "lora_init", "writer",
     # work
-    "device", "verify", "verify_text",
+    "quant", "device", "verify", "verify_text",
 )  # fmt: skip
 """Every flag of merge_state.py. Adding one is a decision: it belongs here too."""
 

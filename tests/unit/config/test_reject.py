@@ -11,8 +11,8 @@ FLAGS = (
     # files
     "load_model", "load_state", "input_csv", "output_csv", "overwrite",
     # sampling
-    "template", "temperature", "top_p", "alpha_presence", "alpha_frequency", "alpha_decay", "max_tokens", "stop",
-    "allow_end", "seed",
+    "temperature", "top_p", "alpha_presence", "alpha_frequency", "alpha_decay", "max_tokens", "seed", "template",
+    "stop", "allow_end",
     # hardware
     "batch", "accelerator", "precision", "quant", "quant_type",
 )  # fmt: skip

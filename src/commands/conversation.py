@@ -1,0 +1,285 @@
+"""The chat: prompts from a terminal or a file, answers as they come, and the base model's beside them."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import sys
+import textwrap
+import unicodedata
+from collections.abc import Iterator
+from pathlib import Path
+
+from src.adapters.trained import Told, Trained, read_trained
+from src.checkpoint import Checkpoint, load_state, open_checkpoint
+from src.config import ChatConfig
+from src.config.chat import TEXT
+from src.data.inputs import unix_lines
+from src.data.preferences import TEMPLATES, clean_prompt, in_template
+from src.data.text import WORLD_CHAT
+from src.device import Device, apply_device, resolve_device, without_memory
+from src.errors import DataError
+from src.generate import Conversation, SamplingSettings
+from src.loading import LoadOptions
+from src.tokenizer import Tokenizer, tokenizer_for_vocabulary
+from src.tuned import Tuned
+
+COMMANDS = {
+    "/compare": "answers the next prompt with the base model, too",
+    "/reset": "forgets the conversation",
+    "/help": "shows this",
+    "/quit": "ends, as Ctrl-D does",
+}
+_KEYS = "Ctrl-C stops an answer. A line that ends in \\ goes on in the next."
+_WIDEST = 100
+"""Columns of what is said about the chat; answers are not broken into lines."""
+
+
+def chat(config: ChatConfig) -> None:
+    """Reads prompts until they end, and answers them; see `ChatConfig`.
+
+    Raises:
+        UserError: for everything the user can put right.
+    """
+    checkpoint = open_checkpoint(config.load_model)
+    tokenizer = tokenizer_for_vocabulary(checkpoint.info.shape.vocab_size)
+    trained = _trained(config, checkpoint)
+    device = resolve_device(config.accelerator, config.precision)
+    apply_device(device)
+    quant = None if config.quant == "none" else config.quant
+    with without_memory(lambda: "no memory left for the model: use --quant nf4, or a smaller model"):
+        tuned = Tuned(checkpoint, trained, LoadOptions(device.device, device.compute_dtype, quant))
+    is_terminal = sys.stdin.isatty()
+    for line in _notes(config, trained):
+        _say(line, aside=not is_terminal)
+    talk = Talk(config, tuned, tokenizer, is_terminal=is_terminal)
+    if is_terminal:
+        for line in _introduction(config, checkpoint, trained, device):
+            _say(line)
+        with contextlib.suppress(ImportError):
+            import readline  # noqa: F401  (gives `input` keys for editing, and a history)
+    goes_on = True
+    while goes_on:
+        try:
+            goes_on = talk.take(_next_prompt(talk.prompt if is_terminal else None))
+        except KeyboardInterrupt:  # just before or after an answer
+            if not is_terminal:
+                raise
+            _write("\n")
+        except EOFError:
+            goes_on = False
+            if is_terminal:
+                _write("\n")
+
+
+class Talk:
+    """A chat's memory, and what its commands and prompts do.
+
+    Args:
+        config: template and sampling.
+        tuned: the model.
+        tokenizer: of its vocabulary.
+        is_terminal: whether somebody types; else answers alone are printed.
+    """
+
+    def __init__(self, config: ChatConfig, tuned: Tuned, tokenizer: Tokenizer, *, is_terminal: bool) -> None:
+        self._template = config.template
+        self._tuned, self._tokenizer, self._is_terminal = tuned, tokenizer, is_terminal
+        self._turn_end = "" if config.template == TEXT else WORLD_CHAT.turn_end
+        stop = config.stop.replace("\\n", "\n") or self._turn_end
+        self._settings = SamplingSettings.by(config, stop=stop, may_end=True)
+        self._compares = False
+        self._has_answered = False
+        self._reset()
+
+    @property
+    def prompt(self) -> str:
+        """What stands before a line that is typed."""
+        return "> " if self._template == TEXT else TEMPLATES[self._template].before
+
+    def take(self, line: str) -> bool:
+        """Does what a line says; False if that is to end."""
+        word = line.strip()
+        if not word:
+            return True
+        if word in COMMANDS:
+            return self._obey(word)
+        if word.startswith("/") and word[1:].isalpha():
+            _say(f"{word} is no command: {', '.join(COMMANDS)}", aside=not self._is_terminal)
+            return True
+        try:
+            self._answer(line)
+        except DataError as error:  # half of a character
+            if not self._is_terminal:
+                raise
+            _say(f"error: {error}")
+        return True
+
+    def _obey(self, command: str) -> bool:
+        if command == "/reset":
+            self._reset()
+            self._remark("the conversation begins anew")
+        elif command == "/compare" and not self._tuned.differs:
+            self._remark("there is nothing to compare: start with --load_state or --load_adapter")
+        elif command == "/compare":
+            self._compares = True
+            self._remark("the next prompt is answered by the base model, too")
+        elif command == "/help":
+            for name, meaning in COMMANDS.items():
+                self._remark(f"{name:9} {meaning}")
+            self._remark(_KEYS)
+        return command != "/quit"
+
+    def _reset(self) -> None:
+        self._conversation = self._begun()
+        self._answers = 0
+
+    def _begun(self) -> Conversation:
+        return Conversation(self._tuned.model, self._tokenizer, self._settings)
+
+    def _answer(self, prompt: str) -> None:
+        """Prints what is answered; the conversation goes on with the tuned model's."""
+        if self._template == TEXT:
+            self._conversation = self._begun()
+        text = self._conversation.missing(self._turn_end) + _rendered(self._template, prompt)
+        if self._compares:
+            self._compares = False
+            self._tuned.use(tuned=False)
+            try:
+                of_base = Conversation(
+                    self._tuned.model, self._tokenizer, self._settings, tokens=self._conversation.tokens
+                )
+                self._print(of_base, text, "base")
+            finally:
+                self._tuned.use(tuned=True)
+            self._print(self._conversation, text, "tuned")
+        else:
+            self._print(self._conversation, text)
+        self._answers += 1
+
+    def _print(self, conversation: Conversation, text: str, whose: str = "") -> None:
+        """Prints one answer as it comes."""
+        if self._has_answered and not self._is_terminal:
+            _write("\n")
+        self._has_answered = True
+        is_text = self._template == TEXT
+        speaker = "" if is_text else TEMPLATES[self._template].after.strip().removesuffix(":")
+        name = f"{speaker} ({whose})" if speaker and whose else speaker or whose
+        label = f"{name}:" if name else ""
+        is_labelled = bool(label) and (self._is_terminal or bool(whose))
+        if is_labelled:
+            _write(label)
+        begins = not is_labelled  # an answer begins with the space behind the label
+        if is_text:
+            _write(f"\n{text}" if is_labelled else text)
+            begins = False
+        try:
+            for piece in conversation.answer(text, self._answers):
+                shown = piece.lstrip() if begins else piece
+                begins = begins and not shown
+                _write(_visible(shown))
+            _write("\n")
+        except KeyboardInterrupt:
+            if not self._is_terminal:
+                raise
+            _write(" [stopped]\n")
+        if self._is_terminal:
+            _write("\n")
+
+    def _remark(self, text: str) -> None:
+        _say(text, aside=not self._is_terminal)
+
+
+def _trained(config: ChatConfig, checkpoint: Checkpoint) -> Trained | None:
+    """What is put into the model."""
+    shape = checkpoint.info.shape
+    if config.load_state:
+        load_state(config.load_state, shape)  # whose sentences suit a file that should be a state
+        return read_trained(config.load_state, shape)
+    return read_trained(config.load_adapter, shape, Told.by(config)) if config.load_adapter else None
+
+
+def _notes(config: ChatConfig, trained: Trained | None) -> Iterator[str]:
+    """What a user should know of a file before it speaks."""
+    if trained is None:
+        return
+    if trained.quant not in (None, "none", config.quant):
+        yield (
+            f"note: {trained.path} was trained on {trained.quant} weights: --quant {trained.quant} has the model as it "
+            "was trained"
+        )
+    made_on = trained.base.get("size_bytes")
+    if made_on not in (None, Path(config.load_model).stat().st_size):
+        yield f"note: {trained.path} was trained on {trained.base.get('file')} of {made_on} bytes, another model"
+
+
+def _introduction(config: ChatConfig, checkpoint: Checkpoint, trained: Trained | None, device: Device) -> Iterator[str]:
+    yield f"{config.load_model}: {checkpoint.info.shape.parameter_count / 1e6:,.0f} M parameters, {device.describe()}"
+    if trained is not None:
+        yield f"with {trained.path}"
+    yield f"{', '.join(COMMANDS)}. {_KEYS}"
+
+
+def _rendered(template: str, prompt: str) -> str:
+    """A prompt as training writes it, up to where the answer begins."""
+    if template == TEXT:
+        return unix_lines(prompt)[0]
+    if template == "user":
+        return WORLD_CHAT.asked(prompt)
+    return in_template(template, clean_prompt(prompt))
+
+
+def _next_prompt(prompt: str | None) -> str:
+    """The next line of standard input, with those that a backslash at its end joins to it.
+
+    Args:
+        prompt: what stands before it; None if nobody types.
+
+    Raises:
+        EOFError: there is none.
+        DataError: it is not UTF-8.
+    """
+    lines: list[str] = []
+    while True:
+        try:
+            line = sys.stdin.readline() if prompt is None else f"{input(prompt if not lines else '... ')}\n"
+        except KeyboardInterrupt:
+            if prompt is None:
+                raise
+            _write("\n")
+            lines = []
+            continue
+        except UnicodeDecodeError as error:
+            raise DataError(f"standard input is no UTF-8 text ({error.reason}): convert it") from error
+        if not line and not lines:
+            raise EOFError
+        text = line.removesuffix("\n")
+        lines.append(text.removesuffix("\\"))
+        if not text.endswith("\\") or not line:
+            return "\n".join(lines)
+
+
+def _visible(text: str) -> str:
+    """A text that moves no cursor: control characters but line breaks and tabs become U+FFFD."""
+    return "".join(
+        "\ufffd" if unicodedata.category(letter) == "Cc" and letter not in "\n\t" else letter for letter in text
+    )
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+
+def _say(text: str, *, aside: bool = False) -> None:
+    """Prints a line about the chat, broken where the terminal ends.
+
+    Args:
+        text: of it.
+        aside: to standard error, unbroken.
+    """
+    if aside:
+        print(text, file=sys.stderr, flush=True)
+        return
+    width = min(shutil.get_terminal_size().columns, _WIDEST)
+    _write("\n".join(textwrap.wrap(text, width, subsequent_indent="  ", break_long_words=False)) + "\n")
