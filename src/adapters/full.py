@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from src.adapters.plan import AdapterPlan
+from src.adapters.ready import chat_command
 from src.adapters.states import state_tensors
 from src.checkpoint import FILE_VALUE_BYTES, save_model
 from src.identity import FileIdentity
@@ -66,10 +67,11 @@ class FullTraining:
         weights = {name: model.get_parameter(name).detach() for name in model.shape.parameter_shapes()}
         save_model(path, weights | (states if any(state.any() for state in states.values()) else {}), torch.bfloat16)
 
-    def next_steps(self, base: str, result: Path, folder: str) -> list[str]:
+    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
         """See Method."""
         return [
-            "next       tune a state on it:",
+            "next       chat with it; tune a state on it; clients take it as it is:",
+            f"           {chat_command(str(result), template)}",
             f"           python train.py --load_model {shlex.quote(str(result))} --data_file YOUR.jsonl "
             f"--proj_dir {shlex.quote(folder.rstrip('/') + '-state')}",
         ]

@@ -80,8 +80,15 @@ class Method(Protocol):
         """
         ...
 
-    def next_steps(self, base: str, result: Path, folder: str) -> list[str]:
-        """Lines that say what to do with the file `result` of a run in `folder` on `base`."""
+    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
+        """Lines that say what to do with a run's result.
+
+        Args:
+            base: the base model's file.
+            result: the file that was written.
+            folder: of the run.
+            template: for a chat, "" where it is that of chats.
+        """
         ...
 
 

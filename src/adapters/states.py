@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import math
-import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from src.adapters.plan import AdapterPlan
+from src.adapters.ready import chat_command, export_command, merge_command
 from src.checkpoint import FILE_VALUE_BYTES, save_state
 from src.identity import FileIdentity
 from src.model.language_model import LanguageModel
@@ -61,11 +61,14 @@ class StateTuning:
         """See Method."""
         save_state(path, state_tensors(model))
 
-    def next_steps(self, base: str, result: Path, folder: str) -> list[str]:
+    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
         """See Method."""
         return [
-            "next       use the state file in a client that loads states, or make a model that contains it:",
-            f"           python merge_state.py {shlex.join([base, str(result), str(Path(folder) / 'merged.pth')])}",
+            "next       chat with it; make a model that contains it; write it for Ai00:",
+            f"           {chat_command(base, template, state=result)}",
+            f"           {merge_command(base, result, folder)}",
+            f"           {export_command(result, result.with_suffix('.st'), 'ai00')}",
+            f"           RWKV-Runner takes {result} as it is, in its folder state-models",
         ]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from src.adapters.files import (
     save_first_factors,
 )
 from src.adapters.plan import AdapterPlan, init_key
+from src.adapters.ready import chat_command, export_command, merge_command
 from src.checkpoint import FILE_VALUE_BYTES, save_tensors
 from src.errors import CheckpointError, ConfigError
 from src.identity import FileIdentity
@@ -155,12 +155,16 @@ class Tuning:
         assert trained.keys() == set(self.trained_names(model.shape))
         save_tensors(path, trained)
 
-    def next_steps(self, base: str, result: Path, folder: str) -> list[str]:
+    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
         """See Method."""
-        return [
-            "next       make a model that contains it:",
-            f"           python merge_state.py {shlex.join([base, str(result), str(Path(folder) / 'merged.pth')])}",
+        lines = [
+            "next       chat with it; make a model that contains it, which every client takes:",
+            f"           {chat_command(base, template, adapter=result)}",
+            f"           {merge_command(base, result, folder)}",
         ]
+        if self.adapters is not None and self.adapters.kind != "bat" and not (self._parts or self._states):
+            lines.append(f"           {export_command(result, Path(folder) / 'peft', 'hf', base)}")
+        return lines
 
     @property
     def _is_pissa(self) -> bool:

@@ -14,9 +14,11 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from src.adapters.ready import chat_command, merge_command
 from src.checkpoint import open_checkpoint
 from src.commands.preparation import generate_rejects, prepare_pairs
 from src.config import PairConfig, RejectConfig, TrainConfig
+from src.config.chat import TEXT
 from src.data.preferences import TEMPLATES, read_rows
 from src.device import global_rank
 from src.errors import ConfigError
@@ -223,7 +225,8 @@ def _closing(config: TrainConfig, other_command: str) -> str:
     files = [f"  {path} ({path.stat().st_size:,} bytes)" for path in sorted(folder.iterdir()) if path.is_file()]
     base, state = config.load_model, folder / "rwkv-final.pth"
     commands = (
-        f"python merge_state.py {base} {state} {folder / 'merged.pth'}",
+        chat_command(base, TEXT if config.demo == "sft" else "", state=state),
+        merge_command(base, state, config.proj_dir),
         other_command,
         "python train.py --load_model YOUR-RWKV-6.pth --data_file YOUR.jsonl --val_file HELD-OUT.jsonl",
     )

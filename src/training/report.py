@@ -7,6 +7,7 @@ from pathlib import Path
 
 from src.adapters.method import Method
 from src.config import TrainConfig
+from src.config.chat import TEXT
 from src.device import global_rank, memory_bytes
 from src.model.shape import ModelShape
 from src.schedule import Schedule
@@ -133,7 +134,9 @@ def summary_of(config: TrainConfig, method: Method, result: RunResult, monitor: 
     lines.append(f"saved      {', '.join(str(path) for path in result.files)}")
     if result.go_on:
         lines += ["go on      with what is left of the run:", f"           {result.go_on}"]
-    return "\n".join([*lines, *method.next_steps(config.load_model, result.final_file, config.proj_dir)])
+    # What was trained on plain text goes on with a text; a chat would give it turns that it has never seen.
+    template = TEXT if config.data_type == "utf-8" or config.demo == "sft" else ""
+    return "\n".join([*lines, *method.next_steps(config.load_model, result.final_file, config.proj_dir, template)])
 
 
 def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> str:

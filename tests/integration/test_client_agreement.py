@@ -6,6 +6,7 @@ dtype. Its models: a random one of uneven sizes, the bundled demonstration's, an
 """
 
 import importlib
+import json
 import os
 import runpy
 import sys
@@ -17,6 +18,7 @@ from typing import Any
 import pytest
 import torch
 from factories import tiny_adapter, tiny_checkpoint, tiny_state_file, tiny_states
+from running import run_script
 from torch import Tensor
 
 from src.adapters.plan import AdapterPlan
@@ -182,6 +184,99 @@ def test_a_transposed_state_is_another_model(client_logits: dict[str, tuple[Tens
         for block in model.blocks:
             block.att.time_state.copy_(block.att.time_state.transpose(1, 2).clone())
     assert largest_relative_difference(logits_at_once(model, tokens), client_logits["merged"][0]) > 1e-2
+
+
+def state_list(matrices: list[Tensor], n_embd: int) -> list[Tensor]:
+    """A state as the client's `forward` takes it: [head, key, value] matrices between token shifts of zeros."""
+    return [part for matrix in matrices for part in (torch.zeros(n_embd), matrix.float(), torch.zeros(n_embd))]
+
+
+def read_as_runner(path: Path, n_embd: int, n_layer: int) -> list[Tensor]:
+    """RWKV-Runner: as many entries as layers, heads times size is n_embd, the last two axes swapped for RWKV-6."""
+    content = torch.load(path, weights_only=True)
+    assert len(content) == n_layer
+    first = next(iter(content.values()))
+    assert first.shape[0] * first.shape[1] == n_embd
+    return [content[f"blocks.{layer}.att.time_state"].transpose(1, 2).contiguous() for layer in range(n_layer)]
+
+
+def read_as_ai00(path: Path, n_embd: int, n_layer: int) -> list[Tensor]:
+    """Ai00 and web-rwkv: safetensors, fp16 and nothing else, used as they lie there."""
+    content = read_safetensors(path)
+    assert {tensor.dtype for tensor in content.values()} == {torch.float16}
+    return [content[f"blocks.{layer}.att.time_state"] for layer in range(n_layer)]
+
+
+def read_as_fla(path: Path, n_embd: int, n_layer: int) -> list[Tensor]:
+    """`initial_state` of flash-linear-attention: fp32 [B, H, K, V]."""
+    content = read_safetensors(path)
+    assert {tensor.dtype for tensor in content.values()} == {torch.float32}
+    return [content[f"blocks.{layer}.att.time_state"] for layer in range(n_layer)]
+
+
+def read_as_rwkvcpp(path: Path, n_embd: int, n_layer: int) -> list[Tensor]:
+    """rwkv.cpp: n_layer times two token shifts and the matrices of RWKV-6, [head, key, value], as floats."""
+    floats = torch.from_file(str(path), size=path.stat().st_size // 4).view(n_layer, -1)
+    assert not floats[:, : 2 * n_embd].any()
+    size = (floats.shape[1] - 2 * n_embd) // n_embd
+    return list(floats[:, 2 * n_embd :].reshape(n_layer, n_embd // size, size, size))
+
+
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """The format by its description, so that what wrote it does not read it."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    assert header.pop("__metadata__") == {"format": "pt"}
+    dtypes = {"F16": torch.float16, "F32": torch.float32}
+    found = {}
+    for name, entry in header.items():
+        start, end = (8 + length + offset for offset in entry["data_offsets"])
+        flat = torch.frombuffer(bytearray(content[start:end]), dtype=dtypes[entry["dtype"]])
+        found[name] = flat.view(entry["shape"])
+    return found
+
+
+READERS = {
+    "runner": ("state.pth", read_as_runner),
+    "ai00": ("state.state", read_as_ai00),
+    "web-rwkv": ("state.st", read_as_ai00),
+    "rwkvcpp": ("state.bin", read_as_rwkvcpp),
+    "hf": ("state.safetensors", read_as_fla),
+}
+
+
+@pytest.mark.parametrize("target", READERS)
+def test_an_exported_state_read_as_its_client_reads_it_gives_the_merged_models_logits(
+    client: ModuleType,
+    client_logits: dict[str, tuple[Tensor, Tensor]],
+    base: Path,
+    merged: Path,
+    target: str,
+    tmp_path: Path,
+) -> None:
+    """The readers are written here, from the clients' own; the recurrence is the client's, which keeps [key, value]."""
+    name, read = READERS[target]
+    words = ("export", base.parent / "state.pth", tmp_path / name, "--to", target, "--my_testing", "x060")
+    ended = run_script("src/commands/state.py", *words)
+    assert ended.code == 0, ended.err
+    shape = open_checkpoint(base).info.shape
+    state = state_list(read(tmp_path / name, shape.n_embd, shape.n_layer), shape.n_embd)
+    tokens = random_tokens(shape.vocab_size)
+    logits, _ = load_in_client(client, base).forward(tokens, state, full_output=True)
+    assert largest_relative_difference(logits, client_logits["merged"][0]) < TOLERANCE
+
+
+def test_a_state_exported_for_the_client_itself_is_in_its_model(
+    client: ModuleType, client_logits: dict[str, tuple[Tensor, Tensor]], base: Path, tmp_path: Path
+) -> None:
+    state, output = base.parent / "state.pth", tmp_path / "for-pip.pth"
+    ended = run_script("src/commands/state.py", "export", state, output, "--to", "rwkv-pip", "--base", base)
+    assert ended.code == 0, ended.err
+    client_model = load_in_client(client, output)
+    tokens = random_tokens(client_model.w["emb.weight"].shape[0])
+    logits, _ = client_model.forward(tokens, None, full_output=True)
+    assert torch.equal(logits, client_logits["merged"][0])
 
 
 @pytest.mark.parametrize("kind", ["lora", "pissa", "bone", "bat"])

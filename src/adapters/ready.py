@@ -1,0 +1,32 @@
+"""Commands that make something of a result, ready to be copied."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+
+def chat_command(base: str, template: str, *, state: Path | None = None, adapter: Path | None = None) -> str:
+    """A chat with a model.
+
+    Args:
+        base: the model's file.
+        template: for `--template`; "" leaves the flag out.
+        state: a state file for it.
+        adapter: a file of adapters, or of parts of the weights.
+    """
+    words = ["python", "-m", "src.commands.chat", "--load_model", base]
+    words += [] if state is None else ["--load_state", str(state)]
+    words += [] if adapter is None else ["--load_adapter", str(adapter)]
+    return shlex.join([*words, *(["--template", template] if template else [])])
+
+
+def merge_command(base: str, result: Path, folder: str) -> str:
+    """The model that contains a result."""
+    return shlex.join(["python", "merge_state.py", base, str(result), str(Path(folder) / "merged.pth")])
+
+
+def export_command(result: Path, output: Path, client: str, base: str = "") -> str:
+    """A file for a client; `base` where it is needed."""
+    words = ["python", "-m", "src.commands.state", "export", str(result), str(output), "--to", client]
+    return shlex.join([*words, *(["--base", base] if base else [])])
