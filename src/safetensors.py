@@ -75,7 +75,7 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
             for tensor in tensors.values():
                 file.write(bytes_of(tensor))
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+        raise CheckpointError(storage.unwritable(path, error, tensors)) from error
 
 
 def _tensor(path: Path, name: str, entry: Any, mapping: mmap.mmap, start: int) -> Tensor:

@@ -254,8 +254,9 @@ def _next_prompt(prompt: str | None) -> str:
         if not line and not lines:
             raise EOFError
         text = line.removesuffix("\n")
-        lines.append(text.removesuffix("\\"))
-        if not text.endswith("\\") or not line:
+        if line:
+            lines.append(text.removesuffix("\\"))
+        if not text.endswith("\\"):
             return "\n".join(lines)
 
 

@@ -77,8 +77,8 @@ def _report(report: MergeReport, config: MergeConfig, quant: str) -> Iterator[st
         )
     else:
         yield (
-            f"next     the rwkv package and RWKV-Runner ignore the state inside of an {shape.family} model: give them the\n"
-            "         state file (python -m src.commands.state export), and the base model"
+            f"next     the rwkv package and RWKV-Runner ignore the state inside of an {shape.family} model: give them\n"
+            "         the state file (python -m src.commands.state export), and the base model"
         )
 
 

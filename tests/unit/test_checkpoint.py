@@ -9,7 +9,7 @@ import torch
 from assertions import assert_same_tensors, refusal
 from factories import tiny_checkpoint, tiny_parameters, tiny_shape, tiny_state_file, tiny_states
 
-from src.checkpoint import load_state, open_checkpoint, save_model, save_state
+from src.checkpoint import load_state, open_checkpoint, read_states, save_model, save_state
 from src.model.shape import ModelShape
 
 SHAPE = tiny_shape()
@@ -281,6 +281,37 @@ def test_states_that_do_not_fit_are_refused(tmp_path: Path, content: dict[str, A
     found = refusal(lambda: load_state(tmp_path / "state.pth", SHAPE))
     assert found.startswith(str(tmp_path / "state.pth"))
     assert message in found
+
+
+def test_states_are_read_whatever_model_they_belong_to(tmp_path: Path) -> None:
+    tiny_checkpoint(tmp_path / "merged.pth", with_state=True)
+    assert_same_tensors(read_states(tmp_path / "merged.pth"), tiny_states(SHAPE))
+    states = tiny_state_file(tmp_path / "state.pth", SHAPE)
+    torch.save(dict(reversed(states.items())), tmp_path / "turned.pth")
+    assert list(read_states(tmp_path / "turned.pth")) == list(states)
+    assert_same_tensors(read_states(tmp_path / "turned.pth"), states)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (
+            {f"blocks.{i}.att.time_state": torch.zeros(4, 8, 8) for i in (0, 2)},
+            "of 2 layers, but lacks blocks.1.att.time_state",
+        ),
+        (
+            states_of(SHAPE, blocks__1__att__time_state=torch.zeros(4, 8, 16)),
+            "blocks.1.att.time_state has shape [4, 8, 16], expected [heads, head size, head size], the same in all",
+        ),
+        (states_of(SHAPE, blocks__1__att__time_state=torch.zeros(2, 8, 8)), "has shape [2, 8, 8], expected"),
+        (states_of(SHAPE, blocks__1__att__time_state=torch.full((4, 8, 8), float("inf"))), "that are not finite"),
+        (states_of(SHAPE, metadata=torch.zeros(1)), "holds metadata beside the time_state"),
+        (parameters(), "holds no blocks.*.att.time_state"),
+    ],
+)
+def test_what_are_no_states_is_refused(tmp_path: Path, content: dict[str, Any], message: str) -> None:
+    torch.save(content, tmp_path / "state.pth")
+    assert message in refusal(lambda: read_states(tmp_path / "state.pth"))
 
 
 def test_a_state_beyond_the_range_of_its_dtype_is_not_saved(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from src.cli import given_flags, given_merge_flags, given_train_flags
-from src.config import MergeConfig, PairConfig, RejectConfig, TrainConfig
+from src.cli import given_flags, given_merge_flags, given_state_flags, given_train_flags
+from src.config import STATE_COMMANDS, ChatConfig, MergeConfig, PairConfig, RejectConfig, TrainConfig
 from src.config.flags import Flags
 from src.config.synonyms import meant_by
 from src.errors import ConfigError
@@ -99,6 +99,14 @@ def help_of_merge() -> dict[str, str]:
     return given_merge_flags(["-h"])
 
 
+def help_of_chat() -> dict[str, str]:
+    return given_flags(ChatConfig, "python -m src.commands.chat", "Chats.")
+
+
+def help_of_export() -> dict[str, str]:
+    return given_state_flags(["export", "-h"])[1]
+
+
 def help_of_reject() -> dict[str, str]:
     return given_flags(RejectConfig, "rlhf_generate_reject.py", "Samples.")
 
@@ -110,6 +118,8 @@ def help_of_reject() -> dict[str, str]:
         (help_of_pairs, PairConfig),
         (help_of_reject, RejectConfig),
         (help_of_merge, MergeConfig),
+        (help_of_chat, ChatConfig),
+        (help_of_export, STATE_COMMANDS["export"]),
     ],
 )
 def test_the_help_shows_every_flag_in_its_group(
@@ -210,3 +220,47 @@ class TestMergeWords:
         with pytest.raises(ConfigError) as refused:
             given_merge_flags(line.split())
         assert message in str(refused.value)
+
+
+class TestStateCommands:
+    @pytest.mark.parametrize(
+        ("line", "command", "given"),
+        [
+            ("inspect a.pth", "inspect", {"file": "a.pth"}),
+            ("export a.pth b.st --to ai00", "export", {"file": "a.pth", "output": "b.st", "to": "ai00"}),
+            ("verify --base m.pth a.pth", "verify", {"file": "a.pth", "base": "m.pth"}),
+            ("verify a.pth m.pth", "verify", {"file": "a.pth", "base": "m.pth"}),
+            ("diff a b", "diff", {"first": "a", "second": "b"}),
+            ("blend a:0.3 b:0.7 c.pth", "blend", {"states": "a:0.3 b:0.7", "output": "c.pth"}),
+            ("blend a:0.3 b:0.7 --output c.pth", "blend", {"states": "a:0.3 b:0.7", "output": "c.pth"}),
+            ("blend a:1 c.pth", "blend", {"states": "a:1", "output": "c.pth"}),
+        ],
+    )
+    def test_words_and_flags(self, line: str, command: str, given: dict[str, str]) -> None:
+        assert given_state_flags(line.split()) == (command, given)
+
+    def test_words_keep_their_spaces(self) -> None:
+        assert given_state_flags(["blend", "a b:0.3", "c:0.7", "d"])[1]["states"] == "'a b:0.3' c:0.7"
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("", "no command is given: use one of inspect, export, blend, diff, verify"),
+            ("exprot a b", "'exprot' is no command: did you mean export?"),
+            ("--file a", "'--file' is no command"),
+            ("inspect a b", "'b' belongs to no flag"),
+            ("export a b --too hf", "did you mean --to?"),
+            ("diff a --second b c", "--second b and 'c' are the same"),
+        ],
+    )
+    def test_what_is_wrong_is_named(self, line: str, message: str) -> None:
+        with pytest.raises(ConfigError) as refused:
+            given_state_flags(line.split())
+        assert message in str(refused.value)
+
+    def test_the_help_lists_the_commands(self, capsys: pytest.CaptureFixture[str]) -> None:
+        with pytest.raises(SystemExit) as ended:
+            given_state_flags(["-h"])
+        assert ended.value.code == 0
+        shown = capsys.readouterr().out
+        assert all(f"\n{name} " in shown and command.about in shown for name, command in STATE_COMMANDS.items())

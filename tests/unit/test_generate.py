@@ -12,7 +12,15 @@ from factories import tiny_parameters, tiny_shape, tiny_states
 from src import generate as generate_module
 from src.data.preferences import PreferencePair
 from src.errors import CheckpointError
-from src.generate import SamplingSettings, answer_logps, draw, generate, read_prompts, sampling_probabilities
+from src.generate import (
+    Conversation,
+    SamplingSettings,
+    answer_logps,
+    draw,
+    generate,
+    read_prompts,
+    sampling_probabilities,
+)
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
 from src.tokenizer import ByteTokenizer
@@ -74,8 +82,12 @@ def test_draw_inverts_the_running_sum() -> None:
 
 
 def slow_answer(model: LanguageModel, prompt: str, row: int, settings: SamplingSettings) -> list[int]:
+    return slow_continuation(model, BYTES.encode(prompt), row, settings)
+
+
+def slow_continuation(model: LanguageModel, context: list[int], row: int, settings: SamplingSettings) -> list[int]:
     """One row, the whole text through the model for every token, counts in a dict."""
-    context, counts, answer = BYTES.encode(prompt), {}, []
+    counts, answer = {}, []
     draws = np.random.default_rng((settings.seed, 0x5361_6D70, row)).random(settings.max_tokens)
     for number in draws:
         with torch.no_grad():
@@ -145,6 +157,10 @@ class ScriptedModel(LanguageModel):
             hidden[0, layout.last_positions, 0] = rows
             return hidden, [LayerState(rows[:, None], torch.zeros(len(rows), 1, 1, 1), torch.zeros(len(rows), 1))]
         self.rows_computed.append(len(tokens))
+        if state is None:
+            rows = tokens[:, 0].float()
+            start = LayerState(rows[:, None], torch.zeros(len(rows), 1, 1, 1), torch.zeros(len(rows), 1))
+            return torch.stack([start.att_shift, start.ffn_shift], -1), [start]
         old = state[0]
         said = old.ffn_shift + 1
         return torch.stack([old.att_shift, said], -1), [LayerState(old.att_shift, old.wkv, said)]
@@ -223,6 +239,128 @@ def test_output_that_is_not_finite_is_refused() -> None:
     broken = build_model(tensors, shape, LoadOptions(torch.device("cpu"), torch.float32))
     with pytest.raises(CheckpointError, match="not finite"):
         generate(broken, BYTES, ["a"], SETTINGS)
+
+
+class TestConversation:
+    def test_a_first_answer_is_what_is_generated(self, model: LanguageModel) -> None:
+        model.eval()
+        for row, prompt in enumerate(PROMPTS):
+            (whole,) = generate(model, BYTES, [prompt], SETTINGS, row_numbers=[row])
+            pieces = list(Conversation(model, BYTES, SETTINGS).answer(prompt, row))
+            assert "".join(pieces) == whole
+            assert len(pieces) == SETTINGS.max_tokens
+        model.train()
+
+    def test_later_answers_go_on_with_the_whole_text(self, model: LanguageModel) -> None:
+        """Against one text that is read from its beginning; the last token of an answer is read with the next turn."""
+        model.eval()
+        conversation = Conversation(model, BYTES, SETTINGS)
+        text: list[int] = []
+        for turn, prompt in enumerate(["hello", " and", "?"]):
+            before = [*text, *BYTES.encode(prompt)]
+            "".join(conversation.answer(prompt, turn))
+            text = list(conversation.tokens)
+            assert text[: len(before)] == before
+            whole = slow_continuation(model, before, turn, SETTINGS)
+            assert text[len(before) :] == whole
+        model.train()
+
+    def test_a_text_so_far_can_be_given(self, model: LanguageModel) -> None:
+        model.eval()
+        first = Conversation(model, BYTES, SETTINGS)
+        list(first.answer("hello", 0))
+        second = Conversation(model, BYTES, SETTINGS, tokens=first.tokens)
+        assert list(second.answer("x", 1)) == list(first.answer("x", 1))
+        assert second.tokens == first.tokens
+        model.train()
+
+    def test_an_answer_comes_in_whole_characters_without_its_stop_text(self) -> None:
+        said = "aé日\n😀b"
+        pieces, conversation = stream(said.encode() + b"\n\nmore")
+        assert "".join(pieces) == said
+        assert [piece for piece in pieces if piece] == ["a", "é", "日", "\n", "😀", "b"]
+        assert BYTES.decode(conversation.tokens) == f"a{said}\n\n"
+
+    def test_a_character_cut_off_by_the_limit_is_shown_as_such(self) -> None:
+        pieces, _ = stream("日".encode(), max_tokens=2)
+        assert pieces == ["", "\ufffd"]
+
+    def test_what_is_no_utf8_is_shown_as_such(self) -> None:
+        pieces, _ = stream(b"a\xff\xe6b\n\n")
+        assert "".join(pieces) == "a\ufffd\ufffdb"
+
+    def test_half_a_stop_text_at_the_limit_is_shown(self) -> None:
+        pieces, conversation = stream(b"ab\n", max_tokens=3)
+        assert "".join(pieces) == "ab\n"
+        assert conversation.missing("\n\n") == "\n"
+
+    def test_an_end_of_document_ends_it_and_is_no_part_of_the_text(self) -> None:
+        pieces, conversation = stream(b"ab", forbidden_tokens=())
+        assert "".join(pieces) == "ab"
+        assert BYTES.decode(conversation.tokens) == "aab"
+        assert conversation.missing("\n\n") == "\n\n"
+
+    @pytest.mark.parametrize(
+        ("text", "missing"), [("", ""), ("a\n\n", ""), ("a\n", "\n"), ("a", "\n\n"), ("\n", "\n"), ("\n\na", "\n\n")]
+    )
+    def test_what_a_text_lacks_at_its_end(self, model: LanguageModel, text: str, missing: str) -> None:
+        model.eval()
+        assert Conversation(model, BYTES, SETTINGS, tokens=BYTES.encode(text)).missing("\n\n") == missing
+        model.train()
+
+    def test_bytes_behind_the_stop_text_are_no_part_of_the_text(self) -> None:
+        class Pairs(ByteTokenizer):
+            """Token 200 is two bytes."""
+
+            def decode_bytes(self, ids):  # type: ignore[no-untyped-def]
+                return b"".join(b"\nx" if token == 200 else ByteTokenizer.decode_bytes(self, [token]) for token in ids)
+
+        model = ScriptedModel({ord("a"): b"b\n" + bytes([199])}).eval()
+        conversation = Conversation(model, Pairs(), SamplingSettings(frequency_penalty=0.0, max_tokens=8))
+        assert "".join(conversation.answer("a", 0)) == "b"
+        assert conversation.tokens == BYTES.encode("ab\n\n")
+
+    @pytest.mark.parametrize("calls", [1, 2, 5])
+    def test_an_interrupt_leaves_a_whole_conversation(self, model: LanguageModel, calls: int) -> None:
+        """Whenever it comes, what follows is the same as if the text so far had just been read."""
+        model.eval()
+        conversation = Conversation(model, BYTES, SETTINGS)
+        list(conversation.answer("hello", 0))
+        before, count = list(conversation.tokens), 0
+        forward = model.forward
+
+        def interrupted(*arguments: object, **options: object) -> object:
+            nonlocal count
+            count += 1
+            if count == calls:
+                raise KeyboardInterrupt
+            return forward(*arguments, **options)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model, "forward", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                list(conversation.answer(" you", 1))
+        asked = [*before, *BYTES.encode(" you")]
+        kept = conversation.tokens
+        assert kept == before if calls == 1 else len(kept) == len(asked) + calls - 1
+        again = Conversation(model, BYTES, SETTINGS, tokens=kept)
+        assert list(conversation.answer("!", 2)) == list(again.answer("!", 2))
+        model.train()
+
+    def test_long_texts_are_read_in_pieces(self, model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
+        model.eval()
+        whole = list(Conversation(model, BYTES, SETTINGS).answer(PROMPTS[1], 0))
+        monkeypatch.setattr(generate_module, "PROMPT_CHUNK_TOKENS", 13)
+        assert list(Conversation(model, BYTES, SETTINGS).answer(PROMPTS[1], 0)) == whole
+        model.train()
+
+
+def stream(script: bytes, **changes: object) -> tuple[list[str], Conversation]:
+    """The pieces of an answer with these bytes to the prompt "a"."""
+    model = ScriptedModel({ord("a"): script}).eval()
+    settings = replace(SamplingSettings(frequency_penalty=0.0, max_tokens=30), **changes)
+    conversation = Conversation(model, BYTES, settings)
+    return list(conversation.answer("a", 0)), conversation
 
 
 def test_answer_logps_sum_over_the_answer(model: LanguageModel) -> None:
