@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import shutil
 import sys
 import textwrap
@@ -49,7 +50,9 @@ def chat(config: ChatConfig) -> None:
     quant = None if config.quant == "none" else config.quant
     with without_memory(lambda: "no memory left for the model: use --quant nf4, or a smaller model"):
         tuned = Tuned(checkpoint, trained, LoadOptions(device.device, device.compute_dtype, quant))
-    is_terminal = sys.stdin.isatty()
+    is_terminal = sys.stdin is not None and sys.stdin.isatty()
+    if not is_terminal and isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(encoding="utf-8-sig")
     for line in _notes(config, trained):
         _say(line, aside=not is_terminal)
     talk = Talk(config, tuned, tokenizer, is_terminal=is_terminal)
@@ -242,7 +245,10 @@ def _next_prompt(prompt: str | None) -> str:
     lines: list[str] = []
     while True:
         try:
-            line = sys.stdin.readline() if prompt is None else f"{input(prompt if not lines else '... ')}\n"
+            if prompt is None:
+                line = "" if sys.stdin is None else sys.stdin.readline()
+            else:
+                line = f"{input('... ' if lines else prompt)}\n"
         except KeyboardInterrupt:
             if prompt is None:
                 raise

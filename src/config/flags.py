@@ -201,7 +201,9 @@ def _typed(spec: Field[Any], text: str) -> Any:
     choices = spec.metadata["choices"]
     if choices and value not in choices:
         allowed = ", ".join(str(choice) for choice in choices if choice != -1)
-        raise ConfigError(f"--{spec.name} {shortened(str(value))} is unknown: use one of {allowed}")
+        shown = shortened(str(value))
+        shown = shown if shown.isprintable() else repr(shown)  # a line break would tear the sentence
+        raise ConfigError(f"--{spec.name} {shown} is unknown: use one of {allowed}")
     return value
 
 

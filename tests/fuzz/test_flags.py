@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 import random
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,8 +25,9 @@ from running import run_script, write_documents
 
 import src.commands.demo
 import src.commands.preparation
-from src.config import PairConfig, RejectConfig, TrainConfig
+from src.config import STATE_COMMANDS, ChatConfig, PairConfig, RejectConfig, TrainConfig
 from src.config.flags import Flags
+from src.config.state import ExportConfig, StateFlags
 from src.errors import ConfigError
 
 SEED = 11
@@ -102,6 +105,14 @@ def base_flags(config_class: type[Flags], places: dict[str, str], folder: Path) 
     if config_class is TrainConfig:
         files = {"load_model": places["base.pth"], "data_file": places["data"], "proj_dir": str(folder / "out")}
         return {**files, "accelerator": "cpu", "epoch_steps": "1", "epoch_count": "1", "ctx_len": "16"}
+    if config_class is ChatConfig:
+        files = {"load_model": places["base.pth"], "load_state": places["state.pth"]}
+        return {**files, "max_tokens": "3", "accelerator": "cpu"}
+    if issubclass(config_class, StateFlags):
+        words = dict.fromkeys(config_class.words, places["state.pth"])
+        own = {"output": str(folder / "x.st"), "states": f"{places['state.pth']}:1", "base": places["base.pth"]}
+        further = {"to": "ai00"} if config_class is ExportConfig else {}
+        return {**words, **{name: text for name, text in own.items() if name in words}, **further}
     files = {"load_model": places["base.pth"], "input_csv": places["rows.csv"]}
     if config_class is PairConfig:
         return {**files, "output_save": str(folder / "x.save"), "target_pair_count": "3", "accelerator": "cpu"}
@@ -110,7 +121,8 @@ def base_flags(config_class: type[Flags], places: dict[str, str], folder: Path) 
 
 def changes(config_class: type[Flags], places: dict[str, str], generator: random.Random) -> dict[str, str]:
     """One to four flags and values for them, mostly of their kind."""
-    specs = generator.sample(dataclasses.fields(config_class), generator.choice((1, 1, 1, 2, 3, 4)))
+    fields = dataclasses.fields(config_class)
+    specs = generator.sample(fields, min(generator.choice((1, 1, 1, 2, 3, 4)), len(fields)))
     drawn = {}
     for spec in specs:
         kinds: list[Any] = [NUMBERS, WORDS, list(places.values())]
@@ -135,7 +147,9 @@ def fuzz_configuration(count: int, seed: int, places: dict[str, str], folder: Pa
     generator = random.Random(seed)
     failures = []
     for number in range(count):
-        config_class: type[Flags] = generator.choice((TrainConfig, TrainConfig, RejectConfig, PairConfig))
+        config_class: type[Flags] = generator.choice(
+            (*[TrainConfig] * 4, *[RejectConfig, PairConfig, ChatConfig] * 2, *STATE_COMMANDS.values())
+        )
         given = {**base_flags(config_class, places, folder), **changes(config_class, places, generator)}
         with time_limit(SECONDS):
             try:
@@ -154,12 +168,19 @@ SCRIPTS: dict[str, type[Flags] | None] = {
     "rlhf_generate_reject.py": RejectConfig,
     "PrepareOrpoDataset.py": PairConfig,
     "merge_state.py": None,
+    "src/commands/chat.py": ChatConfig,
+    "src/commands/state.py": None,
 }
 
 
 def command(script: str, places: dict[str, str], folder: Path, generator: random.Random) -> list[str]:
     """Words of a command line with something odd in it."""
     config_class = SCRIPTS[script]
+    if script == "src/commands/state.py":
+        name = generator.choice(list(STATE_COMMANDS))
+        config_class = STATE_COMMANDS[name]
+        given = {**base_flags(config_class, places, folder), **changes(config_class, places, generator)}
+        return [name, *(f"--{flag}={text}" for flag, text in given.items())]
     if config_class is None:
         words = [places["base.pth"], places["state.pth"], str(folder / "merged.pth")]
         words[generator.randrange(3)] = generator.choice([*places.values(), *WORDS])
@@ -195,6 +216,7 @@ def fuzz_scripts(
         words = command(script, places, folder, generator)
         shown = f"input {number} of seed {seed}: {script} {words}"
         started = time.monotonic()
+        monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))
         try:
             with time_limit(SECONDS):
                 ended = run_script(script, *words)

@@ -28,7 +28,14 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("utf-8", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("script", ["train", "merge_state", "PrepareOrpoDataset", "rlhf_generate_reject"])
+@pytest.mark.parametrize(
+    "script",
+    [
+        "train", "merge_state", "PrepareOrpoDataset", "rlhf_generate_reject",
+        pytest.param("src.commands.chat", marks=pytest.mark.slow),
+        pytest.param("src.commands.state", marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_a_script_prints_what_it_can(script: str, encoding: str, folder: Path) -> None:
     base, state = folder / f"{folder.name}.pth", folder / "state.pth"
     words = {
@@ -45,13 +52,23 @@ def test_a_script_prints_what_it_can(script: str, encoding: str, folder: Path) -
             "--load_model", base, "--load_state", state, "--input_csv", folder / "in.csv",
             "--output_csv", folder / "out.csv", "--accelerator", "cpu", "--max_tokens", 4,
         ],
+        "src.commands.chat": [
+            "--load_model", base, "--load_state", folder / "noted.pth", "--accelerator", "cpu", "--max_tokens", 4,
+            "--template", "text",
+        ],
+        "src.commands.state": ["export", state, folder / "state.st", "--to", "ai00"],
     }  # fmt: skip
-    command = [sys.executable, ROOT / f"{script}.py", *words[script]]
+    if script == "src.commands.chat":  # which names files in a note
+        (folder / "noted.pth").write_bytes(state.read_bytes())
+        (folder / "noted.json").write_text('{"quant": "nf4"}')
+    called = ["-m", script] if script.startswith("src.") else [ROOT / f"{script}.py"]
+    command = [sys.executable, *called, *words[script]]
     run = subprocess.run(
         [os.fspath(word) if isinstance(word, Path) else str(word) for word in command],
+        input="問い\n".encode(),
         capture_output=True,
         check=False,
-        env={**os.environ, "PYTHONIOENCODING": encoding},
+        env={**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.fspath(ROOT)},
     )
     assert run.returncode == 0, run.stderr
     assert b"Traceback" not in run.stderr

@@ -1,7 +1,9 @@
 """Whole runs of train.py on tiny models."""
 
+import io
 import json
 import re
+import shlex
 import signal
 import socket
 import sys
@@ -149,6 +151,20 @@ class TestWhatARunLeaves:
         assert merged.code == 0
         assert open_checkpoint(command[4]).info.has_state
         Path(command[4]).unlink()
+
+    def test_the_commands_for_clients_and_the_chat_work(
+        self, finished: tuple[Ended, Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All that are printed, as they are printed."""
+        commands = re.findall(r"^ +python -m src\.commands\.(\w+) (.+)$", finished[0].out, re.MULTILINE)
+        assert [name for name, _ in commands] == ["chat", "state"]
+        monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+        for name, words in commands:
+            ended = run_script(f"src/commands/{name}.py", *shlex.split(words))
+            assert ended.code == 0, ended.err
+        exported = finished[1] / "rwkv-final.st"
+        assert exported.exists()
+        exported.unlink()
 
     def test_held_out_loss_falls_on_the_training_data_itself(self, finished: tuple[Ended, Path]) -> None:
         losses = re.findall(r"held out   (untuned|tuned): loss (\d+\.\d+)", finished[0].out)

@@ -1,0 +1,67 @@
+"""The commands at the end of a run are ones that their programs accept."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from src.adapters.full import FullTraining
+from src.adapters.method import Method
+from src.adapters.plan import AdapterPlan
+from src.adapters.ready import chat_command, export_command, merge_command
+from src.adapters.states import StateTuning
+from src.adapters.tuning import Tuning
+from src.cli import given_flags, given_merge_flags, given_state_flags, given_train_flags
+from src.config import STATE_COMMANDS, ChatConfig, MergeConfig, TrainConfig
+
+RESULT = Path("my folder/rwkv-final.pth")
+
+METHODS: dict[str, tuple[Method, list[str]]] = {
+    "states": (StateTuning(), ["src.commands.chat", "merge_state.py", "src.commands.state"]),
+    "lora": (Tuning(AdapterPlan("lora", 8)), ["src.commands.chat", "merge_state.py", "src.commands.state"]),
+    "bat": (Tuning(AdapterPlan("bat", 8)), ["src.commands.chat", "merge_state.py"]),  # which peft has not
+    "bone and parts": (Tuning(AdapterPlan("bone", 8), parts=("ln",)), ["src.commands.chat", "merge_state.py"]),
+    "lora and states": (Tuning(AdapterPlan("lora", 8), states=True), ["src.commands.chat", "merge_state.py"]),
+    "parts": (Tuning(None, parts=("ln",)), ["src.commands.chat", "merge_state.py"]),
+    "full": (FullTraining(layerwise_rates=True), ["src.commands.chat", "train.py"]),
+}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_command_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    method, programs = METHODS[name]
+    lines = method.next_steps("the base.pth", RESULT, "my folder/", "text")
+    assert 3 <= len(lines) <= 5
+    commands = [shlex.split(line) for line in lines if line.strip().startswith("python ")]
+    called = [words[2] if words[1] == "-m" else words[1] for words in commands]
+    assert called == programs
+    for program, words in zip(called, commands, strict=True):
+        given = words[3:] if words[1] == "-m" else words[2:]
+        match program:
+            case "src.commands.chat":
+                monkeypatch.setattr("sys.argv", ["chat", *given])
+                config = ChatConfig.from_flags(given_flags(ChatConfig, "chat", ""))
+                assert config.template == "text"
+                assert config.load_model == (str(RESULT) if name == "full" else "the base.pth")
+                named = {"states": config.load_state, "full": str(RESULT)}.get(name, config.load_adapter)
+                assert named == str(RESULT)
+            case "src.commands.state":
+                command, flags = given_state_flags(given)
+                assert STATE_COMMANDS[command].from_flags(flags).file == str(RESULT)  # type: ignore[attr-defined]
+            case "merge_state.py":
+                assert MergeConfig.from_flags(given_merge_flags(given)).file == str(RESULT)
+            case _:
+                TrainConfig.from_flags(given_train_flags(given))
+
+
+def test_a_chat_needs_no_flag_for_the_template_of_chats() -> None:
+    assert not re.search("--template", " ".join(StateTuning().next_steps("b.pth", RESULT, "f", "")))
+
+
+def test_names_are_quoted() -> None:
+    assert shlex.split(merge_command("a b.pth", RESULT, "c d"))[2:] == ["a b.pth", str(RESULT), "c d/merged.pth"]
+    assert shlex.split(chat_command("a b.pth", "", adapter=RESULT))[-1] == str(RESULT)
+    assert shlex.split(export_command(RESULT, Path("c d"), "hf", "a b.pth"))[-1] == "a b.pth"
