@@ -7,13 +7,25 @@ from pathlib import Path
 
 import pytest
 
-from src.cli import given_merge_flags, given_train_flags
-from src.config import UNDERSTOOD, UNSUPPORTED, MergeConfig, PairConfig, RejectConfig, TrainConfig
+from src.cli import given_flags, given_merge_flags, given_state_flags, given_train_flags
+from src.config import (
+    STATE_COMMANDS,
+    UNDERSTOOD,
+    UNSUPPORTED,
+    ChatConfig,
+    MergeConfig,
+    PairConfig,
+    RejectConfig,
+    TrainConfig,
+)
 from src.config.model import METHOD_DEFAULTS
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PLACES = {"train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_generate_reject.py"}
+PLACES = {
+    "train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_generate_reject.py", "python -m src.commands.state",
+    "python -m src.commands.chat",
+}  # fmt: skip
 
 
 def flag_table() -> list[tuple[str, str]]:
@@ -38,7 +50,7 @@ def test_the_flag_table_is_complete_and_in_order() -> None:
 
 def test_every_flag_it_names_exists() -> None:
     known = {*TrainConfig.__dataclass_fields__, *UNSUPPORTED, *UNDERSTOOD}
-    for config in (RejectConfig, PairConfig, MergeConfig):
+    for config in (RejectConfig, PairConfig, MergeConfig, ChatConfig, *STATE_COMMANDS.values()):
         known |= set(config.__dataclass_fields__)
     named = re.findall(r"`--(\w+)(\*?)", README)
     unknown = [
@@ -61,6 +73,24 @@ def test_its_merging_commands_are_accepted(command: str) -> None:
     python, script, *words = shlex.split(command)
     assert (python, script) == ("python", "merge_state.py")
     MergeConfig.from_flags(given_merge_flags(words))
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "src.commands.state" in c])
+def test_its_commands_of_the_state_tool_are_accepted(command: str) -> None:
+    name, given = given_state_flags(shlex.split(command)[3:])
+    STATE_COMMANDS[name].from_flags(given)
+
+
+@pytest.mark.parametrize("command", [c for c in commands() if "src.commands.chat" in c])
+def test_its_chats_are_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["chat", *shlex.split(command)[3:]])
+    ChatConfig.from_flags(given_flags(ChatConfig, "chat", ""))
+
+
+def test_it_shows_a_chat_and_every_command_of_the_state_tool() -> None:
+    shown = [shlex.split(command)[3] for command in commands() if "src.commands.state" in command]
+    assert set(shown) == set(STATE_COMMANDS)
+    assert any("src.commands.chat" in command for command in commands())
 
 
 def test_the_two_commands_of_the_first_screen() -> None:
