@@ -13,7 +13,6 @@ from src.checkpoint import open_checkpoint
 from src.commands.comparison import compared_tokens, logits_on, relative_error
 from src.config import MergeConfig
 from src.errors import CheckpointError, ConfigError
-from src.export import CLIENTS
 from src.loading import LoadOptions, build_model
 from src.merge import Apart, Merged, MergeReport, export_hf, merge
 
@@ -68,18 +67,12 @@ def _report(report: MergeReport, config: MergeConfig, quant: str) -> Iterator[st
     yield f"base     {shape.parameter_count:,} weights in {report.base_dtype}{rest}, copied bit for bit"
     yield f"written  {config.output} ({report.size_bytes:,} bytes)"
     yield from _notes(report, config)
-    if not trained.states:
-        yield "next     load it like the base model"
-    elif shape.architecture in CLIENTS["rwkv-pip"].merged:
-        yield (
-            "next     load it like the base model: clients on the rwkv package (0.8.26 and later) start every\n"
-            "         conversation from the state; ChatRWKV and RWKV-Runner take the state file itself instead"
-        )
-    else:
-        yield (
-            f"next     the rwkv package and RWKV-Runner ignore the state inside of an {shape.family} model: give them\n"
-            "         the state file (python -m src.commands.state export), and the base model"
-        )
+    yield "next     load it like the base model" + (
+        ": clients on the rwkv package (0.8.26 and later) start every\n"
+        "         conversation from the state; ChatRWKV and RWKV-Runner take the state file itself instead"
+        if trained.states
+        else ""
+    )
 
 
 def _notes(report: MergeReport, config: MergeConfig) -> Iterator[str]:

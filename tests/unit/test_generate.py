@@ -241,6 +241,24 @@ def test_output_that_is_not_finite_is_refused() -> None:
         generate(broken, BYTES, ["a"], SETTINGS)
 
 
+def test_answer_logps_sum_over_the_answer(model: LanguageModel) -> None:
+    pairs = [
+        PreferencePair(BYTES.encode("User: a"), BYTES.encode(" b\n\n"), BYTES.encode(" cdef\n\n")),
+        PreferencePair([5], [6, 7], []),
+    ]
+
+    def slow(prompt: list[int], answer: list[int]) -> float:
+        with torch.no_grad():
+            logp = model.logits(model(torch.tensor([prompt + answer]))[0])[0].log_softmax(-1)
+        return sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
+
+    done: list[int] = []
+    for pair, (chosen, rejected) in zip(pairs, answer_logps(model, pairs, done.append), strict=True):
+        assert chosen == pytest.approx(slow(pair.prompt, pair.chosen), rel=1e-5)
+        assert rejected == pytest.approx(slow(pair.prompt, pair.rejected), rel=1e-5)
+    assert done == [1, 2]
+
+
 class TestConversation:
     def test_a_first_answer_is_what_is_generated(self, model: LanguageModel) -> None:
         model.eval()
@@ -361,21 +379,3 @@ def stream(script: bytes, **changes: object) -> tuple[list[str], Conversation]:
     settings = replace(SamplingSettings(frequency_penalty=0.0, max_tokens=30), **changes)
     conversation = Conversation(model, BYTES, settings)
     return list(conversation.answer("a", 0)), conversation
-
-
-def test_answer_logps_sum_over_the_answer(model: LanguageModel) -> None:
-    pairs = [
-        PreferencePair(BYTES.encode("User: a"), BYTES.encode(" b\n\n"), BYTES.encode(" cdef\n\n")),
-        PreferencePair([5], [6, 7], []),
-    ]
-
-    def slow(prompt: list[int], answer: list[int]) -> float:
-        with torch.no_grad():
-            logp = model.logits(model(torch.tensor([prompt + answer]))[0])[0].log_softmax(-1)
-        return sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
-
-    done: list[int] = []
-    for pair, (chosen, rejected) in zip(pairs, answer_logps(model, pairs, done.append), strict=True):
-        assert chosen == pytest.approx(slow(pair.prompt, pair.chosen), rel=1e-5)
-        assert rejected == pytest.approx(slow(pair.prompt, pair.rejected), rel=1e-5)
-    assert done == [1, 2]
