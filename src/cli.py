@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import shlex
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from src.config import STATE_COMMANDS, MergeConfig, TrainConfig
+from src.config.environment import check_environment
 from src.config.flags import BY_METHOD, Flags, shortened, shown_number
 from src.config.run_file import read_flags
 from src.config.synonyms import meant_by
@@ -25,6 +27,21 @@ class SuggestingParser(argparse.ArgumentParser):
 
     def __init__(self, **options: object) -> None:
         super().__init__(allow_abbrev=False, **options)  # type: ignore[arg-type]
+        self.differing: dict[str, list[Any]] = {}
+
+    def parse_known_args(  # type: ignore[override]
+        self, args: Sequence[str] | None = None, namespace: None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Parses what is known.
+
+        Raises:
+            ConfigError: naming every flag that is given with different values.
+        """
+        self.differing = {}
+        parsed = super().parse_known_args(args, namespace)
+        if self.differing:
+            raise ConfigError("; ".join(_complaint_of_repetition(flag, all_) for flag, all_ in self.differing.items()))
+        return parsed
 
     def error(self, message: str) -> NoReturn:
         if "expected one argument" in message:
@@ -88,6 +105,24 @@ class SuggestingParser(argparse.ArgumentParser):
             return f"unknown flag {name}: {f'use {known}' if known.startswith('--') else known}"
         near = difflib.get_close_matches(name, list(self.flags), n=1, cutoff=0.5)
         return f"unknown flag {name}" + (f": did you mean {near[0]}?" if near else f"; see {self.prog} -h")
+
+
+class _Once(argparse.Action):
+    """Keeps a flag's value. The same value again is no mistake, another one is: none of the two may win silently."""
+
+    def __call__(
+        self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None
+    ) -> None:
+        value = self.const if values is None else values
+        first = getattr(namespace, self.dest, value)
+        if value not in (found := parser.differing.get(self.dest, [first])):
+            parser.differing[self.dest] = [*found, value]
+        setattr(namespace, self.dest, first)
+
+
+def _complaint_of_repetition(name: str, values: list[Any]) -> str:
+    texts = [shortened(" ".join(value) if isinstance(value, list) else value) for value in values]
+    return f"--{name} is given {len(texts)} different values ({', '.join(map(repr, texts))}): leave one of them"
 
 
 def given_train_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
@@ -185,12 +220,13 @@ def _given(
             text = _help(spec).replace("%", "%%")
             several: dict[str, Any] = {"nargs": "*"} if spec.metadata["several"] else {}
             group.add_argument(
-                f"--{spec.name}", metavar=_metavar(spec), default=argparse.SUPPRESS, help=text, **several
+                f"--{spec.name}", action=_Once, metavar=_metavar(spec), default=argparse.SUPPRESS, help=text, **several
             )
     for name in (*config_class.unsupported, *config_class.understood):
         alone: dict[str, Any] = {"nargs": "?", "const": "1"} if config_class.understood.get(name) else {}
-        parser.add_argument(f"--{name}", default=argparse.SUPPRESS, help=argparse.SUPPRESS, **alone)
+        parser.add_argument(f"--{name}", action=_Once, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **alone)
     given = vars(parser.parse_words(arguments, words, many=many))
+    check_environment(os.environ)
     # No word is an empty list, which differs from a flag that is not there.
     return {name: (" ".join(text) or "[]") if isinstance(text, list) else text for name, text in given.items()}
 

@@ -69,16 +69,38 @@ def global_rank(devices: int = 1) -> int:
             Without it the result is right about being 0, which is what printing and saving ask.
     """
     if "RANK" in os.environ:
-        return int(os.environ["RANK"])
+        return _number("RANK")
     # Lightning's own processes have LOCAL_RANK, and in a SLURM job all of them inherit one SLURM_PROCID.
     if "LOCAL_RANK" not in os.environ and "SLURM_PROCID" in os.environ:
-        return int(os.environ["SLURM_PROCID"])
-    machine = int(os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0")))
-    return machine * devices + int(os.environ.get("LOCAL_RANK", "0"))
+        return _number("SLURM_PROCID")
+    machine = _number("NODE_RANK", "GROUP_RANK")
+    return machine * devices + _number("LOCAL_RANK")
+
+
+def _number(*names: str, default: int = 0) -> int:
+    """The first of these variables that is set; that it holds a number is known since the command line was read."""
+    return next((int(os.environ[name]) for name in names if name in os.environ), default)
 
 
 def _local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")))
+    return _number("LOCAL_RANK", "SLURM_LOCALID")
+
+
+def refuse_other_ranks(devices: int, nodes: int) -> None:
+    """Refuses a process whose number, as its environment has it, is none of this run's: it would save nothing.
+
+    Raises:
+        ConfigError: naming the variables.
+    """
+    processes, rank = devices * nodes, global_rank(devices)
+    if rank < processes and _local_rank() < devices:
+        return
+    names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "SLURM_LOCALID")
+    found = ", ".join(f"{name}={os.environ[name]}" for name in names if name in os.environ)
+    raise ConfigError(
+        f"the environment ({found}) makes this process number {max(rank, _local_rank())} counted from 0, and --devices "
+        f"{devices} --num_nodes {nodes} make {processes}: unset these variables, or give the flags of what was started"
+    )
 
 
 def launched_by() -> tuple[str, int] | None:
@@ -88,7 +110,7 @@ def launched_by() -> tuple[str, int] | None:
     many tasks its step has. Lightning's own processes are started by this program, not by a launcher.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return "torchrun", int(os.environ.get("WORLD_SIZE", "1"))
+        return "torchrun", _number("WORLD_SIZE", default=1)
     tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "")
     return ("srun", int(tasks)) if tasks.isdigit() and "LOCAL_RANK" not in os.environ else None
 
@@ -100,9 +122,11 @@ def uses_gpu(accelerator: str) -> bool:
         ConfigError: if it asks for one and there is none.
     """
     if accelerator in ("gpu", "cuda") and not torch.cuda.is_available():
+        chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
         raise ConfigError(
-            f"--accelerator {accelerator} was asked for and no CUDA GPU is visible: install a CUDA build of "
-            "torch and check nvidia-smi, or use --accelerator auto or cpu"
+            f"--accelerator {accelerator} was asked for and no CUDA GPU is visible: "
+            + (f"look at CUDA_VISIBLE_DEVICES={chosen} in the environment, " if chosen is not None else "")
+            + "install a CUDA build of torch and check nvidia-smi, or use --accelerator auto or cpu"
         )
     return accelerator != "cpu" and torch.cuda.is_available()
 
@@ -121,6 +145,11 @@ def resolve_device(accelerator: str, precision: str) -> Device:
         if precision in ("fp16", "tf32"):
             raise ConfigError(f"--precision {precision} needs a GPU and none is used: use fp32 or bf16")
         return Device(torch.device("cpu"), precision or "fp32")
+    if _local_rank() >= (visible := torch.cuda.device_count()):
+        raise ConfigError(
+            f"this process is number {_local_rank()} of its machine by the environment (LOCAL_RANK, SLURM_LOCALID), "
+            f"counted from 0, and {visible} GPU(s) are visible: unset the variable, or make more visible"
+        )
     chosen = Device(torch.device("cuda", _local_rank()), precision or "bf16")
     capability = torch.cuda.get_device_capability(chosen.device)
     if capability < OLDEST_CAPABILITY and chosen.precision in ("bf16", "tf32"):

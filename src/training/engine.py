@@ -20,7 +20,7 @@ from pytorch_lightning.plugins.precision import DeepSpeedPrecision, Precision
 from torch import Tensor, nn
 
 from src.config import TrainConfig
-from src.device import Device, apply_device, launched_by, resolve_device, uses_gpu
+from src.device import Device, apply_device, launched_by, refuse_other_ranks, resolve_device, uses_gpu
 from src.errors import ConfigError
 from src.training import alone
 from src.training.optimizers import check_optimizer
@@ -57,6 +57,7 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
             f"{launcher} started {started} processes, and --devices {config.devices} --num_nodes {config.num_nodes} "
             f"make {processes}: give the flags of what was started, or start python without {launcher}"
         )
+    refuse_other_ranks(config.devices, config.num_nodes)
     on_gpu = uses_gpu(config.accelerator)
     if on_gpu and config.strategy.startswith("deepspeed_stage_3"):
         raise ConfigError(

@@ -264,3 +264,33 @@ class TestStateCommands:
         assert ended.value.code == 0
         shown = capsys.readouterr().out
         assert all(f"\n{name} " in shown and command.about in shown for name, command in STATE_COMMANDS.items())
+
+
+class TestRepetition:
+    @pytest.mark.parametrize(
+        ("words", "said"),
+        [
+            ("--ctx_len 5 --ctx_len 6", "--ctx_len is given 2 different values ('5', '6'): leave one of them"),
+            ("--ctx_len=5 --quant 0 --ctx_len 6 --ctx_len=7", "--ctx_len is given 3 different values ('5', '6', '7')"),
+            ("--lr_init 1 --lr_init 1.0", "('1', '1.0')"),
+            ("--quant 1 --lr_init 1 --quant 0 --lr_init 2", "'0'): leave one of them; --lr_init is given 2 different"),
+            ("--my_pile_stage 0 --my_pile_stage 1", "--my_pile_stage is given 2"),
+            ("--fla --fla 0", "--fla is given 2 different values ('1', '0')"),
+            ("--train_parts a b --train_parts a", "--train_parts is given 2 different values ('a b', 'a')"),
+        ],
+    )
+    def test_two_values_are_refused(self, words: str, said: str) -> None:
+        assert said in refusal(*words.split())
+
+    def test_the_same_value_again_is_none(self) -> None:
+        words = "--ctx_len 5 --ctx_len=5 --fla --fla 1 --train_parts a b --train_parts a b --wandb p --wandb p"
+        given = {"ctx_len": "5", "fla": "1", "train_parts": "a b", "wandb": "p"}
+        assert given_train_flags(words.split()) == given
+
+    def test_every_script_refuses_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(ConfigError, match="--output is given 2"):
+            given_merge_flags(["a", "b", "--output", "c", "--output", "d"])
+        for config_class in (PairConfig, RejectConfig):
+            monkeypatch.setattr(sys, "argv", ["x", "--seed", "1", "--seed", "2"])
+            with pytest.raises(ConfigError, match="--seed is given 2"):
+                given_flags(config_class, "x", "")

@@ -77,6 +77,11 @@ class TestWithoutGpu:
             resolve_device(accelerator, precision)
         assert expected in str(refused.value)
 
+    def test_a_choice_of_gpus_that_leaves_none_is_named(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "GPU-x")
+        with pytest.raises(ConfigError, match="look at CUDA_VISIBLE_DEVICES=GPU-x in the environment, install"):
+            resolve_device("gpu", "")
+
     def test_there_is_nothing_to_set(self, allocator_settings: list[str]) -> None:
         apply_device(resolve_device("auto", ""), small_messages=True)
         assert allocator_settings == []
@@ -102,6 +107,11 @@ class TestWithGpus:
         monkeypatch.setenv("SLURM_LOCALID", "0")
         monkeypatch.setenv("LOCAL_RANK", "1")
         assert resolve_device("auto", "").device == torch.device("cuda", 1)
+
+    def test_a_number_that_no_gpu_has_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOCAL_RANK", "2")
+        with pytest.raises(ConfigError, match=r"number 2 of its machine .*, counted from 0, and 2 GPU"):
+            resolve_device("auto", "")
 
     def test_each_process_of_a_slurm_job_too(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv("LOCAL_RANK", raising=False)

@@ -188,6 +188,25 @@ class TestLaunchers:
         with pytest.raises(ConfigError, match="started 2 processes, and --devices 1 --num_nodes 1 make 1: give"):
             resolve_hardware(config(accelerator="cpu"))
 
+    @pytest.mark.parametrize(
+        "variables",
+        [
+            {"RANK": "1"},
+            {"RANK": "0", "LOCAL_RANK": "3"},
+            {"LOCAL_RANK": "1"},
+            {"NODE_RANK": "1"},
+            {"SLURM_PROCID": "1"},
+        ],
+    )
+    def test_a_process_that_is_none_of_the_runs_is_refused(
+        self, variables: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It would train, and save nothing."""
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=r"process number [13] counted from 0, and --devices 1"):
+            resolve_hardware(config(accelerator="cpu"))
+
     @pytest.mark.usefixtures("no_gpu")
     @pytest.mark.parametrize(
         ("variables", "environment"),
