@@ -217,8 +217,8 @@ def write_documents(
     return prefix
 
 
-def wait_until(condition: Callable[[], bool], seconds: float) -> None:
-    """Polls until the condition holds.
+def wait_until(condition: Callable[[], bool], seconds: float, every: float = 0.05) -> None:
+    """Polls until the condition holds, `every` so many seconds.
 
     Raises:
         TimeoutError: after so many seconds.
@@ -227,4 +227,4 @@ def wait_until(condition: Callable[[], bool], seconds: float) -> None:
     while not condition():
         if time.monotonic() > end:
             raise TimeoutError
-        time.sleep(0.05)
+        time.sleep(every)
