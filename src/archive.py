@@ -1,7 +1,7 @@
 """The zip archive that `torch.save` writes: where its entries lie, and whether their bytes are what was written.
 
 torch itself compares neither checksums nor sizes, and computes where entries lie from their order. Here the
-archive's directory is read strictly, entry by entry, so that tensors can be mapped by name; and every byte is
+archive's directory is read strictly, entry by entry, so that tensors can be read by name; and every byte is
 compared with its CRC-32: of small files always, of large ones once per file.
 """
 
@@ -85,8 +85,8 @@ def read_directory(file: BinaryIO, path: str) -> dict[str, Entry]:
         raise CheckpointError(f"{path} is damaged or not a checkpoint; it is a zip archive without {PICKLE}")
     if any(info.compress_type != zipfile.ZIP_STORED or info.flag_bits & _ENCRYPTED for info in infos):
         raise CheckpointError(
-            f"{path} was compressed or encrypted after it was written, and such a file cannot be memory-mapped; unpack "
-            f"it once with {conversion(weights_only=True)}"
+            f"{path} was compressed or encrypted after it was written, so that its tensors cannot be read one by one; "
+            f"unpack it once with {conversion(weights_only=True)}"
         )
     entries: dict[str, Entry] = {}
     folders = set()

@@ -3,6 +3,8 @@
 A file of another kind is refused by its name.
 """
 
+from __future__ import annotations
+
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -43,34 +45,58 @@ class CheckpointInfo:
 
 
 class Checkpoint(Mapping[str, Tensor]):
-    """The tensors of a model file by standard key, backed by the file's pages.
+    """The tensors of a model file by standard key.
 
-    A tensor's bytes are read from the file when it is used, and the system may drop them again:
-    host memory does not grow with the file. Writing into a tensor changes neither the file nor
-    another reader.
+    A tensor's bytes are read from the file whenever it is asked for, so that host memory does not grow with the file.
+
+    Args:
+        info: what the file is.
+        outlines: tensors, those that are read from the file without bytes, on the meta device.
+        source: see below.
+        file: where bytes are read; None if every tensor is there.
 
     Attributes:
         info: what the file is.
+        outlines: dtype and shape of every tensor.
         source: its path, for messages.
     """
 
-    def __init__(self, info: CheckpointInfo, tensors: dict[str, Tensor], source: PathLike) -> None:
+    def __init__(
+        self,
+        info: CheckpointInfo,
+        outlines: Mapping[str, Tensor],
+        source: PathLike,
+        file: storage.TensorFile | None = None,
+    ) -> None:
         self.info = info
+        self.outlines = outlines
         self.source = source
-        self._tensors = tensors
+        self._file = file
 
     def __getitem__(self, key: str) -> Tensor:
-        return self._tensors[key]
+        return self.read(key)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.outlines
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._tensors)
+        return iter(self.outlines)
 
     def __len__(self) -> int:
-        return len(self._tensors)
+        return len(self.outlines)
+
+    def read(self, key: str, *, pinned: bool = False) -> Tensor:
+        """A tensor; see `storage.TensorFile.read`."""
+        tensor = self.outlines[key]
+        return self._file.read(tensor, pinned=pinned) if self._file is not None and tensor.is_meta else tensor
+
+    def overlaid(self, others: Mapping[str, Tensor]) -> Checkpoint:
+        """The same with other tensors in place of its own and beside them."""
+        return Checkpoint(self.info, {**self.outlines, **others}, self.source, self._file)
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
-    """Opens a model file by memory map and checks that it is a complete RWKV-6 (x060) model.
+    """Opens a model file and checks that it is a complete RWKV-6 (x060) model.
 
     Key prefixes of wrapping modules (`_PREFIXES`), and a `{"state_dict": ...}` around the keys, are taken off.
 
@@ -78,7 +104,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         CheckpointError: The file is missing, damaged, of another kind or architecture, or a key is
             missing, superfluous, misshapen or not a floating-point tensor.
     """
-    content = _read(path, "model file")
+    file, content = _opened(path, "model file")
     if all(key.endswith(_STATE_SUFFIX) for key in content):
         raise CheckpointError(
             f"{path} holds only the time_state of {len(content)} layers; it is a state file, and the base "
@@ -100,7 +126,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
             f"layer: {'; '.join(problems)}"
         )
     info = CheckpointInfo(shape, _dtype_name(tensors["emb.weight"].dtype), has_state=state_key(0) in tensors)
-    return Checkpoint(info, tensors, path)
+    return Checkpoint(info, tensors, path, file)
 
 
 def fresh_checkpoint(shape: ModelShape, seed: int) -> Checkpoint:
@@ -113,32 +139,32 @@ def load_state(path: PathLike, shape: ModelShape) -> dict[str, Tensor]:
     """Reads the initial state of every layer from a state file or a merged model.
 
     Returns:
-        `blocks.{i}.att.time_state` -> [H, N, N] (head, value, key), in layer order, in the file's
-        dtype and in memory of their own.
+        `blocks.{i}.att.time_state` -> [H, N, N] (head, value, key), in layer order, in the file's dtype.
 
     Raises:
         CheckpointError: The file cannot be read, or its states do not fit a model of this shape, or
             a value is not finite.
     """
-    tensors = _states_in(path)
+    file, outlines = _states_in(path)
     expected = shape.state_shapes()
-    if tensors.keys() != expected.keys():
-        missing = [key for key in expected if key not in tensors]
-        superfluous = [key for key in tensors if key not in expected]
+    if outlines.keys() != expected.keys():
+        missing = [key for key in expected if key not in outlines]
+        superfluous = [key for key in outlines if key not in expected]
         problems = [f"lacks {missing[0]}{_and_more(missing)}"] if missing else []
         problems += [f"also has {superfluous[0]}{_and_more(superfluous)}"] if superfluous else []
         raise CheckpointError(
-            f"{path} holds the time_state of {len(tensors)} layers, but the model has {shape.n_layer} "
+            f"{path} holds the time_state of {len(outlines)} layers, but the model has {shape.n_layer} "
             f"layers: it {' and '.join(problems)}; a state only fits the model it was trained on"
         )
     for key, wanted in expected.items():
-        if tuple(tensors[key].shape) != wanted:
+        if tuple(outlines[key].shape) != wanted:
             raise CheckpointError(
-                f"{path}: {key} has shape {list(tensors[key].shape)}, but the model needs {list(wanted)} "
+                f"{path}: {key} has shape {list(outlines[key].shape)}, but the model needs {list(wanted)} "
                 "(heads, head size, head size); a state only fits the model it was trained on"
             )
+    tensors = {key: file.read(outlines[key]).contiguous() for key in expected}
     _refuse_non_finite(path, tensors)
-    return {key: tensors[key].detach().clone(memory_format=torch.contiguous_format) for key in expected}
+    return tensors
 
 
 def read_states(path: PathLike) -> dict[str, Tensor]:
@@ -151,22 +177,23 @@ def read_states(path: PathLike) -> dict[str, Tensor]:
         CheckpointError: The file cannot be read, holds other things, lacks a layer, or holds what are no square
             matrices of one size, or a value that is not finite.
     """
-    tensors = _states_in(path)
-    keys = [state_key(layer) for layer in range(len(tensors))]
-    missing = [key for key in keys if key not in tensors]
+    file, outlines = _states_in(path)
+    keys = [state_key(layer) for layer in range(len(outlines))]
+    missing = [key for key in keys if key not in outlines]
     if missing:
         raise CheckpointError(
-            f"{path} holds the time_state of {len(tensors)} layers, but lacks {missing[0]}: copy or download it again"
+            f"{path} holds the time_state of {len(outlines)} layers, but lacks {missing[0]}: copy or download it again"
         )
-    wanted = tuple(tensors[keys[0]].shape)
+    wanted = tuple(outlines[keys[0]].shape)
     for key in keys:
-        shape = tuple(tensors[key].shape)
+        shape = tuple(outlines[key].shape)
         if len(shape) != 3 or 0 in shape or shape[1] != shape[2] or shape != wanted:
             raise CheckpointError(
                 f"{path}: {key} has shape {list(shape)}, expected [heads, head size, head size], the same in all layers"
             )
+    tensors = {key: file.read(outlines[key]).contiguous() for key in keys}
     _refuse_non_finite(path, tensors)
-    return {key: tensors[key].detach().clone(memory_format=torch.contiguous_format) for key in keys}
+    return tensors
 
 
 def save_state(path: PathLike, states: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -191,7 +218,7 @@ def save_state(path: PathLike, states: Mapping[str, Tensor], dtype: torch.dtype 
 
 
 def read_tensors(path: PathLike, role: str) -> dict[str, Tensor]:
-    """The tensors of a file by key without prefix, mapped.
+    """The tensors of a file by key without prefix.
 
     Args:
         role: what the file should be, for messages: "adapter file".
@@ -199,9 +226,20 @@ def read_tensors(path: PathLike, role: str) -> dict[str, Tensor]:
     Raises:
         CheckpointError: The file cannot be read, or a value is no floating-point tensor, or not finite.
     """
-    tensors = _float_tensors(path, _read(path, role))
+    file, content = _opened(path, role)
+    tensors: dict[str, Tensor] = file.whole(_float_tensors(path, content))
     _refuse_non_finite(path, tensors)
     return tensors
+
+
+def keys_in(path: PathLike, role: str) -> list[str]:
+    """The keys of a file without prefixes; its tensors are not read.
+
+    Raises:
+        CheckpointError: see `read_tensors`.
+    """
+    _, content = _opened(path, role)
+    return list(_float_tensors(path, content))
 
 
 def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], dtype: torch.dtype = torch.bfloat16) -> None:
@@ -232,9 +270,9 @@ def save_model(path: PathLike, tensors: Mapping[str, Tensor], dtype: torch.dtype
     storage.save(path, {key: _own_copy(tensor, dtype) for key, tensor in tensors.items()})
 
 
-def _states_in(path: PathLike) -> dict[str, Tensor]:
-    """The mapped `time_state` tensors of a state file or merged model, in no order."""
-    content = _read(path, "state file")
+def _states_in(path: PathLike) -> tuple[storage.TensorFile, dict[str, Tensor]]:
+    """A state file or merged model, and its `time_state` tensors without bytes, in no order."""
+    file, content = _opened(path, "state file")
     states = {key: value for key, value in content.items() if key.endswith(_STATE_SUFFIX)}
     if not states:
         raise CheckpointError(
@@ -247,16 +285,17 @@ def _states_in(path: PathLike) -> dict[str, Tensor]:
             f"{path} holds {others[0]}{_and_more(others)} beside the time_state of {len(states)} layers; "
             "a state file holds nothing else"
         )
-    return _float_tensors(path, states)
+    return file, _float_tensors(path, states)
 
 
-def _read(path: PathLike, role: str) -> dict[str, Any]:
-    """The dict in a file, keys without prefix, tensors mapped.
+def _opened(path: PathLike, role: str) -> tuple[storage.TensorFile, dict[str, Any]]:
+    """A file and the dict in it, keys without prefix, tensors without bytes.
 
     Args:
         role: what the file should be, for messages: "model file" or "state file".
     """
-    content = storage.load(path, role)
+    file = storage.TensorFile(path, role)
+    content = file.content
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
@@ -269,7 +308,7 @@ def _read(path: PathLike, role: str) -> dict[str, Any]:
         if name in stripped:
             raise CheckpointError(f"{path} holds {name} twice, with and without a prefix; keep one of them")
         stripped[name] = value
-    return stripped
+    return file, stripped
 
 
 def _strip_prefix(key: str) -> str:

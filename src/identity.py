@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import threading
 from pathlib import Path
 
+from src.errors import CheckpointError
+
 _CHUNK_BYTES = 1 << 24
+
+
+def fingerprint(status: os.stat_result) -> tuple[int, int]:
+    """What changes when a file is written to: its size in bytes, and the time of the last change."""
+    return status.st_size, status.st_mtime_ns
 
 
 class FileIdentity:
@@ -23,10 +31,11 @@ class FileIdentity:
 
     def __init__(self, path: str | Path, *, at_once: bool = True) -> None:
         self.name = Path(path).name
-        self.size_bytes = Path(path).stat().st_size
+        self._as_named = fingerprint(Path(path).stat())
+        self.size_bytes = self._as_named[0]
         self._path = path
         self._digest = ""
-        self._error: OSError | None = None
+        self._problem = ""
         self._thread = threading.Thread(target=self._compute, daemon=True)
         self._started = at_once
         if at_once:
@@ -37,14 +46,14 @@ class FileIdentity:
         """In hexadecimal digits; waits for it.
 
         Raises:
-            OSError: the file could not be read.
+            CheckpointError: the file could not be read, or was changed.
         """
         if not self._started:
             self._started = True
             self._thread.start()
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        if self._problem:
+            raise CheckpointError(f"{self._path} {self._problem}")
         return self._digest
 
     def as_dict(self) -> dict[str, str | int]:
@@ -57,6 +66,8 @@ class FileIdentity:
             with open(self._path, "rb") as file:
                 while chunk := file.read(_CHUNK_BYTES):
                     digest.update(chunk)
+                if fingerprint(os.fstat(file.fileno())) != self._as_named:
+                    self._problem = "was changed since the program began: leave it alone until the program ends"
         except OSError as error:
-            self._error = error
+            self._problem = f"cannot be read: {error.strerror}"
         self._digest = digest.hexdigest()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from src import safetensors
 from src.adapters.files import description_path, read_description, with_own_names
 from src.adapters.hf import is_hf, read_hf
-from src.checkpoint import Checkpoint, open_checkpoint, read_states, read_tensors
+from src.checkpoint import Checkpoint, keys_in, open_checkpoint, read_states, read_tensors
 from src.errors import CheckpointError
 from src.model.shape import LAYER_KEY
 
@@ -113,10 +113,11 @@ def read_content(path: str) -> Content:
         return Content(file, ADAPTER, tensors, said, size_bytes)
     if is_hf(file) or file.suffix in (".st", ".state"):
         return _read_safetensors(file)
-    tensors = with_own_names(read_tensors(file, "state, adapter or model file"))
+    role = "state, adapter or model file"
+    own_names = with_own_names(dict.fromkeys(keys_in(file, role)))
     beside = description_path(file)
     said = read_description(beside) if beside.exists() and beside != file else {}
-    kind = _kind(tensors)
+    kind = _kind(own_names)
     if kind == "first factors":
         raise CheckpointError(
             f"{path} holds the factors that PiSSA began with: name the adapter's own file, which needs it beside it"
@@ -125,8 +126,7 @@ def read_content(path: str) -> Content:
     if kind == MODEL:
         model = open_checkpoint(file)
         return Content(file, kind, model, said, size_bytes, model)
-    if kind == STATE:
-        tensors = read_states(file)
+    tensors = read_states(file) if kind == STATE else with_own_names(read_tensors(file, role))
     return Content(file, kind, tensors, said, size_bytes)
 
 
@@ -142,14 +142,14 @@ def _read_safetensors(file: Path) -> Content:
     return Content(file, ADAPTER, tensors, said, os.path.getsize(file))
 
 
-def _kind(keys: Mapping[str, Tensor]) -> str:
+def _kind(keys: Collection[str]) -> str:
     if all(key.endswith(_STATE_SUFFIX) for key in keys):
         return STATE
     if any(key.endswith(_FIRST_FACTORS) for key in keys):
         return "first factors"
     if any(key.endswith(_ADAPTER_SUFFIXES) for key in keys):
         return ADAPTER
-    return MODEL if {"emb.weight", "head.weight"} <= keys.keys() else PARTS
+    return MODEL if {"emb.weight", "head.weight"} <= set(keys) else PARTS
 
 
 def layers_of(tensors: Mapping[str, Tensor]) -> dict[int, LayerNumbers]:

@@ -1,8 +1,8 @@
 """From a checkpoint's tensors to a model on its device.
 
-Tensors are taken from the file's memory map one at a time, moved, and packed on the way, so that
-host memory stays near one matrix whatever the model's size. On the way to a GPU the next tensor is
-read into pinned memory while the one before is copied and packed.
+Tensors are read from the file one at a time, moved, and packed on the way, so that host memory stays
+near one matrix whatever the model's size. On the way to a GPU the next tensor is read into pinned
+memory while the one before is copied and packed.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def open_model(
     """
     shape = checkpoint.info.shape
     states = load_state(state_file, shape) if state_file else {}
-    tensors = {**checkpoint, **states, **(start or {})}
+    tensors = checkpoint.overlaid({**states, **(start or {})})
     return show_and_build(tensors, shape, options, source=checkpoint.source, quiet=quiet)
 
 
@@ -183,13 +183,15 @@ def _read_ahead(
         return
 
     def read(name: str) -> Tensor:
-        mapped = tensors[name]
-        if name in stays or mapped.is_cuda:
-            return mapped
+        if name in stays:
+            return tensors[name]
         try:
-            return torch.empty(mapped.shape, dtype=mapped.dtype, pin_memory=True).copy_(mapped)
+            known = tensors.read(name, pinned=True) if isinstance(tensors, Checkpoint) else tensors[name]
+            if known.is_cuda or known.is_pinned():
+                return known
+            return torch.empty(known.shape, dtype=known.dtype, pin_memory=True).copy_(known)
         except RuntimeError:  # the system lets no more memory be pinned
-            return mapped
+            return tensors[name]
 
     # A thread begins on device 0, where pinning would open a context that another process's GPU pays for.
     number = torch.cuda.current_device() if device.index is None else device.index

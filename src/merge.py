@@ -74,13 +74,13 @@ class Merged(Mapping[str, Tensor]):
         self, base: Checkpoint, trained: Trained, quant: str = "none", device: torch.device | str = "cpu"
     ) -> None:
         self._base, self._trained, self._quant, self._device = base, trained, quant, device
-        self._keys = list({**base, **trained.states})
+        self._keys = list({**base.outlines, **trained.states})
 
     def __getitem__(self, key: str) -> Tensor:
         trained = self._trained
         if key in trained.states:
             return trained.states[key]
-        dtype = self._base[key].dtype
+        dtype = self._base.outlines[key].dtype
         if key in trained.adapters:
             merged = trained.adapters[key].merged(self.frozen(key)).to("cpu", dtype)
         elif key in trained.weights:
@@ -102,7 +102,8 @@ class Merged(Mapping[str, Tensor]):
 
     def frozen(self, key: str) -> Tensor:
         """What stood frozen beside an adapter, fp32 [out, in] on the device."""
-        weight = self._trained.weights.get(key, self._base[key])
+        weights = self._trained.weights
+        weight = weights[key] if key in weights else self._base[key]
         wide = self._trained.adapters[key].frozen(weight.to(self._device, torch.float32))
         if self._quant == "none":
             return wide
@@ -112,7 +113,7 @@ class Merged(Mapping[str, Tensor]):
     def outlines(self) -> dict[str, Tensor]:
         """Key -> dtype and shape, as a tensor without values."""
         states = self._trained.states
-        sources = ((key, states[key] if key in states else self._base[key]) for key in self._keys)
+        sources = ((key, states[key] if key in states else self._base.outlines[key]) for key in self._keys)
         return {key: torch.empty(source.shape, dtype=source.dtype, device="meta") for key, source in sources}
 
 
@@ -144,7 +145,7 @@ def merge(
     """Writes a copy of the base model with a state, an adapter, further weights, or all of them put in.
 
     Every other tensor is copied bit for bit, in its dtype; a state that the base already has is replaced. Key prefixes
-    are taken off, because inference clients do not know them. Tensors go from the base's memory map to the output one
+    are taken off, because inference clients do not know them. Tensors go from the base to the output one
     by one, so that host memory stays near one matrix.
 
     Args:
@@ -257,10 +258,7 @@ def _refuse_other_base(path: PathLike, trained: Trained) -> None:
     identity = FileIdentity(Path(path))
     found = {"size_bytes": identity.size_bytes}
     if "sha256" in trained.base and identity.size_bytes == trained.base["size_bytes"]:
-        try:
-            found["sha256"] = identity.sha256  # type: ignore[assignment]
-        except OSError as error:
-            raise CheckpointError(f"base model {path} cannot be read: {error.strerror}") from error
+        found["sha256"] = identity.sha256  # type: ignore[assignment]
     for name, value in found.items():
         if trained.base.get(name, value) != value:
             raise CheckpointError(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ _MOST_HEADER_BYTES = 100_000_000
 
 
 def load(path: Path, role: str) -> dict[str, Tensor]:
-    """The tensors of such a file by name, mapped.
+    """The tensors of such a file by name.
 
     Args:
         role: what the file should be, for messages.
@@ -38,7 +37,7 @@ def load(path: Path, role: str) -> dict[str, Tensor]:
             if not 2 <= header_bytes <= min(_MOST_HEADER_BYTES, path.stat().st_size - _LENGTH_BYTES):
                 raise CheckpointError(f"{path} is damaged or no safetensors file; copy or download it again")
             header = file.read(header_bytes)
-            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+            content = bytearray(file.read())
     except FileNotFoundError:
         raise CheckpointError(f"{role} {path} does not exist") from None
     except OSError as error:
@@ -49,10 +48,7 @@ def load(path: Path, role: str) -> dict[str, Tensor]:
         raise CheckpointError(f"{path} is damaged ({error}); copy or download it again") from error
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path} is damaged: its header is no JSON object; copy or download it again")
-    start = _LENGTH_BYTES + header_bytes
-    return {
-        name: _tensor(path, name, entry, mapping, start) for name, entry in entries.items() if name != "__metadata__"
-    }
+    return {name: _tensor(path, name, entry, content) for name, entry in entries.items() if name != "__metadata__"}
 
 
 def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -78,7 +74,7 @@ def save(path: Path, tensors: Mapping[str, Tensor]) -> None:
         raise CheckpointError(storage.unwritable(path, error, tensors)) from error
 
 
-def _tensor(path: Path, name: str, entry: Any, mapping: mmap.mmap, start: int) -> Tensor:
+def _tensor(path: Path, name: str, entry: Any, content: bytearray) -> Tensor:
     try:
         dtype, shape = _DTYPES.get(entry["dtype"]), [int(size) for size in entry["shape"]]
         first, end = (int(offset) for offset in entry["data_offsets"])
@@ -87,9 +83,11 @@ def _tensor(path: Path, name: str, entry: Any, mapping: mmap.mmap, start: int) -
     if dtype is None:
         raise CheckpointError(f"{path}: {name} is of {entry['dtype']}, expected {', '.join(_DTYPES)}")
     count = math.prod(shape)
-    inside = 0 <= first <= end <= len(mapping) - start
+    inside = 0 <= first <= end <= len(content)
     if min(shape, default=1) < 0 or end - first != count * dtype.itemsize or not inside:
         raise CheckpointError(f"{path} is damaged: {name} has no {count} values in it; copy or download it again")
     if not count:
         return torch.empty(shape, dtype=dtype)
-    return torch.frombuffer(mapping, dtype=dtype, count=count, offset=start + first).view(shape)
+    if first % dtype.itemsize:
+        return torch.frombuffer(content[first:end], dtype=dtype).view(shape)
+    return torch.frombuffer(content, dtype=dtype, count=count, offset=first).view(shape)

@@ -1,22 +1,22 @@
 """Files of tensors, and files that are complete or not there.
 
 The only caller of `torch.load` and `torch.save`, and the only place that replaces files. A file of tensors is
-opened by memory map and with `weights_only`, never in any other way: reading it costs address space, not memory,
-and runs no code that the file brings along. torch reads the names, sizes and strides; where the bytes of a tensor lie
-and that they are those that were written is found out here (`src.archive`). A file is written beside its target, is
-flushed to the disk and then takes the target's place in one step.
+opened with `weights_only`, never in any other way: that runs no code which the file brings along. torch reads the
+names, sizes and strides; where the bytes of a tensor lie and that they are those that were written is found out here
+(`src.archive`). They are read when they are asked for, so that a large file costs no memory. They are not mapped: a
+map whose file is cut short meanwhile ends the process, whatever it could have saved. A file is written beside its
+target, is flushed to the disk and then takes the target's place in one step.
 """
 
 import errno
 import io
 import itertools
 import math
-import mmap
 import os
 import re
 import secrets
 import stat
-import sys
+import weakref
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +28,7 @@ from torch import Tensor
 
 from src.archive import PICKLE, Entry, check, conversion, read_directory, read_entry
 from src.errors import CheckpointError, ConfigError
+from src.identity import fingerprint
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -38,6 +39,7 @@ _REFUSED_GLOBAL = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
 """How torch names a Python object that it does not load with `weights_only`."""
 
 _BYTE_ORDER, _DATA = "byteorder", "data/"
+_PIECE_BYTES = 1 << 28
 _MOST_TUPLES = 4
 """How deep tuples lie in each other in which tensors are looked for."""
 _PROTOCOL = b"\x80\x02"
@@ -47,25 +49,141 @@ _DEEP_TUPLES = re.compile(rb"(?:N?[\x85-\x87]){5000}")
 """The pickle of what Python cannot hash without the end of its stack, and so of the process."""
 
 
+class TensorFile:
+    """An open file written by `torch.save`.
+
+    It stays the same file if another one takes its name; when it is written to, reading on is refused.
+
+    Args:
+        path: of the file.
+        role: what the file should be, for messages: "model file".
+        writer: what writes such files, for messages.
+
+    Attributes:
+        content: what it holds; its tensors are outlines on the meta device, without bytes.
+
+    Raises:
+        CheckpointError: The file is missing, damaged, of another format, or holds more than plain data and tensors.
+    """
+
+    def __init__(self, path: PathLike, role: str, writer: str = "torch.save (.pth)") -> None:
+        self._path = name = os.fspath(path)
+        with _opened(path, role) as file:
+            self._as_opened = fingerprint(os.fstat(file.fileno()))
+            _refuse_other_formats(file, name, role, writer)
+            entries = read_directory(file, name)
+            _refuse_other_byte_order(file, name, entries)
+            check(file, name, entries)
+            content, self._entry_of = _skeleton(name, read_entry(file, entries[PICKLE]), entries)
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+        self._refuse_changes()
+
+        def checked(key: str, outline: Tensor) -> Tensor:
+            _check_fit(name, self._entry_of(outline), key, outline)
+            return outline
+
+        self.content: Any = _map_tensors(content, checked)
+
+    def read(self, outline: Tensor, *, pinned: bool = False) -> Tensor:
+        """The plain tensor that an outline of `content` stands for, in memory of its own.
+
+        Args:
+            pinned: whether that memory is one that a GPU reads by itself.
+
+        Raises:
+            CheckpointError: the file was changed since it was opened.
+            RuntimeError: no more memory can be pinned.
+        """
+        entry = self._entry_of(outline)
+        assert entry is not None, "not an outline of this file, or none of a plain tensor"
+        if not outline.numel():
+            return torch.empty(outline.shape, dtype=outline.dtype)
+        reach = _reach(outline)
+        flat = torch.empty(reach, dtype=outline.dtype, pin_memory=pinned)
+        self._read_into(flat, entry.start + int(outline.storage_offset()) * outline.itemsize)
+        return flat.as_strided(outline.shape, outline.stride())
+
+    def whole(self, content: Any) -> Any:
+        """`content`, or a part of it, changed to hold its tensors; those that share bytes in the file do so in memory.
+
+        Raises:
+            CheckpointError: the file was changed since it was opened.
+        """
+        known: dict[Entry, Tensor] = {}
+
+        def tensor_of(key: str, outline: Tensor) -> Tensor:
+            if not _is_plain(outline):
+                return outline  # which no reader takes
+            entry = self._entry_of(outline)
+            assert entry is not None, "not an outline of this file"
+            if not outline.numel():
+                return torch.empty(outline.shape, dtype=outline.dtype)
+            if entry not in known:
+                known[entry] = torch.empty(entry.size_bytes, dtype=torch.uint8)
+                self._read_into(known[entry], entry.start)
+            first = int(outline.storage_offset()) * outline.itemsize
+            flat = known[entry][first : first + _reach(outline) * outline.itemsize].view(outline.dtype)
+            return flat.as_strided(outline.shape, outline.stride())
+
+        return _map_tensors(content, tensor_of)
+
+    def _read_into(self, flat: Tensor, start: int) -> None:
+        """Fills a flat tensor with the file's bytes from `start` on."""
+        left = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        try:
+            while left and (count := os.preadv(self._descriptor, [left[:_PIECE_BYTES]], start)):
+                left, start = left[count:], start + count
+        except OSError as error:
+            raise CheckpointError(f"{self._path} cannot be read any more: {error.strerror}") from error
+        self._refuse_changes()
+        if left:
+            raise CheckpointError(f"{self._path} became shorter while it was read; copy or download it again")
+
+    def _refuse_changes(self) -> None:
+        now = fingerprint(os.fstat(self._descriptor))
+        if now != self._as_opened:
+            raise CheckpointError(
+                f"{self._path} was changed while the program reads it: it had {self._as_opened[0]:,} bytes, now it has "
+                f"{now[0]:,}; leave it alone until the program ends, and copy or download it again if it is damaged"
+            )
+
+
+class StoredDict(Mapping[str, Any]):
+    """A dict in a file, whose tensors, and those of dicts in it, are read when they are asked for."""
+
+    def __init__(self, file: TensorFile, content: Mapping[str, Any]) -> None:
+        self._file = file
+        self._content = content
+
+    def __getitem__(self, key: str) -> Any:
+        value = self._content[key]
+        if isinstance(value, dict):
+            return StoredDict(self._file, value)
+        return self._file.read(value) if isinstance(value, Tensor) else value
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._content
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._content)
+
+    def __len__(self) -> int:
+        return len(self._content)
+
+
 def load(path: PathLike, role: str, writer: str = "torch.save (.pth)") -> Any:
-    """What a file written by `torch.save` holds, its tensors mapped, each a plain one over its own bytes.
+    """All that a file written by `torch.save` holds, each tensor a plain one.
 
     Args:
         role: what the file should be, for messages: "model file".
         writer: what writes such files, for messages.
 
     Raises:
-        CheckpointError: The file is missing, damaged, of another format, or holds more than plain data and tensors.
+        CheckpointError: See `TensorFile`.
     """
-    with _opened(path, role) as file:
-        name = os.fspath(path)
-        _refuse_other_formats(file, name, role, writer)
-        entries = read_directory(file, name)
-        _refuse_other_byte_order(file, name, entries)
-        check(file, name, entries)
-        content, entry_of = _skeleton(name, read_entry(file, entries[PICKLE]), entries)
-        pages = _reserve_nothing(file, name)
-    return _map_tensors(content, lambda key, outline: _tensor(name, pages, entry_of(outline), key, outline))
+    file = TensorFile(path, role, writer)
+    return file.whole(file.content)
 
 
 def save(
@@ -264,7 +382,7 @@ def _skeleton(path: str, pickled: bytes, entries: Mapping[str, Entry]) -> tuple[
 
 
 def _map_tensors(content: Any, tensor_of: Callable[[str, Tensor], Tensor]) -> Any:
-    """`content` with `tensor_of(name, outline)` for every tensor in its dicts, lists and tuples.
+    """`content` with `tensor_of(name, tensor)` for every tensor in its dicts, lists and tuples.
 
     It may be nested as deep as a file likes, and hold one part in many places or itself.
     """
@@ -297,54 +415,39 @@ def _map_tensors(content: Any, tensor_of: Callable[[str, Tensor], Tensor]) -> An
     return whole[0]
 
 
-def _reserve_nothing(file: BinaryIO, path: str) -> mmap.mmap:
-    """The file's bytes on pages that are read when they are used, and written to without changing the file.
-
-    Linux counts such a map as memory it may have to provide, and by default refuses one that is larger than memory and
-    swap together, such as a 14B file on a host of 16 GB; so it reserves nothing.
-    """
-    no_reserve = getattr(mmap, "MAP_NORESERVE", 0x4000 if sys.platform == "linux" else 0)
-    protection = mmap.PROT_READ | mmap.PROT_WRITE
-    try:
-        return mmap.mmap(file.fileno(), 0, flags=mmap.MAP_PRIVATE | no_reserve, prot=protection)
-    except OSError as error:
-        size = _amount(os.fstat(file.fileno()).st_size)
-        raise CheckpointError(f"{path} of {size} cannot be mapped ({error.strerror}); raise `ulimit -v`") from error
+def _is_plain(outline: Tensor) -> bool:
+    return outline.layout == torch.strided and not outline.is_quantized
 
 
-def _tensor(path: str, pages: mmap.mmap, entry: Entry | None, name: str, outline: Tensor) -> Tensor:
-    """The plain tensor that `outline` describes, over the bytes of its entry.
+def _reach(outline: Tensor) -> int:
+    """Values from a tensor's first to its last, those between them included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(outline.shape, outline.stride(), strict=True))
+
+
+def _check_fit(path: str, entry: Entry | None, name: str, outline: Tensor) -> None:
+    """Refuses an outline that does not fit the bytes of its entry.
 
     Args:
         entry: None if the file has no bytes for it.
         outline: a tensor on the meta device, of any kind.
 
     Raises:
-        CheckpointError: it does not fit the entry.
+        CheckpointError: naming both.
     """
-    if outline.layout != torch.strided or outline.is_quantized:
-        return outline  # which no reader takes
+    if not _is_plain(outline):
+        return  # which no reader takes
     if entry is None or outline.is_neg() or outline.is_conj():
         raise CheckpointError(
             f"{path}: {name} has no values of its own in the file (a meta tensor, or one that is computed); save the "
             "tensors themselves"
         )
     item_bytes, count = outline.itemsize, outline.numel()
-    reach = 1 + sum((size - 1) * stride for size, stride in zip(outline.shape, outline.stride(), strict=True))
-    needed_bytes = (outline.storage_offset() + max(reach, count)) * item_bytes if count else 0
+    needed_bytes = (outline.storage_offset() + max(_reach(outline), count)) * item_bytes if count else 0
     if outline.untyped_storage().nbytes() != entry.size_bytes or needed_bytes > entry.size_bytes:
         raise CheckpointError(
             f"{path} is damaged: {name} of shape {list(outline.shape)} and {outline.dtype} does not fit the "
             f"{entry.size_bytes} bytes that are there for it; copy or download it again"
         )
-    if not count:
-        return torch.empty(outline.shape, dtype=outline.dtype)
-    first = entry.start + int(outline.storage_offset()) * item_bytes
-    if first % item_bytes:  # of a rewritten archive
-        flat = torch.frombuffer(bytearray(pages[first : first + reach * item_bytes]), dtype=outline.dtype)
-    else:
-        flat = torch.frombuffer(pages, dtype=outline.dtype, count=reach, offset=first)
-    return flat.as_strided(outline.shape, outline.stride())
 
 
 def _refuse_other_formats(file: BinaryIO, path: str, role: str, writer: str) -> None:
@@ -354,12 +457,12 @@ def _refuse_other_formats(file: BinaryIO, path: str, role: str, writer: str) -> 
         return
     if head.startswith(b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19"):
         raise CheckpointError(
-            f"{path} is a .pth file in the format of torch before 1.6, which cannot be memory-mapped; "
+            f"{path} is a .pth file in the format of torch before 1.6, whose tensors cannot be read one by one; "
             f"convert it once with {conversion(weights_only=True)}"
         )
     if head[257:262] == b"ustar":
         raise CheckpointError(
-            f"{path} is a tar archive as torch wrote before 0.1.10, which cannot be memory-mapped; if you "
+            f"{path} is a tar archive as torch wrote before 0.1.10, whose tensors cannot be read one by one; if you "
             "trust its origin, because loading this format can run code, convert it once with "
             f"{conversion(weights_only=False)}"
         )

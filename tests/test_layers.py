@@ -31,6 +31,7 @@ LEVELS = (
 
 SIDEWAYS = {
     ("src.adapters", "src.checkpoint"),
+    ("src.storage", "src.identity"),
     ("src.streaming", "src.storage"),
     ("src.safetensors", "src.storage"),
     ("src.safetensors", "src.streaming"),

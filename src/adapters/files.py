@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from src.storage import PathLike
 INIT_FILE = "init_pissa.pth"
 
 _SYNONYMS = {".disha": ".bone"}
+_Value = TypeVar("_Value")
 
 
 def load_trained(path: PathLike, trained: Mapping[str, Shape], adapters: Mapping[str, Shape]) -> dict[str, Tensor]:
@@ -167,8 +168,8 @@ def _origin(plan: AdapterPlan, base: FileIdentity) -> dict[str, Any]:
     return {"r": plan.r, "svd_niter": plan.niter, "base_size_bytes": base.size_bytes, "base_sha256": base.sha256}
 
 
-def with_own_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors by this program's keys, whatever a writer calls them."""
+def with_own_names(tensors: Mapping[str, _Value]) -> dict[str, _Value]:
+    """Tensors, or what stands for them, by this program's keys, whatever a writer calls them."""
     named = {}
     for key, tensor in tensors.items():
         suffix = key[key.rfind(".") :]

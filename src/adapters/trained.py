@@ -20,7 +20,7 @@ from src.adapters.files import INIT_FILE, description_path, read_description, wi
 from src.adapters.hf import is_hf, read_hf
 from src.adapters.lora import LoRA, lora_weight
 from src.adapters.plan import init_key, module_of
-from src.checkpoint import load_state, read_tensors
+from src.checkpoint import keys_in, load_state, read_tensors
 from src.config.told import ToldFlags
 from src.errors import CheckpointError
 from src.model.shape import LAYER_KEY, ModelShape, Shape
@@ -150,13 +150,15 @@ def read_trained(path: PathLike, shape: ModelShape, told: Told = Told()) -> Trai
     if from_hf:
         tensors, said = read_hf(path)
     else:
-        tensors = with_own_names(read_tensors(path, "state or adapter file"))
+        role = "state or adapter file"
         beside = description_path(path)
         said = read_description(beside) if beside.exists() and beside != path else {}
-    states = {key for key in tensors if key.endswith(".att.time_state")}
-    if states == tensors.keys() or shape.parameter_shapes().keys() <= tensors.keys():
-        states_of_all = load_state(path, shape)
-        return Trained(path, states=states_of_all, quant=said.get("quant"), base=_base_in(said))
+        keys = set(keys_in(path, role))
+        states = {key for key in keys if key.endswith(".att.time_state")}
+        if states == keys or shape.parameter_shapes().keys() <= keys:
+            states_of_all = load_state(path, shape)
+            return Trained(path, states=states_of_all, quant=said.get("quant"), base=_base_in(said))
+        tensors = with_own_names(read_tensors(path, role))
     return _Reader(path, shape, told, tensors, said, from_hf).read()
 
 

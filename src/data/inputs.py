@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from src.errors import DataError
+from src.identity import fingerprint
 
 _LINE_ENDS = re.compile(r"\r\n?")
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
@@ -48,11 +49,6 @@ def opened(path: str) -> Iterator[BinaryIO]:
             f"{path} was changed while it was read ({before.st_size} bytes before, {after.st_size} after): wait until "
             "it is complete, then start again."
         )
-
-
-def fingerprint(status: os.stat_result) -> tuple[int, int]:
-    """What changes when a file is written to: its size in bytes, and the time of the last change."""
-    return status.st_size, status.st_mtime_ns
 
 
 def read_whole(path: str) -> bytes:

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from src.data.documents import Tokens
-from src.data.inputs import fingerprint
 from src.errors import DataError
+from src.identity import fingerprint
 
 
 class FileTokens:

@@ -64,8 +64,8 @@ class Norm(nn.LayerNorm):
 class Embedding(nn.Module):
     """Token embedding that may stay on the host.
 
-    A frozen table is read only T rows at a time, so it can remain a memory-mapped host tensor
-    (`keep_on_host`); it is then not registered with the module and never copied whole.
+    A frozen table is read only T rows at a time, so it can remain in host memory (`keep_on_host`);
+    it is then not registered with the module and never copied whole.
     """
 
     def __init__(self, vocab_size: int, channels: int) -> None:

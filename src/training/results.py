@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,10 +44,13 @@ class Results:
 
     def _description(self, model: LanguageModel) -> dict[str, Any]:
         config = self.config
-        try:
-            base = None if self.base is None else self.base.as_dict()
-        except OSError as error:
-            raise CheckpointError(f"--load_model {config.load_model} cannot be read: {error.strerror}") from error
+        base: dict[str, str | int] | None = None
+        if self.base is not None:
+            try:
+                base = self.base.as_dict()
+            except CheckpointError as problem:  # no reason to lose what was trained
+                base = {"file": self.base.name, "size_bytes": self.base.size_bytes}
+                _warn_of_base(str(problem))
         return {
             **self.method.properties(model.shape),
             "architecture": model.shape.architecture,
@@ -56,6 +60,12 @@ class Results:
             "flags": dataclasses.asdict(config),
             "versions": _versions(),
         }
+
+
+@functools.cache
+def _warn_of_base(problem: str) -> None:
+    """Says once why the base model's SHA-256 does not stand beside results."""
+    print(f"warning: --load_model {problem}; its SHA-256 is not noted", file=sys.stderr, flush=True)
 
 
 @functools.cache

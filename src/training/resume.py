@@ -190,7 +190,7 @@ class SavedRun:
         values: the flags it was begun with, all of them.
         figures: what else must stay as it was: batches of a step, steps of an epoch.
         inputs: fingerprints by flag.
-        parts: states by name.
+        parts: states by name; those of a file are read when they are asked for.
         before: what held-out data gave before training, or None.
         notes: what to say about the file.
     """
@@ -240,12 +240,14 @@ def saved_run(folder: Path) -> SavedRun:
 
 
 def _read(path: Path) -> SavedRun:
-    content = storage.load(path, "run file")
+    file = storage.TensorFile(path, "run file")
+    content = file.content
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise CheckpointError(f"{path} is not a run file that this version can go on from: begin the run anew")
     if missing := [name for name in _KEPT if name not in content]:
         raise CheckpointError(f"{path} lacks {', '.join(missing)}: begin the run anew")
-    return SavedRun(path=path, **{name: content[name] for name in _KEPT})
+    kept = {name: file.whole(content[name]) for name in _KEPT if name != "parts"}
+    return SavedRun(path=path, parts=storage.StoredDict(file, content["parts"]), **kept)
 
 
 def completed_flags(given: Mapping[str, str]) -> dict[str, str]:

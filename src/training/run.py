@@ -10,18 +10,19 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pytorch_lightning as pl
 import torch
+from torch import Tensor
 
 from src import storage
 from src.adapters.method import Method, method_of
 from src.checkpoint import Checkpoint, fresh_checkpoint, load_state, open_checkpoint, read_tensors, save_model
 from src.config import TrainConfig, run_file
 from src.device import global_rank, spare_threads, without_memory
-from src.errors import ConfigError, TrainingError
+from src.errors import CheckpointError, ConfigError, TrainingError
 from src.identity import FileIdentity
 from src.loading import LoadOptions, open_model
 from src.model.language_model import LanguageModel
@@ -191,9 +192,12 @@ def _train(
     final_file = final_files[0] if final_files else folder / "rwkv-final.pth"
     unpacked = None
     if after is not None and config.quantised and stopper.signal_name is None:
-        frozen = load_state(config.load_state, shape) if config.load_state else {}
-        tuned = {**frozen, **origin, **read_tensors(final_file, "result")}
-        measured = measure_unpacked(base, tuned, options, work, seconds)
+        try:
+            frozen = load_state(config.load_state, shape) if config.load_state else {}
+            tuned = {**frozen, **origin, **read_tensors(final_file, "result")}
+            measured = measure_unpacked(base, tuned, options, work, seconds)
+        except CheckpointError as problem:  # a file was changed meanwhile, which is no failure of the run
+            measured = str(problem)
         unpacked = _told_unpacked(measured, config, final_file)
     result = RunResult(
         final_file=final_file,
@@ -480,13 +484,14 @@ def _save_last_good(
     """
     if step == 1:
         return "it is the first, so that what was loaded gives it"
-    tensors, good = dict(control.good.tensors), step - 2
+    tensors: Mapping[str, Tensor] = control.good.tensors
+    good = step - 2
     if session:
         session.writer.wait()
         if not tensors and session.writer.folder:
             run = saved_run(session.writer.folder)
             if run.steps < step - 1:
-                tensors, good = dict(run.parts["trained"]), run.steps
+                tensors, good = run.parts["trained"], run.steps
     if not tensors:
         return f"no weights from before step {step - 1}, whose result gave it, are at hand"
     path = places.folder / "rwkv-last-good.pth"

@@ -69,6 +69,17 @@ def ledger() -> Iterator[Ledger]:
     print(f"\n{kept}")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def ordinary_signals() -> Iterator[None]:
+    """Programs that a shell starts behind its back, or nohup, ignore some, and so would what they start."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGHUP)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, object]:
     folder = tmp_path_factory.mktemp("inputs")

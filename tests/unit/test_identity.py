@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from src.errors import CheckpointError
 from src.identity import FileIdentity
 
 
@@ -22,5 +23,14 @@ def test_a_file_that_goes_away_is_an_error_when_it_is_asked_for(tmp_path: Path) 
     path.write_bytes(b"x")
     identity = FileIdentity(path, at_once=False)
     path.unlink()
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        _ = identity.sha256
+
+
+def test_a_file_that_is_written_to_meanwhile_has_no_digest(tmp_path: Path) -> None:
+    path = tmp_path / "base.pth"
+    path.write_bytes(b"x")
+    identity = FileIdentity(path, at_once=False)
+    path.write_bytes(b"xy")
+    with pytest.raises(CheckpointError, match="was changed since the program began"):
         _ = identity.sha256

@@ -3,9 +3,9 @@
 import collections
 import contextlib
 import errno
+import gc
 import io
 import json
-import mmap
 import os
 import struct
 import subprocess
@@ -57,7 +57,7 @@ def rewrite(
                 archive.writestr(name, changed)
 
 
-def test_writing_into_a_mapped_tensor_does_not_reach_the_file(tmp_path: Path) -> None:
+def test_writing_into_a_tensor_does_not_reach_the_file(tmp_path: Path) -> None:
     storage.save(tmp_path / "model.pth", tensors())
     before = (tmp_path / "model.pth").read_bytes()
     read(tmp_path / "model.pth")["emb.weight"].zero_()
@@ -65,24 +65,8 @@ def test_writing_into_a_mapped_tensor_does_not_reach_the_file(tmp_path: Path) ->
     assert read(tmp_path / "model.pth")["emb.weight"].any()
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not count maps as memory")
-def test_a_map_reserves_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Linux refuses to reserve more than memory and swap, which a 14B file is on many machines."""
-    seen = []
-    create = mmap.mmap
-
-    def remember(*arguments: Any, flags: int, **options: Any) -> mmap.mmap:
-        seen.append(flags)
-        return create(*arguments, flags=flags, **options)
-
-    monkeypatch.setattr(mmap, "mmap", remember)
-    storage.save(tmp_path / "model.pth", tensors())
-    assert_same_tensors(read(tmp_path / "model.pth"), tensors())
-    assert seen == [mmap.MAP_PRIVATE | 0x4000]  # MAP_NORESERVE has no name before Python 3.13
-
-
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_views_and_wrapped_dicts_are_mapped(tmp_path: Path, wrapped: bool) -> None:
+def test_views_and_wrapped_dicts_are_read(tmp_path: Path, wrapped: bool) -> None:
     weights = {key: tensor.bfloat16() for key, tensor in tensors().items()}
     # A view and a transposed tensor, as foreign writers leave them in files.
     weights["ln.weight"] = torch.randn(100).bfloat16()[40:72]
@@ -94,6 +78,101 @@ def test_views_and_wrapped_dicts_are_mapped(tmp_path: Path, wrapped: bool) -> No
     assert_same_tensors(content, weights)
     content["emb.weight"].zero_()
     assert (tmp_path / "model.pth").read_bytes() == before
+
+
+class TestChanges:
+    """Files that are written to while they are read; a map of them would end the process."""
+
+    @pytest.fixture
+    def path(self, tmp_path: Path) -> Path:
+        storage.save(tmp_path / "model.pth", tensors())
+        return tmp_path / "model.pth"
+
+    @pytest.mark.parametrize("kept", [0.0, 0.4, 1.1])
+    def test_another_length_is_noticed_at_the_next_tensor(self, kept: float, path: Path) -> None:
+        checkpoint = storage.TensorFile(path, "model file")
+        outlines = dict(checkpoint.content)
+        assert_same_tensors(
+            {"emb.weight": checkpoint.read(outlines["emb.weight"])}, {"emb.weight": tensors()["emb.weight"]}
+        )
+        size = path.stat().st_size
+        os.truncate(path, int(kept * size))
+        for read_on in (lambda: checkpoint.read(outlines["emb.weight"]), lambda: checkpoint.whole(outlines)):
+            message = refusal(read_on)
+            assert f"{path} was changed while the program reads it: it had {size:,} bytes, now it has " in message
+
+    def test_other_values_of_the_same_length_are_noticed(self, path: Path) -> None:
+        checkpoint = storage.TensorFile(path, "model file")
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + b"x")
+        os.utime(path, ns=(0, 0))
+        assert "was changed while the program reads it" in refusal(lambda: checkpoint.whole(checkpoint.content))
+
+    @pytest.mark.parametrize("how", ["replaced", "removed"])
+    def test_an_open_file_stays_the_one_it_was(self, how: str, path: Path) -> None:
+        checkpoint = storage.TensorFile(path, "model file")
+        if how == "replaced":
+            storage.save(path, tensors(1))
+        else:
+            path.unlink()
+        assert_same_tensors(checkpoint.whole(checkpoint.content), tensors())
+
+    def test_a_change_while_the_file_is_opened_is_noticed(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        check = storage.check
+
+        def change(*arguments: Any) -> None:
+            check(*arguments)
+            with path.open("ab") as file:
+                file.write(b"more")
+
+        monkeypatch.setattr(storage, "check", change)
+        assert "was changed while the program reads it" in refusal(lambda: read(path))
+
+    def test_a_disk_that_fails_later_is_told(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object) -> int:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+        checkpoint = storage.TensorFile(path, "model file")
+        monkeypatch.setattr(os, "preadv", fail)
+        message = refusal(lambda: checkpoint.whole(checkpoint.content))
+        assert message == f"{path} cannot be read any more: Input/output error"
+
+    def test_files_are_closed(self, path: Path) -> None:
+        gc.collect()
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(5):
+            checkpoint = storage.TensorFile(path, "model file")
+            checkpoint.read(checkpoint.content["emb.weight"])
+        del checkpoint
+        gc.collect()
+        assert len(os.listdir("/proc/self/fd")) == before
+
+    def test_a_dict_is_read_piece_by_piece(self, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        storage.save(path, {"moments": {name: {"exp_avg": tensor, "step": 3} for name, tensor in tensors().items()}})
+        file = storage.TensorFile(path, "run file")
+        stored = storage.StoredDict(file, file.content)
+        calls = []
+        once = storage.TensorFile.read
+
+        def noted(self: storage.TensorFile, outline: Tensor, **options: Any) -> Tensor:
+            calls.append(tuple(outline.shape))
+            return once(self, outline, **options)
+
+        monkeypatch.setattr(storage.TensorFile, "read", noted)
+        moments = stored["moments"]
+        assert (list(moments), len(moments), "emb.weight" in moments) == (list(tensors()), 3, True)
+        assert moments["emb.weight"]["step"] == 3
+        assert calls == []
+        assert_same_tensors({"a": dict(moments["ln.weight"])["exp_avg"]}, {"a": tensors()["ln.weight"]})
+        assert calls == [(32, 128)]
+
+
+def test_tensors_of_one_storage_share_memory(tmp_path: Path) -> None:
+    whole = torch.arange(100.0)
+    storage.save(tmp_path / "model.pth", {"whole": whole, "part": whole[10:20]})
+    found = read(tmp_path / "model.pth")
+    found["whole"][10] = -1
+    assert found["part"][0] == -1
 
 
 def test_a_rewritten_archive_is_read_by_the_names_of_its_entries(tmp_path: Path) -> None:
@@ -467,7 +546,7 @@ def test_a_file_of_an_old_torch_is_refused_with_a_conversion_that_works(tmp_path
     torch.save(tensors(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     message = refusal(lambda: read(tmp_path / "old.pth"))
     assert "torch before 1.6" in message
-    assert "cannot be memory-mapped" in message
+    assert "cannot be read one by one" in message
     run_conversion(message, tmp_path / "old.pth", tmp_path / "new.pth")
     assert_same_tensors(read(tmp_path / "new.pth"), tensors())
 
@@ -650,7 +729,7 @@ def test_tensors_are_found_wherever_they_are(tmp_path: Path) -> None:
     found = read(tmp_path / "nested.pth")
     pairs = [(found["a"][0]["b"][0], one), (found["a"][0]["b"][2][0], two), (found["a"][1], one)]
     pairs.append((found["c"]["d"]["e"]["f"], two))
-    assert all(torch.equal(mapped, original) for mapped, original in pairs)
+    assert all(torch.equal(loaded, original) for loaded, original in pairs)
 
 
 class TestOverlap:
