@@ -343,6 +343,11 @@ def command_to_go_on(folder: Path) -> str:
     return shlex.join(["python", "train.py", "--proj_dir", str(folder), "--resume", "1"])
 
 
+def seconds_between_saves(size_bytes: int, writing_seconds: float) -> float:
+    """What a run chooses by itself, from the size of a save and how long the last one took."""
+    return max(_SHORTEST_SECONDS, _SHARE_OF_TIME * writing_seconds, size_bytes / _SLOWEST_BYTES_PER_SECOND)
+
+
 class RunWriter:
     """Writes snapshots, one at a time, in a thread of its own.
 
@@ -524,9 +529,6 @@ class RunSaver(pl.Callback):
             self._random = self._parts["random"].state()
 
     def _is_time(self) -> bool:
-        seconds = self.session.save_seconds
-        if not seconds:
-            writer = self.session.writer
-            by_size = writer.bytes / _SLOWEST_BYTES_PER_SECOND
-            seconds = max(_SHORTEST_SECONDS, _SHARE_OF_TIME * writer.seconds, by_size)
+        writer = self.session.writer
+        seconds = self.session.save_seconds or seconds_between_saves(writer.bytes, writer.seconds)
         return time.monotonic() - self._last >= seconds

@@ -151,10 +151,10 @@ class Run:
         if early and is_early(number):
             time.sleep(moment.random() * SECONDS_TO_START)
             return
-        wait_until(lambda: len(metrics(folder)) >= step or self.over(), seconds=60)
+        wait_until(lambda: len(metrics(folder)) >= step or self.over(), seconds=300)
         time.sleep(moment.random() * 0.02)
         if often and number % 2:
-            wait_until(lambda: bool(list(folder.glob(".*.unfinished"))) or self.over(), seconds=60, every=0.0005)
+            wait_until(lambda: bool(list(folder.glob(".*.unfinished"))) or self.over(), seconds=300, every=0.0005)
 
     def over(self) -> bool:
         """Whether the process has ended."""
@@ -162,7 +162,7 @@ class Run:
 
     def ended(self) -> tuple[str, str]:
         """What it printed; it must end well."""
-        out, err = self.process.communicate(timeout=120)
+        out, err = self.process.communicate(timeout=600)
         assert self.process.returncode == 0, err
         assert "Traceback" not in err
         return out, err
@@ -235,7 +235,7 @@ def test_asked_to_end(
     folder = tmp_path / "out"
     with Run(folder, number, often=bool(number % 2), early=True, **inputs) as run:
         run.process.send_signal(signal.Signals[name])
-        out, err = run.process.communicate(timeout=120)
+        out, err = run.process.communicate(timeout=600)
     assert "Traceback" not in err
     if is_early(number) and run.process.returncode:
         assert run.process.returncode == (130 if name == "SIGINT" else -signal.Signals[name]), err
@@ -258,7 +258,7 @@ def test_asked_to_save(
     with Run(folder, number, often=False, last=STEPS // 6, **inputs) as run:
         before = len(metrics(folder))
         run.process.send_signal(signal.SIGUSR1)
-        wait_until(lambda: (folder / "rwkv-resume.pth").exists() or run.over(), seconds=60)
+        wait_until(lambda: (folder / "rwkv-resume.pth").exists() or run.over(), seconds=300)
         assert not run.over()
         run.process.kill()
         run.process.wait()
@@ -283,7 +283,7 @@ def test_a_dead_reader(
             assert run.process.stderr
             run.process.stdout.close()
             run.process.stderr.close()
-        assert run.process.wait(timeout=120) == 0
+        assert run.process.wait(timeout=600) == 0
     assert same_final(folder, undisturbed)
     assert len(metrics(folder)) == STEPS
     ledger.note(f"dead reader: {kind}", lost=0)
