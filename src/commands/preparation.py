@@ -31,6 +31,8 @@ from src.tokenizer import WORLD_VOCABULARY, Tokenizer, tokenizer_for_vocabulary
 
 _POST_TIMEOUT_SECONDS = 2.0
 _HASHED_BYTES = 1 << 28
+_LARGE_SET = 100_000
+"""Pairs that take so long that their making is shown."""
 _PAIR_BYTES = 150
 """Of a pair's objects in memory, beside its text; tokens are shared by the pairs of a row."""
 
@@ -137,11 +139,15 @@ def prepare_pairs(config: PairConfig) -> PreparedPairs:
         torch.device("cpu"),
     )
 
+    large = config.target_pair_count >= _LARGE_SET
+    bar = tqdm(total=config.target_pair_count, desc="pairs", unit="pair", disable=not large, dynamic_ncols=True)
+
     def post(made: int) -> None:
+        bar.update()
         if config.fapi_logging_callback and made % config.fapi_logging_callback_step == 0:
             _post_status(config.fapi_logging_address, f"{made} of {config.target_pair_count} pairs")
 
-    with without_memory(lambda: f"no memory left for --target_pair_count {config.target_pair_count}: lower it"):
+    with bar, without_memory(lambda: f"no memory left for --target_pair_count {config.target_pair_count}: lower it"):
         prepared = make_pairs(
             config.input_csv,
             rows,
@@ -155,6 +161,8 @@ def prepare_pairs(config: PairConfig) -> PreparedPairs:
     if checkpoint and config.base_logp:
         with without_memory(lambda: "no memory left for --base_logp 1: use --quant 1, or a smaller --max_len"):
             prepared = _with_base_logps(prepared, checkpoint, config)
+    if large:
+        print(f"writing    {config.output_save} and {config.text_file}", flush=True)
     _write_texts(config.text_file, prepared.texts)
     save_pairs(config.output_save, prepared.pairs)
 

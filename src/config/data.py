@@ -55,7 +55,7 @@ class DataFlags(Flags, group="data"):
     )  # fmt: skip
     data_shuffle: int = flag(1, "1: every pass in an order of its own; 0: in the order of the file", (0, 1))
     micro_bsz: int = flag(1, "rows (or preference pairs) per device and step", must=AT_LEAST_1, most=10**6)
-    accumulate_grad_batches: int = flag(1, "micro-batches per optimizer step", must=AT_LEAST_1, most=10**6)
+    accumulate_grad_batches: int = flag(1, "micro-batches per optimizer step", must=AT_LEAST_1, most=10**5)
     epoch_steps: int = flag(
         0, "micro-batches of an epoch on each device; 0 is one pass over the data", must=NOT_NEGATIVE, most=MOST_STEPS
     )

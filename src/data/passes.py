@@ -61,6 +61,7 @@ class PassDataset(ABC, Generic[BatchT]):
         self._epoch_steps = ceil_div(epoch_steps or ceil_div(batches_per_pass, world_size), accumulate) * accumulate
         # Two are kept, because an optimizer step may begin in one pass and end in the next.
         self._pass = lru_cache(maxsize=2)(self._divide)
+        self._weights_of_step = lru_cache(maxsize=2)(self._weigh)
 
     @abstractmethod
     def _divide(self, pass_number: int) -> list[Positions]:
@@ -105,9 +106,13 @@ class PassDataset(ABC, Generic[BatchT]):
         """The batch of a step, filled up to few shapes or not at all."""
         number = step * self._world_size + self._rank
         place = number % self._batches_per_step
-        weights = [self._weight(number - place + other) for other in range(self._batches_per_step)]
-        weight = weights[place] * self._batches_per_step / sum(weights)
+        whole = self._weights_of_step(number - place)
+        weight = self._weight(number) * self._batches_per_step / whole
         return replace(self._batch(number, rounding), step_weight=weight)
+
+    def _weigh(self, first: int) -> int:
+        """What all batches of an optimizer step weigh, from the number of its first."""
+        return sum(self._weight(first + other) for other in range(self._batches_per_step))
 
     def _indices(self, number: int) -> Positions:
         """What the batch with this number is made of."""

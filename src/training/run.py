@@ -298,8 +298,9 @@ def _fresh_base(config: TrainConfig, hardware: Hardware, shape: ModelShape, fold
 
 def _preference_share(model: LanguageModel, work: Work, objective: PreferenceObjective) -> str:
     """How much of a micro-batch's loss the preference term is: of the first in which a pair has a reject."""
-    first_epoch = map(work.dataset.__getitem__, range(work.batches_per_epoch))
-    batch = next(filter(objective.compares, first_epoch), None)
+    # An epoch may be any number of passes, and none of them has what the first lacks.
+    batches = min(work.batches_per_epoch, work.dataset.batches_per_pass)
+    batch = next(filter(objective.compares, map(work.dataset.__getitem__, range(batches))), None)
     if batch is None:
         return (
             "warning: no pair of the first epoch has a reject to compare with, which makes it plain SFT on the chosen "

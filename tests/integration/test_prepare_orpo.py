@@ -199,3 +199,17 @@ def test_the_original_command_line(folder: Path) -> None:
 def test_an_unknown_flag_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -> None:
     assert script("--target_pair_cont", "1") == 2
     assert "did you mean --target_pair_count?" in capsys.readouterr().err
+
+
+def test_the_making_of_many_pairs_is_shown(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("src.commands.preparation._LARGE_SET", 12)
+    run(target_pair_count="12")
+    shown = capsys.readouterr()
+    assert "pairs: 100%" in shown.err
+    assert "writing    out.save and out.texts.jsonl" in shown.out
+    run(target_pair_count="11", output_save="other.save")
+    shown = capsys.readouterr()
+    assert "pairs:" not in shown.err
+    assert "writing" not in shown.out

@@ -235,6 +235,16 @@ def test_passes_are_made_once_even_where_a_step_spans_two(monkeypatch):
     assert made_passes == sorted(set(made_passes))
 
 
+def test_an_optimizer_step_of_many_batches_is_weighed_once(monkeypatch):
+    data = dataset(MANY, "pad", 10, 3, accumulate=1000)
+    weighed = []
+    weigh = data._weight
+    monkeypatch.setattr(data, "_weight", lambda number: weighed.append(number) or weigh(number))
+    for step in range(4):
+        data[step]
+    assert len(weighed) == 1000 + 4
+
+
 class TestRefusals:
     def test_only_takes_one_row(self):
         with pytest.raises(ConfigError, match=r"--micro_bsz has to be 1, not 2"):

@@ -11,11 +11,14 @@ from running import write_documents
 
 from src.adapters.method import method_of
 from src.config import TrainConfig
+from src.data.pair_file import save_pairs
+from src.data.preferences import PreferencePair
 from src.errors import ConfigError, TrainingError
 from src.loading import LoadOptions, build_model
 from src.model.recompute import Recompute
 from src.training import run
 from src.training.engine import Hardware
+from src.training.objectives import PreferenceObjective
 from src.training.report import _course, memory_advice
 from src.training.work import make_schedule, prepare_work
 
@@ -53,6 +56,15 @@ def test_grad_cp_sets_every_layer_and_the_dense_buffers(
     assert len(before) == buffers
     model.logits(model(torch.arange(10)[None])[0]).sum().backward()
     assert [buffer.data_ptr() for buffer in workspace.buffers()] == before, "none had to be added or to grow"
+
+
+def test_rejects_are_looked_for_in_one_pass_however_long_an_epoch_is(tmp_path: Path) -> None:
+    save_pairs(tmp_path / "pairs.save", [PreferencePair([5, 6], [7, 8], []), PreferencePair([5], [7], [])])
+    chosen = config(Path(), data_file="", orpo=1, rlhf_train_file=tmp_path / "pairs.save", epoch_steps=10**9)
+    work = prepare_work(chosen, SHAPE)
+    model = build_model(tiny_parameters(SHAPE), SHAPE, LoadOptions(torch.device("cpu"), torch.float32))
+    assert isinstance(work.objective, PreferenceObjective)
+    assert "has a reject to compare with" in run._preference_share(model, work, work.objective)
 
 
 class TestSchedule:
