@@ -3,8 +3,8 @@
     python tests/bench/bench_load.py --size 14b --folder /data
 
 Writes a random bf16 checkpoint of the true shape to the folder, unless it is there already, and starts
-`train.py` on it. "host memory" is the largest amount of anonymous and shared memory the process had; pages
-of the mapped file, which the system can drop at any time, are not in it.
+`train.py` on it. "host memory" is the largest amount of anonymous and shared memory the process had; the system's
+cache of the file, which it can drop at any time, is not in it.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write_model(path: Path, size: str) -> None:
 
 
 def own_memory(process_id: int) -> int:
-    """Bytes of anonymous and shared memory of a process, without mapped files; 0 when it is gone."""
+    """Bytes of anonymous and shared memory of a process, without mapped libraries; 0 when it is gone."""
     try:
         lines = Path(f"/proc/{process_id}/status").read_text().splitlines()
     except OSError:
