@@ -21,11 +21,12 @@ import torch
 from torch import Tensor
 
 from src.config.sampling import SamplingFlags
-from src.data.preference_batches import PairForm, PreferenceDataset
+from src.data.preference_batches import PairForm, PreferenceBatch, PreferenceDataset
 from src.data.preferences import PreferencePair
 from src.errors import CheckpointError
 from src.layout import SegmentLayout
 from src.losses import Role, group_number
+from src.model.chunks import scores_in_chunks
 from src.model.language_model import LanguageModel
 from src.model.state import LayerState, ModelState, select_rows
 from src.ops.token_logps import token_logps
@@ -441,6 +442,8 @@ def answer_logps(
     model: LanguageModel,
     pairs: Sequence[PreferencePair],
     on_pair: Callable[[int], None] = lambda done: None,
+    *,
+    chunk_tokens: int = 0,
 ) -> list[tuple[float, float]]:
     """Log-probabilities of chosen and rejected answers given their prompts, summed over the answer's tokens.
 
@@ -448,6 +451,7 @@ def answer_logps(
         model: scored as it is, `time_state` included.
         pairs: tokens of its vocabulary.
         on_pair: called with the number of pairs done.
+        chunk_tokens: pairs of more tokens are read in chunks of so many; 0: none is.
 
     Returns:
         (chosen, rejected) for every pair, in nats; 0 for an answer without tokens.
@@ -457,16 +461,25 @@ def answer_logps(
     sums: list[tuple[float, float]] = []
     with inference(model):
         for batch in dataset.batches_in_order():
-            on_device = batch.to(model.device)
-            hidden, _ = model(on_device.tokens, layout=on_device.layout)
-            logp, _ = token_logps(hidden[0], model.head_weight(), on_device.targets)
-            of_answers = [
-                logp.double()[on_device.groups == group_number(0, role)].sum() for role in (Role.CHOSEN, Role.REJECTED)
-            ]
+            logp, groups = _pair_logps(model, batch, chunk_tokens)
+            of_answers = [logp.double()[groups == group_number(0, role)].sum() for role in (Role.CHOSEN, Role.REJECTED)]
             chosen, rejected = torch.stack(of_answers).tolist()
             sums.append((chosen, rejected))
             on_pair(len(sums))
     return sums
+
+
+def _pair_logps(model: LanguageModel, batch: PreferenceBatch, chunk_tokens: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of a pair's targets, and their groups, [M] each."""
+    if 0 < chunk_tokens < batch.layout.tokens:
+        positions = (batch.targets >= 0).nonzero()[:, 0]
+        sets = [batch.targets[positions].to(model.device)]
+        ((logp, _),) = scores_in_chunks(model, batch.tokens, batch.layout, positions, sets, chunk_tokens)
+        return logp, batch.groups[positions].to(model.device)
+    on_device = batch.to(model.device)
+    hidden, _ = model(on_device.tokens, layout=on_device.layout)
+    logp, _ = token_logps(hidden[0], model.head_weight(), on_device.targets)
+    return logp, on_device.groups
 
 
 @contextmanager

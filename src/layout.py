@@ -16,6 +16,32 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Carry:
+    """Which roots of a packed row go on from a memory, and whose memory is wanted after it; all int64.
+
+    Attributes:
+        roots: [K], the roots that begin with the rows of a carried memory, in its order; the others begin anew.
+        first: [K], positions of their first tokens.
+        kept: [M], the roots whose memory is returned, in this order.
+        last: [M], positions of their last tokens.
+    """
+
+    roots: Tensor
+    first: Tensor
+    kept: Tensor
+    last: Tensor
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All four."""
+        return [self.roots, self.first, self.kept, self.last]
+
+    def to(self, device: torch.device | str) -> Carry:
+        """The same on `device`."""
+        return Carry(*(tensor.to(device, non_blocking=True) for tensor in self.tensors))
+
+
+@dataclass(frozen=True)
 class SegmentLayout:
     """Borders of the segments in a row [1, T], and which segment continues which.
 
@@ -32,6 +58,7 @@ class SegmentLayout:
         child_borders: int32 [S - roots + 1], cumulative lengths of the others, from 0.
         parents: int64 [S - roots], the root that each later segment continues.
         previous: int64 [T], position of the token before each token; -1 where there is none.
+        carry: which roots continue what came before the row; None where none does and the memory of all is wanted.
     """
 
     lengths: tuple[int, ...]
@@ -41,6 +68,7 @@ class SegmentLayout:
     child_borders: Tensor
     parents: Tensor
     previous: Tensor
+    carry: Carry | None = None
 
     @classmethod
     def packed(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> SegmentLayout:
@@ -82,6 +110,27 @@ class SegmentLayout:
             previous=previous.to(device),
         )
 
+    def carrying(self, roots: Sequence[int], kept: Sequence[int]) -> SegmentLayout:
+        """The same segments, some of which go on from a carried memory, or into one; see `Carry`.
+
+        Args:
+            roots: roots with tokens that continue what came before.
+            kept: roots with tokens whose memory is wanted.
+        """
+        assert all(self.lengths[root] > 0 for root in (*roots, *kept))
+        ends = list(accumulate(self.lengths))
+
+        def positions(numbers: Sequence[int]) -> Tensor:
+            return torch.tensor(numbers, dtype=torch.int64)
+
+        carry = Carry(
+            roots=positions(roots),
+            first=positions([ends[root] - self.lengths[root] for root in roots]),
+            kept=positions(kept),
+            last=positions([ends[root] - 1 for root in kept]),
+        )
+        return replace(self, carry=carry.to(self.previous.device))
+
     @property
     def tokens(self) -> int:
         """Length T of the row."""
@@ -95,7 +144,8 @@ class SegmentLayout:
     @property
     def tensors(self) -> list[Tensor]:
         """Everything that `to` moves."""
-        return [self.root_borders, self.child_borders, self.parents, self.previous]
+        own = [self.root_borders, self.child_borders, self.parents, self.previous]
+        return own if self.carry is None else [*own, *self.carry.tensors]
 
     @property
     def last_positions(self) -> Tensor:
@@ -111,4 +161,5 @@ class SegmentLayout:
             child_borders=self.child_borders.to(device, non_blocking=True),
             parents=self.parents.to(device, non_blocking=True),
             previous=self.previous.to(device, non_blocking=True),
+            carry=None if self.carry is None else self.carry.to(device),
         )

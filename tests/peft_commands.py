@@ -37,6 +37,8 @@ PRETRAIN = (
     + ' --sft_field query response --sft_split "train[:1000]"'
 )
 
+INFCTX = f"{_changed(_SHARED, ctx_len='2048')} --train_type infctx --chunk_ctx 512"
+
 COMMANDS = {
     "lora": LORA,
     "lora, packed": f"{LORA} --quant nf4",
@@ -46,6 +48,8 @@ COMMANDS = {
     "states": STATES,
     "states, packed": f"{STATES} --quant int8",
     "pretraining": PRETRAIN,
+    "infctx": INFCTX,
+    "infctx, lora": INFCTX + LORA.removeprefix(_SHARED),
     "parts in brackets": f'{LORA} --train_parts ["time", "ln"]',
     "answers": _changed(STATES, loss_mask="qa"),
     "no parts": f"{LORA} --train_parts []",

@@ -63,7 +63,7 @@ def main() -> None:
     for batch in range(begin, work.batches_per_epoch * epochs_of(config)):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(batch // accumulate) * group["lr_scale"]
-        loss = module.training_step(work.objective.stage(model, work.dataset[batch]), batch)
+        loss = module.training_step(module.objective.stage(model, work.dataset[batch]), batch)
         engine.backward(loss / accumulate, scale_wrt_gas=False)
         engine.step()
         if (batch + 1) % accumulate == 0:

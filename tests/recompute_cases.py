@@ -118,6 +118,14 @@ def a_carried_state_and_its_successor(model: LanguageModel) -> Gradients:
     return gradients_of(model, loss_of(hidden, after), state)
 
 
+def segments_that_go_on_and_one_that_begins(model: LanguageModel) -> Gradients:
+    layout = SegmentLayout.packed([5, 1, 10]).carrying([0, 2], [1, 2]).to(model.device)
+    state = carried_state(model)
+    hidden, after = model(tokens_of(16, 1), state, layout, return_state=True)
+    assert after is not None
+    return gradients_of(model, loss_of(hidden, after), state)
+
+
 def two_chained_chunks(model: LanguageModel) -> Gradients:
     first, second = tokens_of(13).split([8, 5], dim=1)
     _, carried = model(first, return_state=True)
@@ -188,6 +196,7 @@ CASES = (
     branching_row,
     a_carried_state,
     a_carried_state_and_its_successor,
+    segments_that_go_on_and_one_that_begins,
     two_chained_chunks,
     chunks_with_trained_mixing,
     another_choice_at_the_second_step,

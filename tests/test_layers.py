@@ -16,7 +16,7 @@ LEVELS = (
     ("src.archive",),
     (
         *("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout", "src.identity"),
-        *("src.storage", "src.streaming", "src.safetensors"),
+        *("src.storage", "src.streaming", "src.safetensors", "src.cutting"),
     ),
     ("src.data", "src.ops"),
     ("src.quant",),
@@ -32,6 +32,7 @@ LEVELS = (
 SIDEWAYS = {
     ("src.adapters", "src.checkpoint"),
     ("src.storage", "src.identity"),
+    ("src.cutting", "src.layout"),
     ("src.streaming", "src.storage"),
     ("src.safetensors", "src.storage"),
     ("src.safetensors", "src.streaming"),

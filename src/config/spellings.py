@@ -13,7 +13,7 @@ from src.config.flags import Given
 from src.config.model import QUANT_TYPES
 
 UNDERSTOOD = {
-    "state_tune": True, "fla": True, "fused_kernel": True, "op": False, "avg_loss": False, "chunk_ctx": False,
+    "state_tune": True, "fla": True, "fused_kernel": True, "op": False, "avg_loss": False,
 }  # fmt: skip
 """Its flags that are none here, and whether they stand without a value."""
 
@@ -23,7 +23,8 @@ _WITHOUT_EFFECT = {
     "fused_kernel": "no loss here keeps all logits",
     "avg_loss": "it sets nothing there, either",
 }
-_NOT_HERE = "is not here yet: leave it out"
+_CHUNK_TOKENS = 512
+"""Its default of `--chunk_ctx`."""
 
 
 @dataclass
@@ -53,15 +54,24 @@ def translated(given: Given) -> Translation:
     return made
 
 
+def _whole_number(given: Given, name: str) -> int:
+    """A flag's number; what is none is left to the flag's own check."""
+    text = given.get(name, "")
+    return int(text) if text.isascii() and text.isdecimal() else _CHUNK_TOKENS
+
+
 def _is_on(given: Given, name: str) -> bool:
     return given.get(name, "0") not in ("0", "False", "false")
 
 
 def _translate_what_is_trained(given: Given, made: Translation) -> None:
-    if "chunk_ctx" in given or given.get("train_type") == "infctx":
-        name = "chunk_ctx" if "chunk_ctx" in given else "train_type"
-        made.problems.append(f"--{name} {given[name]}: training in chunks (infctx) {_NOT_HERE}")
-        made.given.pop("train_type", None)
+    if given.get("train_type") == "infctx":
+        made.given["train_type"] = "none"
+        tokens = made.given.setdefault("chunk_ctx", str(min(_CHUNK_TOKENS, _whole_number(given, "ctx_len"))))
+        made.notes.append(
+            f"--train_type infctx is --train_type none --chunk_ctx {tokens}; the gradient passes from chunk to chunk, "
+            "unlike there (--bptt_chunks 1)"
+        )
     elif given.get("train_type") == "state":
         made.given["train_type"] = "states"
         made.notes.append("--train_type state is --train_type states")

@@ -34,6 +34,8 @@ _MEANT: dict[str, str] = {
     "alpha": "--lora_alpha | --orpo_alpha",
     "max_length max_len max_seq_len max_seq_length": "--ctx_len | --max_len | --max_tokens",
     "seq_len sequence_length context_length block_size context cutoff_len": "--ctx_len | --max_len | --max_tokens",
+    "chunk_size chunk_len chunk_length chunk_tokens chunk": "--chunk_ctx",
+    "bptt tbptt truncated_bptt bptt_steps": "--bptt_chunks",
     "max_new_tokens": "--max_tokens",
     "temp": "--temperature",
     "warmup num_warmup_steps warmup_iters": "--warmup_steps",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from src.config.adapters import AdapterFlags
+from src.config.chunks import AS_MANY_AS_FIT, AUTO, ChunkFlags
 from src.config.data import DataFlags
 from src.config.files import FileFlags, recognise
 from src.config.flags import Given, Lines, shortened
@@ -45,7 +46,7 @@ UNSUPPORTED: dict[str, tuple[str, str]] = {
 
 @dataclass(frozen=True)
 class TrainConfig(
-    LogFlags, HardwareFlags, PreferenceFlags, OptimizerFlags, DataFlags, AdapterFlags, ModelFlags, FileFlags
+    LogFlags, HardwareFlags, PreferenceFlags, OptimizerFlags, ChunkFlags, DataFlags, AdapterFlags, ModelFlags, FileFlags
 ):
     """Every flag of `train.py`; after `from_flags` all values are final and consistent."""
 
@@ -55,6 +56,8 @@ class TrainConfig(
     @classmethod
     def _translated(cls, given: Given) -> tuple[Given, list[str]]:
         made = translated(given)
+        if made.given.get("chunk_ctx") == AUTO:
+            made.given["chunk_ctx"] = str(AS_MANY_AS_FIT)
         return made.given, made.problems
 
     def told_apart(self) -> dict[str, Any]:
@@ -124,10 +127,25 @@ class TrainConfig(
                 f"--{name} belongs to JSON lines, and --data_file {shortened(self.data_file)} is {self.data_type}: "
                 "leave it out"
             )
+        yield from self._chunk_contradictions()
         if self.strategy.startswith("deepspeed_stage_3") and self.quantised:
             yield (
                 f"--strategy {self.strategy} shards every weight, which packed weights cannot take: use "
                 "deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
+            )
+
+    def _chunk_contradictions(self) -> Lines:
+        if self.preference:
+            longest, what = 2 * self.rlhf_max_corpus_len, "prompt and answer of --rlhf_max_corpus_len"
+            limit = self.rlhf_max_corpus_len
+        else:
+            longest, what, limit = self.ctx_len, "a row of --ctx_len", self.ctx_len
+        if self.chunk_ctx > longest:
+            yield f"--chunk_ctx {self.chunk_ctx} is more than {what} {limit}, so it cuts nothing: lower it"
+        if self.chunk_ctx and self.offload_activations:
+            yield (
+                "--offload_activations 1 has no use with --chunk_ctx, which keeps the activations of one chunk only: "
+                "leave it out, and choose a smaller --chunk_ctx where memory is short"
             )
 
     def _data_contradictions(self, given: Given) -> Lines:

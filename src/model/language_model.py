@@ -5,7 +5,7 @@ Legend: B rows, T tokens, C channels, V vocabulary, S segments of a packed row.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -49,9 +49,15 @@ class Block(nn.Module):
         remembers: bool,
         ends: Tensor | None,
         dropout: float,
+        result: Tensor | None = None,
     ) -> tuple[Tensor, LayerState | None]:
-        """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment if it `remembers`)."""
-        level = self.recompute if torch.is_grad_enabled() else Recompute.NOTHING
+        """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment if it `remembers`).
+
+        `ends` are the positions of those last tokens in a packed row; a carry names the segments. Where the `result`
+        is known from an earlier pass and the backward follows at once, only what that needs is computed, and once.
+        """
+        carry = None if layout is None else layout.carry
+        level = self.recompute if torch.is_grad_enabled() and result is None else Recompute.NOTHING
 
         def enter(
             norm: Norm,
@@ -64,8 +70,8 @@ class Block(nn.Module):
             """The residual stream x + delta, a mixer's inputs, and its memory of tokens if that is wanted."""
 
             def inputs_of(z: Tensor, shift: Tensor | None) -> Results:
+                mixed = _carried_inputs(mixer, z, shift, layout, **options)
                 # A view of z: kept without need, it would keep all of it.
-                mixed: Results = mixer.mixed_inputs(z, shift, layout, **options)
                 return *mixed, *([last_tokens(z, ends)] if remembers else [])
 
             if level is Recompute.INPUTS:
@@ -82,9 +88,11 @@ class Block(nn.Module):
             x: Tensor, att_shift: Tensor | None, start: Tensor | None, ffn_shift: Tensor | None, *known: Tensor
         ) -> Results:
             # What a second pass keeps lives as long as its layer's backward, what the only pass keeps much longer.
-            keeps = level is not Recompute.NOTHING
+            keeps = result is not None or level is not Recompute.NOTHING
             x, inputs, att_last = enter(self.ln1, self.att, x, None, att_shift, keeps_modulation=keeps)
-            gated, final = self.att.attend(inputs, start, layout)
+            gated, final = self.att.attend(inputs, _starts(self.att, start, layout), layout)
+            if remembers and carry is not None:
+                final = final.index_select(0, carry.kept)
             delta = self.att.output(gated)
             if dropout:
                 x, delta = F.dropout(x + delta, dropout, self.training), None
@@ -95,12 +103,18 @@ class Block(nn.Module):
                 mixed = F.dropout(mixed, dropout, self.training)
             return (mixed, *att_last, final, *ffn_last) if remembers else (mixed,)
 
+        random = dropout > 0 or self.draws_random
+
+        def can_feed_again() -> bool:
+            return not random and self.ffn.can_feed_again()
+
         inputs = (x, *(state or (None, None, None)))
         if level is Recompute.ALL:
             # The result, from which the feed-forward can take its gradients.
-            random = dropout > 0 or self.draws_random
-            kept = 1 if not random and self.ffn.can_feed_again() else 0
+            kept = 1 if can_feed_again() else 0
             mixed, *memory = recomputed(layer, inputs, self.parameters(), kept=kept, draws_random=random)
+        elif result is not None and can_feed_again():
+            mixed, *memory = layer(*inputs, result)
         else:
             mixed, *memory = layer(*inputs)
         return mixed, LayerState(*memory) if remembers else None
@@ -142,6 +156,11 @@ class LanguageModel(nn.Module):
         block = self.blocks[0]
         assert isinstance(block, Block)
         return block
+
+    @property
+    def draws_random(self) -> bool:
+        """Whether a pass draws random numbers."""
+        return self.training and (self.dropout > 0 or any(block.draws_random for block in self.blocks))
 
     @property
     def can_be_recorded(self) -> bool:
@@ -230,33 +249,73 @@ class LanguageModel(nn.Module):
         layout: SegmentLayout | None = None,
         *,
         return_state: bool = False,
+        watch: Callable[[Tensor], None] | None = None,
     ) -> tuple[Tensor, ModelState | None]:
         """Runs the layers over T tokens.
 
         Args:
             tokens: int64 [B, T], or what `look_up` made of them, on any device.
             state: memory carried from earlier tokens; None starts every row from `time_state`.
-            layout: segments of a packed row (B = 1); excludes `state`.
+            layout: segments of a packed row (B = 1); its carry says which of them start from `state`.
             return_state: also return the memory after the last token of each row, or of each segment
-                of a packed row without continuations.
+                of a packed row without continuations, or of those that its carry names.
+            watch: is shown what enters each layer, and then `ln_out`.
 
         Returns:
             (hidden [B, T, C] after `ln_out` in the computation dtype, state or None).
         """
-        assert state is None or layout is None, "a carried state and a packed layout exclude each other"
+        carry = None if layout is None else layout.carry
+        assert state is None or layout is None or carry is not None, "whose memory is it?"
         assert layout is None or (tokens.shape[0] == 1 and tokens.shape[1] == layout.tokens)
         assert not (return_state and layout is not None and layout.has_children)
-        x = self.emb(tokens, self.device, self.compute_dtype)
-        assert self._first_block.ln0 is not None
-        x = self._first_block.ln0(F.dropout(x, self.dropout, self.training))
-        ends = layout.last_positions if return_state and layout is not None else None
+        x = self.embed(tokens)
         new_state: ModelState = []
-        for i, block in enumerate(self.blocks):
-            carried = None if state is None else state[i]
-            x, after = block(x, carried, layout, remembers=return_state, ends=ends, dropout=self.dropout)
+        for i in range(len(self.blocks)):
+            if watch is not None:
+                watch(x)
+            x, after = self.layer(i, x, None if state is None else state[i], layout, return_state=return_state)
             if after is not None:
                 new_state.append(after)
+        if watch is not None:
+            watch(x)
         return self.ln_out(x), new_state if return_state else None
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [B, T], or what `look_up` made of them -> what enters the first layer [B, T, C]."""
+        x = self.emb(tokens, self.device, self.compute_dtype)
+        assert self._first_block.ln0 is not None
+        entering: Tensor = self._first_block.ln0(F.dropout(x, self.dropout, self.training))
+        return entering
+
+    def parts_before(self, index: int) -> Iterator[nn.Parameter]:
+        """Parameters of the embedding and of the layers before one: what its input depends on."""
+        assert self._first_block.ln0 is not None
+        for part in (self.emb, self._first_block.ln0, *self.blocks[:index]):
+            yield from part.parameters()
+
+    def layer(
+        self,
+        index: int,
+        x: Tensor,
+        carried: LayerState | None,
+        layout: SegmentLayout | None,
+        *,
+        return_state: bool,
+        result: Tensor | None = None,
+    ) -> tuple[Tensor, LayerState | None]:
+        """One layer of `forward`: x [B, T, C] -> (x [B, T, C], its memory or None).
+
+        Args:
+            result: what it gives, if that is known and its backward follows at once.
+        """
+        ends = None
+        if return_state and layout is not None:
+            ends = layout.last_positions if layout.carry is None else layout.carry.last
+        block = self.blocks[index]
+        after: LayerState | None
+        options = {"remembers": return_state, "ends": ends, "dropout": self.dropout, "result": result}
+        x, after = block(x, carried, layout, **options)
+        return x, after
 
     def head_weight(self) -> HeadWeight:
         """The head as `ops.token_logps` takes it: [V, C] in the computation dtype, or its parts when it is packed."""
@@ -267,6 +326,33 @@ class LanguageModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [..., C] -> unnormalised log-probabilities [..., V] in the computation dtype."""
         return self.head(hidden)  # type: ignore[no-any-return]
+
+
+def _carried_inputs(
+    mixer: Any, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None, **options: bool
+) -> Results:
+    """`mixed_inputs` where some segments of a packed row continue rows of a memory.
+
+    Only their first tokens see it: these are mixed on their own, each a row of one token, and put in place.
+    """
+    mixed: Results
+    if shift is None or layout is None:
+        mixed = mixer.mixed_inputs(z, shift, layout, **options)
+        return mixed
+    assert layout.carry is not None
+    first = layout.carry.first
+    mixed = mixer.mixed_inputs(z, None, layout, **options)
+    continued: Results = mixer.mixed_inputs(z[0].index_select(0, first).unsqueeze(1), shift, None, **options)
+    return tuple(row.index_copy(1, first, part.transpose(0, 1)) for row, part in zip(mixed, continued, strict=True))
+
+
+def _starts(mixer: TimeMixer, carried: Tensor | None, layout: SegmentLayout | None) -> Tensor | None:
+    """Where the recurrence starts: what is carried; in a packed row the other roots start anew."""
+    if carried is None or layout is None or carried.shape[0] == layout.roots:
+        return carried
+    assert layout.carry is not None
+    anew = mixer.time_state.to(carried.dtype).expand(layout.roots, *carried.shape[1:])
+    return anew.index_copy(0, layout.carry.roots, carried)
 
 
 def _packed_in(*modules: nn.Module) -> list[FrozenLinear]:

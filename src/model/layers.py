@@ -171,7 +171,7 @@ class TimeMixer(Mixer):
 
         Args:
             inputs: of `mixed_inputs`.
-            start: carried matrices [B, H, N, N] fp32; None starts from `time_state`. Excludes a layout.
+            start: carried matrices [B, H, N, N] fp32, with a layout [roots, H, N, N]; None starts from `time_state`.
             layout: segments of a packed row.
 
         Returns:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
@@ -21,6 +23,35 @@ class Recompute(Enum):
     NOTHING = "nothing"
     INPUTS = "inputs"
     ALL = "all"
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Where the random numbers stand.
+
+    Attributes:
+        device: that may draw some besides the host.
+        on_host, on_device: states of the generators; None for a device without one of its own.
+    """
+
+    device: torch.device
+    on_host: Tensor
+    on_device: Tensor | None
+
+    @classmethod
+    def next(cls, device: torch.device) -> Draws:
+        """Those that come next."""
+        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return cls(device, torch.get_rng_state(), on_device)
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """A context that draws these again; what comes after it is as if nothing had been drawn in it."""
+        with torch.random.fork_rng([self.device] if self.on_device is not None else []):
+            torch.set_rng_state(self.on_host)
+            if self.on_device is not None:
+                torch.cuda.set_rng_state(self.on_device, self.device)
+            yield
 
 
 Results = tuple[Tensor, ...]
@@ -62,7 +93,7 @@ class _Again(torch.autograd.Function):
     ) -> Results:
         ctx.set_materialize_grads(False)
         ctx.function, ctx.kept, ctx.count = function, kept, count
-        ctx.random_state = None if device is None else _random_state(device)
+        ctx.draws = None if device is None else Draws.next(device)
         outputs = function(*tensors[:count])
         ctx.save_for_backward(*outputs[:kept], *tensors)
         return outputs
@@ -76,9 +107,8 @@ class _Again(torch.autograd.Function):
         for place in range(ctx.count):
             if tensors[place] is not None:
                 tensors[place] = tensors[place].detach().requires_grad_(needed[place])
-        with torch.enable_grad():
-            arguments = (*tensors[: ctx.count], *(tensor.detach() for tensor in known))
-            outputs = ctx.function(*arguments) if ctx.random_state is None else _drawn_again(ctx, arguments)
+        with torch.enable_grad(), contextlib.nullcontext() if ctx.draws is None else ctx.draws.again():
+            outputs = ctx.function(*tensors[: ctx.count], *(tensor.detach() for tensor in known))
         asked = [
             (output, gradient)
             for output, gradient in zip(outputs, gradients, strict=True)
@@ -93,19 +123,3 @@ class _Again(torch.autograd.Function):
                 )
             )
         return (None, None, None, None, *(next(found, None) if need else None for need in needed))
-
-
-def _random_state(device: torch.device) -> tuple[torch.device, Tensor, Tensor | None]:
-    on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return device, torch.get_rng_state(), on_device
-
-
-def _drawn_again(ctx: Any, arguments: tuple[Tensor | None, ...]) -> Results:
-    """The function's results with the random numbers of the first pass; later ones are as if it had not been called."""
-    device, on_host, on_device = ctx.random_state
-    with torch.random.fork_rng([device] if on_device is not None else []):
-        torch.set_rng_state(on_host)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
-        results: Results = ctx.function(*arguments)
-        return results

@@ -122,6 +122,10 @@ class ModelShape(ABC):
         """Number of values in a state file: L·H·N·N."""
         return self.n_layer * self.n_head * self.head_size**2
 
+    def memory_bytes(self, value_bytes: int) -> int:
+        """Of what one sequence carries on: per layer a matrix a head in fp32, and two shifts."""
+        return self.n_layer * (self.n_head * self.head_size**2 * 4 + 2 * self.n_embd * value_bytes)
+
     def key_problems(self, shapes: Mapping[str, Shape]) -> list[str]:
         """What keeps `shapes` from being a complete model of this shape; empty when nothing does.
 

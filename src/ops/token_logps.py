@@ -2,9 +2,9 @@
 
 The logits of all tokens never exist at once: a chunk's logits are formed, reduced to two numbers per token and
 dropped. `token_logps` forms them again in backward, since any loss may follow. `head_sft_loss` knows the loss
-and so each row's weight: it turns a chunk's logits into their gradient while they are there, two products with
-the head instead of three. On a GPU in bf16 a chunk is reduced by one kernel and turned into its gradient in
-place by another (`cuda/elementwise.cu`); no fp32 copy of it exists.
+and so each row's weight, `token_logps_gradient` is told it: they turn a chunk's logits into their gradient while they
+are there, two products with the head instead of three. On a GPU in bf16 a chunk is reduced by one kernel and turned
+into its gradient in place by another (`cuda/elementwise.cu`); no fp32 copy of it exists.
 
 A packed head comes in parts of the vocabulary, each dequantised when it is wanted; the numbers of a row are then put
 together part by part, so that no whole matrix exists either.
@@ -57,6 +57,42 @@ def token_logps(
     operation: Any = _TokenLogps if isinstance(head_weight, Tensor) else _TokenLogpsByParts
     logp, max_logit = operation.apply(hidden, head_weight, targets, chunk_tokens)
     return logp, max_logit
+
+
+@torch.no_grad()
+def token_logps_gradient(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    grad_logp: Tensor,
+    grad_max_logit: Tensor,
+    *,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """What the backward of `token_logps` gives for hidden, where its gradients are known beforehand.
+
+    Two products with the head instead of three, and nothing is saved.
+
+    Args:
+        hidden, targets, chunk_tokens: as for `token_logps`.
+        head_weight: [V, C] in hidden's dtype; gets no gradient.
+        grad_logp, grad_max_logit: [M], fp32 (fp64 for fp64 inputs).
+
+    Returns:
+        [M, C] as hidden.
+    """
+    kernels = _kernels(hidden, head_weight)
+    statistics = _logit_statistics if kernels is None else kernels.logit_statistics
+    gradient = _logit_gradient if kernels is None else kernels.logit_gradient
+    values = _row_values(hidden, targets, kernels)
+    targets, _, _, logsumexp, argmax = values
+    grad_logp, grad_max_logit = grad_logp.contiguous(), grad_max_logit.contiguous()
+    grad_hidden = torch.empty_like(hidden)
+    for part, logits in _chunks_of_logits(hidden, head_weight, chunk_tokens):
+        statistics(logits, *(value[part] for value in values))
+        gradient(logits, targets[part], logsumexp[part], argmax[part], grad_logp[part], grad_max_logit[part])
+        torch.mm(logits, head_weight, out=grad_hidden[part])
+    return grad_hidden
 
 
 def head_sft_loss(

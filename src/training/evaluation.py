@@ -8,14 +8,17 @@ from dataclasses import asdict, dataclass
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
+from src.data.batches import Batch
 from src.data.documents import Documents
 from src.data.evaluation import evaluation_batches
 from src.data.preference_batches import PreferenceDataset
 from src.generate import inference
 from src.losses import won
+from src.model.chunks import scores_in_chunks
 from src.model.language_model import LanguageModel
-from src.training.objectives import ComparisonObjective, PreferenceObjective, counted_logps
+from src.training.objectives import ComparisonObjective, PreferenceObjective, counted_logps, counted_positions
 
 START_POSITIONS = 64
 _BATCH_TOKENS = 4096
@@ -147,24 +150,35 @@ def held_out_preference(
     )
 
 
-def held_out_loss(model: LanguageModel, documents: Documents, ctx_len: int) -> HeldOutLoss:
+def held_out_loss(model: LanguageModel, documents: Documents, ctx_len: int, chunk_tokens: int = 0) -> HeldOutLoss:
     """Runs every document once from its first token, cut at ctx_len, without gradients.
 
     Args:
         model: evaluated with its current `time_state`.
         documents: held-out documents.
         ctx_len: tokens of a row at most.
+        chunk_tokens: longer rows are read in chunks of so many; 0: none is.
     """
     sums = torch.zeros(2, dtype=torch.float64)
     counts = torch.zeros(2, dtype=torch.int64)
     seen = 0
     with inference(model):
         for item in evaluation_batches(documents, ctx_len=ctx_len, batch_tokens=_BATCH_TOKENS):
-            hidden, _ = model(item.batch.tokens)
-            logp, _ = counted_logps(model, hidden, item.batch.targets)
+            logp = _target_logps(model, item.batch, chunk_tokens)
             late = (item.positions.reshape(-1)[item.batch.targets.reshape(-1) >= 0] >= START_POSITIONS).long()
             sums.index_add_(0, late, -logp.cpu().double())
             counts += torch.bincount(late, minlength=2)
             seen += len(item.batch.sample_indices)
     start, rest = (sums / counts).tolist()
     return HeldOutLoss(float(sums.sum() / counts.sum()), start, rest, int(counts.sum()), seen)
+
+
+def _target_logps(model: LanguageModel, batch: Batch, chunk_tokens: int) -> Tensor:
+    """log p of the targets that count in padded rows, in their order."""
+    if not 0 < chunk_tokens < batch.tokens.shape[1]:
+        hidden, _ = model(batch.tokens)
+        return counted_logps(model, hidden, batch.targets)[0]
+    positions, targets = counted_positions(batch.targets)
+    sets = [targets.to(model.device)]
+    ((logp, _),) = scores_in_chunks(model, batch.tokens, None, positions, sets, chunk_tokens)
+    return logp

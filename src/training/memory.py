@@ -1,4 +1,5 @@
-"""What fits into memory: sizes that cannot, and how much of a layer is kept for the backward pass (`--grad_cp`).
+"""What fits into memory: sizes that cannot, how much of a layer is kept for the backward pass (`--grad_cp`), and of a
+row at a time (`--chunk_ctx auto`).
 
 Keeping a layer's costly tensors saves its recomputation. Layers are alike, so the choice is two numbers: so
 many layers recompute only their inputs, so many nothing, the others everything.
@@ -6,18 +7,35 @@ many layers recompute only their inputs, so many nothing, the others everything.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 
+from src.adapters.method import Method
+from src.checkpoint import FILE_VALUE_BYTES
 from src.config import TrainConfig
+from src.data.rounding import ceil_div
 from src.device import require_memory
+from src.errors import ConfigError
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
+from src.training.unpacked import free_bytes
+from src.training.work import Work
 
 _WORKING_BYTES = 700 * 2**20
 """Kept free for what the estimate below does not see: library handles, logits of a chunk, fragmentation."""
+
+
+_TRAINED_BYTES = 24
+"""Of each trained value: itself, gradient and two moments in fp32, and once more the first two in passing."""
+_PACKED_BYTES = {"int8": 1.02}
+"""Of each packed value with its share of scales; other types are of 4 bits."""
+_FOUR_BIT_BYTES = 0.57
+_SMALLEST_CHUNK, _EFFICIENT_CHUNK = 128, 2048
+"""Tokens; packed weights are unpacked for every chunk, which below the second takes longer than recomputing layers."""
+_SHARE_OF_FREE = 0.95
 
 
 @dataclass(frozen=True)
@@ -54,7 +72,7 @@ class MemoryPlan:
         model.set_recomputation(modes[::-1], keep_dequantized=self.keep_dequantized)
 
 
-def require_memory_of_run(config: TrainConfig, device: torch.device, shape: ModelShape, positions: int) -> None:
+def require_memory_of_run(config: TrainConfig, device: torch.device, shape: ModelShape, work: Work) -> None:
     """Refuses sizes that no way of training could fit into the device's memory, before anything is allocated.
 
     Counted is what has to be there in any case: the weights of a fresh model in fp32 on the host, and in 2 bytes a
@@ -64,7 +82,7 @@ def require_memory_of_run(config: TrainConfig, device: torch.device, shape: Mode
         config: the flags.
         device: where the run computes.
         shape: of the model.
-        positions: most of a micro-batch.
+        work: says how many positions a micro-batch has.
 
     Raises:
         ConfigError: naming the flags, what they need and what there is.
@@ -74,6 +92,23 @@ def require_memory_of_run(config: TrainConfig, device: torch.device, shape: Mode
         sizes = f"--n_layer {shape.n_layer} --n_embd {shape.n_embd} --vocab_size {shape.vocab_size}"
         require_memory(f"a fresh model of {sizes}", "choose smaller ones", shape.parameter_count * 4, host)
     limit = "rlhf_max_corpus_len" if config.preference else "ctx_len"
+    if work.memories:
+        elsewhere = ", or --chunk_keep host" if config.chunk_keep == "device" and device.type == "cuda" else ""
+        require_memory(
+            f"--chunk_ctx {config.chunk_ctx}, which cuts --{limit} {getattr(config, limit)} into chunks that leave "
+            f"{work.memories:,} memories,",
+            f"raise it{elsewhere}",
+            work.memories * shape.memory_bytes(2),
+            device if config.chunk_keep == "device" else host,
+        )
+    if work.memories and config.chunk_keep == "inputs":
+        require_memory(
+            f"--chunk_keep inputs, with {work.all_tokens:,} positions of {shape.n_layer} layers,",
+            "use --chunk_keep host",
+            work.all_tokens * shape.n_embd * (shape.n_layer + 1) * 2,
+            host,
+        )
+    positions = work.row_tokens
     require_memory(
         f"--{limit} {getattr(config, limit)} with --micro_bsz {config.micro_bsz}, {positions:,} positions at a time,",
         "lower them",
@@ -82,13 +117,14 @@ def require_memory_of_run(config: TrainConfig, device: torch.device, shape: Mode
     )
 
 
-def plan_memory(model: LanguageModel, row_tokens: int, limit_gib: float) -> MemoryPlan:
+def plan_memory(model: LanguageModel, row_tokens: int, limit_gib: float, waiting_bytes: int = 0) -> MemoryPlan:
     """Chooses as many light layers as fit, and when all are, as many whole ones.
 
     Args:
         model: on its GPU.
-        row_tokens: most tokens of a micro-batch.
+        row_tokens: most tokens of a micro-batch that are computed at a time.
         limit_gib: device memory the run may use in all; 0 is the whole device.
+        waiting_bytes: of memories that wait there between chunks.
     """
     shape = model.shape
     free, total = torch.cuda.mem_get_info(model.device)
@@ -96,9 +132,9 @@ def plan_memory(model: LanguageModel, row_tokens: int, limit_gib: float) -> Memo
     used = total - free - idle
     limit = min(limit_gib * 2**30 or total, total)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    optimizer = trained * 4 * 6
-    passing = row_tokens * 2 * (12 * shape.n_embd + 12 * shape.dim_att + 3 * shape.dim_ffn)
-    available = limit - used - optimizer - passing - _WORKING_BYTES
+    optimizer = trained * _TRAINED_BYTES
+    passing = row_tokens * _passing_bytes(shape)
+    available = limit - used - optimizer - passing - waiting_bytes - _WORKING_BYTES
 
     def layers_that_fit(extra_bytes: int) -> int:
         return int(max(0, min(shape.n_layer, available // (row_tokens * extra_bytes))))
@@ -112,3 +148,86 @@ def plan_memory(model: LanguageModel, row_tokens: int, limit_gib: float) -> Memo
         return MemoryPlan(shape.n_layer, light_layers=light - whole, whole_layers=whole)
     keeps = 0 < model.dense_time_mix_bytes <= available
     return MemoryPlan(shape.n_layer, light_layers=light, keep_dequantized=keeps)
+
+
+def _passing_bytes(shape: ModelShape) -> int:
+    """Of each position that is computed, for as long as its layer is; 16-bit activations."""
+    return 2 * (12 * shape.n_embd + 12 * shape.dim_att + 3 * shape.dim_ffn)
+
+
+def chunk_that_fits(
+    config: TrainConfig, method: Method, shape: ModelShape, device: torch.device, compute_dtype: torch.dtype
+) -> int:
+    """What `--chunk_ctx auto` is: the most tokens of a chunk, a power of two, or 0 where whole rows fit.
+
+    Counted are the weights, what is trained, the activations of a chunk as `--grad_cp` has them, and the memories that
+    wait on the device. Under 2 that is all activations, since a chunk without recomputation saves a pass, or what
+    enters the layers where no such chunk of an efficient size fits.
+
+    Args:
+        config: the flags.
+        method: what is trained.
+        shape: of the model, which is not loaded yet.
+        device: where the run computes.
+        compute_dtype: of activations and frozen weights.
+
+    Raises:
+        ConfigError: not even the smallest chunk fits.
+    """
+    if config.preference:
+        parts = 3 if config.orpo_shared_prompt and not (config.orpo and config.orpo_type) else 4
+        rows, width = 1, config.micro_bsz * parts * config.rlhf_max_corpus_len
+    elif config.dataload == "pack":
+        rows, width = 1, config.micro_bsz * config.ctx_len
+    else:
+        rows, width = config.micro_bsz, config.ctx_len
+    fused = device.type == "cuda" and compute_dtype is torch.bfloat16
+    everything, nothing = (shape.kept_bytes(mode, fused=fused) for mode in (Recompute.ALL, Recompute.NOTHING))
+    kept = {0: [nothing * shape.n_layer], 1: [everything * shape.n_layer]}
+    kept[2] = kept[0] + kept[1]
+    # With their inputs at hand, one layer after the other is computed and left.
+    of_chunk = [nothing] if config.chunk_keep == "inputs" else kept[config.grad_cp]
+    of_memory = shape.memory_bytes(compute_dtype.itemsize) if config.chunk_keep == "device" else 0
+    free = _SHARE_OF_FREE * free_bytes(device)
+    if device.type == "cuda" and config.memory_gib:
+        free = min(free, config.memory_gib * 2**30)
+    model = _model_bytes(config, method, shape, compute_dtype) + _WORKING_BYTES
+
+    def needed(tokens: int, kept_bytes: int) -> int:
+        of_position = (kept_bytes + _passing_bytes(shape)) * compute_dtype.itemsize // 2
+        return model + rows * (tokens * of_position + (ceil_div(width, tokens) - 1) * of_memory)
+
+    sizes = [size for power in range(width.bit_length()) if _SMALLEST_CHUNK <= (size := 1 << power) < width]
+    if needed(width, kept[config.grad_cp][-1]) <= free:
+        return 0
+    fitting = [[tokens for tokens in sizes if needed(tokens, kept_bytes) <= free] for kept_bytes in of_chunk]
+    if largest := [max(found) for found in fitting if found]:
+        return next((tokens for tokens in largest if tokens >= _EFFICIENT_CHUNK), max(largest))
+    least = min(needed(tokens, of_chunk[-1]) for tokens in sizes or [width])
+    ways = [
+        *(["--chunk_keep host"] if of_memory and device.type == "cuda" else []),
+        *(["--quant 1"] if method.freezes_matrices and not config.quantised else []),
+        *(["--grad_cp 1"] if config.grad_cp != 1 else []),
+        "shorter rows",
+        "a smaller model",
+    ]
+    raise ConfigError(
+        f"--chunk_ctx auto finds no size that fits: {least / 2**30:.1f} GiB are needed at least and "
+        f"{free / 2**30:.1f} are free; use {', or '.join(ways)}"
+    )
+
+
+def _model_bytes(config: TrainConfig, method: Method, shape: ModelShape, compute_dtype: torch.dtype) -> int:
+    """Of the weights, and of what is trained with all that belongs to it. A frozen embedding stays on the host."""
+    trained: int = _TRAINED_BYTES * method.file_bytes(shape) // FILE_VALUE_BYTES
+    if not method.freezes_matrices:
+        return trained
+    sizes = shape.parameter_shapes()
+    packed = {*shape.matrix_names(), *(["head.weight"] if config.quant_head else [])} if config.quantised else set()
+    packed_bytes = _PACKED_BYTES.get(config.quant_type, _FOUR_BIT_BYTES)
+    frozen = sum(
+        math.prod(size) * (packed_bytes if name in packed else compute_dtype.itemsize)
+        for name, size in sizes.items()
+        if name != "emb.weight"
+    )
+    return trained + int(frozen)

@@ -15,8 +15,9 @@ from src.config import TrainConfig
 from src.data.passes import Lookahead, PassDataset
 from src.data.rounding import EXACT, FEW_SHAPES
 from src.model.language_model import LanguageModel
+from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.graphs import GraphedObjective
-from src.training.objectives import Objective, Outcome, Staged, outcome_of
+from src.training.objectives import Objective, Outcome, Scored, Staged, outcome_of
 from src.training.offload import KeptOnHost
 from src.training.optimizers import make_optimizer
 
@@ -43,7 +44,7 @@ class TrainingModule(pl.LightningModule):
     def __init__(
         self,
         model: LanguageModel,
-        objective: Objective,
+        objective: Scored,
         config: TrainConfig,
         method: Method,
         dataset: PassDataset[Any],
@@ -51,17 +52,23 @@ class TrainingModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.objective = objective
+        self.objective: Objective = objective
+        if config.chunk_ctx:
+            keep = config.chunk_keep
+            options = ChunkOptions(
+                config.chunk_ctx, config.bptt_chunks, on_host=keep != "device", with_inputs=keep == "inputs"
+            )
+            self.objective = ChunkedObjective(objective, options)
         self.config = config
         self._parameters_by_key = list(model.named_parameters())  # walking through the modules takes half a millisecond
         self.method = method
         wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
-        records = wanted and objective.recordable and model.can_be_recorded
+        records = wanted and self.objective.recordable and model.can_be_recorded
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
-        self.graphed = GraphedObjective(objective, model, limit_gib) if records else None
+        self.graphed = GraphedObjective(self.objective, model, limit_gib) if records else None
         rounding = FEW_SHAPES if records else EXACT
         self.batches = Lookahead(
-            lambda step: objective.stage(model, dataset.rounded(step, rounding)), len(dataset), first_batch
+            lambda step: self.objective.stage(model, dataset.rounded(step, rounding)), len(dataset), first_batch
         )
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None

@@ -32,9 +32,11 @@ from src.losses import (
     orpo_loss,
     orpo_loss_released,
     running_preference,
+    sft_loss,
     simpo_loss,
     targets_after,
 )
+from src.model.chunks import Scores, scores_in_chunks
 from src.model.language_model import LanguageModel
 from src.ops.token_logps import head_sft_loss, token_logps
 
@@ -86,6 +88,22 @@ class Staged:
         return replace(self, tensors=tensors, layout=None if self.layout is None else self.layout.to(device))
 
 
+class Looker(Protocol):
+    """What `stage` needs of a model."""
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """See `LanguageModel.look_up`."""
+        ...
+
+
+class TokensAlone:
+    """Stands for a model where a row's embeddings are looked up piece by piece."""
+
+    def look_up(self, tokens: Tensor) -> Tensor:
+        """The tokens themselves."""
+        return tokens
+
+
 class Objective(Protocol):
     """A training loss.
 
@@ -96,7 +114,7 @@ class Objective(Protocol):
 
     recordable: bool
 
-    def stage(self, model: LanguageModel, batch: Any) -> Staged:
+    def stage(self, model: Looker, batch: Any) -> Staged:
         """Makes on the host what `compute` needs on the device."""
         ...
 
@@ -114,6 +132,18 @@ class Objective(Protocol):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `resume.Part`."""
+        ...
+
+
+class Scored(Objective, Protocol):
+    """A loss that is a function of the scores of targets, wherever these come from."""
+
+    def target_sets(self, staged: Staged) -> tuple[Tensor, ...]:
+        """The targets that are scored at the staged positions, int64 [M] each, of a batch on any device."""
+        ...
+
+    def loss_of(self, staged: Staged, scores: Scores) -> tuple[Tensor, Any]:
+        """What `compute` returns, from the scores of each set, in order."""
         ...
 
 
@@ -170,7 +200,7 @@ class SFTObjective:
 
     recordable = True
 
-    def stage(self, model: LanguageModel, batch: Batch) -> Staged:
+    def stage(self, model: Looker, batch: Batch) -> Staged:
         """See Objective."""
         positions, targets = counted_positions(batch.targets, batch.rounding)
         tensors = {
@@ -187,6 +217,15 @@ class SFTObjective:
         rows = rows_at(hidden, staged.tensors["positions"])
         loss = head_sft_loss(rows, model.head_weight(), staged.tensors["targets"])
         return loss * staged.tensors["weight"], None
+
+    def target_sets(self, staged: Staged) -> tuple[Tensor, ...]:
+        """See Scored."""
+        return (staged.tensors["targets"],)
+
+    def loss_of(self, staged: Staged, scores: Scores) -> tuple[Tensor, Any]:
+        """See Scored."""
+        ((logp, max_logit),) = scores
+        return sft_loss(logp, max_logit, staged.tensors["targets"] >= 0) * staged.tensors["weight"], None
 
     def logs(self, result: Any) -> dict[str, float]:
         """See Objective."""
@@ -205,22 +244,24 @@ class PairObjective(ABC):
 
     Attributes:
         recordable: see Objective.
+        chunk_tokens: rows of more tokens are evaluated in chunks of so many; 0: none is.
     """
 
     recordable = True
 
     def __init__(self) -> None:
+        self.chunk_tokens = 0
         self._running_preference = 0.5
 
     @abstractmethod
-    def result_of(self, model: LanguageModel, rows: Tensor, staged: Staged) -> Any:
-        """The loss and what it is made of, from hidden states [M, C] at the staged positions; `loss` is what counts."""
+    def result_of(self, scores: Scores, staged: Staged) -> Any:
+        """The loss and what it is made of, from the scores of every set of targets; `loss` is what counts."""
 
     @abstractmethod
     def logs(self, result: Any) -> dict[str, float]:
         """See Objective."""
 
-    def stage(self, model: LanguageModel, batch: PreferenceBatch) -> Staged:
+    def stage(self, model: Looker, batch: PreferenceBatch) -> Staged:
         """See Objective."""
         positions, targets = counted_positions(batch.targets, batch.rounding)
         groups = batch.groups[positions].masked_fill(targets < 0, group_number(batch.pairs, Role.PROMPT))
@@ -237,12 +278,28 @@ class PairObjective(ABC):
     def compute(self, model: LanguageModel, staged: Staged) -> tuple[Tensor, Any]:
         """See Objective."""
         hidden, _ = model(staged.tensors["x"], layout=staged.layout)
-        result = self.result_of(model, rows_at(hidden, staged.tensors["positions"]), staged)
+        rows = rows_at(hidden, staged.tensors["positions"])
+        sets = self.target_sets(staged)
+        return self.loss_of(staged, [token_logps(rows, model.head_weight(), targets) for targets in sets])
+
+    def target_sets(self, staged: Staged) -> tuple[Tensor, ...]:
+        """See Scored."""
+        return (staged.tensors["targets"],)
+
+    def loss_of(self, staged: Staged, scores: Scores) -> tuple[Tensor, Any]:
+        """See Scored."""
+        result = self.result_of(scores, staged)
         return result.loss * staged.tensors["weight"], result
 
     def evaluate(self, model: LanguageModel, batch: PreferenceBatch) -> Any:
-        """The loss and its parts, outside of training."""
-        return self.compute(model, self.stage(model, batch).to(model.device))[1]
+        """The loss and its parts, outside of training; of a row that is read in chunks without gradients."""
+        if not 0 < self.chunk_tokens < batch.layout.tokens:
+            return self.compute(model, self.stage(model, batch).to(model.device))[1]
+        on_host = self.stage(TokensAlone(), batch)
+        staged, positions = on_host.to(model.device), on_host.tensors["positions"]
+        sets = self.target_sets(staged)
+        scores = scores_in_chunks(model, batch.tokens, batch.layout, positions, sets, self.chunk_tokens)
+        return self.loss_of(staged, scores)[1]
 
     def state(self) -> dict[str, Any]:
         """The mean that goes along with the run."""
@@ -276,14 +333,19 @@ class PreferenceObjective(PairObjective):
             return PairForm.RELEASED
         return PairForm.SHARED_PROMPT if shared_prompt else PairForm.TWO_ROWS
 
-    def result_of(self, model: LanguageModel, rows: Tensor, staged: Staged) -> PreferenceLoss:
+    def target_sets(self, staged: Staged) -> tuple[Tensor, ...]:
+        """See Scored; as released, also the targets one token further on."""
+        targets = staged.tensors["targets"]
+        return (targets,) if self.orpo_type == 0 else (targets, targets_after(targets, staged.tensors["groups"]))
+
+    def result_of(self, scores: Scores, staged: Staged) -> PreferenceLoss:
         """See PairObjective."""
         tensors = staged.tensors
         targets, groups = tensors["targets"], tensors["groups"]
-        logp, max_logit = token_logps(rows, model.head_weight(), targets)
+        (logp, max_logit), *further = scores
         if self.orpo_type == 0:
             return orpo_loss(logp, max_logit, groups, staged.pairs, self.alpha)
-        logp_after, _ = token_logps(rows, model.head_weight(), targets_after(targets, groups))
+        ((logp_after, _),) = further
         return orpo_loss_released(logp, logp_after, max_logit, targets, groups, tensors["reject_lengths"], self.alpha)
 
     def logs(self, result: PreferenceLoss) -> dict[str, float]:
@@ -323,16 +385,16 @@ class DPOObjective(ComparisonObjective):
         super().__init__()
         self.beta = beta
 
-    def stage(self, model: LanguageModel, batch: PreferenceBatch) -> Staged:
+    def stage(self, model: Looker, batch: PreferenceBatch) -> Staged:
         """See Objective."""
         staged = super().stage(model, batch)
         assert batch.reference is not None
         return replace(staged, tensors={**staged.tensors, "reference": batch.reference})
 
-    def result_of(self, model: LanguageModel, rows: Tensor, staged: Staged) -> ComparisonLoss:
+    def result_of(self, scores: Scores, staged: Staged) -> ComparisonLoss:
         """See PairObjective."""
         tensors = staged.tensors
-        logp, _ = token_logps(rows, model.head_weight(), tensors["targets"])
+        ((logp, _),) = scores
         return dpo_loss(logp, tensors["groups"], staged.pairs, tensors["reference"], self.beta)
 
 
@@ -348,7 +410,7 @@ class SimPOObjective(ComparisonObjective):
         self.beta = beta
         self.gamma = gamma
 
-    def result_of(self, model: LanguageModel, rows: Tensor, staged: Staged) -> ComparisonLoss:
+    def result_of(self, scores: Scores, staged: Staged) -> ComparisonLoss:
         """See PairObjective."""
-        logp, _ = token_logps(rows, model.head_weight(), staged.tensors["targets"])
+        ((logp, _),) = scores
         return simpo_loss(logp, staged.tensors["groups"], staged.pairs, self.beta, self.gamma)

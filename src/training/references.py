@@ -91,10 +91,10 @@ def attach_references(
     Raises:
         CheckpointError: what was measured cannot be written.
     """
-    reason = ""
+    reason, chunk_tokens = "", start.config.chunk_ctx
     if start.is_base:
         tolerance = _TOLERANCE_PACKED if start.config.quantised else _TOLERANCE_DENSE
-        stored, reason = _stored(model, dataset, numbers, tolerance)
+        stored, reason = _stored(model, dataset, numbers, tolerance, chunk_tokens)
         if stored is not None:
             dataset.references = stored
             return f"{dataset.source}, where --base_logp 1 stored it"
@@ -104,7 +104,7 @@ def attach_references(
     if known is not None and not known[numbers].isnan().any():
         dataset.references = known
         return f"{path}, where an earlier run from this start kept it"
-    dataset.references = _measured(model, dataset, numbers)
+    dataset.references = _measured(model, dataset, numbers, chunk_tokens)
     said = f"measured over {len(numbers):,} pairs{reason}"
     if large and global_rank() == 0:
         storage.save(path, {"key": _as_tensor(key), "logps": dataset.references})
@@ -113,7 +113,11 @@ def attach_references(
 
 
 def _stored(
-    model: LanguageModel, dataset: PreferenceDataset, numbers: list[int], tolerance: tuple[float, float]
+    model: LanguageModel,
+    dataset: PreferenceDataset,
+    numbers: list[int],
+    tolerance: tuple[float, float],
+    chunk_tokens: int,
 ) -> tuple[Tensor | None, str]:
     """What the pairs' file holds, or None and why that cannot be taken."""
     values = torch.full((dataset.plan.pairs, 2), torch.nan, dtype=torch.float64)
@@ -126,7 +130,7 @@ def _stored(
         pair = dataset.pair(number)
         values[number] = torch.tensor([pair.chosen_base_logp, pair.rejected_base_logp], dtype=torch.float64)
     compared = numbers[:_COMPARED_PAIRS]
-    measured = _measured(model, dataset, compared)[compared]
+    measured = _measured(model, dataset, compared, chunk_tokens)[compared]
     distance = (values[compared] - measured).abs()
     allowed = tolerance[0] + tolerance[1] * measured.abs()
     if (distance > allowed).any():
@@ -138,11 +142,12 @@ def _stored(
     return values, ""
 
 
-def _measured(model: LanguageModel, dataset: PreferenceDataset, numbers: list[int]) -> Tensor:
+def _measured(model: LanguageModel, dataset: PreferenceDataset, numbers: list[int], chunk_tokens: int) -> Tensor:
     """fp64 [all pairs, 2], NaN where nothing was measured."""
     hidden = len(numbers) < _SHOWN_PAIRS or global_rank() != 0
     with tqdm(total=len(numbers), desc="reference", unit="pair", disable=hidden, dynamic_ncols=True) as bar:
-        sums = answer_logps(model, [dataset.pair(number) for number in numbers], lambda _: bar.update() and None)
+        pairs = [dataset.pair(number) for number in numbers]
+        sums = answer_logps(model, pairs, lambda _: bar.update() and None, chunk_tokens=chunk_tokens)
     values = torch.full((dataset.plan.pairs, 2), torch.nan, dtype=torch.float64)
     values[numbers] = torch.tensor(sums, dtype=torch.float64)
     return values

@@ -89,6 +89,7 @@ def plan_of(
             *work.lines,
             f"steps      {steps:,} ({_several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
             *_rounded(config, work),
+            *_in_chunks(config, hardware),
             f"rate       {rates} (start, middle, end); {warm_up}",
             f"results    {folder}/",
         ]
@@ -104,6 +105,26 @@ def _rounded(config: TrainConfig, work: Work) -> list[str]:
         f"           --epoch_steps {config.epoch_steps} is rounded up to {work.batches_per_epoch}, a multiple of "
         f"--accumulate_grad_batches {config.accumulate_grad_batches}"
     ]
+
+
+def _in_chunks(config: TrainConfig, hardware: Hardware) -> list[str]:
+    """How long rows are computed."""
+    if not config.chunk_ctx:
+        return []
+    gradient = "the gradient of whole rows"
+    if config.bptt_chunks:
+        gradient = f"gradients within {_several(config.bptt_chunks, 'chunk')}"
+    places = {
+        "device": "",
+        "host": "; what chunks begin from waits in host memory",
+        "inputs": "; what chunks and layers begin from waits in host memory",
+    }
+    lines = [f"chunks     of {config.chunk_ctx:,} tokens where a row has more: {gradient}{places[config.chunk_keep]}"]
+    if hardware.on_gpu:
+        ways = "--grad_cp 0 or 2 saves a forward pass if what the layers keep of a chunk fits"
+        again = config.grad_cp == 1 and config.chunk_keep != "inputs"
+        lines.append(f"           steps are not recorded{f'; {ways}' if again else ''}")
+    return lines
 
 
 def _course(losses: list[float]) -> str:
@@ -156,7 +177,12 @@ def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> st
         changes.append("--quant_type nf4")
     if config.quantised and not config.quant_head:
         changes.append("--quant_head 1")
-    if config.grad_cp == 1 and not config.offload_activations and hardware.on_gpu:
+    longest = 2 * config.rlhf_max_corpus_len if config.preference else config.ctx_len
+    if not config.offload_activations and config.chunk_ctx >= 0 and (config.chunk_ctx or longest) > 1:
+        changes.append(f"--chunk_ctx {(config.chunk_ctx or longest) // 2}")
+    if config.chunk_ctx and config.chunk_keep == "device" and hardware.on_gpu:
+        changes.append("--chunk_keep host")
+    if config.grad_cp == 1 and not (config.offload_activations or config.chunk_ctx) and hardware.on_gpu:
         changes.append("--offload_activations 1")
     if config.preference:
         changes.append(f"--rlhf_max_corpus_len {max(config.rlhf_max_corpus_len // 2, 1)}")

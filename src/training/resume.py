@@ -38,9 +38,12 @@ _SAMPLES, _SAMPLE_BYTES = 256, 2**16
 FREE = {
     "val_file", "load_partial", "epoch_save", "save_minutes", "my_exit", "orpo_debug", "wandb",
     "fapi_logging_callback", "fapi_logging_address", "ds_bucket_mb", "memory_gib", "cuda_graph", "offload_activations",
+    "chunk_keep",
 }  # fmt: skip
 """Flags that may differ when a run goes on: they change nothing that is trained."""
-ROUNDING = {"accelerator", "strategy", "grad_cp", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps"}
+ROUNDING = {
+    "accelerator", "strategy", "grad_cp", "chunk_ctx", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps",
+}  # fmt: skip
 """Flags that may differ as well, but change the order of sums; steps and their batches must stay what they are."""
 _OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "doctor", "config", "preview"}
 _INPUTS = ("load_model", "data_file", "rlhf_train_file")
@@ -293,7 +296,8 @@ def check_flags(config: TrainConfig, precision: str, figures: Mapping[str, int],
             changed = f"was {old}" if old != new else "has changed since"
             problems.append(f"--{name} {new} {changed}")
         elif old != new:
-            if name in FREE or name in ROUNDING or same_file:
+            cuts_elsewhere = name == "chunk_ctx" and config.bptt_chunks > 0
+            if name in FREE or same_file or (name in ROUNDING and not cuts_elsewhere):
                 effect = "; sums are rounded in another order" if name in ROUNDING else ""
                 notes.append(f"--{name} {_shown(new)} was {_shown(old)} before{effect}")
             else:

@@ -21,6 +21,7 @@ from src import storage
 from src.adapters.method import Method, method_of
 from src.checkpoint import Checkpoint, fresh_checkpoint, load_state, open_checkpoint, read_tensors, save_model
 from src.config import TrainConfig, run_file
+from src.config.chunks import AS_MANY_AS_FIT
 from src.device import global_rank, spare_threads, without_memory
 from src.errors import CheckpointError, ConfigError, TrainingError
 from src.identity import FileIdentity
@@ -35,7 +36,7 @@ from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
 from src.training.exits import Stopper, unharmed_by_save_requests
 from src.training.folder import Places, clean, locked, new_run_id, refuse_results, spare_inputs
 from src.training.logs import FileSink, HttpSink, ProgressSink, Sink, WandbSink
-from src.training.memory import MemoryPlan, plan_memory, require_memory_of_run
+from src.training.memory import MemoryPlan, chunk_that_fits, plan_memory, require_memory_of_run
 from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
 from src.training.optimizers import can_be_resumed
@@ -106,8 +107,12 @@ def _train(
     base = open_checkpoint(config.load_model) if config.load_model else None
     shape = model_shape(config, base)
     method.trained_names(shape)  # refuses what does not fit the model
+    if config.chunk_ctx == AS_MANY_AS_FIT:
+        tokens = chunk_that_fits(config, method, shape, hardware.device, hardware.compute_dtype)
+        say(f"note: --chunk_ctx auto: {f'--chunk_ctx {tokens} fits' if tokens else 'whole rows fit'}")
+        config = dataclasses.replace(config, chunk_ctx=tokens)
     work = prepare_work(config, shape)
-    require_memory_of_run(config, hardware.device, shape, work.row_tokens)
+    require_memory_of_run(config, hardware.device, shape, work)
     figures = {
         "steps_per_epoch": work.batches_per_epoch // config.accumulate_grad_batches,
         "micro_batches_per_step": config.accumulate_grad_batches * config.devices * config.num_nodes,
@@ -339,7 +344,8 @@ def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig) 
     elif config.grad_cp == 1:
         plan = MemoryPlan(layers, keep_dequantized=True)
     elif model.device.type == "cuda":
-        plan = plan_memory(model, work.row_tokens, config.memory_gib)
+        waiting = work.memories * model.shape.memory_bytes(2) if config.chunk_keep == "device" else 0
+        plan = plan_memory(model, work.row_tokens, config.memory_gib, waiting)
     else:
         plan = MemoryPlan(layers, light_layers=layers)
     plan.apply(model)

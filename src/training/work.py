@@ -13,6 +13,7 @@ from src.data.documents import Documents
 from src.data.pair_file import load_pairs
 from src.data.passes import PassDataset
 from src.data.preference_batches import PreferenceDataset
+from src.data.rounding import ceil_div
 from src.data.sampling import BatchDataset
 from src.data.sources import open_documents
 from src.device import global_rank
@@ -25,8 +26,8 @@ from src.training.evaluation import HeldOut, held_out_comparison, held_out_loss,
 from src.training.objectives import (
     ComparisonObjective,
     DPOObjective,
-    Objective,
     PreferenceObjective,
+    Scored,
     SFTObjective,
     SimPOObjective,
 )
@@ -44,19 +45,23 @@ class Work:
         objective: maps them to losses.
         measure: scores a model on the held-out data of `--val_file`; None without.
         batches_per_epoch: micro-batches of an epoch on each rank, a multiple of the accumulation.
-        row_tokens: most positions of a micro-batch.
+        row_tokens: most positions of a micro-batch that are computed at a time.
         describe: names what a micro-batch was made of, for messages.
         lines: what the plan says about the data.
+        memories: most memories of sequences that chunks of a micro-batch leave for others.
+        all_tokens: most positions of a micro-batch.
         prepare: measures what the loss needs of the model that the run starts from, and says what it did.
     """
 
     dataset: PassDataset[Any]
-    objective: Objective
+    objective: Scored
     measure: Callable[[LanguageModel], HeldOut] | None
     batches_per_epoch: int
     row_tokens: int
     describe: Callable[[Any], str]
     lines: list[str]
+    memories: int = 0
+    all_tokens: int = 0
     prepare: Callable[[LanguageModel, Reference], list[str]] = lambda model, start: []
 
 
@@ -100,8 +105,28 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         held_out = documents_of(config.val_file)
         lines.append(f"held out   {config.val_file}: {len(held_out):,} documents, {held_out.total_tokens:,} tokens")
         lines += [f"           {statement}" for statement in held_out.statements]
-        measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len)
-    return Work(dataset, SFTObjective(), measure, len(dataset), dataset.most_positions, dataset.describe, lines)
+        measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len, chunk_tokens=config.chunk_ctx)
+    rows = 1 if dataset.mode == "pack" else config.micro_bsz
+    positions, memories = _at_a_time(config, dataset.most_positions, rows)
+    return Work(
+        dataset,
+        SFTObjective(),
+        measure,
+        len(dataset),
+        positions,
+        dataset.describe,
+        lines,
+        memories=memories,
+        all_tokens=dataset.most_positions,
+    )
+
+
+def _at_a_time(config: TrainConfig, positions: int, rows: int) -> tuple[int, int]:
+    """(positions that are computed at a time, memories that wait) of so many positions in so many rows at most."""
+    if not config.chunk_ctx:
+        return positions, 0
+    chunk = rows * config.chunk_ctx
+    return min(positions, chunk), rows * (ceil_div(positions, chunk) - 1)
 
 
 def _loss_line(config: TrainConfig, dataset: BatchDataset) -> str:
@@ -146,6 +171,7 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
 
     dataset = dataset_of(config.rlhf_train_file, config.epoch_steps)
     objective = _pair_objective(config)
+    objective.chunk_tokens = config.chunk_ctx
     plan = dataset.plan
     lines = [
         f"pairs      {config.rlhf_train_file}: {plan.pairs:,} pairs, {plan.positions_per_pass:,} positions a pass",
@@ -162,7 +188,18 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
             measure = partial(held_out_comparison, dataset=held_out, objective=objective)
     parts = 3 if config.orpo_shared_prompt and orpo_type == 0 else 4
     row_tokens = min(config.micro_bsz * parts * config.rlhf_max_corpus_len, plan.positions_per_pass)
-    work = Work(dataset, objective, measure, len(dataset), row_tokens, dataset.describe, lines)
+    positions, memories = _at_a_time(config, row_tokens, 1)
+    work = Work(
+        dataset,
+        objective,
+        measure,
+        len(dataset),
+        positions,
+        dataset.describe,
+        lines,
+        memories=memories,
+        all_tokens=row_tokens,
+    )
     return dataclasses.replace(work, prepare=partial(_with_references, dataset, held_out)) if config.dpo else work
 
 

@@ -28,6 +28,7 @@ STATES = {
     "lr_final": 0.01, "warmup_steps": 10, "n_layer": 24, "n_embd": 2048, "parts": (),
 }  # fmt: skip
 LORA = {"method": "lora", "adapter_r": 32, "lora_alpha": 32.0, "lora_dropout": 0.0}
+INFCTX = {"ctx_len": 2048, "chunk_ctx": 512, "bptt_chunks": 0}
 EXPECTED: dict[str, dict[str, object]] = {
     "lora": LORA,
     "lora, packed": {**LORA, "quant": 1, "quant_type": "nf4"},
@@ -42,6 +43,8 @@ EXPECTED: dict[str, dict[str, object]] = {
         "method": "full", "data_type": "jsonl", "answer_fields": ("query", "response"), "lr_init": 3e-4,
         "lines_used": slice(None, 1000), "lr_final": 1e-4, "load_model": "", "parts": (),
     },
+    "infctx": {**INFCTX, "method": "full", "parts": ()},
+    "infctx, lora": {**INFCTX, **LORA},
     "parts in brackets": LORA,
     "no parts": {**LORA, "parts": ()},
     "answers": {**STATES, "loss_mask": "qa"},
@@ -50,11 +53,17 @@ ANSWERS = "--data_type sft trains on answers alone, as there: --loss_mask pad ha
 FLA = "--fla has no effect: the operator is chosen by the device"
 STATE = "--train_type state is --train_type states"
 THEIRS = "--train_type state is RWKV-PEFT's spelling: unquantised without --quant, as there"
+CHUNKS = (
+    "--train_type infctx is --train_type none --chunk_ctx 512; the gradient passes from chunk to chunk, unlike there "
+    "(--bptt_chunks 1)"
+)
 NOTES: dict[str, list[str]] = {
     "lora, packed": ["--quant nf4 is --quant 1 --quant_type nf4"],
     "states": [FLA, STATE, THEIRS],
     "answers": [FLA, STATE, THEIRS],
     "states, packed": [FLA, STATE, "--quant int8 is --quant 1 --quant_type int8"],
+    "infctx": [CHUNKS],
+    "infctx, lora": [CHUNKS],
     "pretraining": [
         ANSWERS,
         "--data_type sft is --data_type jsonl, written as chats of World models",
@@ -86,7 +95,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "infctx, lora" else []) for name in COMMANDS]
+)
 def test_it_runs(name: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other paths, sizes and accelerator, and two steps of an epoch."""
     monkeypatch.setenv("WANDB_MODE", "offline")

@@ -59,13 +59,14 @@ def train_together(folder: Path, ranks: int = 2, **flags: object) -> None:
 
 
 @pytest.mark.slow
-def test_two_processes_take_the_steps_of_one_that_accumulates(tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunks", [{}, {"chunk_ctx": 16}], ids=["whole", "in chunks"])
+def test_two_processes_take_the_steps_of_one_that_accumulates(chunks: dict[str, int], tmp_path: Path) -> None:
     base = tmp_path / "base.pth"
     tiny_checkpoint(base, **SIZES)
     documents = write_documents(tmp_path / "documents", [100, 17, 32, 64, 8, 45, 35, 60])
     given = {"load_model": base, "data_file": documents, **FLAGS}
     train(tmp_path / "one", accelerator="cpu", accumulate_grad_batches=2, **given)
-    train_together(tmp_path / "two", strategy="deepspeed_stage_1", **given)
+    train_together(tmp_path / "two", strategy="deepspeed_stage_1", **given, **chunks)
 
     one = load_state(tmp_path / "one" / "rwkv-final.pth", tiny_shape(**SIZES))
     two = torch.load(tmp_path / "two" / "states.pt", weights_only=True)

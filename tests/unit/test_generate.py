@@ -241,7 +241,8 @@ def test_output_that_is_not_finite_is_refused() -> None:
         generate(broken, BYTES, ["a"], SETTINGS)
 
 
-def test_answer_logps_sum_over_the_answer(model: LanguageModel) -> None:
+@pytest.mark.parametrize("chunk_tokens", [0, 3])
+def test_answer_logps_sum_over_the_answer(chunk_tokens: int, model: LanguageModel) -> None:
     pairs = [
         PreferencePair(BYTES.encode("User: a"), BYTES.encode(" b\n\n"), BYTES.encode(" cdef\n\n")),
         PreferencePair([5], [6, 7], []),
@@ -253,7 +254,9 @@ def test_answer_logps_sum_over_the_answer(model: LanguageModel) -> None:
         return sum(logp[len(prompt) - 1 + i, token].item() for i, token in enumerate(answer))
 
     done: list[int] = []
-    for pair, (chosen, rejected) in zip(pairs, answer_logps(model, pairs, done.append), strict=True):
+    for pair, (chosen, rejected) in zip(
+        pairs, answer_logps(model, pairs, done.append, chunk_tokens=chunk_tokens), strict=True
+    ):
         assert chosen == pytest.approx(slow(pair.prompt, pair.chosen), rel=1e-5)
         assert rejected == pytest.approx(slow(pair.prompt, pair.rejected), rel=1e-5)
     assert done == [1, 2]

@@ -36,6 +36,20 @@ def test_an_empty_answer_takes_no_place() -> None:
     assert layout.child_borders.tolist() == [0, 0, 2]
 
 
+def test_some_documents_go_on_from_a_memory_and_leave_one() -> None:
+    plain = SegmentLayout.packed([3, 1, 2])
+    layout = plain.carrying([0, 2], [2])
+    assert layout.carry is not None
+    assert [tensor.tolist() for tensor in layout.carry.tensors] == [[0, 2], [0, 4], [2], [5]]
+    assert [tensor.dtype for tensor in layout.carry.tensors] == [torch.int64] * 4
+    assert len(layout.tensors) == len(plain.tensors) + 4
+    moved = layout.to("cpu").carry
+    assert moved is not None
+    assert [tensor.tolist() for tensor in moved.tensors] == [[0, 2], [0, 4], [2], [5]]
+    with pytest.raises(AssertionError):
+        SegmentLayout.packed([3, 0]).carrying([1], [])
+
+
 def test_moving_keeps_everything() -> None:
     layout = SegmentLayout.branching([2, 3], [2], [1])
     moved = layout.to("cpu")

@@ -35,7 +35,7 @@ def test_a_command_without_them_stays_as_it_is() -> None:
 
 
 def test_the_ones_that_are_no_flags_here_are_these() -> None:
-    names = {"state_tune", "fla", "fused_kernel", "op", "avg_loss", "chunk_ctx"}
+    names = {"state_tune", "fla", "fused_kernel", "op", "avg_loss"}
     assert UNDERSTOOD.keys() == names
     assert not names & TrainConfig.__dataclass_fields__.keys()
 
@@ -104,13 +104,36 @@ class TestWhatIsTrained:
     @pytest.mark.parametrize(
         ("flags", "expected"),
         [
-            ({"train_type": "infctx"}, "--train_type infctx: training in chunks (infctx) is not here yet"),
-            ({"chunk_ctx": "512"}, "--chunk_ctx 512: training in chunks (infctx) is not here yet"),
+            ({"state_tune": "1", "train_type": "infctx"}, "--state_tune and --train_type infctx contradict"),
+            ({"train_type": "infctx", "quant": "nf4"}, "--quant 1 freezes the matrices, --train_type none trains them"),
             ({"state_tune": "1", "train_type": "none"}, "--state_tune and --train_type none contradict"),
         ],
     )
     def test_what_is_refused(self, flags: dict[str, str], expected: str) -> None:
         assert expected in problem(**flags)
+
+
+class TestInfctx:
+    @pytest.mark.parametrize(
+        ("flags", "method", "chunk_ctx"),
+        [
+            ({"chunk_ctx": "256", "ctx_len": "2048"}, "full", 256),
+            ({"ctx_len": "2048"}, "full", 512),
+            ({"ctx_len": "300"}, "full", 300),
+            ({"peft": "lora", "lora_r": "8"}, "lora", 512),
+            ({"peft": "bone", "quant": "nf4"}, "bone", 512),
+        ],
+    )
+    def test_it_trains_no_states_in_chunks(self, flags: dict[str, str], method: str, chunk_ctx: int) -> None:
+        made = config(train_type="infctx", **flags)
+        assert (made.method, made.trains_states, made.chunk_ctx, made.bptt_chunks) == (method, False, chunk_ctx, 0)
+        assert notes(train_type="infctx", **flags)[0] == (
+            f"--train_type infctx is --train_type none --chunk_ctx {chunk_ctx}; the gradient passes from chunk to "
+            "chunk, unlike there (--bptt_chunks 1)"
+        )
+
+    def test_a_length_that_is_none_is_told_as_ever(self) -> None:
+        assert problem(train_type="infctx", ctx_len="long") == "--ctx_len 'long' is not a whole number"
 
 
 class TestTheRest:

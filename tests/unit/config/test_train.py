@@ -27,6 +27,8 @@ FLAGS = (
     # data
     "ctx_len", "dataload", "data_shuffle", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count",
     "epoch_begin", "epoch_save", "loss_mask", "mask_id", "preview", "random_seed",
+    # chunks
+    "chunk_ctx", "bptt_chunks", "chunk_keep",
     # optimizer
     "optim", "lr_init", "lr_final", "lr_schedule", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay",
     "weight_decay_final", "layerwise_lr", "my_exit", "my_exit_tokens",
@@ -142,6 +144,17 @@ class TestRefusals:
             ({"lr_final": "-1"}, "--lr_final -1.0 must not be negative"),
             ({"quant": "0", "quant_head": "1"}, "--quant_head 1 packs the head as the matrices are packed: use"),
             ({"grad_cp": "2", "offload_activations": "1"}, "use --grad_cp 1 or 0 with it"),
+            ({"chunk_ctx": "0"}, "--chunk_ctx 0 must be at least 1: leave it out to compute rows whole"),
+            ({"chunk_ctx": "-2"}, "--chunk_ctx -2 must be at least 1, or auto"),
+            ({"chunk_ctx": "half"}, "--chunk_ctx 'half' is not a whole number"),
+            ({"chunk_ctx": "1025"}, "--chunk_ctx 1025 is more than a row of --ctx_len 1024, so it cuts nothing"),
+            (
+                {"chunk_ctx": "1201", "dpo": "1"},
+                "--chunk_ctx 1201 is more than prompt and answer of --rlhf_max_corpus_len 600",
+            ),
+            ({"chunk_ctx": "9", "offload_activations": "1"}, "--offload_activations 1 has no use with --chunk_ctx"),
+            ({"chunk_ctx": "9", "bptt_chunks": "-1"}, "--bptt_chunks -1 must not be negative"),
+            ({"chunk_ctx": "9", "chunk_keep": "disk"}, "--chunk_keep disk is unknown: use one of device, host"),
             ({"dropout": "1"}, "--dropout 1.0 must lie between 0 and 1"),
             ({"beta2": "1"}, "--beta2 1.0 must lie between 0 and 1"),
             ({"optim": "adam_mini"}, "--optim adam_mini is unknown: use one of none, adam, adamw, adamw8bit, paged"),
@@ -289,6 +302,8 @@ class TestFlagsOfTheOriginal:
         ("flags", "expected"),
         [
             ({"quant": 0, "quant_type": "fp4"}, "--quant_type fp4 has no effect without --quant 1"),
+            ({"bptt_chunks": 1}, "--bptt_chunks 1 has no effect without --chunk_ctx"),
+            ({"chunk_keep": "host"}, "--chunk_keep host has no effect without --chunk_ctx"),
             ({"memory_gib": 8}, "--memory_gib 8.0 has no effect without --grad_cp 2"),
             ({"orpo_alpha": 0.3}, "--orpo_alpha 0.3 has no effect without --orpo 1"),
             (

@@ -183,6 +183,27 @@ class TestPackedRows:
                     for one, other in zip(together, own, strict=True):
                         assert_close(one[index], other[0])
 
+    def test_some_documents_go_on_from_a_memory(self) -> None:
+        model = tiny_model()
+        going_on, kept = [0, 2], [2, 1]
+        tokens = tokens_of(model.shape, 1, sum(self.LENGTHS))
+        layout = SegmentLayout.packed(self.LENGTHS).carrying(going_on, kept)
+        with torch.no_grad():
+            _, memory = model(tokens_of(model.shape, 2, 6, seed=8), return_state=True)
+            together, after = model(tokens, memory, layout, return_state=True)
+            apart = []
+            for root, document in enumerate(tokens.split(list(self.LENGTHS), dim=1)):
+                start = None
+                if root in going_on:
+                    start = [layer.rows(torch.tensor([going_on.index(root)])) for layer in memory]
+                hidden, alone = model(document, start, return_state=True)
+                apart.append(hidden)
+                for layer, own in zip(after, alone, strict=True):
+                    for one, other in zip(layer, own, strict=True):
+                        if root in kept:
+                            assert_close(one[kept.index(root)], other[0])
+        assert_close(together, torch.cat(apart, dim=1))
+
     @pytest.mark.parametrize("prompts", [(6, 3), (1, 9), (4,), (0, 5)])
     @pytest.mark.parametrize("recompute", [Recompute.NOTHING, Recompute.ALL])
     def test_answers_that_branch_off_a_prompt_equal_full_rows(

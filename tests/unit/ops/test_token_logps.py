@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from src.losses import sft_loss
-from src.ops.token_logps import head_sft_loss, token_logps
+from src.ops.token_logps import head_sft_loss, token_logps, token_logps_gradient
 from src.training.module import FP16_LOSS_SCALE
 
 ROWS, CHANNELS, VOCABULARY = 13, 8, 21
@@ -42,6 +42,18 @@ def test_values_and_both_gradients(chunk_tokens: int | None) -> None:
         gradients.append((logp.detach(), max_logit.detach(), h.grad, w.grad))
     for ours, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, reference)
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 4, None])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_gradient_of_known_gradients_is_that_of_the_backward(dtype: torch.dtype, chunk_tokens: int | None) -> None:
+    hidden, weight, targets = inputs(dtype)
+    by = torch.randn(2, ROWS, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    scores = token_logps(hidden.requires_grad_(), weight, targets, chunk_tokens=chunk_tokens)
+    torch.autograd.backward(scores, list(by))
+    found = token_logps_gradient(hidden.detach(), weight, targets, *by, chunk_tokens=chunk_tokens)
+    assert found.dtype == dtype
+    assert torch.equal(found, hidden.grad)
 
 
 def test_gradcheck() -> None:

@@ -38,9 +38,10 @@ def target_losses(model: LanguageModel, tokens: list[int]) -> torch.Tensor:
     return losses
 
 
-def test_the_loss_is_the_mean_over_all_targets(model: LanguageModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("chunk_tokens", [0, 32])
+def test_the_loss_is_the_mean_over_all_targets(chunk_tokens: int, model: LanguageModel, tmp_path: Path) -> None:
     documents = read_binidx(str(write_documents(tmp_path / "d", [100, 5, 70, 65, 66])), SHAPE.vocab_size)
-    result = held_out_loss(model, documents, ctx_len=90)
+    result = held_out_loss(model, documents, 90, chunk_tokens)
     rows = [target_losses(model, documents.tokens(i, 91).tolist()) for i in range(5)]
     assert result.overall == pytest.approx(float(torch.cat(rows).mean()), rel=1e-5)
     assert result.start == pytest.approx(float(torch.cat([r[:START_POSITIONS] for r in rows]).mean()), rel=1e-5)

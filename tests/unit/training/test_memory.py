@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
 
+from src.adapters.method import method_of
 from src.adapters.plan import AdapterPlan
 from src.config import TrainConfig
 from src.errors import ConfigError
@@ -13,7 +17,8 @@ from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.model.rwkv6 import RWKV6Shape
-from src.training.memory import MemoryPlan, plan_memory, require_memory_of_run
+from src.training import memory
+from src.training.memory import MemoryPlan, chunk_that_fits, plan_memory, require_memory_of_run
 
 GIB = 2**30
 TOKENS = 512
@@ -121,6 +126,11 @@ def test_kept_bytes_cover_what_torch_keeps(recompute: Recompute, kind: str) -> N
     assert 0.9 * estimate < (kept[1] - kept[0]) / TOKENS <= estimate
 
 
+def work_of(row_tokens: int, memories: int = 0, all_tokens: int = 0) -> Any:
+    """What a run works on, as far as memory is concerned."""
+    return SimpleNamespace(row_tokens=row_tokens, memories=memories, all_tokens=all_tokens or row_tokens)
+
+
 class TestSizesThatNoMachineHas:
     CPU = torch.device("cpu")
 
@@ -129,7 +139,7 @@ class TestSizesThatNoMachineHas:
         shape = RWKV6Shape.from_sizes(n_layer=1000, n_embd=131072, vocab_size=257)
         message = r"--n_layer 1000 --n_embd 131072 --vocab_size 257 needs .* GiB at least and the machine has"
         with pytest.raises(ConfigError, match=message):
-            require_memory_of_run(TrainConfig.from_flags(sizes), self.CPU, shape, 1)
+            require_memory_of_run(TrainConfig.from_flags(sizes), self.CPU, shape, work_of(1))
 
     @pytest.mark.parametrize(
         ("flags", "named"),
@@ -143,6 +153,63 @@ class TestSizesThatNoMachineHas:
     )
     def test_a_micro_batch(self, flags: dict[str, str], named: str) -> None:
         config = TrainConfig.from_flags({"load_model": "b", **flags})
-        require_memory_of_run(config, self.CPU, tiny_shape(), 1_000_000)
+        require_memory_of_run(config, self.CPU, tiny_shape(), work_of(1_000_000))
         with pytest.raises(ConfigError, match=f"{named}, 100,000,000,000 positions at a time, needs .*: lower them"):
-            require_memory_of_run(config, self.CPU, tiny_shape(), 10**11)
+            require_memory_of_run(config, self.CPU, tiny_shape(), work_of(10**11))
+
+    def test_memories_of_a_row_in_chunks(self) -> None:
+        config = TrainConfig.from_flags({"load_model": "b", "data_file": "d", "chunk_ctx": "1", "ctx_len": "9000000"})
+        shape = tiny_shape(n_layer=4, n_embd=2048, head_size=64)
+        require_memory_of_run(config, self.CPU, shape, work_of(1, memories=100))
+        message = (
+            "--chunk_ctx 1, which cuts --ctx_len 9000000 into chunks that leave 9,000,000 memories, needs .*: raise it$"
+        )
+        with pytest.raises(ConfigError, match=message):
+            require_memory_of_run(config, self.CPU, shape, work_of(1, memories=9_000_000))
+
+    def test_inputs_of_layers(self) -> None:
+        flags = {"load_model": "b", "data_file": "d", "chunk_ctx": "512", "chunk_keep": "inputs"}
+        with pytest.raises(ConfigError, match=r"--chunk_keep inputs, with .* positions of 2 layers, needs"):
+            require_memory_of_run(TrainConfig.from_flags(flags), self.CPU, tiny_shape(), work_of(512, 1, 10**11))
+
+
+class TestTheChunkThatFits:
+    SHAPE = RWKV6Shape.from_sizes(n_layer=24, n_embd=2048, vocab_size=65536)
+
+    def size(self, monkeypatch: pytest.MonkeyPatch, gib: float, **flags: str) -> int:
+        monkeypatch.setattr(memory, "free_bytes", lambda device: gib * GIB)
+        given = {"load_model": "b", "data_file": "d", "chunk_ctx": "auto", "ctx_len": "65536", **flags}
+        config = TrainConfig.from_flags(given)
+        return chunk_that_fits(config, method_of(config), self.SHAPE, torch.device("cuda"), torch.bfloat16)
+
+    def test_more_memory_takes_longer_chunks_until_rows_are_whole(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        sizes = [self.size(monkeypatch, gib) for gib in (3, 4, 6, 8, 12, 16)]
+        assert sizes == sorted(sizes)
+        assert 128 <= sizes[0] < sizes[-1] < 65536
+        assert self.size(monkeypatch, 80) == 0
+        assert self.size(monkeypatch, 8, ctx_len="1024") == 0
+
+    @pytest.mark.parametrize(
+        "flags",
+        [{"peft": "lora"}, {"quant": "0"}, {"grad_cp": "0"}, {"grad_cp": "2"}, {"dataload": "pad", "micro_bsz": "4"}],
+    )
+    def test_what_takes_more_leaves_shorter_ones(self, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+        assert 0 < self.size(monkeypatch, 10, **flags) < self.size(monkeypatch, 10)
+
+    def test_memories_and_inputs_may_wait_on_the_host(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        flags = {"ctx_len": "200000"}
+        assert self.size(monkeypatch, 4.0, **flags) < self.size(monkeypatch, 4.0, **flags, chunk_keep="host")
+        flags["grad_cp"] = "0"
+        host, inputs = (self.size(monkeypatch, 4.0, **flags, chunk_keep=keep) for keep in ("host", "inputs"))
+        assert host < inputs
+        with pytest.raises(ConfigError, match=r"finds no size that fits: .* use --chunk_keep host, or shorter rows"):
+            self.size(monkeypatch, 4.0, ctx_len="4000000")
+
+    def test_a_chunk_without_recomputation_has_to_be_worth_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        small, large = ([self.size(monkeypatch, gib, grad_cp=mode) for mode in "012"] for gib in (5, 12))
+        assert small[0] < 2048 < small[1] == small[2]
+        assert 2048 <= large[0] == large[2] < large[1]
+
+    def test_pairs_are_one_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.size(monkeypatch, 6, orpo="1") == 0
+        assert self.size(monkeypatch, 6, orpo="1", rlhf_max_corpus_len="30000") > 0

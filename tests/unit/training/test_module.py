@@ -12,6 +12,7 @@ from src.data.rounding import EXACT, FEW_SHAPES, Rounding
 from src.errors import DataError
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
+from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.module import FP16_LOSS_SCALE, TrainingModule
 from src.training.objectives import Outcome, Staged
 
@@ -200,3 +201,18 @@ class TestLookAhead:
         assert bool(made.graphed) == recordable
         next(iter(made.train_dataloader()))
         assert events == [(0, rounding)]
+
+
+class TestChunks:
+    def test_the_objective_is_computed_in_chunks(self) -> None:
+        made = module(chunk_ctx=7, bptt_chunks=2, chunk_keep="inputs")
+        assert isinstance(made.objective, ChunkedObjective)
+        assert made.objective.options == ChunkOptions(7, 2, on_host=True, with_inputs=True)
+        assert not isinstance(module().objective, ChunkedObjective)
+
+    def test_and_not_recorded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(LanguageModel, "can_be_recorded", True)
+        monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+        monkeypatch.setattr(GivenLoss, "recordable", True)
+        assert module().graphed is not None
+        assert module(chunk_ctx=7).graphed is None

@@ -1,0 +1,349 @@
+"""Rows of any length: what a step needs on the device does not grow with them (`--chunk_ctx`).
+
+A row is computed in chunks (`src.cutting`), twice. The first pass goes forward without autograd, keeps the memory that
+each chunk begins from, and scores the targets. From the scores follow the loss and its gradient with respect to each of
+them. The second pass goes from the last chunk to the first: each is computed again, now with autograd, and its backward
+begins from the gradients of its scores and of the memory it leaves, which the chunks after it have handed to it; the
+gradient of the memory it began from goes to the chunks before. So loss and gradient are those of the whole row, also of
+the initial state, whatever the size of a chunk, unless they are to be cut (`bptt_chunks`).
+
+If the first pass leaves what entered each layer in host memory, the second begins at every layer at once: it computes
+nothing that only leads to the next one.
+
+Legend: M targets.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.func import functional_call
+
+from src.cutting import Chunk, cut
+from src.model.chunks import Memories, by_source, chunk_scores, kept_of, read_scores, run_chunk, to_host
+from src.model.language_model import LanguageModel
+from src.model.recompute import Draws
+from src.model.state import LayerState, ModelState
+from src.ops.token_logps import token_logps_gradient
+from src.training.objectives import Looker, Scored, Staged, TokensAlone
+
+
+@dataclass(frozen=True)
+class ChunkOptions:
+    """How rows are cut.
+
+    Attributes:
+        tokens: most tokens of a chunk, of each row.
+        bptt_chunks: gradients pass the borders within so many chunks, counted from the row's start, and no others;
+            0: they pass all.
+        on_host: whether memories wait in host memory.
+        with_inputs: whether each layer's inputs wait there, too.
+    """
+
+    tokens: int
+    bptt_chunks: int = 0
+    on_host: bool = False
+    with_inputs: bool = False
+
+    def passes(self, earlier: Chunk, later: Chunk) -> bool:
+        """Whether the gradient of a memory goes from one chunk to the one that left it."""
+        return not self.bptt_chunks or earlier.number // self.bptt_chunks == later.number // self.bptt_chunks
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagedChunks(Staged):
+    """A batch to be computed in chunks.
+
+    Attributes:
+        tokens: int64 [B, T], which stay on the host.
+        chunks: what is computed, in order.
+    """
+
+    tokens: Tensor
+    chunks: tuple[Chunk, ...]
+
+    def to(self, device: torch.device) -> StagedChunks:
+        """See Staged."""
+        moved = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
+        return replace(self, tensors=moved, chunks=tuple(chunk.to(device) for chunk in self.chunks))
+
+
+class ChunkedObjective:
+    """An objective that computes rows of more than so many tokens in chunks; others it leaves as they are.
+
+    Args:
+        objective: whose loss it is.
+        options: how rows are cut.
+    """
+
+    recordable = False
+
+    def __init__(self, objective: Scored, options: ChunkOptions) -> None:
+        self.objective = objective
+        self.options = options
+
+    def stage(self, model: Looker, batch: Any) -> Staged:
+        """See Objective."""
+        rows, width = batch.tokens.shape
+        if width <= self.options.tokens:
+            return self.objective.stage(model, batch)
+        staged = self.objective.stage(TokensAlone(), batch)
+        tensors = dict(staged.tensors)
+        tokens = tensors.pop("x")
+        chunks = cut(rows, width, staged.layout, tensors["positions"], self.options.tokens)
+        return StagedChunks(tensors, staged.source, pairs=staged.pairs, tokens=tokens, chunks=tuple(chunks))
+
+    def compute(self, model: LanguageModel, staged: Staged) -> tuple[Tensor, Any]:
+        """See Objective."""
+        if not isinstance(staged, StagedChunks):
+            return self.objective.compute(model, staged)
+        trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+        memories = Memories(model.device, on_host=self.options.on_host)
+        passed_by = [_PassedBy(model, with_inputs=self.options.with_inputs) for _ in staged.chunks]
+        sets = self.objective.target_sets(staged)
+        scores = read_scores(
+            model, staged.tokens, staged.chunks, sets, memories, lambda place: passed_by[place].begin()
+        )
+        leaves = [(logp.requires_grad_(), max_logit.requires_grad_()) for logp, max_logit in scores]
+        loss, result = self.objective.loss_of(staged, leaves)
+        every = [score for pair in leaves for score in pair]
+        found = torch.autograd.grad(loss, every, allow_unused=True, materialize_grads=True)
+        gradients = list(zip(found[::2], found[1::2], strict=True))
+        second = _SecondPass(model, staged, sets, gradients, memories, passed_by, self.options)
+        passed: Tensor = _BackwardInChunks.apply(loss.detach(), second, list(trained), *trained.values())
+        return passed, result
+
+    def logs(self, result: Any) -> dict[str, float]:
+        """See Objective."""
+        return self.objective.logs(result)
+
+    def state(self) -> dict[str, Any]:
+        """See Objective."""
+        return self.objective.state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See Objective."""
+        self.objective.restore(state)
+
+
+class _PassedBy:
+    """What the first pass leaves of a chunk besides its memory.
+
+    Attributes:
+        draws: where the random numbers stood when it began, and then at each layer; empty where none are drawn.
+        inputs: what entered each layer, and then `ln_out`, on the host; empty where it is not kept.
+    """
+
+    def __init__(self, model: LanguageModel, *, with_inputs: bool) -> None:
+        self.draws: list[Draws] = []
+        self.inputs: list[Tensor] = []
+        self._model = model
+        self._with_inputs = with_inputs
+
+    def begin(self) -> Callable[[Tensor], None] | None:
+        """To be called before the chunk; gives what watches its layers."""
+        self._draw()
+        return self._watch if self._with_inputs else None
+
+    def _watch(self, x: Tensor) -> None:
+        self.inputs.append(to_host(x) if x.is_cuda else x)
+        self._draw()
+
+    def _draw(self) -> None:
+        if self._model.draws_random:
+            self.draws.append(Draws.next(self._model.device))
+
+    def drawing(self, layer: int) -> AbstractContextManager[None]:
+        """A context that draws a layer's random numbers again; -1 is the chunk from its beginning."""
+        return self.draws[layer + 1].again() if self.draws else contextlib.nullcontext()
+
+
+class _BackwardInChunks(torch.autograd.Function):
+    """A loss whose backward is the second pass. It gives all gradients at once: hooks see nothing unusual."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, second: _SecondPass, names: list[str], *trained: Tensor) -> Tensor:
+        ctx.second, ctx.names = second, names
+        ctx.save_for_backward(*trained)
+        return loss.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        # Leaves in the parameters' places: their gradients add up in place, chunk after chunk.
+        leaves = {
+            name: tensor.detach().requires_grad_() for name, tensor in zip(ctx.names, ctx.saved_tensors, strict=True)
+        }
+        functional_call(ctx.second, {f"model.{name}": leaf for name, leaf in leaves.items()}, (gradient,))
+        # Zeros where nothing arrived: an engine waits for every gradient.
+        found = (torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves.values())
+        return (None, None, None, *found)
+
+
+ScoreGradients = Sequence[tuple[Tensor, Tensor]]
+"""For each set of targets the loss's gradient with respect to log-probability and largest logit, [M] each."""
+Ends = list[tuple[Tensor, Tensor | None]]
+"""Results, and their gradients where there are any."""
+
+
+class _SecondPass(nn.Module):
+    """Backward through all chunks, last to first; a module, so that leaves can stand in its model's parameters' places.
+
+    Args:
+        model, staged, target_sets: of the first pass.
+        gradients: of the loss with respect to the scores it gave.
+        memories: that it left; each is dropped when nobody needs it any more.
+        passed_by: what else it left of each chunk.
+        options: how rows are cut.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        staged: StagedChunks,
+        target_sets: Sequence[Tensor],
+        gradients: ScoreGradients,
+        memories: Memories,
+        passed_by: list[_PassedBy],
+        options: ChunkOptions,
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self._staged = staged
+        self._target_sets = target_sets
+        self._gradients = gradients
+        self._memories = memories
+        self._passed_by = passed_by
+        self._options = options
+
+    @cached_property
+    def _depends(self) -> list[bool]:
+        """Whether what enters each layer, and then `ln_out`, depends on something trained."""
+        layers = range(len(self.model.blocks) + 1)
+        return [any(part.requires_grad for part in self.model.parts_before(layer)) for layer in layers]
+
+    def forward(self, scale: Tensor) -> None:
+        """Adds to the parameters' gradients those of the loss times `scale`, 0-d."""
+        handed: dict[int, ModelState] = {}
+        while self._passed_by:
+            index, passed_by = len(self._passed_by) - 1, self._passed_by.pop()
+            chunk = self._staged.chunks[index]
+            after = handed.pop(index, None)
+            if len(chunk.scored) or after is not None:
+                start = self._start_of(chunk)
+                backward = self._layer_by_layer if passed_by.inputs else self._at_once
+                with torch.enable_grad():
+                    backward(chunk, passed_by, start, after, scale)
+                self._hand_on(chunk, start, handed)
+            self._memories.drop(index)
+
+    def _start_of(self, chunk: Chunk) -> ModelState | None:
+        """The memory that a chunk begins from, as leaves that take gradients if these go on to earlier chunks."""
+        chunks = self._staged.chunks
+        goes_on = any(self._options.passes(chunks[source], chunk) for source, _ in chunk.sources)
+        start = self._memories.start_of(chunk)
+        if start is None:
+            return None
+        return [LayerState(*(part.detach().requires_grad_(goes_on) for part in layer)) for layer in start]
+
+    def _at_once(
+        self, chunk: Chunk, passed_by: _PassedBy, start: ModelState | None, after: ModelState | None, scale: Tensor
+    ) -> None:
+        """Backward through a whole chunk; `after` are the gradients of the memory it leaves."""
+        with passed_by.drawing(-1):
+            hidden, state = run_chunk(self.model, self._staged.tokens, chunk, start)
+        ends = self._of_scores(chunk, hidden, scale)
+        if after is not None:
+            assert state is not None
+            for layer, gradients in zip(state, after, strict=True):
+                ends += zip(layer, gradients, strict=True)
+        _backward_from(ends)
+
+    def _layer_by_layer(
+        self, chunk: Chunk, passed_by: _PassedBy, start: ModelState | None, after: ModelState | None, scale: Tensor
+    ) -> None:
+        """The same from what entered each layer."""
+        model = self.model
+        goes_on = start is not None and start[0].wkv.requires_grad
+
+        def leaf(layer: int) -> Tensor:
+            x = passed_by.inputs.pop().to(model.device, non_blocking=True)
+            return x.detach().requires_grad_(self._depends[layer] or (goes_on and layer > 0))
+
+        last = leaf(len(model.blocks))
+        _backward_from(self._of_scores(chunk, model.ln_out(last), scale))
+        result, gradient = last.detach(), last.grad
+        del last
+        for layer in reversed(range(len(model.blocks))):
+            x = leaf(layer)
+            with passed_by.drawing(layer):
+                carried = None if start is None else start[layer]
+                wanted = after is not None
+                out, memory = model.layer(layer, x, carried, chunk.layout, return_state=wanted, result=result)
+            ends: Ends = [(out, gradient)]
+            if after is not None:
+                assert memory is not None
+                ends += zip(kept_of(chunk, memory), after[layer], strict=True)
+            _backward_from(ends)
+            result, gradient = x.detach(), x.grad
+        if gradient is not None:
+            with passed_by.drawing(-1):
+                _backward_from([(model.embed(model.look_up(chunk.of(self._staged.tokens))), gradient)])
+
+    def _of_scores(self, chunk: Chunk, hidden: Tensor, scale: Tensor) -> Ends:
+        """What the loss depends on in a chunk, with gradients: scores of targets, or what the head is applied to."""
+        if not len(chunk.scored):
+            return []
+        gradients = [
+            tuple(gradient.index_select(0, chunk.scored) * scale for gradient in pair) for pair in self._gradients
+        ]
+        head = self.model.head_weight()
+        if isinstance(head, Tensor) and not (head.requires_grad or hidden.requires_grad):
+            return []
+        if not isinstance(head, Tensor) or head.requires_grad:
+            scores = chunk_scores(self.model, hidden, chunk, self._target_sets)
+            return [end for pairs in zip(scores, gradients, strict=True) for end in zip(*pairs, strict=True)]
+        rows = hidden.flatten(0, 1).index_select(0, chunk.places)
+        return [
+            (rows, token_logps_gradient(rows, head, targets.index_select(0, chunk.scored), *pair))
+            for targets, pair in zip(self._target_sets, gradients, strict=True)
+        ]
+
+    def _hand_on(self, chunk: Chunk, start: ModelState | None, handed: dict[int, ModelState]) -> None:
+        """Adds the gradients of the memory that a chunk began from to what the chunks that left it are handed."""
+        row = 0
+        for source, places in by_source(chunk.sources):
+            rows = slice(row, row + len(places))
+            row = rows.stop
+            if not self._options.passes(self._staged.chunks[source], chunk):
+                continue
+            assert start is not None
+            kept = len(self._staged.chunks[source].kept)
+            index = torch.tensor(places, device=self.model.device)
+            layers = [LayerState(*(_spread(part, rows, index, kept) for part in layer)) for layer in start]
+            if source in handed:
+                layers = [
+                    LayerState(*(one.add_(other) for one, other in zip(*pair, strict=True)))
+                    for pair in zip(handed[source], layers, strict=True)
+                ]
+            handed[source] = layers
+
+
+def _backward_from(ends: Ends) -> None:
+    asked = [(end, gradient) for end, gradient in ends if gradient is not None and end.requires_grad]
+    if asked:
+        torch.autograd.backward([end for end, _ in asked], [gradient for _, gradient in asked])
+
+
+def _spread(part: Tensor, rows: slice, index: Tensor, kept: int) -> Tensor:
+    """The gradients of some rows of a memory, at their places among those of the chunk that left it."""
+    spread = part.new_zeros((kept, *part.shape[1:]))
+    return spread if part.grad is None else spread.index_add_(0, index, part.grad[rows])
