@@ -229,8 +229,9 @@ class TestTokensAsText:
     @pytest.mark.parametrize(("vocab_size", "tokenizer"), [(257, ByteTokenizer()), (65536, WorldTokenizer())])
     def test_own_tokens(self, tmp_path, vocab_size, tokenizer):
         text = "User: Où est\n\nAssistant: là-bas. " * 3
-        (said,) = self.statements(tmp_path, [[*tokenizer.encode(text), 0], [1, 2]], vocab_size)
+        said, hint = self.statements(tmp_path, [[*tokenizer.encode(text), 0], [1, 2]], vocab_size)
         assert said == f"Document 0 begins {text[:60]!r}…"
+        assert hint.startswith("1 of 2 documents looked at are conversations: --loss_mask qa")
 
     def test_tokens_of_another_tokenizer(self, tmp_path):
         text = "The quick brown fox jumps over the lazy dog. "
