@@ -1,4 +1,4 @@
-"""Trains the initial state, adapters or weights of an RWKV-6 model; `python train.py -h` lists the flags."""
+"""Trains the initial state, adapters or weights of an RWKV-6 or RWKV-7 model; `python train.py -h` lists the flags."""
 
 from src.cli import given_train_flags
 from src.errors import exit_on_user_error

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from src import storage
+from src import safetensors, storage
 from src.errors import CheckpointError
-from src.model.rwkv6 import RWKV6Shape, other_kind
+from src.model.architectures import recognise, shape_of, with_own_names
 from src.model.shape import ModelShape, state_key
 from src.storage import PathLike
 
@@ -96,33 +97,39 @@ class Checkpoint(Mapping[str, Tensor]):
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
-    """Opens a model file and checks that it is a complete RWKV-6 (x060) model.
+    """Opens a model file and checks that it is a complete model of an architecture there is.
 
-    Key prefixes of wrapping modules (`_PREFIXES`), and a `{"state_dict": ...}` around the keys, are taken off.
+    Key prefixes of wrapping modules (`_PREFIXES`), and a `{"state_dict": ...}` around the keys, are taken off. RWKV-7
+    is also read in Hugging Face's form, from one `.safetensors` file.
 
     Raises:
         CheckpointError: The file is missing, damaged, of another kind or architecture, or a key is
             missing, superfluous, misshapen or not a floating-point tensor.
     """
-    file, content = _opened(path, "model file")
+    file: storage.TensorFile | None = None
+    named = _in_hf_form(path)
+    if not named:
+        file, named = _opened(path, "model file")
+    content = with_own_names(named)
     if all(key.endswith(_STATE_SUFFIX) for key in content):
         raise CheckpointError(
             f"{path} holds only the time_state of {len(content)} layers; it is a state file, and the base "
             "model it was trained on is needed here"
         )
-    kind = other_kind(content)
-    if kind:
-        raise CheckpointError(f"{path} {kind}")
+    try:
+        architecture = recognise(content)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} {error}") from None
     tensors = _float_tensors(path, content)
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     try:
-        shape = RWKV6Shape.from_shapes(shapes)
+        shape = architecture.from_shapes(shapes)
     except CheckpointError as error:
-        raise CheckpointError(f"{path} is no complete RWKV-6 (x060) model: {error}") from None
+        raise CheckpointError(f"{path} is no complete {architecture.family} model: {error}") from None
     problems = shape.key_problems(shapes)
     if problems:
         raise CheckpointError(
-            f"{path} is no complete RWKV-6 (x060) model, judged by the sizes of its embedding and first "
+            f"{path} is no complete {architecture.family} model, judged by the sizes of its embedding and first "
             f"layer: {'; '.join(problems)}"
         )
     info = CheckpointInfo(shape, _dtype_name(tensors["emb.weight"].dtype), has_state=state_key(0) in tensors)
@@ -265,7 +272,7 @@ def save_model(path: PathLike, tensors: Mapping[str, Tensor], dtype: torch.dtype
         CheckpointError: The file cannot be written. An existing file is then unchanged.
     """
     shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
-    problems = RWKV6Shape.from_shapes(shapes).key_problems(shapes)
+    problems = shape_of(shapes).key_problems(shapes)
     assert not problems, problems
     storage.save(path, {key: _own_copy(tensor, dtype) for key, tensor in tensors.items()})
 
@@ -309,6 +316,14 @@ def _opened(path: PathLike, role: str) -> tuple[storage.TensorFile, dict[str, An
             raise CheckpointError(f"{path} holds {name} twice, with and without a prefix; keep one of them")
         stripped[name] = value
     return file, stripped
+
+
+def _in_hf_form(path: PathLike) -> Mapping[str, Any]:
+    """What a safetensors file holds if it is one that is read; nothing otherwise, so that it is refused by its name."""
+    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+        return {}
+    content = safetensors.load(Path(path), "model file")
+    return content if with_own_names(content) is not content else {}
 
 
 def _strip_prefix(key: str) -> str:

@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from src import storage
+from src import safetensors, storage
 from src.adapters.hf import write_hf
 from src.adapters.trained import Told, Trained, read_trained
 from src.checkpoint import Checkpoint, open_checkpoint
 from src.errors import CheckpointError, ConfigError
 from src.identity import FileIdentity
+from src.model.rwkv7 import hf_name, hf_tensor
 from src.model.shape import ModelShape
 from src.quant import DequantizationWorkspace, FrozenLinear
 from src.storage import PathLike
@@ -133,6 +134,38 @@ class Apart(Mapping[str, Tensor]):
         return len(self._merged)
 
 
+class InHFForm(Mapping[str, Tensor]):
+    """A merged RWKV-7 model under the names of Hugging Face's form, each tensor made when it is asked for.
+
+    What layer 0 holds and nothing uses has no place there.
+
+    Raises:
+        CheckpointError: There is no such form of the model.
+    """
+
+    def __init__(self, merged: Merged, shape: ModelShape, trained: Trained) -> None:
+        if shape.architecture != "x070":
+            raise CheckpointError(
+                f"Hugging Face's form (.safetensors) is written of RWKV-7, and this is {shape.family}: let OUTPUT end "
+                "in .pth"
+            )
+        if any(key in merged for key in shape.state_shapes()):
+            raise CheckpointError(
+                "Hugging Face's form (.safetensors) of a model has no place for a start state: let OUTPUT end in .pth"
+            )
+        self._merged = merged
+        self._own = {hf_name(key): key for key in merged if key not in shape.idle_names()}
+
+    def __getitem__(self, key: str) -> Tensor:
+        return hf_tensor(self._own[key], self._merged[self._own[key]])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._own)
+
+    def __len__(self) -> int:
+        return len(self._own)
+
+
 def merge(
     base_path: PathLike,
     file_path: PathLike,
@@ -145,8 +178,9 @@ def merge(
     """Writes a copy of the base model with a state, an adapter, further weights, or all of them put in.
 
     Every other tensor is copied bit for bit, in its dtype; a state that the base already has is replaced. Key prefixes
-    are taken off, because inference clients do not know them. Tensors go from the base to the output one
-    by one, so that host memory stays near one matrix.
+    are taken off, because inference clients do not know them. Tensors go from the base to the output one by
+    one, so that host memory stays near one matrix. An output that ends in `.safetensors` is an RWKV-7 model in
+    Hugging Face's form.
 
     Args:
         base_path: the base model.
@@ -164,7 +198,10 @@ def merge(
     base, trained = open_inputs(base_path, file_path, output_path, told)
     check_quant(trained, quant)
     merged = Merged(base, trained, quant, device)
-    save_one_by_one(output_path, merged.outlines(), merged.__getitem__)
+    if Path(output_path).suffix == ".safetensors":
+        safetensors.save(Path(output_path), InHFForm(merged, base.info.shape, trained))
+    else:
+        save_one_by_one(output_path, merged.outlines(), merged.__getitem__)
     return MergeReport(
         base=base,
         trained=trained,

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / "build" / "torch_extensions"))
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `from factories import ...`
+
+
+@pytest.fixture(scope="module", params=["x060", pytest.param("x070", marks=pytest.mark.slow)])
+def architecture(request: pytest.FixtureRequest) -> Iterator[str]:
+    """What the factories make while a module's tests run: each architecture in turn."""
+    import factories
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(factories, "DEFAULT_ARCHITECTURE", request.param)
+        yield request.param
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,12 @@ from torch import Tensor
 
 from src.checkpoint import save_model, save_state
 from src.model.rwkv6 import RWKV6Shape
+from src.model.rwkv7 import RWKV7Shape
 from src.model.shape import ModelShape
+
+ARCHITECTURES = ("x060", "x070")
+DEFAULT_ARCHITECTURE = "x060"
+"""What `tiny_shape` makes unless it is told; tests of every architecture set it."""
 
 
 def tiny_shape(
@@ -23,8 +28,27 @@ def tiny_shape(
     dim_ffn: int = 0,
     mix_lora_width: int = 8,
     decay_lora_width: int = 16,
+    holds_idle: bool = False,
+    architecture: str = "",
 ) -> ModelShape:
-    """Sizes of a model small enough for a unit test; 0 means the usual rule."""
+    """Sizes of a model small enough for a unit test; 0 means the usual rule, "" DEFAULT_ARCHITECTURE."""
+    if (architecture or DEFAULT_ARCHITECTURE) == "x070":
+        assert not dim_att
+        assert n_embd % head_size == 0
+        return RWKV7Shape(
+            n_layer=n_layer,
+            n_embd=n_embd,
+            dim_att=n_embd,
+            dim_ffn=dim_ffn or 4 * n_embd,
+            vocab_size=vocab_size,
+            n_head=n_embd // head_size,
+            head_size=head_size,
+            decay_width=decay_lora_width,
+            rate_width=12,
+            value_width=6,
+            gate_width=20,
+            holds_idle=holds_idle,
+        )
     dim_att = dim_att or n_embd
     assert dim_att % head_size == 0
     return RWKV6Shape(
@@ -52,10 +76,15 @@ def tiny_parameters(shape: ModelShape, seed: int = 0, dtype: torch.dtype = torch
         if not tensor.any() or key == "emb.weight":
             scale = 1 / math.sqrt(tensor.shape[-1]) if tensor.dim() > 1 else 0.1
             tensor = torch.randn(tensor.shape, generator=generator) * scale
-        elif key.endswith("_w2"):
+        elif key.endswith(("_w2", ".w2", ".a2", ".v2", ".g2", "r_k")):
             tensor = tensor * 10
+        elif key.endswith((".k_k", ".k_a")):
+            tensor = tensor + 0.3 * torch.randn(tensor.shape, generator=generator)
         elif key.endswith(("ln0.weight", "ln1.weight", "ln2.weight", "ln_out.weight", "ln_x.weight")):
             tensor = tensor + 0.1 * torch.randn(tensor.shape, generator=generator)
+        if shape.architecture == "x070" and key in shape.matrix_names():
+            # A fresh model's are up to thirty times smaller, and with them what the recurrence adds.
+            tensor = torch.randn(tensor.shape, generator=generator) / math.sqrt(tensor.shape[-1])
         parameters[key] = tensor.to(dtype)
     return parameters
 

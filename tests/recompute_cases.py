@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable
+from functools import cache
 
 import torch
 from factories import tiny_parameters, tiny_shape, tiny_states
@@ -14,10 +15,17 @@ from src.layout import SegmentLayout
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
+from src.model.shape import ModelShape
 from src.model.state import LayerState, ModelState
 
-SHAPE = tiny_shape(n_layer=3, n_embd=128, head_size=64)
-"""Heads of 64, which the operator's kernel takes."""
+
+@cache
+def shape_of(architecture: str) -> ModelShape:
+    """Heads of 64, which the operator's kernel takes."""
+    return tiny_shape(n_layer=3, n_embd=128, head_size=64, architecture=architecture)
+
+
+SHAPE = shape_of("x060")
 
 Gradients = dict[str, Tensor]
 
@@ -25,7 +33,7 @@ Gradients = dict[str, Tensor]
 def adapt(model: LanguageModel, kind: str, matrices: Collection[str], r: int = 16) -> None:
     """Puts adapters around matrices, all of them away from their start."""
     made = KINDS[kind]
-    sizes = SHAPE.parameter_shapes()
+    sizes = model.shape.parameter_shapes()
     for seed, key in enumerate(matrices):
         generator = torch.Generator().manual_seed(seed)
         values = {
@@ -37,13 +45,23 @@ def adapt(model: LanguageModel, kind: str, matrices: Collection[str], r: int = 1
 
 
 def model_of(
-    mode: Recompute, quant_type: str | None, device: str = "cpu", dtype: torch.dtype = torch.float32
+    mode: Recompute,
+    quant_type: str | None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    architecture: str = "x060",
 ) -> LanguageModel:
     """A model in which every part matters; with ALL its time mix is dequantised once for both passes."""
+    shape = shape_of(architecture)
     options = LoadOptions(torch.device(device), dtype, quant_type=quant_type)
-    model = build_model({**tiny_parameters(SHAPE, seed=1), **tiny_states(SHAPE, seed=2)}, SHAPE, options)
-    model.set_recomputation([mode] * SHAPE.n_layer, keep_dequantized=mode is Recompute.ALL)
+    model = build_model({**tiny_parameters(shape, seed=1), **tiny_states(shape, seed=2)}, shape, options)
+    model.set_recomputation([mode] * shape.n_layer, keep_dequantized=mode is Recompute.ALL)
     return model
+
+
+def small_parts(model: LanguageModel) -> set[str]:
+    """What `--train_parts time` means, and the states."""
+    return {*model.shape.part("time"), *model.shape.state_shapes()}
 
 
 def train_only(model: LanguageModel, wanted: Callable[[str], bool]) -> None:
@@ -66,8 +84,9 @@ def carried_state(model: LanguageModel, rows: int = 2) -> ModelState:
         dtype = torch.float32 if len(size) == 4 else model.compute_dtype
         return values.to(model.device, dtype).requires_grad_()
 
-    C, H, N = SHAPE.n_embd, SHAPE.n_head, SHAPE.head_size
-    return [LayerState(part(rows, C), part(rows, H, N, N), part(rows, C)) for _ in range(SHAPE.n_layer)]
+    shape = model.shape
+    C, H, N = shape.n_embd, shape.n_head, shape.head_size
+    return [LayerState(part(rows, C), part(rows, H, N, N), part(rows, C)) for _ in range(shape.n_layer)]
 
 
 def loss_of(hidden: Tensor, state: Iterable[LayerState] = ()) -> Tensor:
@@ -112,7 +131,7 @@ def a_carried_state(model: LanguageModel) -> Gradients:
 
 def a_carried_state_and_its_successor(model: LanguageModel) -> Gradients:
     state = carried_state(model)
-    train_only(model, lambda name: name.endswith(("ln1.weight", "time_decay", "time_maa_x")))
+    train_only(model, lambda name: name.endswith(("ln1.weight", "time_decay", "time_maa_x", "w0", "x_v", "v0")))
     hidden, after = model(tokens_of(9), state, return_state=True)
     assert after is not None
     return gradients_of(model, loss_of(hidden, after), state)
@@ -134,55 +153,71 @@ def two_chained_chunks(model: LanguageModel) -> Gradients:
 
 
 def chunks_with_trained_mixing(model: LanguageModel) -> Gradients:
-    train_only(model, lambda name: ".time_" in name or (".ln" in name and "ln0" not in name))
+    small = small_parts(model)
+    train_only(model, lambda name: name in small or (".ln" in name and "ln0" not in name))
     return two_chained_chunks(model)
 
 
 def another_choice_at_the_second_step(model: LanguageModel) -> Gradients:
     own_start(model)
-    train_only(model, lambda name: name.startswith(("blocks.1.ln", "blocks.1.att.time", "blocks.2.ffn.time")))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("time_maa_x", "time_maa_k")):
-                parameter.mul_(1.25)
+    the_other_choice(model)
     return own_start(model)
 
 
+def the_other_choice(model: LanguageModel) -> None:
+    """Trains parts of the later layers, and changes parameters that are stacked where they are frozen."""
+    small = small_parts(model)
+    places = ("blocks.1.att.", "blocks.2.ffn.")
+    train_only(model, lambda name: name.startswith("blocks.1.ln") or (name in small and name.startswith(places)))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("time_maa_x", "time_maa_k", "x_w", "x_k")):
+                parameter.mul_(1.25)
+
+
 def time_and_norm_parameters(model: LanguageModel) -> Gradients:
-    train_only(model, lambda name: "time_" in name or "ln" in name)
+    small = small_parts(model)
+    train_only(model, lambda name: name in small or "ln" in name)
     return own_start(model)
 
 
 def lora_on_every_matrix(model: LanguageModel) -> Gradients:
-    adapt(model, "lora", SHAPE.matrix_names())
+    adapt(model, "lora", model.shape.matrix_names())
     return own_start(model)
 
 
 def bone_on_every_matrix(model: LanguageModel) -> Gradients:
-    adapt(model, "bone", SHAPE.matrix_names(), r=48)
+    adapt(model, "bone", model.shape.matrix_names(), r=48)
     return packed_row(model)
 
 
 def bat_on_every_matrix(model: LanguageModel) -> Gradients:
-    adapt(model, "bat", SHAPE.matrix_names())
+    adapt(model, "bat", model.shape.matrix_names())
     return branching_row(model)
 
 
 def adapters_on_some_matrices(model: LanguageModel) -> Gradients:
+    matrices = model.shape.matrix_names()
     for kind, keys in (
         ("lora", ("blocks.0.att.key.weight", "blocks.1.ffn.value.weight")),
-        ("bone", ("blocks.1.att.output.weight", "blocks.2.ffn.receptance.weight")),
-        ("bat", ("blocks.2.ffn.key.weight", "blocks.2.att.gate.weight")),
+        ("bone", ("blocks.1.att.output.weight", "blocks.2.ffn.receptance.weight", "blocks.1.att.value.weight")),
+        ("bat", ("blocks.2.ffn.key.weight", "blocks.2.att.gate.weight", "blocks.0.att.value.weight")),
     ):
-        adapt(model, kind, keys)
+        adapt(model, kind, [key for key in keys if key in matrices])
     return two_chained_chunks(model)
+
+
+def an_adapter_on_the_values_that_are_handed_on(model: LanguageModel) -> Gradients:
+    model.requires_grad_(False)
+    adapt(model, "lora", ["blocks.0.att.value.weight"])
+    return packed_row(model)
 
 
 def adapters_time_and_norms_without_states(model: LanguageModel) -> Gradients:
     model.requires_grad_(False)
     adapt(model, "lora", ["blocks.1.att.receptance.weight", "blocks.1.ffn.key.weight"])
     for name, parameter in model.named_parameters():
-        if "time_maa" in name or ".ln" in name:
+        if "time_maa" in name or ".x_" in name or ".ln" in name:
             parameter.requires_grad_("ln0" not in name and "blocks.0" not in name)
     state = carried_state(model)
     hidden, after = model(tokens_of(9), state, return_state=True)
@@ -205,5 +240,6 @@ CASES = (
     bone_on_every_matrix,
     bat_on_every_matrix,
     adapters_on_some_matrices,
+    an_adapter_on_the_values_that_are_handed_on,
     adapters_time_and_norms_without_states,
 )

@@ -70,9 +70,11 @@ CLOSED_TO_TRAINING = (
 )
 """What training asks the model for instead of importing it."""
 
-ARCHITECTURE_KEY = re.compile(r"\b(time_(maa|mix_w|mix_x|decay|faaaa)\w*|ln_x)\b")
+ARCHITECTURE_KEY = re.compile(
+    r"\b(time_(maa|mix_w|mix_x|decay|faaaa)\w*|ln_x|x_[rwkvag]|(att\.)?[wavg][0-2]|k_k|k_a|r_k)\b"
+)
 """How an architecture's own tensors are called; `time_state` is every architecture's."""
-ARCHITECTURES = ("src.model.rwkv6",)
+ARCHITECTURES = ("src.model.rwkv6", "src.model.rwkv7")
 
 ENVIRONMENT_READERS = ("src.device", "src.ops.cuda_extension", "src.archive")
 """Who may look at the environment: what launchers and compilers say of the place, never a setting."""
@@ -297,7 +299,8 @@ def test_the_checks_see_a_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     culprit.parent.mkdir(parents=True)
     culprit.write_text(
         "def f():\n    from ..training import run\n    import wandb.sdk\n    return os.environ['RWKV_CTXLEN']\n"
-        "from torch import save\nos.replace(f(), save)\n'time_decay_w1'\nmodel.time_maa_x + 'ffn.time_maa_k'\n",
+        "from torch import save\nos.replace(f(), save)\n'time_decay_w1'\nmodel.time_maa_x + 'ffn.time_maa_k'\n"
+        "model.w0 + 'blocks.0.att.r_k'\n",
         encoding="utf-8",
     )
     (tmp_path / "src" / "training").mkdir()
@@ -308,6 +311,8 @@ def test_the_checks_see_a_violation(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert key_violations(culprit) == [
         "src/ops/culprit.py:8 names time_maa_x",
         "src/ops/culprit.py:8 names ffn.time_maa_k",
+        "src/ops/culprit.py:9 names w0",
+        "src/ops/culprit.py:9 names blocks.0.att.r_k",
     ]
     trainer = tmp_path / "src" / "training" / "run.py"
     trainer.write_text("from src.quant import FrozenLinear\n", encoding="utf-8")

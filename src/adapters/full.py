@@ -36,7 +36,7 @@ class FullTraining:
 
     def trained_names(self, shape: ModelShape) -> list[str]:
         """See Method."""
-        return list(shape.parameter_shapes())
+        return [name for name in shape.parameter_shapes() if name not in shape.idle_names()]
 
     def rate_factor(self, shape: ModelShape, name: str) -> float:
         """See Method."""

@@ -1,5 +1,7 @@
 """Folders of Hugging Face's `peft`: `adapter_model.safetensors` beside `adapter_config.json`, with RWKV's own names.
 
+Read are also those on an RWKV-7 model in Hugging Face's form (`layers.0.attn.k_proj`).
+
 What stands there under LORA is LoRA, and under MISS is Bone, in the same orientation: `lora_A.weight` [r, in],
 `lora_B.weight` [out, r], `miss_block` [r, out].
 """
@@ -17,6 +19,7 @@ from torch import Tensor
 from src import safetensors
 from src.adapters.files import read_description, write_description
 from src.errors import CheckpointError
+from src.model.rwkv7 import own_name
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -79,7 +82,7 @@ def read_hf(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         name = key.removeprefix(_PREFIX).removeprefix("model.")
         for theirs, ours in _OWN_NAMES:
             name = theirs.sub(ours, name)
-        tensors[name] = tensor
+        tensors[own_name(name)] = tensor
     return tensors, said
 
 

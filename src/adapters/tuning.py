@@ -216,7 +216,7 @@ class Tuning:
         packed |= {"head.weight"} if self._packed_head else set()
         found = {}
         for part in self._parts:
-            named = {name: size for name, size in shape.parameter_shapes().items() if part in name}
+            named = shape.part(part)
             found[part] = {name: size for name, size in named.items() if name not in adapted}
             if not named:
                 raise ConfigError(

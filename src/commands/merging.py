@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from src.adapters.trained import Told
-from src.checkpoint import open_checkpoint
+from src.checkpoint import Checkpoint, open_checkpoint
 from src.commands.comparison import compared_tokens, logits_on, relative_error
 from src.config import MergeConfig
 from src.errors import CheckpointError, ConfigError
@@ -67,12 +67,7 @@ def _report(report: MergeReport, config: MergeConfig, quant: str) -> Iterator[st
     yield f"base     {shape.parameter_count:,} weights in {report.base_dtype}{rest}, copied bit for bit"
     yield f"written  {config.output} ({report.size_bytes:,} bytes)"
     yield from _notes(report, config)
-    yield "next     load it like the base model" + (
-        ": clients on the rwkv package (0.8.26 and later) start every\n"
-        "         conversation from the state; ChatRWKV and RWKV-Runner take the state file itself instead"
-        if trained.states
-        else ""
-    )
+    yield "next     load it like the base model" + (f": {shape.merged_state}" if trained.states else "")
 
 
 def _notes(report: MergeReport, config: MergeConfig) -> Iterator[str]:
@@ -106,7 +101,8 @@ def _verify(report: MergeReport, output: Path, quant: str, device: torch.device,
         raise ConfigError("--verify 1 cannot compare a Bat of peft's, which no model here computes: leave it out")
 
     def logits_of(tensors: Mapping[str, Tensor], quant_type: str | None = None) -> Tensor:
-        model = build_model(tensors, shape, LoadOptions(device, torch.float32, quant_type)).eval()
+        own = tensors.info.shape if isinstance(tensors, Checkpoint) else shape
+        model = build_model(tensors, own, LoadOptions(device, torch.float32, quant_type)).eval()
         if isinstance(tensors, Apart):
             for key, adapter in trained.adapters.items():
                 model.adapt(key, adapter.module, 0)

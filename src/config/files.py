@@ -16,7 +16,7 @@ class FileFlags(Flags, group="files"):
     """Files of a training run."""
 
     config: str = flag("", "TOML file of flags, as each run leaves one (run.toml); others come before", path=INPUT)
-    load_model: str = flag("", "base model, an RWKV-6 (x060) .pth", path=INPUT)
+    load_model: str = flag("", "base model, an RWKV-6 (x060) or RWKV-7 (x070) .pth", path=INPUT)
     load_state: str = flag("", "start from this state file instead of zeros", path=INPUT)
     proj_dir: str = flag("out", "folder for checkpoints and logs, created if missing", path=FOLDER)
     resume: int = flag(0, "1 goes on with the run in proj_dir; flags not given are those it was begun with", (0, 1))

@@ -18,7 +18,7 @@ class _Files(Flags, group="files"):
     )
     peft_checkpoint: str = flag("", "the same", path=INPUT)
     state_checkpoint: str = flag("", "the same", path=INPUT)
-    output: str = flag("", "OUTPUT: the model to write; none of the inputs", path=FOLDER)
+    output: str = flag("", "OUTPUT: the model to write; .safetensors: RWKV-7 in Hugging Face's form", path=FOLDER)
     export: str = flag("", "hf writes OUTPUT as a folder for Hugging Face's peft, instead of a model", ("hf",))
 
     @property

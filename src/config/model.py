@@ -31,7 +31,10 @@ def quant_type_flag(text: str = "4bit means fp4; int8 is blockwise 8-bit") -> An
 class ModelFlags(Flags, group="model"):
     """The model. Sizes that the checkpoint also holds are 0 when not given; given, they are checked against it."""
 
-    my_testing: str = flag("x060", "architecture; x060 is the only one", ("x060",))
+    my_testing: str = flag(
+        "", "architecture: found from the base model, against which it is checked; a fresh model is x060 without it",
+        ("x060", "x070"),
+    )  # fmt: skip
     train_type: str = flag(
         "", "states: train time_state (default without --peft); none: no states, and without --peft every weight",
         ("states", "none"),
@@ -44,7 +47,9 @@ class ModelFlags(Flags, group="model"):
     head_size_a: int = flag(
         0, "head size, checked against the checkpoint (64 for a fresh model)", must=NOT_NEGATIVE, most=2**12
     )  # fmt: skip
-    head_size_divisor: int = flag(8, "group norm eps is 1e-5 times its square", must=AT_LEAST_1, most=1000)
+    head_size_divisor: int = flag(
+        8, "group norm eps is 1e-5 times its square; RWKV-7 knows 8 only", must=AT_LEAST_1, most=1000
+    )
     double_extra_dim: int = flag(0, "recognised from the checkpoint; 1 is checked against it", (0, 1))
     load_partial: int = flag(0, "accepted for old commands; a base model without states always loads", (0, 1))
     quant: int = flag(-1, "1 quantises the frozen matrices (default for states), 0 does not", (-1, 0, 1))

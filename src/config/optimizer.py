@@ -40,7 +40,9 @@ class OptimizerFlags(Flags, group="optimizer"):
         -1.0, "above 0: weight decay moves there exponentially", most=1e6,
         must=Rule(lambda value: value == -1 or value >= 0, "must not be negative, but for -1, which is none"),
     )  # fmt: skip
-    layerwise_lr: int = flag(1, "2x the rate for time_decay where weights are trained; no effect on states", (0, 1))
+    layerwise_lr: int = flag(
+        1, "2x the rate for time_decay (RWKV-7: w0) where weights are trained; no effect on states", (0, 1)
+    )
     my_exit: int = flag(99999999, "stop after the epoch with this number", must=NOT_NEGATIVE, most=MOST_STEPS)
     my_exit_tokens: int = flag(
         0, "cosine schedule over that many tokens (padding not counted), then stop", must=NOT_NEGATIVE, most=10**15

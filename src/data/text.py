@@ -33,6 +33,7 @@ from src.data.inputs import (
     unread_keys,
 )
 from src.data.masks import Marker
+from src.data.tools import call_text, result_text, tools_text
 from src.data.turns import formatted_statement, is_formatted
 from src.errors import DataError
 from src.tokenizer import Tokenizer
@@ -346,6 +347,10 @@ def _parts(
                 raise MalformedEntry('there are a "system" and a system message; keep one')
             turns.insert(0, ("system", string_of(entry, "system")))
             read.add("system")
+        if entry.get("tools") is not None:
+            told = [turns.pop(0)[1].strip()] if turns[0][0] == "system" else []
+            turns.insert(0, ("system", "\n".join([*filter(None, told), tools_text(entry["tools"])])))
+            read.add("tools")
     elif "prompt" in entry and "response" in entry:
         turns = [
             *([("system", string_of(entry, "system"))] if entry.get("system") is not None else []),
@@ -394,12 +399,17 @@ def _messages(messages: object, template: ChatTemplate, findings: Findings) -> l
     for position, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise MalformedEntry(f"message {position} is {kind_of(message)}, expected an object")
-        missing = [key for key in ("role", "content") if key not in message]
+        calls = message.get("tool_calls") is not None and message.get("role") == template.answering
+        missing = [key for key in ("role", *(() if calls else ("content",))) if key not in message]
         if missing:
             raise MalformedEntry(f'message {position} has no "{missing[0]}"')
-        role, content = string_of(message, "role"), string_of(message, "content")
+        role = string_of(message, "role")
+        if role == "tool":
+            role, content = "user", result_text(message, position)
+        else:
+            content = call_text(message, position) if calls else string_of(message, "content")
         if role not in template.speakers:
-            known = ", ".join(template.speakers)
+            known = ", ".join([*template.speakers, "tool"])
             raise MalformedEntry(f"message {position} has the role {shown(role)}; known are {known}")
         if role == "system" and turns:
             raise MalformedEntry(f"message {position} is a system message; it may only come first")
@@ -409,7 +419,7 @@ def _messages(messages: object, template: ChatTemplate, findings: Findings) -> l
         if turns and role == turns[-1][0]:
             raise MalformedEntry(f"message {position} is a second {role} message in a row; join it to the one before")
         turns.append((role, content))
-        unread |= message.keys() - {"role", "content"}
+        unread |= message.keys() - {"role", "content", *(("tool_calls",) if calls else ())}
     if template.answering not in (role for role, _ in turns):
         raise MalformedEntry(f'no message has the role "{template.answering}", so there is nothing to learn')
     findings.unread.update(f"messages: {key}" for key in unread)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from src.cutting import Chunk, cut
 from src.layout import SegmentLayout
-from src.model.language_model import LanguageModel
+from src.model.language_model import LanguageModel, Watch
 from src.model.state import LayerState, ModelState
 from src.ops.token_logps import token_logps
 
@@ -100,7 +100,7 @@ def run_chunk(
     tokens: Tensor,
     chunk: Chunk,
     start: ModelState | None,
-    watch: Callable[[Tensor], None] | None = None,
+    watch: Watch | None = None,
 ) -> tuple[Tensor, ModelState | None]:
     """The model over one chunk.
 
@@ -139,7 +139,7 @@ def read_scores(
     chunks: Sequence[Chunk],
     target_sets: Sequence[Tensor],
     memories: Memories | None = None,
-    watch: Callable[[int], Callable[[Tensor], None] | None] = lambda place: None,
+    watch: Callable[[int], Watch | None] = lambda place: None,
 ) -> Scores:
     """Scores of all targets, read chunk by chunk without gradients.
 

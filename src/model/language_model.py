@@ -21,6 +21,9 @@ from src.ops.elementwise import fused_kernels
 from src.ops.token_logps import HeadWeight
 from src.quant import DequantizationWorkspace, FrozenHead, FrozenLinear
 
+Watch = Callable[[Tensor, Tensor | None], None]
+"""Is shown the residual stream [B, T, C] before a layer, and what an earlier layer handed on."""
+
 
 class Block(nn.Module):
     """One layer; layer 0 also normalises the embedding (`ln0`).
@@ -35,7 +38,7 @@ class Block(nn.Module):
         self.ln0 = Norm(shape.n_embd) if layer == 0 else None
         self.ln1 = Norm(shape.n_embd)
         self.ln2 = Norm(shape.n_embd)
-        self.att = shape.time_mixer(head_size_divisor)
+        self.att = shape.time_mixer(layer, head_size_divisor)
         self.ffn = shape.channel_mixer()
         self.recompute = Recompute.NOTHING
         self.draws_random = False
@@ -45,16 +48,18 @@ class Block(nn.Module):
         x: Tensor,
         state: LayerState | None,
         layout: SegmentLayout | None,
+        handed: Tensor | None,
         *,
         remembers: bool,
         ends: Tensor | None,
         dropout: float,
         result: Tensor | None = None,
-    ) -> tuple[Tensor, LayerState | None]:
-        """x [B, T, C] -> (x [B, T, C], memory after the last token of every row or root segment if it `remembers`).
+    ) -> tuple[Tensor, LayerState | None, Tensor | None]:
+        """x [B, T, C], what an earlier layer handed on -> (x [B, T, C], memory, what is handed on from here).
 
-        `ends` are the positions of those last tokens in a packed row; a carry names the segments. Where the `result`
-        is known from an earlier pass and the backward follows at once, only what that needs is computed, and once.
+        The memory is that after the last token of every row or root segment, if it `remembers`; `ends` are the
+        positions of those tokens in a packed row, and a carry names the segments. Where the `result` is known from an
+        earlier pass and the backward follows at once, only what that needs is computed, and once.
         """
         carry = None if layout is None else layout.carry
         level = self.recompute if torch.is_grad_enabled() and result is None else Recompute.NOTHING
@@ -85,12 +90,17 @@ class Block(nn.Module):
             return x, outputs[:count], outputs[count:]
 
         def layer(
-            x: Tensor, att_shift: Tensor | None, start: Tensor | None, ffn_shift: Tensor | None, *known: Tensor
+            x: Tensor,
+            handed: Tensor | None,
+            att_shift: Tensor | None,
+            start: Tensor | None,
+            ffn_shift: Tensor | None,
+            *known: Tensor,
         ) -> Results:
             # What a second pass keeps lives as long as its layer's backward, what the only pass keeps much longer.
             keeps = result is not None or level is not Recompute.NOTHING
             x, inputs, att_last = enter(self.ln1, self.att, x, None, att_shift, keeps_modulation=keeps)
-            gated, final = self.att.attend(inputs, _starts(self.att, start, layout), layout)
+            gated, final, own = self.att.attend(inputs, _starts(self.att, start, layout), layout, handed)
             if remembers and carry is not None:
                 final = final.index_select(0, carry.kept)
             delta = self.att.output(gated)
@@ -101,23 +111,31 @@ class Block(nn.Module):
             mixed = feed(x, inputs, *known)
             if dropout:
                 mixed = F.dropout(mixed, dropout, self.training)
-            return (mixed, *att_last, final, *ffn_last) if remembers else (mixed,)
+            results = (mixed,) if own is None else (mixed, own)
+            return (*results, *att_last, final, *ffn_last) if remembers else results
 
         random = dropout > 0 or self.draws_random
 
         def can_feed_again() -> bool:
             return not random and self.ffn.can_feed_again()
 
-        inputs = (x, *(state or (None, None, None)))
+        inputs = (x, handed, *(state or (None, None, None)))
         if level is Recompute.ALL:
             # The result, from which the feed-forward can take its gradients.
             kept = 1 if can_feed_again() else 0
-            mixed, *memory = recomputed(layer, inputs, self.parameters(), kept=kept, draws_random=random)
+            mixed, *rest = recomputed(layer, inputs, self.parameters(), kept=kept, draws_random=random)
         elif result is not None and can_feed_again():
-            mixed, *memory = layer(*inputs, result)
+            mixed, *rest = layer(*inputs, result)
         else:
-            mixed, *memory = layer(*inputs)
-        return mixed, LayerState(*memory) if remembers else None
+            mixed, *rest = layer(*inputs)
+        if self.att.hands_on:
+            handed, *rest = rest
+            sources = (x, None if state is None else state.att_shift)
+            used = (*self.ln1.parameters(), *self.att.handed_parameters())
+            if not any(tensor is not None and tensor.requires_grad for tensor in (*sources, *used)):
+                # A recomputed layer's results all ask for a gradient, and nobody needs that of this one.
+                handed = handed.detach()
+        return mixed, LayerState(*rest) if remembers else None, handed
 
 
 class LanguageModel(nn.Module):
@@ -225,8 +243,10 @@ class LanguageModel(nn.Module):
         kept = self.shape.kept_bytes(mode, fused=fused)
         if mode is Recompute.ALL or not self._kept_by_adapters:
             return kept
-        # The mixer's inputs lie in one piece: what is kept of them keeps that of the decay, too.
-        by_adapters = sum(self._kept_by_adapters.values()) // self.shape.n_layer + self.shape.n_embd
+        # The mixer's inputs lie in one piece: what is kept of them keeps those that no matrix takes, too.
+        whole = any(values >= self.shape.n_embd for values in self._kept_by_adapters.values())
+        others = self.shape.n_embd * (self.shape.mixes_without_matrix if whole else 1)
+        by_adapters = sum(self._kept_by_adapters.values()) // self.shape.n_layer + others
         return kept + 2 * by_adapters
 
     @property
@@ -249,7 +269,7 @@ class LanguageModel(nn.Module):
         layout: SegmentLayout | None = None,
         *,
         return_state: bool = False,
-        watch: Callable[[Tensor], None] | None = None,
+        watch: Watch | None = None,
     ) -> tuple[Tensor, ModelState | None]:
         """Runs the layers over T tokens.
 
@@ -259,7 +279,7 @@ class LanguageModel(nn.Module):
             layout: segments of a packed row (B = 1); its carry says which of them start from `state`.
             return_state: also return the memory after the last token of each row, or of each segment
                 of a packed row without continuations, or of those that its carry names.
-            watch: is shown what enters each layer, and then `ln_out`.
+            watch: is shown what enters each layer, and then `ln_out`, and what an earlier layer handed on.
 
         Returns:
             (hidden [B, T, C] after `ln_out` in the computation dtype, state or None).
@@ -270,14 +290,16 @@ class LanguageModel(nn.Module):
         assert not (return_state and layout is not None and layout.has_children)
         x = self.embed(tokens)
         new_state: ModelState = []
+        handed: Tensor | None = None
         for i in range(len(self.blocks)):
             if watch is not None:
-                watch(x)
-            x, after = self.layer(i, x, None if state is None else state[i], layout, return_state=return_state)
+                watch(x, handed)
+            carried = None if state is None else state[i]
+            x, after, handed = self.layer(i, x, handed, carried, layout, return_state=return_state)
             if after is not None:
                 new_state.append(after)
         if watch is not None:
-            watch(x)
+            watch(x, handed)
         return self.ln_out(x), new_state if return_state else None
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -293,19 +315,28 @@ class LanguageModel(nn.Module):
         for part in (self.emb, self._first_block.ln0, *self.blocks[:index]):
             yield from part.parameters()
 
+    def parts_of_handed(self) -> Iterator[nn.Parameter]:
+        """Parameters that what the first layer hands on depends on; none where it hands on nothing."""
+        first = self._first_block
+        if first.att.hands_on:
+            yield from self.parts_before(0)
+            yield from (*first.ln1.parameters(), *first.att.handed_parameters())
+
     def layer(
         self,
         index: int,
         x: Tensor,
+        handed: Tensor | None,
         carried: LayerState | None,
         layout: SegmentLayout | None,
         *,
         return_state: bool,
         result: Tensor | None = None,
-    ) -> tuple[Tensor, LayerState | None]:
-        """One layer of `forward`: x [B, T, C] -> (x [B, T, C], its memory or None).
+    ) -> tuple[Tensor, LayerState | None, Tensor | None]:
+        """One layer of `forward`: x [B, T, C] -> (x [B, T, C], its memory or None, what it hands on).
 
         Args:
+            handed: what an earlier layer handed on.
             result: what it gives, if that is known and its backward follows at once.
         """
         ends = None
@@ -314,8 +345,8 @@ class LanguageModel(nn.Module):
         block = self.blocks[index]
         after: LayerState | None
         options = {"remembers": return_state, "ends": ends, "dropout": self.dropout, "result": result}
-        x, after = block(x, carried, layout, **options)
-        return x, after
+        x, after, handed = block(x, carried, layout, handed, **options)
+        return x, after, handed
 
     def head_weight(self) -> HeadWeight:
         """The head as `ops.token_logps` takes it: [V, C] in the computation dtype, or its parts when it is packed."""

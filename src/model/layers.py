@@ -138,11 +138,13 @@ class TimeMixer(Mixer):
 
     Attributes:
         output: the last matrix, applied to what `attend` returns.
+        hands_on: whether `attend` makes a value that all later layers take.
         time_state: [H, N, N] fp32 (head, value, key), where the recurrence starts without a carried memory.
     """
 
     output: Linear
     time_state: nn.Parameter
+    hands_on = False
 
     @abstractmethod
     def has_kernel(self, device: torch.device) -> bool:
@@ -165,19 +167,24 @@ class TimeMixer(Mixer):
 
     @abstractmethod
     def attend(
-        self, inputs: tuple[Tensor, ...], start: Tensor | None, layout: SegmentLayout | None
-    ) -> tuple[Tensor, Tensor]:
+        self, inputs: tuple[Tensor, ...], start: Tensor | None, layout: SegmentLayout | None, handed: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """The recurrence and its gate on `mixed_inputs`.
 
         Args:
             inputs: of `mixed_inputs`.
             start: carried matrices [B, H, N, N] fp32, with a layout [roots, H, N, N]; None starts from `time_state`.
             layout: segments of a packed row.
+            handed: [B, T, A], what the layer that `hands_on` made; None before it, and where none does.
 
         Returns:
             (what `output` is applied to [B, T, A], final matrices [B, H, N, N] fp32, or [roots, H, N, N] with a
-            layout: those of the root segments).
+            layout: those of the root segments, what is handed on [B, T, A] or None).
         """
+
+    def handed_parameters(self) -> list[nn.Parameter]:
+        """The parameters that what is handed on depends on."""
+        return []
 
 
 class ChannelMixer(Mixer):

@@ -18,7 +18,6 @@ Source: "Eagle and Finch: RWKV with Matrix-Valued States and Dynamic Recurrence"
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -31,7 +30,7 @@ from src.errors import CheckpointError, ConfigError
 from src.layout import SegmentLayout
 from src.model.layers import ChannelMixer, Linear, TimeMixer
 from src.model.recompute import Recompute
-from src.model.shape import LAYER_KEY, ModelShape, Shape, axes_of, count_layers
+from src.model.shape import ModelShape, Shape, axes_of, count_layers, orthogonal, uniform
 from src.ops.elementwise import (
     group_norm_silu_gate,
     modulated_shift_mixes,
@@ -60,24 +59,38 @@ class RWKV6Shape(ModelShape):
 
     architecture: ClassVar[str] = "x060"
     family: ClassVar[str] = "RWKV-6 (x060)"
+    merged_state: ClassVar[str] = (
+        "clients on the rwkv package (0.8.26 and later) start every\n"
+        "         conversation from the state; ChatRWKV and RWKV-Runner take the state file itself instead"
+    )
 
     mix_lora_width: int  # Dm
     decay_lora_width: int  # Dd
 
     @classmethod
+    def recognises(cls, keys: Collection[str]) -> bool:
+        """See ModelShape."""
+        return any("att.time_maa_" in key for key in keys)
+
+    @classmethod
+    def relative(cls, keys: Collection[str]) -> str:
+        """See ModelShape."""
+
+        def has(*parts: str) -> bool:
+            return any(part in key for key in keys for part in parts)
+
+        if has("att.time_maa_rkvw_w1", "att.gate_w1"):
+            return "is an experimental RWKV-6 variant (x060a or x060b); this program trains x060"
+        if has("att.time_mix_w1", "att.time_mix_x"):
+            return "was converted for web-rwkv (renamed keys, axes swapped); use the original .pth"
+        if has("att.time_mix_"):
+            version = "RWKV-5" if has("att.ln_x", "att.gate") else "RWKV-4"
+            return f"is an {version} model; this program trains RWKV-6 (x060) and RWKV-7 (x070)"
+        return ""
+
+    @classmethod
     def from_shapes(cls, shapes: Mapping[str, Shape]) -> RWKV6Shape:
-        """Reads the sizes from the tensors of a model.
-
-        Only what defines a size is looked at here; `key_problems` compares every key afterwards.
-
-        Args:
-            shapes: file key -> shape, without prefix.
-
-        Raises:
-            CheckpointError: A tensor that defines a size is missing or has the wrong number of
-                axes, a layer is missing, or sizes contradict each other. The sentence does not
-                name the file.
-        """
+        """See ModelShape."""
         n_layer = count_layers(shapes)
         vocab_size, n_embd = axes_of(shapes, "emb.weight", 2)
         dim_att, _ = axes_of(shapes, "blocks.0.att.key.weight", 2)
@@ -144,7 +157,7 @@ class RWKV6Shape(ModelShape):
             )
         return sentences
 
-    def time_mix_shapes(self) -> dict[str, Shape]:
+    def time_mix_shapes(self, layer: int) -> dict[str, Shape]:
         """See ModelShape."""
         C, A, Dm, Dd = self.n_embd, self.dim_att, self.mix_lora_width, self.decay_lora_width
         return {
@@ -175,7 +188,7 @@ class RWKV6Shape(ModelShape):
             "value.weight": (C, F),
         }
 
-    def time_mixer(self, head_size_divisor: int) -> TimeMix:
+    def time_mixer(self, layer: int, head_size_divisor: int) -> TimeMix:
         """See ModelShape."""
         return TimeMix(self, head_size_divisor)
 
@@ -204,8 +217,8 @@ class RWKV6Shape(ModelShape):
             return inputs_again
         return inputs_again + 2 * ((1 if fused else 6) * C + 5 * self.mix_lora_width)
 
-    def fresh_value(self, key: str, key_shape: Shape, generator: torch.Generator) -> Tensor:
-        """fp32 value of one weight of an untrained model.
+    def fresh_mixer_value(self, layer: int, name: str, key_shape: Shape, generator: torch.Generator) -> Tensor:
+        """See ModelShape.
 
         With depth = i/(L−1) (0 when L = 1), rest = 1 − i/L and c_j = j/C for layer i:
 
@@ -218,26 +231,15 @@ class RWKV6Shape(ModelShape):
         | time_faaaa | depth·(1 − n/(A−1)) + 0.1·((n+1) mod 3 − 1) |
         | maa_w1, decay_w1 | 0 |
         | maa_w2, decay_w2 | uniform ±0.01 |
-        | LayerNorms; ln_x | weight 1, bias 0; weight ((i+1)/L)^0.7, bias 0 |
-        | emb | uniform ±1e-4 (ln0 normalises it) |
-        | head | orthogonal, gain 0.5·√(V/C), at least 0.5 |
+        | ln_x | weight ((i+1)/L)^0.7 |
         | att receptance, value; ffn key | orthogonal, gain 1 |
         | att key, gate | orthogonal, gain 0.1 |
         | att output; ffn value, receptance | 0 |
 
         Source: the initialisation of RWKV-LM's x060 trainer.
         """
-        match = LAYER_KEY.match(key)
-        layer = int(match.group(1)) if match else 0
-        name = LAYER_KEY.sub("", key)
         depth = layer / (self.n_layer - 1) if self.n_layer > 1 else 0.0
         rest = 1 - layer / self.n_layer
-
-        def uniform(limit: float) -> Tensor:
-            return torch.empty(key_shape).uniform_(-limit, limit, generator=generator)
-
-        def orthogonal(gain: float) -> Tensor:
-            return torch.nn.init.orthogonal_(torch.empty(key_shape), gain=gain, generator=generator)
 
         def mixing(power: float, offset: float = 0.0) -> Tensor:
             channel = torch.arange(self.n_embd, dtype=torch.float32) / self.n_embd
@@ -245,10 +247,6 @@ class RWKV6Shape(ModelShape):
 
         along_attention = torch.arange(self.dim_att, dtype=torch.float32) / max(self.dim_att - 1, 1)
         match name:
-            case "emb.weight":
-                return uniform(1e-4)
-            case "head.weight":
-                return orthogonal(0.5 * math.sqrt(max(self.vocab_size / self.n_embd, 1.0)))
             case "att.time_maa_x" | "att.time_maa_w" | "att.time_maa_k" | "ffn.time_maa_k" | "ffn.time_maa_r":
                 return mixing(rest)
             case "att.time_maa_v":
@@ -261,50 +259,16 @@ class RWKV6Shape(ModelShape):
                 zigzag = 0.1 * ((torch.arange(self.dim_att) + 1) % 3 - 1)
                 return (depth * (1 - along_attention) + zigzag).reshape(key_shape)
             case "att.time_maa_w2" | "att.time_decay_w2":
-                return uniform(0.01)
+                return uniform(key_shape, 0.01, generator)
             case "att.receptance.weight" | "att.value.weight" | "ffn.key.weight":
-                return orthogonal(1.0)
+                return orthogonal(key_shape, 1.0, generator)
             case "att.key.weight" | "att.gate.weight":
-                return orthogonal(0.1)
+                return orthogonal(key_shape, 0.1, generator)
             case "att.ln_x.weight":
                 return torch.full(key_shape, ((layer + 1) / self.n_layer) ** 0.7)
-            case "ln0.weight" | "ln1.weight" | "ln2.weight" | "ln_out.weight":
-                return torch.ones(key_shape)
-            case "att.time_maa_w1" | "att.time_decay_w1":
-                return torch.zeros(key_shape)
-            case "att.output.weight" | "ffn.receptance.weight" | "ffn.value.weight":
-                return torch.zeros(key_shape)
-        assert name.endswith(".bias"), name
+        zeros = ("att.time_maa_w1", "att.time_decay_w1", "att.output.weight", "ffn.receptance.weight")
+        assert name in (*zeros, "ffn.value.weight"), name
         return torch.zeros(key_shape)
-
-
-def other_kind(keys: Collection[str]) -> str:
-    """Which other kind of file these keys belong to, as the end of a sentence; "" for RWKV-6."""
-
-    def has(*parts: str) -> bool:
-        return any(part in key for key in keys for part in parts)
-
-    if has(".lora_A", ".lora_B", ".bone", ".disha"):
-        return "holds an unmerged adapter (LoRA, Bone or DiSHA); merge it into its base model first"
-    if any(key in keys for key in ("_strategy", "_version", "_rescale_layer")):
-        return (
-            "was converted by the pip package rwkv (ln0 folded into the embedding, matrices transposed and "
-            "rescaled), which cannot be undone; use the original .pth"
-        )
-    if has("att.r_k"):
-        return "is an RWKV-7 model; this program trains RWKV-6 (x060)"
-    if has("att.time_maa_rkvw_w1", "att.gate_w1"):
-        return "is an experimental RWKV-6 variant (x060a or x060b); this program trains x060"
-    if has("att.time_mix_w1", "att.time_mix_x"):
-        return "was converted for web-rwkv (renamed keys, axes swapped); use the original .pth"
-    if has(".attention.", ".attn."):
-        return "has the key names of a Hugging Face conversion; use the original .pth"
-    if has("att.time_mix_"):
-        version = "RWKV-5" if has("att.ln_x", "att.gate") else "RWKV-4"
-        return f"is an {version} model; this program trains RWKV-6 (x060)"
-    if not has("att.time_maa_"):
-        return f"is no RWKV-6 (x060) model: none of its {len(keys)} keys is a blocks.*.att.time_maa_*"
-    return ""
 
 
 class TimeMix(TimeMixer):
@@ -322,7 +286,7 @@ class TimeMix(TimeMixer):
     gate: Linear
 
     def __init__(self, shape: RWKV6Shape, head_size_divisor: int) -> None:
-        super().__init__(shape.time_mix_shapes())
+        super().__init__(shape.time_mix_shapes(0))
         H, N = shape.n_head, shape.head_size
         self.head_count, self.head_size = H, N
         self.ln_x = nn.GroupNorm(H, shape.dim_att, eps=1e-5 * head_size_divisor**2)
@@ -349,8 +313,8 @@ class TimeMix(TimeMixer):
         )
 
     def attend(
-        self, inputs: tuple[Tensor, ...], start: Tensor | None, layout: SegmentLayout | None
-    ) -> tuple[Tensor, Tensor]:
+        self, inputs: tuple[Tensor, ...], start: Tensor | None, layout: SegmentLayout | None, handed: Tensor | None
+    ) -> tuple[Tensor, Tensor, None]:
         """See TimeMixer."""
         z_w, z_k, z_v, z_r, z_g = inputs
         dtype = z_w.dtype
@@ -361,7 +325,8 @@ class TimeMix(TimeMixer):
         heads = (B, T, self.head_count, self.head_size)
         r, k, v = self.receptance(z_r).view(heads), self.key(z_k).view(heads), self.value(z_v).view(heads)
         y, final = self._recur(r, k, v, w_raw.view(heads), self.time_state if start is None else start, layout)
-        return group_norm_silu_gate(y, self.gate(z_g), self.ln_x.weight, self.ln_x.bias, self.ln_x.eps), final
+        gated = group_norm_silu_gate(y, self.gate(z_g), self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
+        return gated, final, None
 
     def _recur(
         self, r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, start: Tensor, layout: SegmentLayout | None

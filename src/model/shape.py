@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, TypeAlias
 
@@ -37,10 +37,16 @@ class ModelShape(ABC):
     Attributes:
         architecture: its name for `--my_testing`.
         family: its name in sentences.
+        operator_note: what a plan says of the operator on a GPU; "" where there is nothing to say.
+        mixes_without_matrix: inputs of the time mix that only its small maps take.
+        merged_state: what clients make of a model with a state in it, as the end of a sentence.
     """
 
     architecture: ClassVar[str]
     family: ClassVar[str]
+    operator_note: ClassVar[str] = ""
+    mixes_without_matrix: ClassVar[int] = 1
+    merged_state: ClassVar[str]
 
     n_layer: int
     n_embd: int
@@ -50,16 +56,66 @@ class ModelShape(ABC):
     n_head: int
     head_size: int
 
+    @classmethod
     @abstractmethod
-    def time_mix_shapes(self) -> dict[str, Shape]:
-        """Name within `blocks.{i}.att` -> shape of its weights, in file order, `time_state` not included."""
+    def recognises(cls, keys: Collection[str]) -> bool:
+        """Whether these are the keys of a model of this architecture, complete or not."""
+
+    @classmethod
+    @abstractmethod
+    def relative(cls, keys: Collection[str]) -> str:
+        """Which relative of this architecture these keys belong to, as the end of a sentence; "" for none."""
+
+    @classmethod
+    @abstractmethod
+    def from_shapes(cls, shapes: Mapping[str, Shape]) -> ModelShape:
+        """Reads the sizes from the tensors of a model.
+
+        Only what defines a size is looked at here; `key_problems` compares every key afterwards.
+
+        Args:
+            shapes: file key -> shape, without prefix.
+
+        Raises:
+            CheckpointError: A tensor that defines a size is missing or has the wrong number of
+                axes, a layer is missing, or sizes contradict each other. The sentence does not
+                name the file.
+        """
+
+    @classmethod
+    @abstractmethod
+    def from_sizes(
+        cls,
+        *,
+        n_layer: int,
+        n_embd: int,
+        vocab_size: int,
+        dim_att: int = 0,
+        dim_ffn: int = 0,
+        head_size: int = 64,
+        double_extra_dim: bool = False,
+    ) -> ModelShape:
+        """Sizes of a model that does not exist yet, by the rules for sizes typed by hand.
+
+        Args:
+            dim_att: A; 0 means A = C.
+            dim_ffn: F; 0 means the architecture's usual multiple of C.
+            double_extra_dim: whether RWKV-6's small maps are twice as wide.
+
+        Raises:
+            ConfigError: All sizes that cannot work, in one sentence.
+        """
+
+    @abstractmethod
+    def time_mix_shapes(self, layer: int) -> dict[str, Shape]:
+        """Name within `blocks.{layer}.att` -> shape of its weights, in file order, `time_state` not included."""
 
     @abstractmethod
     def channel_mix_shapes(self) -> dict[str, Shape]:
         """Name within `blocks.{i}.ffn` -> shape of its weights, in file order."""
 
     @abstractmethod
-    def time_mixer(self, head_size_divisor: int) -> TimeMixer:
+    def time_mixer(self, layer: int, head_size_divisor: int) -> TimeMixer:
         """An empty time mix of one layer; group norm eps is 1e-5 times the divisor's square."""
 
     @abstractmethod
@@ -67,8 +123,15 @@ class ModelShape(ABC):
         """An empty channel mix of one layer."""
 
     @abstractmethod
-    def fresh_value(self, key: str, key_shape: Shape, generator: torch.Generator) -> Tensor:
-        """fp32 value of one weight of an untrained model."""
+    def fresh_mixer_value(self, layer: int, name: str, key_shape: Shape, generator: torch.Generator) -> Tensor:
+        """fp32 value of one weight of an untrained mixer, but for biases of norms.
+
+        Args:
+            layer: of the mixer.
+            name: within the layer, "att.key.weight".
+            key_shape: of the weight.
+            generator: of what is drawn.
+        """
 
     @abstractmethod
     def kept_bytes(self, recompute: Recompute, *, fused: bool) -> int:
@@ -78,19 +141,28 @@ class ModelShape(ABC):
     def rate_factor(self, key: str) -> float:
         """Factor on a weight's learning rate in full training."""
 
+    def decays(self, key: str) -> bool:
+        """Whether weight decay may act on a weight, if it has two or more axes."""
+        return True
+
+    def idle_names(self) -> frozenset[str]:
+        """Keys of weights that a file holds and no computation uses: kept as they are."""
+        return frozenset()
+
+    def part(self, name: str) -> dict[str, Shape]:
+        """Key -> shape of the weights that `--train_parts NAME` means: those whose keys contain it."""
+        return {key: shape for key, shape in self.parameter_shapes().items() if name in key}
+
     def parameter_shapes(self) -> dict[str, Shape]:
         """File key -> shape of every weight in file order, `time_state` not included."""
         channels = (self.n_embd,)
         shapes: dict[str, Shape] = {"emb.weight": (self.vocab_size, self.n_embd)}
-        mixers = {
-            **{f"att.{name}": shape for name, shape in self.time_mix_shapes().items()},
-            **{f"ffn.{name}": shape for name, shape in self.channel_mix_shapes().items()},
-        }
         for layer in range(self.n_layer):
             block = f"blocks.{layer}"
             for norm in ("ln1", "ln2", "ln0") if layer == 0 else ("ln1", "ln2"):
                 shapes |= {f"{block}.{norm}.weight": channels, f"{block}.{norm}.bias": channels}
-            shapes |= {f"{block}.{name}": shape for name, shape in mixers.items()}
+            shapes |= {f"{block}.att.{name}": shape for name, shape in self.time_mix_shapes(layer).items()}
+            shapes |= {f"{block}.ffn.{name}": shape for name, shape in self.channel_mix_shapes().items()}
         return shapes | {
             "ln_out.weight": channels,
             "ln_out.bias": channels,
@@ -107,7 +179,7 @@ class ModelShape(ABC):
         return tuple(
             f"blocks.{layer}.{mixer}.{name}"
             for layer in range(self.n_layer)
-            for mixer, shapes in (("att", self.time_mix_shapes()), ("ffn", self.channel_mix_shapes()))
+            for mixer, shapes in (("att", self.time_mix_shapes(layer)), ("ffn", self.channel_mix_shapes()))
             for name in shapes
             if name in matrices_of(shapes)
         )
@@ -168,6 +240,31 @@ class ModelShape(ABC):
             if value and actual[flag] and value != actual[flag]
         ]
 
+    def fresh_value(self, key: str, key_shape: Shape, generator: torch.Generator) -> Tensor:
+        """fp32 value of one weight of an untrained model.
+
+        | parameter | value |
+        |---|---|
+        | LayerNorms | weight 1, bias 0 |
+        | emb | uniform ±1e-4 (ln0 normalises it) |
+        | head | orthogonal, gain 0.5·√(V/C), at least 0.5 |
+        | mixers | see `fresh_mixer_value` |
+
+        Source: the initialisation of RWKV-LM's trainers, which all architectures share.
+        """
+        match = LAYER_KEY.match(key)
+        name = LAYER_KEY.sub("", key)
+        if name == "emb.weight":
+            return uniform(key_shape, 1e-4, generator)
+        if name == "head.weight":
+            return orthogonal(key_shape, 0.5 * math.sqrt(max(self.vocab_size / self.n_embd, 1.0)), generator)
+        if name in ("ln0.weight", "ln1.weight", "ln2.weight", "ln_out.weight"):
+            return torch.ones(key_shape)
+        if name.endswith(".bias"):
+            return torch.zeros(key_shape)
+        assert match, name
+        return self.fresh_mixer_value(int(match.group(1)), name, key_shape, generator)
+
     def fresh_parameters(self, seed: int, dtype: torch.dtype) -> dict[str, Tensor]:
         """Initial weights of an untrained model, in file order, `time_state` not included; see `fresh_value`.
 
@@ -180,6 +277,16 @@ class ModelShape(ABC):
             assert tuple(fresh.shape) == key_shape, key
             parameters[key] = fresh.to(dtype)
         return parameters
+
+
+def uniform(shape: Shape, limit: float, generator: torch.Generator) -> Tensor:
+    """fp32, drawn between -limit and limit."""
+    return torch.empty(shape).uniform_(-limit, limit, generator=generator)
+
+
+def orthogonal(shape: Shape, gain: float, generator: torch.Generator) -> Tensor:
+    """fp32, orthonormal rows or columns, times the gain."""
+    return torch.nn.init.orthogonal_(torch.empty(shape), gain=gain, generator=generator)
 
 
 def state_key(layer: int) -> str:

@@ -1,4 +1,4 @@
-"""What an RWKV-6 layer carries from one token to the next."""
+"""What a layer carries from one token to the next."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ Legend: M targets.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -29,7 +29,7 @@ from torch.func import functional_call
 
 from src.cutting import Chunk, cut
 from src.model.chunks import Memories, by_source, chunk_scores, kept_of, read_scores, run_chunk, to_host
-from src.model.language_model import LanguageModel
+from src.model.language_model import LanguageModel, Watch
 from src.model.recompute import Draws
 from src.model.state import LayerState, ModelState
 from src.ops.token_logps import token_logps_gradient
@@ -140,21 +140,25 @@ class _PassedBy:
     Attributes:
         draws: where the random numbers stood when it began, and then at each layer; empty where none are drawn.
         inputs: what entered each layer, and then `ln_out`, on the host; empty where it is not kept.
+        handed: what the first layer handed on to all others, with them; None where it hands on nothing.
     """
 
     def __init__(self, model: LanguageModel, *, with_inputs: bool) -> None:
         self.draws: list[Draws] = []
         self.inputs: list[Tensor] = []
+        self.handed: Tensor | None = None
         self._model = model
         self._with_inputs = with_inputs
 
-    def begin(self) -> Callable[[Tensor], None] | None:
+    def begin(self) -> Watch | None:
         """To be called before the chunk; gives what watches its layers."""
         self._draw()
         return self._watch if self._with_inputs else None
 
-    def _watch(self, x: Tensor) -> None:
+    def _watch(self, x: Tensor, handed: Tensor | None) -> None:
         self.inputs.append(to_host(x) if x.is_cuda else x)
+        if handed is not None and self.handed is None:
+            self.handed = to_host(handed) if handed.is_cuda else handed
         self._draw()
 
     def _draw(self) -> None:
@@ -278,6 +282,10 @@ class _SecondPass(nn.Module):
             x = passed_by.inputs.pop().to(model.device, non_blocking=True)
             return x.detach().requires_grad_(self._depends[layer] or (goes_on and layer > 0))
 
+        handed: Tensor | None = None
+        if passed_by.handed is not None:
+            handed = passed_by.handed.to(model.device, non_blocking=True).detach()
+            handed.requires_grad_(goes_on or any(part.requires_grad for part in model.parts_of_handed()))
         last = leaf(len(model.blocks))
         _backward_from(self._of_scores(chunk, model.ln_out(last), scale))
         result, gradient = last.detach(), last.grad
@@ -287,8 +295,12 @@ class _SecondPass(nn.Module):
             with passed_by.drawing(layer):
                 carried = None if start is None else start[layer]
                 wanted = after is not None
-                out, memory = model.layer(layer, x, carried, chunk.layout, return_state=wanted, result=result)
+                out, memory, own = model.layer(
+                    layer, x, handed if layer else None, carried, chunk.layout, return_state=wanted, result=result
+                )
             ends: Ends = [(out, gradient)]
+            if layer == 0 and own is not None and handed is not None:
+                ends.append((own, handed.grad))
             if after is not None:
                 assert memory is not None
                 ends += zip(kept_of(chunk, memory), after[layer], strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -113,21 +113,27 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """What `--optim` names, over the trained parameters."""
-        factors = {name: self.method.rate_factor(self.model.shape, name) for name, _ in self.trained()}
-        groups = parameter_groups(self.trained(), factors, self.config)
+        shape = self.model.shape
+        weights = shape.parameter_shapes()
+        factors = {name: self.method.rate_factor(shape, name) for name, _ in self.trained()}
+        spared = {name for name, _ in self.trained() if name in weights and not shape.decays(name)}
+        groups = parameter_groups(self.trained(), factors, self.config, spared)
         return make_optimizer(groups, self.config, on_gpu=self.model.device.type == "cuda")
 
 
 def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], factors: Mapping[str, float], config: TrainConfig
+    named: Iterable[tuple[str, nn.Parameter]],
+    factors: Mapping[str, float],
+    config: TrainConfig,
+    spared: Collection[str] = (),
 ) -> list[dict[str, Any]]:
     """Optimizer groups: each has `lr_scale`, a factor on the schedule, and `decays`, whether weight decay acts.
 
-    Weight decay acts on tensors of two and more axes.
+    Weight decay acts on tensors of two and more axes, but for those `spared`.
     """
     members: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for name, parameter in named:
-        decays = config.weight_decay > 0 and parameter.squeeze().ndim >= 2
+        decays = config.weight_decay > 0 and parameter.squeeze().ndim >= 2 and name not in spared
         members.setdefault((factors[name], decays), []).append(parameter)
     return [
         {

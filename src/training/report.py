@@ -82,10 +82,11 @@ def plan_of(
         warm_up += f", the run has {steps}: the rate never reaches --lr_init"
     return "\n".join(
         [
-            f"model      {config.load_model or 'fresh'}: {_counted(shape.parameter_count)} parameters, "
+            f"model      {config.load_model or 'fresh'}: {shape.family}, {_counted(shape.parameter_count)} parameters, "
             f"{shape.n_layer} layers, n_embd {shape.n_embd}, {shape.n_head} heads of {shape.head_size}, {weights}",
             f"training   {method.describe(shape)}",
             f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
+            *([f"           {shape.operator_note}"] if hardware.on_gpu and shape.operator_note else []),
             *work.lines,
             f"steps      {steps:,} ({_several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
             *_rounded(config, work),

@@ -26,8 +26,8 @@ from src.device import global_rank, spare_threads, without_memory
 from src.errors import CheckpointError, ConfigError, TrainingError
 from src.identity import FileIdentity
 from src.loading import LoadOptions, open_model
+from src.model.architectures import FRESH, named
 from src.model.language_model import LanguageModel
-from src.model.rwkv6 import RWKV6Shape
 from src.model.shape import ModelShape
 from src.schedule import Schedule
 from src.training.callbacks import AtEnd, CheckpointSaver, NotFiniteError, StepControl, TrainingMonitor
@@ -65,6 +65,10 @@ from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
 GRADIENT_CLIP = 1.0
 INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file")
+SIZE_FLAGS = (
+    *("n_layer", "n_embd", "dim_att", "dim_ffn", "vocab_size", "head_size_a", "double_extra_dim"),
+    "head_size_divisor",
+)
 _SMALL_SHARE = 0.01
 
 
@@ -276,7 +280,8 @@ def _check_room(folder: Path, needed_bytes: int) -> None:
 def model_shape(config: TrainConfig, base: Checkpoint | None) -> ModelShape:
     """Sizes of the base model, checked against the flags; or those of a fresh one."""
     if base is None:
-        return RWKV6Shape.from_sizes(
+        architecture = named(config.my_testing) if config.my_testing else FRESH
+        shape = architecture.from_sizes(
             n_layer=config.n_layer,
             n_embd=config.n_embd,
             vocab_size=config.vocab_size,
@@ -285,11 +290,14 @@ def model_shape(config: TrainConfig, base: Checkpoint | None) -> ModelShape:
             dim_ffn=config.dim_ffn,
             double_extra_dim=bool(config.double_extra_dim),
         )
-    sizes = ("n_layer", "n_embd", "dim_att", "dim_ffn", "vocab_size", "head_size_a", "double_extra_dim")
-    problems = base.info.shape.contradictions({name: getattr(config, name) for name in sizes})
+    else:
+        shape = base.info.shape
+    problems = shape.contradictions({name: getattr(config, name) for name in SIZE_FLAGS})
+    if config.my_testing not in ("", shape.architecture):
+        problems.insert(0, f"--my_testing {config.my_testing} contradicts the checkpoint, which is {shape.family}")
     if problems:
         raise ConfigError("; ".join(problems))
-    return base.info.shape
+    return shape
 
 
 def _fresh_base(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> Checkpoint:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from factories import ARCHITECTURES
 from recompute_cases import CASES, Gradients, model_of
 
 from src.model.language_model import LanguageModel
@@ -17,26 +18,30 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 Case = Callable[[LanguageModel], Gradients]
 
 
-def gradients(case: Case, mode: Recompute, quant_type: str | None, dtype: torch.dtype) -> Gradients:
-    return {name: tensor.double() for name, tensor in case(model_of(mode, quant_type, "cuda", dtype)).items()}
+def gradients(
+    case: Case, mode: Recompute, quant_type: str | None, dtype: torch.dtype, architecture: str = "x060"
+) -> Gradients:
+    model = model_of(mode, quant_type, "cuda", dtype, architecture)
+    return {name: tensor.double() for name, tensor in case(model).items()}
 
 
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(
-    case: Case, quant_type: str | None, monkeypatch: pytest.MonkeyPatch
+    architecture: str, case: Case, quant_type: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against fp32 at most twice the error of plain torch operations in bf16, plus 2 % of the gradient's norm.
 
     bf16 keeps 8 bits, so a gradient through three layers is off by some percent however it is computed, and two
     ways of rounding differ by as much; the 2 % are for gradients that plain bf16 happens to hit.
     """
-    exact = gradients(case, Recompute.NOTHING, quant_type, torch.float32)
+    exact = gradients(case, Recompute.NOTHING, quant_type, torch.float32, architecture)
     with monkeypatch.context() as plain:
         plain.setattr(elementwise, "fused_kernels", lambda: None)
-        rounded = gradients(case, Recompute.NOTHING, quant_type, torch.bfloat16)
+        rounded = gradients(case, Recompute.NOTHING, quant_type, torch.bfloat16, architecture)
     for mode in Recompute:
-        again = gradients(case, mode, quant_type, torch.bfloat16)
+        again = gradients(case, mode, quant_type, torch.bfloat16, architecture)
         assert again.keys() == exact.keys()
         for name, expected in exact.items():
             allowed = 2 * (rounded[name] - expected).norm() + 0.02 * expected.norm()

@@ -10,6 +10,8 @@ from factories import tiny_checkpoint, tiny_shape, tiny_state_file
 from running import Ended, files_in, left_by_run, metrics, refusal, train, try_train, write_documents
 from torch import Tensor
 
+pytestmark = pytest.mark.usefixtures("architecture")
+
 LENGTHS = [30, 12, 25, 18, 9, 33]
 METHODS = ("lora", "pissa", "bone", "bat")
 QUANT: dict[str, dict[str, object]] = {
@@ -20,7 +22,7 @@ QUANT: dict[str, dict[str, object]] = {
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base") / "base.pth"
     tiny_checkpoint(path, dtype=torch.bfloat16)
     return path
@@ -203,14 +205,14 @@ def test_dropout_is_the_same_however_much_is_computed_again(base: Path, data: Pa
 
 
 @pytest.mark.parametrize("parts", [('["time","ln"]',), ("[time,", "ln]"), ("time,ln",), ("time", "ln"), ()], ids=str)
-def test_parts_in_every_form(parts: tuple[str, ...], base: Path, data: Path, tmp_path: Path) -> None:
+def test_parts_in_every_form(parts: tuple[str, ...], architecture: str, base: Path, data: Path, tmp_path: Path) -> None:
     from running import run_script
 
     words = ["--train_parts", *parts] if parts else []
     flags = {"load_model": base, "data_file": data, "proj_dir": tmp_path, "accelerator": "cpu", "epoch_steps": 1}
     ended = run_script("train.py", *words, epoch_count=1, **flags, **sized("bone"))
     assert ended.code == 0, ended.err
-    assert "time: 7,808, ln: 512 values" in ended.out
+    assert f"time: {'7,808' if architecture == 'x060' else '7,328'}, ln: 512 values" in ended.out
 
 
 def test_no_parts(base: Path, data: Path, tmp_path: Path) -> None:

@@ -64,8 +64,10 @@ class TestModelFile:
                 if not key.endswith(("_w1", "_w2", "maa_x", "maa_w"))
             }
             torch.save(renamed, path)
-        elif kind == "RWKV-7":
+        elif kind == "incomplete RWKV-7":
             torch.save({"blocks.0.att.r_k": torch.zeros(4, 8), "emb.weight": torch.zeros(257, 32)}, path)
+        elif kind == "RWKV-7a":
+            torch.save({"blocks.0.att.r_k": torch.zeros(4, 8), "blocks.0.ffn.s_emb.weight": torch.zeros(2, 2)}, path)
         elif kind == "key missing":
             del weights["blocks.1.ffn.value.weight"]
             torch.save(weights, path)
@@ -99,7 +101,8 @@ class TestModelFile:
             ("foreign object", "could run foreign code"),
             ("state file", "is a state file, and the base model"),
             ("RWKV-5", "is an RWKV-5 model"),
-            ("RWKV-7", "is an RWKV-7 model"),
+            ("incomplete RWKV-7", "is no complete RWKV-7 (x070) model"),
+            ("RWKV-7a", "is an RWKV-7a, a research model with embeddings inside its feed-forwards"),
             ("key missing", "blocks.1.ffn.value.weight"),
             ("key superfluous", "blocks.1.att.extra"),
             ("NaN in a row that no document uses", ": 1 of the 8,224 values of emb.weight are not finite"),

@@ -8,8 +8,6 @@ dtype. Its models: a random one of uneven sizes, the bundled demonstration's, an
 import importlib
 import json
 import os
-import runpy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +15,15 @@ from typing import Any
 
 import pytest
 import torch
+from client_comparison import (
+    ROOT,
+    largest_relative_difference,
+    load,
+    logits_at_once,
+    logits_step_by_step,
+    merge,
+    random_tokens,
+)
 from factories import tiny_adapter, tiny_checkpoint, tiny_state_file, tiny_states
 from running import run_script
 from torch import Tensor
@@ -24,15 +31,11 @@ from torch import Tensor
 from src.adapters.plan import AdapterPlan
 from src.checkpoint import open_checkpoint, save_model
 from src.loading import LoadOptions, build_model
-from src.model.language_model import LanguageModel
 
-ROOT = Path(__file__).resolve().parents[2]
 BUNDLED_MODELS = sorted((ROOT / "src" / "demo").glob("*.pth"))
 TOLERANCE = 1e-5
 """Largest difference at a position over the position's largest logit; 2e-6 was measured on the 12-layer
 trained model over 100 tokens, torch 2.13 on an x86-64 CPU."""
-
-LENGTH_TOKENS = 32
 
 
 @pytest.fixture(scope="module")
@@ -82,17 +85,6 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return path
 
 
-def merge(base: Path, file: Path, output: Path, *flags: str) -> Path:
-    """What merge_state.py writes."""
-    command = ["merge_state.py", str(base), str(file), str(output), *flags]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", command)
-        with pytest.raises(SystemExit) as ended:
-            runpy.run_path(str(ROOT / "merge_state.py"), run_name="__main__")
-    assert ended.value.code == 0
-    return output
-
-
 @pytest.fixture(scope="module")
 def merged(base: Path) -> Path:
     """The same model with a random start state put in by merge_state.py."""
@@ -101,38 +93,9 @@ def merged(base: Path) -> Path:
     return merge(base, folder / "state.pth", folder / "merged.pth")
 
 
-def load(path: Path) -> LanguageModel:
-    """The model as this program has it, on the CPU in fp32."""
-    checkpoint = open_checkpoint(path)
-    return build_model(checkpoint, checkpoint.info.shape, LoadOptions(torch.device("cpu"), torch.float32)).eval()
-
-
 def load_in_client(client: ModuleType, path: Path) -> Any:
     """The model as the client has it; it adds the suffix itself."""
     return client.RWKV(model=str(path.with_suffix("")), strategy="cpu fp32", verbose=False)
-
-
-def random_tokens(vocab_size: int) -> list[int]:
-    """Some tokens, the vocabulary's first and last among them."""
-    generator = torch.Generator().manual_seed(11)
-    return [0, vocab_size - 1, *torch.randint(vocab_size, (LENGTH_TOKENS - 2,), generator=generator).tolist()]
-
-
-@torch.no_grad()
-def logits_at_once(model: LanguageModel, tokens: list[int]) -> Tensor:
-    """[T, V] from one pass over the sequence."""
-    hidden, _ = model(torch.tensor([tokens]))
-    return model.logits(hidden)[0]
-
-
-@torch.no_grad()
-def logits_step_by_step(model: LanguageModel, tokens: list[int]) -> Tensor:
-    """[T, V] from one pass per token with a carried state."""
-    rows, state = [], None
-    for token in tokens:
-        hidden, state = model(torch.tensor([[token]]), state, return_state=True)
-        rows.append(model.logits(hidden)[0, 0])
-    return torch.stack(rows)
 
 
 def client_logits_step_by_step(client_model: Any, tokens: list[int]) -> Tensor:
@@ -142,11 +105,6 @@ def client_logits_step_by_step(client_model: Any, tokens: list[int]) -> Tensor:
         logits, state = client_model.forward([token], state)
         rows.append(logits.clone())
     return torch.stack(rows)
-
-
-def largest_relative_difference(actual: Tensor, expected: Tensor) -> float:
-    """Over the positions: largest difference over largest expected magnitude."""
-    return float(((actual - expected).abs().amax(1) / expected.abs().amax(1)).max())
 
 
 @pytest.fixture(scope="module")

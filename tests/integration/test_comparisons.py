@@ -15,6 +15,8 @@ from src.data.pair_file import load_pairs, save_pairs
 from src.data.preferences import PreferencePair
 from src.training import references
 
+pytestmark = pytest.mark.usefixtures("architecture")
+
 LN_2 = math.log(2)
 CSV = """prompt,chosen,reject
 What is rain?,Water that falls from clouds.,It is a kind of stone.
@@ -42,7 +44,7 @@ LOSSES: dict[str, dict[str, object]] = {"dpo": {"dpo": 1}, "simpo": {"simpo": 1}
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`base.pth`, and three pairs with a reject and one without: `pairs.save`; `scored.save` with the base's values."""
     folder = tmp_path_factory.mktemp("files")
     tiny_checkpoint(folder / "base.pth", dtype=torch.bfloat16)

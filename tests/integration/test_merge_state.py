@@ -36,6 +36,18 @@ def test_help_is_printed(tmp_path: Path) -> None:
     assert run.stderr == ""
 
 
+def test_of_rwkv7_it_says_which_clients_ignore_the_state(tmp_path: Path) -> None:
+    shape = tiny_checkpoint(tmp_path / "base.pth", holds_idle=True, architecture="x070", dtype=torch.bfloat16)
+    states = tiny_state_file(tmp_path / "state.pth", shape)
+    run = merge(tmp_path, "base.pth", "state.pth", "merged.pth", "--verify", "1")
+    assert (run.returncode, run.stderr) == (0, "")
+    assert "the rwkv package (0.8.32) and RWKV-Runner (1.9.11) ignore a state inside an RWKV-7 model" in run.stdout
+    base, merged = open_checkpoint(tmp_path / "base.pth"), open_checkpoint(tmp_path / "merged.pth")
+    assert list(merged) == [*base, *states]
+    assert {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"} <= set(merged)
+    assert all(torch.equal(merged[key], tensor) for key, tensor in {**base, **states}.items())
+
+
 def test_a_merge_writes_the_model_and_says_what_it_did(inputs: Path) -> None:
     run = merge(inputs, "base.pth", "state.pth", "merged.pth")
     assert (run.returncode, run.stderr) == (0, "")

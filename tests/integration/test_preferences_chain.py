@@ -17,6 +17,8 @@ from src.data.pair_file import load_pairs, save_pairs
 from src.data.preferences import PreferencePair
 from src.tokenizer import ByteTokenizer
 
+pytestmark = pytest.mark.usefixtures("architecture")
+
 BYTES = ByteTokenizer()
 CSV = """prompt,chosen,reject
 What is rain?,Water that falls from clouds.,It is a kind of stone.
@@ -36,7 +38,7 @@ HELD_OUT = r"accuracy (\d+\.\d)%, margin ([+-]\d+\.\d{4}) over (\d+) pairs, nll 
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def files(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with `base.pth`, a byte model, and `pairs.save`: three pairs with a reject, one without."""
     folder = tmp_path_factory.mktemp("files")
     tiny_checkpoint(folder / "base.pth", dtype=torch.bfloat16)

@@ -32,12 +32,14 @@ from src.data.preferences import PreferencePair
 from src.training import exits
 from src.training.resume import RunWriter
 
+pytestmark = pytest.mark.usefixtures("architecture")
+
 LENGTHS = [30, 12, 25, 18, 9, 33]
 WHOLE = {"train_type": "none", "n_layer": 2, "n_embd": 32, "head_size_a": 8, "vocab_size": 257, "ctx_len": 16}
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def base(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("base") / "base.pth"
     tiny_checkpoint(path, dtype=torch.bfloat16)
     return path

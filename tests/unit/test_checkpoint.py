@@ -133,7 +133,7 @@ RWKV5_NAMES = [("_maa_" + group, "") for group in ("x", "w1", "w2", "w")] + [
     [
         (renamed(*RWKV5_NAMES), "is an RWKV-5 model"),
         (renamed(*RWKV5_NAMES, ("ln_x", ""), ("gate", ""), ("faaaa", "first")), "is an RWKV-4 model"),
-        (parameters(blocks__0__att__r_k=torch.zeros(4, 8)), "is an RWKV-7 model"),
+        (parameters(blocks__0__att__r_k=torch.zeros(4, 8)), "is no complete RWKV-7 (x070) model"),
         (renamed(("gate.weight", "gate_w1")), "experimental RWKV-6 variant (x060a or x060b)"),
         (renamed(("time_maa_w1", "time_maa_rkvw_w1")), "experimental RWKV-6 variant (x060a or x060b)"),
         (renamed(("ln0", "")) | {"_strategy": "cpu fp32"}, "converted by the pip package rwkv"),
@@ -146,7 +146,7 @@ RWKV5_NAMES = [("_maa_" + group, "") for group in ("x", "w1", "w2", "w")] + [
         ),
         (parameters(blocks__0__att__key__bone=torch.zeros(2)), "an unmerged adapter"),
         (parameters(blocks__0__att__key__disha=torch.zeros(2)), "an unmerged adapter"),
-        ({"conv1.weight": torch.zeros(2)}, "is no RWKV-6 (x060) model: none of its 1 keys"),
+        ({"conv1.weight": torch.zeros(2)}, "is no RWKV-6 (x060) or RWKV-7 (x070) model: none of its 1 keys"),
         (tiny_states(SHAPE), "holds only the time_state of 2 layers; it is a state file"),
     ],
 )

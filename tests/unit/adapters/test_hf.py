@@ -53,6 +53,25 @@ def test_what_peft_writes_is_read(kind: str, prefix: str, tmp_path: Path) -> Non
         assert all(torch.equal(held[key], tensor) for key, tensor in content.items())
 
 
+@pytest.mark.parametrize("kind", ["lora", "bone"])
+def test_adapters_of_rwkv7_s_hugging_face_form_are_read(kind: str, tmp_path: Path) -> None:
+    shape = tiny_shape(architecture="x070")
+    content = tiny_adapter(tmp_path / "own.pth", shape, kind)
+    theirs = {
+        "blocks": "model.layers", "att.receptance": "attn.r_proj", "att.key": "attn.k_proj", "att.value": "attn.v_proj",
+        "att.output": "attn.o_proj",
+    }  # fmt: skip
+    named = as_hf(content)
+    for own, hf in theirs.items():
+        named = {key.replace(own, hf): tensor for key, tensor in named.items()}
+    assert "base_model.model.model.layers.1.attn.k_proj." in "".join(named)
+    trained = read_trained(folder_of(tmp_path, LORA if kind == "lora" else MISS, named), shape)
+    assert list(trained.adapters) == list(shape.matrix_names())
+    for key, adapter in trained.adapters.items():
+        for name, tensor in adapter.parameters.items():
+            assert torch.equal(tensor, content[key.removesuffix("weight") + name])
+
+
 def test_scale_by_the_root(tmp_path: Path) -> None:
     content = tiny_adapter(tmp_path / "own.pth", SHAPE, "lora")
     path = folder_of(tmp_path, {**LORA, "use_rslora": True}, as_hf(content))

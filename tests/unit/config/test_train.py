@@ -51,7 +51,7 @@ REFUSED = (
 """Flags of the original that mean nothing here."""
 
 DEFAULTS = {
-    "my_testing": "x060", "train_type": "states", "accelerator": "auto", "strategy": "auto", "devices": 1,
+    "my_testing": "", "train_type": "states", "accelerator": "auto", "strategy": "auto", "devices": 1,
     "quant": 1, "quant_type": "nf4", "dataload": "pack", "ctx_len": 1024, "micro_bsz": 1, "epoch_steps": 0,
     "peft": "none", "lora_r": 64,
     "epoch_count": 4, "epoch_save": 1, "lr_init": 1.0, "lr_final": 0.01, "warmup_steps": 10, "beta1": 0.9,
@@ -126,7 +126,7 @@ class TestRefusals:
         [
             ({"quant_type": "nf5"}, "--quant_type nf5 is unknown: use one of nf4, fp4, 4bit, int8"),
             ({"train_type": "lora"}, "--train_type lora is unknown: use one of states, none"),
-            ({"my_testing": "x070"}, "--my_testing x070 is unknown: use one of x060"),
+            ({"my_testing": "x052"}, "--my_testing x052 is unknown: use one of x060, x070"),
             ({"strategy": "ddp"}, "--strategy ddp is unknown"),
             ({"precision": "bf17"}, "--precision bf17 is unknown"),
             ({"dataload": "all"}, "--dataload all is unknown"),

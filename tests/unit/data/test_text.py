@@ -51,6 +51,38 @@ def test_prompt_and_response(tmp_path):
     assert counted == " yo\n\n∎"
 
 
+def test_tools_calls_and_results_as_g1_models_know_them(tmp_path):
+    call = {"type": "function", "id": "1", "function": {"name": "weather", "arguments": '{"city": "Kyoto"}'}}
+    messages = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Rain?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": {"rain": True}, "tool_call_id": "1"},
+        {"role": "assistant", "content": "Yes."},
+    ]
+    tools = [{"name": "weather", "parameters": {"city": "string"}}]
+    documents = read_lines(
+        tmp_path,
+        {"messages": messages, "tools": tools},
+        {"messages": messages[1:], "tools": ["weather(city: string)", " time() "]},
+    )
+    turns = [
+        "User: Rain?\n\nAssistant:",
+        ' ```json\n{"name": "weather", "arguments": {"city": "Kyoto"}}\n```\n\n',
+        'User: Function output:\n{"rain": true}\n\nAssistant:',
+        " Yes.\n\n∎",
+    ]
+    listed = '[{"name": "weather", "parameters": {"city": "string"}}]'
+    system = f"System: Be brief.\nTools:\n{listed}\nReturn only a JSON function call.\n\n"
+    text, counted = text_and_counted(documents, 0)
+    assert text == system + "".join(turns)
+    silent = "." * len(turns[2].encode())
+    assert counted == turns[1] + silent + turns[3]
+    lines = "System: Tools:\n- weather(city: string)\n- time()\nReturn only a JSON function call.\n\n"
+    assert text_and_counted(documents, 1)[0] == lines + "".join(turns)
+    assert "Not read: 'messages: tool_call_id' (2 lines)." in documents.statements
+
+
 def test_a_conversation(tmp_path):
     messages = [
         {"role": "system", "content": "Be brief."},
@@ -215,7 +247,17 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
         ('{"messages": [{"role": "user"}]}', 'message 1 has no "content"'),
         ('{"messages": [{"role": "user", "content": true}]}', '"content" is true or false'),
         ('{"messages": [{"role": "user", "content": "a"}]}', 'no message has the role "assistant"'),
-        ('{"messages": [{"role": "bot", "content": "a"}]}', "role 'bot'; known are system, user, assistant"),
+        ('{"messages": [{"role": "bot", "content": "a"}]}', "role 'bot'; known are system, user, assistant, tool"),
+        ('{"messages": [{"role": "assistant", "content": "a"}], "tools": {}}', '"tools" is an object, expected'),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": {}}]}]}',
+            "message 1: a call in its tool_calls has no name of a function",
+        ),
+        (
+            '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}',
+            "message 1: the arguments of f are a text that is no JSON",
+        ),
+        ('{"messages": [{"role": "tool", "content": " "}]}', "message 1, a tool's result, is empty"),
         ('{"messages": [{"role": "assistant", "content": "\\n"}]}', "message 1, an answer, is empty"),
         ('{"messages": [{"role": "user", "content": ""}]}', "message 1, a question, is empty"),
         (

@@ -6,17 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from factories import ARCHITECTURES
 from recompute_cases import (
     CASES,
-    SHAPE,
     Gradients,
     another_choice_at_the_second_step,
     carried_state,
     loss_of,
     model_of,
     own_start,
+    the_other_choice,
     tokens_of,
-    train_only,
 )
 from torch import Tensor, nn
 
@@ -32,32 +32,32 @@ the others give the same bits), torch 2.13 on an x86-64 CPU; the rest is room fo
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("mode", [Recompute.INPUTS, Recompute.ALL])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_are_those_of_plain_autograd(
-    mode: Recompute, case: Callable[[LanguageModel], Gradients], quant_type: str | None
+    architecture: str, mode: Recompute, case: Callable[[LanguageModel], Gradients], quant_type: str | None
 ) -> None:
-    kept, again = case(model_of(Recompute.NOTHING, quant_type)), case(model_of(mode, quant_type))
+    kept = case(model_of(Recompute.NOTHING, quant_type, architecture=architecture))
+    again = case(model_of(mode, quant_type, architecture=architecture))
     assert kept.keys() == again.keys()
     for name, expected in kept.items():
         assert (again[name] - expected).norm() <= TOLERANCE * expected.norm(), name
 
 
-def test_plain_autograd_uses_parameters_as_they_are_now() -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_plain_autograd_uses_parameters_as_they_are_now(architecture: str) -> None:
     """The reference of the table: after steps and with another choice a model gives what a fresh one would."""
-    used = another_choice_at_the_second_step(model_of(Recompute.NOTHING, None))
-    fresh = model_of(Recompute.NOTHING, None)
-    train_only(fresh, lambda name: name.startswith(("blocks.1.ln", "blocks.1.att.time", "blocks.2.ffn.time")))
-    with torch.no_grad():
-        for name, parameter in fresh.named_parameters():
-            if name.endswith(("time_maa_x", "time_maa_k")):
-                parameter.mul_(1.25)
+    used = another_choice_at_the_second_step(model_of(Recompute.NOTHING, None, architecture=architecture))
+    fresh = model_of(Recompute.NOTHING, None, architecture=architecture)
+    the_other_choice(fresh)
     expected = own_start(fresh)
     assert used.keys() == expected.keys()
     assert all(torch.equal(used[name], expected[name]) for name in expected)
 
 
-def test_a_gradient_of_a_carried_state_is_right_in_double_precision() -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_gradient_of_a_carried_state_is_right_in_double_precision(architecture: str) -> None:
     """Central differences of the whole model, per part of the memory, in one random direction."""
-    model = model_of(Recompute.ALL, None)
+    model = model_of(Recompute.ALL, None, architecture=architecture)
     model.compute_dtype = torch.float64
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
@@ -66,7 +66,7 @@ def test_a_gradient_of_a_carried_state_is_right_in_double_precision() -> None:
     tokens = tokens_of(7)
     loss_of(model(tokens, state)[0]).backward()
     generator = torch.Generator().manual_seed(9)
-    for layer in range(SHAPE.n_layer):
+    for layer in range(model.shape.n_layer):
         for place, part in enumerate(state[layer]):
             direction = torch.randn(part.shape, generator=generator, dtype=torch.float64)
             values = []

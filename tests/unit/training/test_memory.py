@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from factories import tiny_parameters, tiny_shape
+from factories import ARCHITECTURES, tiny_parameters, tiny_shape
 
 from src.adapters.method import method_of
 from src.adapters.plan import AdapterPlan
@@ -98,11 +98,12 @@ def test_kept_bytes_of_the_7b_shape() -> None:
 
 @pytest.mark.parametrize("kind", ["", "lora", "bone", "bat"])
 @pytest.mark.parametrize("recompute", [Recompute.INPUTS, Recompute.NOTHING])
-def test_kept_bytes_cover_what_torch_keeps(recompute: Recompute, kind: str) -> None:
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kept_bytes_cover_what_torch_keeps(architecture: str, recompute: Recompute, kind: str) -> None:
     """In fp16, where nothing is fused: what one more layer keeps, by storage."""
     kept = []
-    for layers in (1, 2):
-        shape = tiny_shape(n_layer=layers, n_embd=256, head_size=64)
+    for layers in (2, 3):
+        shape = tiny_shape(n_layer=layers, n_embd=256, head_size=64, architecture=architecture)
         adapters = AdapterPlan(kind, r=32) if kind else None
         options = LoadOptions(torch.device("cpu"), torch.float16, quant_type="nf4", adapters=adapters)
         model = build_model(tiny_parameters(shape), shape, options)

@@ -12,6 +12,7 @@ from src.data.rounding import EXACT, FEW_SHAPES, Rounding
 from src.errors import DataError
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
+from src.model.shape import ModelShape
 from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.module import FP16_LOSS_SCALE, TrainingModule
 from src.training.objectives import Outcome, Staged
@@ -25,15 +26,15 @@ def config(**flags: object) -> TrainConfig:
     return TrainConfig.from_flags(given)
 
 
-def module(dtype: torch.dtype = torch.float32, **flags: object) -> TrainingModule:
+def module(dtype: torch.dtype = torch.float32, shape: ModelShape = SHAPE, **flags: object) -> TrainingModule:
     """A training module of a tiny model whose loss is the sum of its states times their numbers."""
     chosen = config(**flags)
     method = method_of(chosen)
-    options = LoadOptions(torch.device("cpu"), dtype, trained=method.trained_names(SHAPE))
-    model = build_model(tiny_parameters(SHAPE), SHAPE, options)
+    options = LoadOptions(torch.device("cpu"), dtype, trained=method.trained_names(shape))
+    model = build_model(tiny_parameters(shape), shape, options)
 
     def loss(model: LanguageModel, batch: float) -> Tensor:
-        states = [model.get_parameter(name) for name in SHAPE.state_shapes()]
+        states = [model.get_parameter(name) for name in shape.state_shapes()]
         return batch * torch.stack([state.sum() for state in states]).sum()
 
     return TrainingModule(model, GivenLoss(loss), chosen, method, [])
@@ -85,6 +86,17 @@ class TestFullTraining:
     def test_unless_layerwise_lr_is_off(self) -> None:
         groups = module(train_type="none", layerwise_lr=0).configure_optimizers().param_groups
         assert {group["lr_scale"] for group in groups} == {1.0}
+
+    def test_rwkv7_spares_its_small_maps_and_trains_no_idle_weight(self) -> None:
+        shape = tiny_shape(holds_idle=True, architecture="x070")
+        made = module(shape=shape, train_type="none", weight_decay=0.1)
+        groups = made.configure_optimizers().param_groups
+        decaying = {id(p) for g in groups if g["decays"] for p in g["params"]}
+        names = {name for name, parameter in made.trained() if id(parameter) in decaying}
+        assert names == {*shape.matrix_names(), "emb.weight", "head.weight"}
+        fast = {id(p) for g in groups if g["lr_scale"] == 2 for p in g["params"]}
+        assert {n for n, p in made.trained() if id(p) in fast} == {"blocks.0.att.w0", "blocks.1.att.w0"}
+        assert {name for name, _ in made.trained()} == shape.parameter_shapes().keys() - shape.idle_names()
 
     def test_weight_decay_acts_on_matrices(self) -> None:
         made = module(train_type="none", weight_decay=0.1)

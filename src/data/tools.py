@@ -1,0 +1,76 @@
+"""Tools in conversations, in the text that RWKV-7's G1 models know: what there is, what is called, what comes back.
+
+Tools stand in the system turn, a call is an answer that begins with a fenced JSON block, and a result is a turn of the
+user's. Source: `RWKV7-G1x-templates.txt` of RWKV-LM (2026-07).
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from src.data.inputs import MalformedEntry, kind_of, string_of
+
+_INSTRUCTION = "Return only a JSON function call."
+
+
+def tools_text(tools: object) -> str:
+    """What the system turn says of the tools: lines of a list of texts, or a JSON array of a list of objects.
+
+    Raises:
+        MalformedEntry: it is no such list.
+    """
+    if not isinstance(tools, list) or not tools:
+        raise MalformedEntry(f'"tools" is {kind_of(tools)}, expected a list of objects or of texts, not empty')
+    if all(isinstance(tool, str) for tool in tools):
+        listed = "\n".join(f"- {tool.strip()}" for tool in tools)
+    elif all(isinstance(tool, dict) for tool in tools):
+        listed = _json(tools)
+    else:
+        raise MalformedEntry('"tools" is a list of several kinds of things, expected objects or texts')
+    return f"Tools:\n{listed}\n{_INSTRUCTION}"
+
+
+def result_text(message: dict[str, Any], position: int) -> str:
+    """The user's turn that hands a tool's result back.
+
+    Raises:
+        MalformedEntry: it is empty.
+    """
+    content = message["content"]
+    text = string_of(message, "content").strip() if isinstance(content, str) else _json(content)
+    if not text or content is None:
+        raise MalformedEntry(f"message {position}, a tool's result, is empty")
+    return f"Function output:\n{text}"
+
+
+def call_text(message: dict[str, Any], position: int) -> str:
+    """An answer that calls tools: its calls as a fenced JSON block, and after that what it says.
+
+    Raises:
+        MalformedEntry: a call has no name, or its arguments are no JSON.
+    """
+    calls = message["tool_calls"]
+    if not isinstance(calls, list) or not calls:
+        raise MalformedEntry(f'message {position}: "tool_calls" is {kind_of(calls)}, expected a list, not empty')
+    made = []
+    for call in calls:
+        function = call.get("function", call) if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise MalformedEntry(f"message {position}: a call in its tool_calls has no name of a function")
+        arguments = function.get("arguments", {})
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments or "{}")
+            except ValueError:
+                raise MalformedEntry(
+                    f"message {position}: the arguments of {function['name']} are a text that is no JSON"
+                ) from None
+        made.append({"name": function["name"], "arguments": arguments})
+    said = "" if message.get("content") is None else string_of(message, "content").strip()
+    block = f"```json\n{_json(made[0] if len(made) == 1 else made)}\n```"
+    return f"{block}\n{said}" if said else block
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)

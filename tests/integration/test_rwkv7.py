@@ -1,0 +1,245 @@
+"""The scripts on an RWKV-7 model: what they say, write and refuse; the tables of methods run it, too, as slow tests."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from factories import tiny_adapter, tiny_checkpoint, tiny_states
+from running import (
+    files_in,
+    go_on,
+    left_by_run,
+    metrics,
+    refusal,
+    run_script,
+    stopped,
+    train,
+    try_train,
+    write_documents,
+)
+
+from src.checkpoint import load_state, open_checkpoint, save_model, save_state
+from src.data.pair_file import save_pairs
+from src.data.preferences import PreferencePair
+from src.model.shape import ModelShape
+from src.tokenizer import Tokenizer
+
+LENGTHS = [30, 12, 25, 18, 9, 33]
+
+
+@pytest.fixture(scope="module")
+def shape(base: Path) -> ModelShape:
+    return open_checkpoint(base).info.shape
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the weights that nothing uses, as the reference trainer writes them."""
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    tiny_checkpoint(path, holds_idle=True, architecture="x070", dtype=torch.bfloat16)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("data") / "documents", LENGTHS)
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pairs") / "pairs.save"
+    save_pairs(path, [PreferencePair(list(range(n, 2 * n)), [60 + n] * n, [90 + n] * (n + 1)) for n in range(3, 9)])
+    return path
+
+
+def losses(folder: Path) -> list[float]:
+    return [record["loss"] for record in metrics(folder)]
+
+
+def test_states_on_a_packed_base(base: Path, data: Path, shape: ModelShape, tmp_path: Path) -> None:
+    ended = train(
+        tmp_path / "out", load_model=base, data_file=data, val_file=data, quant=1, dataload="pack", ctx_len=40,
+        epoch_count=3, my_testing="x070",
+    )  # fmt: skip
+    assert "RWKV-7 (x070), " in ended.out
+    assert "no CUDA kernel" not in ended.out  # which is said where there is a GPU
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
+    assert files_in(tmp_path / "out") == left_by_run("rwkv-0.pth", "rwkv-1.pth", "rwkv-2.pth")
+    states = load_state(tmp_path / "out" / "rwkv-final.pth", shape)
+    assert all(state.any() for state in states.values())
+
+
+def test_every_weight_and_those_that_nothing_uses_are_written_as_they_were(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    train(tmp_path / "out", load_model=base, data_file=data, train_type="none", epoch_count=1, lr_init=1e-2)
+    before, after = open_checkpoint(base), open_checkpoint(tmp_path / "out" / "rwkv-final.pth")
+    assert list(before) == list(after)
+    same = {key for key in before if torch.equal(before[key], after[key])}
+    assert {"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"} <= same
+    assert len(same) < 10
+
+
+def test_a_fresh_model(data: Path, tmp_path: Path) -> None:
+    sizes = {"n_layer": 2, "n_embd": 32, "head_size_a": 8, "vocab_size": 257}
+    ended = train(
+        tmp_path / "out", my_testing="x070", train_type="none", data_file=data, ctx_len=32, epoch_count=4,
+        lr_init=1e-2, lr_final=1e-2, weight_decay=0.01, **sizes,
+    )  # fmt: skip
+    assert "fresh: RWKV-7 (x070)" in ended.out
+    assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0] - 0.5
+    assert open_checkpoint(tmp_path / "out" / "rwkv-final.pth").info.shape.architecture == "x070"
+
+
+def test_lora_and_states_are_merged_and_give_what_was_trained(base: Path, data: Path, tmp_path: Path) -> None:
+    train(
+        tmp_path / "out", load_model=base, data_file=data, peft="lora", lora_r=8, train_type="states", epoch_count=1,
+        lr_init=1e-2, lr_state=0.5,
+    )  # fmt: skip
+    written = torch.load(tmp_path / "out" / "rwkv-final.pth", weights_only=True)
+    assert {"blocks.0.att.value.lora_A", "blocks.1.ffn.key.lora_B", "blocks.1.att.v1", "blocks.0.att.w0"} <= set(
+        written
+    )
+    assert {key for key in written if ".lora_A" in key} == {
+        f"blocks.{layer}.{name}.lora_A"
+        for layer in range(2)
+        for name in ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
+    }
+    assert "blocks.0.att.v1" not in written
+    merged = run_script("merge_state.py", base, tmp_path / "out" / "rwkv-final.pth", tmp_path / "m.pth", verify=1)
+    assert merged.code == 0, merged.err
+    assert "ignore a state inside an RWKV-7 model" in merged.out
+    assert float(re.findall(r"are (\S+) from base", merged.out)[0]) < 1e-2
+
+
+def test_a_merged_model_in_hugging_face_s_form(base: Path, shape: ModelShape, tmp_path: Path) -> None:
+    tiny_adapter(tmp_path / "lora.pth", shape, "lora")
+    flags = {"type": "lora", "lora_alpha": 16, "verify": 1}
+    for name in ("merged.safetensors", "merged.pth"):
+        ended = run_script("merge_state.py", base, tmp_path / "lora.pth", tmp_path / name, **flags)
+        assert ended.code == 0, ended.err
+    hf, own = (open_checkpoint(tmp_path / name) for name in ("merged.safetensors", "merged.pth"))
+    assert hf.keys() == own.keys() - shape.idle_names()
+    assert all(torch.equal(tensor, own[key]) for key, tensor in hf.items())
+    save_state(tmp_path / "state.pth", tiny_states(shape))
+    refused = run_script("merge_state.py", base, tmp_path / "state.pth", tmp_path / "tuned.safetensors")
+    assert refused.code == 2
+    assert "has no place for a start state" in refused.err
+    tiny_checkpoint(tmp_path / "v6.pth")
+    refused = run_script("merge_state.py", tmp_path / "v6.pth", tmp_path / "state.pth", tmp_path / "v6.safetensors")
+    assert "is written of RWKV-7, and this is RWKV-6 (x060)" in refused.err
+    assert not list(tmp_path.glob("*uned.safetensors")) + list(tmp_path.glob("v6.safetensors"))
+
+
+def test_orpo(base: Path, pairs: Path, shape: ModelShape, tmp_path: Path) -> None:
+    common = {"load_model": base, "orpo": 1, "rlhf_train_file": pairs, "orpo_alpha": 0.5, "micro_bsz": 4}
+    runs = {}
+    for shared in (1, 0):
+        train(tmp_path / str(shared), orpo_shared_prompt=shared, epoch_steps=4, epoch_count=1, **common)
+        runs[shared] = losses(tmp_path / str(shared))
+    assert runs[1] == pytest.approx(runs[0], rel=1e-4)
+    assert load_state(tmp_path / "1" / "rwkv-final.pth", shape)
+
+
+def test_a_stopped_run_goes_on_to_the_same_bits(base: Path, data: Path, tmp_path: Path) -> None:
+    flags = {"load_model": base, "data_file": data, "epoch_count": 2, "peft": "bone", "bone_r": 8}
+    train(tmp_path / "whole", **flags)
+    stopped(5, tmp_path / "cut", **flags)
+    go_on(tmp_path / "cut")
+    whole, cut = (torch.load(tmp_path / name / "rwkv-final.pth", weights_only=True) for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys()
+    assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+def test_rejects_from_a_tuned_state(base: Path, shape: ModelShape, tmp_path: Path) -> None:
+    save_state(tmp_path / "state.pth", tiny_states(shape))
+    with open(tmp_path / "in.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "reject"], ["a question", "an answer", ""]])
+    answers = []
+    for number, further in enumerate(({}, {"load_state": tmp_path / "state.pth"})):
+        ended = run_script(
+            "rlhf_generate_reject.py", load_model=base, input_csv=tmp_path / "in.csv", max_tokens=8,
+            output_csv=tmp_path / f"{number}.csv", accelerator="cpu", **further,
+        )  # fmt: skip
+        assert ended.code == 0, ended.err
+        with open(tmp_path / f"{number}.csv", encoding="utf-8", newline="") as file:
+            answers.append(list(csv.reader(file))[1][2])
+    assert answers[0] != answers[1]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"my_testing": "x060"}, "--my_testing x060 contradicts the checkpoint, which is RWKV-7 (x070)"),
+        ({"head_size_divisor": 4}, "--head_size_divisor 4 would change an eps that is 0.00064 in every RWKV-7 model"),
+        ({"double_extra_dim": 1}, "--double_extra_dim 1 belongs to RWKV-6"),
+        ({"peft": "lora", "targets": "gate"}, "--targets gate is no matrix of this model"),
+        (
+            {"peft": "bone", "bone_r": 8, "train_parts": "time_decay"},
+            "--train_parts time_decay is part of no weight's name",
+        ),
+    ],
+)
+def test_what_belongs_to_rwkv6_is_refused(
+    flags: dict[str, object], message: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    ended = try_train(tmp_path / "out", load_model=base, data_file=data, **flags)
+    assert message in refusal(ended, tmp_path / "out")
+
+
+def test_a_state_of_another_architecture_of_the_same_sizes_is_taken(base: Path, data: Path, tmp_path: Path) -> None:
+    """Names and shapes are equal, and nothing in such a file says what it was trained on; the JSON beside it does."""
+    shape = tiny_checkpoint(tmp_path / "v6.pth")
+    save_state(tmp_path / "state.pth", tiny_states(shape))
+    train(tmp_path / "out", load_model=base, load_state=tmp_path / "state.pth", data_file=data, epoch_steps=1)
+
+
+def test_a_model_of_prefixed_keys_in_another_order(base: Path, data: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(base)
+    torch.save({f"model.{key}": checkpoint[key].clone() for key in reversed(list(checkpoint))}, tmp_path / "odd.pth")
+    odd = open_checkpoint(tmp_path / "odd.pth")
+    assert odd.info == checkpoint.info
+    save_model(tmp_path / "again.pth", odd)
+    assert list(open_checkpoint(tmp_path / "again.pth")) == list(reversed(list(checkpoint)))
+
+
+class DigitTokenizer(Tokenizer):
+    """That of the reversal models: ten digits, 10 between question and answer, 11 at the end."""
+
+    end_of_document = 11
+
+    def encode(self, text: str) -> list[int]:
+        return [int(token) if token.isdigit() else 10 for token in re.findall(r"\d|Assistant:", text)]
+
+
+def copies(path: Path, count: int, seed: int) -> Path:
+    """Numbers of 4 to 12 digits, to be answered by themselves."""
+    generator = np.random.default_rng(seed)
+    with open(path, "w", encoding="utf-8") as file:
+        for _ in range(count):
+            number = "".join(map(str, generator.integers(0, 10, size=generator.integers(4, 13))))
+            file.write(json.dumps({"prompt": number, "response": number}) + "\n")
+    return path
+
+
+@pytest.mark.slow
+def test_a_state_teaches_the_reversal_model_to_copy(
+    real_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured, held-out loss of answers, torch 2.13 on a CPU: 9.78 before, 1.42 after."""
+    for module in ("src.data.sources", "src.training.work"):
+        monkeypatch.setattr(f"{module}.tokenizer_for_vocabulary", lambda vocab_size: DigitTokenizer())
+    ended = train(
+        tmp_path / "out", load_model=real_inputs / "tiny-rwkv7-reverse-n16.pth", grad_cp=0, ctx_len=32, micro_bsz=32,
+        data_file=copies(tmp_path / "train.jsonl", 32 * 150, 1), val_file=copies(tmp_path / "held-out.jsonl", 60, 2),
+        epoch_count=1, lr_init=1, lr_final=0.01, lr_schedule="cos",
+    )  # fmt: skip
+    before, after = (float(loss) for loss in re.findall(r"held out   (?:un)?tuned: loss (\d+\.\d+)", ended.out))
+    assert before > 9
+    assert after < 1.7
