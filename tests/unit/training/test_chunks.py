@@ -21,6 +21,7 @@ from src.losses import sft_loss
 from src.model.chunks import Memories, read_scores
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
+from src.model.shape import ModelShape
 from src.model.state import LayerState
 from src.training.chunks import ChunkedObjective, ChunkOptions, StagedChunks
 from src.training.objectives import (
@@ -35,6 +36,7 @@ from src.training.objectives import (
 )
 
 SHAPE = tiny_shape(n_layer=2, n_embd=32, head_size=8, vocab_size=61, mix_lora_width=4, decay_lora_width=8)
+RWKV7 = tiny_shape(n_layer=3, n_embd=32, head_size=8, vocab_size=61, decay_lora_width=8, architecture="x070")
 RECOMPUTED = list(Recompute)
 METHODS = ("states", "lora", "full")
 
@@ -81,16 +83,17 @@ def model_of(
     recompute: Recompute = Recompute.NOTHING,
     dtype: torch.dtype = torch.float32,
     lora_dropout: float = 0.0,
+    shape: ModelShape = SHAPE,
     **options: Any,
 ) -> LanguageModel:
     """A model in which every part matters, and of which the method's part is trained."""
     chosen = LoadOptions(torch.device("cpu"), dtype, **options)
-    model = build_model({**tiny_parameters(SHAPE, seed=1), **tiny_states(SHAPE, seed=2)}, SHAPE, chosen)
+    model = build_model({**tiny_parameters(shape, seed=1), **tiny_states(shape, seed=2)}, shape, chosen)
     model.requires_grad_(False)
-    model.set_recomputation([recompute] * SHAPE.n_layer, keep_dequantized=recompute is Recompute.ALL)
+    model.set_recomputation([recompute] * shape.n_layer, keep_dequantized=recompute is Recompute.ALL)
     if method == "lora":
-        sizes = SHAPE.parameter_shapes()
-        for seed, key in enumerate(SHAPE.matrix_names()):
+        sizes = shape.parameter_shapes()
+        for seed, key in enumerate(shape.matrix_names()):
             generator = torch.Generator().manual_seed(seed)
             values = {
                 name: torch.randn(size, generator=generator) / size[-1] ** 0.5
@@ -100,7 +103,7 @@ def model_of(
     for name, parameter in model.named_parameters():
         wanted = {
             "states": name.endswith("time_state"),
-            "lora": "lora_" in name or ".time_maa" in name,
+            "lora": "lora_" in name or ".time_maa" in name or ".att.x_" in name,
             "full": not name.endswith("time_state"),
         }
         parameter.requires_grad_(wanted[method])
@@ -146,6 +149,22 @@ def test_loss_and_gradient_do_not_depend_on_the_size_of_a_chunk(case: str, metho
 @pytest.mark.parametrize(("case", "method"), [("sft, pack", "full"), ("sft, pad", "lora"), ("orpo", "states")])
 def test_nor_on_whether_what_enters_the_layers_was_kept(case: str, method: str) -> None:
     check(case, method, Recompute.ALL, 20, with_inputs=True)
+
+
+@pytest.mark.parametrize("with_inputs", [False, True])
+@pytest.mark.parametrize("recompute", RECOMPUTED)
+@pytest.mark.parametrize("method", METHODS)
+def test_what_one_layer_hands_on_to_all_others_is_handed_on_in_chunks(
+    method: str, recompute: Recompute, with_inputs: bool
+) -> None:
+    check("sft, pack", method, recompute, 20, with_inputs=with_inputs, shape=RWKV7)
+
+
+@pytest.mark.parametrize("with_inputs", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("case", ["sft, pad", "orpo"])
+def test_and_in_rows_and_pairs(case: str, method: str, with_inputs: bool) -> None:
+    check(case, method, Recompute.ALL, 7, with_inputs=with_inputs, shape=RWKV7)
 
 
 @pytest.mark.slow
