@@ -1,11 +1,17 @@
 """README says what is so: its flag table, its commands, the files it names."""
 
 import dataclasses
+import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from binidx_files import write_binidx
+from factories import tiny_checkpoint
+from running import files_in, run_script, train
 
 from src.cli import given_flags, given_merge_flags, given_state_flags, given_train_flags
 from src.config import (
@@ -19,6 +25,7 @@ from src.config import (
     TrainConfig,
 )
 from src.config.model import METHOD_DEFAULTS
+from src.tokenizer import tokenizer_for_vocabulary
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -26,6 +33,8 @@ PLACES = {
     "train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_generate_reject.py", "python -m src.commands.state",
     "python -m src.commands.chat",
 }  # fmt: skip
+BASES = re.compile(r"\b(BASE|RWKV-x060-World-1B6-v2\.1)\.pth\b")
+"""The base models of commands that are the user's own."""
 
 
 def flag_table() -> list[tuple[str, str]]:
@@ -91,6 +100,98 @@ def test_it_shows_a_chat_and_every_command_of_the_state_tool() -> None:
     shown = [shlex.split(command)[3] for command in commands() if "src.commands.state" in command]
     assert set(shown) == set(STATE_COMMANDS)
     assert any("src.commands.chat" in command for command in commands())
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the files that the commands name: small models, chats, questions, a CSV; a LoRA without parts."""
+    folder = tmp_path_factory.mktemp("workplace")
+    for name in ("BASE.pth", "RWKV-x060-World-1B6-v2.1.pth"):
+        tiny_checkpoint(folder / name, n_embd=64, dim_ffn=256, dtype=torch.bfloat16)
+    numbers = range(40)
+    for name, keys in (("chats", ("prompt", "response")), ("held-out", ("prompt", "response")), ("qa", SFT_FIELDS)):
+        texts = [(f"What comes after {n}?", f"After {n} comes {n + 1}.") for n in numbers]
+        lines = [json.dumps(dict(zip(keys, pair, strict=True))) for pair in texts]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    encode = tokenizer_for_vocabulary(257).encode
+    chat = "User: What is this?\n\nAssistant: <|im_start|>assistant A number.<|im_end|>\n\n"
+    write_binidx(folder / "chats", [[*encode(chat), 0] for _ in numbers])
+    write_binidx(folder / "books", [[*encode(chat * 20), 0] for _ in numbers])
+    rows = [f"What is {n}?,A number.,{'A letter.' if n % 2 else ''}" for n in range(6)]
+    (folder / "pairs.csv").write_text("\n".join(["prompt,chosen,reject", *rows]), encoding="utf-8")
+    common = {"load_model": folder / "BASE.pth", "data_file": folder / "chats.jsonl"}
+    train(folder / "without-parts", peft="lora", train_parts="[]", epoch_steps=2, epoch_count=1, **common)
+    return folder
+
+
+SFT_FIELDS = ("query", "response")
+SMALLER = {
+    "train.py": ["--accelerator", "cpu", "--epoch_steps", "2", "--epoch_count", "1", "--epoch_save", "0"],
+    "rlhf_generate_reject.py": ["--accelerator", "cpu", "--max_tokens", "8"],
+    "PrepareOrpoDataset.py": ["--accelerator", "cpu"],
+    "merge_state.py": [],
+}
+"""What is put behind a command, so that it takes seconds."""
+SHORTER = {"65536": "512", "16384": "512", "2048": "128", "512": "64"}
+"""In place of the lengths of long texts."""
+
+
+@pytest.mark.slow
+def test_its_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One after the other, as far as they are a user's: each finds what those before it left."""
+    monkeypatch.chdir(workplace)
+    chosen = [command for command in commands() if BASES.search(command) and " -m " not in command]
+    assert len(chosen) == len(set(chosen)) > 25
+    copied = workplace / "held-out.save"
+    for command in chosen:
+        _, script, *words = shlex.split(command)
+        if "books" in words:
+            words = [SHORTER.get(word, word) for word in words]
+        if "held-out.save" in words and not copied.exists():
+            shutil.copy("pairs.save", copied)
+        if "theirs/rwkv-0.pth" in words:  # RWKV-PEFT writes no JSON
+            method = words[words.index("--type") + 1]
+            Path("theirs").mkdir(exist_ok=True)
+            shutil.copy(f"{method}/rwkv-final.pth", "theirs/rwkv-0.pth")
+            shutil.copy("pissa/init_pissa.pth", "theirs/init_pissa.pth")
+        ended = run_script(script, *words, *SMALLER[script])
+        assert ended.code == 0, f"{command}\n{ended.err}"
+        if script == "train.py" and "--preview" not in words:
+            if "--proj_dir" not in words:
+                words += ["--proj_dir", TrainConfig.proj_dir]
+            folder = Path(words[words.index("--proj_dir") + 1])
+            assert {"rwkv-final.pth", "rwkv-final.json", "metrics.jsonl"} <= files_in(folder), command
+        elif script == "merge_state.py":
+            output = Path(words[2])
+            assert output.exists(), command
+            if output.is_file():
+                _merged_model_differs(output)
+                output.unlink()
+
+
+def test_there_is_a_command_for_every_method() -> None:
+    """One to train and one to merge it, by the folder that it trains into."""
+    merging = [shlex.split(command) for command in commands() if "merge_state.py" in command]
+    trained = {}
+    for command in commands():
+        if command.startswith("python train.py") and BASES.search(command):
+            config = TrainConfig.from_flags(given_train_flags(shlex.split(command)[2:]))
+            packed, states = config.quantised, config.trains_states and config.method != "states"
+            trained[config.proj_dir] = config.method, packed, states
+    for method in [("states", True, False), ("lora", True, False), ("lora", False, True)]:
+        assert method in trained.values()
+    unpacked = {f"{folder}/rwkv-final.pth": method for folder, method in trained.items()}
+    merged = {unpacked[words[3]][0] for words in merging if words[3] in unpacked}
+    assert merged == {"states", "lora", "pissa", "bone", "bat"}
+    assert "both/rwkv-final.pth" in {words[3] for words in merging}
+    for loss in ("orpo", "dpo", "simpo"):
+        assert any(f"--{loss} 1" in command and "--peft" not in command for command in commands())
+
+
+def _merged_model_differs(path: Path) -> None:
+    base, merged = (torch.load(name, weights_only=True) for name in ("BASE.pth", path))
+    assert base.keys() <= merged.keys()
+    assert merged.keys() - base.keys() or any(not torch.equal(base[key], merged[key]) for key in base), path
 
 
 def test_the_two_commands_of_the_first_screen() -> None:

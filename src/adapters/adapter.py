@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from src.model.casts import LayerCasts
 from src.model.layers import Linear
 from src.model.shape import Shape
 from src.quant import FrozenLinear
@@ -47,6 +48,8 @@ class Adapter(nn.Module, ABC):
         self.base = base.requires_grad_(False)
         for name, values in parameters.items():
             self.register_parameter(name, nn.Parameter(values))
+        self._casts: LayerCasts | None = None
+        self._first_cast = 0
 
     @staticmethod
     @abstractmethod
@@ -81,6 +84,17 @@ class Adapter(nn.Module, ABC):
     def trained(self) -> list[nn.Parameter]:
         """The parameters, in the order of their gradients."""
         return [getattr(self, name) for name in self.names]
+
+    def cast_with(self, layer: LayerCasts) -> None:
+        """From now on, the parameters are cast with others of their layer."""
+        self._casts, self._first_cast = layer, layer.add(self)
+
+    def used(self, name: str, dtype: torch.dtype) -> Tensor:
+        """A parameter in the dtype of the activations, outside autograd; see `LayerCasts.cast`."""
+        parameter: nn.Parameter = getattr(self, name)
+        if self._casts is None or parameter.dtype is dtype:
+            return parameter.to(dtype)
+        return self._casts.cast(self._first_cast + self.names.index(name), dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""

@@ -40,7 +40,7 @@ class Bone(Adapter):
         """See Adapter."""
         kept = self.kept(x)
         y: Tensor = self.base(x)
-        return y.addmm_(kept[0], self.bone.to(x.dtype)), kept
+        return y.addmm_(kept[0], self.used("bone", x.dtype)), kept
 
     def kept(self, x: Tensor) -> Kept:
         """See Adapter."""
@@ -51,7 +51,7 @@ class Bone(Adapter):
 
     def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfParameters]:
         """See Adapter."""
-        grad_folded = grad_output @ self.bone.to(grad_output.dtype).t()
+        grad_folded = grad_output @ self.used("bone", grad_output.dtype).t()
         grad_x, _ = self.base.gradients(grad_output)
         whole, rest = self._blocks(grad_x)
         whole += grad_folded[:, None]
@@ -83,7 +83,7 @@ class Bat(Adapter):
 
     def product(self, x: Tensor) -> tuple[Tensor, Kept]:
         """See Adapter."""
-        added = torch.bmm(self._by_block(x), self.bone.to(x.dtype).transpose(1, 2))
+        added = torch.bmm(self._by_block(x), self.used("bone", x.dtype).transpose(1, 2))
         moved = x.clone()
         self._by_block(moved).add_(added)
         y: Tensor = self.base(moved)
@@ -98,7 +98,7 @@ class Bat(Adapter):
         """See Adapter."""
         grad_x, _ = self.base.gradients(grad_output)
         grad_added = self._by_block(grad_x) + self._by_tile(grad_output).sum(1)
-        self._by_block(grad_x).baddbmm_(grad_added, self.bone.to(grad_output.dtype))
+        self._by_block(grad_x).baddbmm_(grad_added, self.used("bone", grad_output.dtype))
         return grad_x, lambda kept: (outer_sum(grad_added, self._by_block(kept[0])),)
 
     def _by_block(self, x: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ from src.model.shape import Shape
 from src.quant import FrozenLinear
 
 _OVERSAMPLING = 8
+_LEAST_PIVOT = 1e-4
+"""Of the largest: fp64's precision, which loses twice as many digits, is still better than fp32's then."""
 
 
 class LoRA(Adapter):
@@ -75,20 +77,20 @@ class LoRA(Adapter):
         """See Adapter."""
         kept = self.kept(x)
         y: Tensor = self.base(x)
-        return y.addmm_(kept[1], self.lora_B.to(x.dtype).t(), alpha=self.scale), kept
+        return y.addmm_(kept[1], self.used("lora_B", x.dtype).t(), alpha=self.scale), kept
 
     def kept(self, x: Tensor) -> Kept:
         """See Adapter."""
-        return x, x @ self.lora_A.to(x.dtype).t()
+        return x, x @ self.used("lora_A", x.dtype).t()
 
     def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfParameters]:
         """See Adapter."""
         dtype = grad_output.dtype
-        grad_hidden = grad_output @ self.lora_B.to(dtype)
+        grad_hidden = grad_output @ self.used("lora_B", dtype)
         if self.scale != 1.0:
             grad_hidden = grad_hidden * self.scale
         grad_x, _ = self.base.gradients(grad_output)
-        grad_x.addmm_(grad_hidden, self.lora_A.to(dtype))
+        grad_x.addmm_(grad_hidden, self.used("lora_A", dtype))
 
         def of_parameters(kept: Kept) -> tuple[Tensor, ...]:
             x, hidden = kept
@@ -126,12 +128,28 @@ def principal_factors(weight: Tensor, r: int, niter: int, seed: int) -> tuple[Te
     """
     width = min(r + _OVERSAMPLING, *weight.shape)
     drawn = torch.randn(weight.shape[1], width, generator=torch.Generator().manual_seed(seed))
-    basis, _ = torch.linalg.qr(weight @ drawn.to(weight.device))
+    basis, _ = _orthonormal(weight @ drawn.to(weight.device))
     for _ in range(niter):
-        across, _ = torch.linalg.qr(weight.t() @ basis)
-        basis, _ = torch.linalg.qr(weight @ across)
+        across, _ = _orthonormal(weight.t() @ basis)
+        basis, _ = _orthonormal(weight @ across)
     # The SVD of the wide matrix basisᵀ W by way of its small triangular factor.
-    rows, triangle = torch.linalg.qr(weight.t() @ basis)
-    left, values, right = torch.linalg.svd(triangle.t())
+    rows, triangle = _orthonormal(weight.t() @ basis)
+    left, values, right = (part.to(weight) for part in torch.linalg.svd(triangle.t()))
     root = values[:r].sqrt()
     return root[:, None] * (right[:r] @ rows.t()), (basis @ left[:, :r]) * root
+
+
+def _orthonormal(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [n, k] fp32 as Q R: Q [n, k] orthonormal, on x's device, and R [k, k], on the host.
+
+    By Cholesky's factor of xᵀx in fp64, which leaves the device nothing but two products: Householder's reflections,
+    the way out where columns nearly depend on each other, are hundreds of small steps, one after the other.
+    """
+    wide = x.double()
+    lower, failed = torch.linalg.cholesky_ex((wide.t() @ wide).cpu())
+    pivots = lower.diagonal()
+    if failed or not pivots.min() > _LEAST_PIVOT * pivots.max():
+        q, triangle = torch.linalg.qr(x)
+        return q, triangle.cpu()
+    inverse = torch.linalg.solve_triangular(lower, torch.eye(len(lower), dtype=lower.dtype), upper=False)
+    return (wide @ inverse.t().to(x.device)).to(x.dtype), lower.t()

@@ -21,6 +21,7 @@ from src.adapters.hf import is_hf, read_hf
 from src.adapters.lora import LoRA, lora_weight
 from src.adapters.plan import init_key, module_of
 from src.checkpoint import keys_in, load_state, read_tensors
+from src.config.model import QUANT_TYPES
 from src.config.told import ToldFlags
 from src.errors import CheckpointError
 from src.model.shape import LAYER_KEY, ModelShape, Shape
@@ -103,6 +104,7 @@ class Trained:
         weights: other weights that take the place of the base model's.
         states: of every layer, or none.
         quant: quantisation it was trained on, "none" for unpacked weights; None if nothing says it.
+        quant_head: whether the head was packed, too.
         base: file, size_bytes and sha256 of the model it was trained on, as far as they are known.
     """
 
@@ -113,6 +115,7 @@ class Trained:
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     states: Mapping[str, Tensor] = field(default_factory=dict)
     quant: str | None = None
+    quant_head: bool = False
     base: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -157,7 +160,7 @@ def read_trained(path: PathLike, shape: ModelShape, told: Told = Told()) -> Trai
         states = {key for key in keys if key.endswith(".att.time_state")}
         if states == keys or shape.parameter_shapes().keys() <= keys:
             states_of_all = load_state(path, shape)
-            return Trained(path, states=states_of_all, quant=said.get("quant"), base=_base_in(said))
+            return Trained(path, states=states_of_all, **_packing_in(path, said), base=_base_in(said))
         tensors = with_own_names(read_tensors(path, role))
     return _Reader(path, shape, told, tensors, said, from_hf).read()
 
@@ -196,10 +199,10 @@ class _Reader:
         expected = self.shape.parameter_shapes() | self.shape.state_shapes()
         for key, tensor in {**others, **states}.items():
             self._check_shape(key, tensor, expected[key])
-        base = _base_in(self.said)
+        base, packing = _base_in(self.said), _packing_in(self.path, self.said)
         if not by_matrix:
             self._refuse_flags()
-            return Trained(self.path, weights=others, states=states, quant=self.said.get("quant"), base=base)
+            return Trained(self.path, weights=others, states=states, **packing, base=base)
         self._refuse_missing_layers(by_matrix)
         kind = self._kind(by_matrix)
         r = self._r(by_matrix, kind)
@@ -221,7 +224,7 @@ class _Reader:
             key: MatrixAdapter(kind, parameters, scale, first.get(key), by_output)
             for key, parameters in by_matrix.items()
         }
-        return Trained(self.path, kind, r, adapters, others, states, self.said.get("quant"), base)
+        return Trained(self.path, kind, r, adapters, others, states, **packing, base=base)
 
     def _sorted(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """Parameters of adapters by matrix and name, and all other tensors by key."""
@@ -413,6 +416,21 @@ def _shapes_of(kind: str, r: int, size: Shape, by_output: bool) -> dict[str, Sha
         return {"bone": (size[0] // r, r, r)}
     shapes: Callable[[int, int, int], dict[str, Shape]] = {"bone": Bone, "bat": Bat}.get(kind, LoRA).parameter_shapes
     return shapes(r, size[0], size[1])
+
+
+def _packing_in(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether the base model was packed, and the head with it, as arguments of `Trained`.
+
+    Raises:
+        CheckpointError: it was packed in a way that is not known.
+    """
+    quant = said.get("quant")
+    if quant not in (None, "none", *QUANT_TYPES):
+        raise CheckpointError(
+            f"{description_path(path)} says that {path} was trained on weights packed as {quant!r}, and none, "
+            f"{', '.join(QUANT_TYPES)} are known: correct or remove that file"
+        )
+    return {"quant": quant, "quant_head": bool(said.get("quant_head"))}
 
 
 def _base_in(said: Mapping[str, Any]) -> dict[str, Any]:

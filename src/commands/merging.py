@@ -100,9 +100,9 @@ def _verify(report: MergeReport, output: Path, quant: str, device: torch.device,
     if trained.by_output:
         raise ConfigError("--verify 1 cannot compare a Bat of peft's, which no model here computes: leave it out")
 
-    def logits_of(tensors: Mapping[str, Tensor], quant_type: str | None = None) -> Tensor:
+    def logits_of(tensors: Mapping[str, Tensor], quant_type: str | None = None, *, quant_head: bool = False) -> Tensor:
         own = tensors.info.shape if isinstance(tensors, Checkpoint) else shape
-        model = build_model(tensors, own, LoadOptions(device, torch.float32, quant_type)).eval()
+        model = build_model(tensors, own, LoadOptions(device, torch.float32, quant_type, quant_head)).eval()
         if isinstance(tensors, Apart):
             for key, adapter in trained.adapters.items():
                 model.adapt(key, adapter.module, 0)
@@ -119,10 +119,11 @@ def _verify(report: MergeReport, output: Path, quant: str, device: torch.device,
         )
     if error > limit:
         print(f"warning  that is more than the {limit:.0e} that rounding to {report.base_dtype} explains")
-    if quant == "none" and trained.quant not in (None, "none"):
-        packed = logits_of(Apart(Merged(report.base, trained, device=device), trained), trained.quant)
-        error = relative_error(merged, packed)
-        print(f"verify   they are {error:.1e} from the {trained.quant} model as it was trained (rms)")
+    trained_on = trained.quant or quant
+    if trained_on != "none":  # with matrices packed that have no adapter, and the head
+        unpacked = Apart(Merged(report.base, trained, device=device), trained)
+        error = relative_error(merged, logits_of(unpacked, trained_on, quant_head=trained.quant_head))
+        print(f"verify   they are {error:.1e} from the {trained_on} model as it was trained (rms)")
 
 
 def _device(name: str) -> torch.device:

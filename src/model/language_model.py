@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.layout import SegmentLayout
+from src.model.casts import CastBuffer, LayerCasts
 from src.model.layers import Embedding, Linear, Norm, TimeMixer
 from src.model.recompute import Recompute, Results, recomputed
 from src.model.shape import ModelShape
@@ -143,6 +144,7 @@ class LanguageModel(nn.Module):
 
     Attributes:
         workspace: holds the dense matrices of the packed ones while they are used.
+        casts: holds what adapters train in the computation dtype while it is used.
     """
 
     def __init__(
@@ -158,6 +160,8 @@ class LanguageModel(nn.Module):
         self.compute_dtype = compute_dtype
         self.dropout = dropout
         self.workspace = DequantizationWorkspace()
+        self.casts = CastBuffer()
+        self._casts_of_layers: dict[str, LayerCasts] = {}
         self._kept_by_adapters: dict[str, int] = {}
         self.emb = Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor) for i in range(shape.n_layer))
@@ -220,7 +224,9 @@ class LanguageModel(nn.Module):
         parent = self.get_submodule(parent_name)
         adapted = adapter(getattr(parent, child))
         setattr(parent, child, adapted)
-        block: Any = self.get_submodule(".".join(parent_name.split(".")[:2]))
+        layer = ".".join(parent_name.split(".")[:2])
+        adapted.cast_with(self._casts_of_layers.setdefault(layer, LayerCasts(self.casts)))
+        block: Any = self.get_submodule(layer)
         block.draws_random = block.draws_random or adapted.draws_random
         self._kept_by_adapters[name] = kept_values
 
@@ -288,6 +294,7 @@ class LanguageModel(nn.Module):
         assert state is None or layout is None or carry is not None, "whose memory is it?"
         assert layout is None or (tokens.shape[0] == 1 and tokens.shape[1] == layout.tokens)
         assert not (return_state and layout is not None and layout.has_children)
+        self.casts.forget()  # of what an optimizer has moved since
         x = self.embed(tokens)
         new_state: ModelState = []
         handed: Tensor | None = None

@@ -8,9 +8,9 @@
 
 Each row runs in a process of its own, so that its memory is its own. Time is the median of the steps
 after the first two; tokens/s are those of the second half of the steps, without padding, all GPUs together;
-"peak" is torch's allocator, "used" what the device reports at the end, CUDA context included. Flags of train.py
-go at the end of the command. Nothing is printed when gradients disagree with the plain fp32 path on a small
-model.
+"peak" is torch's allocator, "used" what the device reports at the end, CUDA context included. With --json also
+"load_seconds": what PiSSA's exceed LoRA's by is its start. Flags of train.py go at the end of the command. Nothing is
+printed when gradients disagree with the plain fp32 path on a small model.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -121,7 +122,9 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
     method = method_of(config)
     apply_hardware(hardware, config, small_messages=method.small)
     work = prepare_work(config, shape)
+    begin = time.perf_counter()
     model = build_model(RandomTensors(shape, hardware.device), shape, load_options(config, method, hardware, shape))
+    load_seconds = time.perf_counter() - begin
     choose_recomputation(model, work, config)
     work.prepare(model, Reference(config, None, folder))
     module = TrainingModule(model, work.objective, config, method, work.dataset)
@@ -132,6 +135,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
         "used_gib": monitor.used_bytes / 2**30,
         "tokens_per_s": _tokens_per_second(folder / "metrics.jsonl"),
         "loss": monitor.losses[-1],
+        "load_seconds": load_seconds,
     }
 
 

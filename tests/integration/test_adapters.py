@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 from factories import tiny_checkpoint, tiny_shape, tiny_state_file
-from running import Ended, files_in, left_by_run, metrics, refusal, train, try_train, write_documents
+from running import Ended, files_in, go_on, left_by_run, metrics, refusal, stopped, train, try_train, write_documents
 from torch import Tensor
+
+from src.adapters.adapter import Adapter
 
 pytestmark = pytest.mark.usefixtures("architecture")
 
@@ -154,6 +156,24 @@ def test_the_rate_follows_its_schedule(lr_schedule: str, base: Path, data: Path,
         assert rates[:18] == [0.1] * 18
     else:
         assert rates[9] == pytest.approx(0.06)
+
+
+@pytest.mark.parametrize("peft", METHODS)
+def test_in_bf16_a_run_is_bitwise_that_of_casts_at_each_use(
+    peft: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With accumulation, held-out losses, and a stop in between."""
+    flags = {
+        "load_model": base, "data_file": data, "val_file": data, "precision": "bf16", "lr_init": 1e-2, "micro_bsz": 1,
+        "accumulate_grad_batches": 2, "epoch_steps": 4, "epoch_count": 2, "train_type": "states", **sized(peft),
+    }  # fmt: skip
+    stopped(3, tmp_path / "together", **flags)
+    go_on(tmp_path / "together")
+    monkeypatch.setattr(Adapter, "cast_with", lambda self, layer: None)
+    train(tmp_path / "apart", **flags)
+    assert losses(tmp_path / "together") == losses(tmp_path / "apart")
+    one, other = (tensors_in(tmp_path / name / "rwkv-final.pth") for name in ("together", "apart"))
+    assert all(torch.equal(one[name], tensor) for name, tensor in other.items())
 
 
 def test_states_and_adapters_together(base: Path, data: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from factories import tiny_checkpoint, tiny_state_file
-from running import Ended, files_in, left_by_run, metrics, refusal, run_script, train, try_train
+from running import Ended, files_in, go_on, left_by_run, metrics, refusal, run_script, stopped, train, try_train
 
 from src.data.pair_file import load_pairs, save_pairs
 from src.data.preferences import PreferencePair
@@ -45,14 +45,15 @@ LOSSES: dict[str, dict[str, object]] = {"dpo": {"dpo": 1}, "simpo": {"simpo": 1}
 
 @pytest.fixture(scope="module")
 def files(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`base.pth`, and three pairs with a reject and one without: `pairs.save`; `scored.save` with the base's values."""
+    """`base.pth`, and three pairs with a reject and one without: `pairs.save`; `scored.save` with the base's values,
+    `scored-nf4.save` with those of the packed base."""
     folder = tmp_path_factory.mktemp("files")
     tiny_checkpoint(folder / "base.pth", dtype=torch.bfloat16)
     (folder / "in.csv").write_text(CSV, encoding="utf-8")
-    for name, base_logp in (("pairs.save", 0), ("scored.save", 1)):
+    for name, base_logp, quant in (("pairs.save", 0, 0), ("scored.save", 1, 0), ("scored-nf4.save", 1, 1)):
         ended = run_script(
             "PrepareOrpoDataset.py", load_model=folder / "base.pth", input_csv=folder / "in.csv", base_logp=base_logp,
-            output_save=folder / name, target_pair_count=4, accelerator="cpu",
+            output_save=folder / name, target_pair_count=4, accelerator="cpu", quant=quant,
         )  # fmt: skip
         assert ended.code == 0, ended.err
     return folder
@@ -143,6 +144,40 @@ class TestReference:
         assert len(exact) == 2
         one, other = (metrics(tmp_path / f"exact {name}") for name in ("pairs.save", "scored.save"))
         assert [record["loss"] for record in one] == pytest.approx([record["loss"] for record in other], rel=1e-6)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_every_method_takes_what_is_stored(self, method: str, files: Path, tmp_path: Path) -> None:
+        """And begins at ln 2. But a packed PiSSA is not the packed base: its residual is what is packed."""
+        source = files / ("scored-nf4.save" if METHODS[method].get("quant") else "scored.save")
+        ended = run(tmp_path, files, dpo=1, rlhf_train_file=source, **METHODS[method])
+        if method == "packed pissa":
+            assert reference(ended) == "measured over 3 pairs"
+        else:
+            assert reference(ended) == f"{source}, where --base_logp 1 stored it"
+        first, second = (record["loss"] for record in metrics(tmp_path))
+        assert first == pytest.approx(LN_2, abs=1e-5)
+        assert second < first
+
+    def test_values_of_the_unpacked_base_serve_a_packed_one_nearly(self, files: Path, tmp_path: Path) -> None:
+        flags = {"rlhf_train_file": files / "scored.save", **METHODS["packed states"]}
+        ended = run(tmp_path, files, dpo=1, **flags)
+        assert reference(ended) == f"{files / 'scored.save'}, where --base_logp 1 stored it"
+        off = abs(metrics(tmp_path)[0]["loss"] - LN_2)
+        assert 1e-5 < off < 0.05  # what packing moved: 0.007 was measured
+
+    def test_a_run_that_goes_on_compares_its_start_with_what_is_stored(self, files: Path, tmp_path: Path) -> None:
+        """Not what it has become, which is another model by far."""
+        source = files / "scored.save"
+        whole = {"train_type": "none", "lr_init": 1e-2, "epoch_steps": 3, "epoch_count": 2}
+        common = {"rlhf_train_file": source, "dpo": 1, **whole}
+        run(tmp_path / "whole", files, **common)
+        stopped(4, tmp_path / "parts", **flags_of(files, **common))
+        first, *_, last = (record["logp_rejected"] for record in metrics(tmp_path / "parts"))
+        assert abs(last / first - 1) > 0.05  # beyond what stored and measured values may differ by
+        ended = go_on(tmp_path / "parts")
+        assert reference(ended) == f"{source}, where --base_logp 1 stored it"
+        finals = [torch.load(tmp_path / name / "rwkv-final.pth", weights_only=True) for name in ("whole", "parts")]
+        assert all(torch.equal(finals[1][key], tensor) for key, tensor in finals[0].items())
 
     def test_the_start_is_the_reference_whatever_it_is(self, files: Path, tmp_path: Path) -> None:
         first = run(tmp_path / "first", files, dpo=1, **METHODS["lora"])

@@ -70,9 +70,45 @@ def test_a_run_on_packed_weights(peft: str, folder: Path, tmp_path: Path) -> Non
     assert "note     it was trained on nf4 weights" in ended.out
     assert "2 layers of state" in ended.out
     as_trained = merged(folder, f"nf4-{peft}", tmp_path / "as-trained.pth", verify=1, quant="nf4")
-    (near,) = verified(as_trained)
-    assert near < 3e-3
+    assert max(verified(as_trained)) < 3e-3
+    assert "from the nf4 model as it was trained" in as_trained.out
     assert "note" not in as_trained.out
+
+
+@pytest.mark.parametrize(("method", "quant_type"), [("states", "nf4"), ("bone", "int8")])
+def test_verifying_a_run_with_a_packed_head(method: str, quant_type: str, folder: Path, tmp_path: Path) -> None:
+    """The model as it was trained is compared with, with its head and with packed matrices that had no adapter."""
+    adapter = {"peft": "bone", "bone_r": 8, "targets": "att.key", "train_parts": "[]"} if method == "bone" else {}
+    common = {"load_model": folder / "base.pth", "data_file": folder / "documents", "epoch_steps": 2, "epoch_count": 1}
+    distances = []
+    for quant_head in (0, 1):
+        run = tmp_path / str(quant_head)
+        packing = {"quant": 1, "quant_type": quant_type, "quant_head": quant_head}
+        train(run, **common, **adapter, **packing, lr_init=1e-2, lr_final=1e-2)
+        ended = run_script("merge_state.py", folder / "base.pth", run / "rwkv-final.pth", run / "merged.pth", verify=1)
+        assert ended.code == 0, ended.err
+        near, far = verified(ended)
+        assert near < 3e-3
+        assert f"from the {quant_type} model as it was trained" in ended.out
+        distances.append(far)
+        if method == "states":
+            continue
+        again = run_script(
+            "merge_state.py", folder / "base.pth", run / "rwkv-final.pth", run / "again.pth", verify=1, quant=quant_type
+        )
+        assert verified(again)[1] > 2e-3  # att.key alone was packed for it, and not what has no adapter
+    # Measured, with either method: nf4 0.027 and 0.096, int8 0.0032 and 0.011.
+    assert distances[1] > 2 * distances[0] > 2e-3
+
+
+def test_a_packing_that_is_not_known(folder: Path, tmp_path: Path) -> None:
+    shutil.copy(folder / "bone" / "rwkv-final.pth", tmp_path / "run.pth")
+    said = json.loads((folder / "bone" / "rwkv-final.json").read_text())
+    (tmp_path / "run.json").write_text(json.dumps({**said, "quant": "nf5"}))
+    ended = run_script("merge_state.py", folder / "base.pth", tmp_path / "run.pth", tmp_path / "merged.pth", verify=1)
+    assert ended.code == 2
+    assert "packed as 'nf5'" in ended.err
+    assert files_in(tmp_path) == {"run.pth", "run.json"}
 
 
 def test_an_fp32_model_is_merged_to_1e_5(folder: Path, tmp_path: Path) -> None:

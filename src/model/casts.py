@@ -1,0 +1,94 @@
+"""Trained tensors in the dtype of the activations, those of a layer cast at once.
+
+Adapters are small and many: cast one by one at every use, a step casts a thousand times, and a GPU that trains a small
+model waits for that. Layers take turns with one buffer, which is as large as one layer's tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT_VALUES = 64
+"""Where a tensor begins in the buffer: 128 bytes in 16 bits, which matrix products like."""
+
+
+class HasTrained(Protocol):
+    """What has tensors to cast."""
+
+    def trained(self) -> Sequence[Tensor]:
+        """The tensors as they are now, always as many and of the same shapes."""
+        ...
+
+
+class CastBuffer:
+    """The buffer and whose tensors it holds.
+
+    Values are those of the last `forget`: it is to be called whenever tensors may have changed, as a model does at the
+    start of each forward. All layers that share a buffer run on one stream.
+    """
+
+    def __init__(self) -> None:
+        self._values: Tensor | None = None
+        self._holder: LayerCasts | None = None
+
+    def forget(self) -> None:
+        """Takes the buffer's contents for unknown."""
+        self._holder = None
+
+    def holds(self, layer: LayerCasts, dtype: torch.dtype) -> bool:
+        """Whether it holds this layer's tensors in this dtype."""
+        return self._holder is layer and self._values is not None and self._values.dtype is dtype
+
+    def take(self, layer: LayerCasts, numel: int, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """The buffer for a layer that will fill it, at least [numel], on `like`'s device."""
+        values = self._values
+        if values is None or values.numel() < numel or values.dtype is not dtype or values.device != like.device:
+            values = self._values = torch.empty(numel, dtype=dtype, device=like.device)
+        self._holder = layer
+        return values
+
+
+class LayerCasts:
+    """The trained tensors beside a layer's matrices."""
+
+    def __init__(self, buffer: CastBuffer) -> None:
+        self._buffer = buffer
+        self._owners: list[HasTrained] = []
+        self._views: list[Tensor] = []
+        self._filled: Tensor | None = None  # what the views are of
+
+    def add(self, owner: HasTrained) -> int:
+        """Takes an owner's tensors in; the number of the first of them."""
+        first = len(self._tensors())
+        self._owners.append(owner)
+        self._filled = None
+        self._buffer.forget()
+        return first
+
+    def cast(self, number: int, dtype: torch.dtype) -> Tensor:
+        """A tensor in this dtype, outside autograd: to be used at once, as another layer's overwrite it."""
+        if not self._buffer.holds(self, dtype):
+            self._fill(dtype)
+        return self._views[number]
+
+    @torch.no_grad()
+    def _fill(self, dtype: torch.dtype) -> None:
+        tensors = self._tensors()
+        begins = [0]
+        for tensor in tensors:
+            begins.append(begins[-1] + -(-tensor.numel() // _ALIGNMENT_VALUES) * _ALIGNMENT_VALUES)
+        values = self._buffer.take(self, begins[-1], tensors[0], dtype)
+        if self._filled is not values:
+            self._views = [
+                values[begin : begin + tensor.numel()].view(tensor.shape)
+                for begin, tensor in zip(begins, tensors, strict=False)
+            ]
+            self._filled = values
+        torch._foreach_copy_(self._views, tensors)
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for owner in self._owners for tensor in owner.trained()]

@@ -1,0 +1,140 @@
+"""Adapters whose tensors are cast a layer at a time compute, to the last bit, what those cast at every use do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from recompute_cases import (
+    SHAPE,
+    Gradients,
+    adapt,
+    branching_row,
+    loss_of,
+    model_of,
+    own_start,
+    packed_row,
+    tokens_of,
+    two_chained_chunks,
+)
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from src.adapters.adapter import Adapter
+from src.adapters.plan import KINDS
+from src.model.casts import CastBuffer, LayerCasts
+from src.model.language_model import LanguageModel
+from src.model.recompute import Recompute
+
+
+def adapted(kind: str, mode: Recompute, quant_type: str | None = None, *, together: bool = True) -> LanguageModel:
+    model = model_of(mode, quant_type, dtype=torch.bfloat16)
+    adapt(model, kind, SHAPE.matrix_names())
+    if not together:
+        for adapter in adapters_of(model):
+            adapter._casts = None
+    return model
+
+
+def adapters_of(model: LanguageModel) -> list[Adapter]:
+    return [module for module in model.modules() if isinstance(module, Adapter)]
+
+
+def move(model: LanguageModel) -> None:
+    """As an optimizer and an engine do: in place, through `.data`, and by other storage."""
+    for number, adapter in enumerate(adapters_of(model)):
+        for parameter in adapter.trained():
+            parameter.grad = None
+            step = torch.full_like(parameter, 0.01).cumsum(0)
+            match number % 3:
+                case 0:
+                    with torch.no_grad():
+                        parameter.add_(step)
+                case 1:
+                    parameter.data.add_(step)
+                case 2:
+                    parameter.data = parameter.data + step
+
+
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("mode", Recompute)
+@pytest.mark.parametrize(
+    ("kind", "case"), [("lora", own_start), ("lora", two_chained_chunks), ("bone", packed_row), ("bat", branching_row)]
+)
+def test_gradients_are_bitwise_those_of_casts_at_each_use(
+    kind: str, case: Callable[[LanguageModel], Gradients], mode: Recompute, quant_type: str | None
+) -> None:
+    """In two steps, with another choice of what is trained in the second."""
+    models = [adapted(kind, mode, quant_type, together=together) for together in (True, False)]
+    for step in range(2):
+        found, expected = (case(model) for model in models)
+        assert found.keys() == expected.keys()
+        assert [name for name in found if not torch.equal(found[name], expected[name])] == []
+        for model in models:
+            model.zero_grad()
+            move(model)
+            if step == 0:
+                model.get_parameter("blocks.1.att.time_state").requires_grad_(False)
+
+
+class CountedCasts(TorchDispatchMode):
+    """Counts casts of single tensors that belong to adapters, and casts of many."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.places = {p.data_ptr() for adapter in adapters_of(model) for p in adapter.trained()}
+        self.single = self.together = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        self.single += name == "_to_copy" and args[0].data_ptr() in self.places
+        self.together += name == "_foreach_copy_"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_often_is_cast(kind: str) -> None:
+    """Once in each pass over a layer; the last layer's forward is followed by its second pass at once."""
+    passes = {Recompute.NOTHING: 2, Recompute.INPUTS: 2, Recompute.ALL: 2}
+    for mode, count in passes.items():
+        model = adapted(kind, mode)
+        with CountedCasts(model) as counted:
+            loss_of(model(tokens_of(11))[0]).backward()
+        assert (counted.single, counted.together) == (0, count * SHAPE.n_layer - 1), mode
+
+
+def test_fp32_is_used_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LayerCasts, "cast", None)
+    model = model_of(Recompute.ALL, None)
+    adapt(model, "lora", SHAPE.matrix_names())
+    own_start(model)
+    assert model.casts._values is None
+
+
+class Owner:
+    def __init__(self, *sizes: int) -> None:
+        self.tensors = [torch.randn(size) for size in sizes]
+
+    def trained(self) -> list[Tensor]:
+        return self.tensors
+
+
+def test_layers_of_different_sizes_take_turns_with_one_buffer() -> None:
+    buffer = CastBuffer()
+    owners = [Owner(3, 70), Owner(200), Owner(5)]
+    layers = [LayerCasts(buffer) for _ in range(2)]
+    numbers = [layers[0].add(owners[0]), layers[1].add(owners[1]), layers[0].add(owners[2])]
+    assert numbers == [0, 0, 2]
+    wanted = [(0, 0, owners[0].tensors[0]), (0, 2, owners[2].tensors[0]), (1, 0, owners[1].tensors[0])]
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        for layer, number, tensor in [*wanted, *reversed(wanted)]:
+            cast = layers[layer].cast(number, dtype)
+            assert torch.equal(cast, tensor.to(dtype))
+            assert cast.data_ptr() % 128 == buffer._values.data_ptr() % 128  # type: ignore[union-attr]
+    before = layers[1].cast(0, torch.bfloat16).clone()
+    owners[1].tensors[0].zero_()
+    assert torch.equal(layers[1].cast(0, torch.bfloat16), before)
+    buffer.forget()
+    assert not layers[1].cast(0, torch.bfloat16).any()
