@@ -71,7 +71,7 @@ class Memories:
         on_device = part.to(self._device, non_blocking=True)
         if list(places) == list(range(len(part))):
             return on_device
-        return on_device.index_select(0, torch.tensor(places, device=self._device))
+        return on_device.index_select(0, index_on(self._device, places))
 
 
 def by_source(sources: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
@@ -82,6 +82,11 @@ def by_source(sources: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]
             groups.append((index, []))
         groups[-1][1].append(place)
     return groups
+
+
+def index_on(device: torch.device, places: Sequence[int]) -> Tensor:
+    """int64 on a device, without waiting for it."""
+    return torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
 
 
 def _on_its_own(part: Tensor) -> Tensor:
@@ -122,7 +127,7 @@ def kept_of(chunk: Chunk, layer: LayerState) -> LayerState:
     """What a chunk keeps of a layer's memory: of rows beside each other, some."""
     if chunk.layout is not None or len(chunk.kept) == len(chunk.rows):
         return layer
-    return layer.rows(torch.tensor(chunk.kept, device=layer.wkv.device))
+    return layer.rows(index_on(layer.wkv.device, chunk.kept))
 
 
 def chunk_scores(model: LanguageModel, hidden: Tensor, chunk: Chunk, target_sets: Sequence[Tensor]) -> Scores:

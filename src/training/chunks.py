@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from src.cutting import Chunk, cut
-from src.model.chunks import Memories, by_source, chunk_scores, kept_of, read_scores, run_chunk, to_host
+from src.model.chunks import Memories, by_source, chunk_scores, index_on, kept_of, read_scores, run_chunk, to_host
 from src.model.language_model import LanguageModel, Watch
 from src.model.recompute import Draws
 from src.model.state import LayerState, ModelState
@@ -339,7 +339,7 @@ class _SecondPass(nn.Module):
                 continue
             assert start is not None
             kept = len(self._staged.chunks[source].kept)
-            index = torch.tensor(places, device=self.model.device)
+            index = None if places == list(range(kept)) else index_on(self.model.device, places)
             layers = [LayerState(*(_spread(part, rows, index, kept) for part in layer)) for layer in start]
             if source in handed:
                 layers = [
@@ -355,7 +355,9 @@ def _backward_from(ends: Ends) -> None:
         torch.autograd.backward([end for end, _ in asked], [gradient for _, gradient in asked])
 
 
-def _spread(part: Tensor, rows: slice, index: Tensor, kept: int) -> Tensor:
-    """The gradients of some rows of a memory, at their places among those of the chunk that left it."""
+def _spread(part: Tensor, rows: slice, index: Tensor | None, kept: int) -> Tensor:
+    """The gradients of some rows of a memory, at their places among those of the chunk that left it; None: all."""
+    if index is None and part.grad is not None:
+        return part.grad[rows]
     spread = part.new_zeros((kept, *part.shape[1:]))
-    return spread if part.grad is None else spread.index_add_(0, index, part.grad[rows])
+    return spread if index is None or part.grad is None else spread.index_add_(0, index, part.grad[rows])
