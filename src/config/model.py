@@ -5,6 +5,7 @@ from typing import Any
 
 from src.config.flags import AT_LEAST_1, NOT_NEGATIVE, SHARE_BELOW_1, Flags, Given, Lines, flag
 
+ARCHITECTURES = ("x060", "x070")
 QUANT_TYPES = ("nf4", "fp4", "4bit", "int8")
 
 _STATES = {"quant": 1, "dataload": "pack", "lr_init": 1.0, "lr_final": 0.01, "train_parts": ""}
@@ -33,7 +34,7 @@ class ModelFlags(Flags, group="model"):
 
     my_testing: str = flag(
         "", "architecture: found from the base model, against which it is checked; a fresh model is x060 without it",
-        ("x060", "x070"),
+        ARCHITECTURES,
     )  # fmt: skip
     train_type: str = flag(
         "", "states: train time_state (default without --peft); none: no states, and without --peft every weight",

@@ -9,11 +9,10 @@ from typing import ClassVar, NamedTuple
 
 from src.config.flags import FOLDER, INPUT, OUTPUT, Flags, Given, Lines, flag, shortened
 from src.config.hardware import accelerator_flag, precision_flag
-from src.config.model import QUANT_TYPES
+from src.config.model import ARCHITECTURES, QUANT_TYPES
 from src.config.told import ToldFlags
 
 CLIENT_NAMES = ("runner", "ai00", "web-rwkv", "rwkv-pip", "rwkvcpp", "hf")
-ARCHITECTURES = ("x060", "x070")
 
 
 class Share(NamedTuple):

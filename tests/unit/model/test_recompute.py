@@ -29,10 +29,12 @@ TOLERANCE = 1e-5
 the others give the same bits), torch 2.13 on an x86-64 CPU; the rest is room for another order of additions."""
 
 
-@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize(
+    ("architecture", "quant_type"),
+    [("x060", None), ("x060", "nf4"), ("x070", None), pytest.param("x070", "nf4", marks=pytest.mark.slow)],
+)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
 @pytest.mark.parametrize("mode", [Recompute.INPUTS, Recompute.ALL])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_gradients_are_those_of_plain_autograd(
     architecture: str, mode: Recompute, case: Callable[[LanguageModel], Gradients], quant_type: str | None
 ) -> None:
