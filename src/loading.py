@@ -38,7 +38,8 @@ class LoadOptions:
         compute_dtype: dtype of activations and frozen weights.
         quant_type: packs the large matrices of every layer; None keeps them in compute_dtype.
         quant_head: pack the head, too.
-        trained: keys of what is trained, kept in fp32; None is every layer's `time_state`.
+        trained: keys of what is trained, kept in fp32 unless `narrow`; None is every layer's `time_state`.
+        narrow: those of them that are kept in bf16.
         adapters: what stands beside the matrices; their keys are among `trained`.
         head_size_divisor: group norm eps is 1e-5 times its square.
         dropout: probability, see LanguageModel.
@@ -49,6 +50,7 @@ class LoadOptions:
     quant_type: str | None = None
     quant_head: bool = False
     trained: Collection[str] | None = None
+    narrow: Collection[str] = ()
     adapters: AdapterPlan | None = None
     head_size_divisor: int = 8
     dropout: float = 0.0
@@ -115,7 +117,7 @@ def build_model(
         source: where the tensors come from, for messages.
 
     Returns:
-        The model in training mode; `time_state` and what is trained are fp32.
+        The model in training mode; `time_state` and what is trained are fp32, but for what is `narrow`.
 
     Raises:
         CheckpointError: a value is not finite in the dtype it is used in.
@@ -154,15 +156,16 @@ def build_model(
             used = tensor
             model.emb.keep_on_host(used)
         else:
-            dtype = torch.float32 if name in trained else options.compute_dtype
+            kept_in = torch.bfloat16 if name in options.narrow else torch.float32
+            dtype = kept_in if name in trained else options.compute_dtype
             used = tensor.to(options.device, dtype, copy=name in trained)
-            _place(model, name, used, name in trained)
+            model.place(name, nn.Parameter(used, requires_grad=name in trained))
         sums[name] = used.sum()
         on_progress(name)
     for name, state_shape in shape.state_shapes().items():
         start = tensors[name] if name in tensors else torch.zeros(state_shape)
         used = start.to(options.device, torch.float32, copy=True)
-        _place(model, name, used, name in trained)
+        model.place(name, nn.Parameter(used, requires_grad=name in trained))
         sums[name] = used.sum()
     if adapters is not None:
         adapters.attach(model, values)
@@ -230,9 +233,3 @@ def _refuse_non_finite(source: str | PathLike[str], tensors: Mapping[str, Tensor
                 f"{source}: {bad:,} of the {values.numel():,} values of {name} are not finite in "
                 f"{str(dtype).removeprefix('torch.')}, and with them no output would be; {way_out}"
             )
-
-
-def _place(model: LanguageModel, name: str, tensor: Tensor, trained: bool) -> None:
-    module_name, _, parameter_name = name.rpartition(".")
-    module = model.get_submodule(module_name)
-    module.register_parameter(parameter_name, nn.Parameter(tensor, requires_grad=trained))

@@ -228,3 +228,35 @@ def wait_until(condition: Callable[[], bool], seconds: float, every: float = 0.0
         if time.monotonic() > end:
             raise TimeoutError
         time.sleep(every)
+
+
+def steps_of(folder: Path) -> list[dict[str, Any]]:
+    """Records without what differs between any two runs."""
+    return [{k: v for k, v in row.items() if k not in ("run", "seconds", "tokens_per_s")} for row in metrics(folder)]
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """All tensors, however deep."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        yield from tensors_in(part)
+
+
+def epoch_lines(folder: Path) -> list[list[str]]:
+    lines = (folder / "train_log.txt").read_text(encoding="utf-8").splitlines()
+    words = [line.split() for line in lines if line[0].isdigit()]
+    return [[*line[:4], line[-1]] for line in words]
+
+
+def assert_same_end(one: Path, other: Path) -> None:
+    """Same files, same bits in every checkpoint, same records."""
+    assert files_in(one) == files_in(other)
+    for name in sorted(files_in(one)):
+        if name.endswith(".pth"):
+            first, second = (torch.load(folder / name, weights_only=True) for folder in (one, other))
+            assert first.keys() == second.keys()
+            assert all(torch.equal(first[key], second[key]) for key in first), name
+    assert steps_of(one) == steps_of(other)
+    assert epoch_lines(one) == epoch_lines(other)
+    assert len({row["run"] for row in metrics(other)}) == 1

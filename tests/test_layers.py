@@ -16,7 +16,7 @@ LEVELS = (
     ("src.archive",),
     (
         *("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout", "src.identity"),
-        *("src.storage", "src.streaming", "src.safetensors", "src.cutting"),
+        *("src.storage", "src.streaming", "src.safetensors", "src.cutting", "src.scratch"),
     ),
     ("src.data", "src.ops"),
     ("src.quant",),

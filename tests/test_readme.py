@@ -214,13 +214,13 @@ def test_the_table_of_defaults_by_method_is_true() -> None:
         line = next(line for line in README.splitlines() if line.startswith(f"| {label} |"))
         return [cell.strip() for cell in line.split("|")[2:5]]
 
-    columns = [["states"], ["lora", "pissa", "bone", "bat"], ["full"]]
+    columns = [["states"], ["lora", "pissa", "bone", "bat", "lisa"], ["full"]]
     for cells, names in ((row("`--lr_init`, `--lr_final`"), ("lr_init", "lr_final")), (row("`--quant`"), ("quant",))):
         for cell, methods in zip(cells, columns, strict=True):
             shown = [float(number) for number in re.split("[;(]", cell)[0].split(",")]
             assert all(shown == [METHOD_DEFAULTS[method][name] for name in names] for method in methods)
     parts = {method: METHOD_DEFAULTS[method]["train_parts"] for methods in columns for method in methods}
-    assert row("`--train_parts`") == ["none", parts["lora"], "all"]
+    assert row("`--train_parts`") == ["none", f"{parts['lora']}; `lisa`: {parts['lisa']}", "all"]
     assert {parts["states"], parts["full"]} == {""}
     assert all(defaults["dataload"] == "pack" for defaults in METHOD_DEFAULTS.values())
     assert TrainConfig.warmup_steps == 10

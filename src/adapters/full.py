@@ -1,4 +1,7 @@
-"""Full training: every weight in fp32, of a model from a file or a fresh one. Start states stay as they are."""
+"""Full training: every weight, of a model from a file or a fresh one. Start states stay as they are.
+
+Weights are fp32; or the large ones bf16 (`narrow`), which an optimizer has to round stochastically.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from src.adapters.parts import value_count
 from src.adapters.plan import AdapterPlan
 from src.adapters.ready import chat_command
 from src.adapters.states import state_tensors
@@ -24,6 +28,8 @@ class FullTraining:
 
     Args:
         layerwise_rates: whether parameters have rates of their own, see `ModelShape.rate_factor`.
+        narrow: whether matrices, embedding and head are kept in bf16.
+        in_backward: whether gradients are used up in the backward.
     """
 
     small = False
@@ -31,12 +37,18 @@ class FullTraining:
     freezes_matrices = False
     adapters: AdapterPlan | None = None
 
-    def __init__(self, *, layerwise_rates: bool = True) -> None:
+    def __init__(self, *, layerwise_rates: bool = True, narrow: bool = False, in_backward: bool = False) -> None:
         self._layerwise_rates = layerwise_rates
+        self._narrow = narrow
+        self._in_backward = in_backward
 
     def trained_names(self, shape: ModelShape) -> list[str]:
         """See Method."""
         return [name for name in shape.parameter_shapes() if name not in shape.idle_names()]
+
+    def narrow_names(self, shape: ModelShape) -> list[str]:
+        """Keys of those that are kept in bf16."""
+        return ["emb.weight", *shape.matrix_names(), "head.weight"] if self._narrow else []
 
     def rate_factor(self, shape: ModelShape, name: str) -> float:
         """See Method."""
@@ -44,7 +56,20 @@ class FullTraining:
 
     def describe(self, shape: ModelShape) -> str:
         """See Method."""
-        return f"all {shape.parameter_count:,} weights"
+        lines = [f"all {shape.parameter_count:,} weights"]
+        if self._narrow:
+            sizes = shape.parameter_shapes()
+            narrow = value_count({name: sizes[name] for name in self.narrow_names(shape)})
+            lines.append(
+                f"{narrow:,} of them (matrices, embedding, head) and their gradients are bf16, updates are rounded "
+                "stochastically; the others are fp32"
+            )
+        if self._in_backward:
+            lines.append(
+                "each layer is updated in the backward: gradients are clipped by the norm of the step before (the "
+                "first step's are not), and one that is not finite stops before its layer"
+            )
+        return "\n           ".join(lines)
 
     def file_bytes(self, shape: ModelShape) -> int:
         """See Method."""
@@ -63,15 +88,33 @@ class FullTraining:
 
     def save(self, model: LanguageModel, path: Path) -> None:
         """Writes the whole model in bf16, start states only if it has any."""
-        states = state_tensors(model)
-        weights = {name: model.get_parameter(name).detach() for name in model.shape.parameter_shapes()}
-        save_model(path, weights | (states if any(state.any() for state in states.values()) else {}), torch.bfloat16)
+        save_whole(model, {name: model.get_parameter(name).detach() for name in model.shape.parameter_shapes()}, path)
 
     def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
         """See Method."""
-        return [
-            "next       chat with it; tune a state on it; clients take it as it is:",
-            f"           {chat_command(str(result), template)}",
-            f"           python train.py --load_model {shlex.quote(str(result))} --data_file YOUR.jsonl "
-            f"--proj_dir {shlex.quote(folder.rstrip('/') + '-state')}",
-        ]
+        return steps_after_whole(result, folder, template)
+
+
+def save_whole(model: LanguageModel, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a model in bf16, atomically, with its start states if it has any.
+
+    Args:
+        model: has the states.
+        weights: all others, by key.
+        path: of the file.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    states = state_tensors(model)
+    save_model(path, {**weights, **(states if any(state.any() for state in states.values()) else {})}, torch.bfloat16)
+
+
+def steps_after_whole(result: Path, folder: str, template: str) -> list[str]:
+    """Lines that say what to do with a file that is a model."""
+    return [
+        "next       chat with it; tune a state on it; clients take it as it is:",
+        f"           {chat_command(str(result), template)}",
+        f"           python train.py --load_model {shlex.quote(str(result))} --data_file YOUR.jsonl "
+        f"--proj_dir {shlex.quote(folder.rstrip('/') + '-state')}",
+    ]

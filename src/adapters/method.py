@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from src.adapters.full import FullTraining
+from src.adapters.lisa import Draw, Lisa
 from src.adapters.plan import AdapterPlan
 from src.adapters.states import StateTuning
 from src.adapters.tuning import Rates, Tuning
@@ -37,7 +38,7 @@ class Method(Protocol):
     adapters: AdapterPlan | None
 
     def trained_names(self, shape: ModelShape) -> list[str]:
-        """Keys of the trained parameters, which are kept in fp32."""
+        """Keys of the trained parameters."""
         ...
 
     def rate_factor(self, shape: ModelShape, name: str) -> float:
@@ -98,12 +99,26 @@ def method_of(config: TrainConfig) -> Method:
         case "states":
             return StateTuning()
         case "full":
-            return FullTraining(layerwise_rates=bool(config.layerwise_lr))
+            return FullTraining(
+                layerwise_rates=bool(config.layerwise_lr),
+                narrow=config.weights == "bf16",
+                in_backward=bool(config.fused_update),
+            )
     rates = Rates(
         states=config.lr_state / config.lr_init if config.trains_states and config.lr_init else 1.0,
         lora_b=config.lora_plus if config.method == "lora" else 1.0,
         layerwise=bool(config.layerwise_lr),
     )
+    if config.method == "lisa":
+        return Lisa(
+            Draw(config.lisa_r, config.lisa_k, config.random_seed),
+            parts=config.parts,
+            states=config.trains_states,
+            packed=config.quantised,
+            packed_head=bool(config.quant_head),
+            parks_moments=config.lisa_moments == "park",
+            rates=rates,
+        )
     return Tuning(
         None if config.method == "parts" else _adapters(config),
         parts=config.parts,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from src.adapters.files import (
     load_trained,
     save_first_factors,
 )
+from src.adapters.parts import described, value_count, weights_by_part
 from src.adapters.plan import AdapterPlan, init_key
 from src.adapters.ready import chat_command, export_command, merge_command
 from src.checkpoint import FILE_VALUE_BYTES, save_tensors
-from src.errors import CheckpointError, ConfigError
+from src.errors import CheckpointError
 from src.identity import FileIdentity
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape, Shape
@@ -97,21 +97,19 @@ class Tuning:
         groups = []
         if self.adapters is not None:
             matrices = len(self.adapters.matrices(shape))
-            groups.append(f"{self.adapters.describe()} on {matrices} matrices: {_count(self._adapter_shapes(shape)):,}")
+            groups.append(
+                f"{self.adapters.describe()} on {matrices} matrices: {value_count(self._adapter_shapes(shape)):,}"
+            )
         if self._states:
             groups.append(f"states: {shape.state_parameter_count:,}")
-        seen: dict[str, Shape] = {}
-        for part, shapes in self._shapes_of_parts(shape).items():
-            new = {name: size for name, size in shapes.items() if name not in seen}
-            groups.append(f"{part}: {_count(new):,}")
-            seen |= new
+        groups += described(self._shapes_of_parts(shape))
         return f"{', '.join(groups)} values; all other weights frozen"
 
     def file_bytes(self, shape: ModelShape) -> int:
         """See Method."""
-        size = _count(self._trained_shapes(shape)) * FILE_VALUE_BYTES
+        size = value_count(self._trained_shapes(shape)) * FILE_VALUE_BYTES
         if self._is_pissa:
-            size += _count(self._adapter_shapes(shape)) * _FIRST_FACTOR_BYTES
+            size += value_count(self._adapter_shapes(shape)) * _FIRST_FACTOR_BYTES
         return size
 
     def properties(self, shape: ModelShape) -> dict[str, Any]:
@@ -214,28 +212,4 @@ class Tuning:
         adapted = set(self.adapters.matrices(shape)) if self.adapters is not None else set()
         packed = set(shape.matrix_names()) if self._packed else set()
         packed |= {"head.weight"} if self._packed_head else set()
-        found = {}
-        for part in self._parts:
-            named = shape.part(part)
-            found[part] = {name: size for name, size in named.items() if name not in adapted}
-            if not named:
-                raise ConfigError(
-                    f"--train_parts {part} is part of no weight's name: use time, ln, emb, head, or a part of a name "
-                    "such as blocks.0.ffn"
-                )
-            if not found[part]:
-                raise ConfigError(
-                    f"--train_parts {part} names only matrices that have an adapter, which trains them: leave it out, "
-                    "or leave them out of --targets"
-                )
-            frozen = packed.intersection(found[part])
-            if frozen:
-                raise ConfigError(
-                    f"--train_parts {part} names {min(frozen)}, which is packed and cannot be trained: use --quant 0, "
-                    "or give it an adapter (--targets)"
-                )
-        return found
-
-
-def _count(shapes: Mapping[str, Shape]) -> int:
-    return sum(math.prod(size) for size in shapes.values())
+        return weights_by_part(self._parts, shape, adapted=adapted, packed=packed)

@@ -13,6 +13,7 @@ from typing import Any
 from src.config.flags import (
     AT_LEAST_1,
     INPUT,
+    MOST_STEPS,
     NOT_NEGATIVE,
     SHARE_BELOW_1,
     Flags,
@@ -24,7 +25,7 @@ from src.config.flags import (
     shortened,
 )
 
-PEFT_NAMES = ("none", "lora", "pissa", "bone", "bat", "disha")
+PEFT_NAMES = ("none", "lora", "pissa", "bone", "bat", "disha", "lisa")
 DEFAULT_PARTS = "time,ln"
 
 _JSON_DEFAULTS: dict[str, dict[str, Any]] = {
@@ -32,6 +33,7 @@ _JSON_DEFAULTS: dict[str, dict[str, Any]] = {
     "pissa_config": {"pissa_load": "", "pissa_init": "", "pissa_r": 8, "svd_niter": 4},
     "bone_config": {"bone_load": "", "bone_mode": "bat", "bone_r": 64},
     "disha_config": {"load": "", "mode": "bone", "r": 64},
+    "lisa_config": {"lisa_r": 2, "lisa_k": 100},
 }
 """Keys of each JSON flag and what RWKV-PEFT takes where one is missing; bone_mode: what it meant before it existed."""
 
@@ -45,7 +47,8 @@ _USED_BY = {
     "lora_config": ("lora",), "lora_r": ("lora",), "lora_alpha": ("lora",), "lora_dropout": ("lora",),
     "lora_rslora": ("lora",), "lora_plus": ("lora",), "pissa_config": ("pissa",), "pissa_r": ("pissa",),
     "svd_niter": ("pissa",), "bone_config": ("bone", "bat"), "disha_config": ("disha",),
-    "bone_r": ("bone", "bat", "disha"), "targets": PEFT_NAMES[1:],
+    "bone_r": ("bone", "bat", "disha"), "lisa_config": ("lisa",), "lisa_r": ("lisa",), "lisa_k": ("lisa",),
+    "lisa_moments": ("lisa",), "targets": ("lora", "pissa", "bone", "bat", "disha"),
 }  # fmt: skip
 """Values of --peft that a flag has an effect with."""
 
@@ -54,11 +57,14 @@ _USED_BY = {
 class AdapterFlags(Flags, group="adapters"):
     """What is trained beside, or instead of, the states."""
 
-    peft: str = flag("none", "adapter beside the matrices: disha is bone or bat", PEFT_NAMES)
+    peft: str = flag(
+        "none", "adapter beside the matrices: disha is bone or bat; lisa: whole layers by turns", PEFT_NAMES
+    )
     lora_config: str = flag("", "JSON of RWKV-PEFT: lora_load, lora_r (8), lora_alpha (32), lora_dropout (0.01)")
     pissa_config: str = flag("", "JSON of RWKV-PEFT: pissa_load, pissa_init, pissa_r (8), svd_niter (4)")
     bone_config: str = flag("", "JSON of RWKV-PEFT: bone_load, bone_mode (bone, or bat if missing), bone_r (64)")
     disha_config: str = flag("", "JSON of RWKV-PEFT: load, mode (bone or bat), r (64)")
+    lisa_config: str = flag("", "JSON of RWKV-PEFT: lisa_r (2), lisa_k (100)")
     lora_r: int = flag(64, "rank", must=AT_LEAST_1, most=2**14)
     lora_alpha: float = flag(64.0, "what the adapter adds is scaled by alpha / r", must=NOT_NEGATIVE)
     lora_dropout: float = flag(0.0, "on the adapter's input; steps are then not recorded", must=SHARE_BELOW_1)
@@ -69,9 +75,16 @@ class AdapterFlags(Flags, group="adapters"):
     pissa_r: int = flag(64, "rank", must=AT_LEAST_1, most=2**14)
     svd_niter: int = flag(4, "power iterations of the start's randomised SVD", must=NOT_NEGATIVE, most=1000)
     bone_r: int = flag(64, "block size of bone and bat", must=AT_LEAST_1, most=2**14)
+    lisa_r: int = flag(2, "layers that are trained at a time", must=AT_LEAST_1, most=1000)
+    lisa_k: int = flag(100, "optimizer steps after which others are drawn", must=AT_LEAST_1, most=MOST_STEPS)
+    lisa_moments: str = flag(
+        "drop", "the optimizer's moments of a layer that leaves: drop, or park until it is drawn again",
+        ("drop", "park"),
+    )  # fmt: skip
     targets: str = flag("", "matrices that get an adapter, e.g. att.key,ffn.value or key; empty: all of every layer")
     train_parts: str = flag(
-        "", "further weights, by parts of their names: time,ln or [\"time\",\"ln\"] (default with --peft), or []",
+        "", "further weights, by parts of their names: time,ln or [\"time\",\"ln\"] (default with --peft), emb,head "
+        "(default with --peft lisa), or []",
         several=True,
     )  # fmt: skip
     load_adapter: str = flag("", "go on from this file of an earlier run", path=INPUT)
@@ -81,7 +94,7 @@ class AdapterFlags(Flags, group="adapters"):
 
     @property
     def adapter(self) -> str:
-        """The kind of adapter: none, lora, pissa, bone or bat."""
+        """The kind of adapter: none, lora, pissa, bone or bat; or lisa, which has none."""
         if self.peft == "disha":
             return str(self._json("disha_config")[0]["mode"])
         if self.peft == "bone" and self.bone_config:
@@ -118,8 +131,8 @@ class AdapterFlags(Flags, group="adapters"):
             return {}
         values = self._json(name)[0]
         plain = {_PLAIN.get(key, key): value for key, value in values.items()}
-        if not plain["load_adapter"]:
-            del plain["load_adapter"]
+        if not plain.get("load_adapter"):
+            plain.pop("load_adapter", None)
         return {flag: value for flag, value in plain.items() if flag in AdapterFlags.__dataclass_fields__}
 
     def _config_in_use(self) -> str:
@@ -136,6 +149,11 @@ class AdapterFlags(Flags, group="adapters"):
                 yield f"--{flag_name} {shortened(given[flag_name])} and --{name} both say it: give it in one place"
             if self.peft == "bat" and '"bone_mode"' in self.bone_config and self._json(name)[0]["bone_mode"] != "bat":
                 yield "--peft bat and bone_mode in --bone_config name two methods: leave bone_mode out"
+        if self.load_adapter and self.peft == "lisa":
+            yield (
+                f"--load_adapter {self.load_adapter} has no use with --peft lisa, whose results are whole models: give "
+                "one to --load_model"
+            )
         if self.load_adapter and self.peft == "none" and not self.parts:
             yield f"--load_adapter {self.load_adapter} needs --peft, which names the adapter's method"
 

@@ -17,6 +17,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "pissa": _ADAPTER,
     "bone": _ADAPTER,
     "bat": _ADAPTER,
+    "lisa": {**_ADAPTER, "train_parts": "emb,head"},
     "parts": {**_ADAPTER, "quant": 1, "train_parts": ""},
     "full": {"quant": 0, "dataload": "pack", "lr_init": 1e-5, "lr_final": 1e-6, "train_parts": ""},
 }
@@ -39,6 +40,10 @@ class ModelFlags(Flags, group="model"):
     train_type: str = flag(
         "", "states: train time_state (default without --peft); none: no states, and without --peft every weight",
         ("states", "none"),
+    )  # fmt: skip
+    weights: str = flag(
+        "fp32", "how --train_type none keeps weights: fp32; bf16: matrices, embedding and head, rounded stochastically",
+        ("fp32", "bf16"),
     )  # fmt: skip
     vocab_size: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE, most=2**24)
     n_layer: int = flag(0, "checked against the checkpoint", must=NOT_NEGATIVE, most=1000)

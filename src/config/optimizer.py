@@ -17,6 +17,9 @@ class OptimizerFlags(Flags, group="optimizer"):
         "host memory; lion8bit wants a third of Adam's rate",
         OPTIMIZERS,
     )  # fmt: skip
+    fused_update: int = flag(
+        0, "with --train_type none: 1 updates each layer in the backward and frees its gradient", (0, 1)
+    )
     lr_init: float = flag(
         BY_METHOD, "learning rate after warm-up (default: states 1, adapters 2e-5, all weights 1e-5)",
         must=NOT_NEGATIVE, most=1e6,

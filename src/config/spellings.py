@@ -13,7 +13,7 @@ from src.config.flags import Given
 from src.config.model import QUANT_TYPES
 
 UNDERSTOOD = {
-    "state_tune": True, "fla": True, "fused_kernel": True, "op": False, "avg_loss": False,
+    "state_tune": True, "fla": True, "fused_kernel": True, "op": False, "avg_loss": False, "LISA": True,
 }  # fmt: skip
 """Its flags that are none here, and whether they stand without a value."""
 
@@ -75,6 +75,10 @@ def _translate_what_is_trained(given: Given, made: Translation) -> None:
     elif given.get("train_type") == "state":
         made.given["train_type"] = "states"
         made.notes.append("--train_type state is --train_type states")
+    if _is_on(given, "LISA"):
+        if made.given.setdefault("peft", "lisa") != "lisa":
+            made.problems.append(f"--LISA and --peft {given['peft']} contradict: leave one out")
+        made.notes.append("--LISA is --peft lisa")
     if _is_on(given, "state_tune"):
         if made.given.setdefault("train_type", "states") != "states":
             made.problems.append(f"--state_tune and --train_type {given['train_type']} contradict: leave one out")

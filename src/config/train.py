@@ -84,6 +84,11 @@ class TrainConfig(
             return "full"
         return "parts" if self.parts else "states"
 
+    @property
+    def updates_by_tensor(self) -> bool:
+        """Whether tensors are updated one by one: rounded stochastically, or in the backward."""
+        return self.weights == "bf16" or bool(self.fused_update)
+
     def _completed(self) -> TrainConfig:
         chosen = dataclasses.replace(
             self,
@@ -105,9 +110,18 @@ class TrainConfig(
             yield "--random_seed -1 would draw one for each GPU, and all need the same: give a number"
         if self.method == "full":
             yield from self._full_training_contradictions()
-        elif not self.load_model:
+        else:
+            for name, value in (("weights", self.weights), ("fused_update", self.fused_update)):
+                if value != getattr(TrainConfig, name):
+                    yield f"--{name} {value} is for --train_type none, which trains every weight: leave it out"
+        if self.method != "full" and not self.load_model:
             what = {"states": "state tuning"}.get(self.method, "an adapter")
             yield f"--load_model is missing: {what} needs a base model (.pth)"
+        if self.fused_update and self.accumulate_grad_batches > 1:
+            yield (
+                "--fused_update 1 uses each gradient up at once, and --accumulate_grad_batches "
+                f"{self.accumulate_grad_batches} adds several: use --micro_bsz, or --fused_update 0"
+            )
         if self._has_two_rates and self.lr_state and not self.lr_init:
             yield f"--lr_state {self.lr_state:g} moves as the other rate does, and --lr_init is 0: raise it"
         if self.preference and "dataload" in given:

@@ -212,6 +212,17 @@ class LanguageModel(nn.Module):
         packed = FrozenLinear.from_weight(weight, quant_type, self.compute_dtype, kind=kind, workspace=self.workspace)
         setattr(parent, child, packed)
 
+    def place(self, name: str, weight: nn.Parameter) -> None:
+        """Puts a weight into its place by its file key; a matrix that was packed there is dense from then on."""
+        module_name, _, last = name.rpartition(".")
+        module = self.get_submodule(module_name)
+        if isinstance(module, FrozenLinear):
+            parent_name, _, child = module_name.rpartition(".")
+            with torch.device("meta"):
+                module = Linear(module.in_features, module.out_features)
+            setattr(self.get_submodule(parent_name), child, module)
+        module.register_parameter(last, weight)
+
     def adapt(self, name: str, adapter: Callable[[Any], Any], kept_values: int) -> None:
         """Puts an adapter around a matrix of a layer, which is then frozen.
 

@@ -102,8 +102,11 @@ class StepControl(pl.Callback):
         """
         assert isinstance(module, TrainingModule)
         if self._closes_step and not _has_engine(trainer):
-            gradients = [parameter.grad for _, parameter in module.trained() if parameter.grad is not None]
-            norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
+            if module.updates:
+                norm = module.updates.gradient_norm()
+            else:
+                gradients = [parameter.grad for _, parameter in module.trained() if parameter.grad is not None]
+                norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             self._examine(trainer, module, norm)
             self.good.keep(module, deep=False)
 
@@ -146,10 +149,11 @@ class StepControl(pl.Callback):
             what = "gradient" if math.isfinite(self.loss) else "loss"
             guilty = bad or ([batch for _, batch in pending] if what == "gradient" else [])
             where = "; ".join(self.describe(batch) for batch in guilty) or "in the samples of another GPU"
+            done = module.updates.describe_stop() if module.updates else "the step was not taken"
             raise NotFiniteError(
                 self._step,
-                f"the {what} is not finite at step {self._step} ({where}): the step was not "
-                "taken; lower --lr_init or look at these samples",
+                f"the {what} is not finite at step {self._step} ({where}): {done}; lower --lr_init or look at these "
+                "samples",
             )
 
     def _current(self, module: TrainingModule) -> tuple[Tensor, Any]:

@@ -117,7 +117,9 @@ def require_memory_of_run(config: TrainConfig, device: torch.device, shape: Mode
     )
 
 
-def plan_memory(model: LanguageModel, row_tokens: int, limit_gib: float, waiting_bytes: int = 0) -> MemoryPlan:
+def plan_memory(
+    model: LanguageModel, row_tokens: int, limit_gib: float, waiting_bytes: int = 0, later_values: int = 0
+) -> MemoryPlan:
     """Chooses as many light layers as fit, and when all are, as many whole ones.
 
     Args:
@@ -125,6 +127,7 @@ def plan_memory(model: LanguageModel, row_tokens: int, limit_gib: float, waiting
         row_tokens: most tokens of a micro-batch that are computed at a time.
         limit_gib: device memory the run may use in all; 0 is the whole device.
         waiting_bytes: of memories that wait there between chunks.
+        later_values: how many will be trained, in fp32, that as yet are not there.
     """
     shape = model.shape
     free, total = torch.cuda.mem_get_info(model.device)
@@ -132,7 +135,7 @@ def plan_memory(model: LanguageModel, row_tokens: int, limit_gib: float, waiting
     used = total - free - idle
     limit = min(limit_gib * 2**30 or total, total)
     trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    optimizer = trained * _TRAINED_BYTES
+    optimizer = trained * _TRAINED_BYTES + later_values * (4 + _TRAINED_BYTES)
     passing = row_tokens * _passing_bytes(shape)
     available = limit - used - optimizer - passing - waiting_bytes - _WORKING_BYTES
 

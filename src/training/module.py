@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from src.adapters.method import Method
+from src.adapters.turns import LayerTurns
 from src.config import TrainConfig
 from src.data.passes import Lookahead, PassDataset
 from src.data.rounding import EXACT, FEW_SHAPES
@@ -19,7 +20,8 @@ from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.graphs import GraphedObjective
 from src.training.objectives import Objective, Outcome, Scored, Staged, outcome_of
 from src.training.offload import KeptOnHost
-from src.training.optimizers import make_optimizer
+from src.training.optimizers import GRADIENT_CLIP, make_optimizer
+from src.training.updates import TensorUpdates
 
 FP16_LOSS_SCALE = 4096.0
 """fp16 gradients of activations underflow near 6e-8; losses are scaled by this and gradients divided by it."""
@@ -39,6 +41,7 @@ class TrainingModule(pl.LightningModule):
         method: what is trained.
         dataset: the micro-batches.
         first_batch: number of the first of them.
+        turns: layers that are trained by turns; None if nothing is.
     """
 
     def __init__(
@@ -49,6 +52,7 @@ class TrainingModule(pl.LightningModule):
         method: Method,
         dataset: PassDataset[Any],
         first_batch: int = 0,
+        turns: LayerTurns | None = None,
     ) -> None:
         super().__init__()
         self.model = model
@@ -60,7 +64,8 @@ class TrainingModule(pl.LightningModule):
             )
             self.objective = ChunkedObjective(objective, options)
         self.config = config
-        self._parameters_by_key = list(model.named_parameters())  # walking through the modules takes half a millisecond
+        self.turns = turns
+        self.look_again()
         self.method = method
         wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
         records = wanted and self.objective.recordable and model.can_be_recorded
@@ -72,13 +77,26 @@ class TrainingModule(pl.LightningModule):
         )
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
+        self.updates: TensorUpdates | None = None
         if self.loss_scale != 1.0:
-            for _, parameter in self.trained():
+            for _, parameter in self.optimized():
                 parameter.register_hook(lambda gradient: gradient / self.loss_scale)
 
     def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(checkpoint key, parameter) of everything that is trained."""
         return [(name, p) for name, p in self._parameters_by_key if p.requires_grad]
+
+    def optimized(self) -> list[tuple[str, nn.Parameter]]:
+        """The optimizer's parameters: the same from first to last, and in one order, whichever layers have a turn."""
+        if self.turns is None:
+            return list(self.trained())
+        of_turns = list(self.turns.parameters())
+        passing = {parameter for _, parameter in of_turns}
+        return [(name, parameter) for name, parameter in self.trained() if parameter not in passing] + of_turns
+
+    def look_again(self) -> None:
+        """Takes note of which parameters the model has, after some have taken others' places."""
+        self._parameters_by_key = list(self.model.named_parameters())  # to walk through them takes half a millisecond
 
     def train_dataloader(self) -> Lookahead[Staged]:
         """Staged micro-batches, epoch after epoch."""
@@ -113,12 +131,22 @@ class TrainingModule(pl.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """What `--optim` names, over the trained parameters."""
-        shape = self.model.shape
+        named, shape = self.optimized(), self.model.shape
         weights = shape.parameter_shapes()
-        factors = {name: self.method.rate_factor(shape, name) for name, _ in self.trained()}
-        spared = {name for name, _ in self.trained() if name in weights and not shape.decays(name)}
-        groups = parameter_groups(self.trained(), factors, self.config, spared)
-        return make_optimizer(groups, self.config, on_gpu=self.model.device.type == "cuda")
+        factors = {name: self.method.rate_factor(shape, name) for name, _ in named}
+        spared = {name for name, _ in named if name in weights and not shape.decays(name)}
+        groups = parameter_groups(named, factors, self.config, spared)
+
+        def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+            return make_optimizer(groups, self.config, on_gpu=self.model.device.type == "cuda")
+
+        if not self.config.updates_by_tensor:
+            return make(groups)
+        config = self.config
+        self.updates = TensorUpdates(
+            groups, named, make, clip=GRADIENT_CLIP, seed=config.random_seed, in_backward=bool(config.fused_update)
+        )
+        return self.updates
 
 
 def parameter_groups(

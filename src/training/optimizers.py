@@ -10,12 +10,17 @@ Source: 8-bit states, arXiv 2110.02861; paged ones, arXiv 2305.14314, section 3;
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from src.config import TrainConfig
 from src.errors import ConfigError
+
+GRADIENT_CLIP = 1.0
+"""Largest norm of a step's gradient."""
 
 _OF_BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged_adamw8bit": "PagedAdamW8bit", "lion8bit": "Lion8bit"}
 
@@ -66,3 +71,33 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig, *, on_gpu:
 
         return DeepSpeedCPUAdam(groups, **adam, adamw_mode=decoupled)  # type: ignore[no-any-return]
     return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, **adam, fused=on_gpu)
+
+
+def put_moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, moments: Mapping[str, Any]) -> None:
+    """Gives an optimizer of `make_optimizer` what it kept for a parameter, copied to where it keeps such things.
+
+    Args:
+        optimizer: has the parameter.
+        parameter: fp32, of the shape it had then.
+        moments: as in `optimizer.state`, on any device.
+    """
+    state = {}
+    if hasattr(optimizer, "init_state"):  # bitsandbytes: pages are its own to allocate
+        places = enumerate(optimizer.param_groups)
+        group, number, place = next(
+            (group, number, place)
+            for number, group in places
+            for place, other in enumerate(group["params"])
+            if other is parameter
+        )
+        optimizer.state[parameter] = {}
+        optimizer.init_state(group, parameter, number, place)
+        state = optimizer.state[parameter]
+    for name, value in moments.items():
+        if not isinstance(value, Tensor):
+            state[name] = value
+        elif name in state:
+            state[name].copy_(value)
+        else:  # torch's, fused on a GPU, has its count of steps there, too
+            state[name] = value.to(parameter.device, copy=True)
+    optimizer.state[parameter] = state

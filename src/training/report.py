@@ -172,11 +172,18 @@ def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> st
     if config.micro_bsz > 1:
         accumulate = config.accumulate_grad_batches * 2
         changes.append(f"--micro_bsz {config.micro_bsz // 2} --accumulate_grad_batches {accumulate}")
+    if config.method == "full" and not config.uses_deepspeed:
+        if config.weights == "fp32" or not config.optim.endswith("8bit"):
+            by_layer = "" if config.accumulate_grad_batches > 1 else " --fused_update 1"
+            changes.append(f"--weights bf16 --optim adamw8bit{by_layer}")
+        changes.append("--peft lisa --quant 1")
     if not config.quantised and method.freezes_matrices:
         changes.append("--quant 1 --quant_type nf4")
     if config.quantised and config.quant_type == "int8":
         changes.append("--quant_type nf4")
-    if config.quantised and not config.quant_head:
+    if config.method == "lisa" and config.parts:
+        changes.append("--train_parts []")
+    if config.quantised and not (config.quant_head or any(part in "head.weight" for part in config.parts)):
         changes.append("--quant_head 1")
     longest = 2 * config.rlhf_max_corpus_len if config.preference else config.ctx_len
     if not config.offload_activations and config.chunk_ctx >= 0 and (config.chunk_ctx or longest) > 1:

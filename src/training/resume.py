@@ -46,6 +46,8 @@ ROUNDING = {
 }  # fmt: skip
 """Flags that may differ as well, but change the order of sums; steps and their batches must stay what they are."""
 _OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "doctor", "config", "preview"}
+TRAINED = "trained"
+"""Name of the part that holds what is trained."""
 _INPUTS = ("load_model", "data_file", "rlhf_train_file")
 
 
@@ -59,6 +61,28 @@ class Part(Protocol):
     def restore(self, state: Mapping[str, Any]) -> None:
         """Takes on what `state` gave, on every rank; tensors are on the host."""
         ...
+
+
+@dataclass(frozen=True)
+class Settled:
+    """A tensor on the host, in a part's state, that nobody writes to any more: a snapshot needs no copy of it."""
+
+    tensor: Tensor
+
+
+class AskedAnew:
+    """A part that is made for every question, because what it is about changes."""
+
+    def __init__(self, make: Callable[[], Part]) -> None:
+        self._make = make
+
+    def state(self) -> dict[str, Any]:
+        """See Part."""
+        return self._make().state()
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See Part."""
+        self._make().restore(state)
 
 
 class TrainedTensors:
@@ -115,7 +139,7 @@ class OptimizerMoments:
         names = {parameter: name for name, parameter in self._named.items()}
         now = self._optimizer.state_dict()
         order = [parameter for group in self._optimizer.param_groups for parameter in group["params"]]
-        now["state"] = {number: dict(state[names[parameter]]) for number, parameter in enumerate(order)}
+        now["state"] = {n: dict(state[names[parameter]]) for n, parameter in enumerate(order) if parameter in names}
         self._optimizer.load_state_dict(now)  # which puts each where this optimizer wants it
 
     def _restore_engine(self, state: Mapping[str, Any]) -> None:
@@ -380,8 +404,10 @@ class RunWriter:
         self.wait()
         begun = time.perf_counter()
         content = saved.content()
-        self.bytes = storage.tensor_bytes(content)
-        snapshot = self._on_host(content, "")
+        used: dict[str, Tensor] = {}
+        snapshot = self._on_host(content, "", used)
+        self._buffers = used  # what takes turns does not leave a buffer for each
+        self.bytes = storage.tensor_bytes(snapshot)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         # Not a daemon: a process that ends lets it finish.
@@ -413,17 +439,21 @@ class RunWriter:
             self.folder, self.step = path.parent, content["steps"]
         self.seconds = time.perf_counter() - begun
 
-    def _on_host(self, value: Any, name: str) -> Any:
-        """A copy; tensors of a GPU go to pinned memory, which is kept for the next one."""
+    def _on_host(self, value: Any, name: str, used: dict[str, Tensor]) -> Any:
+        """A copy; tensors of a GPU go to pinned memory, which is kept for the next one in `used`."""
         if isinstance(value, Mapping):
-            return {key: self._on_host(entry, f"{name}/{key}") for key, entry in value.items()}
+            return {key: self._on_host(entry, f"{name}/{key}", used) for key, entry in value.items()}
+        if isinstance(value, Settled):
+            return value.tensor
         if not isinstance(value, Tensor):
             return value
         if not value.is_cuda:
             return value.detach().clone(memory_format=torch.contiguous_format)
-        if name not in self._buffers or self._buffers[name].shape != value.shape:
-            self._buffers[name] = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
-        return self._buffers[name].copy_(value, non_blocking=True)
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=True)
+        used[name] = buffer
+        return buffer.copy_(value, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -484,12 +514,13 @@ class RunSaver(pl.Callback):
         """Puts back what the model alone does not hold."""
         self._parts = self._make_parts(trainer)
         for name, part in self._parts.items():
-            if name in self.session.saved.parts:
+            # What is trained went back into the model before an optimizer or engine was made for it.
+            if name in self.session.saved.parts and name != TRAINED:
                 part.restore(self.session.saved.parts[name])
         self._keep_random()
         writer = self.session.writer
-        if "trained" in self._parts and not writer.bytes:  # an estimate: with two moments of each value
-            writer.bytes = 3 * storage.tensor_bytes(self._parts["trained"].state())
+        if TRAINED in self._parts and not writer.bytes:  # an estimate: with two moments of each value
+            writer.bytes = 3 * storage.tensor_bytes(self._parts[TRAINED].state())
         self._last = time.monotonic()
 
     def on_train_batch_end(
@@ -515,6 +546,8 @@ class RunSaver(pl.Callback):
         """Saves the last whole step, unless that is where the error is, or other ranks are needed for it."""
         whole = self._step == self._start.steps + trainer.global_step and self._step > self._saved_step
         alone = trainer.world_size == 1 and self._parts
+        updates = getattr(module, "updates", None)
+        whole = whole and (updates is None or updates.between_steps)
         if whole and alone and isinstance(exception, Exception) and not isinstance(exception, TrainingError):
             self._save(trainer)
         self.session.writer.wait()

@@ -18,7 +18,10 @@ import torch
 from torch import Tensor
 
 from src import storage
+from src.adapters.full import FullTraining
+from src.adapters.lisa import Lisa
 from src.adapters.method import Method, method_of
+from src.adapters.turns import LayerTurns
 from src.checkpoint import Checkpoint, fresh_checkpoint, load_state, open_checkpoint, read_tensors, save_model
 from src.config import TrainConfig, run_file
 from src.config.chunks import AS_MANY_AS_FIT
@@ -30,6 +33,7 @@ from src.model.architectures import FRESH, named
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
 from src.schedule import Schedule
+from src.scratch import Scratch
 from src.training.callbacks import AtEnd, CheckpointSaver, NotFiniteError, StepControl, TrainingMonitor
 from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware, trainer_arguments
 from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
@@ -39,12 +43,14 @@ from src.training.logs import FileSink, HttpSink, ProgressSink, Sink, WandbSink
 from src.training.memory import MemoryPlan, chunk_that_fits, plan_memory, require_memory_of_run
 from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
-from src.training.optimizers import can_be_resumed
+from src.training.optimizers import GRADIENT_CLIP, can_be_resumed
 from src.training.progress import BEGINNING, Start
 from src.training.references import Reference
 from src.training.report import RunResult, memory_advice, plan_of, say, summary_of
 from src.training.results import Results
 from src.training.resume import (
+    TRAINED,
+    AskedAnew,
     OptimizerMoments,
     Part,
     RandomState,
@@ -60,10 +66,11 @@ from src.training.resume import (
     saved_run,
     values_of,
 )
+from src.training.turns import Draws, TrainedInTurn
 from src.training.unpacked import measure_unpacked
+from src.training.updates import UpdateCount
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
-GRADIENT_CLIP = 1.0
 INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file")
 SIZE_FLAGS = (
     *("n_layer", "n_embd", "dim_att", "dim_ffn", "vocab_size", "head_size_a", "double_extra_dim"),
@@ -155,14 +162,15 @@ def _train(
     model = open_model(base, options, state_file=state_file, start=origin, quiet=global_rank() != 0)
     if global_rank() == 0:
         method.begin(model, folder, identity, origin)
-    choose_recomputation(model, work, config)
+    choose_recomputation(model, work, config, method.layer_values(shape) if isinstance(method, Lisa) else 0)
     for line in work.prepare(model, Reference(config, identity, folder)):
         say(line)
     first_batch = config.epoch_begin * work.batches_per_epoch + start.steps * config.accumulate_grad_batches
-    module = TrainingModule(model, work.objective, config, method, work.dataset, first_batch)
+    turns = turns_of(method, model, base, config, folder)
+    module = TrainingModule(model, work.objective, config, method, work.dataset, first_batch, turns)
     before: HeldOut | None
     if saved:
-        TrainedTensors(module.trained()).restore(saved.parts["trained"])
+        _trained(module).restore(saved.parts[TRAINED])
         before = restored_held_out(saved.before)
     else:
         before = _evaluate("loaded" if config.load_state or config.load_adapter else "untuned", model, work)
@@ -338,14 +346,39 @@ def load_options(config: TrainConfig, method: Method, hardware: Hardware, shape:
         quant_type=config.quant_type if config.quantised else None,
         quant_head=bool(config.quant_head),
         trained=frozenset(method.trained_names(shape)),
+        narrow=frozenset(method.narrow_names(shape)) if isinstance(method, FullTraining) else frozenset(),
         adapters=method.adapters,
         head_size_divisor=config.head_size_divisor,
         dropout=config.dropout,
     )
 
 
-def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig) -> None:
-    """What `--grad_cp` asks for; 2 goes by free memory on a GPU, and on a CPU, which has it, is the light mode."""
+def turns_of(
+    method: Method, model: LanguageModel, base: Mapping[str, Tensor], config: TrainConfig, folder: Path
+) -> LayerTurns | None:
+    """What takes turns in a model that was opened with `load_options`; its first turn begins with `fit`.
+
+    Args:
+        method: what is trained.
+        model: on its device.
+        base: the tensors it was made of.
+        config: the flags.
+        folder: has room for the weights of layers that wait.
+    """
+    if not isinstance(method, Lisa):
+        return None
+    return method.turns(model, base, config.quant_type if config.quantised else None, Scratch(folder, _warn))
+
+
+def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, later_values: int = 0) -> None:
+    """What `--grad_cp` asks for; 2 goes by free memory on a GPU, and on a CPU, which has it, is the light mode.
+
+    Args:
+        model: on its device.
+        work: says how long rows are.
+        config: the flags.
+        later_values: how many will be trained that as yet are not.
+    """
     layers = model.shape.n_layer
     if config.grad_cp == 0:
         plan = MemoryPlan(layers, whole_layers=layers)
@@ -353,7 +386,7 @@ def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig) 
         plan = MemoryPlan(layers, keep_dequantized=True)
     elif model.device.type == "cuda":
         waiting = work.memories * model.shape.memory_bytes(2) if config.chunk_keep == "device" else 0
-        plan = plan_memory(model, work.row_tokens, config.memory_gib, waiting)
+        plan = plan_memory(model, work.row_tokens, config.memory_gib, waiting, later_values)
     else:
         plan = MemoryPlan(layers, light_layers=layers)
     plan.apply(model)
@@ -372,7 +405,8 @@ def _evaluate(label: str, model: LanguageModel, work: Work) -> HeldOut | None:
 def _told_unpacked(measurement: HeldOut | str, config: TrainConfig, result: Path) -> HeldOut | None:
     """What the result is worth on the base as clients use it; a note where that costs too much."""
     if isinstance(measurement, str):
-        what, flag = ("state", "load_state") if config.method == "states" else ("result", "load_adapter")
+        others = {"states": ("state", "load_state"), "lisa": ("model", "load_model")}
+        what, flag = others.get(config.method, ("result", "load_adapter"))
         say(
             f"note: held-out data were not measured on the unpacked base, on which clients use the {what}: "
             f"{measurement}; a run with --quant 0 --{flag} {result} prints it before its first step"
@@ -419,13 +453,16 @@ def fit(
         start,
     )
     stopper = Stopper(schedule, accumulate, start)
+    draws = Draws(module, start) if module.turns else None
 
     def parts(trainer: pl.Trainer) -> dict[str, Part]:
         engine = hardware.strategy != "single"
         gather = trainer.strategy.all_gather if trainer.world_size > 1 else None
         return {
-            "trained": TrainedTensors(module.trained()),
-            "optimizer": OptimizerMoments(module.trained(), trainer.optimizers[0], engine=engine),
+            TRAINED: _trained(module),
+            "optimizer": AskedAnew(lambda: OptimizerMoments(module.trained(), trainer.optimizers[0], engine=engine)),
+            **({"parked": draws} if draws else {}),
+            **({"updates": UpdateCount(module.updates)} if module.updates else {}),
             "random": RandomState(hardware.device, trainer.global_rank, gather),
             "objective": work.objective,
             "monitor": monitor,
@@ -440,11 +477,13 @@ def fit(
             session.writer.remove()
 
     # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
-    callbacks: list[pl.Callback] = [control, monitor, saver, AtEnd(end), stopper]
+    callbacks: list[pl.Callback] = [*([draws] if draws else []), control, monitor, saver, AtEnd(end), stopper]
     if session and can_be_resumed(config, hardware.strategy):
-        draws = bool(config.dropout or config.lora_dropout) and config.devices * config.num_nodes == 1
+        random = bool(config.dropout or config.lora_dropout) and config.devices * config.num_nodes == 1
         total_steps = epochs * steps_per_epoch
-        callbacks.append(RunSaver(session, parts, stopper, start, steps_per_epoch, total_steps, remembers_random=draws))
+        callbacks.append(
+            RunSaver(session, parts, stopper, start, steps_per_epoch, total_steps, remembers_random=random)
+        )
         if start.steps and is_complete(start.steps):
             monitor.restore(session.saved.parts["monitor"])
             finish()
@@ -457,7 +496,7 @@ def fit(
         max_epochs=epochs - start.epochs,
         limit_train_batches=work.batches_per_epoch,
         accumulate_grad_batches=accumulate,
-        gradient_clip_val=GRADIENT_CLIP,
+        gradient_clip_val=None if config.updates_by_tensor else GRADIENT_CLIP,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
@@ -484,6 +523,10 @@ def fit(
     return saver.files, monitor, stopper
 
 
+def _trained(module: TrainingModule) -> Part:
+    return TrainedInTurn(module.turns) if module.turns else TrainedTensors(module.trained())
+
+
 def _save_last_good(
     module: TrainingModule,
     control: StepControl,
@@ -506,12 +549,12 @@ def _save_last_good(
         if not tensors and session.writer.folder:
             run = saved_run(session.writer.folder)
             if run.steps < step - 1:
-                tensors, good = run.parts["trained"], run.steps
+                tensors, good = dict(run.parts[TRAINED]), run.steps
     if not tensors:
         return f"no weights from before step {step - 1}, whose result gave it, are at hand"
     path = places.folder / "rwkv-last-good.pth"
     if global_rank() == 0:
-        TrainedTensors(module.trained()).restore(tensors)
+        _trained(module).restore(tensors)
         path = places.save(lambda place: results.save(module.model, place), path.name)
     return f"the weights after step {good}, which gave a finite loss and gradient, are in {path}"
 

@@ -50,6 +50,8 @@ class Row:
         return " ".join([f"{kind} {self.size.upper()} {length}, grad_cp {self.grad_cp}", *self.flags])
 
 
+WHOLE = ("--train_type", "none", "--quant", "0")
+IN_16_BITS = ("--weights", "bf16", "--fused_update", "1")
 ROWS = {
     "sft-1.6b-1024": Row("1.6b", 1024),
     "sft-3b-1024": Row("3b", 1024),
@@ -86,6 +88,14 @@ ROWS = {
     "long-7b-64k-inputs": Row("7b", 65536, flags=("--chunk_ctx", "4096", "--chunk_keep", "inputs")),
     "long-1.6b-16k": Row("1.6b", 16384, grad_cp=0, flags=("--chunk_ctx", "2048", "--chunk_keep", "host")),
     "long-1.6b-1m": Row("1.6b", 1048576, grad_cp=0, flags=("--chunk_ctx", "2048", "--chunk_keep", "host")),
+    "full-1.6b": Row("1.6b", 1024, flags=WHOLE),
+    "full16-1.6b": Row("1.6b", 1024, flags=(*WHOLE, *IN_16_BITS, "--optim", "adamw8bit")),
+    "full16-3b": Row("3b", 1024, flags=(*WHOLE, *IN_16_BITS, "--optim", "adamw8bit")),
+    "full16-7b": Row("7b", 1024, flags=(*WHOLE, *IN_16_BITS, "--optim", "paged_adamw8bit")),
+    "lisa-7b": Row("7b", 1024, flags=("--peft", "lisa")),
+    "lisa-7b-8bit": Row("7b", 1024, flags=("--peft", "lisa", "--optim", "adamw8bit")),
+    "lisa-7b-layers": Row("7b", 1024, flags=("--peft", "lisa", "--train_parts", "[]")),
+    "lisa-7b-layers-8bit": Row("7b", 1024, flags=("--peft", "lisa", "--train_parts", "[]", "--optim", "adamw8bit")),
 }
 
 
@@ -99,7 +109,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
     from src.training.engine import apply_hardware, resolve_hardware
     from src.training.module import TrainingModule
     from src.training.references import Reference
-    from src.training.run import choose_recomputation, fit, load_options
+    from src.training.run import choose_recomputation, fit, load_options, turns_of
     from src.training.work import make_schedule, prepare_work
 
     layers, channels = SIZES[row.size]
@@ -122,12 +132,14 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
     method = method_of(config)
     apply_hardware(hardware, config, small_messages=method.small)
     work = prepare_work(config, shape)
+    tensors = RandomTensors(shape, hardware.device)
     begin = time.perf_counter()
-    model = build_model(RandomTensors(shape, hardware.device), shape, load_options(config, method, hardware, shape))
+    model = build_model(tensors, shape, load_options(config, method, hardware, shape))
     load_seconds = time.perf_counter() - begin
     choose_recomputation(model, work, config)
     work.prepare(model, Reference(config, None, folder))
-    module = TrainingModule(model, work.objective, config, method, work.dataset)
+    turns = turns_of(method, model, tensors, config, folder)
+    module = TrainingModule(model, work.objective, config, method, work.dataset, turns=turns)
     _, monitor, _ = fit(module, work, make_schedule(config, work), hardware, config, folder)
     return {
         "seconds": statistics.median(monitor.step_seconds[2:]),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from factories import tiny_checkpoint, tiny_state_file
 from running import (
     Ended,
     after_step,
+    assert_same_end,
     files_in,
     go_on,
     interrupt,
@@ -22,6 +22,7 @@ from running import (
     metrics,
     run_script,
     stopped,
+    tensors_in,
     train,
     try_train,
     write_documents,
@@ -58,38 +59,6 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made = [PreferencePair(list(range(n, 2 * n)), [60 + n] * n, [90 + n] * (n + 1)) for n in range(3, 9)]
     save_pairs(path, [*made, PreferencePair([70, 71], [72, 73, 74], [])])
     return path
-
-
-def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """Records without what differs between any two runs."""
-    return [{k: v for k, v in row.items() if k not in ("run", "seconds", "tokens_per_s")} for row in metrics(folder)]
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """All tensors, however deep."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
-        yield from tensors_in(part)
-
-
-def epoch_lines(folder: Path) -> list[list[str]]:
-    lines = (folder / "train_log.txt").read_text(encoding="utf-8").splitlines()
-    words = [line.split() for line in lines if line[0].isdigit()]
-    return [[*line[:4], line[-1]] for line in words]
-
-
-def assert_same_end(one: Path, other: Path) -> None:
-    """Same files, same bits in every checkpoint, same records."""
-    assert files_in(one) == files_in(other)
-    for name in sorted(files_in(one)):
-        if name.endswith(".pth"):
-            first, second = (torch.load(folder / name, weights_only=True) for folder in (one, other))
-            assert first.keys() == second.keys()
-            assert all(torch.equal(first[key], second[key]) for key in first), name
-    assert steps_of(one) == steps_of(other)
-    assert epoch_lines(one) == epoch_lines(other)
-    assert len({row["run"] for row in metrics(other)}) == 1
 
 
 KINDS: dict[str, dict[str, object]] = {

@@ -50,6 +50,14 @@ def test_a_frozen_model(dtype: torch.dtype) -> None:
     assert model.training
 
 
+def test_what_is_trained_may_be_kept_in_bf16() -> None:
+    options = LoadOptions(CPU, torch.float32, trained=WEIGHTS, narrow={"head.weight", "blocks.0.att.key.weight"})
+    model = build_model(tiny_parameters(SHAPE, dtype=torch.bfloat16), SHAPE, options)
+    narrow = {name for name, parameter in model.named_parameters() if parameter.dtype == torch.bfloat16}
+    assert narrow == set(options.narrow)
+    assert {name for name, parameter in model.named_parameters() if parameter.requires_grad} == WEIGHTS
+
+
 def test_every_tensor_is_where_its_name_says() -> None:
     tensors = {**tiny_parameters(SHAPE), **tiny_states(SHAPE)}
     model = build_model(tensors, SHAPE, LoadOptions(CPU, torch.float32))

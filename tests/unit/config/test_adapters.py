@@ -41,6 +41,7 @@ class TestMethod:
             ({"peft": "bat", "bone_r": 16}, "bat", 16),
             ({"peft": "disha"}, "bone", 64),
             ({"peft": "disha", "disha_config": {"mode": "bat", "r": 16}}, "bat", 16),
+            ({"peft": "lisa"}, "lisa", 64),
             ({"train_type": "none"}, "full", 64),
             ({"train_type": "states", "train_parts": "ln"}, "parts", 64),
         ],
@@ -60,6 +61,13 @@ class TestMethod:
         assert (made.lora_r, made.lora_alpha, made.lora_dropout, made.load_adapter) == (32, 16.0, 0.01, "a.pth")
         assert (made.quant, made.lr_init, made.lr_final, made.parts) == (0, 2e-5, 2e-5, ("time", "ln"))
 
+    @pytest.mark.parametrize("said", [{"lisa_config": {"lisa_r": 3, "lisa_k": 7}}, {"lisa_r": 3, "lisa_k": 7}], ids=str)
+    def test_lisa_in_json_and_plainly(self, said: dict[str, object]) -> None:
+        made = config(peft="lisa", **said)
+        assert (made.lisa_r, made.lisa_k, made.parts, made.quant) == (3, 7, ("emb", "head"), 0)
+        assert not made.trains_states
+        assert config(peft="lisa", lisa_config={}).lisa_k == 100
+
     def test_pissa_s_first_factors(self) -> None:
         assert config(peft="pissa", pissa_config={"pissa_init": "i.pth", "pissa_load": "p.pth"}).pissa_init == "i.pth"
 
@@ -74,6 +82,7 @@ class TestNotes:
             ({"lora_config": {"lora_r": 8}}, "has no effect without --peft lora"),
             ({"peft": "pissa", "bone_r": 8}, "--bone_r 8 has no effect without --peft bone or bat or disha"),
             ({"targets": "key"}, "--targets key has no effect without --peft lora or"),
+            ({"peft": "lora", "lisa_k": 8}, "--lisa_k 8 has no effect without --peft lisa"),
             ({"peft": "lora", "lr_state": 0.5}, "--lr_state 0.5 has no effect unless states and other things are"),
             ({"peft": "lora", "train_type": "states", "lr_init": 1}, "suits states; weights usually want 1e-3 or less"),
         ],
@@ -93,7 +102,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("flags", "expected"),
         [
-            ({"peft": "dora"}, "--peft dora is unknown: use one of none, lora, pissa, bone, bat, disha"),
+            ({"peft": "dora"}, "--peft dora is unknown: use one of none, lora, pissa, bone, bat, disha, lisa"),
             ({"peft": "lora", "lora_config": "{'lora_r': 8}"}, "--lora_config {'lora_r': 8} is no JSON"),
             ({"peft": "lora", "lora_config": "[8]"}, "--lora_config [8] is no JSON object"),
             ({"peft": "lora", "lora_config": {"r": 8}}, "--lora_config has the unknown key 'r': it may have lora_load"),
@@ -113,6 +122,10 @@ class TestRefusals:
             ({"peft": "lora", "lora_plus": 0}, "--lora_plus 0.0 must be above 0"),
             ({"peft": "bone", "bone_r": -1}, "--bone_r -1 must be at least 1"),
             ({"load_adapter": "a.pth"}, "--load_adapter a.pth needs --peft"),
+            ({"peft": "lisa", "lisa_k": 0}, "--lisa_k 0 must be at least 1"),
+            ({"peft": "lisa", "lisa_k": 9, "lisa_config": {"lisa_r": 2}}, "--lisa_k 9 and --lisa_config both say it"),
+            ({"peft": "lisa", "lisa_moments": "keep"}, "--lisa_moments keep is unknown: use one of drop, park"),
+            ({"peft": "lisa", "load_adapter": "a.pth"}, "has no use with --peft lisa, whose results are whole models"),
             ({"train_type": "none", "train_parts": "ln"}, "--train_parts ln has no use where every weight is trained"),
             ({"peft": "lora", "train_type": "states", "lr_init": 0}, "and --lr_init is 0: raise it"),
             ({"peft": "lora", "load_model": ""}, "--load_model is missing: an adapter needs a base model"),

@@ -35,7 +35,7 @@ def test_a_command_without_them_stays_as_it_is() -> None:
 
 
 def test_the_ones_that_are_no_flags_here_are_these() -> None:
-    names = {"state_tune", "fla", "fused_kernel", "op", "avg_loss"}
+    names = {"state_tune", "fla", "fused_kernel", "op", "avg_loss", "LISA"}
     assert UNDERSTOOD.keys() == names
     assert not names & TrainConfig.__dataclass_fields__.keys()
 
@@ -98,6 +98,8 @@ class TestWhatIsTrained:
         assert config(state_tune="1").method == "states"
         assert "--state_tune is --train_type states" in notes(state_tune="1")
         assert config(state_tune="0", peft="lora").method == "lora"
+        assert config(LISA="1", lisa_k="7").method == "lisa"
+        assert "--LISA is --peft lisa" in notes(LISA="1")
         both = config(state_tune="1", peft="lora")
         assert (both.method, both.trains_states) == ("lora", True)
 
@@ -106,6 +108,7 @@ class TestWhatIsTrained:
         [
             ({"state_tune": "1", "train_type": "infctx"}, "--state_tune and --train_type infctx contradict"),
             ({"train_type": "infctx", "quant": "nf4"}, "--quant 1 freezes the matrices, --train_type none trains them"),
+            ({"LISA": "1", "peft": "lora"}, "--LISA and --peft lora contradict: leave one out"),
             ({"state_tune": "1", "train_type": "none"}, "--state_tune and --train_type none contradict"),
         ],
     )

@@ -19,19 +19,20 @@ FLAGS = (
     "config", "load_model", "load_state", "proj_dir", "resume", "overwrite", "save_minutes", "data_file", "data_type",
     "val_file", "sft_field", "sft_split", "demo", "doctor",
     # model
-    "my_testing", "train_type", "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a",
+    "my_testing", "train_type", "weights", "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a",
     "head_size_divisor", "double_extra_dim", "load_partial", "quant", "quant_type", "quant_head", "dropout",
     # adapters
-    "peft", "lora_config", "pissa_config", "bone_config", "disha_config", "lora_r", "lora_alpha", "lora_dropout",
-    "lora_rslora", "lora_plus", "pissa_r", "svd_niter", "bone_r", "targets", "train_parts", "load_adapter", "lr_state",
+    "peft", "lora_config", "pissa_config", "bone_config", "disha_config", "lisa_config", "lora_r", "lora_alpha",
+    "lora_dropout", "lora_rslora", "lora_plus", "pissa_r", "svd_niter", "bone_r", "lisa_r", "lisa_k", "lisa_moments",
+    "targets", "train_parts", "load_adapter", "lr_state",
     # data
     "ctx_len", "dataload", "data_shuffle", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count",
     "epoch_begin", "epoch_save", "loss_mask", "mask_id", "preview", "random_seed",
     # chunks
     "chunk_ctx", "bptt_chunks", "chunk_keep",
     # optimizer
-    "optim", "lr_init", "lr_final", "lr_schedule", "warmup_steps", "beta1", "beta2", "adam_eps", "weight_decay",
-    "weight_decay_final", "layerwise_lr", "my_exit", "my_exit_tokens",
+    "optim", "fused_update", "lr_init", "lr_final", "lr_schedule", "warmup_steps", "beta1", "beta2", "adam_eps",
+    "weight_decay", "weight_decay_final", "layerwise_lr", "my_exit", "my_exit_tokens",
     # preference training
     "orpo", "orpo_type", "orpo_alpha", "orpo_debug", "dpo", "dpo_beta", "simpo", "simpo_beta", "simpo_gamma",
     "orpo_shared_prompt", "rlhf_max_corpus_len", "rlhf_train_file",
@@ -177,6 +178,12 @@ class TestRefusals:
                 {"train_type": "none", "quant": "1"},
                 "--quant 1 freezes the matrices, --train_type none trains them",
             ),
+            (
+                {"train_type": "none", "fused_update": "1", "accumulate_grad_batches": "3"},
+                "--fused_update 1 uses each gradient up at once, and --accumulate_grad_batches 3 adds several",
+            ),
+            ({"fused_update": "1"}, "--fused_update 1 is for --train_type none, which trains every weight: leave it"),
+            ({"weights": "bf16"}, "--weights bf16 is for --train_type none, which trains every weight: leave it out"),
             ({"orpo": "1", "simpo": "1"}, "--orpo 1 and --simpo 1 are different losses: choose one"),
             ({"dpo": "1", "rlhf_train_file": ""}, "--rlhf_train_file is missing: --dpo 1 trains on a .save file"),
             ({"dpo": "1", "dpo_beta": "0"}, "--dpo_beta 0.0 must be above 0"),

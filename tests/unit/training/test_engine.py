@@ -76,6 +76,27 @@ class TestWithGpus:
         with pytest.raises(ConfigError, match="weights outside of the hooks that gather them: use deepspeed_stage_1"):
             resolve_hardware(config(strategy="deepspeed_stage_3_offload", quant=0))
 
+    @pytest.mark.parametrize("several", [{"devices": 2}, {"strategy": "deepspeed_stage_1"}], ids=str)
+    @pytest.mark.parametrize(
+        ("flags", "expected"),
+        [
+            (
+                {"peft": "lisa"},
+                "--peft lisa trains layers by turns, and DeepSpeed, which several GPUs need, keeps to the",
+            ),
+            ({"train_type": "none", "weights": "bf16"}, "--weights bf16 updates tensor by tensor, and DeepSpeed"),
+            ({"train_type": "none", "fused_update": 1}, "--fused_update 1 updates tensor by tensor, and DeepSpeed"),
+        ],
+        ids=str,
+    )
+    def test_what_deepspeed_cannot_do(
+        self, flags: dict[str, object], expected: str, several: dict[str, object]
+    ) -> None:
+        assert resolve_hardware(config(**flags)).strategy == "single"
+        with pytest.raises(ConfigError, match=expected) as refused:
+            resolve_hardware(config(**flags, **several))
+        assert "\n" not in str(refused.value)
+
     def test_more_devices_than_there_are(self) -> None:
         with pytest.raises(ConfigError, match="--devices 3 was asked for and 2 GPU"):
             resolve_hardware(config(devices=3))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -11,7 +12,7 @@ from src.config import TrainConfig
 from src.errors import ConfigError
 from src.training.engine import resolve_hardware
 from src.training.module import parameter_groups
-from src.training.optimizers import check_optimizer, make_optimizer
+from src.training.optimizers import check_optimizer, make_optimizer, put_moments
 
 pytest.importorskip("bitsandbytes")
 
@@ -94,6 +95,22 @@ def test_the_scheduled_rate_of_each_group_is_what_is_taken() -> None:
     made.step()
     moved = {name: -float(parameter.detach().mean()) for name, parameter in named.items()}
     assert moved == pytest.approx({"still": 0.0, "slow": 0.01, "fast": 0.02}, rel=1e-3)
+
+
+@pytest.mark.parametrize("optim", ["none", "adamw8bit", "lion8bit"])
+def test_moments_that_are_put_back_go_on(optim: str) -> None:
+    """Into another optimizer, that has other parameters before it."""
+    one = two_parameters()
+    first = made_of(one, optim=optim, lr_init=0.01)
+    descend(first, one, 3)
+    other = {"further": torch.nn.Parameter(torch.ones(3, 3)), **two_parameters()}
+    second = made_of(other, optim=optim, lr_init=0.01)
+    for name, parameter in one.items():
+        other[name].data.copy_(parameter.detach())
+        put_moments(second, other[name], {key: copy.deepcopy(v) for key, v in first.state[parameter].items()})
+    descend(first, one, 2)
+    descend(second, other, 2)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 class TestRefusals:

@@ -23,6 +23,7 @@ from src.training.resume import (
     RunWriter,
     SavedRun,
     Session,
+    Settled,
     TrainedTensors,
     completed_flags,
     fingerprints,
@@ -108,6 +109,22 @@ class TestWriter:
         writer.wait()
         assert not saved_run(tmp_path).parts["part"]["x"].any()
         assert (writer.folder, writer.step, writer.bytes) == (tmp_path, 1, 16)
+
+    def test_what_is_settled_is_written_without_a_copy(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        written: list[Any] = []
+        save = storage.save
+        monkeypatch.setattr(
+            storage, "save", lambda path, content, **more: (written.append(content), save(path, content))
+        )
+        settled, other = torch.arange(3.0), torch.arange(4.0)
+        writer = RunWriter(Places(tmp_path, "run", pytest.fail))
+        writer.write(a_run(tmp_path, part={"x": Settled(settled), "y": other}))
+        writer.wait()
+        part = written[0]["parts"]["part"]
+        assert part["x"] is settled
+        assert part["y"] is not other
+        assert writer.bytes == 28
+        assert torch.equal(saved_run(tmp_path).parts["part"]["x"], settled)
 
     def test_two_generations_are_kept(self, tmp_path: Path) -> None:
         writer = RunWriter(Places(tmp_path, "run", pytest.fail))

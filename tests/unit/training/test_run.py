@@ -23,6 +23,7 @@ from src.training.report import _course, memory_advice
 from src.training.work import make_schedule, prepare_work
 
 SHAPE = tiny_shape()
+LEANER = "--weights bf16 --optim adamw8bit --fused_update 1"
 LAST = ("a GPU that no other program uses (see nvidia-smi)", "a smaller base model")
 
 
@@ -132,6 +133,12 @@ class TestMemoryAdvice:
             ({"orpo": 1, "grad_cp": 2}, ["--grad_cp 1", "--quant_head 1", "--chunk_ctx 600"]),
             ({"quant_head": 1, "chunk_ctx": 100}, ["--chunk_ctx 50", "--chunk_keep host", "--ctx_len 512"]),
             ({"quant_head": 1, "chunk_ctx": 1, "chunk_keep": "host"}, ["--ctx_len 512", *LAST]),
+            ({"train_type": "none"}, [LEANER, "--peft lisa --quant 1", "--chunk_ctx 512"]),
+            (
+                {"train_type": "none", "weights": "bf16", "optim": "adamw8bit", "accumulate_grad_batches": 2},
+                ["--peft lisa --quant 1", "--chunk_ctx 512", "--offload_activations 1"],
+            ),
+            ({"peft": "lisa", "quant": 1}, ["--train_parts []", "--chunk_ctx 512", "--offload_activations 1"]),
         ],
     )
     def test_the_cheapest_changes(

@@ -1,0 +1,251 @@
+"""Updates tensor by tensor against an optimizer of all tensors: the same steps, where they should be."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from src.config import TrainConfig
+from src.training.module import parameter_groups
+from src.training.optimizers import make_optimizer
+from src.training.resume import OptimizerMoments
+from src.training.updates import TensorUpdates, UpdateCount, unit_of
+
+pytest.importorskip("bitsandbytes")
+
+NAMES = ("emb.weight", "blocks.0.a", "blocks.0.b", "blocks.1.a", "blocks.1.b", "head.weight")
+OPTIMIZERS = ("none", "adamw", "adamw8bit", "lion8bit")
+
+
+def config(**flags: object) -> TrainConfig:
+    given = {"load_model": "base.pth", "data_file": "data", "train_type": "none", "lr_init": 0.01, **flags}
+    return TrainConfig.from_flags({name: str(value) for name, value in given.items()})
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
+    """Matrices of more than 4096 values, which have moments in 8 bits, and vectors."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {name: (70, 70) if name.endswith(("weight", ".a")) else (70,) for name in NAMES}
+    drawn = {name: torch.randn(size, generator=generator) * 0.1 for name, size in sizes.items()}
+    return {name: nn.Parameter(value.to(dtype) if value.ndim == 2 else value) for name, value in drawn.items()}
+
+
+def loss_of(named: dict[str, nn.Parameter], scale: float = 1e-3) -> Tensor:
+    """Layers one after the other, so that the backward comes from the last to the first."""
+    x = torch.linspace(-1, 1, 70)[None] @ named["emb.weight"].float()
+    for layer in range(2):
+        x = x + torch.tanh(x @ named[f"blocks.{layer}.a"].float() + named[f"blocks.{layer}.b"])
+    return (x @ named["head.weight"].float()).square().sum() * scale
+
+
+def plain(named: dict[str, nn.Parameter], **flags: object) -> torch.optim.Optimizer:
+    chosen = config(**flags)
+    return make_optimizer(parameter_groups(named.items(), dict.fromkeys(named, 1.0), chosen), chosen, on_gpu=False)
+
+
+def by_tensor(
+    named: dict[str, nn.Parameter], *, in_backward: bool, clip: float = 1.0, **flags: object
+) -> TensorUpdates:
+    chosen = config(**flags)
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        return make_optimizer(groups, chosen, on_gpu=False)
+
+    groups = parameter_groups(named.items(), dict.fromkeys(named, 1.0), chosen)
+    return TensorUpdates(groups, named.items(), make, clip=clip, seed=1, in_backward=in_backward)
+
+
+def descend(
+    optimizer: torch.optim.Optimizer, named: dict[str, nn.Parameter], steps: int, scale: float = 1e-3, clip: float = 0.0
+) -> list[float]:
+    """Steps as Lightning takes them, with a rate that changes; the norms of their gradients."""
+    norms = []
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(named, scale)
+            loss.backward()
+            if isinstance(optimizer, TensorUpdates):
+                norms.append(float(optimizer.gradient_norm()))
+            else:
+                gradients = [p.grad for p in named.values() if p.grad is not None]
+                norms.append(float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))))
+                if clip:
+                    nn.utils.clip_grad_norm_(list(named.values()), clip)
+            return loss
+
+        optimizer.step(closure)  # type: ignore[arg-type]
+    return norms
+
+
+@pytest.mark.parametrize("weight_decay", [0, 0.1])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_under_the_clip_they_are_the_ordinary_steps_bit_for_bit(
+    in_backward: bool, optim: str, weight_decay: float
+) -> None:
+    one, other = parameters(), parameters()
+    flags = {"optim": optim, "weight_decay": weight_decay}
+    norms = descend(plain(one, **flags), one, 5, clip=1.0)
+    assert descend(by_tensor(other, in_backward=in_backward, **flags), other, 5) == norms
+    assert max(norms) < 1
+    assert all(torch.equal(one[name], other[name]) for name in NAMES)
+
+
+def test_over_it_they_are_clipped_as_torch_does_it() -> None:
+    one, other = parameters(), parameters()
+    norms = descend(plain(one), one, 5, scale=1.0, clip=0.5)
+    made = descend(by_tensor(other, in_backward=False, clip=0.5), other, 5, scale=1.0)
+    assert min(norms) > 0.5
+    assert made == pytest.approx(norms, rel=1e-5)
+    assert all(torch.allclose(one[name], other[name], rtol=1e-5, atol=1e-7) for name in NAMES)
+
+
+def test_in_the_backward_over_it_by_the_norm_of_the_step_before() -> None:
+    """The rule by hand: the first step's gradients as they are, then times clip / norm before, if that is below 1."""
+    one, other = parameters(), parameters()
+    made = descend(by_tensor(other, in_backward=True, clip=0.5), other, 5, scale=1.0)
+    ordinary, before = plain(one), math.nan
+    for step in range(5):
+        for group in ordinary.param_groups:
+            group["lr"] = 0.01 / (step + 1)
+        ordinary.zero_grad()
+        loss_of(one, 1.0).backward()
+        gradients = [p.grad for p in one.values() if p.grad is not None]
+        norm = float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients))))
+        assert norm == made[step] > 0.5
+        for gradient in gradients if step else ():
+            gradient.mul_(0.5 / (before + 1e-6))
+        ordinary.step()
+        before = norm
+    assert all(torch.equal(one[name], other[name]) for name in NAMES)
+
+
+def test_no_two_layers_gradients_exist_together() -> None:
+    named = parameters()
+    updates = by_tensor(named, in_backward=True)
+    seen: list[set[str]] = []
+    for name in NAMES:
+        held = lambda _: seen.append({unit_of(n) for n, p in named.items() if p.grad is not None})  # noqa: E731
+        named[name].register_hook(held)
+    loss_of(named).backward()
+    assert max(map(len, seen)) == 1
+    assert all(parameter.grad is None for parameter in named.values())
+    assert updates.updated == ["head", "blocks.1", "blocks.0", "emb"]
+    assert not updates.between_steps
+    updates.step()
+    assert updates.between_steps
+
+
+def test_a_tensor_without_a_gradient_holds_nobody_up() -> None:
+    named = parameters()
+    named["blocks.1.c"] = nn.Parameter(torch.ones(3))
+    updates = by_tensor(named, in_backward=True)
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    descend(updates, named, 1)
+    moved = {name for name in named if not torch.equal(named[name], before[name])}
+    assert moved == set(NAMES)
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "updated"),
+    [
+        ("head.weight", []),
+        ("blocks.1.b", ["head"]),
+        ("blocks.0.a", ["head", "blocks.1"]),
+        ("emb.weight", ["head", "blocks.1", "blocks.0"]),
+    ],
+)
+def test_what_is_not_finite_stops_before_its_layer(spoilt: str, updated: list[str]) -> None:
+    named = parameters()
+    updates = by_tensor(named, in_backward=True)
+    before = {name: parameter.detach().clone() for name, parameter in named.items()}
+    named[spoilt].register_hook(lambda gradient: gradient * math.nan)
+    loss_of(named).backward()
+    assert math.isnan(float(updates.gradient_norm()))
+    assert updates.stopped_at == unit_of(spoilt)
+    assert updates.updated == updated
+    moved = {unit_of(name) for name in NAMES if not torch.equal(named[name], before[name])}
+    assert moved == set(updated)
+    said = updates.describe_stop()
+    assert f"it was met in {unit_of(spoilt)}, which was not updated, nor was what comes after it" in said
+    assert (", ".join(updated) or "nothing") + " had been updated" in said
+
+
+class TestBf16:
+    @pytest.mark.parametrize("optim", OPTIMIZERS)
+    @pytest.mark.parametrize("in_backward", [False, True])
+    def test_a_step_is_the_fp32_one_rounded_to_a_neighbour(self, in_backward: bool, optim: str) -> None:
+        """The gradients are bf16's, too, so the fp32 model gets the same."""
+        narrow = parameters(torch.bfloat16)
+        wide = {name: nn.Parameter(parameter.detach().float()) for name, parameter in narrow.items()}
+        updates = by_tensor(narrow, in_backward=in_backward, optim=optim)
+        descend(updates, narrow, 1)
+        ordinary = plain(wide, optim=optim)
+        same = parameters(torch.bfloat16)
+        loss_of(same).backward()
+        for name, parameter in wide.items():
+            parameter.grad = same[name].grad.float()  # type: ignore[union-attr]
+        ordinary.step()
+        for name in NAMES:
+            assert narrow[name].dtype == same[name].dtype
+            gap = wide[name].detach().abs() * 2**-7 if narrow[name].dtype == torch.bfloat16 else torch.tensor(0.0)
+            assert bool(((narrow[name].float() - wide[name]).abs() <= gap).all())
+        moments = [value for state in updates.state.values() for value in state.values() if torch.is_tensor(value)]
+        assert {value.dtype for value in moments} <= {torch.float32, torch.uint8}
+
+    def test_it_descends_as_fp32_does(self) -> None:
+        """With steps of a thirtieth of a weight's last place, which nearest rounding would lose."""
+        losses = {}
+        for dtype in (torch.bfloat16, torch.float32):
+            named = parameters(dtype)
+            start = float(loss_of(named).detach())
+            updates = by_tensor(named, in_backward=True)
+            for _ in range(150):
+                for group in updates.param_groups:
+                    group["lr"] = 1e-4 / 5
+                loss_of(named).backward()
+                updates.step()
+            losses[dtype] = float(loss_of(named).detach()) / start
+        assert losses[torch.float32] < 0.9
+        assert losses[torch.bfloat16] == pytest.approx(losses[torch.float32], rel=0.03)
+
+    def test_fused_and_ordinary_updates_are_the_same_bits(self) -> None:
+        """Noise belongs to the step and the tensor, not to the order."""
+        one, other = parameters(torch.bfloat16), parameters(torch.bfloat16)
+        descend(by_tensor(one, in_backward=False), one, 4)
+        descend(by_tensor(other, in_backward=True), other, 4)
+        assert all(torch.equal(one[name], other[name]) for name in NAMES)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("optim", OPTIMIZERS)
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_they_go_on_with_the_same_bits(in_backward: bool, optim: str, dtype: torch.dtype) -> None:
+    """The norm that clips, the noise of the next step, moments in fp32 of bf16 weights."""
+    one = parameters(dtype)
+    first = by_tensor(one, in_backward=in_backward, optim=optim, clip=0.1)
+    descend(first, one, 3, scale=1.0)
+    kept = copy.deepcopy(
+        {
+            "weights": {name: parameter.detach() for name, parameter in one.items()},
+            "moments": OptimizerMoments(one.items(), first, engine=False).state(),
+            "count": UpdateCount(first).state(),
+        }
+    )
+    other = {name: nn.Parameter(value) for name, value in kept["weights"].items()}
+    second = by_tensor(other, in_backward=in_backward, optim=optim, clip=0.1)
+    OptimizerMoments(other.items(), second, engine=False).restore(kept["moments"])
+    UpdateCount(second).restore(kept["count"])
+    descend(first, one, 2, scale=1.0)
+    descend(second, other, 2, scale=1.0)
+    assert all(torch.equal(one[name], other[name]) for name in NAMES)
+    assert (first.steps, first.norm) == (second.steps, second.norm)
