@@ -88,9 +88,9 @@ CLIENTS: dict[str, Client] = {
         "the PyPI package rwkv", Container.PTH, torch.float32, (), (".pth",),
         {
             "x060": "load {file} as the model: every conversation starts from the state (0.8.26 and later)",
-            "x070": "state = model.generate_zero_state(); state[3 * i + 1] = "
-            "torch.load('{file}')['blocks.{{i}}.att.time_state'] of every layer i, on the model's device; a merged "
-            "model's state is ignored",
+            "x070": "states = torch.load('{file}'); state = model.generate_zero_state();\n"
+            "           state[3 * i + 1] = states['blocks.{{i}}.att.time_state'] for every layer i, on its device\n"
+            "           (a state inside of the model is ignored)",
         },
         merged=("x060",),
     ),

@@ -188,7 +188,8 @@ class Conversation:
         try:
             logits = self._read()
         except BaseException:
-            del self.tokens[before:]
+            if self._memory[1] <= before:
+                del self.tokens[before:]
             raise
         sampler = _Sampler(self._settings, logits, [number])
         answer = _Answer(self._tokenizer, self._settings)

@@ -50,6 +50,7 @@ class Tuned:
         self._values = {
             name: (base[name] if name in base else torch.zeros(states[name]), tensor) for name, tensor in own.items()
         }
+        self._is_tuned: bool | None = None
         self._modules = {key: self._both_of(key, adapter) for key, adapter in self.trained.adapters.items()}
         self.use(tuned=True)
 
@@ -60,12 +61,16 @@ class Tuned:
 
     @torch.no_grad()
     def use(self, *, tuned: bool) -> None:
-        """Makes the model the tuned one, or the base model."""
+        """Makes the model the tuned one, or the base model; one that was interrupted meanwhile is made whole."""
+        if self._is_tuned is tuned:
+            return
+        self._is_tuned = None
         for name, values in self._values.items():
             self.model.get_parameter(name).copy_(values[tuned])
         for key, modules in self._modules.items():
             parent, _, child = key.removesuffix(".weight").rpartition(".")
             setattr(self.model.get_submodule(parent), child, modules[tuned])
+        self._is_tuned = tuned
 
     def _both_of(self, key: str, adapter: MatrixAdapter) -> tuple[nn.Module, nn.Module]:
         """What stands in a matrix's place in the base model and in the tuned one."""

@@ -145,19 +145,13 @@ class Talk:
         if self._template == TEXT:
             self._conversation = self._begun()
         text = self._conversation.missing(self._turn_end) + _rendered(self._template, prompt)
-        if self._compares:
-            self._compares = False
+        compares, self._compares = self._compares, False
+        if compares:
             self._tuned.use(tuned=False)
-            try:
-                of_base = Conversation(
-                    self._tuned.model, self._tokenizer, self._settings, tokens=self._conversation.tokens
-                )
-                self._print(of_base, text, "base")
-            finally:
-                self._tuned.use(tuned=True)
-            self._print(self._conversation, text, "tuned")
-        else:
-            self._print(self._conversation, text)
+            of_base = Conversation(self._tuned.model, self._tokenizer, self._settings, tokens=self._conversation.tokens)
+            self._print(of_base, text, "base")
+        self._tuned.use(tuned=True)
+        self._print(self._conversation, text, "tuned" if compares else "")
         self._answers += 1
 
     def _print(self, conversation: Conversation, text: str, whose: str = "") -> None:
@@ -165,17 +159,11 @@ class Talk:
         if self._has_answered and not self._is_terminal:
             _write("\n")
         self._has_answered = True
-        is_text = self._template == TEXT
-        speaker = "" if is_text else TEMPLATES[self._template].after.strip().removesuffix(":")
-        name = f"{speaker} ({whose})" if speaker and whose else speaker or whose
-        label = f"{name}:" if name else ""
-        is_labelled = bool(label) and (self._is_terminal or bool(whose))
-        if is_labelled:
-            _write(label)
-        begins = not is_labelled  # an answer begins with the space behind the label
-        if is_text:
-            _write(f"\n{text}" if is_labelled else text)
-            begins = False
+        label = self._label(whose)
+        _write(label)
+        if self._template == TEXT:
+            _write(f"\n{text}" if label else text)
+        begins = not label and self._template != TEXT  # with the space that would stand behind the label
         try:
             for piece in conversation.answer(text, self._answers):
                 shown = piece.lstrip() if begins else piece
@@ -188,6 +176,15 @@ class Talk:
             _write(" [stopped]\n")
         if self._is_terminal:
             _write("\n")
+
+    def _label(self, whose: str) -> str:
+        """What stands before an answer: nothing before one that is piped, unless there are two."""
+        if self._template == TEXT:
+            return f"{whose}:" if whose else ""
+        speaker = TEMPLATES[self._template].after.strip().removesuffix(":")
+        if whose:
+            return f"{speaker} ({whose}):"
+        return f"{speaker}:" if self._is_terminal else ""
 
     def _remark(self, text: str) -> None:
         _say(text, aside=not self._is_terminal)

@@ -200,10 +200,8 @@ def _changes(found: Tensor, plain: Tensor, tokens: Tensor, *, is_text: bool) -> 
     divergence = (with_it.exp() * (with_it - without)).sum(-1)
     other = (found.argmax(-1) != plain.argmax(-1)).double().mean().item()
     yield f"logits     {relative_error(found, plain):.2%} from those without it (rms)"
-    yield (
-        f"           another token is the most probable one at {other:.1%} of positions; divergence (KL) "
-        f"{divergence.mean().item():.4f} nats a token, {divergence[0].item():.4f} at the first"
-    )
+    yield f"           another token is the most probable one at {other:.1%} of positions"
+    yield f"divergence {divergence.mean().item():.4f} nats a token (KL), {divergence[0].item():.4f} at the first"
     if is_text and len(tokens) > 1:
         of_targets = [logp[:-1].gather(1, tokens[1:, None]).mean().item() for logp in (without, with_it)]
         yield f"loss       {-of_targets[0]:.4f} without it, {-of_targets[1]:.4f} with it, nats a token of the text"
@@ -255,7 +253,8 @@ def _architecture(config: ExportConfig, content: Content, base: Checkpoint | Non
     for source, name in known.items():
         first = next(iter(known))
         if name != known[first]:
-            raise ConfigError(f"{first} says {known[first]}, and {source} says {name}: leave --my_testing out")
+            way_out = "leave --my_testing out" if config.my_testing else "name a state and the model it was trained on"
+            raise ConfigError(f"{first} says {known[first]}, and {source} says {name}: {way_out}")
     if not known and client.asks_architecture:
         raise ConfigError(
             f"{config.file} does not say its model's architecture, on which the file for {client.title} depends: give "

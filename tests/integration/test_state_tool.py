@@ -147,6 +147,9 @@ class TestExport:
     def test_sources_that_contradict_each_other_are_refused(self, folder: Path) -> None:
         message = refused("export", "a.pth", "out.bin", "--to", "rwkvcpp", "--my_testing", "x070")
         assert "--my_testing says x070, and a.json says x060: leave --my_testing out" in message
+        (folder / "a.json").write_text('{"architecture": "x070"}')
+        message = refused("export", "a.pth", "out.bin", "--to", "rwkvcpp", "--base", "base.pth")
+        assert "base.pth says x060, and a.json says x070: name a state and the model it was trained on" in message
 
     def test_an_x060_state_for_the_rwkv_package_is_in_a_model(self, folder: Path) -> None:
         assert "--base is missing: the PyPI package rwkv takes an x060 state inside of the model" in refused(
@@ -159,7 +162,7 @@ class TestExport:
 
     def test_an_x070_state_for_the_rwkv_package_stands_alone(self, folder: Path) -> None:
         shown = done("export", "bare.pth", "out.pth", "--to", "rwkv-pip", "--my_testing", "x070")
-        assert "torch.load('out.pth')['blocks.{i}.att.time_state']" in shown
+        assert "states = torch.load('out.pth'); state = model.generate_zero_state();" in shown
         wide = {key: state.float() for key, state in load_state("bare.pth", SHAPE).items()}
         assert_same_tensors(load_state("out.pth", SHAPE), wide)
 

@@ -121,3 +121,23 @@ def test_what_no_model_computes_is_refused(base: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"--quant nf4 packs blocks\.1\.ffn\.key\.weight, which parts\.pth holds"):
         Tuned(checkpoint, parts, LoadOptions(FP32.device, FP32.compute_dtype, "nf4"))
     assert Tuned(checkpoint, parts, FP32).differs
+
+
+def test_an_interrupted_change_is_made_whole(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_state_file(tmp_path / "state.pth", SHAPE)
+    tuned = Tuned(open_checkpoint(base), read_trained(tmp_path / "state.pth", SHAPE), FP32)
+    expected = logits(tuned.model)
+    get, asked = tuned.model.get_parameter, []
+
+    def interrupted(name: str) -> Tensor:
+        asked.append(name)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return get(name)
+
+    monkeypatch.setattr(tuned.model, "get_parameter", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        tuned.use(tuned=False)
+    assert not torch.equal(logits(tuned.model), expected)
+    tuned.use(tuned=True)
+    assert torch.equal(logits(tuned.model), expected)

@@ -191,6 +191,23 @@ def test_an_interrupt_while_comparing_leaves_the_tuned_voice() -> None:
     assert voices.voice == "tuned"
 
 
+def test_an_interrupt_between_two_voices_is_made_good(monkeypatch: pytest.MonkeyPatch) -> None:
+    voices = Voices()
+    chat = talk(voices)
+    chat.take("/compare")
+
+    def use(*, tuned: bool) -> None:
+        voices.voice = "neither"
+        raise KeyboardInterrupt
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(voices, "use", use)
+        with pytest.raises(KeyboardInterrupt):
+            chat.take("a")
+    chat.take("b")
+    assert [(voice, text[6]) for voice, _, text, _ in voices.asked] == [("tuned", "b")]
+
+
 def test_an_interrupt_ends_what_is_piped() -> None:
     voices = Voices()
     voices.interrupts = [" one"]
