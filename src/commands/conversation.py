@@ -64,7 +64,9 @@ def chat(config: ChatConfig) -> None:
     goes_on = True
     while goes_on:
         try:
-            goes_on = talk.take(_next_prompt(talk.prompt if is_terminal else None))
+            prompt = _next_prompt(talk.prompt if is_terminal else None)
+            with without_memory(lambda: "no memory left for the prompt: use --quant nf4, or --accelerator cpu"):
+                goes_on = talk.take(prompt)
         except KeyboardInterrupt:  # just before or after an answer
             if not is_terminal:
                 raise

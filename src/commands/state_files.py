@@ -280,20 +280,19 @@ def _described(content: Content) -> str:
             f"a model: {shape.family}, {shape.parameter_count:,} parameters, {shape.n_layer} layers, n_embd "
             f"{shape.n_embd}, {shape.n_head} heads of {shape.head_size}, vocabulary {shape.vocab_size}, {dtype}{merged}"
         )
-    suffixes = {key.rpartition(".")[2] for key in content.tensors}
-    matrices = {key.rpartition(".")[0] for key in content.tensors if key.endswith((".lora_A", ".bone"))}
-    method = content.said.get("method") or ("LoRA or PiSSA" if "lora_A" in suffixes else "Bone or Bat")
-    others = len(content.tensors) - sum(key.endswith((".lora_A", ".lora_B", ".bone")) for key in content.tensors)
-    further = [f"{others - len(states)} further weights"] if others > len(states) else []
+    adapted = [key for key in content.tensors if key.endswith((".lora_A", ".lora_B", ".bone"))]
+    others = len(content.tensors) - len(adapted) - len(states)
+    further = [f"{others} further {'weight' if others == 1 else 'weights'}"] if others else []
     further += [f"the states of {len(states)} layers"] if states else []
-    if content.kind == PARTS:
+    if not adapted:
         return f"weights of a model: {' and '.join(further)}, {dtype}"
-    known = [f"{name} {content.said[name]}" for name in ("r", "alpha", "scale") if name in content.said]
-    size = next(f"{key.rpartition('.')[2]} {list(content.tensors[key].shape)}" for key in content.tensors if "." in key)
-    return (
-        f"an adapter: {method}{' (' + ', '.join(known) + ')' if known else ''} on {len(matrices)} matrices, "
-        f"{', '.join([*further, size])} first, {dtype}"
-    )
+    matrices = {key.rpartition(".")[0] for key in adapted}
+    name = adapted[0].rpartition(".")[2]
+    method = content.said.get("method") or ("Bone or Bat" if name == "bone" else "LoRA or PiSSA")
+    known = [f"{word} {content.said[word]}" for word in ("r", "alpha", "scale") if word in content.said]
+    parts = [f"{method} ({', '.join(known)})" if known else method]
+    parts[0] += f" on {len(matrices)} matrices, {name} {list(content.tensors[adapted[0]].shape)} first"
+    return f"an adapter: {', '.join([*parts, *further])}, {dtype}"
 
 
 def _provenance(said: Mapping[str, Any]) -> Iterator[str]:
