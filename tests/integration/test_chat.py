@@ -6,6 +6,7 @@ import io
 import os
 import pty
 import select
+import signal
 import subprocess
 import sys
 import time
@@ -130,7 +131,8 @@ class Terminal:
         import fcntl
         import termios
 
-        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C there is a signal here
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C there is a signal here,
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which who runs the tests may have chosen to ignore
 
     def type(self, text: str) -> None:
         os.write(self._here, text.encode())
