@@ -193,11 +193,17 @@ def test_what_belongs_to_rwkv6_is_refused(
     assert message in refusal(ended, tmp_path / "out")
 
 
-def test_a_state_of_another_architecture_of_the_same_sizes_is_taken(base: Path, data: Path, tmp_path: Path) -> None:
-    """Names and shapes are equal, and nothing in such a file says what it was trained on; the JSON beside it does."""
+def test_a_state_of_another_architecture_of_the_same_sizes_is_told_by_its_json(
+    base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Names and shapes are equal, and nothing in such a file says what it was trained on."""
     shape = tiny_checkpoint(tmp_path / "v6.pth")
     save_state(tmp_path / "state.pth", tiny_states(shape))
-    train(tmp_path / "out", load_model=base, load_state=tmp_path / "state.pth", data_file=data, epoch_steps=1)
+    flags = {"load_model": base, "load_state": tmp_path / "state.pth", "data_file": data, "epoch_steps": 1}
+    train(tmp_path / "out", **flags)
+    (tmp_path / "state.json").write_text('{"architecture": "x060"}', encoding="utf-8")
+    message = refusal(try_train(tmp_path / "other", **flags), tmp_path / "other")
+    assert "was trained on an x060 model (state.json), and the base model is RWKV-7 (x070)" in message
 
 
 def test_a_model_of_prefixed_keys_in_another_order(base: Path, data: Path, tmp_path: Path) -> None:
