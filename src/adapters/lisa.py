@@ -107,7 +107,7 @@ class Lisa:
 
     def layer_values(self, shape: ModelShape) -> int:
         """Values that are trained besides what is trained throughout, at any time."""
-        layers = names_in_layers(shape.parameter_shapes(), self.trained_names(shape))
+        layers = names_in_layers(shape.parameter_shapes(), {*self.trained_names(shape), *shape.idle_names()})
         return self.draw.layers * max(map(value_count, layers))
 
     def rate_factor(self, shape: ModelShape, name: str) -> float:

@@ -17,10 +17,10 @@ def weights_by_part(
     packed: Collection[str] = (),
     way_out: str = "or give it an adapter (--targets)",
 ) -> dict[str, dict[str, Shape]]:
-    """Part -> key and shape of the weights whose keys contain it.
+    """Part -> key and shape of the weights that it means.
 
     Args:
-        parts: of names.
+        parts: of names, see `ModelShape.part`.
         shape: of the model.
         adapted: matrices with adapters, which are left out.
         packed: what cannot be trained.
@@ -31,7 +31,7 @@ def weights_by_part(
     """
     found = {}
     for part in parts:
-        named = {name: size for name, size in shape.parameter_shapes().items() if part in name}
+        named = shape.part(part)
         found[part] = {name: size for name, size in named.items() if name not in adapted}
         if not named:
             raise ConfigError(

@@ -57,7 +57,7 @@ class LayerTurns:
         self._scratch = scratch
         self._packed = set(shape.matrix_names()) if quant_type else set()
         self._throughout = sorted(throughout)
-        self._names = names_in_layers(shape.parameter_shapes(), throughout)
+        self._names = names_in_layers(shape.parameter_shapes(), throughout | shape.idle_names())
         self._kept: dict[int, dict[str, Tensor]] = {}
         self.layers: tuple[int, ...] = ()
         sizes = {name: size for layer in self._names for name, size in layer.items()}
@@ -167,10 +167,8 @@ class LayerTurns:
                 self._model.place(key, nn.Parameter(frozen, requires_grad=False))
 
 
-def names_in_layers(
-    shapes: Mapping[str, tuple[int, ...]], throughout: Collection[str]
-) -> list[dict[str, tuple[int, ...]]]:
-    """Of each layer, name within it -> shape of the weights that are not trained throughout."""
+def names_in_layers(shapes: Mapping[str, tuple[int, ...]], others: Collection[str]) -> list[dict[str, tuple[int, ...]]]:
+    """Of each layer, name within it -> shape of the weights that are trained by turns: all but the others."""
     layers: list[dict[str, tuple[int, ...]]] = []
     for key, size in shapes.items():
         found = LAYER_KEY.match(key)
@@ -178,7 +176,7 @@ def names_in_layers(
             number = int(found[1])
             while len(layers) <= number:
                 layers.append({})
-            if key not in throughout:
+            if key not in others:
                 layers[number][LAYER_KEY.sub("", key)] = size
     return layers
 

@@ -30,6 +30,7 @@ from src.model.shape import ModelShape
 from src.ops import elementwise
 from src.ops.cuda_extension import load_extension
 from src.ops.wkv6 import wkv6
+from src.ops.wkv7 import wkv7
 from src.quant import DequantizationWorkspace, FrozenLinear
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
@@ -116,7 +117,8 @@ def findings(given: Mapping[str, str]) -> Iterator[Finding]:
         yield from _compiler_findings()
     heads, size = (shape.n_head, shape.head_size) if shape else (_HEADS, 64)
     tokens = config.ctx_len if shape else _TOKENS
-    yield _tried("operator", lambda: operator_finding(device, heads, size, tokens))
+    architecture = shape.architecture if shape else config.my_testing or "x060"
+    yield _tried("operator", lambda: operator_finding(device, architecture, heads, size, tokens))
     if device.on_gpu:
         yield _tried("kernels", lambda: elementwise_finding(device, heads * size))
     for quant_type in _PACKING_ERRORS:
@@ -254,37 +256,49 @@ def _tried(subject: str, look: Callable[[], Finding]) -> Finding:
         return Finding(subject, f"fails: {str(error).splitlines()[0]}", "reinstall torch and bitsandbytes for this GPU")
 
 
-def operator_finding(device: Device, heads: int, size: int, tokens: int) -> Finding:
+def operator_finding(device: Device, architecture: str, heads: int, size: int, tokens: int) -> Finding:
     """The recurrence as training has it, forward and all gradients, against the loop in float64.
 
     Args:
         device: where and in what.
+        architecture: whose recurrence.
         heads, size, tokens: of a row. On a CPU at most 128 tokens are tried: the loop takes long there.
     """
     if not device.on_gpu:
         tokens = min(tokens, _CPU_TOKENS)
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device.compute_dtype).double().to(device.device)
-
-    row = (1, tokens, heads, size)
-    inputs = {name: drawn(*row) for name in ("r", "k", "v", "w_raw")}
-    inputs |= {"u": drawn(heads, size), "state": drawn(heads, size, size)}
-    cotangent = drawn(*row)
+    operator, inputs = _of_architecture(architecture, heads, size, tokens)
+    inputs = {name: tensor.to(device.compute_dtype).double().to(device.device) for name, tensor in inputs.items()}
+    cotangent = torch.randn(inputs["r"].shape, generator=torch.Generator().manual_seed(1)).to(device.device)
 
     def results(dtype: torch.dtype, backend: str | None) -> dict[str, Tensor]:
         leaves = {name: tensor.to(dtype).requires_grad_() for name, tensor in inputs.items()}
         if dtype != torch.float64:
             leaves["state"] = inputs["state"].float().requires_grad_()
-        y, _ = wkv6(**leaves, backend=backend)
-        gradients = torch.autograd.grad(y, list(leaves.values()), cotangent.to(y.dtype))
+        y, _ = operator(**leaves, backend=backend)
+        gradients = torch.autograd.grad(y, list(leaves.values()), cotangent.to(device.compute_dtype).to(y.dtype))
         return {"y": y.detach(), **{f"d{name}": found for name, found in zip(leaves, gradients, strict=True)}}
 
     expected = results(torch.float64, "reference")
     found = results(device.compute_dtype, None)
     shape = f"[1, {tokens}, {heads}, {size}] {device.precision}"
-    return _compared("operator", f"wkv6 {shape}", found, expected, device)
+    return _compared("operator", f"{operator.__name__} {shape}", found, expected, device)
+
+
+def _of_architecture(
+    architecture: str, heads: int, size: int, tokens: int
+) -> tuple[Callable[..., tuple[Tensor, Tensor]], dict[str, Tensor]]:
+    """An architecture's recurrence, and random arguments for it by name; shapes as the operators name them."""
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    row = (1, tokens, heads, size)
+    inputs = {name: drawn(*row) for name in ("r", "k", "v", "w_raw")} | {"state": drawn(heads, size, size)}
+    if architecture == "x060":
+        return wkv6, inputs | {"u": drawn(heads, size)}
+    key = torch.nn.functional.normalize(drawn(*row), dim=-1)
+    return wkv7, inputs | {"a": -key, "b": key * drawn(*row).sigmoid()}
 
 
 def elementwise_finding(device: Device, channels: int) -> Finding:

@@ -244,3 +244,18 @@ class TestPlan:
         assert method.rate_factor(SHAPE, "blocks.1.att.time_decay") == 2.0
         assert method.rate_factor(SHAPE, "blocks.1.att.time_state") == 5.0
         assert method_of(config(layerwise_lr=0)).rate_factor(SHAPE, "blocks.1.att.time_decay") == 1.0
+
+
+def test_what_no_computation_uses_takes_no_turn(tmp_path: Path) -> None:
+    """Such weights have no gradient, which is no reason to call them trained; they are written as in the file."""
+    shape = tiny_shape(n_layer=2, architecture="x070", holds_idle=True)
+    base = tiny_parameters(shape, dtype=torch.bfloat16)
+    method = method_of(config(lisa_r=2))
+    assert isinstance(method, Lisa)
+    options = load_options(config(lisa_r=2), method, resolve_hardware(config()), shape)
+    turns = method.turns(build_model(base, shape, options), base, None, Scratch(tmp_path, pytest.fail))
+    turns.change((0, 1))
+    in_layers = {name for name in shape.parameter_shapes() if name.startswith("blocks.")}
+    assert turns.trained().keys() == (in_layers - shape.idle_names()) | {"emb.weight", "head.weight"}
+    weights = turns.weights()
+    assert all(torch.equal(weights[name], base[name]) for name in shape.idle_names())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import tiny_checkpoint, tiny_parameters, tiny_shape
+from factories import ARCHITECTURES, tiny_checkpoint, tiny_parameters, tiny_shape
 from torch import Tensor
 
 from src.adapters.method import method_of
@@ -254,3 +254,20 @@ class TestGoingOn:
         other = FileIdentity(tmp_path / "other.pth")
         with pytest.raises(CheckpointError, match="was made with base_sha256"):
             self.start(path, other, peft="pissa")
+
+
+@pytest.mark.parametrize("peft", ["lora", "pissa", "bone", "bat", "lisa"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_parts_that_are_trained_unless_others_are_named_are_parts_of_every_architecture(
+    architecture: str, peft: str
+) -> None:
+    """Of RWKV-7 `time` is what RWKV-6 calls so, and nothing that no computation uses."""
+    shape = tiny_shape(architecture=architecture, holds_idle=architecture == "x070")
+    found = {name for name in method_of(config(peft=peft)).trained_names(shape) if name in shape.parameter_shapes()}
+    if peft == "lisa":
+        assert found == {"emb.weight", "head.weight"}
+        return
+    matrices = {*shape.matrix_names(), "emb.weight", "head.weight"}
+    in_channel_mixers = {name for name in shape.parameter_shapes() if "ffn." in name} - matrices
+    assert found | in_channel_mixers | shape.idle_names() == shape.parameter_shapes().keys() - matrices
+    assert not found & shape.idle_names()

@@ -2,10 +2,11 @@
 
 import importlib.metadata
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from factories import tiny_checkpoint
+from factories import ARCHITECTURES, tiny_checkpoint
 from torch import Tensor
 
 from src.commands import doctor
@@ -61,15 +62,39 @@ def test_what_few_runs_need_is_no_fault(tmp_path: Path) -> None:
     assert "several GPUs" in found.advice
 
 
-def test_the_operator_is_right() -> None:
-    found = operator_finding(CPU, heads=2, size=8, tokens=20)
+OPERATORS = {"x060": "wkv6", "x070": "wkv7"}
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_operator_is_right(architecture: str, precision: Any) -> None:
+    found = operator_finding(Device(torch.device("cpu"), precision), architecture, heads=2, size=8, tokens=20)
     assert found.mark == "good"
-    assert "[1, 20, 2, 8]" in found.seen
+    assert f"{OPERATORS[architecture]} [1, 20, 2, 8] {precision}" in found.seen
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_the_operator_is_that_of_the_run(architecture: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the model that is named, or of the fresh one."""
+    tried: list[str] = []
+
+    def trying(device: Device, architecture: str, *sizes: int) -> doctor.Finding:
+        tried.append(architecture)
+        return doctor.Finding("operator", "tried")
+
+    monkeypatch.setattr(doctor, "operator_finding", trying)
+    tiny_checkpoint(tmp_path / "model.pth", architecture=architecture)
+    for flags in ({"load_model": str(tmp_path / "model.pth")}, {"my_testing": architecture}):
+        list(findings({"accelerator": "cpu", **flags}))
+    assert tried == [architecture, architecture]
 
 
 @pytest.mark.parametrize("wrong", ["y", "dv"])
-def test_a_wrong_operator_is_told_by_what_is_wrong(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    right = doctor.wkv6
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_wrong_operator_is_told_by_what_is_wrong(
+    architecture: str, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = getattr(doctor, OPERATORS[architecture])
 
     def bent(v: Tensor, backend: str | None, **others: Tensor) -> tuple[Tensor, Tensor]:
         if backend is None and wrong == "dv":
@@ -77,8 +102,8 @@ def test_a_wrong_operator_is_told_by_what_is_wrong(wrong: str, monkeypatch: pyte
         y, final = right(v=v, backend=backend, **others)
         return (y + 1e-3 * y.detach() if backend is None and wrong == "y" else y), final
 
-    monkeypatch.setattr(doctor, "wkv6", bent)
-    found = operator_finding(CPU, heads=2, size=8, tokens=20)
+    monkeypatch.setattr(doctor, OPERATORS[architecture], bent)
+    found = operator_finding(CPU, architecture, heads=2, size=8, tokens=20)
     assert found.mark == "BAD"
     assert found.advice.startswith(f"{wrong} must stay under")
 
