@@ -24,10 +24,11 @@ def parsed(command: str) -> TrainConfig:
 def test_sft_is_parsed() -> None:
     config = parsed(SFT)
     assert config == TrainConfig(
-        load_model="base_model/rwkv-16.pth", load_partial=1, wandb="RWKV-LM State-tuning", proj_dir="1B6-State-Tuning",
-        data_file="dataset/dataset", data_type="binidx", dataload="pack", vocab_size=65536, ctx_len=4096, n_layer=24,
-        n_embd=2048, epoch_steps=1000, epoch_count=1000, beta2=0.999, accelerator="gpu", precision="bf16",
-        strategy="deepspeed_stage_1", quant=1, warmup_steps=10, train_type="states", lr_init=1.0, lr_final=0.01,
+        my_testing="x060", load_model="base_model/rwkv-16.pth", load_partial=1, wandb="RWKV-LM State-tuning",
+        proj_dir="1B6-State-Tuning", data_file="dataset/dataset", data_type="binidx", dataload="pack",
+        vocab_size=65536, ctx_len=4096, n_layer=24, n_embd=2048, epoch_steps=1000, epoch_count=1000, beta2=0.999,
+        accelerator="gpu", precision="bf16", strategy="deepspeed_stage_1", quant=1, warmup_steps=10,
+        train_type="states", lr_init=1.0, lr_final=0.01,
     )  # fmt: skip
     assert config.notes() == ["--load_partial 1 is not needed: states missing in a base model start at zero"]
 
