@@ -1,13 +1,15 @@
-"""Numbers that launchers of several processes leave in the environment."""
+"""Numbers in the environment: what launchers of several processes leave there, threads, progress bars."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from src.config.flags import shortened
 from src.errors import ConfigError
 
 _LARGEST = 2**31 - 1
+_NUMBER = re.compile(r"[0-9]{1,9}(\.[0-9]{0,9})?")
 _SMALLEST_AND_LARGEST = {
     **dict.fromkeys(
         ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"),
@@ -19,6 +21,12 @@ _SMALLEST_AND_LARGEST = {
     "MASTER_PORT": (1, 2**16 - 1),
 }
 """What torchrun, srun and Lightning set, with the range of each."""
+_BARS = {
+    **dict.fromkeys(("TQDM_NCOLS", "TQDM_NROWS", "TQDM_POSITION", "TQDM_INITIAL"), (0, _LARGEST)),
+    "TQDM_UNIT_DIVISOR": (1, _LARGEST),
+}
+_TIMES_OF_BARS = ("TQDM_MININTERVAL", "TQDM_MAXINTERVAL", "TQDM_MINITERS", "TQDM_SMOOTHING", "TQDM_DELAY")
+"""What progress bars read when they are imported; the latter are any numbers that are not negative."""
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 """One number, or several with commas, for parallel regions in each other."""
 
@@ -29,8 +37,12 @@ def check_environment(environment: Mapping[str, str]) -> None:
     Raises:
         ConfigError: naming every variable that holds no number of its range.
     """
-    ranges = {**_SMALLEST_AND_LARGEST, **dict.fromkeys(_THREADS, (1, _LARGEST))}
-    problems = []
+    ranges = {**_SMALLEST_AND_LARGEST, **_BARS, **dict.fromkeys(_THREADS, (1, _LARGEST))}
+    problems = [
+        f"the environment variable {name} is {shortened(environment[name])!r}, not a number from 0 on"
+        for name in _TIMES_OF_BARS
+        if not _NUMBER.fullmatch(environment.get(name, "0"))
+    ]
     for name, (smallest, largest) in ranges.items():
         text = environment.get(name)
         if text is None:

@@ -47,6 +47,18 @@ def test_what_launchers_set_passes() -> None:
     )
 
 
+@pytest.mark.parametrize("text", ["abc", "", "-1", "1,5", "nan", "9" * 400])
+@pytest.mark.parametrize("name", ["TQDM_MININTERVAL", "TQDM_DELAY"])
+def test_times_of_progress_bars(name: str, text: str) -> None:
+    assert f"{name} is '" in refusal({name: text})
+    check_environment({name: "0.5"})
+
+
+def test_sizes_of_progress_bars() -> None:
+    assert "TQDM_NCOLS is '8.5', not a whole number from 0 on" in refusal({"TQDM_NCOLS": "8.5"})
+    check_environment({"TQDM_NCOLS": "80", "TQDM_DISABLE": "1"})
+
+
 def test_command_lines_look_at_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "abc")
     with pytest.raises(ConfigError, match="RANK is 'abc'"):
