@@ -64,6 +64,14 @@ class DataFlags(Flags, group="data"):
         0, "number of the first epoch; the schedule starts there", must=NOT_NEGATIVE, most=MOST_STEPS
     )
     epoch_save: int = flag(1, "save every so many epochs; 0 saves at the end only", must=NOT_NEGATIVE, most=MOST_STEPS)
+    val_steps: int = flag(
+        0, "measure val_file every so many optimizer steps, too, and keep the best result as rwkv-best.pth; 0 does not",
+        must=NOT_NEGATIVE, most=MOST_STEPS,
+    )  # fmt: skip
+    early_stop: int = flag(
+        0, "end the run after so many of these measurements without a better one; 0 does not",
+        must=NOT_NEGATIVE, most=MOST_STEPS,
+    )  # fmt: skip
     loss_mask: str = flag(
         "", "tokens the loss is on: pad or none: every one; qa: answers; se: from one text of mask_id to the other; "
         "default: qa for JSON lines with roles, else pad. Padding never counts",

@@ -124,6 +124,10 @@ class TrainConfig(
             )
         if self._has_two_rates and self.lr_state and not self.lr_init:
             yield f"--lr_state {self.lr_state:g} moves as the other rate does, and --lr_init is 0: raise it"
+        if self.val_steps and not self.val_file:
+            yield f"--val_steps {self.val_steps} has nothing to measure: give held-out data with --val_file"
+        if self.early_stop and not self.val_steps:
+            yield f"--early_stop {self.early_stop} counts measurements of --val_steps, which is 0: give it, too"
         if self.preference and "dataload" in given:
             yield f"--dataload has no meaning with --{self.preference} 1: pairs are packed on their own"
         for name in ("loss_mask", "mask_id", "preview"):

@@ -243,6 +243,10 @@ class TrainingMonitor(pl.Callback):
         of_this_epoch = self.start.batches // self.control.accumulate
         self._epoch_losses = self.losses[len(self.losses) - of_this_epoch :]
 
+    def leave_out(self, seconds: float) -> None:
+        """What passed between two steps without being work on either."""
+        self._last += seconds
+
     def close(self) -> None:
         """Closes the sinks, once."""
         for sink in self.sinks:

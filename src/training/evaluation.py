@@ -42,6 +42,11 @@ class HeldOutLoss:
     targets: int
     documents: int
 
+    @property
+    def score(self) -> float:
+        """What is to become smaller."""
+        return self.overall
+
     def __str__(self) -> str:
         named = ((f"first {START_POSITIONS} positions", self.start), ("rest", self.rest))
         parts = ", ".join(f"{name} {loss:.4f}" for name, loss in named if not math.isnan(loss))
@@ -65,6 +70,11 @@ class HeldOutPreference:
     margin: float
     pairs: int
     all_pairs: int
+
+    @property
+    def score(self) -> float:
+        """What is to become smaller: the margin's negative, or without pairs nll."""
+        return -self.margin if self.pairs else self.nll
 
     def __str__(self) -> str:
         if not self.pairs:
@@ -92,6 +102,11 @@ class HeldOutComparison:
     margin: float
     nll: float
     pairs: int
+
+    @property
+    def score(self) -> float:
+        """What is to become smaller."""
+        return self.loss
 
     def __str__(self) -> str:
         return (

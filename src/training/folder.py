@@ -24,7 +24,9 @@ LOCK = ".rwkv-lock"
 RESUME = "rwkv-resume.pth"
 PREVIOUS = "rwkv-resume-previous.pth"
 _RESULT = re.compile(r"rwkv-(\d+|final)\.pth")
-_WRITTEN = re.compile(r"rwkv-(\d+|final|init|last-good|resume|resume-previous)\.(?:pth|json)|init_pissa\.(?:pth|json)")
+_WRITTEN = re.compile(
+    r"rwkv-(\d+|final|best|init|last-good|resume|resume-previous)\.(?:pth|json)|init_pissa\.(?:pth|json)"
+)
 _KEPT = re.compile(r"dpo-reference(?:-held-out)?\.pth")
 """What is compared before it is used, and so stays for the next run."""
 _LOGS = ("train_log.txt", "metrics.jsonl", run_file.NAME)

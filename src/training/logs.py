@@ -65,6 +65,23 @@ class EpochLog:
     lr: float
 
 
+@dataclass(frozen=True)
+class HeldOutLog:
+    """A measurement on held-out data while the run goes on.
+
+    Attributes:
+        step: optimizer steps done.
+        values: the measurement's numbers by name; NaN where there is none.
+        text: the measurement in words.
+        best: whether it is the best so far.
+    """
+
+    step: int
+    values: dict[str, float]
+    text: str
+    best: bool
+
+
 class Sink(Protocol):
     """Takes logs; what it does not care for, it leaves out."""
 
@@ -74,6 +91,10 @@ class Sink(Protocol):
 
     def epoch(self, log: EpochLog) -> None:
         """Called after every epoch."""
+        return
+
+    def held_out(self, log: HeldOutLog) -> None:
+        """Called after every measurement between two steps."""
         return
 
     def close(self) -> None:
@@ -102,6 +123,10 @@ class ProgressSink(Sink):
     def epoch(self, log: EpochLog) -> None:
         self._bar.write(f"epoch {log.epoch}: mean loss {log.loss:.4f}", file=sys.stderr)
         self._mean, self._count = 0.0, 0
+
+    def held_out(self, log: HeldOutLog) -> None:
+        best = ", the best so far" if log.best else ""
+        self._bar.write(f"step {log.step}: held out {log.text}{best}", file=sys.stderr)
 
     def close(self) -> None:
         self._bar.close()
@@ -151,6 +176,11 @@ class FileSink(Sink):
         row.update(row.pop("extra"))
         self._metrics.write(json.dumps(row) + "\n")
 
+    def held_out(self, log: HeldOutLog) -> None:
+        values = {name: value if math.isfinite(value) else None for name, value in log.values.items()}
+        row = {"run": self._run, "step": log.step, "held_out": values, "best": log.best}
+        self._metrics.write(json.dumps(row) + "\n")
+
     def epoch(self, log: EpochLog) -> None:
         self._log.write(
             f"{log.epoch} {log.loss:.6f} {_exponential(log.loss):.4f} {log.lr:.8f} "
@@ -192,6 +222,10 @@ class WandbSink(Sink):
         if log.step > 1:
             row["kt/s"] = log.tokens / log.seconds / 1000
         self._run.log({**row, **log.extra}, step=log.step)
+
+    def held_out(self, log: HeldOutLog) -> None:
+        # Of a step that was logged before: wandb takes it while no later one was.
+        self._run.log({f"held_out/{name}": value for name, value in log.values.items()}, step=log.step)
 
     def close(self) -> None:
         self._run.finish()

@@ -70,6 +70,7 @@ from src.training.resume import (
 from src.training.turns import Draws, TrainedInTurn
 from src.training.unpacked import measure_unpacked
 from src.training.updates import UpdateCount
+from src.training.watch import HeldOutWatch
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
 INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file")
@@ -199,13 +200,14 @@ def _train(
     after: HeldOut | None = None
     seconds = 0.0
 
-    def finish() -> None:
+    def finish() -> HeldOut | None:
         nonlocal after, seconds
         final_files.append(places.save(lambda path: results.save(model, path), "rwkv-final.pth"))
         module.release_recordings()
         begin = time.perf_counter()
         after = _evaluate("tuned", model, work)
         seconds = time.perf_counter() - begin
+        return after
 
     files, monitor, stopper = fit(module, work, schedule, hardware, config, folder, finish, results, session, start)
     final_file = final_files[0] if final_files else folder / "rwkv-final.pth"
@@ -440,12 +442,14 @@ def fit(
     hardware: Hardware,
     config: TrainConfig,
     folder: Path,
-    finish: Callable[[], None] = lambda: None,
+    finish: Callable[[], HeldOut | None] = lambda: None,
     results: Results | None = None,
     session: Session | None = None,
     start: Start = BEGINNING,
 ) -> tuple[list[Path], TrainingMonitor, Stopper]:
     """Runs Lightning's loop; `finish` is called on rank 0 after the last step, before Lightning empties the GPU.
+
+    It returns what it measured on held-out data, if there are some.
 
     Args:
         session: the run that this is part of; without one nothing is kept to go on from.
@@ -471,6 +475,18 @@ def fit(
     )
     stopper = Stopper(schedule, accumulate, start)
     draws = Draws(module, start) if module.turns else None
+    watch = None
+    if config.val_steps and work.measure is not None:
+        watch = HeldOutWatch(
+            work.measure,
+            lambda name: places.save(lambda place: results.save(module.model, place), name),
+            _warn,
+            every=config.val_steps,
+            patience=config.early_stop,
+            monitor=monitor,
+            accumulate=accumulate,
+            start=start,
+        )
 
     def parts(trainer: pl.Trainer) -> dict[str, Part]:
         engine = hardware.strategy != "single"
@@ -483,18 +499,22 @@ def fit(
             "random": RandomState(hardware.device, trainer.global_rank, gather),
             "objective": work.objective,
             "monitor": monitor,
+            **({"held_out": watch} if watch else {}),
         }
 
     def is_complete(step: int) -> bool:
-        return step >= epochs * steps_per_epoch or schedule.exhausted(step)
+        return step >= epochs * steps_per_epoch or schedule.exhausted(step) or bool(watch and watch.stopped)
 
     def end() -> None:
-        finish()
-        if session and is_complete(start.steps + trainer.global_step):
+        measured, step = finish(), start.steps + trainer.global_step
+        if watch and measured is not None and is_complete(step):
+            watch.end(step, measured)
+        if session and is_complete(step):
             session.writer.remove()
 
     # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
-    callbacks: list[pl.Callback] = [*([draws] if draws else []), control, monitor, saver, AtEnd(end), stopper]
+    callbacks: list[pl.Callback] = [*([draws] if draws else []), control, monitor]
+    callbacks += [*([watch] if watch else []), saver, AtEnd(end), stopper]
     if session and can_be_resumed(config, hardware.strategy):
         random = bool(config.dropout or config.lora_dropout) and config.devices * config.num_nodes == 1
         total_steps = epochs * steps_per_epoch

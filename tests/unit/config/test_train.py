@@ -27,7 +27,7 @@ FLAGS = (
     "targets", "train_parts", "load_adapter", "lr_state",
     # data
     "ctx_len", "dataload", "data_shuffle", "micro_bsz", "accumulate_grad_batches", "epoch_steps", "epoch_count",
-    "epoch_begin", "epoch_save", "loss_mask", "mask_id", "preview", "random_seed",
+    "epoch_begin", "epoch_save", "val_steps", "early_stop", "loss_mask", "mask_id", "preview", "random_seed",
     # chunks
     "chunk_ctx", "bptt_chunks", "chunk_keep",
     # optimizer

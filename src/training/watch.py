@@ -1,0 +1,112 @@
+"""Held-out data measured while a run goes on: the best result is kept, and a run that gets no better can end."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+
+from src.errors import CheckpointError
+from src.model.language_model import LanguageModel
+from src.training.callbacks import TrainingMonitor
+from src.training.evaluation import HeldOut
+from src.training.logs import HeldOutLog
+from src.training.module import TrainingModule
+from src.training.progress import BEGINNING, Start
+
+BEST = "rwkv-best.pth"
+
+
+class HeldOutWatch(pl.Callback):
+    """Measures every so many optimizer steps on rank 0, and changes no step by that.
+
+    Args:
+        measure: scores the model.
+        save_best: writes the model's result under this name, and returns where.
+        warn: tells the user.
+        every: optimizer steps between measurements.
+        patience: the run ends after so many measurements none of which was the best; 0: it does not.
+        monitor: its sinks are told, and its clock does not count the time.
+        accumulate: micro-batches of an optimizer step.
+        start: where in the run this process begins.
+
+    Attributes:
+        stopped: whether the run was ended because it got no better.
+    """
+
+    def __init__(
+        self,
+        measure: Callable[[LanguageModel], HeldOut],
+        save_best: Callable[[str], Path],
+        warn: Callable[[str], None],
+        *,
+        every: int,
+        patience: int,
+        monitor: TrainingMonitor,
+        accumulate: int,
+        start: Start = BEGINNING,
+    ) -> None:
+        self.stopped = False
+        self._measure = measure
+        self._save_best = save_best
+        self._warn = warn
+        self._every = every
+        self._patience = patience
+        self._monitor = monitor
+        self._accumulate = accumulate
+        self._start = start
+        self._best = math.inf
+        self._best_line = ""
+        self._without = 0
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Measures where a step closes whose number asks for it."""
+        assert isinstance(module, TrainingModule)
+        step = self._start.steps + trainer.global_step
+        if (batch_idx + 1) % self._accumulate or step % self._every:
+            return
+        begin = time.perf_counter()
+        if trainer.is_global_zero:
+            self.take(step, self._measure(module.model))
+        self.stopped = bool(self._patience) and self._without >= self._patience
+        if trainer.world_size > 1:
+            self.stopped = trainer.strategy.reduce_boolean_decision(self.stopped, all=False)
+        trainer.should_stop = trainer.should_stop or self.stopped
+        self._monitor.leave_out(time.perf_counter() - begin)
+
+    def take(self, step: int, measured: HeldOut) -> None:
+        """Takes note of a measurement after so many steps, and keeps what was trained if it is the best."""
+        best = measured.score < self._best
+        self._without = 0 if best else self._without + 1
+        if best:
+            self._best = measured.score
+            try:
+                self._best_line = f"{self._save_best(BEST)}, after step {step:,}: {measured}"
+            except CheckpointError as problem:
+                self._best_line = ""
+                self._warn(f"{problem}; training goes on")
+        log = HeldOutLog(step, dataclasses.asdict(measured), str(measured), best)
+        for sink in self._monitor.sinks:
+            sink.held_out(log)
+
+    def end(self, step: int, measured: HeldOut) -> None:
+        """Says which result was the best, after a last measurement that is one of these if none was due then."""
+        if step % self._every:
+            self.take(step, measured)
+        ended = f"; ended after {self._without} measurements without a better one" if self.stopped else ""
+        print(f"best       {self._best_line or 'could not be saved'}{ended}", flush=True)
+
+    def state(self) -> dict[str, Any]:
+        """See `resume.Part`."""
+        return {"best": self._best, "best_line": self._best_line, "without": self._without}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `resume.Part`."""
+        self._best, self._best_line, self._without = state["best"], state["best_line"], state["without"]
