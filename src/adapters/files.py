@@ -86,6 +86,23 @@ def check_description(path: PathLike, method: str, properties: Mapping[str, Any]
         )
 
 
+def refuse_other_architecture(path: PathLike, shape: ModelShape) -> None:
+    """States, and many adapters, have the same names and sizes in every architecture: the JSON beside one tells.
+
+    Raises:
+        CheckpointError: it names another architecture than the model's.
+    """
+    beside = description_path(path)
+    if beside == Path(path) or not beside.exists():
+        return
+    said = read_description(beside).get("architecture") or shape.architecture
+    if said != shape.architecture:
+        raise CheckpointError(
+            f"{path} was trained on an {said} model ({beside.name}), and the base model is {shape.family}: it only "
+            "fits the model it was trained on"
+        )
+
+
 def load_first_factors(path: PathLike, plan: AdapterPlan, shape: ModelShape, base: FileIdentity) -> dict[str, Tensor]:
     """PiSSA's first factors by their keys; their JSON is compared, where there is one.
 

@@ -16,7 +16,13 @@ from torch import Tensor
 
 from src.adapters.adapter import Adapter
 from src.adapters.bone import Bat, Bone, bat_weight, bone_weight
-from src.adapters.files import INIT_FILE, description_path, read_description, with_own_names
+from src.adapters.files import (
+    INIT_FILE,
+    description_path,
+    read_description,
+    refuse_other_architecture,
+    with_own_names,
+)
 from src.adapters.hf import is_hf, read_hf
 from src.adapters.lora import LoRA, lora_weight
 from src.adapters.plan import init_key, module_of
@@ -156,6 +162,7 @@ def read_trained(path: PathLike, shape: ModelShape, told: Told = Told()) -> Trai
         role = "state or adapter file"
         beside = description_path(path)
         said = read_description(beside) if beside.exists() and beside != path else {}
+        refuse_other_architecture(path, shape)
         keys = set(keys_in(path, role))
         states = {key for key in keys if key.endswith(".att.time_state")}
         if states == keys or shape.parameter_shapes().keys() <= keys:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 import torch
 from tqdm import tqdm
 
+from src.adapters.files import refuse_other_architecture
 from src.checkpoint import Checkpoint, load_state, open_checkpoint
 from src.config import PairConfig, RejectConfig
 from src.data.inputs import opened, unix_lines
@@ -65,7 +66,9 @@ def generate_rejects(config: RejectConfig) -> None:
         del settings[irrelevant]
     settings["load_model"] = _identity(config.load_model)
     if config.load_state:
-        load_state(config.load_state, checkpoint.info.shape)  # refused before anything is written
+        # Refused before anything is written.
+        refuse_other_architecture(config.load_state, checkpoint.info.shape)
+        load_state(config.load_state, checkpoint.info.shape)
     settings["load_state"] = _identity(config.load_state)
 
     with RejectFile(config.output_csv, rows, settings) as file:

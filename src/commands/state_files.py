@@ -360,7 +360,13 @@ def _common_origin(shares: Sequence[Share]) -> tuple[dict[str, Any], str]:
                 "model: states of two models have no sum"
             )
         base = base or own
-        architecture = architecture or str(said.get("architecture") or "")
+        own_architecture = str(said.get("architecture") or "")
+        if architecture and own_architecture and architecture != own_architecture:
+            raise CheckpointError(
+                f"{share.file} was trained on an {own_architecture} model and one before it on an {architecture} "
+                "model: states of two models have no sum"
+            )
+        architecture = architecture or own_architecture
     return base, architecture
 
 

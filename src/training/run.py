@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from src import storage
-from src.adapters.files import description_path, read_description
+from src.adapters.files import refuse_other_architecture
 from src.adapters.full import FullTraining
 from src.adapters.lisa import Lisa
 from src.adapters.method import Method, method_of
@@ -124,7 +124,8 @@ def _train(
         tokens = chunk_that_fits(config, method, shape, hardware.device, hardware.compute_dtype)
         say(f"note: --chunk_ctx auto: {f'--chunk_ctx {tokens} fits' if tokens else 'whole rows fit'}")
         config = dataclasses.replace(config, chunk_ctx=tokens)
-    _refuse_state_of_other_architecture(config.load_state, shape)
+    for path in filter(None, (config.load_state, config.load_adapter)):
+        refuse_other_architecture(path, shape)
     work = prepare_work(config, shape)
     require_memory_of_run(config, hardware.device, shape, work)
     figures = {
@@ -310,21 +311,6 @@ def model_shape(config: TrainConfig, base: Checkpoint | None) -> ModelShape:
     if problems:
         raise ConfigError("; ".join(problems))
     return shape
-
-
-def _refuse_state_of_other_architecture(path: str, shape: ModelShape) -> None:
-    """States of both architectures have the same names and may have the same sizes: the JSON beside one tells.
-
-    Raises:
-        CheckpointError: it names another architecture.
-    """
-    if path and (beside := description_path(path)).exists():
-        said = read_description(beside).get("architecture", shape.architecture)
-        if said != shape.architecture:
-            raise CheckpointError(
-                f"--load_state {path} was trained on an {said} model ({beside.name}), and the base model is "
-                f"{shape.family}: a state only fits the model it was trained on"
-            )
 
 
 def _fresh_base(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> Checkpoint:

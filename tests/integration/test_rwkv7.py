@@ -206,6 +206,66 @@ def test_a_state_of_another_architecture_of_the_same_sizes_is_told_by_its_json(
     assert "was trained on an x060 model (state.json), and the base model is RWKV-7 (x070)" in message
 
 
+SCRIPTS = {
+    "train": "train.py",
+    "merge": "merge_state.py",
+    "chat": "src/commands/chat.py",
+    "verify": "src/commands/state.py",
+    "reject": "rlhf_generate_reject.py",
+}
+
+
+@pytest.mark.parametrize(
+    ("script", "given"), [*((script, "state") for script in SCRIPTS), *((s, "bone") for s in SCRIPTS if s != "reject")]
+)
+def test_every_script_refuses_what_was_trained_on_another_architecture(
+    script: str, given: str, base: Path, data: Path, shape: ModelShape, tmp_path: Path
+) -> None:
+    """Keys and sizes fit; only the JSON beside the file tells."""
+    path = tmp_path / f"{given}.pth"
+    if given == "state":
+        save_state(path, tiny_states(shape))
+    else:
+        bone = tiny_adapter(tmp_path / "all.pth", shape, "bone")
+        torch.save({key: tensor for key, tensor in bone.items() if ".ffn." in key}, path)
+    told = {"method": {"state": "states"}.get(given, given), "architecture": "x060"}
+    path.with_suffix(".json").write_text(json.dumps(told), encoding="utf-8")
+    flag = {"state": "load_state", "bone": "load_adapter"}[given]
+    with open(tmp_path / "in.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([["prompt", "chosen", "reject"], ["a question", "an answer", ""]])
+    method = {"peft": "bone", "bone_r": 8, "targets": "ffn.key,ffn.value", "train_parts": "[]"}
+    model = {"load_model": base, flag: path}
+    commands: dict[str, tuple[list[object], dict[str, object]]] = {
+        "train": (
+            [],
+            {**model, "data_file": data, "proj_dir": tmp_path / "out", **(method if given == "bone" else {})},
+        ),
+        "merge": ([base, path, tmp_path / "merged.pth"], {}),
+        "chat": ([], model),
+        "verify": (["verify", path], {"base": base}),
+        "reject": ([], {**model, "input_csv": tmp_path / "in.csv", "output_csv": tmp_path / "out.csv"}),
+    }
+    words, flags = commands[script]
+    before = files_in(tmp_path)
+    ended = run_script(SCRIPTS[script], *words, **flags)
+    assert ended.code == 2
+    assert f"was trained on an x060 model ({given}.json), and the base model is RWKV-7 (x070)" in ended.err
+    assert files_in(tmp_path) == before
+
+
+def test_states_of_two_architectures_have_no_sum(
+    shape: ModelShape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("x060", "x070"):
+        save_state(tmp_path / f"{name}.pth", tiny_states(shape))
+        (tmp_path / f"{name}.json").write_text(json.dumps({"architecture": name}), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    ended = run_script("src/commands/state.py", "blend", "x060.pth:0.5", "x070.pth:0.5", "sum.pth")
+    assert ended.code == 2
+    assert "states of two models have no sum" in ended.err
+    assert not (tmp_path / "sum.pth").exists()
+
+
 def test_a_model_of_prefixed_keys_in_another_order(base: Path, data: Path, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(base)
     torch.save({f"model.{key}": checkpoint[key].clone() for key in reversed(list(checkpoint))}, tmp_path / "odd.pth")
