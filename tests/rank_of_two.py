@@ -42,7 +42,7 @@ def main() -> None:
     schedule = make_schedule(config, work)
     hardware = Hardware(torch.device("cpu"), config.precision, config.strategy)
     model = build_model(base, shape, load_options(config, method, hardware, shape))
-    choose_recomputation(model, work, config)
+    choose_recomputation(model, work, config, method)
     module = TrainingModule(model, work.objective, config, method, work.dataset)
     folder, accumulate = Path(config.proj_dir), config.accumulate_grad_batches
     saved = saved_run(folder) if config.resume else None

@@ -206,6 +206,11 @@ class TrainConfig(
         if self.method != "states" and self.lr_init > _LARGE_RATE:
             apart = ", and states have --lr_state" if self.trains_states else ""
             yield f"--lr_init {self.lr_init:g} suits states; weights usually want 1e-3 or less{apart}"
+        if self.fused_update and self.chunk_ctx:
+            yield (
+                "--fused_update 1 frees no gradient early where rows are cut by --chunk_ctx: their chunks add up "
+                "gradients of every layer"
+            )
         if self.layerwise_lr == 0 and self.method == "states":
             yield "--layerwise_lr 0 has no effect on states: they all have one rate"
         if self.lr_state != TrainConfig.lr_state and not self._has_two_rates:

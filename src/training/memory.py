@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from src.adapters.full import FullTraining
+from src.adapters.lisa import Lisa
 from src.adapters.method import Method
-from src.checkpoint import FILE_VALUE_BYTES
+from src.adapters.parts import value_count
 from src.config import TrainConfig
 from src.data.rounding import ceil_div
 from src.device import require_memory
@@ -22,14 +24,18 @@ from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
 from src.training.unpacked import free_bytes
+from src.training.updates import unit_of
 from src.training.work import Work
 
 _WORKING_BYTES = 700 * 2**20
 """Kept free for what the estimate below does not see: library handles, logits of a chunk, fragmentation."""
 
 
-_TRAINED_BYTES = 24
-"""Of each trained value: itself, gradient and two moments in fp32, and once more the first two in passing."""
+_MOMENT_BYTES = {"adamw8bit": 2, "paged_adamw8bit": 2, "lion8bit": 1}
+"""Of each trained value, an optimizer's moments; Adam's are two in fp32."""
+_ADAM_MOMENT_BYTES = 8
+_UPDATE_BYTES = 16
+"""Of each value of a tensor that is updated on its own: widened, its gradient, and what is added and rounded."""
 _PACKED_BYTES = {"int8": 1.02}
 """Of each packed value with its share of scales; other types are of 4 bits."""
 _FOUR_BIT_BYTES = 0.57
@@ -118,7 +124,7 @@ def require_memory_of_run(config: TrainConfig, device: torch.device, shape: Mode
 
 
 def plan_memory(
-    model: LanguageModel, row_tokens: int, limit_gib: float, waiting_bytes: int = 0, later_values: int = 0
+    model: LanguageModel, row_tokens: int, limit_gib: float, waiting_bytes: int = 0, trained_bytes: int = 0
 ) -> MemoryPlan:
     """Chooses as many light layers as fit, and when all are, as many whole ones.
 
@@ -127,17 +133,15 @@ def plan_memory(
         row_tokens: most tokens of a micro-batch that are computed at a time.
         limit_gib: device memory the run may use in all; 0 is the whole device.
         waiting_bytes: of memories that wait there between chunks.
-        later_values: how many will be trained, in fp32, that as yet are not there.
+        trained_bytes: of what is trained, see `bytes_of_trained`.
     """
     shape = model.shape
     free, total = torch.cuda.mem_get_info(model.device)
     idle = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     used = total - free - idle
     limit = min(limit_gib * 2**30 or total, total)
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    optimizer = trained * _TRAINED_BYTES + later_values * (4 + _TRAINED_BYTES)
     passing = row_tokens * _passing_bytes(shape)
-    available = limit - used - optimizer - passing - waiting_bytes - _WORKING_BYTES
+    available = limit - used - trained_bytes - passing - waiting_bytes - _WORKING_BYTES
 
     def layers_that_fit(extra_bytes: int) -> int:
         return int(max(0, min(shape.n_layer, available // (row_tokens * extra_bytes))))
@@ -156,6 +160,30 @@ def plan_memory(
 def _passing_bytes(shape: ModelShape) -> int:
     """Of each position that is computed, for as long as its layer is; 16-bit activations."""
     return 2 * (12 * shape.n_embd + 12 * shape.dim_att + 3 * shape.dim_ffn)
+
+
+def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> int:
+    """Of what is trained at a time: values, gradients, moments, and in passing once more the first two.
+
+    Updates tensor by tensor need in passing what one tensor does. Those in the backward have the gradients of one layer
+    at a time; of chunks, which add gradients up, those of all.
+    """
+    moments = _MOMENT_BYTES.get(config.optim, _ADAM_MOMENT_BYTES)
+    sizes = {**shape.parameter_shapes(), **shape.state_shapes()}
+    if method.adapters is not None:
+        sizes |= method.adapters.parameter_shapes(shape)
+    sizes = {name: sizes[name] for name in method.trained_names(shape)}
+    if not (isinstance(method, FullTraining) and config.updates_by_tensor):
+        in_turn = method.layer_values(shape) if isinstance(method, Lisa) else 0
+        return (value_count(sizes) + in_turn) * (4 + 4 + moments + 8)
+    narrow = set(method.narrow_names(shape))
+    units: dict[str, int] = {}
+    for name, size in sizes.items():
+        unit = unit_of(name)
+        units[unit] = units.get(unit, 0) + math.prod(size) * (2 if name in narrow else 4)
+    gradients = max(units.values()) if config.fused_update and not config.chunk_ctx else sum(units.values())
+    in_passing = _UPDATE_BYTES * max(map(math.prod, sizes.values()))
+    return sum(units.values()) + gradients + value_count(sizes) * moments + in_passing
 
 
 def chunk_that_fits(
@@ -222,7 +250,7 @@ def chunk_that_fits(
 
 def _model_bytes(config: TrainConfig, method: Method, shape: ModelShape, compute_dtype: torch.dtype) -> int:
     """Of the weights, and of what is trained with all that belongs to it. A frozen embedding stays on the host."""
-    trained: int = _TRAINED_BYTES * method.file_bytes(shape) // FILE_VALUE_BYTES
+    trained = bytes_of_trained(config, method, shape)
     if not method.freezes_matrices:
         return trained
     sizes = shape.parameter_shapes()

@@ -41,7 +41,13 @@ from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
 from src.training.exits import Stopper, unharmed_by_save_requests
 from src.training.folder import Places, clean, locked, new_run_id, refuse_results, spare_inputs
 from src.training.logs import FileSink, HttpSink, ProgressSink, Sink, WandbSink
-from src.training.memory import MemoryPlan, chunk_that_fits, plan_memory, require_memory_of_run
+from src.training.memory import (
+    MemoryPlan,
+    bytes_of_trained,
+    chunk_that_fits,
+    plan_memory,
+    require_memory_of_run,
+)
 from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
 from src.training.optimizers import GRADIENT_CLIP, can_be_resumed
@@ -166,7 +172,7 @@ def _train(
     model = open_model(base, options, state_file=state_file, start=origin, quiet=global_rank() != 0)
     if global_rank() == 0:
         method.begin(model, folder, identity, origin)
-    choose_recomputation(model, work, config, method.layer_values(shape) if isinstance(method, Lisa) else 0)
+    choose_recomputation(model, work, config, method)
     for line in work.prepare(model, Reference(config, identity, folder)):
         say(line)
     first_batch = config.epoch_begin * work.batches_per_epoch + start.steps * config.accumulate_grad_batches
@@ -375,14 +381,14 @@ def turns_of(
     return method.turns(model, base, config.quant_type if config.quantised else None, Scratch(folder, _warn))
 
 
-def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, later_values: int = 0) -> None:
+def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, method: Method) -> None:
     """What `--grad_cp` asks for; 2 goes by free memory on a GPU, and on a CPU, which has it, is the light mode.
 
     Args:
         model: on its device.
         work: says how long rows are.
         config: the flags.
-        later_values: how many will be trained that as yet are not.
+        method: what is trained.
     """
     layers = model.shape.n_layer
     if config.grad_cp == 0:
@@ -391,7 +397,8 @@ def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, 
         plan = MemoryPlan(layers, keep_dequantized=True)
     elif model.device.type == "cuda":
         waiting = work.memories * model.shape.memory_bytes(2) if config.chunk_keep == "device" else 0
-        plan = plan_memory(model, work.row_tokens, config.memory_gib, waiting, later_values)
+        trained = bytes_of_trained(config, method, model.shape)
+        plan = plan_memory(model, work.row_tokens, config.memory_gib, waiting, trained)
     else:
         plan = MemoryPlan(layers, light_layers=layers)
     plan.apply(model)

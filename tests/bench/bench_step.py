@@ -136,7 +136,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
     begin = time.perf_counter()
     model = build_model(tensors, shape, load_options(config, method, hardware, shape))
     load_seconds = time.perf_counter() - begin
-    choose_recomputation(model, work, config)
+    choose_recomputation(model, work, config, method)
     work.prepare(model, Reference(config, None, folder))
     turns = turns_of(method, model, tensors, config, folder)
     module = TrainingModule(model, work.objective, config, method, work.dataset, turns=turns)

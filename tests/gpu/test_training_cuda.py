@@ -81,7 +81,7 @@ class Prepared:
         self.work: Work = prepare_work(self.config, SHAPE)
         checkpoint = open_checkpoint(base)
         self.model = build_model(checkpoint, SHAPE, load_options(self.config, self.method, self.hardware, SHAPE))
-        choose_recomputation(self.model, self.work, self.config)
+        choose_recomputation(self.model, self.work, self.config, self.method)
         self.states = [self.model.get_parameter(name) for name in SHAPE.state_shapes()]
 
     def fit(self, finish: Callable[[TrainingModule], None] = lambda module: None) -> None:

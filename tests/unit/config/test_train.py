@@ -342,3 +342,9 @@ def test_a_wrong_flag_is_refused_without_loading_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["2", "False"]
+
+
+def test_gradients_of_chunks_are_not_freed_early() -> None:
+    fused, chunks = {"train_type": "none", "fused_update": 1}, {"chunk_ctx": 64}
+    assert "--fused_update 1 frees no gradient early where rows are cut" in " ".join(config(**fused, **chunks).notes())
+    assert not config(**fused).notes()

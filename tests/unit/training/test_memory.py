@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +19,7 @@ from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.model.rwkv6 import RWKV6Shape
 from src.training import memory
-from src.training.memory import MemoryPlan, chunk_that_fits, plan_memory, require_memory_of_run
+from src.training.memory import MemoryPlan, bytes_of_trained, chunk_that_fits, plan_memory, require_memory_of_run
 
 GIB = 2**30
 TOKENS = 512
@@ -67,9 +68,7 @@ def test_limit_counts_what_others_use(model: LanguageModel, monkeypatch: pytest.
 
 def test_every_trained_value_has_its_moments(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_device(monkeypatch, 8, 80)
-    free = plan_memory(model, 1_000_000, 0)
-    model.register_parameter("large", torch.nn.Parameter(torch.empty(1, device="meta").expand(2 * GIB // 24)))
-    less = plan_memory(model, 1_000_000, 0)
+    free, less = (plan_memory(model, 1_000_000, 0, trained_bytes=trained) for trained in (0, 2 * GIB))
     assert less.light_layers + less.whole_layers <= free.light_layers + free.whole_layers
     assert less != free
 
@@ -214,3 +213,69 @@ class TestTheChunkThatFits:
     def test_pairs_are_one_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.size(monkeypatch, 6, orpo="1") == 0
         assert self.size(monkeypatch, 6, orpo="1", rlhf_max_corpus_len="30000") > 0
+
+    @pytest.mark.parametrize(
+        ("more", "less"),
+        [
+            ({}, {"optim": "adamw8bit"}),
+            ({}, {"weights": "bf16"}),
+            ({"weights": "bf16"}, {"weights": "bf16", "optim": "lion8bit"}),
+            ({}, {"peft": "lisa"}),
+            ({"peft": "lisa"}, {"peft": "lisa", "quant": "1"}),
+            ({"peft": "lisa", "lisa_r": "8"}, {"peft": "lisa"}),
+        ],
+    )
+    def test_every_way_of_saving_memory_makes_chunks_longer(
+        self, more: dict[str, str], less: dict[str, str], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Of LISA the layers that are trained at a time count, not all that are trained in the end."""
+        sizes = {}
+        for number, flags in enumerate((more, less)):
+            kind = {} if "peft" in flags else {"train_type": "none"}
+            sizes[number] = [
+                self.size_or_none(monkeypatch, gib, **kind, **flags) for gib in (6, 8, 10, 12, 16, 20, 24, 32, 48)
+            ]
+        assert all(few <= many for few, many in zip(*sizes.values(), strict=True))
+        assert sizes[0] != sizes[1]
+
+    def size_or_none(self, monkeypatch: pytest.MonkeyPatch, gib: float, **flags: str) -> int:
+        """0 where nothing fits, the row's length where it fits whole."""
+        try:
+            return self.size(monkeypatch, gib, **flags) or 65536
+        except ConfigError:
+            return 0
+
+
+class TestWhatIsTrained:
+    SHAPE = RWKV6Shape.from_sizes(n_layer=24, n_embd=2048, vocab_size=65536)
+
+    def of(self, **flags: str) -> float:
+        """Bytes a weight of the model."""
+        config = TrainConfig.from_flags({"load_model": "b", "data_file": "d", **flags})
+        return bytes_of_trained(config, method_of(config), self.SHAPE) / self.SHAPE.parameter_count
+
+    def test_every_weight(self) -> None:
+        full = {"train_type": "none"}
+        narrow = {**full, "weights": "bf16"}
+        assert self.of(**full) == 24
+        assert self.of(**full, optim="adamw8bit") == 18
+        assert 12 < self.of(**narrow) < 14
+        assert 6 < self.of(**narrow, optim="adamw8bit") < 8
+        saved = self.of(**narrow) - self.of(**narrow, fused_update="1")
+        assert 1.7 < saved < 2  # all gradients but those of the largest layer
+        in_chunks = {"chunk_ctx": "512", "ctx_len": "1024"}
+        assert self.of(**narrow, fused_update="1", **in_chunks) == self.of(**narrow)
+
+    @pytest.mark.parametrize("peft", ["lora", "pissa"])
+    def test_adapters(self, peft: str) -> None:
+        """PiSSA's first factors are in the file, and not on the device."""
+        plan = AdapterPlan("lora", r=16)
+        values = sum(math.prod(size) for size in plan.parameter_shapes(self.SHAPE).values())
+        found = self.of(peft=peft, train_parts="[]", **{f"{peft}_r": "16"}) * self.SHAPE.parameter_count
+        assert found == pytest.approx(24 * values)
+
+    def test_layers_by_turns(self) -> None:
+        emb_and_head = 2 * 65536 * 2048 / self.SHAPE.parameter_count
+        two_layers = 2 / 24 * (1 - emb_and_head)
+        assert self.of(peft="lisa") == pytest.approx(24 * (emb_and_head + two_layers), rel=0.01)
+        assert self.of(peft="lisa", train_parts="[]", lisa_r="24") == pytest.approx(24 * (1 - emb_and_head), rel=0.01)

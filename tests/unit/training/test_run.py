@@ -51,7 +51,7 @@ def test_grad_cp_sets_every_layer_and_the_dense_buffers(
     model = build_model(tiny_parameters(shape), shape, options)
     workspace = model.workspace
     chosen = config(data, grad_cp=grad_cp)
-    run.choose_recomputation(model, prepare_work(chosen, shape), chosen)
+    run.choose_recomputation(model, prepare_work(chosen, shape), chosen, method_of(chosen))
     assert {block.recompute for block in model.blocks} == {mode}
     before = [buffer.data_ptr() for buffer in workspace.buffers()]
     assert len(before) == buffers
