@@ -17,6 +17,13 @@ def fingerprint(status: os.stat_result) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
+def change_between(before: tuple[int, int], now: tuple[int, int]) -> str:
+    """What tells two fingerprints of a file apart, for a sentence about it."""
+    if before[0] == now[0]:
+        return f"it was written to, and has {now[0]:,} bytes as before"
+    return f"it had {before[0]:,} bytes, now it has {now[0]:,}"
+
+
 class FileIdentity:
     """Size and SHA-256 of a file that exists; the latter is computed once, by a thread.
 

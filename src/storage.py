@@ -28,7 +28,7 @@ from torch import Tensor
 
 from src.archive import PICKLE, Entry, check, conversion, read_directory, read_entry
 from src.errors import CheckpointError, ConfigError
-from src.identity import fingerprint
+from src.identity import change_between, fingerprint
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -144,8 +144,8 @@ class TensorFile:
         now = fingerprint(os.fstat(self._descriptor))
         if now != self._as_opened:
             raise CheckpointError(
-                f"{self._path} was changed while the program reads it: it had {self._as_opened[0]:,} bytes, now it has "
-                f"{now[0]:,}; leave it alone until the program ends, and copy or download it again if it is damaged"
+                f"{self._path} was changed while the program reads it: {change_between(self._as_opened, now)}; leave "
+                "it alone until the program ends, and copy or download it again if it is damaged"
             )
 
 

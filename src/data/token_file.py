@@ -10,7 +10,7 @@ import numpy as np
 
 from src.data.documents import Tokens
 from src.errors import DataError
-from src.identity import fingerprint
+from src.identity import change_between, fingerprint
 
 
 class FileTokens:
@@ -54,8 +54,8 @@ class FileTokens:
             raise DataError(f"{self._path} cannot be read any more: {error.strerror}.") from error
         if now != self._as_opened or len(content) != wanted_bytes:
             raise DataError(
-                f"{self._path} was changed while the program reads it: it had {self._as_opened[0]} bytes, now it has "
-                f"{now[0]}; leave the file alone until the run is over."
+                f"{self._path} was changed while the program reads it: {change_between(self._as_opened, now)}; leave "
+                "the file alone until the run is over."
             )
         tokens: Tokens = np.frombuffer(content, self.dtype)
         self._check_ids(tokens, start)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import re
 from pathlib import Path
@@ -309,3 +310,53 @@ def test_a_state_teaches_the_reversal_model_to_copy(
     before, after = (float(loss) for loss in re.findall(r"held out   (?:un)?tuned: loss (\d+\.\d+)", ended.out))
     assert before > 9
     assert after < 1.7
+
+
+METHODS: dict[str, dict[str, object]] = {
+    "states": {"quant": 1},
+    "lora, states": {"peft": "lora", "lora_r": 4, "train_type": "states", "quant": 1, "grad_cp": 0},
+    "pissa": {"peft": "pissa", "pissa_r": 4, "grad_cp": 2},
+    "bat": {"peft": "bat", "bone_r": 8},
+    "lisa": {"peft": "lisa", "lisa_r": 1, "lisa_k": 2, "quant": 1, "lr_init": 1e-3, "lr_final": 1e-3},
+    "fused": {"train_type": "none", "weights": "bf16", "fused_update": 1},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "keep"),
+    [
+        ("lora, states", "inputs"), ("lisa", "inputs"), ("fused", "device"),
+        *(
+            pytest.param(name, keep, marks=pytest.mark.slow)
+            for name, keep in itertools.product(METHODS, ("device", "host", "inputs"))
+        ),
+    ],
+)  # fmt: skip
+def test_every_method_in_chunks_takes_the_steps_of_whole_rows(
+    method: str, keep: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    common = {"load_model": base, "data_file": data, "epoch_steps": 4, "epoch_count": 1, "ctx_len": 64}
+    for name, further in (("whole", {}), ("chunks", {"chunk_ctx": 7, "chunk_keep": keep})):
+        train(tmp_path / name, **common, **METHODS[method], **further)
+    steps = [metrics(tmp_path / name) for name in ("whole", "chunks")]
+    for figure, tolerance in (("loss", 1e-4), ("grad_norm", 2e-3)):
+        whole, chunks = ([record[figure] for record in records] for records in steps)
+        assert len(whole) == 4
+        assert chunks == pytest.approx(whole, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "method", ["lisa", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS if name != "lisa")]
+)
+def test_the_flags_that_a_run_leaves_train_once_more_as_it_did(
+    method: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = {"load_model": base, "data_file": data, "epoch_steps": 3, "epoch_count": 1, "ctx_len": 64}
+    train(tmp_path / "one", **flags, **METHODS[method], chunk_ctx=9, chunk_keep="host")
+    ended = run_script("train.py", config=tmp_path / "one" / "run.toml", proj_dir=tmp_path / "two", accelerator="cpu")
+    assert ended.code == 0, ended.err
+    one, two = (torch.load(tmp_path / name / "rwkv-final.pth", weights_only=True) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    texts = [(tmp_path / name / "run.toml").read_text(encoding="utf-8") for name in ("one", "two")]
+    assert texts[0] == texts[1]

@@ -106,7 +106,11 @@ class TestChanges:
         content = path.read_bytes()
         path.write_bytes(content[:-1] + b"x")
         os.utime(path, ns=(0, 0))
-        assert "was changed while the program reads it" in refusal(lambda: checkpoint.whole(checkpoint.content))
+        message = refusal(lambda: checkpoint.whole(checkpoint.content))
+        assert (
+            f"{path} was changed while the program reads it: it was written to, and has {len(content):,} bytes"
+            in message
+        )
 
     @pytest.mark.parametrize("how", ["replaced", "removed"])
     def test_an_open_file_stays_the_one_it_was(self, how: str, path: Path) -> None:
