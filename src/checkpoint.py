@@ -282,8 +282,9 @@ def _states_in(path: PathLike) -> tuple[storage.TensorFile, dict[str, Tensor]]:
     file, content = _opened(path, "state file")
     states = {key: value for key, value in content.items() if key.endswith(_STATE_SUFFIX)}
     if not states:
+        whole = ", it is a whole model, which --load_model takes as it is" if "emb.weight" in content else ""
         raise CheckpointError(
-            f"{path} holds no blocks.*.att.time_state; a state file written by this program, or a merged "
+            f"{path} holds no blocks.*.att.time_state{whole}; a state file written by this program, or a merged "
             "model, is needed here"
         )
     others = [key for key in content if key not in states]

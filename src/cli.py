@@ -133,8 +133,8 @@ def given_train_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
     """
     parser = SuggestingParser(
         prog="train.py",
-        description="Trains the initial state, adapters or weights of an RWKV model. Without any flag it runs the "
-        "bundled demonstration.",
+        description="Trains the initial state, adapters or weights of an RWKV-6 or RWKV-7 model. Without any flag it "
+        "runs the bundled demonstration.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     given = _given(parser, TrainConfig, arguments)
@@ -164,8 +164,8 @@ def given_merge_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
     parser = SuggestingParser(
         prog="merge_state.py",
         usage="merge_state.py BASE FILE OUTPUT [flags]",
-        description="Writes a copy of an RWKV base model with a trained state, adapter (LoRA, PiSSA, Bone, Bat) or "
-        "further weights put in. Every other tensor is copied bit for bit; the inputs are left alone.",
+        description="Writes a copy of an RWKV-6 or RWKV-7 model with a trained state, adapter (LoRA, PiSSA, Bone, "
+        "Bat) or further weights put in. Every other tensor is copied bit for bit; the inputs are left alone.",
     )
     return _given(parser, MergeConfig, arguments, words=("base_model", "peft_checkpoint", "output"))
 

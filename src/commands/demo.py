@@ -14,11 +14,9 @@ import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from src.adapters.ready import chat_command, merge_command
 from src.checkpoint import open_checkpoint
 from src.commands.preparation import generate_rejects, prepare_pairs
 from src.config import PairConfig, RejectConfig, TrainConfig
-from src.config.chat import TEXT
 from src.data.preferences import TEMPLATES, read_rows
 from src.device import global_rank
 from src.errors import ConfigError
@@ -115,7 +113,11 @@ def _orpo_demo(given: Mapping[str, str]) -> RunResult:
 
 
 def _train_and_compare(config: TrainConfig, prompt: str, next_command: str, stop: str = "") -> RunResult:
-    """Trains, and shows what that changed: a continuation of the prompt, and the held-out figures."""
+    """Trains, and shows what that changed: a continuation of the prompt, and the held-out figures.
+
+    Args:
+        next_command: shown at the end, with how to train a model of one's own.
+    """
     before = _sample(config, prompt, stop=stop)
     result = train(config)
     after = _sample(config, prompt, result.final_file, stop=stop)
@@ -223,14 +225,8 @@ def _preference_table(before: HeldOutPreference, after: HeldOutPreference) -> st
 def _closing(config: TrainConfig, other_command: str) -> str:
     folder = Path(config.proj_dir)
     files = [f"  {path} ({path.stat().st_size:,} bytes)" for path in sorted(folder.iterdir()) if path.is_file()]
-    base, state = config.load_model, folder / "rwkv-final.pth"
-    commands = (
-        chat_command(base, TEXT if config.demo == "sft" else "", state=state),
-        merge_command(base, state, config.proj_dir),
-        other_command,
-        "python train.py --load_model YOUR-RWKV-6.pth --data_file YOUR.jsonl --val_file HELD-OUT.jsonl",
-    )
-    return "\n".join(["\nfiles", *files, "next", *(f"  {command}" for command in commands)])
+    own = "python train.py --load_model MODEL.pth --data_file YOUR.jsonl --val_file HELD-OUT.jsonl"
+    return "\n".join(["\nfiles", *files, "then", f"  {other_command}", f"  {own}"])
 
 
 def _bundled(name: str) -> str:

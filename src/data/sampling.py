@@ -62,13 +62,13 @@ class SamplingPlan:
         said = []
         if self.cut_documents:
             said.append(
-                f"{self.cut_documents} of {self.documents} documents are longer than a row and are cut: "
-                f"{self.lost_tokens} of {self.tokens} tokens ({self.lost_tokens / self.tokens:.1%}) are "
+                f"{self.cut_documents:,} of {self.documents:,} documents are longer than a row and are cut: "
+                f"{self.lost_tokens:,} of {self.tokens:,} tokens ({self.lost_tokens / self.tokens:.1%}) are "
                 "never seen; a larger --ctx_len keeps more."
             )
         if self.unanswered_documents:
             said.append(
-                f"{self.unanswered_documents} documents left out: nothing that the loss is taken on stands within a "
+                f"{self.unanswered_documents:,} documents left out: nothing that the loss is taken on stands within a "
                 "row; a larger --ctx_len keeps them."
             )
         if self.padding_share >= 0.2:

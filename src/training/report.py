@@ -78,6 +78,8 @@ def plan_of(
     else:
         size = f"{_several(batch, 'row')} a step at most, ctx_len {config.ctx_len}"
     warm_up = f"warm-up {_several(schedule.warmup_steps, 'step')}"
+    if 0 < schedule.warmup_steps < steps:
+        warm_up += f" to {schedule.learning_rate(schedule.warmup_steps):.4g}"
     if schedule.warmup_steps >= steps:
         warm_up += f", the run has {steps}: the rate never reaches --lr_init"
     return "\n".join(

@@ -80,6 +80,9 @@ def test_text_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     base, state, merged = merge.split()
     assert (tmp_path / base).samefile(BUNDLE / "base.pth")
     assert (state, merged) == ("results/rwkv-final.pth", "results/merged.pth")
+    next_commands = re.findall(r"^ +(python .*)", ended.stdout, re.MULTILINE)
+    assert len(next_commands) == len(set(next_commands)) == 5
+    assert next_commands[3] == "python train.py --demo orpo"
 
 
 @pytest.mark.slow
