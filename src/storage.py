@@ -497,10 +497,11 @@ def _what_is_there(path: Path) -> str:
     folder = path.parent
     if not folder.is_dir():
         return f"there is no folder {folder} either"
+    place = "this folder" if folder == Path() else folder
     names = sorted(entry.name for entry in folder.glob("*.pth"))
     if not names:
-        return f"there is no .pth file in {folder}"
-    return f"{folder} holds {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
+        return f"there is no .pth file in {place}"
+    return f"{place} holds {', '.join(names[:3])}{' and more' if len(names) > 3 else ''}"
 
 
 def _unreadable(path: PathLike, error: Exception) -> str:

@@ -127,7 +127,7 @@ class Lisa:
         host_gib = waiting * self.layer_values(shape) / layers * 4 / 2**30
         return (
             f"LISA: {layers} of {shape.n_layer} layers at a time ({self.layer_values(shape):,} values), drawn every "
-            f"{self.draw.steps:,} steps, and {always}\n"
+            f"{'step' if self.draw.steps == 1 else f'{self.draw.steps:,} steps'}, and {always}\n"
             f"           a layer that leaves: its moments {moments}, its weights wait in fp32 in a scratch file "
             f"({host_gib:.2f} GiB for {waiting}); steps are not recorded"
         )

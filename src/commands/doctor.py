@@ -107,7 +107,7 @@ def findings(given: Mapping[str, str]) -> Iterator[Finding]:
     device, gpu = _gpu_finding(config)
     yield gpu
     shape = None
-    if given.get("load_model"):
+    if os.path.exists(given.get("load_model", "")):
         shape, model = _model_finding(given["load_model"])
         yield model
     yield from _host_findings(config)

@@ -275,10 +275,12 @@ def _described(content: Content) -> str:
         return f"a state: {len(content.tensors)} layers of {list(first.shape)} (head, {order}), {dtype}{form}"
     if content.model is not None:
         shape = content.model.info.shape
+        heads = "head" if shape.n_head == 1 else "heads"
         merged = ", with a state in it" if content.model.info.has_state else ""
         return (
             f"a model: {shape.family}, {shape.parameter_count:,} parameters, {shape.n_layer} layers, n_embd "
-            f"{shape.n_embd}, {shape.n_head} heads of {shape.head_size}, vocabulary {shape.vocab_size}, {dtype}{merged}"
+            f"{shape.n_embd}, {shape.n_head} {heads} of {shape.head_size}, vocabulary {shape.vocab_size}, "
+            f"{dtype}{merged}"
         )
     adapted = [key for key in content.tensors if key.endswith((".lora_A", ".lora_B", ".bone"))]
     others = len(content.tensors) - len(adapted) - len(states)

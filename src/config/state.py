@@ -69,7 +69,7 @@ class _ExportFiles(StateFlags, group="files"):
     my_testing: str = flag("", "architecture, where neither --base nor the JSON beside FILE says it", ARCHITECTURES)
 
     def _contradictions(self, given: Given) -> Lines:
-        if not self.to:
+        if not self.to and "to" not in given:
             yield f"--to is missing: name the client, one of {', '.join(CLIENT_NAMES)}"
 
 

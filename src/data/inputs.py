@@ -128,7 +128,7 @@ def json_object(line: str) -> dict[str, Any]:
     try:
         entry = json.loads(line.rstrip(), object_pairs_hook=_unrepeated)
     except json.JSONDecodeError as error:
-        raise MalformedEntry(f"not valid JSON ({error.msg} at column {error.colno})") from error
+        raise MalformedEntry(f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from error
     except RecursionError as error:
         raise MalformedEntry("nested too deeply") from error
     except ValueError as error:

@@ -79,13 +79,15 @@ def plan_of(
         size = f"{_several(batch, 'row')} a step at most, ctx_len {config.ctx_len}"
     warm_up = f"warm-up {_several(schedule.warmup_steps, 'step')}"
     if 0 < schedule.warmup_steps < steps:
-        warm_up += f" to {schedule.learning_rate(schedule.warmup_steps):.4g}"
+        highest = max(schedule.learning_rate(schedule.warmup_steps + step) for step in (-1, 0))
+        warm_up += f", which end at {highest:.4g}"
     if schedule.warmup_steps >= steps:
         warm_up += f", the run has {steps}: the rate never reaches --lr_init"
     return "\n".join(
         [
             f"model      {config.load_model or 'fresh'}: {shape.family}, {_counted(shape.parameter_count)} parameters, "
-            f"{shape.n_layer} layers, n_embd {shape.n_embd}, {shape.n_head} heads of {shape.head_size}, {weights}",
+            f"{shape.n_layer} layers, n_embd {shape.n_embd}, {_several(shape.n_head, 'head')} of {shape.head_size}, "
+            f"{weights}",
             f"training   {method.describe(shape)}",
             f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
             *([f"           {shape.operator_note}"] if hardware.on_gpu and shape.operator_note else []),

@@ -107,7 +107,7 @@ class TestInspect:
         assert "an adapter: bone (r 8) on 16 matrices" in done("inspect", "peft")
 
     def test_wrong_files_are_one_sentence(self, folder: Path) -> None:
-        assert "gone.pth does not exist; . holds a.pth" in refused("inspect", "gone.pth")
+        assert "gone.pth does not exist; this folder holds a.pth" in refused("inspect", "gone.pth")
         (folder / "text.pth").write_text("hello")
         assert "text.pth is a text file" in refused("inspect", "text.pth")
         (folder / "a.json").write_text("[")
@@ -193,6 +193,7 @@ class TestExport:
             (("a.pth", "a.json", "--to", "rwkvcpp"), "the JSON beside it a.json would be written over"),
             (("a.pth", "out.pth", "--to", "ai00"), "Ai00 takes names that end in .state or .st; call it out.state"),
             (("a.pth", "no/out.st", "--to", "ai00"), "no; create it first"),
+            (("a.pth", "out.st", "--to", "all"), "error: --to all is unknown: use one of runner, ai00"),
             (("base.pth", "out.pth", "--to", "runner"), "base.pth holds no blocks.*.att.time_state"),
             (("a.st", "out.st", "--to", "web-rwkv"), "a.st is a client's form already: name the .pth file"),
         ],

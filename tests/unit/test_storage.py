@@ -480,7 +480,7 @@ def test_malicious_pickles_are_refused(tmp_path: Path, call: str) -> None:
     assert not (tmp_path / "sprung").exists()
 
 
-def test_a_missing_file_is_named_with_what_is_there(tmp_path: Path) -> None:
+def test_a_missing_file_is_named_with_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "model.pth"
     assert refusal(lambda: read(path)) == (f"model file {path} does not exist; there is no .pth file in {tmp_path}")
     for name in "abcd":
@@ -489,6 +489,8 @@ def test_a_missing_file_is_named_with_what_is_there(tmp_path: Path) -> None:
     assert "state file" in refusal(lambda: storage.load(path, "state file"))
     nowhere = tmp_path / "nowhere" / "model.pth"
     assert f"there is no folder {nowhere.parent} either" in refusal(lambda: read(nowhere))
+    monkeypatch.chdir(tmp_path)
+    assert "this folder holds a.pth, b.pth, c.pth and more" in refusal(lambda: read(Path("model.pth")))
 
 
 def test_a_directory_is_refused(tmp_path: Path) -> None:

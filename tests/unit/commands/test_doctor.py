@@ -141,6 +141,8 @@ def test_flags_and_files_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--data_file nowhere.jsonl is not there" in printed
     assert "--lr_init 'x' is not a number" in printed
     assert "2 to change" in printed
+    assert run_doctor({**given, "load_model": "nowhere.pth"}) == EXIT_CODE
+    assert "1 to change" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:

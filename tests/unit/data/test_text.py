@@ -221,6 +221,7 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
         ("{'text': 'a'}", r"not valid JSON \(Expecting property name .* at column 2\)"),
         ('{"text": "a"', "not valid JSON"),
         ('{"text": "a"', r"not valid JSON \(Expecting ',' delimiter at column 13\)"),
+        ('{"text": "a', r"not valid JSON \(Unterminated string starting at column 10\)"),
         ('{"text": "a"} {"text": "b"}', r"not valid JSON \(Extra data at column 15\)"),
         ("[" * 100_000, "nested too deeply"),
         ('["a"]', "it is a list, expected an object"),
