@@ -137,7 +137,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._here, text.encode())
 
-    def wait_for(self, text: str, seconds: float = 120) -> str:
+    def wait_for(self, text: str, seconds: float = 600) -> str:
         """What is shown up to a text, which is then passed."""
         end = time.monotonic() + seconds
         while text not in self.shown:
@@ -182,7 +182,7 @@ def test_in_a_terminal(folder: Path) -> None:
             terminal.wait_for(" [stopped]")
         terminal.wait_for("User: ")
         terminal.type("\x04")
-        assert terminal.process.wait(timeout=60) == 0
+        assert terminal.process.wait(timeout=600) == 0
         assert "Traceback" not in terminal.shown
     finally:
         terminal.close()
