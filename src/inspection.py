@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src import safetensors
-from src.adapters.files import description_path, read_description, with_own_names
+from src.adapters.files import said_beside, with_own_names
 from src.adapters.hf import is_hf, read_hf
 from src.checkpoint import Checkpoint, keys_in, open_checkpoint, read_states, read_tensors
 from src.errors import CheckpointError
@@ -115,8 +115,7 @@ def read_content(path: str) -> Content:
         return _read_safetensors(file)
     role = "state, adapter or model file"
     own_names = with_own_names(dict.fromkeys(keys_in(file, role)))
-    beside = description_path(file)
-    said = read_description(beside) if beside.exists() and beside != file else {}
+    said = said_beside(file) or {}
     kind = _kind(own_names)
     if kind == "first factors":
         raise CheckpointError(

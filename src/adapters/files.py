@@ -6,6 +6,7 @@ Keys are RWKV-PEFT's, values bf16 (first factors: fp32). What was trained how st
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -66,10 +67,9 @@ def check_description(path: PathLike, method: str, properties: Mapping[str, Any]
     Raises:
         CheckpointError: it was made by another method, scale or r, or on another base model.
     """
-    beside = description_path(path)
-    if not beside.exists():
+    said, beside = said_beside(path), description_path(path)
+    if said is None:
         return
-    said = read_description(beside)
     if said.get("method", method) != method:
         raise CheckpointError(f"{path} was made with --peft {said['method']} ({beside.name}), not {method}: use that")
     wrong = [name for name in ("r", "alpha", "scale") if said.get(name, properties.get(name)) != properties.get(name)]
@@ -92,14 +92,11 @@ def refuse_other_architecture(path: PathLike, shape: ModelShape) -> None:
     Raises:
         CheckpointError: it names another architecture than the model's.
     """
-    beside = description_path(path)
-    if beside == Path(path) or not beside.exists():
-        return
-    said = read_description(beside).get("architecture") or shape.architecture
+    said = (said_beside(path) or {}).get("architecture") or shape.architecture
     if said != shape.architecture:
         raise CheckpointError(
-            f"{path} was trained on an {said} model ({beside.name}), and the base model is {shape.family}: it only "
-            "fits the model it was trained on"
+            f"{path} was trained on an {said} model ({description_path(path).name}), and the base model is "
+            f"{shape.family}: it only fits the model it was trained on"
         )
 
 
@@ -111,14 +108,13 @@ def load_first_factors(path: PathLike, plan: AdapterPlan, shape: ModelShape, bas
     """
     tensors = read_tensors(path, "init file of PiSSA")
     expected = {init_key(key): size for key, size in plan.parameter_shapes(shape).items()}
-    beside = description_path(path)
-    if beside.exists():
-        said, wanted = read_description(beside), _origin(plan, base)
-        for name, value in wanted.items():
+    said = said_beside(path)
+    if said is not None:
+        for name, value in _origin(plan, base).items():
             if said.get(name) != value:
                 raise CheckpointError(
-                    f"{path} was made with {name} {said.get(name)} ({beside.name}), and this run has {value}: use the "
-                    "model and flags it was made with, or another --proj_dir"
+                    f"{path} was made with {name} {said.get(name)} ({description_path(path).name}), and this run has "
+                    f"{value}: use the model and flags it was made with, or another --proj_dir"
                 )
     if tensors.keys() != expected.keys():
         missing, foreign = expected.keys() - tensors.keys(), tensors.keys() - expected.keys()
@@ -148,6 +144,17 @@ def save_first_factors(path: Path, factors: Mapping[str, Tensor], plan: AdapterP
 def description_path(path: PathLike) -> Path:
     """The JSON file beside a file of tensors."""
     return Path(path).with_suffix(".json")
+
+
+def said_beside(path: PathLike) -> dict[str, Any] | None:
+    """What the JSON file beside a file of tensors says; None where there is none.
+
+    Raises:
+        CheckpointError: it cannot be read, or is no JSON object.
+    """
+    beside = description_path(path)
+    # Not Path.exists: a name that is too long with another suffix is no name of a file.
+    return read_description(beside) if beside != Path(path) and os.path.exists(beside) else None
 
 
 def read_description(path: Path) -> dict[str, Any]:

@@ -19,8 +19,8 @@ from src.adapters.bone import Bat, Bone, bat_weight, bone_weight
 from src.adapters.files import (
     INIT_FILE,
     description_path,
-    read_description,
     refuse_other_architecture,
+    said_beside,
     with_own_names,
 )
 from src.adapters.hf import is_hf, read_hf
@@ -160,8 +160,7 @@ def read_trained(path: PathLike, shape: ModelShape, told: Told = Told()) -> Trai
         tensors, said = read_hf(path)
     else:
         role = "state or adapter file"
-        beside = description_path(path)
-        said = read_description(beside) if beside.exists() and beside != path else {}
+        said = said_beside(path) or {}
         refuse_other_architecture(path, shape)
         keys = set(keys_in(path, role))
         states = {key for key in keys if key.endswith(".att.time_state")}
@@ -381,8 +380,7 @@ class _Reader:
             raise CheckpointError(
                 f"{path} holds {foreign} tensors more than {self.path} has factors: it belongs to another training"
             )
-        beside = description_path(path)
-        said = read_description(beside) if beside.exists() else {}
+        said = said_beside(path) or {}
         names = {"size_bytes": "base_size_bytes", "sha256": "base_sha256"}
         made_on = {name: said[theirs] for name, theirs in names.items() if theirs in said}
         for name, value in made_on.items():

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.adapters.files import description_path, read_description, write_description
+from src.adapters.files import description_path, said_beside, write_description
 from src.adapters.states import blended
 from src.adapters.trained import Told, Trained, read_trained
 from src.checkpoint import Checkpoint, load_state, open_checkpoint, read_states, save_state
@@ -352,8 +352,7 @@ def _common_origin(shares: Sequence[Share]) -> tuple[dict[str, Any], str]:
     base: dict[str, Any] = {}
     architecture = ""
     for share in shares:
-        beside = description_path(share.file)
-        said = read_description(beside) if beside.exists() else {}
+        said = said_beside(share.file) or {}
         own = said.get("base") if isinstance(said.get("base"), dict) else {}
         assert isinstance(own, dict)
         if base and own and base.get("sha256") != own.get("sha256"):
@@ -401,4 +400,4 @@ def _with_all(layers: dict[int, LayerNumbers]) -> Iterator[tuple[int | None, Lay
 
 
 def _existing(path: Path) -> str:
-    return os.fspath(path) if path.exists() else ""
+    return os.fspath(path) if os.path.exists(path) else ""

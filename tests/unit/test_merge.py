@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.mark.parametrize("kind", ["states", "lora", "pissa", "bone", "bat"])
 def test_host_memory_does_not_grow_with_the_file(kind: str, tmp_path: Path) -> None:
     """All weights are read, then merged; a thread watches the memory that belongs to no file."""
-    shape = tiny_checkpoint(tmp_path / "base.pth", 8, n_embd=512, vocab_size=32768, dtype=torch.bfloat16)
+    shape = tiny_checkpoint(tmp_path / "base.pth", 8, n_embd=512, vocab_size=8192, dtype=torch.bfloat16)
     if kind == "states":
         tiny_state_file(tmp_path / "trained.pth", shape)
     else:
