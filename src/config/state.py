@@ -95,6 +95,8 @@ class BlendConfig(StateFlags, group="files"):
         return [Share(*_share(word)) for word in self._words()]
 
     def _contradictions(self, given: Given) -> Lines:
+        if self.states and not self.shares:
+            yield f"{shortened(self.states)!r} names no state: write FILE:WEIGHT for each, as in a.pth:0.3"
         for word, share in zip(self._words(), self.shares, strict=True):
             if not share.file or not math.isfinite(share.weight):
                 yield f"{shortened(word)!r} is no state with a weight: write FILE:WEIGHT, as in a.pth:0.3"

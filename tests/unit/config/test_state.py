@@ -42,6 +42,12 @@ def test_a_share_without_file_or_weight_is_refused(text: str) -> None:
         BlendConfig.from_flags({"states": text, "output": "o.pth"})
 
 
+@pytest.mark.parametrize("text", [" ", "\n\t"])
+def test_words_that_name_no_state_are_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="names no state"):
+        BlendConfig.from_flags({"states": text, "output": "o.pth"})
+
+
 @pytest.mark.parametrize(
     ("command", "flags", "message"),
     [
