@@ -152,6 +152,8 @@ def said_beside(path: PathLike) -> dict[str, Any] | None:
     Raises:
         CheckpointError: it cannot be read, or is no JSON object.
     """
+    if not Path(path).name:  # "." or "/", which whoever reads it refuses
+        return None
     beside = description_path(path)
     # Not Path.exists: a name that is too long with another suffix is no name of a file.
     return read_description(beside) if beside != Path(path) and os.path.exists(beside) else None
