@@ -118,7 +118,8 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
     flags = [
         "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
         "--grad_cp", str(row.grad_cp), "--epoch_steps", str(steps), "--epoch_count", "1", "--epoch_save", "0",
-        "--strategy", strategy, "--quant", "1", "--quant_type", "nf4", *row.flags,
+        "--strategy", strategy, *([] if "--quant" in row.flags else ["--quant", "1", "--quant_type", "nf4"]),
+        *row.flags,
         *([] if row.preference else ["--dataload", "pad"]), *extra,
     ]  # fmt: skip
     if documents:
