@@ -39,9 +39,18 @@ class GraphedObjective:
         objective: computes.
         model: one that `can_be_recorded`, without dropout, trained by a method that is `recordable`.
         memory_gib: device memory the run may use in all; 0 is the whole device.
+        lends_gradients: whether the gradients a backward gives are the recording's own, not copies: for steps of one
+            micro-batch, whose gradients nobody wants any more when the next one begins.
     """
 
-    def __init__(self, objective: Objective, model: LanguageModel, memory_gib: float = 0.0) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        model: LanguageModel,
+        memory_gib: float = 0.0,
+        *,
+        lends_gradients: bool = False,
+    ) -> None:
         assert model.device.type == "cuda"
         assert model.dropout == 0
         self.objective = objective
@@ -52,6 +61,7 @@ class GraphedObjective:
         self._pool: Any = None
         self._works = True
         self._limit = int(memory_gib * 2**30)
+        self._lends = lends_gradients
         self._others_fit = True
 
     def __call__(self, staged: Staged) -> Outcome:
@@ -62,7 +72,7 @@ class GraphedObjective:
             self._make_room()
             return outcome_of(self.objective, self.model, staged)
         recorded.load(staged)
-        loss = _Replay.apply(recorded, *states.values())
+        loss = _Replay.apply(recorded, self._lends, *states.values())
         return Outcome(loss, lambda: self.objective.logs(recorded.result))
 
     def _recorded(self, staged: Staged, states: Mapping[str, nn.Parameter]) -> _RecordedStep | None:
@@ -87,12 +97,10 @@ class GraphedObjective:
         self._give_up(reason)  # not above: the error holds the failed recording's memory
         return None
 
-    def _gradients_of(self, states: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor]:
+    def _gradients_of(self, states: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor] | None:
         """Where a recording that trains these leaves their gradients: where earlier ones do, if there are any."""
-        for graph in self._graphs.values():
-            if graph.gradients.keys() == states.keys():
-                return graph.gradients
-        return {name: torch.empty_like(state) for name, state in states.items()}
+        known = (graph.gradients for graph in self._graphs.values() if graph.gradients.keys() == states.keys())
+        return next(known, None)
 
     def _make_room(self) -> None:
         """Before a step that is not replayed: gives the recordings up if it does not fit beside their memory.
@@ -159,7 +167,8 @@ class _Step(nn.Module):
 class _RecordedStep:
     """One recorded computation with its fixed inputs and loss.
 
-    `gradients` are where all recordings that train the same states leave theirs.
+    `gradients` are where all recordings that train the same states leave theirs: where the first one's backward made
+    them, to which later ones add.
 
     The workspace of dense matrices is that of unrecorded work.
     """
@@ -169,12 +178,11 @@ class _RecordedStep:
         objective: Objective,
         model: LanguageModel,
         states: Mapping[str, nn.Parameter],
-        gradients: Mapping[str, Tensor],
+        gradients: Mapping[str, Tensor] | None,
         staged: Staged,
         pool: Any,
     ) -> None:
         self.inputs = staged.to(model.device)
-        self.gradients = gradients
         self.workspace = model.workspace
         # What the workspace holds now is unknown to the recording, and what a replay leaves there is unknown to
         # later eager work: forget both.
@@ -188,10 +196,13 @@ class _RecordedStep:
                 # Aliases of the states, born on the recording's stream: the parameters' own gradient accumulators
                 # belong to another stream, and waiting for that one cannot be recorded.
                 aliases = {f"model.{name}": state.detach().requires_grad_() for name, state in states.items()}
-                torch._foreach_zero_(list(gradients.values()))
-                for alias, gradient in zip(aliases.values(), gradients.values(), strict=True):
-                    alias.grad = gradient  # the backward adds to it, layer after layer
+                if gradients is not None:
+                    torch._foreach_zero_(list(gradients.values()))
+                    for alias, gradient in zip(aliases.values(), gradients.values(), strict=True):
+                        alias.grad = gradient  # the backward adds to it, layer after layer
                 self.loss, self.result = functional_call(_Step(objective, model), aliases, (self.inputs,))
+                made = (torch.zeros_like(a) if a.grad is None else a.grad for a in aliases.values())
+                self.gradients = gradients or dict(zip(states, made, strict=True))
             self.dense = model.workspace.buffers()  # which the graph writes to
         finally:
             # After a failure, too: what was only recorded was never computed, and torch may stay on its stream.
@@ -208,17 +219,20 @@ class _Replay(torch.autograd.Function):
     """Replays a recording; its gradients stand ready for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, recorded: _RecordedStep, *states: Tensor) -> Tensor:
+    def forward(ctx: Any, recorded: _RecordedStep, lends: bool, *states: Tensor) -> Tensor:
         recorded.graph.replay()
         recorded.workspace.forget()
-        ctx.gradients = list(recorded.gradients.values())
+        ctx.gradients, ctx.lends = list(recorded.gradients.values()), lends
         loss: Tensor = recorded.loss.clone()
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        return (None, *torch._foreach_mul(ctx.gradients, gradient))
+        if not ctx.lends:
+            return (None, None, *torch._foreach_mul(ctx.gradients, gradient))
+        torch._foreach_mul_(ctx.gradients, gradient)
+        return (None, None, *(own.detach() for own in ctx.gradients))  # a tensor nobody else has becomes `.grad`
 
 
 @contextlib.contextmanager

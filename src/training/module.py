@@ -70,7 +70,9 @@ class TrainingModule(pl.LightningModule):
         wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
         records = wanted and self.objective.recordable and model.can_be_recorded
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
-        self.graphed = GraphedObjective(self.objective, model, limit_gib) if records else None
+        lends = config.accumulate_grad_batches == 1
+        graphed = GraphedObjective(self.objective, model, limit_gib, lends_gradients=lends) if records else None
+        self.graphed = graphed
         rounding = FEW_SHAPES if records else EXACT
         self.batches = Lookahead(
             lambda step: self.objective.stage(model, dataset.rounded(step, rounding)), len(dataset), first_batch

@@ -114,10 +114,13 @@ class FakeRecording:
 
     made: list[FakeRecording]
 
-    def __init__(self, objective: Any, model: Any, states: Any, gradients: Mapping[str, torch.Tensor], *_: Any) -> None:
-        self.gradients = gradients
+    def __init__(
+        self, objective: Any, model: Any, states: Any, gradients: Mapping[str, torch.Tensor] | None, *_: Any
+    ) -> None:
+        made = gradients or {name: torch.empty_like(state) for name, state in states.items()}
+        self.gradients = made
         self.workspace = model.workspace
-        self.graph = SimpleNamespace(replay=lambda: [gradient.fill_(1) for gradient in gradients.values()])
+        self.graph = SimpleNamespace(replay=lambda: [gradient.fill_(1) for gradient in made.values()])
         self.loss, self.result = torch.zeros(()), None
         self.made.append(self)
 
@@ -167,3 +170,18 @@ class TestTrainedParameters:
         first, second, third = (recording.gradients for recording in FakeRecording.made)
         assert first is second
         assert third.keys() == {*first, "ln_out.weight"}
+
+    @pytest.mark.parametrize("lends", [False, True])
+    def test_gradients_are_lent_only_where_no_step_adds_to_them(self, graphed: GraphedObjective, lends: bool) -> None:
+        graphed._lends = lends
+        states = {n: p for n, p in graphed.model.named_parameters() if p.requires_grad}
+        self.trained_by(graphed, 3)
+        graphed(Staged({"x": torch.zeros(3)}, None)).loss.mul(3).backward()
+        (recording,) = FakeRecording.made
+        for name, state in states.items():
+            assert state.grad is not None
+            assert (state.grad.data_ptr() == recording.gradients[name].data_ptr()) == lends
+            assert (state.grad == 3).all()
+        if not lends:
+            graphed(Staged({"x": torch.zeros(3)}, None)).loss.mul(2).backward()
+            assert all((state.grad == 5).all() for state in states.values() if state.grad is not None)
