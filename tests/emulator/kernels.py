@@ -1,0 +1,203 @@
+"""Kernels of `cuda/` on the CPU: `Kernel`s are called as on a GPU, with tensors that lie on the CPU.
+
+    with emulated() as run:
+        wkv7_cuda(...)
+
+Sources are turned into C++ for the host: `asm` statements become calls of functions that `emulator.h` defines, shared
+memory becomes an array. They are compiled once per process and version.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import re
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from src.ops.kernels import Kernel
+
+HERE = Path(__file__).resolve().parent
+CUDA = HERE.parents[1] / "cuda"
+_FOLDER = Path(tempfile.gettempdir()) / "rwkv-emulated-kernels"
+_OPERAND = re.compile(r'"[=+&]*[a-z]"\s*')
+_INCLUDE = re.compile(r'^\s*#include\s+"([^"]+)"', re.M)
+
+
+def has_compiler() -> bool:
+    """Whether there is a C++ compiler for the host."""
+    return shutil.which("g++") is not None
+
+
+@contextlib.contextmanager
+def emulated(*, architecture: int = 900, order: int = 0) -> Iterator[None]:
+    """Calls of `Kernel`s run here in the meantime.
+
+    Args:
+        architecture: what the sources take `__CUDA_ARCH__` for.
+        order: 0 runs the threads of a block from first to last, 1 from last to first.
+    """
+    before = Kernel.__call__
+
+    def call(kernel: Kernel, like: Tensor, grid: Any, block: Any, *arguments: Any) -> None:
+        values = [
+            argument.data_ptr() if isinstance(argument, Tensor) else 0 if argument is None else argument
+            for argument in arguments
+        ]
+        packed = kernel.layout.values.pack(*values)
+        _run(kernel, architecture)(_three(grid), _three(block), kernel.shared_bytes, packed, order)
+
+    Kernel.__call__ = call  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        Kernel.__call__ = before  # type: ignore[method-assign]
+
+
+def _three(size: Any) -> Any:
+    sizes = (size,) if isinstance(size, int) else tuple(size)
+    return (ctypes.c_uint32 * 3)(*sizes, *(1,) * (3 - len(sizes)))
+
+
+def _run(kernel: Kernel, architecture: int) -> Any:
+    library = _library(kernel.source, kernel.expression, architecture)
+    library.run.restype = ctypes.c_char_p
+
+    def run(grid: Any, block: Any, shared_bytes: int, packed: bytes, order: int) -> None:
+        error = library.run(grid, block, shared_bytes, packed, order)
+        if error:
+            raise RuntimeError(f"{kernel.expression}: {error.decode()}")
+
+    return run
+
+
+@functools.cache
+def _library(source: str, expression: str, architecture: int) -> ctypes.CDLL:
+    text = f"""#define __CUDA_ARCH__ {architecture}
+#include "{HERE / "emulator.h"}"
+{host_source(source)}
+extern "C" const char* run(const uint32_t* grid, const uint32_t* size, uint32_t shared, const char* buffer,
+                           int order) {{
+  static std::string error;
+  try {{
+    emulated::launch({expression}, grid, size, shared, buffer, order);
+  }} catch (const std::exception& found) {{
+    error = found.what();
+    return error.c_str();
+  }}
+  return nullptr;
+}}
+"""
+    digest = hashlib.sha256((text + (HERE / "emulator.h").read_text()).encode()).hexdigest()[:24]
+    library = _FOLDER / f"{digest}.so"
+    if not library.exists():
+        _FOLDER.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=_FOLDER) as folder:
+            written = Path(folder) / "kernel.cpp"
+            written.write_text(text)
+            command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", str(written), "-o", f"{folder}/kernel.so"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, done.stderr[:4000]
+            (Path(folder) / "kernel.so").replace(library)
+    return ctypes.CDLL(str(library))
+
+
+def host_source(name: str) -> str:
+    """A source of `cuda/` with its headers, for a C++ compiler."""
+    seen: set[str] = set()
+
+    def with_headers(file: str) -> str:
+        text = (CUDA / file).read_text()
+
+        def included(found: re.Match[str]) -> str:
+            header = found.group(1)
+            if header in seen:
+                return ""
+            seen.add(header)
+            return with_headers(header)
+
+        return _INCLUDE.sub(included, text)
+
+    text = with_headers(name)
+    text = re.sub(
+        r"extern\s+__shared__\s+(?:__align__\(\d+\)\s+)?([\w ]+?)\s+(\w+)\[\];",
+        r"\1* \2 = reinterpret_cast<\1*>(emulated::block()->shared.data());",
+        text,
+    )
+    text = re.sub(r"\b__shared__\b", "static", text)
+    return _without_assembly(text)
+
+
+def _without_assembly(text: str) -> str:
+    parts = []
+    end = 0
+    for found in re.finditer(r"\basm\s*(?:volatile)?\s*\(", text):
+        parts.append(text[end : found.start()])
+        close = _closing(text, found.end() - 1)
+        parts.append(_call(text[found.end() : close]))
+        end = close + 1
+    return "".join((*parts, text[end:]))
+
+
+def _call(statement: str) -> str:
+    """`asm`'s arguments -> a call of the function of that instruction: first what it writes, then what it reads."""
+    template, *operands = _split(statement, ":")
+    assembly = "".join(re.findall(r'"((?:[^"\\]|\\.)*)"', template)).replace("\\n", "\n")
+    instructions = [line.strip(" {}\n\t") for line in assembly.split(";")]
+    instruction = next(line for line in instructions if line and not line.startswith("."))
+    name = re.sub(r"[^\w]", "_", instruction.split()[0])
+    arguments = [
+        _OPERAND.sub("", operand).strip()
+        for group in operands[:2]
+        for operand in _split(group, ",")
+        if operand.strip() and "(" in operand
+    ]
+    return f"ptx_{name}({', '.join(arguments)})"
+
+
+def _split(text: str, separator: str) -> list[str]:
+    """At separators outside brackets and strings."""
+    parts, depth, quoted, begin = [], 0, False, 0
+    for i, letter in enumerate(text):
+        if letter == '"' and text[i - 1] != "\\":
+            quoted = not quoted
+        elif not quoted and letter in "([{":
+            depth += 1
+        elif not quoted and letter in ")]}":
+            depth -= 1
+        elif not quoted and depth == 0 and letter == separator:
+            if separator == ":" and "::" in (text[i : i + 2], text[i - 1 : i + 1]) and _inside_name(text, i):
+                continue
+            parts.append(text[begin:i])
+            begin = i + 1
+    parts.append(text[begin:])
+    return parts
+
+
+def _inside_name(text: str, i: int) -> bool:
+    """Whether this colon is one of a `::` between names, and not of two empty groups of operands."""
+    around = text[max(i - 2, 0) : i + 3]
+    return bool(re.search(r"\w::\w", around))
+
+
+def _closing(text: str, opening: int) -> int:
+    depth, quoted = 0, False
+    for i in range(opening, len(text)):
+        letter = text[i]
+        if letter == '"' and text[i - 1] != "\\":
+            quoted = not quoted
+        elif not quoted and letter == "(":
+            depth += 1
+        elif not quoted and letter == ")":
+            depth -= 1
+            if depth == 0:
+                return i
+    raise ValueError("unbalanced brackets")
