@@ -288,6 +288,20 @@ void launch(void (*kernel)(P...), const uint32_t* grid, const uint32_t* size, ui
       }
 }
 
+// Null, or what went wrong.
+template <class... P>
+const char* launched(void (*kernel)(P...), const uint32_t* grid, const uint32_t* size, uint32_t shared_bytes,
+                     const char* buffer, int order) {
+  static std::string error;
+  try {
+    launch(kernel, grid, size, shared_bytes, buffer, order);
+  } catch (const std::exception& found) {
+    error = found.what();
+    return error.c_str();
+  }
+  return nullptr;
+}
+
 }  // namespace emulated
 
 #define threadIdx (emulated::self().index)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import gc
 import hashlib
 import re
 import shutil
@@ -68,11 +69,15 @@ def _three(size: Any) -> Any:
 
 
 def _run(kernel: Kernel, architecture: int) -> Any:
-    library = _library(kernel.source, kernel.expression, architecture)
-    library.run.restype = ctypes.c_char_p
+    library, names = _library(kernel.source, architecture)
+    if kernel.expression not in names:
+        _library.cache_clear()
+        library, names = _library(kernel.source, architecture)
+    function = getattr(library, names[kernel.expression])
+    function.restype = ctypes.c_char_p
 
     def run(grid: Any, block: Any, shared_bytes: int, packed: bytes, order: int) -> None:
-        error = library.run(grid, block, shared_bytes, packed, order)
+        error = function(grid, block, shared_bytes, packed, order)
         if error:
             raise RuntimeError(f"{kernel.expression}: {error.decode()}")
 
@@ -80,34 +85,36 @@ def _run(kernel: Kernel, architecture: int) -> Any:
 
 
 @functools.cache
-def _library(source: str, expression: str, architecture: int) -> ctypes.CDLL:
-    text = f"""#define __CUDA_ARCH__ {architecture}
-#include "{HERE / "emulator.h"}"
-{host_source(source)}
-extern "C" const char* run(const uint32_t* grid, const uint32_t* size, uint32_t shared, const char* buffer,
-                           int order) {{
-  static std::string error;
-  try {{
-    emulated::launch({expression}, grid, size, shared, buffer, order);
-  }} catch (const std::exception& found) {{
-    error = found.what();
-    return error.c_str();
-  }}
-  return nullptr;
-}}
-"""
+def _library(source: str, architecture: int) -> tuple[ctypes.CDLL, dict[str, str]]:
+    """All kernels that exist of a source, and the names of the functions that run them."""
+    expressions = {kernel.expression for kernel in gc.get_objects() if _is_of(kernel, source)}
+    names = {expression: f"run_{number}" for number, expression in enumerate(sorted(expressions))}
+    functions = "".join(_FUNCTION.format(name=name, expression=expression) for expression, name in names.items())
+    text = f'#define __CUDA_ARCH__ {architecture}\n#include "emulator.h"\n{host_source(source)}\n{functions}'
     digest = hashlib.sha256((text + (HERE / "emulator.h").read_text()).encode()).hexdigest()[:24]
     library = _FOLDER / f"{digest}.so"
     if not library.exists():
         _FOLDER.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=_FOLDER) as folder:
-            written = Path(folder) / "kernel.cpp"
+            written = Path(folder) / "kernels.cpp"
             written.write_text(text)
-            command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", str(written), "-o", f"{folder}/kernel.so"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
+            command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{HERE}", str(written)]
+            done = subprocess.run([*command, "-o", f"{folder}/kernels.so"], capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[:4000]
-            (Path(folder) / "kernel.so").replace(library)
-    return ctypes.CDLL(str(library))
+            (Path(folder) / "kernels.so").replace(library)
+    return ctypes.CDLL(str(library)), names
+
+
+def _is_of(candidate: object, source: str) -> bool:
+    return type(candidate) is Kernel and candidate.source == source
+
+
+_FUNCTION = """
+extern "C" const char* {name}(const uint32_t* grid, const uint32_t* size, uint32_t shared, const char* buffer,
+                              int order) {{
+  return emulated::launched({expression}, grid, size, shared, buffer, order);
+}}
+"""
 
 
 def host_source(name: str) -> str:
