@@ -52,14 +52,23 @@ class Chunk:
         columns = tokens[:, self.start : self.end]
         return columns if len(self.rows) == len(tokens) else columns[list(self.rows)]
 
-    def to(self, device: torch.device | str) -> Chunk:
-        """The same with its tensors on `device`."""
-        return replace(
-            self,
-            layout=None if self.layout is None else self.layout.to(device),
-            scored=self.scored.to(device, non_blocking=True),
-            places=self.places.to(device, non_blocking=True),
+
+def on_device(chunks: Sequence[Chunk], device: torch.device) -> tuple[Chunk, ...]:
+    """The same with their tensors on `device`; those of all targets come there at once."""
+    if not chunks or device.type == "cpu":
+        return tuple(chunks)
+    sizes = [len(chunk.scored) for chunk in chunks]
+    together = torch.stack([torch.cat([chunk.scored for chunk in chunks]), torch.cat([c.places for c in chunks])])
+    moved = together.to(device, non_blocking=True).split(sizes, dim=1)
+    return tuple(
+        replace(
+            chunk,
+            layout=None if chunk.layout is None else chunk.layout.to(device),
+            scored=scored,
+            places=places,
         )
+        for chunk, (scored, places) in zip(chunks, moved, strict=True)
+    )
 
 
 def cut(rows: int, width: int, layout: SegmentLayout | None, positions: Tensor, chunk_tokens: int) -> list[Chunk]:

@@ -10,68 +10,101 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from src.cutting import Chunk, cut
+from src.cutting import Chunk, cut, on_device
 from src.layout import SegmentLayout
 from src.model.language_model import LanguageModel, Watch
-from src.model.state import LayerState, ModelState
+from src.model.parking import Coming, Parking
+from src.model.state import LayerState, by_layer, stacked
 from src.ops.token_logps import token_logps
 
 Scores = list[tuple[Tensor, Tensor]]
 """For each set of M targets, log-probability and largest logit, [M] each; see `ops.token_logps`."""
 
+Run = Callable[[int, Chunk, LayerState | None], tuple[Tensor, LayerState | None]]
+"""Runs the chunk at a place in the list from a memory: `run_chunk`, however it is done."""
+
 
 class Memories:
     """What chunks keep for those that begin from it: the recurrence in fp32, the shifts in the computation dtype.
 
+    A memory is that of all layers, see `state.stacked`: parts [L, K, ...].
+
     Args:
         device: where the model computes.
-        on_host: whether they wait in host memory, pinned if the device is a GPU. Copies go in the order of the stream.
+        parking: where they wait; None: on the device.
     """
 
-    def __init__(self, device: torch.device, *, on_host: bool = False) -> None:
+    def __init__(self, device: torch.device, parking: Parking | None = None) -> None:
         self._device = device
-        self._leaves = on_host and device.type == "cuda"
-        self._kept: dict[int, ModelState] = {}
-        self._last: tuple[int, ModelState] | None = None
+        self._parking = parking
+        self._kept: dict[int, LayerState] = {}
+        self._last: tuple[int, LayerState] | None = None
+        self._coming: dict[int, list[Coming]] = {}
 
-    def keep(self, index: int, state: ModelState) -> None:
+    def keep(self, index: int, memory: LayerState) -> None:
         """What the chunk with this place in the list leaves, a row for each sequence it keeps."""
-        state = [LayerState(*map(_on_its_own, layer)) for layer in state]
-        self._kept[index] = [LayerState(*map(to_host, layer)) for layer in state] if self._leaves else state
-        self._last = index, state  # the next chunk wants it at once
+        self._last = index, memory  # the next chunk wants it at once
+        if self._parking is not None:
+            memory = LayerState(*map(self._parking.park, memory))
+        self._kept[index] = memory
 
     def bytes(self) -> int:
         """What is held in all, on either side."""
-        parts = [part for state in self._kept.values() for layer in state for part in layer]
-        return sum(part.untyped_storage().nbytes() for part in parts)
+        return sum(part.untyped_storage().nbytes() for memory in self._kept.values() for part in memory)
 
-    def start_of(self, chunk: Chunk) -> ModelState | None:
+    def begin_to_fetch(self, chunk: Chunk) -> None:
+        """Lets what a chunk will begin from come from the host while something else is computed."""
+        for index in {index for index, _ in chunk.sources}:
+            if self._parking is not None and index not in self._coming and not self._is_last(index):
+                self._coming[index] = [self._parking.fetch(part) for part in self._kept[index]]
+
+    def start_of(self, chunk: Chunk) -> LayerState | None:
         """The memory that its sequences begin from, on the device; None where they begin anew."""
         if not chunk.sources:
             return None
-        parts = []
-        for index, places in by_source(chunk.sources):
-            parts.append([LayerState(*(self._rows(part, places) for part in layer)) for layer in self._of(index)])
-        if len(parts) == 1:
-            return parts[0]
-        return [LayerState(*map(torch.cat, zip(*layers, strict=True))) for layers in zip(*parts, strict=True)]
+        self.begin_to_fetch(chunk)
+        parts = [[self._rows(part, places) for part in self._of(index)] for index, places in by_source(chunk.sources)]
+        self._arrive()
+        return LayerState(*(_joined(pieces) for pieces in zip(*parts, strict=True)))
 
     def drop(self, index: int) -> None:
         """Forgets what nobody begins from any more."""
         self._kept.pop(index, None)
-        if self._last is not None and self._last[0] == index:
+        if self._is_last(index):
             self._last = None
 
-    def _of(self, index: int) -> ModelState:
+    def settle(self) -> None:
+        """Ends a pass: the next one begins somewhere else."""
+        self._last = None
+        self._arrive()
+        if self._parking is not None:
+            self._parking.settle()
+
+    def _is_last(self, index: int) -> bool:
+        return self._last is not None and self._last[0] == index
+
+    def _arrive(self) -> None:
+        """Fetched is for one use: another one may be long after it."""
+        for coming in self._coming.values():
+            for part in coming:
+                part.arrived()
+        self._coming.clear()
+
+    def _of(self, index: int) -> Sequence[Tensor]:
         if self._last is not None and self._last[0] == index:
             return self._last[1]
+        if index in self._coming:
+            return [part.arrived() for part in self._coming[index]]
         return self._kept[index]
 
     def _rows(self, part: Tensor, places: Sequence[int]) -> Tensor:
-        on_device = part.to(self._device, non_blocking=True)
-        if list(places) == list(range(len(part))):
-            return on_device
-        return on_device.index_select(0, index_on(self._device, places))
+        if list(places) == list(range(part.shape[1])):
+            return part
+        return part.index_select(1, index_on(self._device, places))
+
+
+def _joined(pieces: Sequence[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(list(pieces), 1)
 
 
 def by_source(sources: Sequence[tuple[int, int]]) -> list[tuple[int, list[int]]]:
@@ -89,45 +122,36 @@ def index_on(device: torch.device, places: Sequence[int]) -> Tensor:
     return torch.tensor(places, dtype=torch.int64).to(device, non_blocking=True)
 
 
-def _on_its_own(part: Tensor) -> Tensor:
-    """A last token is a view, which would hold all tokens."""
-    return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
-
-
-def to_host(part: Tensor) -> Tensor:
-    """A copy in host memory, pinned and in the order of the stream if it comes from a GPU."""
-    on_host = torch.empty(part.shape, dtype=part.dtype, pin_memory=part.is_cuda)
-    return on_host.copy_(part, non_blocking=True)
-
-
 def run_chunk(
     model: LanguageModel,
     tokens: Tensor,
     chunk: Chunk,
-    start: ModelState | None,
+    start: LayerState | None,
     watch: Watch | None = None,
-) -> tuple[Tensor, ModelState | None]:
+) -> tuple[Tensor, LayerState | None]:
     """The model over one chunk.
 
     Args:
         tokens: int64 [B, T] on the host, of which it takes its own.
         chunk: on the model's device.
-        start: memory of the sequences that do not begin anew.
+        start: memory of the sequences that do not begin anew, see `Memories`.
         watch: see `LanguageModel.forward`.
 
     Returns:
         (hidden [b, N, C], memory of the sequences it keeps, or None if it keeps none).
     """
+    state = None if start is None else by_layer(start)
     inputs = model.look_up(chunk.of(tokens))
-    hidden, state = model(inputs, start, chunk.layout, return_state=bool(chunk.kept), watch=watch)
-    return hidden, None if state is None else [kept_of(chunk, layer) for layer in state]
+    hidden, after = model(inputs, state, chunk.layout, return_state=bool(chunk.kept), watch=watch)
+    return hidden, None if after is None else kept_of(chunk, stacked(after), rows_axis=1)
 
 
-def kept_of(chunk: Chunk, layer: LayerState) -> LayerState:
-    """What a chunk keeps of a layer's memory: of rows beside each other, some."""
+def kept_of(chunk: Chunk, memory: LayerState, *, rows_axis: int = 0) -> LayerState:
+    """What a chunk keeps of a memory: of rows beside each other, some."""
     if chunk.layout is not None or len(chunk.kept) == len(chunk.rows):
-        return layer
-    return layer.rows(index_on(layer.wkv.device, chunk.kept))
+        return memory
+    index = index_on(memory.wkv.device, chunk.kept)
+    return LayerState(*(part.index_select(rows_axis, index) for part in memory))
 
 
 def chunk_scores(model: LanguageModel, hidden: Tensor, chunk: Chunk, target_sets: Sequence[Tensor]) -> Scores:
@@ -144,7 +168,7 @@ def read_scores(
     chunks: Sequence[Chunk],
     target_sets: Sequence[Tensor],
     memories: Memories | None = None,
-    watch: Callable[[int], Watch | None] = lambda place: None,
+    run: Run | None = None,
 ) -> Scores:
     """Scores of all targets, read chunk by chunk without gradients.
 
@@ -153,7 +177,7 @@ def read_scores(
         chunks: of `cut`, on the model's device.
         target_sets: int64 [M] each, on the device.
         memories: takes what each chunk leaves; without it, that is forgotten as soon as nobody begins from it.
-        watch: called before each with its place in the list, for what watches it, see `LanguageModel.forward`.
+        run: runs them; None: as they come.
     """
     forgets = memories is None
     memories = memories or Memories(model.device)
@@ -165,9 +189,10 @@ def read_scores(
         for size in sizes
     ]
     for place, chunk in enumerate(chunks):
-        hidden, state = run_chunk(model, tokens, chunk, memories.start_of(chunk), watch(place))
-        if state is not None:
-            memories.keep(place, state)
+        start = memories.start_of(chunk)
+        hidden, memory = run_chunk(model, tokens, chunk, start) if run is None else run(place, chunk, start)
+        if memory is not None:
+            memories.keep(place, memory)
         if len(chunk.scored):
             for whole, own in zip(scores, chunk_scores(model, hidden, chunk, target_sets), strict=True):
                 for values, found in zip(whole, own, strict=True):
@@ -175,6 +200,7 @@ def read_scores(
         if forgets:
             for index in {index for index, _ in chunk.sources if last_use[index] == place}:
                 memories.drop(index)
+    memories.settle()
     return scores
 
 
@@ -197,4 +223,4 @@ def scores_in_chunks(
     """
     rows, width = tokens.shape
     chunks = cut(rows, width, layout, positions, chunk_tokens)
-    return read_scores(model, tokens, [chunk.to(model.device) for chunk in chunks], target_sets)
+    return read_scores(model, tokens, on_device(chunks, model.device), target_sets)

@@ -77,7 +77,6 @@ class Block(nn.Module):
 
             def inputs_of(z: Tensor, shift: Tensor | None) -> Results:
                 mixed = _carried_inputs(mixer, z, shift, layout, **options)
-                # A view of z: kept without need, it would keep all of it.
                 return *mixed, *([last_tokens(z, ends)] if remembers else [])
 
             if level is Recompute.INPUTS:
@@ -365,6 +364,10 @@ class LanguageModel(nn.Module):
         options = {"remembers": return_state, "ends": ends, "dropout": self.dropout, "result": result}
         x, after, handed = block(x, carried, layout, handed, **options)
         return x, after, handed
+
+    def initial_states(self) -> list[nn.Parameter]:
+        """Each layer's `time_state`, [H, N, N] fp32."""
+        return [block.att.time_state for block in self.blocks]  # type: ignore[union-attr, misc]
 
     def head_weight(self) -> HeadWeight:
         """The head as `ops.token_logps` takes it: [V, C] in the computation dtype, or its parts when it is packed."""

@@ -29,6 +29,16 @@ class LayerState(NamedTuple):
 ModelState = list[LayerState]
 
 
+def stacked(state: ModelState) -> LayerState:
+    """All layers' memories in one, with an axis of layers first: parts [L, B, ...], copied."""
+    return LayerState(*(torch.stack(parts) for parts in zip(*state, strict=True)))
+
+
+def by_layer(stack: LayerState) -> ModelState:
+    """The memories of which `stacked` is made, as views."""
+    return [LayerState(*parts) for parts in zip(*(part.unbind(0) for part in stack), strict=True)]
+
+
 def select_rows(state: ModelState, index: Tensor) -> ModelState:
     """The same rows of every layer."""
     return [layer.rows(index.to(layer.wkv.device)) for layer in state]
@@ -40,6 +50,7 @@ def last_tokens(z: Tensor, ends: Tensor | None) -> Tensor:
     `ends` int64 [S] are the last positions of a packed row's segments (-1: empty, gives zeros).
     """
     if ends is None:
-        return z[:, -1]
+        # On its own: a view would hold all tokens.
+        return z[:, -1].clone() if z.shape[1] > 1 else z[:, -1]
     ends = ends.to(z.device)
     return torch.where((ends >= 0)[:, None], z[0].index_select(0, ends.clamp(min=0)), 0)

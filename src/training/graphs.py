@@ -15,8 +15,8 @@ import contextlib
 import gc
 import warnings
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,52 +32,42 @@ _SPARE_BYTES = 256 * 2**20
 Key = tuple[Any, ...]
 
 
-class GraphedObjective:
-    """Runs an objective, replaying recorded graphs where a shape and the choice of trained parameters repeat.
+Recording = TypeVar("Recording")
+
+
+class Recordings(Generic[Recording]):
+    """Recordings by what they are of, and the room that they take.
 
     Args:
-        objective: computes.
         model: one that `can_be_recorded`, without dropout, trained by a method that is `recordable`.
         memory_gib: device memory the run may use in all; 0 is the whole device.
-        lends_gradients: whether the gradients a backward gives are the recording's own, not copies: for steps of one
+        lends_gradients: whether the gradients a backward gives are the recordings' own, not copies: for steps of one
             micro-batch, whose gradients nobody wants any more when the next one begins.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        model: LanguageModel,
-        memory_gib: float = 0.0,
-        *,
-        lends_gradients: bool = False,
-    ) -> None:
+    def __init__(self, model: LanguageModel, memory_gib: float = 0.0, *, lends_gradients: bool = False) -> None:
         assert model.device.type == "cuda"
         assert model.dropout == 0
-        self.objective = objective
         self.model = model
-        self._parameters = list(model.named_parameters())  # to walk through the modules would take a millisecond
-        self._graphs: dict[Key, _RecordedStep] = {}
+        self._graphs: dict[Key, Recording] = {}
         self._uses: Counter[Key] = Counter()
         self._pool: Any = None
         self._works = True
         self._limit = int(memory_gib * 2**30)
-        self._lends = lends_gradients
+        self.lends_gradients = lends_gradients
         self._others_fit = True
 
-    def __call__(self, staged: Staged) -> Outcome:
-        """Loss of one micro-batch, ready for `backward`."""
-        states = {name: parameter for name, parameter in self._parameters if parameter.requires_grad}
-        recorded = self._recorded(staged, states) if self._works else None
-        if recorded is None:
-            self._make_room()
-            return outcome_of(self.objective, self.model, staged)
-        recorded.load(staged)
-        loss = _Replay.apply(recorded, self._lends, *states.values())
-        return Outcome(loss, lambda: self.objective.logs(recorded.result))
+    def _found(self, key: Key, record: Callable[[Any], Recording], times: int = 1) -> Recording | None:
+        """The recording of what comes now, made if it is worth it; None: it is to be issued.
 
-    def _recorded(self, staged: Staged, states: Mapping[str, nn.Parameter]) -> _RecordedStep | None:
-        key = (staged.key, *states, *(state.data_ptr() for state in states.values()))
-        self._uses[key] += 1
+        Args:
+            key: of what it is.
+            record: makes it, in this pool of memory.
+            times: how often it comes now.
+        """
+        if not self._works:
+            return None
+        self._uses[key] += times
         if key in self._graphs:
             return self._graphs[key]
         worth, given_up = worth_recording(key, self._uses, self._graphs)
@@ -87,20 +77,13 @@ class GraphedObjective:
             del self._graphs[given_up]
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         try:
-            self._graphs[key] = _RecordedStep(
-                self.objective, self.model, states, self._gradients_of(states), staged, self._pool
-            )
+            self._graphs[key] = record(self._pool)
             self._others_fit = False
             return self._graphs[key]
         except RuntimeError as error:  # out of memory is one of them: what runs unrecorded need not fit twice
             reason = str(error).splitlines()[0]
         self._give_up(reason)  # not above: the error holds the failed recording's memory
         return None
-
-    def _gradients_of(self, states: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor] | None:
-        """Where a recording that trains these leaves their gradients: where earlier ones do, if there are any."""
-        known = (graph.gradients for graph in self._graphs.values() if graph.gradients.keys() == states.keys())
-        return next(known, None)
 
     def _make_room(self) -> None:
         """Before a step that is not replayed: gives the recordings up if it does not fit beside their memory.
@@ -126,6 +109,50 @@ class GraphedObjective:
         with contextlib.suppress(RuntimeError):  # torch 2.11 refuses after a recording that failed
             torch.cuda.empty_cache()
         warnings.warn(f"steps run unrecorded from here on: {reason}", stacklevel=2)
+
+
+class GraphedObjective(Recordings["_RecordedStep"]):
+    """Runs an objective, replaying recorded graphs where a shape and the choice of trained parameters repeat.
+
+    Args:
+        objective: computes.
+        model, memory_gib, lends_gradients: see Recordings.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        model: LanguageModel,
+        memory_gib: float = 0.0,
+        *,
+        lends_gradients: bool = False,
+    ) -> None:
+        super().__init__(model, memory_gib, lends_gradients=lends_gradients)
+        self.objective = objective
+        self._parameters = list(model.named_parameters())  # to walk through the modules would take a millisecond
+
+    def __call__(self, staged: Staged) -> Outcome:
+        """Loss of one micro-batch, ready for `backward`."""
+        states = {name: parameter for name, parameter in self._parameters if parameter.requires_grad}
+        recorded = None if staged.in_chunks else self._recorded(staged, states)
+        if recorded is None:
+            self._make_room()
+            return outcome_of(self.objective, self.model, staged)
+        recorded.load(staged)
+        loss = _Replay.apply(recorded, self.lends_gradients, *states.values())
+        return Outcome(loss, lambda: self.objective.logs(recorded.result))
+
+    def _recorded(self, staged: Staged, states: Mapping[str, nn.Parameter]) -> _RecordedStep | None:
+        key = (staged.key, *states, *(state.data_ptr() for state in states.values()))
+        return self._found(
+            key,
+            lambda pool: _RecordedStep(self.objective, self.model, states, self._gradients_of(states), staged, pool),
+        )
+
+    def _gradients_of(self, states: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor] | None:
+        """Where a recording that trains these leaves their gradients: where earlier ones do, if there are any."""
+        known = (graph.gradients for graph in self._graphs.values() if graph.gradients.keys() == states.keys())
+        return next(known, None)
 
 
 def worth_recording(
@@ -184,30 +211,15 @@ class _RecordedStep:
     ) -> None:
         self.inputs = staged.to(model.device)
         self.workspace = model.workspace
-        # What the workspace holds now is unknown to the recording, and what a replay leaves there is unknown to
-        # later eager work: forget both.
-        model.workspace.forget()
-        torch.cuda.synchronize(model.device)
-        torch.cuda.empty_cache()
         self.graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream(model.device)
-        try:
-            with _undisturbed(), torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                # Aliases of the states, born on the recording's stream: the parameters' own gradient accumulators
-                # belong to another stream, and waiting for that one cannot be recorded.
-                aliases = {f"model.{name}": state.detach().requires_grad_() for name, state in states.items()}
-                if gradients is not None:
-                    torch._foreach_zero_(list(gradients.values()))
-                    for alias, gradient in zip(aliases.values(), gradients.values(), strict=True):
-                        alias.grad = gradient  # the backward adds to it, layer after layer
-                self.loss, self.result = functional_call(_Step(objective, model), aliases, (self.inputs,))
-                made = (torch.zeros_like(a) if a.grad is None else a.grad for a in aliases.values())
-                self.gradients = gradients or dict(zip(states, made, strict=True))
+        with recording_of(model), capturing(self.graph, pool):
+            if gradients is not None:
+                torch._foreach_zero_(list(gradients.values()))
+            aliases = aliases_of(states, gradients or {})
+            self.loss, self.result = functional_call(_Step(objective, model), aliases, (self.inputs,))
+            made = (torch.zeros_like(a) if a.grad is None else a.grad for a in aliases.values())
+            self.gradients = gradients or dict(zip(states, made, strict=True))
             self.dense = model.workspace.buffers()  # which the graph writes to
-        finally:
-            # After a failure, too: what was only recorded was never computed, and torch may stay on its stream.
-            model.workspace.forget()
-            torch.cuda.set_stream(stream)
 
     def load(self, staged: Staged) -> None:
         """Copies a batch of the same shapes into the recording's inputs."""
@@ -233,6 +245,44 @@ class _Replay(torch.autograd.Function):
             return (None, None, *torch._foreach_mul(ctx.gradients, gradient))
         torch._foreach_mul_(ctx.gradients, gradient)
         return (None, None, *(own.detach() for own in ctx.gradients))  # a tensor nobody else has becomes `.grad`
+
+
+@contextlib.contextmanager
+def recording_of(model: LanguageModel) -> Iterator[None]:
+    """What a recording needs around it; the device is idle when it begins.
+
+    What the model's workspace holds now is unknown to a recording, and what a replay leaves there is unknown to later
+    eager work: both are forgotten.
+    """
+    model.workspace.forget()
+    torch.cuda.synchronize(model.device)
+    torch.cuda.empty_cache()
+    stream = torch.cuda.current_stream(model.device)
+    try:
+        with _undisturbed():
+            yield
+    finally:
+        # After a failure, too: what was only recorded was never computed, and torch may stay on its stream.
+        model.workspace.forget()
+        torch.cuda.set_stream(stream)
+
+
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any) -> Any:
+    """A context in which work is recorded into a graph instead of being done."""
+    return torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local")
+
+
+def aliases_of(states: Mapping[str, nn.Parameter], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a recording trains in the parameters' places, under `model.`; made while it is recorded.
+
+    They are born on the recording's stream: the parameters' own gradient accumulators belong to another stream, and
+    waiting for that one cannot be recorded. The backward adds to `gradients` where there are some, layer after layer.
+    """
+    aliases = {}
+    for name, state in states.items():
+        alias = aliases[f"model.{name}"] = state.detach().requires_grad_()
+        alias.grad = gradients.get(name)
+    return aliases
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from src.config import TrainConfig
 from src.data.passes import Lookahead, PassDataset
 from src.data.rounding import EXACT, FEW_SHAPES
 from src.model.language_model import LanguageModel
+from src.training.chunk_graphs import ChunkRecorder
 from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.graphs import GraphedObjective
 from src.training.objectives import Objective, Outcome, Scored, Staged, outcome_of
@@ -56,24 +57,23 @@ class TrainingModule(pl.LightningModule):
     ) -> None:
         super().__init__()
         self.model = model
-        self.objective: Objective = objective
-        if config.chunk_ctx:
-            keep = config.chunk_keep
-            options = ChunkOptions(
-                config.chunk_ctx, config.bptt_chunks, on_host=keep != "device", with_inputs=keep == "inputs"
-            )
-            self.objective = ChunkedObjective(objective, options)
         self.config = config
         self.turns = turns
         self.look_again()
         self.method = method
         wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
-        records = wanted and self.objective.recordable and model.can_be_recorded
+        records = bool(wanted) and model.can_be_recorded
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
         lends = config.accumulate_grad_batches == 1
+        recorder = None
+        if records and config.chunk_ctx and config.chunk_keep != "inputs":
+            recorder = ChunkRecorder(model, config.chunk_ctx, limit_gib, lends_gradients=lends)
+        self.objective: Objective = _in_chunks(objective, config, recorder)
+        records = records and objective.recordable
         graphed = GraphedObjective(self.objective, model, limit_gib, lends_gradients=lends) if records else None
         self.graphed = graphed
-        rounding = FEW_SHAPES if records else EXACT
+        # Filled up, a row that is a chunk must not become two.
+        rounding = FEW_SHAPES if records and FEW_SHAPES.tokens(config.chunk_ctx) == config.chunk_ctx else EXACT
         self.batches = Lookahead(
             lambda step: self.objective.stage(model, dataset.rounded(step, rounding)), len(dataset), first_batch
         )
@@ -120,6 +120,8 @@ class TrainingModule(pl.LightningModule):
     def release_recordings(self) -> None:
         """Frees the memory of recorded steps, for work after training."""
         self.graphed = self.outcome = None
+        if isinstance(self.objective, ChunkedObjective):
+            self.objective.recorder = None
         if self.model.device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -149,6 +151,15 @@ class TrainingModule(pl.LightningModule):
             groups, named, make, clip=GRADIENT_CLIP, seed=config.random_seed, in_backward=bool(config.fused_update)
         )
         return self.updates
+
+
+def _in_chunks(objective: Scored, config: TrainConfig, recorder: ChunkRecorder | None) -> Objective:
+    """The objective, with rows cut into chunks if the flags say so."""
+    if not config.chunk_ctx:
+        return objective
+    keep = config.chunk_keep
+    options = ChunkOptions(config.chunk_ctx, config.bptt_chunks, on_host=keep != "device", with_inputs=keep == "inputs")
+    return ChunkedObjective(objective, options, recorder)
 
 
 def parameter_groups(

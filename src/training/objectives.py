@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -63,8 +63,10 @@ class Staged:
         source: the batch it was made of.
         layout: of a packed row, or None; of it only tensors, number of roots and their tokens matter.
         pairs: preference pairs of the batch.
+        in_chunks: whether it is computed piece by piece.
     """
 
+    in_chunks: ClassVar[bool] = False
     tensors: dict[str, Tensor]
     source: Any
     layout: SegmentLayout | None = None

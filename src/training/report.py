@@ -94,7 +94,7 @@ def plan_of(
             *work.lines,
             f"steps      {steps:,} ({_several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
             *_rounded(config, work),
-            *_in_chunks(config, hardware),
+            *_in_chunks(config, method, hardware, shape),
             f"rate       {rates} (start, middle, end); {warm_up}",
             f"results    {folder}/",
         ]
@@ -112,7 +112,7 @@ def _rounded(config: TrainConfig, work: Work) -> list[str]:
     ]
 
 
-def _in_chunks(config: TrainConfig, hardware: Hardware) -> list[str]:
+def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware, shape: ModelShape) -> list[str]:
     """How long rows are computed."""
     if not config.chunk_ctx:
         return []
@@ -127,8 +127,14 @@ def _in_chunks(config: TrainConfig, hardware: Hardware) -> list[str]:
     lines = [f"chunks     of {config.chunk_ctx:,} tokens where a row has more: {gradient}{places[config.chunk_keep]}"]
     if hardware.on_gpu:
         ways = "--grad_cp 0 or 2 saves a forward pass if what the layers keep of a chunk fits"
-        again = config.grad_cp == 1 and config.chunk_keep != "inputs"
-        lines.append(f"           steps are not recorded{f'; {ways}' if again else ''}")
+        by_layer = config.chunk_keep == "inputs"
+        recorded = (
+            config.cuda_graph
+            and method.recordable
+            and not (config.dropout or config.offload_activations or by_layer or shape.operator_note)
+        )
+        replayed = "of one shape are recorded once and replayed" if recorded else "are not recorded"
+        lines.append(f"           chunks {replayed}{f'; {ways}' if config.grad_cp == 1 and not by_layer else ''}")
     return lines
 
 

@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from src.cutting import Chunk, cut
+from src.cutting import Chunk, cut, on_device
 from src.layout import SegmentLayout
 
 
@@ -92,7 +92,7 @@ def test_every_target_is_scored_once_at_its_place(chunk_tokens: int) -> None:
 
 def test_moving_keeps_everything() -> None:
     (chunk,) = cut(1, 6, SegmentLayout.packed([3, 3]), torch.tensor([2, 5]), 6)
-    moved = chunk.to("cpu")
+    (moved,) = on_device([chunk], torch.device("cpu"))
     assert (moved.sources, moved.scored.tolist(), moved.places.tolist()) == ((), [0, 1], [2, 5])
     assert chunk.layout is not None
     assert moved.layout is not None

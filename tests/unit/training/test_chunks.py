@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +24,9 @@ from src.model.chunks import Memories, read_scores
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
-from src.model.state import LayerState
+from src.model.state import LayerState, by_layer
+from src.training import chunk_graphs
+from src.training.chunk_graphs import ChunkRecorder
 from src.training.chunks import ChunkedObjective, ChunkOptions, StagedChunks
 from src.training.objectives import (
     DPOObjective,
@@ -337,3 +341,93 @@ def test_a_chunk_leaves_its_memory_and_nothing_else() -> None:
         for index in range(len(chunks)):
             memories.drop(index)
         assert memories.bytes() == 0
+
+
+class Rerun:
+    """Stands for a CUDA graph; what it replays is set by `reruns`."""
+
+    replay: Any = None
+
+
+@pytest.fixture
+def recorder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[LanguageModel, int], ChunkRecorder]:
+    """Makes recorders whose replays compute what was recorded once more, from and into the recording's tensors."""
+
+    class Reran(chunk_graphs.RecordedChunk):
+        def __init__(
+            self, model: LanguageModel, chunk: Any, sample: Any, tokens: int, states: Any, into: Any, *rest: Any
+        ) -> None:
+            super().__init__(model, chunk, sample, tokens, states, into, *rest)
+            of_starts, pool = rest
+
+            def forward() -> None:
+                found, after = self._pass_by()
+                self._hidden.copy_(found)
+                if after is not None:
+                    assert self._memory is not None
+                    torch._foreach_copy_(list(self._memory), list(after))
+
+            def again() -> None:
+                start = None if self._start is None else by_layer(self._start)
+                with torch.no_grad():
+                    self._hidden_again.copy_(model(self._inputs, start, self._layouts[1])[0])
+
+            def backward() -> None:
+                aliases = chunk_graphs.aliases_of(states, into)
+                second = chunk_graphs._SecondPass(model)
+                _, of_start = torch.func.functional_call(second, aliases, (self, of_starts, pool))
+                if of_start is not None:
+                    assert self._of_start is not None
+                    torch._foreach_copy_(list(self._of_start), list(of_start))
+
+            self._forward.replay, self._again.replay, self._backward.replay = forward, again, backward
+
+    monkeypatch.setattr(chunk_graphs, "RecordedChunk", Reran)
+    monkeypatch.setattr(chunk_graphs, "recording_of", lambda model: contextlib.nullcontext())
+    monkeypatch.setattr(chunk_graphs, "capturing", lambda graph, pool: contextlib.nullcontext())
+    monkeypatch.setattr(ChunkRecorder, "_make_room", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Rerun)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+
+    def made(model: LanguageModel, tokens: int) -> ChunkRecorder:
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageModel, "device", torch.device("cuda"))
+            return ChunkRecorder(model, tokens)
+
+    return made
+
+
+@pytest.mark.parametrize("bptt_chunks", [0, 1])
+@pytest.mark.parametrize("method", ["states", "lora"])
+@pytest.mark.parametrize("case", CASES)
+def test_replayed_chunks_give_the_gradient_of_whole_rows(
+    case: str, method: str, bptt_chunks: int, recorder_of: Callable[[LanguageModel, int], ChunkRecorder]
+) -> None:
+    """Recording itself is tested on a GPU; here, what goes into a recording and comes out of it."""
+    objective, made = CASES[case]
+    model, batch, options = model_of(method), made(), ChunkOptions(12, bptt_chunks)
+    loss, gradients = step(model, ChunkedObjective(objective, options), batch)
+    recorder = recorder_of(model, 12)
+    chunked = ChunkedObjective(objective, options, recorder)
+    for _ in range(2):
+        replayed_loss, found = step(model, chunked, batch)
+        assert torch.allclose(replayed_loss, loss, rtol=1e-5)
+        assert_same(found, gradients)
+    assert recorder._graphs
+
+
+def test_one_recording_serves_all_chunks_of_rows_beside_each_other(
+    recorder_of: Callable[[LanguageModel, int], ChunkRecorder],
+) -> None:
+    """The first, which begins anew, the last, which is shorter, and those between; of rows of any length."""
+    model = model_of("states")
+    recorder = recorder_of(model, 8)
+    objective = ChunkedObjective(SFTObjective(), ChunkOptions(8), recorder)
+    for size in (20, 33, 12):
+        tokens = np.random.default_rng(size).integers(1, 61, (2, size))
+        batch = padded_batch(list(tokens), [None, None], range(2))
+        loss, gradients = step(model, SFTObjective(), batch)
+        replayed_loss, found = step(model, objective, batch)
+        assert torch.allclose(replayed_loss, loss, rtol=1e-5)
+        assert_same(found, gradients)
+    assert len(recorder._graphs) == 1

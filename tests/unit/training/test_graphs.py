@@ -173,7 +173,7 @@ class TestTrainedParameters:
 
     @pytest.mark.parametrize("lends", [False, True])
     def test_gradients_are_lent_only_where_no_step_adds_to_them(self, graphed: GraphedObjective, lends: bool) -> None:
-        graphed._lends = lends
+        graphed.lends_gradients = lends
         states = {n: p for n, p in graphed.model.named_parameters() if p.requires_grad}
         self.trained_by(graphed, 3)
         graphed(Staged({"x": torch.zeros(3)}, None)).loss.mul(3).backward()

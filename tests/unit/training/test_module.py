@@ -1,5 +1,7 @@
 """The optimizer of what is trainable."""
 
+from typing import Any
+
 import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
@@ -222,9 +224,28 @@ class TestChunks:
         assert made.objective.options == ChunkOptions(7, 2, on_host=True, with_inputs=True)
         assert not isinstance(module().objective, ChunkedObjective)
 
-    def test_and_not_recorded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    @pytest.mark.parametrize(
+        ("recordable", "flags", "chunks", "steps"),
+        [
+            (True, {}, True, True),
+            (True, {"chunk_keep": "host"}, True, True),
+            (True, {"chunk_keep": "inputs"}, False, True),
+            (False, {}, True, False),
+            (True, {"cuda_graph": 0}, False, False),
+        ],
+    )
+    def test_what_is_recorded(
+        self, recordable: bool, flags: dict[str, Any], chunks: bool, steps: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A loss that depends on padding is not recorded, and chunks of it, which have none, are."""
         monkeypatch.setattr(LanguageModel, "can_be_recorded", True)
         monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
-        monkeypatch.setattr(GivenLoss, "recordable", True)
-        assert module().graphed is not None
-        assert module(chunk_ctx=7).graphed is None
+        monkeypatch.setattr(GivenLoss, "recordable", recordable)
+        made = module(chunk_ctx=128, **flags)
+        assert isinstance(made.objective, ChunkedObjective)
+        assert (made.objective.recorder is not None) == chunks
+        assert (made.graphed is not None) == steps
+        made.graphed = None
+        monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+        made.release_recordings()
+        assert made.objective.recorder is None

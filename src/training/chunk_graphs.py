@@ -1,0 +1,306 @@
+"""Chunks of rows as CUDA graphs: one recording serves all chunks of a shape, of all rows.
+
+Recorded are the layers, not the head: which tokens have a target is no part of a shape. Of rows beside each other, and
+of a stretch of one document, the last chunk is filled up to the full length and every chunk begins from a memory, a
+row's beginning from one of its initial states; so the first, the last and all between are one shape. Chunks
+in which documents of a packed row meet are of one shape if they have as many tokens, segments, and segments that are
+carried.
+
+Three graphs are recorded together when a second chunk of the shape comes: forward without autograd, forward with it,
+and backward; between the last two the head is applied. What is to be recorded is computed once before, on zeros.
+
+Legend: B rows, N tokens of a chunk, C channels, L layers, K sequences.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from src.cutting import Chunk
+from src.layout import Carry, SegmentLayout
+from src.model.chunks import kept_of
+from src.model.language_model import LanguageModel
+from src.model.state import LayerState, ModelState, by_layer, stacked
+from src.training.graphs import Key, Recordings, aliases_of, capturing, recording_of
+
+
+class ChunkRecorder(Recordings["RecordedChunk"]):
+    """Recordings of chunks.
+
+    Args:
+        model, memory_gib, lends_gradients: see Recordings.
+        tokens: of a whole chunk, of each row.
+
+    Attributes:
+        gradients: where recordings add theirs, by the names of what is trained; empty before the first.
+    """
+
+    def __init__(
+        self, model: LanguageModel, tokens: int, memory_gib: float = 0.0, *, lends_gradients: bool = False
+    ) -> None:
+        super().__init__(model, memory_gib, lends_gradients=lends_gradients)
+        self.tokens = tokens
+        self.gradients: dict[str, Tensor] = {}
+
+    def of_chunks(
+        self, chunks: Sequence[Chunk], tokens: Tensor, states: Mapping[str, nn.Parameter], *, of_starts: bool
+    ) -> list[RecordedChunk | None]:
+        """For each chunk of a micro-batch its recording, made now where it is worth it; None: issue it.
+
+        Args:
+            chunks: on the device.
+            tokens: int64 [B, T] on the host.
+            states: what is trained.
+            of_starts: whether the gradient of what chunks begin from is wanted.
+        """
+        if not chunks:
+            return []
+        sample = self.model.look_up(tokens[:1, :1])
+        trained = (of_starts, *states, *(state.data_ptr() for state in states.values()))
+        keys = [(*_shape_of(chunk, self.tokens), *trained) for chunk in chunks]
+        times = Counter(keys)
+        found: dict[Key, RecordedChunk | None] = {}
+        for key, chunk in zip(keys, chunks, strict=True):
+            if key not in found:
+                record = partial(self._record, chunk, sample, states, of_starts)
+                found[key] = self._found(key, record, times[key])
+        if None in found.values():
+            self._make_room()
+        # Where one could not be made, or did not leave enough room, all are gone.
+        return [found[key] if self._works else None for key in keys]
+
+    def _record(
+        self, chunk: Chunk, sample: Tensor, states: Mapping[str, nn.Parameter], of_starts: bool, pool: Any
+    ) -> RecordedChunk:
+        if self.gradients.keys() != states.keys():
+            self.gradients = {name: torch.zeros_like(state) for name, state in states.items()}
+        return RecordedChunk(self.model, chunk, sample, self.tokens, states, self.gradients, of_starts, pool)
+
+    def _give_up(self, reason: str) -> None:
+        self.gradients = {}
+        super()._give_up(reason)
+
+
+def _shape_of(chunk: Chunk, tokens: int) -> Key:
+    layout = chunk.layout
+    if layout is None:
+        return (len(chunk.rows), _filled(chunk, tokens))
+    lengths = (layout.tokens, layout.root_tokens)
+    return (*lengths, layout.roots, len(layout.lengths), len(chunk.sources), len(chunk.kept))
+
+
+def _filled(chunk: Chunk, tokens: int) -> int:
+    """To how many tokens a chunk without borders is filled up: not where it leaves a memory, which would go on."""
+    return chunk.end - chunk.start if chunk.kept else tokens
+
+
+class RecordedChunk:
+    """The layers over chunks of one shape: what goes in, three graphs, and what comes out.
+
+    What it returns is overwritten by the next call, memories and their gradients excepted.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        chunk: Chunk,
+        sample: Tensor,
+        tokens: int,
+        states: Mapping[str, nn.Parameter],
+        gradients: Mapping[str, Tensor],
+        of_starts: bool,
+        pool: Any,
+    ) -> None:
+        layout, rows = chunk.layout, len(chunk.rows)
+        self._model = model
+        self._tokens = _filled(chunk, tokens) if layout is None else layout.tokens
+        begins, keeps = (rows, rows) if layout is None else (len(chunk.sources), len(chunk.kept))
+        # Two, since what kernels derive from a layout belongs to the graph that derived it.
+        self._layouts = tuple(None if layout is None else _copy_of(layout) for _ in range(2))
+        self._inputs = sample.new_zeros((rows, self._tokens, *sample.shape[2:]), device=model.device)
+        self._start = _memory(model, begins) if begins else None
+        self._after = _memory(model, keeps) if keeps else None
+        self._gradient = torch.zeros(
+            (rows, self._tokens, model.shape.n_embd), dtype=model.compute_dtype, device=model.device
+        )
+        self._of_states = [gradients.get(f"blocks.{layer}.att.time_state") for layer in range(model.shape.n_layer)]
+        self._forward, self._again, self._backward = (torch.cuda.CUDAGraph() for _ in range(3))
+        second = _SecondPass(model)
+        self._pass_by()  # kernels are loaded when they are first used, which cannot be recorded
+        functional_call(second, aliases_of(states, gradients), (self, of_starts, None))
+        with recording_of(model):
+            with capturing(self._forward, pool):
+                self._hidden, self._memory = self._pass_by()
+            _forget(model)
+            aliases = aliases_of(states, gradients)
+            self._hidden_again, self._of_start = functional_call(second, aliases, (self, of_starts, pool))
+            self._dense = model.workspace.buffers()  # which the graphs write to
+
+    def forward(self, inputs: Tensor, chunk: Chunk, start: LayerState | None) -> tuple[Tensor, LayerState | None]:
+        """The first pass: what `model.chunks.run_chunk` gives for `look_up`'s inputs."""
+        self._load(inputs, chunk, start, self._layouts[0])
+        self._forward.replay()
+        _forget(self._model)
+        memory = None
+        if chunk.kept:
+            assert self._memory is not None
+            kept = kept_of(chunk, self._memory, rows_axis=1)
+            memory = kept if kept is not self._memory else LayerState(*(part.clone() for part in kept))
+        return self._hidden[:, : inputs.shape[1]], memory
+
+    def again(self, inputs: Tensor, chunk: Chunk, start: LayerState | None) -> Tensor:
+        """The second pass as far as the head: hidden [b, N, C]; `backward` is to follow."""
+        self._load(inputs, chunk, start, self._layouts[1])
+        self._again.replay()
+        _forget(self._model)
+        hidden: Tensor = self._hidden_again[:, : inputs.shape[1]]
+        return hidden
+
+    def backward(self, chunk: Chunk, gradient: Tensor | None, after: LayerState | None) -> LayerState | None:
+        """Adds to the gradients of what is trained; returns that of the memory the chunk began from, if it is wanted.
+
+        Args:
+            chunk: that `again` was called with.
+            gradient: of what that returned; None is zero.
+            after: of the memory that the chunk leaves; None is zero.
+        """
+        tokens = 0
+        if gradient is not None:
+            tokens = gradient.shape[1]
+            self._gradient[:, :tokens].copy_(gradient)
+        self._gradient[:, tokens:].zero_()
+        if self._after is not None:
+            self._load_after(chunk, after)
+        self._backward.replay()
+        _forget(self._model)
+        if self._of_start is None:
+            return None
+        if chunk.sources:
+            return LayerState(*(part.clone() for part in self._of_start))
+        of_rows = self._of_start.wkv.sum(1).unbind(0)
+        trained = [(whole, own) for whole, own in zip(self._of_states, of_rows, strict=True) if whole is not None]
+        if trained:
+            torch._foreach_add_([whole for whole, _ in trained], [own for _, own in trained])
+        return None
+
+    @torch.no_grad()
+    def _pass_by(self) -> tuple[Tensor, LayerState | None]:
+        start = None if self._start is None else by_layer(self._start)
+        hidden, after = self._model(self._inputs, start, self._layouts[0], return_state=self._after is not None)
+        return hidden, None if after is None else stacked(after)
+
+    def _load(self, inputs: Tensor, chunk: Chunk, start: LayerState | None, layout: SegmentLayout | None) -> None:
+        """What is behind the last token stays what it was: tokens of earlier chunks, which nothing depends on."""
+        self._inputs[:, : inputs.shape[1]].copy_(inputs, non_blocking=True)
+        if layout is not None:
+            assert chunk.layout is not None
+            for target, source in zip(layout.tensors, chunk.layout.tensors, strict=True):
+                target.copy_(source)
+        if self._start is None:
+            return
+        if start is not None:
+            torch._foreach_copy_(list(self._start), list(start))
+            return
+        initial = torch.stack([state.detach() for state in self._model.initial_states()])
+        self._start.wkv.copy_(initial.unsqueeze(1).expand_as(self._start.wkv))
+        torch._foreach_zero_([self._start.att_shift, self._start.ffn_shift])
+
+    def _load_after(self, chunk: Chunk, after: LayerState | None) -> None:
+        assert self._after is not None
+        rows = self._after.wkv.shape[1]
+        if after is None or len(chunk.kept) < rows:
+            torch._foreach_zero_(list(self._after))
+        if after is None:
+            return
+        if len(chunk.kept) == rows:
+            torch._foreach_copy_(list(self._after), list(after))
+            return
+        for whole, own in zip(self._after, after, strict=True):
+            for place, row in enumerate(chunk.kept):
+                whole[:, row].copy_(own[:, place])
+
+
+class _SecondPass(nn.Module):
+    """Forward with autograd and backward, while others stand in the parameters' places; without a pool not recorded."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, recorded: RecordedChunk, of_starts: bool, pool: Any) -> tuple[Tensor, LayerState | None]:
+        """Hidden [B, N, C], and the gradient of what it begins from."""
+        start, gradients_of_kept = recorded._start, recorded._after
+        leaves: LayerState | None = None
+        kept: ModelState | None
+        with torch.enable_grad(), _within(recorded._again, pool):
+            if start is not None:
+                leaves = LayerState(*(part.detach().requires_grad_(of_starts) for part in start))
+            hidden, kept = self.model(
+                recorded._inputs,
+                None if leaves is None else by_layer(leaves),
+                recorded._layouts[1],
+                return_state=gradients_of_kept is not None,
+            )
+        _forget(self.model)
+        ends = [(hidden, recorded._gradient)]
+        if gradients_of_kept is not None:
+            assert kept is not None
+            for layer, gradients in zip(kept, by_layer(gradients_of_kept), strict=True):
+                ends += zip(layer, gradients, strict=True)
+        asked = [(end, gradient) for end, gradient in ends if end.requires_grad]
+        if not asked:
+            raise RuntimeError("nothing in the layers is trained")
+        with _within(recorded._backward, pool):
+            torch.autograd.backward([end for end, _ in asked], [gradient for _, gradient in asked])
+        of_start = None
+        if leaves is not None and of_starts:
+            of_start = LayerState(*(_gradient_of(leaf) for leaf in leaves))
+        return hidden.detach(), of_start
+
+
+def _within(graph: torch.cuda.CUDAGraph, pool: Any) -> Any:
+    return contextlib.nullcontext() if pool is None else capturing(graph, pool)
+
+
+def _gradient_of(leaf: Tensor) -> Tensor:
+    return torch.zeros_like(leaf) if leaf.grad is None else leaf.grad
+
+
+def _forget(model: LanguageModel) -> None:
+    """What dense copies of weights hold is unknown to others after a replay, and to a graph before it."""
+    model.workspace.forget()
+    model.casts.forget()
+
+
+def _memory(model: LanguageModel, sequences: int) -> LayerState:
+    """Zeros in the shape of a memory of K sequences, see `state.stacked`."""
+    shape = model.shape
+    shift = (shape.n_layer, sequences, shape.n_embd)
+    matrix = (shape.n_layer, sequences, shape.n_head, shape.head_size, shape.head_size)
+    return LayerState(
+        torch.zeros(shift, dtype=model.compute_dtype, device=model.device),
+        torch.zeros(matrix, dtype=torch.float32, device=model.device),
+        torch.zeros(shift, dtype=model.compute_dtype, device=model.device),
+    )
+
+
+def _copy_of(layout: SegmentLayout) -> SegmentLayout:
+    """The same in tensors of its own."""
+    carry = None if layout.carry is None else Carry(*(tensor.clone() for tensor in layout.carry.tensors))
+    return replace(
+        layout,
+        root_borders=layout.root_borders.clone(),
+        child_borders=layout.child_borders.clone(),
+        parents=layout.parents.clone(),
+        previous=layout.previous.clone(),
+        carry=carry,
+    )
