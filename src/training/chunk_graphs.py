@@ -135,14 +135,16 @@ class RecordedChunk:
         self._of_states = [gradients.get(f"blocks.{layer}.att.time_state") for layer in range(model.shape.n_layer)]
         self._forward, self._again, self._backward = (torch.cuda.CUDAGraph() for _ in range(3))
         second = _SecondPass(model)
-        self._pass_by()  # kernels are loaded when they are first used, which cannot be recorded
-        functional_call(second, aliases_of(states, gradients), (self, of_starts, None))
+        # Kernels are loaded when they are first used, which cannot be recorded. With another layout, so that what is
+        # derived from the recorded ones is not known yet.
+        self._pass_by(layout)
+        functional_call(second, aliases_of(states, gradients), (self, layout, of_starts, None))
         with recording_of(model):
             with capturing(self._forward, pool):
-                self._hidden, self._memory = self._pass_by()
+                self._hidden, self._memory = self._pass_by(self._layouts[0])
             _forget(model)
-            aliases = aliases_of(states, gradients)
-            self._hidden_again, self._of_start = functional_call(second, aliases, (self, of_starts, pool))
+            aliases, own = aliases_of(states, gradients), (self, self._layouts[1], of_starts, pool)
+            self._hidden_again, self._of_start = functional_call(second, aliases, own)
             self._dense = model.workspace.buffers()  # which the graphs write to
 
     def forward(self, inputs: Tensor, chunk: Chunk, start: LayerState | None) -> tuple[Tensor, LayerState | None]:
@@ -193,9 +195,9 @@ class RecordedChunk:
         return None
 
     @torch.no_grad()
-    def _pass_by(self) -> tuple[Tensor, LayerState | None]:
+    def _pass_by(self, layout: SegmentLayout | None) -> tuple[Tensor, LayerState | None]:
         start = None if self._start is None else by_layer(self._start)
-        hidden, after = self._model(self._inputs, start, self._layouts[0], return_state=self._after is not None)
+        hidden, after = self._model(self._inputs, start, layout, return_state=self._after is not None)
         return hidden, None if after is None else stacked(after)
 
     def _load(self, inputs: Tensor, chunk: Chunk, start: LayerState | None, layout: SegmentLayout | None) -> None:
@@ -236,7 +238,9 @@ class _SecondPass(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, recorded: RecordedChunk, of_starts: bool, pool: Any) -> tuple[Tensor, LayerState | None]:
+    def forward(
+        self, recorded: RecordedChunk, layout: SegmentLayout | None, of_starts: bool, pool: Any
+    ) -> tuple[Tensor, LayerState | None]:
         """Hidden [B, N, C], and the gradient of what it begins from."""
         start, gradients_of_kept = recorded._start, recorded._after
         leaves: LayerState | None = None
@@ -247,7 +251,7 @@ class _SecondPass(nn.Module):
             hidden, kept = self.model(
                 recorded._inputs,
                 None if leaves is None else by_layer(leaves),
-                recorded._layouts[1],
+                layout,
                 return_state=gradients_of_kept is not None,
             )
         _forget(self.model)

@@ -361,7 +361,7 @@ def recorder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[LanguageModel, int
             of_starts, pool = rest
 
             def forward() -> None:
-                found, after = self._pass_by()
+                found, after = self._pass_by(self._layouts[0])
                 self._hidden.copy_(found)
                 if after is not None:
                     assert self._memory is not None
@@ -375,7 +375,7 @@ def recorder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[LanguageModel, int
             def backward() -> None:
                 aliases = chunk_graphs.aliases_of(states, into)
                 second = chunk_graphs._SecondPass(model)
-                _, of_start = torch.func.functional_call(second, aliases, (self, of_starts, pool))
+                _, of_start = torch.func.functional_call(second, aliases, (self, self._layouts[1], of_starts, pool))
                 if of_start is not None:
                     assert self._of_start is not None
                     torch._foreach_copy_(list(self._of_start), list(of_start))
