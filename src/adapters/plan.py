@@ -77,6 +77,11 @@ class AdapterPlan:
             for name, size in KINDS[self.kind].parameter_shapes(self.r, *sizes[key]).items()
         }
 
+    def kept_values(self, shape: ModelShape) -> dict[str, int]:
+        """Key of each matrix -> values per position that its adapter keeps between forward and backward."""
+        sizes = shape.parameter_shapes()
+        return {key: KINDS[self.kind].kept_values(self.r, sizes[key][1]) for key in self.matrices(shape)}
+
     def start_values(self, shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """fp32 values of every parameter on the device: those in `tensors`, or fresh ones.
 
@@ -128,10 +133,8 @@ class AdapterPlan:
         options: dict[str, Any] = {}
         if kind is LoRA:
             options = {"scale": self.scale, "dropout": self.dropout if self.kind == "lora" else 0.0}
-        sizes = model.shape.parameter_shapes()
-        for key in self.matrices(model.shape):
+        for key, kept in self.kept_values(model.shape).items():
             own = {name: values[f"{module_of(key)}.{name}"] for name in kind.names}
-            kept = kind.kept_values(self.r, sizes[key][1])
             model.adapt(key, lambda base, own=own: kind(base, own, **options), kept)  # type: ignore[misc]
 
     def properties(self) -> dict[str, Any]:

@@ -257,13 +257,7 @@ class LanguageModel(nn.Module):
         """Bytes per token that a layer keeps between forward and backward in this mode."""
         fused = self.compute_dtype is torch.bfloat16 and fused_kernels() is not None
         kept = self.shape.kept_bytes(mode, fused=fused)
-        if mode is Recompute.ALL or not self._kept_by_adapters:
-            return kept
-        # The mixer's inputs lie in one piece: what is kept of them keeps those that no matrix takes, too.
-        whole = any(values >= self.shape.n_embd for values in self._kept_by_adapters.values())
-        others = self.shape.n_embd * (self.shape.mixes_without_matrix if whole else 1)
-        by_adapters = sum(self._kept_by_adapters.values()) // self.shape.n_layer + others
-        return kept + 2 * by_adapters
+        return kept if mode is Recompute.ALL else kept + self.shape.kept_bytes_of_adapters(self._kept_by_adapters)
 
     @property
     def dense_time_mix_bytes(self) -> int:

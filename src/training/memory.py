@@ -41,6 +41,8 @@ _PACKED_BYTES = {"int8": 1.02}
 _FOUR_BIT_BYTES = 0.57
 _SMALLEST_CHUNK, _EFFICIENT_CHUNK = 128, 2048
 """Tokens; packed weights are unpacked for every chunk, which below the second takes longer than recomputing layers."""
+_MEMORIES_AT_HAND = 4
+"""What a chunk begins from and leaves, and their gradients."""
 _SHARE_OF_FREE = 0.95
 
 
@@ -191,9 +193,9 @@ def chunk_that_fits(
 ) -> int:
     """What `--chunk_ctx auto` is: the most tokens of a chunk, a power of two, or 0 where whole rows fit.
 
-    Counted are the weights, what is trained, the activations of a chunk as `--grad_cp` has them, and the memories that
-    wait on the device. Under 2 that is all activations, since a chunk without recomputation saves a pass, or what
-    enters the layers where no such chunk of an efficient size fits.
+    Counted are the weights, what is trained, the activations of a chunk as `--grad_cp` has them, what it begins from
+    and leaves, and the memories that wait on the device. Under 2 activations are all, since a chunk without
+    recomputation saves a pass, or what enters the layers where no such chunk of an efficient size fits.
 
     Args:
         config: the flags.
@@ -214,11 +216,14 @@ def chunk_that_fits(
         rows, width = config.micro_bsz, config.ctx_len
     fused = device.type == "cuda" and compute_dtype is torch.bfloat16
     everything, nothing = (shape.kept_bytes(mode, fused=fused) for mode in (Recompute.ALL, Recompute.NOTHING))
+    if method.adapters is not None:
+        nothing += shape.kept_bytes_of_adapters(method.adapters.kept_values(shape))
     kept = {0: [nothing * shape.n_layer], 1: [everything * shape.n_layer]}
     kept[2] = kept[0] + kept[1]
     # With their inputs at hand, one layer after the other is computed and left.
     of_chunk = [nothing] if config.chunk_keep == "inputs" else kept[config.grad_cp]
-    of_memory = shape.memory_bytes(compute_dtype.itemsize) if config.chunk_keep == "device" else 0
+    of_memory = shape.memory_bytes(compute_dtype.itemsize)
+    waiting = of_memory if config.chunk_keep == "device" else 0
     free = _SHARE_OF_FREE * free_bytes(device)
     if device.type == "cuda" and config.memory_gib:
         free = min(free, config.memory_gib * 2**30)
@@ -226,7 +231,8 @@ def chunk_that_fits(
 
     def needed(tokens: int, kept_bytes: int) -> int:
         of_position = (kept_bytes + _passing_bytes(shape)) * compute_dtype.itemsize // 2
-        return model + rows * (tokens * of_position + (ceil_div(width, tokens) - 1) * of_memory)
+        memories = _MEMORIES_AT_HAND * of_memory if tokens < width else 0
+        return model + rows * (tokens * of_position + memories + (ceil_div(width, tokens) - 1) * waiting)
 
     sizes = [size for power in range(width.bit_length()) if _SMALLEST_CHUNK <= (size := 1 << power) < width]
     if needed(width, kept[config.grad_cp][-1]) <= free:
@@ -236,7 +242,7 @@ def chunk_that_fits(
         return next((tokens for tokens in largest if tokens >= _EFFICIENT_CHUNK), max(largest))
     least = min(needed(tokens, of_chunk[-1]) for tokens in sizes or [width])
     ways = [
-        *(["--chunk_keep host"] if of_memory and device.type == "cuda" else []),
+        *(["--chunk_keep host"] if waiting and device.type == "cuda" else []),
         *(["--quant 1"] if method.freezes_matrices and not config.quantised else []),
         *(["--grad_cp 1"] if config.grad_cp != 1 else []),
         "shorter rows",

@@ -210,6 +210,32 @@ class TestTheChunkThatFits:
         assert small[0] < 2048 < small[1] == small[2]
         assert 2048 <= large[0] == large[2] < large[1]
 
+    @pytest.mark.parametrize(
+        ("sizes", "flags", "tokens", "used_gib"),
+        [
+            ((24, 2048), {"peft": "lora", "quant": "0", "ctx_len": "16384"}, 2048, 9.85 + 0.66),
+            ((32, 4096), {"chunk_keep": "host", "ctx_len": "16384"}, 512, 7.06 + 0.06),
+        ],
+        ids=["1.6B LoRA", "7B states"],
+    )
+    def test_it_is_what_a_gpu_needs(
+        self,
+        sizes: tuple[int, int],
+        flags: dict[str, str],
+        tokens: int,
+        used_gib: float,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """Used on an H100, 2026-11-26, without an optimizer: 9.85 and 7.06 GiB; Adam's moments are 0.66 and 0.06."""
+        shape = RWKV6Shape.from_sizes(
+            n_layer=sizes[0], n_embd=sizes[1], vocab_size=65536, double_extra_dim=sizes[1] == 4096
+        )
+        monkeypatch.setattr(TestTheChunkThatFits, "SHAPE", shape)
+        enough, too_little = (
+            self.size(monkeypatch, share * used_gib / 0.95, grad_cp="0", **flags) for share in (1.06, 0.98)
+        )
+        assert too_little < tokens == enough
+
     def test_pairs_are_one_row(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.size(monkeypatch, 6, orpo="1") == 0
         assert self.size(monkeypatch, 6, orpo="1", rlhf_max_corpus_len="30000") > 0
