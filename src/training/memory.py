@@ -43,6 +43,8 @@ _SMALLEST_CHUNK, _EFFICIENT_CHUNK = 128, 2048
 """Tokens; packed weights are unpacked for every chunk, which below the second takes longer than recomputing layers."""
 _MEMORIES_AT_HAND = 4
 """What a chunk begins from and leaves, and their gradients."""
+_TARGET_BYTES = 64
+"""Of each position of a row in chunks: where its target is, its scores and their gradients."""
 _SHARE_OF_FREE = 0.95
 
 
@@ -194,8 +196,8 @@ def chunk_that_fits(
     """What `--chunk_ctx auto` is: the most tokens of a chunk, a power of two, or 0 where whole rows fit.
 
     Counted are the weights, what is trained, the activations of a chunk as `--grad_cp` has them, what it begins from
-    and leaves, and the memories that wait on the device. Under 2 activations are all, since a chunk without
-    recomputation saves a pass, or what enters the layers where no such chunk of an efficient size fits.
+    and leaves, scores of all targets, and the memories that wait on the device. Under 2 activations are all, since a
+    chunk without recomputation saves a pass, or what enters the layers where no such chunk of an efficient size fits.
 
     Args:
         config: the flags.
@@ -231,8 +233,8 @@ def chunk_that_fits(
 
     def needed(tokens: int, kept_bytes: int) -> int:
         of_position = (kept_bytes + _passing_bytes(shape)) * compute_dtype.itemsize // 2
-        memories = _MEMORIES_AT_HAND * of_memory if tokens < width else 0
-        return model + rows * (tokens * of_position + memories + (ceil_div(width, tokens) - 1) * waiting)
+        of_chunks = _MEMORIES_AT_HAND * of_memory + width * _TARGET_BYTES if tokens < width else 0
+        return model + rows * (tokens * of_position + of_chunks + (ceil_div(width, tokens) - 1) * waiting)
 
     sizes = [size for power in range(width.bit_length()) if _SMALLEST_CHUNK <= (size := 1 << power) < width]
     if needed(width, kept[config.grad_cp][-1]) <= free:

@@ -1,7 +1,6 @@
 """Seconds per step and memory of whole training steps on random weights of the true shapes.
 
-    python tests/bench/bench_step.py                       every row but the long ones
-    python tests/bench/bench_step.py --rows long-lora-1.6b-16k,long-7b-64k --steps 4 --strategy auto
+    python tests/bench/bench_step.py                       every row
     python tests/bench/bench_step.py --rows sft-7b-1024,orpo-14b --steps 8
     python tests/bench/bench_step.py --rows sft-7b-1024 --devices 2
     python tests/bench/bench_step.py --rows sft-1.6b-1024 --steps 200 --documents demo.jsonl --dataload pack
@@ -75,19 +74,6 @@ ROWS = {
     "bone-7b": Row("7b", 1024, flags=("--peft", "bone", "--quant", "0")),
     "qbone-7b": Row("7b", 1024, flags=("--peft", "bone")),
     "qbat-7b": Row("7b", 1024, flags=("--peft", "bat")),
-    "long-lora-1.6b-16k": Row(
-        "1.6b", 16384, grad_cp=0, flags=("--peft", "lora", "--quant", "0", "--chunk_ctx", "2048")
-    ),
-    "long-lora-1.6b-16k-inputs": Row(
-        "1.6b", 16384, flags=("--peft", "lora", "--quant", "0", "--chunk_ctx", "4096", "--chunk_keep", "inputs")
-    ),
-    "long-7b-4k": Row("7b", 4096, grad_cp=0, flags=("--chunk_ctx", "512", "--chunk_keep", "host")),
-    "long-7b-64k": Row("7b", 65536, grad_cp=0, flags=("--chunk_ctx", "512", "--chunk_keep", "host")),
-    "long-7b-256k": Row("7b", 262144, grad_cp=0, flags=("--chunk_ctx", "512", "--chunk_keep", "host")),
-    "long-7b-64k-again": Row("7b", 65536, flags=("--chunk_ctx", "4096", "--chunk_keep", "host")),
-    "long-7b-64k-inputs": Row("7b", 65536, flags=("--chunk_ctx", "4096", "--chunk_keep", "inputs")),
-    "long-1.6b-16k": Row("1.6b", 16384, grad_cp=0, flags=("--chunk_ctx", "2048", "--chunk_keep", "host")),
-    "long-1.6b-1m": Row("1.6b", 1048576, grad_cp=0, flags=("--chunk_ctx", "2048", "--chunk_keep", "host")),
     "full-1.6b": Row("1.6b", 1024, flags=WHOLE),
     "full16-1.6b": Row("1.6b", 1024, flags=(*WHOLE, *IN_16_BITS, "--optim", "adamw8bit")),
     "full16-3b": Row("3b", 1024, flags=(*WHOLE, *IN_16_BITS, "--optim", "adamw8bit")),
@@ -246,7 +232,7 @@ def gradients_agree() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(name for name in ROWS if not name.startswith("long-")))
+    parser.add_argument("--rows", default=",".join(ROWS))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--strategy", default="deepspeed_stage_1")
     parser.add_argument("--documents", default="", help="a JSONL file to train on instead of random text")
