@@ -15,6 +15,7 @@ from torch import Tensor
 from src.data.batches import Batch, packed_batch
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
+from src.model.parking import Parking
 from src.model.recompute import Recompute
 from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.objectives import SFTObjective, outcome_of
@@ -119,3 +120,20 @@ def test_runs_in_chunks_see_the_losses_of_runs_without(flags: dict[str, object],
         train(tmp_path / keep, **common, chunk_ctx=256, chunk_keep=keep)
         for one, other in zip(metrics(tmp_path / keep), metrics(tmp_path / "whole"), strict=True):
             assert one["loss"] == pytest.approx(other["loss"], rel=2e-2)
+
+
+def test_what_is_parked_comes_back_while_the_gpu_is_busy() -> None:
+    """Each tensor is overwritten as soon as its memory may be used again, and fetched into memory that was in use."""
+    device = torch.device("cuda")
+    parking = Parking(device)
+    work = torch.randn(2048, 2048, device=device)
+    parked = []
+    for value in range(20):
+        work @ work  # something that the copy is beside
+        parked.append(parking.park(torch.full((1 << 20,), float(value), device=device)))
+    parking.settle()
+    for value in reversed(range(20)):
+        torch.full((1 << 20,), -1.0, device=device)
+        coming = parking.fetch(parked[value])
+        work @ work
+        assert bool((coming.arrived() == value).all())

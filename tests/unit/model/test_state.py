@@ -2,7 +2,7 @@
 
 import torch
 
-from src.model.state import LayerState, last_tokens, select_rows
+from src.model.state import LayerState, by_layer, last_tokens, select_rows, stacked
 
 
 def layer(rows: int, seed: int) -> LayerState:
@@ -27,6 +27,19 @@ def test_rows_are_selected_in_every_layer_and_part() -> None:
 def test_last_tokens_of_rows_are_their_last_positions() -> None:
     z = torch.arange(24.0).view(2, 4, 3)
     assert last_tokens(z, None).tolist() == [[9, 10, 11], [21, 22, 23]]
+
+
+def test_last_tokens_do_not_hold_the_others() -> None:
+    last = last_tokens(torch.zeros(2, 4, 3), None)
+    assert last.untyped_storage().nbytes() == last.nbytes
+
+
+def test_all_layers_in_one_and_back() -> None:
+    state = [layer(4, 0), layer(4, 1)]
+    stack = stacked(state)
+    assert stack.wkv.shape == (2, 4, 2, 3, 3)
+    for before, after in zip(state, by_layer(stack), strict=True):
+        assert all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 def test_last_tokens_of_segments_and_zeros_for_an_empty_one() -> None:

@@ -150,6 +150,16 @@ def test_loss_and_gradient_do_not_depend_on_the_size_of_a_chunk(case: str, metho
     check(case, method, recompute, 20, 64)
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_nor_on_where_memories_wait(case: str) -> None:
+    objective, made = CASES[case]
+    model, batch = model_of("states"), made()
+    loss, gradients = step(model, ChunkedObjective(objective, ChunkOptions(20)), batch)
+    parked_loss, found = step(model, ChunkedObjective(objective, ChunkOptions(20, on_host=True)), batch)
+    assert torch.equal(parked_loss, loss)
+    assert all(torch.equal(found[name], gradients[name]) for name in gradients)
+
+
 @pytest.mark.parametrize(("case", "method"), [("sft, pack", "full"), ("sft, pad", "lora"), ("orpo", "states")])
 def test_nor_on_whether_what_enters_the_layers_was_kept(case: str, method: str) -> None:
     check(case, method, Recompute.ALL, 20, with_inputs=True)

@@ -19,7 +19,7 @@ from src.model.recompute import Recompute
 from src.training import run
 from src.training.engine import Hardware
 from src.training.objectives import PreferenceObjective
-from src.training.report import _course, memory_advice
+from src.training.report import _course, _in_chunks, memory_advice
 from src.training.work import make_schedule, prepare_work
 
 SHAPE = tiny_shape()
@@ -219,3 +219,33 @@ def test_an_interrupted_loop_is_an_interrupt(tmp_path: Path, data: Path, monkeyp
     monkeypatch.setattr(run.pl.Trainer, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
         run.train(chosen)
+
+
+class TestThePlanOfChunks:
+    GPU = Hardware(torch.device("cuda"), "bf16", "single")
+
+    @pytest.mark.parametrize(
+        ("flags", "recorded", "again"),
+        [
+            ({}, True, True),
+            ({"grad_cp": 0, "chunk_keep": "host"}, True, False),
+            ({"peft": "lora"}, True, True),
+            ({"chunk_keep": "inputs"}, False, False),
+            ({"cuda_graph": 0}, False, True),
+            ({"train_type": "none"}, False, True),
+            ({"peft": "lora", "lora_dropout": 0.1}, False, True),
+        ],
+        ids=str,
+    )
+    def test_it_says_what_is_recorded_and_what_would_be_faster(
+        self, flags: dict[str, object], recorded: bool, again: bool, data: Path
+    ) -> None:
+        chosen = config(data, chunk_ctx=128, **flags)
+        _, line = _in_chunks(chosen, method_of(chosen), self.GPU, SHAPE)
+        assert ("chunks of one shape are recorded once and replayed" in line) == recorded
+        assert ("chunks are not recorded" in line) != recorded
+        assert ("--grad_cp 0 or 2 saves a forward pass" in line) == again
+
+    def test_it_says_nothing_of_rows_that_are_computed_whole(self, data: Path) -> None:
+        chosen = config(data)
+        assert _in_chunks(chosen, method_of(chosen), self.GPU, SHAPE) == []
