@@ -64,6 +64,9 @@ class ChunkRecorder(Recordings["RecordedChunk"]):
         """
         if not chunks:
             return []
+        if self.gradients and self.gradients.keys() != states.keys():  # recordings add to other gradients
+            self._graphs.clear()
+            self.gradients = {}
         sample = self.model.look_up(tokens[:1, :1])
         trained = (of_starts, *states, *(state.data_ptr() for state in states.values()))
         keys = [(*_shape_of(chunk, self.tokens), *trained) for chunk in chunks]
@@ -81,7 +84,7 @@ class ChunkRecorder(Recordings["RecordedChunk"]):
     def _record(
         self, chunk: Chunk, sample: Tensor, states: Mapping[str, nn.Parameter], of_starts: bool, pool: Any
     ) -> RecordedChunk:
-        if self.gradients.keys() != states.keys():
+        if not self.gradients:
             self.gradients = {name: torch.zeros_like(state) for name, state in states.items()}
         return RecordedChunk(self.model, chunk, sample, self.tokens, states, self.gradients, of_starts, pool)
 
