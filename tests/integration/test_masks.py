@@ -102,6 +102,29 @@ def test_the_first_loss_is_that_of_the_answers(
     assert metrics(tmp_path)[0]["loss"] == pytest.approx(float(before[1]), abs=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("mask", "dataload"),
+    [
+        ({"loss_mask": "qa"}, "pad"),
+        pytest.param({"loss_mask": "qa"}, "pack", marks=pytest.mark.slow),
+        pytest.param({"loss_mask": "se", "mask_id": TEXTS}, "pack", marks=pytest.mark.slow),
+        pytest.param({"loss_mask": "se", "mask_id": TEXTS}, "get", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_a_mask_is_the_same_in_chunks(
+    mask: dict[str, str], dataload: str, places: dict[str, Path], tmp_path: Path
+) -> None:
+    """RWKV-PEFT's two fragments together; most chunks of 4 tokens have none that counts."""
+    chosen = flags(places, "binidx", dataload=dataload, ctx_len=40, lr_init=1e-3, **mask)
+    train(tmp_path / "whole", **chosen, train_type="none")
+    ended = train(tmp_path / "chunks", **chosen, train_type="infctx", chunk_ctx=4)
+    assert "chunks     of 4 tokens where a row has more: the gradient of whole rows" in ended.out
+    for one, other in zip(metrics(tmp_path / "chunks"), metrics(tmp_path / "whole"), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=1e-4)
+        assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
+
+
 def test_a_stopped_run_keeps_its_mask(places: dict[str, Path], tmp_path: Path) -> None:
     chosen = flags(places, "text", loss_mask="se", mask_id=TEXTS, epoch_steps=4)
     train(tmp_path / "whole", **chosen)
