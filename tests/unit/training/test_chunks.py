@@ -407,9 +407,16 @@ def recorder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[LanguageModel, int
     return made
 
 
-@pytest.mark.parametrize("bptt_chunks", [0, 1])
-@pytest.mark.parametrize("method", ["states", "lora"])
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    ("case", "method", "bptt_chunks"),
+    [
+        *((case, "states", 0) for case in CASES),
+        ("sft, pad", "lora", 0),
+        ("orpo", "lora", 0),
+        ("sft, pack", "states", 1),
+        ("sft, pad", "lora", 1),
+    ],
+)
 def test_replayed_chunks_give_the_gradient_of_whole_rows(
     case: str, method: str, bptt_chunks: int, recorder_of: Callable[[LanguageModel, int], ChunkRecorder]
 ) -> None:
