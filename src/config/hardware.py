@@ -43,7 +43,9 @@ class HardwareFlags(Flags, group="hardware"):
         0.0, "GPU memory --grad_cp 2 may use in all; 0 is the whole card",
         must=NOT_NEGATIVE, most=10**6, only_with=("grad_cp", 2),
     )  # fmt: skip
-    cuda_graph: int = flag(1, "1 records a step per shape and replays it, 0 issues every kernel", (0, 1))
+    cuda_graph: int = flag(
+        1, "1 records a step per shape and replays it, 2 chunks of rows as well, 0 issues every kernel", (0, 1, 2)
+    )
     offload_activations: int = flag(
         0, "1 keeps what the backward needs in host memory; steps are then not recorded", (0, 1)
     )

@@ -66,7 +66,7 @@ class TrainingModule(pl.LightningModule):
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
         lends = config.accumulate_grad_batches == 1
         recorder = None
-        if records and config.chunk_ctx and config.chunk_keep != "inputs":
+        if records and config.cuda_graph == 2 and config.chunk_ctx and config.chunk_keep != "inputs":
             recorder = ChunkRecorder(model, config.chunk_ctx, limit_gib, lends_gradients=lends)
         self.objective: Objective = _in_chunks(objective, config, recorder)
         records = records and objective.recordable

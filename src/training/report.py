@@ -129,7 +129,7 @@ def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware, shape: M
         ways = "--grad_cp 0 or 2 saves a forward pass if what the layers keep of a chunk fits"
         by_layer = config.chunk_keep == "inputs"
         recorded = (
-            config.cuda_graph
+            config.cuda_graph == 2
             and method.recordable
             and not (config.dropout or config.offload_activations or by_layer or shape.operator_note)
         )
