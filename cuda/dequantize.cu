@@ -4,14 +4,22 @@
 // neighbouring values at a time (one 16-byte store, coalesced over the warp) and has kUnroll of them in flight. The
 // output is left in the L2 cache on purpose: the matrix product that follows reads it.
 
-#include <cuda_bf16.h>
-
-#include <type_traits>
-
-#include "dequantize.h"
+#include "types.cuh"
 
 namespace dequantize {
-namespace {
+
+// A matrix as bitsandbytes packs it. 4-bit types: two values per byte, the first in the high nibble, blocks of 64
+// values. 8-bit: one value per byte, blocks of 256.
+struct Packed {
+  const void* packed;          // 16-byte aligned
+  const void* absmax;          // one per block: uint8 when absmax_scale is given, else fp32
+  const float* absmax_scale;   // one per 256 absmax; null: no double quantisation (always so with 8 bits)
+  const float* absmax_offset;  // one; null exactly when absmax_scale is
+  const float* absmax_code;    // 256 values; needed when absmax_scale is given
+  const float* value_code;     // 16 values (4 bits) or 256 (8 bits)
+  int bits;                    // 4 or 8
+  int64_t count;               // values, a multiple of 8
+};
 
 constexpr int kThreads = 256;
 constexpr int kVector = 8;
@@ -34,6 +42,15 @@ struct Traits<8> {
   static constexpr int kCodes = 256;
 };
 
+template <bool kDouble>
+struct Absmax {
+  using Type = float;
+};
+template <>
+struct Absmax<true> {
+  using Type = uint8_t;
+};
+
 __device__ __forceinline__ int value_index(uint32_t raw, int i) {
   // Value 0 is the high nibble of byte 0, value 1 its low nibble, value 2 the high nibble of byte 1, ...
   return (raw >> (8 * (i / 2) + (i % 2 == 0 ? 4 : 0))) & 15u;
@@ -46,14 +63,14 @@ __device__ __forceinline__ int value_index(uint2 raw, int i) {
 template <int kBits, bool kDouble>
 __global__ void __launch_bounds__(kThreads) to_bf16_kernel(Packed matrix, uint4* __restrict__ output) {
   using Raw = typename Traits<kBits>::Raw;
-  using Absmax = std::conditional_t<kDouble, uint8_t, float>;
+  using Scale = typename Absmax<kDouble>::Type;
   constexpr unsigned kVectorsPerBlock = Traits<kBits>::kBlock / kVector;
   const Raw* packed = static_cast<const Raw*>(matrix.packed);
   const unsigned vectors = unsigned(matrix.count / kVector);
   const unsigned stride = gridDim.x * kThreads;
   unsigned start = blockIdx.x * kThreads + threadIdx.x;
   Raw raw[kUnroll];
-  Absmax absmax[kUnroll];
+  Scale absmax[kUnroll];
   float absmax_scale[kUnroll];
   const auto fetch = [&] {
 #pragma unroll
@@ -61,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) to_bf16_kernel(Packed matrix, uint4*
       const unsigned vector = min(start + u * stride, vectors - 1);
       raw[u] = __ldcs(packed + vector);  // read once: leave the L2 cache to the output
       const unsigned block = vector / kVectorsPerBlock;
-      absmax[u] = __ldg(static_cast<const Absmax*>(matrix.absmax) + block);
+      absmax[u] = __ldg(static_cast<const Scale*>(matrix.absmax) + block);
       if (kDouble) absmax_scale[u] = __ldg(matrix.absmax_scale + block / kAbsmaxBlock);
     }
   };
@@ -91,39 +108,12 @@ __global__ void __launch_bounds__(kThreads) to_bf16_kernel(Packed matrix, uint4*
       uint32_t pair[4];
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        const __nv_bfloat162 rounded = __floats2bfloat162_rn(value_code[value_index(raw[u], 2 * i)] * scale,
-                                                             value_code[value_index(raw[u], 2 * i + 1)] * scale);
-        pair[i] = *reinterpret_cast<const uint32_t*>(&rounded);
+        pair[i] = pack_bf16(value_code[value_index(raw[u], 2 * i)] * scale,
+                            value_code[value_index(raw[u], 2 * i + 1)] * scale);
       }
       output[vector] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
     }
   }
-}
-
-}  // namespace
-
-cudaError_t to_bf16(const Packed& matrix, void* output, cudaStream_t stream) {
-  const int64_t vectors = matrix.count / kVector;
-  // start + 2 * kUnroll * stride stays below 2^32.
-  if (matrix.count % kVector != 0 || vectors >= int64_t(1) << 31) return cudaErrorInvalidValue;
-  if (vectors == 0) return cudaSuccess;
-  int device = 0, multiprocessors = 0;
-  cudaError_t error = cudaGetDevice(&device);
-  if (error == cudaSuccess) {
-    error = cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, device);
-  }
-  if (error != cudaSuccess) return error;
-  const int64_t full_grid = int64_t(multiprocessors) * kBlocksPerMultiprocessor;
-  const int64_t needed = (vectors + kThreads - 1) / kThreads;
-  const unsigned blocks = unsigned(needed < full_grid ? needed : full_grid);
-  const auto launch = [&](auto kernel) {
-    kernel<<<blocks, kThreads, 0, stream>>>(matrix, static_cast<uint4*>(output));
-    return cudaGetLastError();
-  };
-  const bool double_quantised = matrix.absmax_scale != nullptr;
-  if (matrix.bits == 4) return double_quantised ? launch(&to_bf16_kernel<4, true>) : launch(&to_bf16_kernel<4, false>);
-  if (matrix.bits == 8 && !double_quantised) return launch(&to_bf16_kernel<8, false>);
-  return cudaErrorInvalidValue;
 }
 
 }  // namespace dequantize

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kRowThreads)
                             int* argmax, int vocabulary) {
   const int64_t row = blockIdx.x;
   const int64_t base = row * vocabulary;
-  RowStatistics mine{-INFINITY, 0.0f, vocabulary};
+  RowStatistics mine{-infinity(), 0.0f, vocabulary};
   for (int column = int(threadIdx.x) * kVector; column < vocabulary; column += kRowThreads * kVector) {
     float logit[kVector];
     load(logits, base + column, logit);
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kRowThreads)
   logsumexp[row] = total;
   argmax[row] = mine.index;
   max_logit[row] = counted ? mine.maximum : 0.0f;
-  logp[row] = counted ? __bfloat162float(static_cast<const __nv_bfloat16*>(logits)[base + target]) - total : 0.0f;
+  logp[row] = counted ? bf16_to_float(static_cast<const uint16_t*>(logits)[base + target]) - total : 0.0f;
 }
 
 __global__ void __launch_bounds__(kRowThreads)

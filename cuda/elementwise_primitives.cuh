@@ -2,10 +2,6 @@
 #ifndef ELEMENTWISE_PRIMITIVES_CUH
 #define ELEMENTWISE_PRIMITIVES_CUH
 
-#include <cuda_bf16.h>
-
-#include <cstdint>
-
 #include "elementwise.h"
 
 namespace elementwise {
@@ -17,16 +13,15 @@ struct alignas(16) Packed {
 };
 
 __device__ __forceinline__ Packed load(const void* base, int64_t offset) {
-  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(base) + offset));
+  const uint4 raw = __ldg(reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + offset));
   return {{raw.x, raw.y, raw.z, raw.w}};
 }
 
-// bf16 is the upper half of fp32.
 __device__ __forceinline__ void unpack(const Packed& packed, float (&values)[kVector]) {
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    values[2 * i] = __uint_as_float(packed.pair[i] << 16);
-    values[2 * i + 1] = __uint_as_float(packed.pair[i] & 0xffff0000u);
+    values[2 * i] = low_half(packed.pair[i]);
+    values[2 * i + 1] = high_half(packed.pair[i]);
   }
 }
 
@@ -36,22 +31,19 @@ __device__ __forceinline__ void load(const void* base, int64_t offset, float (&v
 
 // A plain load, for what the same kernel writes.
 __device__ __forceinline__ void load_written(const void* base, int64_t offset, float (&values)[kVector]) {
-  const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const __nv_bfloat16*>(base) + offset);
+  const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + offset);
   unpack(Packed{{raw.x, raw.y, raw.z, raw.w}}, values);
 }
 
 __device__ __forceinline__ Packed pack(const float (&values)[kVector]) {
   Packed packed;
 #pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const __nv_bfloat162 rounded = __floats2bfloat162_rn(values[2 * i], values[2 * i + 1]);
-    packed.pair[i] = *reinterpret_cast<const uint32_t*>(&rounded);
-  }
+  for (int i = 0; i < 4; ++i) packed.pair[i] = pack_bf16(values[2 * i], values[2 * i + 1]);
   return packed;
 }
 
 __device__ __forceinline__ void store(void* base, int64_t offset, const Packed& packed) {
-  *reinterpret_cast<uint4*>(static_cast<__nv_bfloat16*>(base) + offset) =
+  *reinterpret_cast<uint4*>(static_cast<uint16_t*>(base) + offset) =
       make_uint4(packed.pair[0], packed.pair[1], packed.pair[2], packed.pair[3]);
 }
 

@@ -1,12 +1,10 @@
-// Launchers of the WKV6 kernels: plain C++, no torch. Every pointer is device memory, 16-byte aligned.
+// Arguments of the WKV6 kernels. Every pointer is device memory, 16-byte aligned.
 //
 // Shapes: B batch, T tokens, H heads, S sequences (B for a dense batch). Head size 64. States are [value, key].
 #ifndef WKV6_H
 #define WKV6_H
 
-#include <cuda_runtime_api.h>
-
-#include <cstdint>
+#include "types.cuh"
 
 constexpr int kWkv6HeadSize = 64;
 constexpr int kWkv6TileTokens = 16;
@@ -52,11 +50,5 @@ struct Wkv6Backward {
   float* span_states;           // as above
   float* span_decays;
 };
-
-cudaError_t wkv6_forward(const Wkv6Forward& arguments, cudaStream_t stream);
-cudaError_t wkv6_backward(const Wkv6Backward& arguments, cudaStream_t stream);
-
-// Multiprocessors of a GPU; 1 when it cannot be asked.
-int wkv6_multiprocessors(int device);
 
 #endif

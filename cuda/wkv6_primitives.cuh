@@ -7,7 +7,7 @@
 #ifndef WKV6_PRIMITIVES_CUH
 #define WKV6_PRIMITIVES_CUH
 
-#include <cstdint>
+#include "types.cuh"
 
 #define WKV6_DEVICE __device__ __forceinline__
 
@@ -131,13 +131,5 @@ WKV6_DEVICE float minimum(float x, float y) {
   asm("min.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(x), "f"(y));
   return result;
 }
-// Rounds to bfloat16: `low` in the lower half of the word.
-WKV6_DEVICE uint32_t pack(float low, float high) {
-  uint32_t result;
-  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(result) : "f"(high), "f"(low));
-  return result;
-}
-WKV6_DEVICE float low_half(uint32_t packed) { return __uint_as_float(packed << 16); }
-WKV6_DEVICE float high_half(uint32_t packed) { return __uint_as_float(packed & 0xffff0000u); }
 
 #endif

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -26,11 +25,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.autograd.function import FunctionCtx
 
 from src.config.model import QUANT_TYPES
-from src.errors import KernelError
-from src.ops.cuda_extension import load_extension
+from src.ops.dequantize_cuda import KERNELS, PackedMatrix
+from src.ops.kernels import usable
 
 _FOUR_BIT_CODE = {"nf4": "nf4", "fp4": "fp4", "4bit": "fp4"}
 _FOUR_BIT_BLOCK = 64
@@ -47,14 +46,9 @@ def _bitsandbytes_functional() -> Any:
     return bitsandbytes.functional
 
 
-@functools.cache
-def dequantization_kernels() -> Any | None:
-    """The extension of `cuda/dequantize.cu`, built on first call; None, after one warning, where it cannot be."""
-    try:
-        return load_extension("dequantize")
-    except KernelError as error:
-        warnings.warn(f"{error}. Dequantisation by bitsandbytes is used instead, at half the speed.", stacklevel=3)
-        return None
+def dequantization_kernels(device: torch.device) -> bool:
+    """Whether the kernels of `cuda/dequantize.cu` can be used on this GPU; one warning says why not."""
+    return usable(tuple(KERNELS.values()), device, "bitsandbytes dequantises instead, at half the speed.")
 
 
 @functools.cache
@@ -97,8 +91,6 @@ class DequantizationWorkspace:
     def __init__(self, keep_dequantized: bool = False) -> None:
         self._keep_dequantized = keep_dequantized
         self._held: dict[tuple[torch.device, torch.dtype, str], _Held] = {}
-        # The same on a GPU in bf16, where the kernel's extension keeps them: one object per device.
-        self._native: dict[torch.device, Any] = {}
 
     @property
     def keep_dequantized(self) -> bool:
@@ -108,22 +100,16 @@ class DequantizationWorkspace:
     @keep_dequantized.setter
     def keep_dequantized(self, keep: bool) -> None:
         self._keep_dequantized = keep
-        for native in self._native.values():
-            native.set_keep_dequantized(keep)
         self.clear()
 
     def clear(self) -> None:
         """Frees every buffer; later calls allocate anew."""
         self._held.clear()
-        for native in self._native.values():
-            native.clear()
 
     def forget(self) -> None:
         """Takes every buffer's contents for unknown."""
         for held in self._held.values():
             held.owner = None
-        for native in self._native.values():
-            native.forget()
 
     def reserve(self, layers: Iterable[FrozenLinear]) -> None:
         """Allocates the buffers that these layers will use, side by side, so that none is put between other tensors.
@@ -135,8 +121,7 @@ class DequantizationWorkspace:
 
     def buffers(self) -> list[Tensor]:
         """All buffers there are; a CUDA graph that uses them has to keep them."""
-        on_gpus = [buffer for native in self._native.values() for buffer in native.buffers()]
-        return [held.buffer for held in self._held.values()] + on_gpus
+        return [held.buffer for held in self._held.values()]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DequantizationWorkspace:
         """Copies of layers go on sharing the buffers."""
@@ -144,13 +129,7 @@ class DequantizationWorkspace:
 
     def __getstate__(self) -> dict[str, Any]:
         """Pickles the setting, not the buffers."""
-        return {"_keep_dequantized": self._keep_dequantized, "_held": {}, "_native": {}}
-
-    def native(self, device: torch.device, kernels: Any) -> Any:
-        """The extension's workspace for a GPU."""
-        if device not in self._native:
-            self._native[device] = kernels.Workspace(self._keep_dequantized)
-        return self._native[device]
+        return {"_keep_dequantized": self._keep_dequantized, "_held": {}}
 
     def matrix(self, layer: FrozenLinear, fill: Callable[[Tensor], None]) -> Tensor:
         """The layer's dense matrix [out, in] in a shared buffer, filled by `fill` unless still there."""
@@ -163,7 +142,7 @@ class DequantizationWorkspace:
             del held
             held = _Held(torch.empty(numel, dtype=layer.compute_dtype, device=layer.packed.device))
             self._held[key] = held
-        dense = held.buffer[:numel].view(layer.out_features, layer.in_features)
+        dense = held.buffer.as_strided((layer.out_features, layer.in_features), (layer.in_features, 1))
         owner = layer.contents()
         if held.owner != owner:
             held.owner = None
@@ -208,8 +187,9 @@ class FrozenLinear(nn.Module):
         self.kind = kind
         self.workspace = workspace
         self._identity = object()
-        self._native: Any | None = None
-        self._native_sought = False
+        self._data: tuple[Tensor, ...] | None = None
+        self._packed_matrix: PackedMatrix | None = None
+        self._kernel_sought = False
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("absmax", absmax, persistent=False)
         self.register_buffer("absmax_scale", absmax_scale, persistent=False)
@@ -269,14 +249,14 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype; the product runs in `compute_dtype`."""
-        native = self._native if self._native_sought else self._seek_native()
-        if native is None:
-            compute: Callable[[Tensor], Tensor] = self._product
-        else:
-            compute = native.product
-        if x.dtype is self.compute_dtype:
-            return compute(x)
-        return compute(x.to(self.compute_dtype)).to(x.dtype)
+        if x.shape[-1] != self.in_features or x.device != self.packed.device:
+            raise RuntimeError(
+                f"x has shape {list(x.shape)} and is on {x.device}, expected [..., {self.in_features}] on "
+                f"{self.packed.device}"
+            )
+        if x.dtype is not self.compute_dtype:
+            return self._product(x.to(self.compute_dtype)).to(x.dtype)
+        return self._product(x)
 
     def trained(self) -> list[nn.Parameter]:
         """Nothing; see `layers.Linear`."""
@@ -294,44 +274,40 @@ class FrozenLinear(nn.Module):
     def dequantized(self) -> Tensor:
         """The matrix [out, in] in `compute_dtype`, in memory of its own."""
         dense = torch.empty(self.out_features, self.in_features, dtype=self.compute_dtype, device=self.packed.device)
-        native = self._seek_native()
-        if native is None:
-            self._fill(dense)
-        else:
-            native.fill(dense)
+        self._fill(dense)
         return dense
 
     def contents(self) -> object:
         """Equal as long as the packed data are the same: changes when they are replaced or written in place."""
-        return self._identity, sum(buffer._version for buffer in self.buffers())
+        if self._data is None:
+            self._data = tuple(self.buffers())
+        return self._identity, sum([tensor._version for tensor in self._data])
 
     def shared_dense(self) -> Tensor:
         """The matrix [out, in] in the workspace: valid until the next dequantisation, never to be kept."""
-        native = self._seek_native()
-        if native is None:
-            return self.workspace.matrix(self, self._fill)
-        dense: Tensor = native.shared_dense()
-        return dense
+        return self.workspace.matrix(self, self._fill)
 
     def _product(self, x: Tensor) -> Tensor:
+        if not (x.requires_grad and torch.is_grad_enabled()):
+            return F.linear(x, self.shared_dense())
         result: Tensor = _FrozenProduct.apply(x, self)
         return result
 
-    def _seek_native(self) -> Any | None:
-        """The kernel's handle of this matrix where there can be one (GPU, bf16), None elsewhere."""
-        if not self._native_sought:
-            self._native_sought = True
+    def _for_kernel(self) -> PackedMatrix | None:
+        """This matrix as the kernel takes it where it can (GPU, bf16), None elsewhere."""
+        if not self._kernel_sought:
+            self._kernel_sought = True
             on_gpu = self.packed.is_cuda and self.compute_dtype is torch.bfloat16
             whole_vectors = self.in_features * self.out_features % 8 == 0
-            if on_gpu and whole_vectors and (kernels := dequantization_kernels()) is not None:
-                self._native = self._packed_matrix(kernels)
-        return self._native
+            if on_gpu and whole_vectors and dequantization_kernels(self.packed.device):
+                self._packed_matrix = self._described()
+        return self._packed_matrix
 
-    def _packed_matrix(self, kernels: Any) -> Any:
+    def _described(self) -> PackedMatrix:
         device = self.packed.device
         dynamic = _dynamic_code(device)
         four_bit = self.quant_type != "int8"
-        return kernels.PackedMatrix(
+        return PackedMatrix(
             self.packed,
             self.absmax,
             self.absmax_scale,
@@ -339,10 +315,7 @@ class FrozenLinear(nn.Module):
             dynamic,
             _four_bit_code(_FOUR_BIT_CODE[self.quant_type], device) if four_bit else dynamic,
             4 if four_bit else 8,
-            self.out_features,
-            self.in_features,
-            self.kind,
-            self.workspace.native(device, kernels),
+            self.out_features * self.in_features,
         )
 
     def extra_repr(self) -> str:
@@ -351,6 +324,12 @@ class FrozenLinear(nn.Module):
 
     def _fill(self, dense: Tensor) -> None:
         """Writes the dense matrix into `dense`, [out, in] in `compute_dtype`, contiguous."""
+        if (matrix := self._for_kernel()) is not None:
+            matrix.fill(dense)
+        else:
+            self._fill_by_bitsandbytes(dense)
+
+    def _fill_by_bitsandbytes(self, dense: Tensor) -> None:
         functional = _bitsandbytes_functional()
         code = _dynamic_code(self.packed.device)
         if self.quant_type == "int8":
@@ -402,11 +381,13 @@ class FrozenLinear(nn.Module):
     def _forget_derived(self) -> None:
         """Drops what refers to the buffers as they were."""
         self._identity = object()
-        self._native, self._native_sought = None, False
+        self._data = self._packed_matrix = None
+        self._kernel_sought = False
 
     def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles without the extension's handle; the copy seeks its own."""
-        return {**self.__dict__, "_identity": object(), "_native": None, "_native_sought": False}
+        """Copies and pickles without what refers to the buffers; the copy makes its own."""
+        derived = {"_identity": object(), "_data": None, "_packed_matrix": None, "_kernel_sought": False}
+        return {**self.__dict__, **derived}
 
 
 class FrozenHead(nn.Module):
@@ -446,6 +427,7 @@ class _FrozenProduct(torch.autograd.Function):
         return F.linear(x, layer.shared_dense())
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: FunctionCtx, grad_output: Tensor) -> tuple[Tensor, None]:
-        return ctx.layer.gradients(grad_output)[0], None  # type: ignore[attr-defined]
+        if torch.is_grad_enabled():
+            raise RuntimeError("the product with a packed matrix has no second derivative")
+        return grad_output @ ctx.layer.shared_dense(), None  # type: ignore[attr-defined]

@@ -62,6 +62,7 @@ CLOSED_TO_TRAINING = (
     "src.quant",
     "src.ops.wkv6",
     "src.ops.wkv6_cuda",
+    "src.ops.dequantize_cuda",
     "src.ops.wkv6_chunked",
     "src.ops.wkv6_reference",
     "src.ops.wkv7",
@@ -76,7 +77,7 @@ ARCHITECTURE_KEY = re.compile(
 """How an architecture's own tensors are called; `time_state` is every architecture's."""
 ARCHITECTURES = ("src.model.rwkv6", "src.model.rwkv7")
 
-ENVIRONMENT_READERS = ("src.device", "src.ops.cuda_extension", "src.ops.kernel_cache", "src.archive")
+ENVIRONMENT_READERS = ("src.device", "src.ops.kernel_cache", "src.archive")
 """Who may look at the environment: what launchers and compilers say of the place, never a setting."""
 
 

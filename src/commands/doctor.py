@@ -5,9 +5,11 @@ Any flags of the run may stand beside it: model, sizes, device and folder are th
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import platform
 import re
@@ -27,8 +29,8 @@ from src.config.flags import INPUT
 from src.device import Device, memory_bytes, resolve_device
 from src.errors import EXIT_CODE, ConfigError, KernelError, UserError
 from src.model.shape import ModelShape
-from src.ops import elementwise
-from src.ops.cuda_extension import load_extension
+from src.ops import dequantize_cuda, elementwise, elementwise_cuda, wkv6_cuda
+from src.ops.kernels import Kernel
 from src.ops.wkv6 import wkv6
 from src.ops.wkv7 import wkv7
 from src.quant import DequantizationWorkspace, FrozenLinear
@@ -114,7 +116,7 @@ def findings(given: Mapping[str, str]) -> Iterator[Finding]:
     if device is None:
         return
     if device.on_gpu:
-        yield from _compiler_findings()
+        yield from _kernel_findings(device.device)
     heads, size = (shape.n_head, shape.head_size) if shape else (_HEADS, 64)
     tokens = config.ctx_len if shape else _TOKENS
     architecture = shape.architecture if shape else config.my_testing or "x060"
@@ -236,14 +238,24 @@ def _host_findings(config: TrainConfig) -> Iterator[Finding]:
     yield Finding("disk", f"{free / 2**30:.1f} GiB free where --proj_dir {config.proj_dir} is", advice)
 
 
-def _compiler_findings() -> Iterator[Finding]:
-    """The CUDA operators, built now unless they were built before."""
-    for name in ("wkv6", "elementwise", "dequantize"):
+def _kernel_findings(device: torch.device) -> Iterator[Finding]:
+    """The CUDA kernels, compiled now unless they were before."""
+    families: dict[str, tuple[Kernel, ...]] = {
+        "wkv6": wkv6_cuda.KERNELS,
+        "elementwise": elementwise_cuda.KERNELS,
+        "dequantize": tuple(dequantize_cuda.KERNELS.values()),
+    }
+    index = device.index or 0
+    with contextlib.suppress(KernelError):  # said below
+        for kernel in itertools.chain(*families.values()):
+            kernel.compile(index)
+    for name, kernels in families.items():
         try:
-            load_extension(name)
-            yield Finding(f"cuda/{name}", "built")
+            for kernel in kernels:
+                kernel.load(index)
+            yield Finding(f"cuda/{name}", f"{len(kernels)} kernels, compiled and loaded")
         except KernelError as error:
-            yield Finding(f"cuda/{name}", "not built: slower torch operations stand in", str(error), matters=False)
+            yield Finding(f"cuda/{name}", "not usable: slower torch operations stand in", str(error), matters=False)
 
 
 def _tried(subject: str, look: Callable[[], Finding]) -> Finding:

@@ -17,7 +17,6 @@ Shape legend: B batch, T tokens, C channels, A attention channels, H heads, N he
 from __future__ import annotations
 
 import functools
-import warnings
 import weakref
 from typing import Any
 
@@ -25,22 +24,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.errors import KernelError
-from src.ops.cuda_extension import load_extension
+from src.ops import elementwise_cuda
+from src.ops.kernels import usable
 
 _VECTOR = 8
-_HEAD_SIZES = (16, 32, 64, 128)
-_MIXES = (1, 2, 5)
 
 
 @functools.cache
 def fused_kernels() -> Any | None:
-    """The extension of `cuda/elementwise.cu`, built on first call; None, after one warning, where it cannot be."""
-    try:
-        return load_extension("elementwise")
-    except KernelError as error:
-        warnings.warn(f"{error}. Slower torch operations are used instead.", stacklevel=4)
-        return None
+    """The operators of `elementwise_cuda`; None, after one warning, where they cannot be had."""
+    probe = (elementwise_cuda.SQUARED_RELU, elementwise_cuda.SQUARED_RELU_GRADIENT)
+    instead = "Plain torch operations are used instead, and a step takes longer."
+    return elementwise_cuda if usable(probe, torch.device("cuda"), instead) else None
 
 
 def shift_mixes(
@@ -175,7 +170,7 @@ def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, 
     Returns:
         [B, T, A] in y's dtype.
     """
-    if y.shape[3] in _HEAD_SIZES and (kernels := _kernels_for(y, gate)) is not None:
+    if y.shape[3] in elementwise_cuda.HEAD_SIZES and (kernels := _kernels_for(y, gate)) is not None:
         fused: Tensor = kernels.group_norm_silu_gate(y, gate, weight, bias, eps)
         return fused
     return group_norm_silu_gate_torch(y, gate, weight, bias, eps)
@@ -266,7 +261,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps:
         (x + delta, layer norm of that over C), both as x.
     """
     kernels = _kernels_for(x) if delta is None else _kernels_for(x, delta)
-    if kernels is not None and x.shape[-1] <= kernels.most_norm_channels:
+    if kernels is not None and x.shape[-1] <= elementwise_cuda.MOST_NORM_CHANNELS:
         total, normed = kernels.add_norm(x, delta, weight, bias, eps)
         return total, normed
     return add_norm_torch(x, delta, weight, bias, eps)
@@ -353,5 +348,5 @@ def _kernels_for(*tensors: Tensor) -> Any | None:
 
 def _shift_kernels(z: Tensor, carry: Tensor | None, maa: Tensor, previous: Tensor | None) -> Any | None:
     """The kernels if they can shift and mix these."""
-    fit = maa.shape[0] in _MIXES and (carry is None or previous is None)
+    fit = maa.shape[0] in elementwise_cuda.MIXES and (carry is None or previous is None)
     return _kernels_for(z) if fit else None

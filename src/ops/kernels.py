@@ -265,7 +265,10 @@ def _usable(kernels: tuple[Kernel, ...], index: int, instead: str) -> bool:
 
 
 def _index_of(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
+    index: int | None = device.index
+    if index is not None:
+        return index
+    return torch.cuda.current_device() if torch.cuda.is_available() else 0
 
 
 @functools.cache

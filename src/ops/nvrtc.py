@@ -20,7 +20,7 @@ import torch
 from src.errors import KernelError
 
 SOURCE_DIRECTORY = Path(__file__).resolve().parents[2] / "cuda"
-OPTIONS = ("--std=c++17", "-default-device")
+OPTIONS = ("--std=c++17",)
 _INCLUDE = re.compile(r'^\s*#\s*include\s*"([^"]+)"', re.MULTILINE)
 _WINDOWS = sys.platform == "win32"
 

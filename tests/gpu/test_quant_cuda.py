@@ -35,7 +35,7 @@ def frozen(out_features: int = 96, in_features: int = 128, quant_type: str = "nf
 
 def by_bitsandbytes(layer: FrozenLinear) -> Tensor:
     dense = torch.empty(layer.out_features, layer.in_features, dtype=torch.bfloat16, device="cuda")
-    layer._fill(dense)
+    layer._fill_by_bitsandbytes(dense)
     return dense
 
 
@@ -44,9 +44,10 @@ def by_bitsandbytes(layer: FrozenLinear) -> Tensor:
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_every_bit_is_bitsandbytes(quant_type: str, double_quantization: bool, shape: tuple[int, int]) -> None:
     layer = frozen(*shape, quant_type, double_quantization=double_quantization)
-    assert layer._seek_native() is not None
+    matrix = layer._for_kernel()
+    assert matrix is not None
     ours = torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda")
-    layer._native.fill(ours)  # type: ignore[union-attr]
+    matrix.fill(ours)
     assert torch.equal(ours.view(torch.int16), by_bitsandbytes(layer).view(torch.int16))
     assert torch.equal(layer.dequantized(), ours)
 
@@ -60,7 +61,7 @@ def test_every_code_is_bitsandbytes() -> None:
 
 def test_sizes_that_are_no_whole_vectors_take_bitsandbytes() -> None:
     layer = frozen(3, 5)
-    assert layer._seek_native() is None
+    assert layer._for_kernel() is None
     x = torch.randn(2, 5, device="cuda", dtype=torch.bfloat16)
     torch.testing.assert_close(layer(x), x @ layer.dequantized().t())
 
@@ -201,7 +202,7 @@ def test_wrong_arguments_are_named() -> None:
     layer = frozen()
     with pytest.raises(RuntimeError, match=r"x has shape \[2, 64\]"):
         layer(torch.randn(2, 64, device="cuda", dtype=torch.bfloat16))
-    with pytest.raises(RuntimeError, match=r"x is .* on cpu, expected bfloat16"):
+    with pytest.raises(RuntimeError, match=r"is on cpu, expected"):
         layer(torch.randn(2, 128, dtype=torch.bfloat16))
     x = torch.randn(2, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
@@ -218,8 +219,8 @@ def test_running_out_of_memory_keeps_its_type() -> None:
 
 def test_without_the_kernel_bitsandbytes_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = frozen().dequantized()
-    monkeypatch.setattr(quant, "dequantization_kernels", lambda: None)
+    monkeypatch.setattr(quant, "dequantization_kernels", lambda device: False)
     layer = frozen()
     assert torch.equal(layer.dequantized(), expected)
-    assert layer._native is None
+    assert layer._for_kernel() is None
     assert torch.equal(layer.shared_dense(), expected)

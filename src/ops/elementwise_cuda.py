@@ -1,0 +1,724 @@
+"""The element-wise operators on NVIDIA GPUs: checks, memory and autograd around the kernels of `cuda/elementwise.cu`.
+
+Functions as in `src.ops.elementwise`, in bfloat16. What is dear (inputs that some product made), or kept by another
+node in any case, is saved; the rest is computed again. Parameters may be stored wider than bf16; their gradients are
+summed in fp32 and so handed to autograd, which casts them to the parameter's dtype. A gradient that is not needed costs
+nothing. Tensors that do not fit raise RuntimeError, naming the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.ops.kernels import Kernel
+
+MOST_NORM_CHANNELS = 8192
+HEAD_SIZES = (16, 32, 64, 128)
+MIXES = (1, 2, 5)
+_VECTOR = 8
+_THREADS = 128
+_NORM_THREADS = 256
+_ROW_THREADS = 512
+_SHIFT_TILE = 4
+_NORM_TILE = 2
+_VALUES_PER_BLOCK = 2 * _THREADS * _VECTOR
+_THREADS_WANTED = 2 * 132 * 128
+_MOST_MIXES = 5
+
+
+def _kernel(expression: str, parameters: str) -> Kernel:
+    return Kernel("elementwise.cu", f"elementwise::{expression}", parameters)
+
+
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+_SHIFT, _POINTERS, _SUMS = "(PPPPP iiii)", "(PPPPP)", "(PPq)"
+_CASES = [(mixes, modulated) for mixes in MIXES for modulated in (False, True)]
+SHIFT_FORWARD = {
+    (mixes, modulated): _kernel(
+        f"shift_mix_forward_kernel<{mixes}, {_flag(modulated)}, {_SHIFT_TILE}>", f"{_SHIFT} {_POINTERS}"
+    )
+    for mixes, modulated in _CASES
+}
+SHIFT_BACKWARD = {
+    (mixes, modulated): _kernel(
+        f"shift_mix_backward_kernel<{mixes}, {_flag(modulated)}, {_SHIFT_TILE}>", f"{_SHIFT} {_POINTERS} PPPP"
+    )
+    for mixes, modulated in _CASES
+}
+MAA_SUMS = {mixes: _kernel(f"shift_mix_maa_sums_kernel<{mixes}>", f"{_SHIFT} {_POINTERS} iP") for mixes in MIXES}
+GATE_FORWARD, GATE_BACKWARD, GATE_SUMS = (
+    {size: _kernel(f"group_norm_silu_gate_{name}_kernel<{size // _VECTOR}{tile}>", parameters) for size in HEAD_SIZES}
+    for name, tile, parameters in (
+        ("forward", f", {_NORM_TILE}", "PPPP f P ii"),
+        ("backward", f", {_NORM_TILE}", "PPPP f PPP ii"),
+        ("sums", "", f"PP f P iii {_SUMS}"),
+    )
+)
+NORM_FORWARD = {
+    (held, adds): _kernel(f"add_norm_forward_kernel<{held}, {_flag(adds)}>", "PPPP f PPP i")
+    for held in (1, 2, 4)
+    for adds in (False, True)
+}
+NORM_BACKWARD = {held: _kernel(f"add_norm_backward_kernel<{held}>", "PPPPPP i") for held in (1, 2, 4)}
+NORM_SUMS = _kernel("add_norm_sums_kernel", f"PPP iii {_SUMS}")
+SQUARED_RELU = _kernel("each_vector_kernel<elementwise::SquaredRelu>", "q (PP)")
+SQUARED_RELU_GRADIENT = _kernel("each_vector_kernel<elementwise::SquaredReluGradient>", "q (PPP)")
+GATED_RESIDUAL = _kernel("each_vector_kernel<elementwise::SigmoidGatedResidual>", "q (PPPP)")
+GATED_RESIDUAL_GRADIENT = _kernel("each_vector_kernel<elementwise::SigmoidGatedResidualGradient>", "q (PPPPPP)")
+LOGIT_STATISTICS = _kernel("logit_statistics_kernel", "PPPPPP i")
+LOGIT_GRADIENT = _kernel("logit_gradient_kernel", "PPPPPP i")
+
+KERNELS = (
+    *(*SHIFT_FORWARD.values(), *SHIFT_BACKWARD.values(), *MAA_SUMS.values()),
+    *(*GATE_FORWARD.values(), *GATE_BACKWARD.values(), *GATE_SUMS.values()),
+    *(*NORM_FORWARD.values(), *NORM_BACKWARD.values(), NORM_SUMS),
+    *(SQUARED_RELU, SQUARED_RELU_GRADIENT, GATED_RESIDUAL, GATED_RESIDUAL_GRADIENT, LOGIT_STATISTICS, LOGIT_GRADIENT),
+)
+
+
+def held_vectors(channels: int) -> int:
+    """How many vectors of a row a thread of the norm's kernels holds, a template argument of theirs."""
+    held = -(-channels // (_VECTOR * _NORM_THREADS))
+    return held if held <= 2 else 4
+
+
+def shift_mixes(
+    z: Tensor,
+    carry: Tensor | None,
+    maa: Tensor,
+    modulation: Tensor | None,
+    previous: Tensor | None,
+    children: Tensor | None,
+) -> tuple[Tensor, ...]:
+    """See `elementwise.shift_mixes`; `children` are `continuations` of `previous`."""
+    run: Any = _ShiftMix.apply if _records(z, carry, maa, modulation) else _ShiftMix.run
+    outputs: tuple[Tensor, ...] = run(z, carry, maa, modulation, previous, children)
+    return outputs
+
+
+def modulated_shift_mixes(
+    z: Tensor,
+    carry: Tensor | None,
+    maa: Tensor,
+    hidden: Tensor,
+    up: Tensor,
+    previous: Tensor | None,
+    children: Tensor | None,
+    keeps_modulation: bool,
+) -> tuple[Tensor, ...]:
+    """See `elementwise.modulated_shift_mixes`."""
+    run: Any = _ModulatedShiftMix.apply if _records(z, carry, maa, hidden, up) else _ModulatedShiftMix.run
+    outputs: tuple[Tensor, ...] = run(z, carry, maa, hidden, up, previous, children, keeps_modulation)
+    return outputs
+
+
+def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    """See `elementwise.group_norm_silu_gate`."""
+    run: Any = _GroupNormSiluGate.apply if _records(y, gate, weight, bias) else _GroupNormSiluGate.run
+    output: Tensor = run(y, gate, weight, bias, eps)
+    return output
+
+
+def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """See `elementwise.add_norm`."""
+    if _records(x, delta, weight, bias):
+        total, normed = _AddNorm.apply(x, delta, weight, bias, eps)
+        return total, normed
+    total, normed, _ = _normed(x, delta, weight, bias, eps)
+    return total, normed
+
+
+def squared_relu(x: Tensor) -> Tensor:
+    """See `elementwise.squared_relu`."""
+    output: Tensor = _SquaredRelu.apply(x) if _records(x) else _squared(_vectors(x, "x"))
+    return output
+
+
+def squared_relu_gradient(x: Tensor, grad: Tensor) -> None:
+    """See `elementwise.squared_relu_gradient`: `grad` is overwritten."""
+    name = "the gradient of squared_relu"
+    x = _vectors(x, "x")
+    _check_shape(grad, x.shape, name)
+    if _prepared(grad, name) is not grad:
+        raise RuntimeError(f"{name} is strided")
+    _each_vector(SQUARED_RELU_GRADIENT, x, x, grad, grad)
+
+
+def sigmoid_gated_residual(x: Tensor, r: Tensor, value: Tensor) -> Tensor:
+    """See `elementwise.sigmoid_gated_residual`."""
+    run: Any = _SigmoidGatedResidual.apply if _records(x, r, value) else _gated
+    result: Tensor = run(x, r, value)
+    return result
+
+
+def sigmoid_gated_residual_gradients(x: Tensor, r: Tensor, result: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """See `elementwise.sigmoid_gated_residual_gradients`."""
+    x, r, result = _vectors(x, "x"), _prepared(r, "r"), _prepared(result, "result")
+    grad = _prepared(grad, "the gradient of sigmoid_gated_residual")
+    _check_shape(r, x.shape, "r")
+    _check_shape(result, x.shape, "result")
+    _check_shape(grad, x.shape, "the gradient of sigmoid_gated_residual")
+    grad_r, grad_value = torch.empty_like(r), torch.empty_like(r)
+    _each_vector(GATED_RESIDUAL_GRADIENT, x, x, r, result, grad, grad_r, grad_value)
+    return grad_r, grad_value
+
+
+def logit_statistics(
+    logits: Tensor, targets: Tensor, logp: Tensor, max_logit: Tensor, logsumexp: Tensor, argmax: Tensor
+) -> None:
+    """Writes log p(target) and largest logit (0 for a negative target), logsumexp and arg-max of each row.
+
+    Args:
+        logits: [rows, vocabulary].
+        targets: int64 [rows].
+        logp, max_logit, logsumexp: fp32 [rows].
+        argmax: int32 [rows], the lowest of equal ones.
+    """
+    _check_logits(logits, targets, {"logp": logp, "max_logit": max_logit, "logsumexp": logsumexp, "argmax": argmax})
+    rows, vocabulary = logits.shape
+    if rows:
+        values = (logits, targets, logp, max_logit, logsumexp, argmax)
+        LOGIT_STATISTICS(logits, rows, _ROW_THREADS, *values, vocabulary)
+
+
+def logit_gradient(
+    logits: Tensor, targets: Tensor, logsumexp: Tensor, argmax: Tensor, grad_logp: Tensor, grad_max_logit: Tensor
+) -> None:
+    """Overwrites logits by the gradient of sum(grad_logp * logp) + sum(grad_max_logit * max_logit)."""
+    values = {"logsumexp": logsumexp, "grad_logp": grad_logp, "grad_max_logit": grad_max_logit, "argmax": argmax}
+    _check_logits(logits, targets, values)
+    rows, vocabulary = logits.shape
+    if rows:
+        arguments = (logits, targets, logsumexp, argmax, grad_logp, grad_max_logit)
+        LOGIT_GRADIENT(logits, rows, _ROW_THREADS, *arguments, vocabulary)
+
+
+class _ShiftMix(torch.autograd.Function):
+    @staticmethod
+    def run(
+        z: Tensor,
+        carry: Tensor | None,
+        maa: Tensor,
+        modulation: Tensor | None,
+        previous: Tensor | None,
+        children: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        inputs = _ShiftInputs(z, carry, maa, previous, children)
+        if modulation is not None:
+            modulation = _prepared(modulation, "modulation")
+            _check_shape(modulation, (len(inputs.maa), *inputs.z.shape), "modulation")
+        return inputs.mixed(modulation)
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        carry: Tensor | None,
+        maa: Tensor,
+        modulation: Tensor | None,
+        previous: Tensor | None,
+        children: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        inputs = _ShiftInputs(z, carry, maa, previous, children)
+        if modulation is not None:
+            modulation = _prepared(modulation, "modulation")
+            _check_shape(modulation, (len(inputs.maa), *inputs.z.shape), "modulation")
+        outputs = inputs.mixed(modulation)
+        ctx.set_materialize_grads(False)
+        # Without modulation the proportions are constants: only the gradient of maa needs an input.
+        needs_inputs = modulation is not None or ctx.needs_input_grad[2]
+        kept_z, kept_carry = (inputs.z, inputs.carry) if needs_inputs else (None, None)
+        ctx.save_for_backward(kept_z, kept_carry, _saved(ctx, "maa", maa, 2), modulation)
+        inputs.keep(ctx)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        if all(grad is None for grad in grads):
+            return (None,) * 6
+        z, carry, maa, modulation = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        found = _shift_gradients(ctx, grads, z, carry, _kept(ctx, "maa", maa), modulation, *needed[:4])
+        return *found, None, None
+
+
+class _ModulatedShiftMix(torch.autograd.Function):
+    """A token shift whose modulation is hidden @ up for each mix; unless it is kept, it is formed again."""
+
+    @staticmethod
+    def run(
+        z: Tensor,
+        carry: Tensor | None,
+        maa: Tensor,
+        hidden: Tensor,
+        up: Tensor,
+        previous: Tensor | None,
+        children: Tensor | None,
+        keeps_modulation: bool,
+    ) -> tuple[Tensor, ...]:
+        inputs = _ShiftInputs(z, carry, maa, previous, children)
+        return inputs.mixed(_modulation(inputs, _prepared(hidden, "hidden"), _parameter(up, "up")))
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        z: Tensor,
+        carry: Tensor | None,
+        maa: Tensor,
+        hidden: Tensor,
+        up: Tensor,
+        previous: Tensor | None,
+        children: Tensor | None,
+        keeps_modulation: bool,
+    ) -> tuple[Tensor, ...]:
+        inputs = _ShiftInputs(z, carry, maa, previous, children)
+        hidden = _prepared(hidden, "hidden")
+        modulation = _modulation(inputs, hidden, _parameter(up, "up"))
+        outputs = inputs.mixed(modulation)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            inputs.z,
+            inputs.carry,
+            _saved(ctx, "maa", maa, 2),
+            modulation if keeps_modulation else None,
+            hidden if not keeps_modulation or ctx.needs_input_grad[4] else None,
+            _saved(ctx, "up", up, 4),
+        )
+        inputs.keep(ctx)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        if all(grad is None for grad in grads):
+            return (None,) * 8
+        z, carry, maa, modulation, hidden, up = ctx.saved_tensors
+        maa, up = _kept(ctx, "maa", maa), _kept(ctx, "up", up)
+        of_z, of_carry, of_maa, of_hidden, of_up = ctx.needs_input_grad[:5]
+        if modulation is None and (of_z or of_carry or of_hidden or of_up):
+            modulation = torch.bmm(_by_mix(hidden, up), up)
+        of_modulation = of_hidden or of_up
+        found = _shift_gradients(ctx, grads, z, carry, maa, modulation, of_z, of_carry, of_maa, of_modulation)
+        grad_z, grad_carry, grad_maa, grad_modulation = found
+        grad_hidden = grad_up = None
+        if of_modulation:
+            assert grad_modulation is not None
+            grad_modulation = grad_modulation.view(up.shape[0], -1, up.shape[2])
+        if of_hidden:
+            assert grad_modulation is not None
+            grad_hidden = z.new_empty(*z.shape[:2], up.shape[0] * up.shape[1])
+            torch.bmm(grad_modulation, up.transpose(1, 2), out=_by_mix(grad_hidden, up))
+        if of_up:
+            assert grad_modulation is not None
+            grad_up = torch.bmm(_by_mix(hidden, up).transpose(1, 2), grad_modulation, out_dtype=torch.float32)
+        return grad_z, grad_carry, grad_maa, grad_hidden, grad_up, None, None, None
+
+
+class _GroupNormSiluGate(torch.autograd.Function):
+    @staticmethod
+    def run(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        return _gated_norm(_prepared(y, "y"), _prepared(gate, "gate"), weight, bias, eps)
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        y, gate = _prepared(y, "y"), _prepared(gate, "gate")
+        output = _gated_norm(y, gate, weight, bias, eps)
+        ctx.save_for_backward(y, gate, _saved(ctx, "weight", weight, 2), _saved(ctx, "bias", bias, 3))
+        ctx.eps = eps
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        y, gate, weight, bias = ctx.saved_tensors
+        of_y, of_gate, of_weight, of_bias, _ = ctx.needs_input_grad
+        grad = _prepared(grad, "the gradient of group_norm_silu_gate")
+        rows, channels, head_size = y.shape[0] * y.shape[1], gate.shape[2], y.shape[3]
+        grad_y = grad_gate = None
+        if of_y or of_gate:
+            weight, bias = _kept(ctx, "weight", weight), _kept(ctx, "bias", bias)
+            grad_y, grad_gate = torch.empty_like(y), torch.empty_like(gate)
+            if rows:
+                values = (y, gate, weight, bias, ctx.eps, grad, grad_y, grad_gate, rows, channels)
+                GATE_BACKWARD[head_size](y, _blocks_for(rows, channels, _NORM_TILE), _THREADS, *values)
+
+        def sums(tile: int, blocks: int, places: Sequence[Any]) -> None:
+            GATE_SUMS[head_size](y, blocks, _THREADS, y, gate, ctx.eps, grad, rows, channels, tile, *places)
+
+        of_parameters = _norm_gradients(of_weight, of_bias, y, rows, channels, sums)
+        return grad_y, grad_gate, *of_parameters, None
+
+
+class _AddNorm(torch.autograd.Function):
+    """(x + delta, layer norm of that), so that the backward adds the residual stream's gradient in the same pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        total, normed, statistics = _normed(x, delta, weight, bias, eps)
+        ctx.set_materialize_grads(False)
+        if not any(ctx.needs_input_grad[:2]):
+            ctx.mark_non_differentiable(total)
+        # Without delta the sum is the input itself.
+        ctx.save_for_backward(x if delta is None else total, statistics, _saved(ctx, "weight", weight, 2))
+        ctx.adds = delta is not None
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, grad_sum: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        of_x, of_delta, of_weight, of_bias, _ = ctx.needs_input_grad
+        if grad_normed is None:
+            return grad_sum, grad_sum if ctx.adds else None, None, None, None
+        total, statistics, weight = ctx.saved_tensors
+        total = total.contiguous()
+        grad = _prepared(grad_normed, "the gradient of add_norm")
+        rows, channels = statistics.shape[1], total.shape[-1]
+        grad_x = None
+        if of_x or of_delta:
+            weight = _kept(ctx, "weight", weight)
+            if grad_sum is not None:
+                grad_sum = _prepared(grad_sum, "the gradient of add_norm's sum")
+            grad_x = torch.empty_like(total)
+            if rows:
+                values = (total, statistics, weight, grad, grad_sum, grad_x, channels)
+                NORM_BACKWARD[held_vectors(channels)](total, rows, _NORM_THREADS, *values)
+
+        def sums(tile: int, blocks: int, places: Sequence[Any]) -> None:
+            NORM_SUMS(total, blocks, _THREADS, total, statistics, grad, rows, channels, tile, *places)
+
+        of_parameters = _norm_gradients(of_weight, of_bias, total, rows, channels, sums)
+        return grad_x, grad_x if ctx.adds else None, *of_parameters, None
+
+
+class _SquaredRelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = _vectors(x, "x")
+        ctx.save_for_backward(x)
+        return _squared(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        _refuse_double_backward()
+        (x,) = ctx.saved_tensors
+        grad_x = torch.empty_like(x)
+        _each_vector(SQUARED_RELU_GRADIENT, x, x, _prepared(grad, "the gradient of squared_relu"), grad_x)
+        return grad_x
+
+
+class _SigmoidGatedResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, r: Tensor, value: Tensor) -> Tensor:
+        x, r = _prepared(x, "x"), _prepared(r, "r")
+        result = _gated(x, r, value)
+        # The norms beside this sum keep x and the result in any case; value would be kept for this alone.
+        ctx.save_for_backward(x, r, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        _refuse_double_backward()
+        x, r, result = ctx.saved_tensors
+        return grad, *sigmoid_gated_residual_gradients(x, r, result, grad)
+
+
+class _ShiftInputs:
+    """The inputs of a token shift, checked."""
+
+    def __init__(
+        self, z: Tensor, carry: Tensor | None, maa: Tensor, previous: Tensor | None, children: Tensor | None
+    ) -> None:
+        self.z, self.maa = _prepared(z, "z"), _parameter(maa, "maa")
+        if z.ndim != 3:
+            raise RuntimeError(f"z has {z.ndim} dimensions, expected [batch, tokens, channels]")
+        batch, tokens, channels = z.shape
+        _check_channels(channels, batch * tokens)
+        mixes = len(maa)
+        if mixes not in MIXES:
+            raise RuntimeError(f"maa holds {mixes} mixes, expected 1, 2 or 5")
+        _check_shape(maa, (mixes, channels), "maa")
+        self.carry = None
+        if carry is not None:
+            _require(previous is None, "carry and previous exclude each other here")
+            self.carry = _prepared(carry, "carry")
+            _check_shape(carry, (batch, channels), "carry")
+        if previous is not None:
+            if batch != 1:
+                raise RuntimeError(f"a packed row has batch size 1, got {batch}")
+            _check_shape(previous, (tokens,), "previous")
+            _require(children is not None and children.shape == (2, tokens), "children must be [2, tokens]")
+            assert children is not None
+            for name, tensor, dtype in (("previous", previous, torch.int64), ("children", children, torch.int32)):
+                if not (tensor.device == z.device and tensor.dtype is dtype):
+                    raise RuntimeError(f"{name} must be {dtype} on z's device")
+                if not tensor.is_contiguous():
+                    raise RuntimeError(f"{name} must be contiguous")
+        self.previous, self.children = previous, children
+
+    def mixed(self, modulation: Tensor | None) -> tuple[Tensor, ...]:
+        outputs = tuple(torch.empty_like(self.z) for _ in range(len(self.maa)))
+        batch, tokens, channels = self.z.shape
+        rows = batch * tokens
+        if rows:
+            kernel = SHIFT_FORWARD[len(outputs), modulation is not None]
+            shift = (self.z, self.carry, self.maa, modulation, self.previous, len(outputs), rows, tokens, channels)
+            kernel(self.z, _blocks_for(rows, channels, _SHIFT_TILE), _THREADS, *shift, *_five(outputs))
+        return outputs
+
+    def keep(self, ctx: Any) -> None:
+        """For `_shift_gradients`, but for what goes among the saved tensors."""
+        ctx.shape = self.z.shape
+        ctx.previous, ctx.children = self.previous, self.children
+
+
+def _shift_gradients(
+    ctx: Any,
+    gradients: Sequence[Tensor | None],
+    z: Tensor | None,
+    carry: Tensor | None,
+    maa: Tensor,
+    modulation: Tensor | None,
+    of_z: bool,
+    of_carry: bool,
+    of_maa: bool,
+    of_modulation: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of z, carry, maa and modulation; inputs as far as those that are needed need them."""
+    grads = [None if grad is None else _prepared(grad, "the gradient of shift_mix") for grad in gradients]
+    batch, tokens, channels = ctx.shape
+    rows, mixes = batch * tokens, len(grads)
+    shift = (z, carry, maa, modulation, ctx.previous, mixes, rows, tokens, channels)
+    grad_z = grad_carry = grad_maa = grad_modulation = None
+    if of_z or of_carry or of_modulation:
+        grad_z = maa.new_empty(ctx.shape)
+        grad_carry = maa.new_empty(batch, channels) if of_carry else None
+        if of_modulation:
+            assert modulation is not None
+            grad_modulation = torch.empty_like(modulation)
+        if rows:
+            values = (*shift, *_five(grads), ctx.children, grad_z, grad_carry, grad_modulation)
+            kernel = SHIFT_BACKWARD[mixes, modulation is not None]
+            kernel(maa, _blocks_for(rows, channels, _SHIFT_TILE), _THREADS, *values)
+    if of_maa:
+        tile = _parameter_tile(rows, channels)
+        sums = maa.new_empty(-(-rows // tile), mixes, channels, dtype=torch.float32)
+        if rows:
+            MAA_SUMS[mixes](maa, _blocks_for(rows, channels, tile), _THREADS, *shift, *_five(grads), tile, sums)
+        grad_maa = sums.sum(0)
+    return grad_z, grad_carry, grad_maa, grad_modulation
+
+
+def _modulation(inputs: _ShiftInputs, hidden: Tensor, up: Tensor) -> Tensor:
+    """hidden @ up for each mix, [mixes, batch * tokens, channels]; both are checked."""
+    z = inputs.z
+    if up.ndim != 3:
+        raise RuntimeError(f"up has {up.ndim} dimensions, expected [mixes, width, channels]")
+    _check_shape(up, (len(inputs.maa), up.shape[1], z.shape[2]), "up")
+    _check_shape(hidden, (*z.shape[:2], up.shape[0] * up.shape[1]), "hidden")
+    return torch.bmm(_by_mix(hidden, up), up)
+
+
+def _by_mix(hidden: Tensor, up: Tensor) -> Tensor:
+    """hidden [batch, tokens, mixes * width] as [mixes, tokens of all, width]."""
+    return hidden.view(-1, up.shape[0], up.shape[1]).transpose(0, 1)
+
+
+def _five(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    return (*tensors, *(None,) * (_MOST_MIXES - len(tensors)))
+
+
+def _gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    weight, bias = _parameter(weight, "weight"), _parameter(bias, "bias")
+    if y.ndim != 4:
+        raise RuntimeError(f"y has {y.ndim} dimensions, expected [batch, tokens, heads, head size]")
+    batch, tokens, heads, head_size = y.shape
+    if head_size not in HEAD_SIZES:
+        raise RuntimeError(f"the head size is {head_size}, expected 16, 32, 64 or 128")
+    rows, channels = batch * tokens, heads * head_size
+    _check_channels(channels, rows)
+    _check_shape(gate, (batch, tokens, channels), "gate")
+    _check_shape(weight, (channels,), "weight")
+    _check_shape(bias, (channels,), "bias")
+    output = torch.empty_like(gate)
+    if rows:
+        values = (y, gate, weight, bias, eps, output, rows, channels)
+        GATE_FORWARD[head_size](y, _blocks_for(rows, channels, _NORM_TILE), _THREADS, *values)
+    return output
+
+
+def _normed(
+    x_given: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x + delta, its layer norm, and [2, rows]: mean and inverse standard deviation of each row."""
+    x, weight, bias = _prepared(x_given, "x"), _parameter(weight, "weight"), _parameter(bias, "bias")
+    _require(x.ndim > 0, "x has no dimension, expected [..., channels]")
+    channels = x.shape[-1]
+    if not (0 < channels <= MOST_NORM_CHANNELS):
+        raise RuntimeError(f"x has {channels} channels, expected 1 to {MOST_NORM_CHANNELS}")
+    rows = x.numel() // channels
+    _check_channels(channels, rows)
+    _check_shape(weight, (channels,), "weight")
+    _check_shape(bias, (channels,), "bias")
+    total = None
+    if delta is not None:
+        delta = _prepared(delta, "delta")
+        _check_shape(delta, x.shape, "delta")
+        total = torch.empty_like(x)
+    normed, statistics = torch.empty_like(x), x.new_empty(2, rows, dtype=torch.float32)
+    if rows:
+        values = (x, delta, weight, bias, eps, total, normed, statistics, channels)
+        NORM_FORWARD[held_vectors(channels), delta is not None](x, rows, _NORM_THREADS, *values)
+    return x_given.detach() if total is None else total, normed, statistics
+
+
+def _norm_gradients(
+    of_weight: bool,
+    of_bias: bool,
+    like: Tensor,
+    rows: int,
+    channels: int,
+    launch: Callable[[int, int, Sequence[Any]], None],
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of a norm's weight and bias, as far as they are needed.
+
+    Args:
+        launch: sums over tiles of rows; takes the rows of a tile, blocks, and the three members of NormSums.
+    """
+    asked = of_weight + of_bias
+    if not asked:
+        return None, None
+    tile = _parameter_tile(rows, channels)
+    sums = like.new_empty(-(-rows // tile), asked, channels, dtype=torch.float32)
+    places = (sums if of_weight else None, sums[:, asked - 1] if of_bias else None, asked * channels)
+    if rows:
+        launch(tile, _blocks_for(rows, channels, tile), places)
+    total = sums.sum(0)
+    return total[0] if of_weight else None, total[asked - 1] if of_bias else None
+
+
+def _squared(x: Tensor) -> Tensor:
+    output = torch.empty_like(x)
+    _each_vector(SQUARED_RELU, x, x, output)
+    return output
+
+
+def _gated(x: Tensor, r: Tensor, value: Tensor) -> Tensor:
+    x, r, value = _vectors(x, "x"), _prepared(r, "r"), _prepared(value, "value")
+    _check_shape(r, x.shape, "r")
+    _check_shape(value, x.shape, "value")
+    result = torch.empty_like(x)
+    _each_vector(GATED_RESIDUAL, x, x, r, value, result)
+    return result
+
+
+def _each_vector(kernel: Kernel, like: Tensor, *tensors: Tensor) -> None:
+    count = like.numel()
+    if count:
+        kernel(like, -(-count // _VALUES_PER_BLOCK), _THREADS, count, *tensors)
+
+
+def _parameter_tile(rows: int, channels: int) -> int:
+    """Rows over which one thread sums the gradient of a parameter; the sum over tiles is torch's.
+
+    As many threads as two blocks on each multiprocessor of an H100 have, one for each vector and tile, keep its memory
+    busy and the sums at 1 MiB for each parameter row; no tile is below 8 rows.
+    """
+    return max(8, rows * (channels // _VECTOR) // _THREADS_WANTED)
+
+
+def _blocks_for(rows: int, channels: int, tile: int) -> int:
+    """Blocks for one thread per vector and tile of rows."""
+    return -(-(-(-rows // tile) * (channels // _VECTOR)) // _THREADS)
+
+
+def _records(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def _saved(ctx: Any, name: str, parameter: Tensor, place: int) -> Tensor | None:
+    """Keeps a parameter as it was given, so that no rounded copy lives until the backward.
+
+    A trained one is returned, to go among the saved tensors, which notice changes in place; a frozen one goes beside.
+    """
+    if ctx.needs_input_grad[place]:
+        return parameter
+    setattr(ctx, name, parameter)
+    return None
+
+
+def _kept(ctx: Any, name: str, saved: Tensor | None) -> Tensor:
+    return _parameter(getattr(ctx, name) if saved is None else saved, name)
+
+
+def _parameter(parameter: Tensor, name: str) -> Tensor:
+    """A parameter as the kernels read it: it may be stored wider."""
+    return _prepared(parameter if parameter.dtype is torch.bfloat16 else parameter.to(torch.bfloat16), name)
+
+
+def _prepared(tensor: Tensor, name: str) -> Tensor:
+    """Contiguous, and named in the message when it does not fit the kernels."""
+    if tensor.dtype is torch.bfloat16 and tensor.is_cuda:
+        return tensor if tensor.is_contiguous() else tensor.contiguous()
+    if not tensor.is_cuda:
+        raise RuntimeError(f"{name} is on {tensor.device}, expected a CUDA device")
+    raise RuntimeError(f"{name} has dtype {tensor.dtype}, expected bfloat16")
+
+
+def _vectors(tensor: Tensor, name: str) -> Tensor:
+    tensor = _prepared(tensor, name)
+    if tensor.numel() % _VECTOR:
+        raise RuntimeError(f"{name} has {tensor.numel()} values, expected a multiple of {_VECTOR}")
+    return tensor
+
+
+def _check_shape(tensor: Tensor, shape: Sequence[int], name: str) -> None:
+    if tensor.shape != shape:
+        raise RuntimeError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+
+
+def _check_channels(channels: int, rows: int) -> None:
+    if channels % _VECTOR:
+        raise RuntimeError(f"the channel count is {channels}, expected a multiple of {_VECTOR}")
+    if rows * (channels // _VECTOR) >= 2**32 - 1 or rows >= 2**31 - 1:
+        raise RuntimeError(f"{rows} rows of {channels} channels are more than the kernels can index")
+
+
+def _check_logits(logits: Tensor, targets: Tensor, values: dict[str, Tensor]) -> None:
+    _require(
+        logits.is_cuda and logits.dtype is torch.bfloat16 and logits.ndim == 2 and logits.is_contiguous(),
+        "logits must be a contiguous bfloat16 matrix [rows, vocabulary] on a CUDA device",
+    )
+    rows, vocabulary = logits.shape
+    if vocabulary % _VECTOR:
+        raise RuntimeError(f"the vocabulary has {vocabulary} entries, expected a multiple of {_VECTOR}")
+    _require(
+        targets.dtype is torch.int64 and targets.is_contiguous() and targets.device == logits.device,
+        "targets must be contiguous int64 on the logits' device",
+    )
+    _check_shape(targets, (rows,), "targets")
+    for name, tensor in values.items():
+        dtype = torch.int32 if name == "argmax" else torch.float32
+        if tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.device != logits.device:
+            raise RuntimeError(f"{name} must be contiguous {dtype} on the logits' device")
+        _check_shape(tensor, (rows,), name)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise RuntimeError(message)
+
+
+def _refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused element-wise operators have no second derivative")

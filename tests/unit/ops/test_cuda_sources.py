@@ -1,0 +1,67 @@
+"""Every kernel of `cuda/` goes through NVRTC for every kind of card, and through nvcc where there is one: no GPU."""
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from src.ops import dequantize_cuda, elementwise_cuda, nvrtc, wkv6_cuda
+from src.ops.kernels import Kernel
+
+KERNELS: dict[str, Sequence[Kernel]] = {
+    "dequantize.cu": tuple(dequantize_cuda.KERNELS.values()),
+    "elementwise.cu": elementwise_cuda.KERNELS,
+    "wkv6.cu": wkv6_cuda.KERNELS,
+}
+ARCHITECTURES = (80, 86, 89, 90, 120)
+
+
+def test_every_source_is_here() -> None:
+    assert set(KERNELS) == {path.name for path in nvrtc.SOURCE_DIRECTORY.glob("*.cu")}
+
+
+def test_sources_include_nothing_but_each_other() -> None:
+    for path in nvrtc.SOURCE_DIRECTORY.iterdir():
+        if path.suffix in (".cu", ".cuh", ".h"):
+            included = re.findall(r"^\s*#\s*include\s*(\S+)", path.read_text(), re.MULTILINE)
+            outside = [name for name in included if not name.startswith('"')]
+            assert outside == (["<cstdint>"] if path.name == "types.cuh" else []), path.name
+
+
+@pytest.mark.parametrize(
+    ("kernel", "name"),
+    [(wkv6_cuda.FORWARD, "Forward"), (wkv6_cuda.BACKWARD_SUMMARY, "Summary"), (wkv6_cuda.BACKWARD, "Backward")],
+)
+def test_shared_memory_is_asked_for_as_the_source_has_it(kernel: Kernel, name: str) -> None:
+    assert f"static_assert(k{name}SharedBytes == {kernel.shared_bytes}," in nvrtc.read_source("wkv6.cu").text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("nvidia") is None, reason="needs the package nvidia-cuda-nvrtc")
+@pytest.mark.parametrize("architecture", [80, *(pytest.param(a, marks=pytest.mark.slow) for a in ARCHITECTURES[1:])])
+def test_every_kernel_compiles_by_nvrtc(architecture: int) -> None:
+    sources = {name: nvrtc.read_source(name) for name in KERNELS}
+
+    def compiled(kernel: Kernel) -> int:
+        return len(nvrtc.compile_kernel(sources[kernel.source], kernel.expression, f"sm_{architecture}").image)
+
+    kernels = [kernel for family in KERNELS.values() for kernel in family]
+    with ThreadPoolExecutor(2) as pool:
+        assert all(size > 1000 for size in pool.map(compiled, kernels))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+@pytest.mark.parametrize("name", sorted(KERNELS))
+def test_every_kernel_compiles_by_nvcc(name: str, tmp_path: Path) -> None:
+    source = tmp_path / "kernels.cu"
+    pointers = "".join(f"  reinterpret_cast<const void*>(&{kernel.expression}),\n" for kernel in KERNELS[name])
+    source.write_text(f'#include "{name}"\nextern const void* const kernels[] = {{\n{pointers}}};\n')
+    architectures = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
+    command = ["nvcc", "-std=c++17", "--threads=2", *architectures, f"-I{nvrtc.SOURCE_DIRECTORY}", "-c", str(source)]
+    done = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
