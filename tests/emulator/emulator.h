@@ -18,6 +18,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -77,6 +78,7 @@ struct Thread {
 
 struct Warp {
   Meeting meeting;
+  std::map<uint32_t, Meeting> meetings;  // of the lanes of a mask
   uint64_t given[kLanes][8];
   uint64_t taken[kLanes][8];
 };
@@ -186,13 +188,15 @@ T from_bits(uint64_t bits) {
   return value;
 }
 
+// The lanes of `mask` exchange values; others may have ended.
 template <class T, class From>
-T exchange(T value, From source) {
+T exchange(uint32_t mask, T value, From source) {
   Warp& w = warp();
-  const int own = lane();
+  const int own = lane(), named = __builtin_popcount(mask);
   w.given[own][0] = to_bits(value);
-  meet(w.meeting, lanes_of_warp(), [&] {
-    for (int l = 0; l < kLanes; ++l) w.taken[l][0] = w.given[l][0];
+  meet(w.meetings[mask], named < lanes_of_warp() ? named : lanes_of_warp(), [&] {
+    for (int l = 0; l < kLanes; ++l)
+      if (mask >> l & 1) w.taken[l][0] = w.given[l][0];
   });
   const int from = source(own);
   const uint64_t bits = from >= 0 && from < kLanes ? w.taken[from][0] : to_bits(value);
@@ -341,17 +345,17 @@ inline void __syncthreads() {
   emulated::meet(emulated::block()->meeting, int(emulated::block()->threads.size()), [] {});
 }
 inline void __syncwarp(uint32_t = 0xffffffffu) { emulated::meet(emulated::warp().meeting, emulated::lanes_of_warp(), [] {}); }
-template <class T> T __shfl_sync(uint32_t, T value, int from, int width = 32) {
-  return emulated::exchange(value, [=](int own) { return own / width * width + from % width; });
+template <class T> T __shfl_sync(uint32_t mask, T value, int from, int width = 32) {
+  return emulated::exchange(mask, value, [=](int own) { return own / width * width + from % width; });
 }
-template <class T> T __shfl_xor_sync(uint32_t, T value, int mask) {
-  return emulated::exchange(value, [=](int own) { return own ^ mask; });
+template <class T> T __shfl_xor_sync(uint32_t mask, T value, int step) {
+  return emulated::exchange(mask, value, [=](int own) { return own ^ step; });
 }
-template <class T> T __shfl_down_sync(uint32_t, T value, int distance, int width = 32) {
-  return emulated::exchange(value, [=](int own) { return own % width + distance < width ? own + distance : own; });
+template <class T> T __shfl_down_sync(uint32_t mask, T value, int distance, int width = 32) {
+  return emulated::exchange(mask, value, [=](int own) { return own % width + distance < width ? own + distance : own; });
 }
-template <class T> T __shfl_up_sync(uint32_t, T value, int distance, int width = 32) {
-  return emulated::exchange(value, [=](int own) { return own % width >= distance ? own - distance : own; });
+template <class T> T __shfl_up_sync(uint32_t mask, T value, int distance, int width = 32) {
+  return emulated::exchange(mask, value, [=](int own) { return own % width >= distance ? own - distance : own; });
 }
 inline uint32_t __ballot_sync(uint32_t, int predicate) {
   emulated::Warp& w = emulated::warp();

@@ -1,0 +1,237 @@
+"""The CUDA kernels as they are launched, run on the CPU by the emulator: results and gradients against definitions."""
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import pairwise
+
+import pytest
+import torch
+from emulator.kernels import emulated, has_compiler
+from torch import Tensor
+
+from src.ops import dequantize_cuda, elementwise, elementwise_cuda, wkv6_cuda
+from src.ops.sequences import start_states
+from src.ops.wkv6 import wkv6_branching
+from src.ops.wkv6_cuda import wkv6_branching_cuda
+from src.ops.wkv6_reference import wkv6_reference
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs g++")]
+
+# As tests/gpu has it: what rounding to bf16 gives, and what the matrix products' operands add in wkv6.
+BOUND, BOUND_OF_FEW, BOUND_OF_WKV6 = 2.5e-3, 4e-3, 5e-3
+EPS = 64e-5
+
+
+@pytest.fixture(autouse=True)
+def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Kernels run here, every tensor is said to be on a GPU of two multiprocessors, and fresh memory is NaN."""
+    bmm = torch.bmm
+
+    def bmm_with_dtype(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **options: Tensor) -> Tensor:
+        return bmm(a, b, **options) if out_dtype is None else bmm(a.to(out_dtype), b.to(out_dtype), **options)
+
+    monkeypatch.setattr(torch, "bmm", bmm_with_dtype)  # the one for CPUs has no out_dtype
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    monkeypatch.setattr(wkv6_cuda, "_multiprocessors", lambda index: 2)
+    monkeypatch.setattr(dequantize_cuda, "_multiprocessors", lambda index: 2)
+    monkeypatch.setattr(elementwise, "fused_kernels", lambda: elementwise_cuda)
+    torch.use_deterministic_algorithms(True)
+    with emulated():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+def error(ours: Tensor, exact: Tensor) -> float:
+    """Relative error of the norm; NaN when anything is."""
+    return ((ours.double() - exact.double()).norm() / exact.double().norm().clamp(min=1e-30)).item()
+
+
+def check(
+    run: Callable[..., object],
+    exact: Callable[..., object],
+    inputs: Sequence[Tensor],
+    wanted: Sequence[int],
+    bound: float,
+) -> None:
+    """Outputs and the gradients of `wanted` inputs, against the same in fp64."""
+    found = []
+    for function, wide in ((run, False), (exact, True)):
+        leaves = [tensor.double() if wide else tensor.clone() for tensor in inputs]
+        for index in wanted:
+            leaves[index].requires_grad_()
+        outputs = function(*leaves)
+        outputs = (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)  # type: ignore[arg-type]
+        cotangents = [normal(*output.shape, seed=100 + i).to(output.dtype) for i, output in enumerate(outputs)]
+        pairs = [pair for pair in zip(outputs, cotangents, strict=True) if pair[0].requires_grad]
+        if wanted:
+            torch.autograd.backward(*zip(*pairs, strict=True))
+        found.append([*outputs, *(leaves[index].grad for index in wanted)])
+    for position, (ours, reference) in enumerate(zip(*found, strict=True)):
+        assert ours.shape == reference.shape
+        largest = bound if ours.numel() >= 256 else max(bound, BOUND_OF_FEW)
+        assert error(ours, reference) < largest, f"result {position}"
+
+
+ALL, TOKENS, STATE = (0, 1, 2, 3, 4, 5), (0, 1, 2, 3), (5,)
+
+
+@pytest.mark.parametrize("wanted", [ALL, TOKENS, STATE, ()])
+@pytest.mark.parametrize(
+    ("batch", "tokens", "shared", "borders", "span_tokens"),
+    [
+        (1, 70, True, None, 0),
+        (2, 37, False, None, 0),
+        (1, 200, True, None, 64),
+        (1, 150, False, (0, 20, 20, 150), 64),
+        (1, 90, True, (0, 30, 90), 0),
+    ],
+)
+def test_wkv6(
+    batch: int, tokens: int, shared: bool, borders: tuple[int, ...] | None, span_tokens: int, wanted: tuple[int, ...]
+) -> None:
+    sequences = batch if borders is None else len(borders) - 1
+    inputs = [normal(batch, tokens, 1, 64, seed=i) for i in range(4)]
+    inputs[3] -= 1
+    inputs += [normal(1, 64, seed=4), normal(*(() if shared else (sequences,)), 1, 64, 64, seed=5).float()]
+    cu_seqlens = None if borders is None else torch.tensor(borders)
+    lengths = None if borders is None else [b - a for a, b in pairwise(borders)]
+
+    def ours(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        return wkv6_cuda.wkv6_cuda(*leaves, cu_seqlens, span_tokens=span_tokens)
+
+    def exact(*leaves: Tensor) -> tuple[Tensor, Tensor]:
+        return wkv6_reference(*leaves[:5], start_states(leaves[5], sequences), lengths)
+
+    check(ours, exact, inputs, wanted, BOUND_OF_WKV6)
+
+
+@pytest.mark.parametrize("wanted", [ALL, TOKENS, STATE, ()])
+def test_wkv6_branching(wanted: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = [normal(1, 150, 1, 64, seed=i) for i in range(4)]
+    inputs[3] -= 1
+    inputs += [normal(1, 64, seed=4), normal(2, 1, 64, 64, seed=5).float()]
+    layout = (torch.tensor([0, 20, 70]), torch.tensor([0, 30, 35, 80]), torch.tensor([0, 0, 1]), 70)
+    check(
+        lambda *leaves: wkv6_branching_cuda(*leaves, *layout),
+        lambda *leaves: wkv6_branching(*leaves, *layout),
+        inputs,
+        wanted,
+        BOUND_OF_WKV6,
+    )
+
+
+LAYOUT = torch.tensor([-1, 0, 1, 2, 3, -1, 5, 6, 4, 8, 9, 10, 7, 12, 4, 14, 15, 7])
+
+
+@pytest.mark.parametrize("case", ["bare", "carry", "modulation", "segments"])
+@pytest.mark.parametrize("mixes", elementwise_cuda.MIXES)
+def test_shift_mixes(mixes: int, case: str) -> None:
+    rows = 2 if case == "carry" else 1
+    inputs = [normal(rows, 18, 64), normal(mixes, 64, seed=1)]
+    inputs += {"carry": [normal(rows, 64, seed=2)], "modulation": [normal(mixes, rows, 18, 64, seed=2)]}.get(case, [])
+
+    def mixed(function: Callable[..., tuple[Tensor, ...]], z: Tensor, maa: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        carry = rest[0] if case == "carry" else None
+        modulation = rest[0] if case == "modulation" else None
+        return function(z, carry, maa, modulation, LAYOUT if case == "segments" else None)
+
+    ours, exact = partial(mixed, elementwise.shift_mixes), partial(mixed, elementwise.shift_mixes_torch)
+    check(ours, exact, inputs, range(len(inputs)), BOUND)
+    check(ours, exact, inputs, (), BOUND)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_modulated_shift_mixes(keeps: bool) -> None:
+    inputs = [normal(1, 18, 64), normal(5, 64, seed=1), normal(1, 18, 40, seed=2), 0.2 * normal(5, 8, 64, seed=3)]
+
+    def ours(z: Tensor, maa: Tensor, hidden: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        return elementwise.modulated_shift_mixes(z, None, maa, hidden, up, None, keeps_modulation=keeps)
+
+    def exact(z: Tensor, maa: Tensor, hidden: Tensor, up: Tensor) -> tuple[Tensor, ...]:
+        modulation = torch.einsum("btgk,gkc->gbtc", hidden.unflatten(2, up.shape[:2]), up)
+        return elementwise.shift_mixes_torch(z, None, maa, modulation, None)
+
+    check(ours, exact, inputs, range(4), BOUND_OF_FEW)
+    check(ours, exact, inputs, (), BOUND_OF_FEW)
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (0, 1), (3,), ()])
+@pytest.mark.parametrize("head_size", elementwise_cuda.HEAD_SIZES)
+def test_group_norm_silu_gate(head_size: int, wanted: tuple[int, ...]) -> None:
+    channels = 3 * head_size
+    inputs = [
+        normal(2, 5, 3, head_size),
+        *(normal(*s, seed=i) for i, s in enumerate(((2, 5, channels), (channels,), (channels,)), 1)),
+    ]
+    ours = partial(elementwise.group_norm_silu_gate, eps=EPS)
+    check(ours, partial(elementwise.group_norm_silu_gate_torch, eps=EPS), inputs, wanted, BOUND)
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (0, 1), (2,), ()])
+@pytest.mark.parametrize("channels", [64, 2056, 4104])
+def test_add_norm(channels: int, wanted: tuple[int, ...]) -> None:
+    inputs = [normal(3, channels), normal(3, channels, seed=1), normal(channels, seed=2), normal(channels, seed=3)]
+    both = partial(elementwise.add_norm, eps=EPS), partial(elementwise.add_norm_torch, eps=EPS)
+    check(*both, inputs, wanted, BOUND_OF_FEW)
+    alone = partial(_without_delta, elementwise.add_norm), partial(_without_delta, elementwise.add_norm_torch)
+    check(*alone, [inputs[0], *inputs[2:]], [index - (index > 1) for index in wanted if index != 1], BOUND_OF_FEW)
+
+
+def _without_delta(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, weight: Tensor, bias: Tensor) -> object:
+    return function(x, None, weight, bias, EPS)
+
+
+def test_activations() -> None:
+    inputs = [normal(3, 7, 40, seed=i) for i in range(3)]
+    for wanted in ((0,), ()):
+        check(elementwise.squared_relu, elementwise.squared_relu_torch, inputs[:1], wanted, BOUND)
+    for wanted in ((0, 1, 2), ()):
+        check(elementwise.sigmoid_gated_residual, elementwise.sigmoid_gated_residual_torch, inputs, wanted, 2 * BOUND)
+    x, grad = inputs[:2]
+    expected = elementwise.squared_relu_gradient_torch(x.double(), grad.double())
+    assert error(elementwise.squared_relu_gradient(x, grad.clone()), expected) < BOUND
+
+
+def test_statistics_and_gradient_of_logits() -> None:
+    logits = 3 * normal(4, 512)
+    logits[1, 17] = logits[1, 300] = 50.0
+    targets = torch.tensor([5, 17, -100, 511])
+    logp, max_logit, logsumexp = torch.full((3, 4), torch.nan).unbind(0)
+    argmax = torch.full((4,), -7, dtype=torch.int32)
+    elementwise_cuda.logit_statistics(logits, targets, logp, max_logit, logsumexp, argmax)
+    wide = logits.double().requires_grad_()
+    counted = targets >= 0
+    expected = torch.log_softmax(wide, -1).gather(1, targets.clamp(min=0).unsqueeze(1)).squeeze(1)[counted]
+    largest = wide.max(-1).values[counted]
+    torch.testing.assert_close(logp.double()[counted], expected.detach(), rtol=1e-5, atol=5e-5)
+    assert torch.equal(max_logit[counted].double(), largest.detach())
+    assert logp[2] == max_logit[2] == 0
+    assert argmax[1] == 17
+    (gradient,) = torch.autograd.grad((expected * 0.5).sum() + (largest * 0.25).sum(), wide)
+    elementwise_cuda.logit_gradient(logits, targets, logsumexp, argmax, torch.full((4,), 0.5), torch.full((4,), 0.25))
+    assert error(logits, gradient) < BOUND
+
+
+@pytest.mark.parametrize("count", [8, 8 * 37, 96 * 128])
+@pytest.mark.parametrize(("bits", "double"), dequantize_cuda.KERNELS)
+def test_every_dequantised_bit_is_as_the_format_says(bits: int, double: bool, count: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    block = 64 if bits == 4 else 256
+    packed = torch.randint(256, (count * bits // 8,), generator=generator, dtype=torch.uint8)
+    value_code, absmax_code = torch.randn(2**bits, generator=generator), torch.rand(256, generator=generator)
+    blocks = -(-count // block)
+    quantised = torch.randint(256, (blocks,), generator=generator, dtype=torch.uint8)
+    scale, offset = torch.rand(-(-blocks // 256), generator=generator), torch.rand(1, generator=generator)
+    absmax = absmax_code[quantised.long()] * scale.repeat_interleave(256)[:blocks] + offset
+    values = packed if bits == 8 else torch.stack((packed >> 4, packed & 15), 1).flatten()
+    expected = (value_code[values.long()] * absmax.repeat_interleave(block)[:count]).bfloat16()
+
+    nested = (quantised, scale, offset) if double else (absmax, None, None)
+    matrix = dequantize_cuda.PackedMatrix(packed, *nested, absmax_code, value_code, bits, count)
+    ours = torch.full((count,), torch.nan, dtype=torch.bfloat16)
+    matrix.fill(ours)
+    assert torch.equal(ours.view(torch.int16), expected.view(torch.int16))
