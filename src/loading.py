@@ -24,6 +24,8 @@ from src.device import spare_threads
 from src.errors import CheckpointError
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
+from src.ops.kernels import compile_ahead
+from src.quant import kernels_for
 
 _SLOW_VALUES = 200_000_000
 """Models with fewer weights load too fast for a progress bar."""
@@ -126,6 +128,9 @@ def build_model(
     packed = set(shape.matrix_names()) if options.quant_type else set()
     assert not packed.intersection(trained), "what is packed cannot be trained"
     head = {"head.weight"} if options.quant_type and options.quant_head else set()
+    if options.compute_dtype is torch.bfloat16:
+        kernels = shape.kernels(trains_weights=not shape.state_shapes().keys() >= set(trained))
+        compile_ahead([*kernels, *(kernels_for(options.quant_type) if options.quant_type else ())], options.device)
     stays = {"emb.weight"}.difference(trained)
     with torch.device("meta"):
         model = LanguageModel(

@@ -29,7 +29,7 @@ from torch.autograd.function import FunctionCtx
 
 from src.config.model import QUANT_TYPES
 from src.ops.dequantize_cuda import KERNELS, PackedMatrix
-from src.ops.kernels import usable
+from src.ops.kernels import Kernel, usable
 
 _FOUR_BIT_CODE = {"nf4": "nf4", "fp4": "fp4", "4bit": "fp4"}
 _FOUR_BIT_BLOCK = 64
@@ -44,6 +44,11 @@ def _bitsandbytes_functional() -> Any:
     import bitsandbytes.functional
 
     return bitsandbytes.functional
+
+
+def kernels_for(quant_type: str) -> tuple[Kernel, ...]:
+    """The CUDA kernels that a type of packing needs, in double quantisation as far as it has one."""
+    return (KERNELS[8, False] if quant_type == "int8" else KERNELS[4, True],)
 
 
 def dequantization_kernels(device: torch.device) -> bool:

@@ -31,6 +31,7 @@ from src.layout import SegmentLayout
 from src.model.layers import ChannelMixer, Linear, TimeMixer
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape, Shape, axes_of, count_layers, orthogonal, uniform
+from src.ops import elementwise_cuda, wkv6_cuda
 from src.ops.elementwise import (
     group_norm_silu_gate,
     modulated_shift_mixes,
@@ -40,6 +41,7 @@ from src.ops.elementwise import (
     squared_relu,
     squared_relu_gradient,
 )
+from src.ops.kernels import Kernel
 from src.ops.wkv6 import wkv6, wkv6_branching
 from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available
 
@@ -199,6 +201,14 @@ class RWKV6Shape(ModelShape):
     def rate_factor(self, key: str) -> float:
         """2 for the bare `time_decay` vectors, as in RWKV-LM's trainer."""
         return 2.0 if key.endswith("time_decay") else 1.0
+
+    def kernels(self, *, trains_weights: bool) -> tuple[Kernel, ...]:
+        """See ModelShape."""
+        mixes = ((1, False), (5, True), (2, False))
+        of_layers = elementwise_cuda.layer_kernels(
+            self.n_embd, mixes, head_size=self.head_size, gates_channels=True, sums=trains_weights
+        )
+        return (*of_layers, *wkv6_cuda.kernels_for(self.head_size, trains_weights=trains_weights))
 
     def kept_bytes(self, recompute: Recompute, *, fused: bool) -> int:
         """Bytes per token that one layer keeps between forward and backward, 16-bit activations.

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from src.errors import CheckpointError
 from src.model.recompute import Recompute
+from src.ops.kernels import Kernel
 
 if TYPE_CHECKING:
     from src.model.layers import ChannelMixer, TimeMixer
@@ -136,6 +137,14 @@ class ModelShape(ABC):
     @abstractmethod
     def kept_bytes(self, recompute: Recompute, *, fused: bool) -> int:
         """Bytes per token that one layer keeps between forward and backward, 16-bit activations."""
+
+    def kernels(self, *, trains_weights: bool) -> tuple[Kernel, ...]:
+        """CUDA kernels that a step in bf16 launches, to be compiled before it comes; one that is missing here is later.
+
+        Args:
+            trains_weights: whether the weights of norms and mixes are trained, too.
+        """
+        return ()
 
     def kept_bytes_of_adapters(self, kept_values: Mapping[str, int]) -> int:
         """The same of adapters that keep so many values per token, by matrix, where a layer keeps more than its input.

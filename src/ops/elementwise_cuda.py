@@ -8,7 +8,7 @@ nothing. Tensors that do not fit raise RuntimeError, naming the argument.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import torch
@@ -81,6 +81,32 @@ KERNELS = (
     *(*NORM_FORWARD.values(), *NORM_BACKWARD.values(), NORM_SUMS),
     *(SQUARED_RELU, SQUARED_RELU_GRADIENT, GATED_RESIDUAL, GATED_RESIDUAL_GRADIENT, LOGIT_STATISTICS, LOGIT_GRADIENT),
 )
+
+
+def layer_kernels(
+    channels: int, mixes: Collection[tuple[int, bool]], *, head_size: int = 0, gates_channels: bool = False, sums: bool
+) -> tuple[Kernel, ...]:
+    """The kernels that layers and the head launch, forward and backward.
+
+    Args:
+        channels: of the residual stream.
+        mixes: how many mixes each token shift makes, and whether they are modulated.
+        head_size: of a group norm with SiLU gate; 0 is none.
+        gates_channels: whether the channel mix ends in `sigmoid_gated_residual`.
+        sums: whether parameters of these operators are trained, too.
+    """
+    held = held_vectors(channels)
+    norms = (NORM_FORWARD[held, True], NORM_FORWARD[held, False], NORM_BACKWARD[held])
+    shifts = [family[case] for case in mixes for family in (SHIFT_FORWARD, SHIFT_BACKWARD)]
+    found = [*norms, *shifts, SQUARED_RELU, SQUARED_RELU_GRADIENT, LOGIT_STATISTICS, LOGIT_GRADIENT]
+    if gates_channels:
+        found += [GATED_RESIDUAL, GATED_RESIDUAL_GRADIENT]
+    if head_size in HEAD_SIZES:
+        found += [GATE_FORWARD[head_size], GATE_BACKWARD[head_size]]
+    if sums:
+        found += [NORM_SUMS, *(MAA_SUMS[count] for count in sorted({count for count, _ in mixes}))]
+        found += [GATE_SUMS[head_size]] if head_size in HEAD_SIZES else []
+    return tuple(found)
 
 
 def held_vectors(channels: int) -> int:

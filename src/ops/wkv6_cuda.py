@@ -40,6 +40,17 @@ FOLD = Kernel("wkv6.cu", "wkv6::fold_kernel", _BACKWARD)
 KERNELS = (FORWARD, FORWARD_SUMMARY, BACKWARD_SUMMARY, BACKWARD, BACKWARD_WITH_U, FOLD)
 
 
+def kernels_for(head_size: int, *, trains_weights: bool) -> tuple[Kernel, ...]:
+    """The kernels that training launches at this head size.
+
+    Args:
+        trains_weights: whether u is trained, too.
+    """
+    if head_size != CUDA_HEAD_SIZE:
+        return ()
+    return (BACKWARD_WITH_U if trains_weights else BACKWARD, FORWARD, FORWARD_SUMMARY, BACKWARD_SUMMARY, FOLD)
+
+
 def kernel_is_available(device: torch.device) -> bool:
     """Whether the kernels can be used on this GPU; warns once, with the reason, when they cannot."""
     return usable((FORWARD, BACKWARD_SUMMARY, BACKWARD), device, WITHOUT)

@@ -3,13 +3,20 @@
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from emulator.kernels import emulated, has_compiler
+from recompute_cases import CASES, Gradients, model_of, shape_of
 from torch import Tensor
 
-from src.ops import dequantize_cuda, elementwise, elementwise_cuda, wkv6_cuda
+from src import quant
+from src.model import rwkv6
+from src.model.language_model import LanguageModel
+from src.model.recompute import Recompute
+from src.ops import dequantize_cuda, elementwise, elementwise_cuda, wkv6, wkv6_cuda
+from src.ops.kernels import Kernel
 from src.ops.sequences import start_states
 from src.ops.wkv6 import wkv6_branching
 from src.ops.wkv6_cuda import wkv6_branching_cuda
@@ -25,20 +32,25 @@ EPS = 64e-5
 @pytest.fixture(autouse=True)
 def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Kernels run here, every tensor is said to be on a GPU of two multiprocessors, and fresh memory is NaN."""
-    bmm = torch.bmm
-
-    def bmm_with_dtype(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **options: Tensor) -> Tensor:
-        return bmm(a, b, **options) if out_dtype is None else bmm(a.to(out_dtype), b.to(out_dtype), **options)
-
-    monkeypatch.setattr(torch, "bmm", bmm_with_dtype)  # the one for CPUs has no out_dtype
+    for name in ("mm", "bmm"):  # those for CPUs have no out_dtype
+        monkeypatch.setattr(torch, name, partial(product_with_dtype, getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     monkeypatch.setattr(wkv6_cuda, "_multiprocessors", lambda index: 2)
     monkeypatch.setattr(dequantize_cuda, "_multiprocessors", lambda index: 2)
     monkeypatch.setattr(elementwise, "fused_kernels", lambda: elementwise_cuda)
+    for module in (wkv6, rwkv6):
+        monkeypatch.setattr(module, "kernel_is_available", lambda device: True)
+    monkeypatch.setattr(quant, "dequantization_kernels", lambda device: True)
     torch.use_deterministic_algorithms(True)
     with emulated():
         yield
     torch.use_deterministic_algorithms(False)
+
+
+def product_with_dtype(
+    product: Callable[..., Tensor], a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **options: Tensor
+) -> Tensor:
+    return product(a, b, **options) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype), **options)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -235,3 +247,44 @@ def test_every_dequantised_bit_is_as_the_format_says(bits: int, double: bool, co
     ours = torch.full((count,), torch.nan, dtype=torch.bfloat16)
     matrix.fill(ours)
     assert torch.equal(ours.view(torch.int16), expected.view(torch.int16))
+
+
+MODES = [(None, Recompute.NOTHING), (None, Recompute.ALL), ("nf4", Recompute.NOTHING), ("nf4", Recompute.ALL)]
+
+
+@pytest.mark.parametrize(
+    ("case", "quant_type", "mode"),
+    [
+        *((case, "nf4", Recompute.INPUTS) for case in CASES),
+        *((case, quant_type, mode) for case in CASES[:2] for quant_type, mode in MODES),
+    ],
+    ids=lambda value: getattr(value, "__name__", None),
+)
+def test_a_model_on_the_kernels(
+    case: Callable[[LanguageModel], Gradients], quant_type: str | None, mode: Recompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As close to fp32 as plain torch operations in bf16; every kernel that it launches is compiled ahead."""
+    launched: set[Kernel] = set()
+    call = Kernel.__call__
+
+    def noted(kernel: Kernel, *arguments: Any) -> None:
+        launched.add(kernel)
+        call(kernel, *arguments)
+
+    monkeypatch.setattr(Kernel, "__call__", noted)
+
+    def gradients(dtype: torch.dtype, mode: Recompute) -> dict[str, Tensor]:
+        return {name: tensor.double() for name, tensor in case(model_of(mode, quant_type, "cpu", dtype)).items()}
+
+    with monkeypatch.context() as plain:
+        plain.setattr(torch.Tensor, "is_cuda", False)
+        exact = gradients(torch.float32, Recompute.NOTHING)
+        rounded = gradients(torch.bfloat16, Recompute.NOTHING)
+    assert not launched
+    ours = gradients(torch.bfloat16, mode)
+    for name, expected in exact.items():
+        allowed = 2 * (rounded[name] - expected).norm() + 0.02 * expected.norm()
+        assert (ours[name] - expected).norm() <= allowed, name
+    ready = {*shape_of("x060").kernels(trains_weights=True), *shape_of("x060").kernels(trains_weights=False)}
+    assert wkv6_cuda.FORWARD in launched
+    assert launched <= ready | set(quant.kernels_for("nf4"))
