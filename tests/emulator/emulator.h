@@ -6,10 +6,12 @@
 //
 // What is found: wrong indices, layouts and formulas, missing waits for copies (a copy is carried out when it is waited
 // for), barriers that not all threads reach, shared memory read before it is written (it holds NaN) or beyond its end.
-// What is not: races that the order of the threads hides. `order` turns it round, to see whether anything depends on it.
+// What is not: races that the order of the threads hides. `order` turns it round, or draws it at random, to see whether
+// anything depends on it.
 #ifndef EMULATOR_H
 #define EMULATOR_H
 
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <cmath>
@@ -70,8 +72,9 @@ struct Copy {
 struct Thread {
   uint3 index;
   int number = 0;
-  bool done = false;
-  ucontext_t context;
+  bool begun = false, done = false;
+  ucontext_t context;  // where it begins
+  jmp_buf place;       // where it waits
   std::unique_ptr<char[]> stack;
   std::vector<std::vector<Copy>> copies{1};  // groups, the last one open
 };
@@ -96,7 +99,7 @@ struct Block {
   std::vector<std::pair<uint32_t, Barrier>> barriers;
   int current = 0;
   uint64_t progress = 0;
-  ucontext_t scheduler;
+  jmp_buf scheduler;
   std::function<void()> body;
   std::string error;
 };
@@ -114,8 +117,8 @@ inline int lanes_of_warp() {
 }
 
 inline void yield() {
-  Thread& thread = self();
-  swapcontext(&thread.context, &block()->scheduler);
+  // Not swapcontext, which asks the system each time.
+  if (!_setjmp(self().place)) _longjmp(block()->scheduler, 1);
 }
 
 // Waits until `count` threads are here; the last runs `together`.
@@ -157,15 +160,28 @@ inline void run_block(Block& b, int order) {
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, run_thread, 0);
   }
+  auto resume = [&](int number) {
+    b.current = number;
+    Thread& thread = b.threads[number];
+    if (thread.done || !b.error.empty()) return false;
+    if (_setjmp(b.scheduler)) return true;
+    if (thread.begun) _longjmp(thread.place, 1);
+    thread.begun = true;
+    setcontext(&thread.context);
+    return true;
+  };
+  uint32_t random = uint32_t(order);
   for (;;) {
     const uint64_t before = b.progress;
-    int left = 0;
-    for (int i = 0; i < count && b.error.empty(); ++i) {
-      b.current = order ? count - 1 - i : i;
-      if (b.threads[b.current].done) continue;
-      ++left;
-      swapcontext(&b.scheduler, &b.threads[b.current].context);
+    // From 2 on: some warps are drawn, which run on for a while, before every thread has its turn.
+    for (int drawn = 0; order > 1 && drawn < int(b.warps.size()); ++drawn) {
+      random = random * 1664525u + 1013904223u;
+      const int first = int((random >> 16) % b.warps.size()) * kLanes;
+      for (uint32_t turns = random >> 26; turns > 0; --turns)
+        for (int i = first; i < first + kLanes && i < count; ++i) resume(i);
     }
+    int left = 0;
+    for (int i = 0; i < count; ++i) left += resume(order == 1 ? count - 1 - i : i);
     if (!b.error.empty()) fail(b.error);
     if (left == 0) return;
     if (b.progress == before) fail("threads wait for each other for ever");

@@ -44,7 +44,8 @@ def emulated(*, architecture: int = 900, order: int = 0) -> Iterator[None]:
 
     Args:
         architecture: what the sources take `__CUDA_ARCH__` for.
-        order: 0 runs the threads of a block from first to last, 1 from last to first.
+        order: 0 runs the threads of a block from first to last, 1 from last to first, higher numbers let warps take
+            turns in orders drawn from them.
     """
     before = Kernel.__call__
 
@@ -98,7 +99,17 @@ def _library(source: str, architecture: int) -> tuple[ctypes.CDLL, dict[str, str
         with tempfile.TemporaryDirectory(dir=_FOLDER) as folder:
             written = Path(folder) / "kernels.cpp"
             written.write_text(text)
-            command = ["g++", "-std=c++17", "-O1", "-shared", "-fPIC", "-w", f"-I{HERE}", str(written)]
+            command = [
+                "g++",
+                "-std=c++17",
+                "-O1",
+                "-shared",
+                "-fPIC",
+                "-w",
+                "-U_FORTIFY_SOURCE",
+                f"-I{HERE}",
+                str(written),
+            ]
             done = subprocess.run([*command, "-o", f"{folder}/kernels.so"], capture_output=True, text=True, check=False)
             assert done.returncode == 0, done.stderr[:4000]
             (Path(folder) / "kernels.so").replace(library)
