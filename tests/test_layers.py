@@ -66,6 +66,7 @@ CLOSED_TO_TRAINING = (
     "src.ops.wkv6_chunked",
     "src.ops.wkv6_reference",
     "src.ops.wkv7",
+    "src.ops.wkv7_cuda",
     "src.ops.wkv7_chunked",
     "src.ops.wkv7_reference",
 )

@@ -49,6 +49,16 @@ def check_state(r: Tensor, state: Tensor, cu_seqlens: Tensor | None) -> int:
     return sequences
 
 
+def check_branches(child_borders: Tensor, parents: Tensor) -> None:
+    """Raises ValueError where parents does not name one root for each sequence between the borders."""
+    expected = [child_borders.numel() - 1]
+    if list(parents.shape) != expected or parents.dtype != torch.int64 or parents.device != child_borders.device:
+        raise ValueError(
+            f"parents is {parents.dtype} {list(parents.shape)} on {parents.device}, expected int64 {expected} "
+            f"on {child_borders.device}"
+        )
+
+
 def check_devices(r: Tensor, others: Mapping[str, Tensor | None]) -> None:
     """Raises ValueError naming the first of the others that is not on r's device."""
     for name, other in others.items():

@@ -9,6 +9,8 @@ from operators import assert_close, cotangent, median_seconds, poisoned_memory, 
 from torch import Tensor
 from wkv7_inputs import INPUT_NAMES, KINDS, TOKEN_NAMES, draw_inputs, in_float32, trained_inputs
 
+from src.errors import KernelError
+from src.ops.sequences import check_branches
 from src.ops.wkv7 import wkv7, wkv7_branching
 from src.ops.wkv7_chunked import SPAN_TOKENS, TILE_TOKENS, wkv7_chunked
 from src.ops.wkv7_reference import wkv7_reference
@@ -318,6 +320,19 @@ def test_bad_arguments_are_named(case: str) -> None:
 def test_bad_borders_are_named(borders: list[float]) -> None:
     with pytest.raises(ValueError, match=r"^cu_seqlens"):
         wkv7(**draw_inputs(1, 4, 2, 8), cu_seqlens=torch.tensor(borders))
+
+
+def test_the_kernels_are_refused_where_they_cannot_run() -> None:
+    with pytest.raises(KernelError, match=r"takes bfloat16 on a GPU at head size 64, got torch\.float64 on cpu"):
+        wkv7(**draw_inputs(1, 4, 2, 8), backend="cuda")
+
+
+@pytest.mark.parametrize(
+    "parents", [torch.tensor([0, 1]), torch.tensor([0], dtype=torch.int32), torch.zeros(1, 1, dtype=torch.int64)]
+)
+def test_parents_that_do_not_fit_are_named(parents: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"^parents is torch\.int.*expected int64 \[1\] on cpu"):
+        check_branches(torch.tensor([0, 5]), parents)
 
 
 def test_unknown_backend_is_refused() -> None:

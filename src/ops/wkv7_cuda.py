@@ -1,0 +1,288 @@
+"""The WKV7 operator on NVIDIA GPUs: memory and autograd around the kernels of `cuda/wkv7.cu`.
+
+Shapes: B batch, T tokens, H heads, N head size (64), S packed sequences. The state is [H, value, key].
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from src.ops.kernels import Argument, Kernel, usable
+
+CUDA_HEAD_SIZE = 64
+_TILE_TOKENS = 16
+_CHUNK_TOKENS = 32
+_GRADIENT_THREADS = 256
+_MOST_ROWS = 2**27
+"""The kernels number 4-byte words with 32 bits."""
+
+_SCAN = "(PPPPPP PPPPP iiii PPPP)"
+FORWARD = Kernel("wkv7.cu", "wkv7::scan_kernel<false, 4>", _SCAN, shared_bytes=90_240)
+BACKWARD = Kernel("wkv7.cu", "wkv7::scan_kernel<true, 4>", _SCAN, shared_bytes=85_888)
+WIDE_FORWARD = Kernel("wkv7.cu", "wkv7::scan_kernel<false, 8>", _SCAN, shared_bytes=180_352)
+WIDE_BACKWARD = Kernel("wkv7.cu", "wkv7::scan_kernel<true, 8>", _SCAN, shared_bytes=154_496)
+GRADIENTS = Kernel("wkv7.cu", "wkv7::gradients_kernel", "(PPPPPPP PPPP P iii PPPPPP)", shared_bytes=100_864)
+KERNELS = (FORWARD, BACKWARD, WIDE_FORWARD, WIDE_BACKWARD, GRADIENTS)
+
+
+def kernel_is_available(device: torch.device) -> bool:
+    """Whether the kernels can be used on this GPU; warns once, with the reason, when they cannot."""
+    instead = "The torch form of RWKV-7's operator is used instead, which is several times slower."
+    return usable(kernels_for(device), device, instead)
+
+
+def kernels_for(device: torch.device) -> tuple[Kernel, ...]:
+    """Those of KERNELS for which a GPU has enough shared memory: the others are not used on it."""
+    return tuple(kernel for kernel in KERNELS if kernel.shared_bytes <= _limits(device)[1])
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Neighbouring tokens of a packed row, or all tokens, that one launch runs over.
+
+    Attributes:
+        first, count: tokens of the row, or of each row of a batch.
+        borders: int32 [S + 1] of the packed sequences, None for a batch.
+        parents: int64 [S], the sequence of the part before that each of them continues; None for the first part.
+    """
+
+    first: int
+    count: int
+    borders: Tensor | None
+    parents: Tensor | None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Its tokens of [B, T, H, N], contiguous."""
+        return tensor if self.count == tensor.shape[1] else tensor[:, self.first : self.first + self.count]
+
+    def sequences(self, batch: int) -> int:
+        return batch if self.borders is None else self.borders.numel() - 1
+
+    def chunks(self, batch: int) -> int:
+        """An upper bound, as the kernels lay them out."""
+        if self.borders is None:
+            return batch * -(-self.count // _CHUNK_TOKENS)
+        return self.count // _CHUNK_TOKENS + self.sequences(batch)
+
+
+class _WKV7(torch.autograd.Function):
+    """One part, or roots and then the sequences that continue them, over one row."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        r: Tensor,
+        w_raw: Tensor,
+        k: Tensor,
+        v: Tensor,
+        a: Tensor,
+        b: Tensor,
+        state: Tensor,
+        parts: Sequence[_Part],
+        recorded: bool,
+    ) -> tuple[Tensor, Tensor]:
+        tokens = [_prepared(x) for x in (r, w_raw, k, v, a, b)]
+        state = _prepared(state)
+        of_tokens = recorded and any(ctx.needs_input_grad[:6])
+        of_state = recorded and ctx.needs_input_grad[6]
+        y = torch.empty_like(tokens[0])
+        finals: list[Tensor] = []
+        kept: list[Tensor] = []
+        for part in parts:
+            start = finals[-1] if finals else state
+            final, *of_part = _run_forward(part, tokens, start, y, keeps=of_tokens)
+            finals.append(final)
+            kept += of_part
+        ctx.parts, ctx.state_is_shared = parts, state.dim() == 3
+        ctx.set_materialize_grads(False)
+        r, w_raw, k, v, a, b = tokens
+        if of_tokens:
+            ctx.save_for_backward(r, w_raw, a, b, k, v, *kept)
+        elif of_state:
+            ctx.save_for_backward(r, w_raw, a, b)  # the state's gradient alone needs neither k nor v
+        return y, finals[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        r, w_raw, a, b, *of_tokens = ctx.saved_tensors
+        dy = torch.zeros_like(r) if dy is None else _prepared(dy)
+        need, need_state = ctx.needs_input_grad[:6], ctx.needs_input_grad[6]
+        found = [torch.empty_like(r) if wanted else None for wanted in need]
+        k, v, *kept = of_tokens or (None, None)
+        dstate: Tensor | None = None
+        later: tuple[Tensor, Tensor] | None = None  # the children's gradients, and whose children they are
+        for index, part in reversed(list(enumerate(ctx.parts))):
+            start = (None if dfinal is None else _prepared(dfinal)) if index == 0 else None
+            wants_state = need_state or index > 0
+            gradients, answers, dstate = _run_backward(part, r, w_raw, a, b, dy, start, later, wants_state, any(need))
+            if any(need):
+                of_part: list[Any] = kept[2 * index : 2 * index + 2]
+                _run_gradients(part, (r, w_raw, k, v, a, b, dy), (*of_part, gradients, answers), found)
+            if part.parents is not None:
+                assert dstate is not None
+                later = dstate, part.parents
+        if not need_state:
+            dstate = None
+        elif ctx.state_is_shared:
+            assert dstate is not None
+            dstate = dstate[0] if dstate.shape[0] == 1 else dstate.sum(0)
+        return *found, dstate, None, None
+
+
+def _prepared(tensor: Tensor) -> Tensor:
+    """Contiguous and aligned, copied only when it is not."""
+    tensor = tensor.contiguous()
+    return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+
+
+def _scan(kernel: Kernel, wide: Kernel, like: Tensor, blocks: int, *arguments: Argument) -> None:
+    """Where blocks have multiprocessors of Hopper to themselves, the form with more warps that make tiles is faster."""
+    multiprocessors, shared_bytes = _limits(like.device)
+    if blocks <= multiprocessors and shared_bytes >= wide.shared_bytes:
+        wide(like, blocks, 384, *arguments)
+    else:
+        kernel(like, blocks, 256, *arguments)
+
+
+@functools.cache
+def _limits(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors of a GPU, and the bytes of shared memory that one block may have."""
+    properties: Any = torch.cuda.get_device_properties(device)
+    # Where torch does not say it: what every card from sm_80 on has.
+    shared_bytes = getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+    return properties.multi_processor_count, shared_bytes
+
+
+def _run_forward(part: _Part, tokens: Sequence[Tensor], start: Tensor, y: Tensor, *, keeps: bool) -> list[Tensor]:
+    """Writes y; returns final states, and with `keeps` the states before chunks and U, which the backward reads."""
+    batch, _, heads, size = y.shape
+    sequences, chunks = part.sequences(batch), part.chunks(batch)
+    final = y.new_empty((sequences, heads, size, size), dtype=torch.float32)
+    kept: list[Tensor] = []
+    if keeps:
+        kept = [
+            y.new_empty((chunks, heads, size, size)),
+            y.new_empty((chunks, _CHUNK_TOKENS // _TILE_TOKENS, heads, size, _TILE_TOKENS)),
+        ]
+    _scan(
+        FORWARD, WIDE_FORWARD, y, sequences * heads, *(part.of(x) for x in tokens), start, part.parents, None, None,
+        part.borders, int(start.dim() == 3), 0, part.count, heads, part.of(y), final, *(kept or (None, None)),
+    )  # fmt: skip
+    return [final, *kept]
+
+
+def _run_backward(
+    part: _Part,
+    r: Tensor,
+    w_raw: Tensor,
+    a: Tensor,
+    b: Tensor,
+    dy: Tensor,
+    dfinal: Tensor | None,
+    later: tuple[Tensor, Tensor] | None,
+    wants_state: bool,
+    wants_tokens: bool,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The states' gradients after chunks, those of what T is applied to, and those of the start states."""
+    batch, _, heads, size = r.shape
+    sequences, chunks = part.sequences(batch), part.chunks(batch)
+    gradients = answers = dstate = None
+    if wants_tokens:
+        gradients = r.new_empty((chunks, heads, size, size))
+        answers = r.new_empty((chunks, _CHUNK_TOKENS // _TILE_TOKENS, heads, size, _TILE_TOKENS))
+    if wants_state:
+        dstate = r.new_empty((sequences, heads, size, size), dtype=torch.float32)
+    added, added_to = later or (None, None)
+    r_of, w_of, a_of, b_of, dy_of = (part.of(x) for x in (r, w_raw, a, b, dy))
+    _scan(
+        BACKWARD, WIDE_BACKWARD, r, sequences * heads, r_of, w_of, None, dy_of, a_of, b_of, dfinal, None, added,
+        added_to, part.borders, 0, 0 if added is None else added.shape[0], part.count, heads, None, dstate, gradients,
+        answers,
+    )  # fmt: skip
+    return gradients, answers, dstate
+
+
+def _run_gradients(
+    part: _Part, tokens: Sequence[Any], kept: Sequence[Tensor | None], found: Sequence[Tensor | None]
+) -> None:
+    """Writes the gradients of the tokens that are there: r, w_raw, k, v, a, b."""
+    batch, _, heads, _ = tokens[0].shape
+    GRADIENTS(
+        tokens[0], part.chunks(batch) * heads, _GRADIENT_THREADS, *(part.of(x) for x in tokens), *kept, part.borders,
+        part.sequences(batch), part.count, heads, *(None if x is None else part.of(x) for x in found),
+    )  # fmt: skip
+
+
+def wkv7_cuda(
+    r: Tensor,
+    w_raw: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Runs the CUDA kernels; arguments and results as `src.ops.wkv7.wkv7`, in bfloat16 at head size 64.
+
+    Numerics: running state, its gradient and all sums in float32. Operands of the products that both walk through
+    are rounded to tf32; those of the tokens' gradients to bfloat16, most of them in two terms. Saved for the
+    backward: the inputs, the state every 32 tokens and the answers U, both in bfloat16 (together three times y);
+    nothing when no gradient is wanted, and only r, w_raw, a and b when the state's alone is. Results are the same
+    bits in every run.
+
+    Raises:
+        KernelError: a kernel cannot be compiled or loaded.
+        RuntimeError: a launch failed.
+        ValueError: there are too many tokens.
+    """
+    _check_rows(r)
+    borders = None if cu_seqlens is None else cu_seqlens.int().contiguous()
+    y, final = _WKV7.apply(r, w_raw, k, v, a, b, state, (_Part(0, r.shape[1], borders, None),), torch.is_grad_enabled())
+    return y, final
+
+
+def wkv7_branching_cuda(
+    r: Tensor,
+    w_raw: Tensor,
+    k: Tensor,
+    v: Tensor,
+    a: Tensor,
+    b: Tensor,
+    state: Tensor,
+    root_borders: Tensor,
+    child_borders: Tensor,
+    parents: Tensor,
+    root_tokens: int,
+) -> tuple[Tensor, Tensor]:
+    """Runs the kernels for roots and children in turn; arguments and results as `src.ops.wkv7.wkv7_branching`.
+
+    Numerics, and what is saved, as `wkv7_cuda`. Unlike two calls of it this copies no tokens and no states; a root
+    adds its children's gradients in their order.
+
+    Raises:
+        KernelError: a kernel cannot be compiled or loaded.
+        RuntimeError: a launch failed.
+        ValueError: there are too many tokens.
+    """
+    _check_rows(r)
+    parts = (
+        _Part(0, root_tokens, root_borders.int().contiguous(), None),
+        _Part(root_tokens, r.shape[1] - root_tokens, child_borders.int().contiguous(), parents.contiguous()),
+    )
+    y, final = _WKV7.apply(r, w_raw, k, v, a, b, state, parts, torch.is_grad_enabled())
+    return y, final
+
+
+def _check_rows(r: Tensor) -> None:
+    rows = r.numel() // CUDA_HEAD_SIZE
+    if rows >= _MOST_ROWS:
+        raise ValueError(f"r has {rows} rows of {CUDA_HEAD_SIZE}, expected fewer than {_MOST_ROWS}")
