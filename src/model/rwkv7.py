@@ -43,6 +43,7 @@ from src.ops.elementwise import (
     value_residual,
 )
 from src.ops.wkv7 import wkv7, wkv7_branching
+from src.ops.wkv7_cuda import CUDA_HEAD_SIZE, kernel_is_available
 
 LN_X_EPS = 64e-5
 """Of the group norm, whatever the head size."""
@@ -65,10 +66,6 @@ class RWKV7Shape(ModelShape):
 
     architecture: ClassVar[str] = "x070"
     family: ClassVar[str] = "RWKV-7 (x070)"
-    operator_note: ClassVar[str] = (
-        "RWKV-7's operator has no CUDA kernel yet: it runs as torch operations, slower, and steps are not recorded"
-    )
-
     mixes_without_matrix: ClassVar[int] = 3
     merged_state: ClassVar[str] = (
         "this program starts from the state, but\n"
@@ -433,8 +430,8 @@ class TimeMix(TimeMixer):
         return [*self.mixing_parameters(), *self.value.parameters()]
 
     def has_kernel(self, device: torch.device) -> bool:
-        """See TimeMixer; there is none yet."""
-        return False
+        """See TimeMixer."""
+        return self.head_size == CUDA_HEAD_SIZE and kernel_is_available(device)
 
     def mixed_inputs(
         self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None, *, keeps_modulation: bool = False

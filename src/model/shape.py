@@ -38,14 +38,12 @@ class ModelShape(ABC):
     Attributes:
         architecture: its name for `--my_testing`.
         family: its name in sentences.
-        operator_note: what a plan says of the operator on a GPU; "" where there is nothing to say.
         mixes_without_matrix: inputs of the time mix that only its small maps take.
         merged_state: what clients make of a model with a state in it, as the end of a sentence.
     """
 
     architecture: ClassVar[str]
     family: ClassVar[str]
-    operator_note: ClassVar[str] = ""
     mixes_without_matrix: ClassVar[int] = 1
     merged_state: ClassVar[str]
 

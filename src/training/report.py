@@ -90,11 +90,10 @@ def plan_of(
             f"{weights}",
             f"training   {method.describe(shape)}",
             f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
-            *([f"           {shape.operator_note}"] if hardware.on_gpu and shape.operator_note else []),
             *work.lines,
             f"steps      {steps:,} ({_several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
             *_rounded(config, work),
-            *_in_chunks(config, method, hardware, shape),
+            *_in_chunks(config, method, hardware),
             f"rate       {rates} (start, middle, end); {warm_up}",
             f"results    {folder}/",
         ]
@@ -112,7 +111,7 @@ def _rounded(config: TrainConfig, work: Work) -> list[str]:
     ]
 
 
-def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware, shape: ModelShape) -> list[str]:
+def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware) -> list[str]:
     """How long rows are computed."""
     if not config.chunk_ctx:
         return []
@@ -131,7 +130,7 @@ def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware, shape: M
         recorded = (
             config.cuda_graph == 2
             and method.recordable
-            and not (config.dropout or config.offload_activations or by_layer or shape.operator_note)
+            and not (config.dropout or config.offload_activations or by_layer)
         )
         replayed = "of one shape are recorded once and replayed" if recorded else "are not recorded"
         lines.append(f"           chunks {replayed}{f'; {ways}' if config.grad_cp == 1 and not by_layer else ''}")

@@ -14,7 +14,7 @@ from factories import tiny_shape
 from running import GivenLoss
 from tiny_training import tiny_model
 
-from src.model import rwkv6
+from src.model import rwkv6, rwkv7
 from src.model.language_model import LanguageModel
 from src.training import graphs
 from src.training.graphs import GraphedObjective, worth_recording
@@ -31,8 +31,9 @@ from src.training.objectives import Outcome, SFTObjective, Staged
         ({"kernel": False}, False),
     ],
 )
+@pytest.mark.parametrize("architecture", ["x060", "x070"])
 def test_a_model_can_be_recorded_in_bf16_with_the_kernel(
-    changes: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
+    architecture: str, changes: dict[str, Any], expected: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     values = {
         "device": torch.device("cuda"),
@@ -41,8 +42,10 @@ def test_a_model_can_be_recorded_in_bf16_with_the_kernel(
         "head_size": 64,
         **changes,
     }
-    monkeypatch.setattr(rwkv6, "kernel_is_available", lambda device: values["kernel"])
-    mixer = rwkv6.TimeMix(tiny_shape(n_embd=64, head_size=values["head_size"]), 8)
+    shape = tiny_shape(n_embd=64, head_size=values["head_size"], architecture=architecture)
+    module = rwkv6 if architecture == "x060" else rwkv7
+    monkeypatch.setattr(module, "kernel_is_available", lambda device: values["kernel"])
+    mixer = rwkv6.TimeMix(shape, 8) if architecture == "x060" else rwkv7.TimeMix(shape, 0)
     model = SimpleNamespace(**values, _first_block=SimpleNamespace(att=mixer))
     assert LanguageModel.can_be_recorded.fget(model) == expected
 
