@@ -9,7 +9,7 @@
 namespace elementwise {
 
 constexpr int kVector = 8;  // bf16 values in 16 bytes
-constexpr int kMaxMixes = 5;
+constexpr int kMaxMixes = 6;
 
 // Where the sums for a norm's weight and bias go; null where it is not asked for.
 struct NormSums {
@@ -30,7 +30,7 @@ struct ShiftMix {
   const void* maa;          // [mixes, channels]
   const void* modulation;   // [mixes, rows, channels]
   const int64_t* previous;  // [rows], -1 where no token stands before; excludes carry
-  int mixes;                // 1, 2 or 5
+  int mixes;                // 1, 2, 5 or 6
   int rows;                 // sequences * tokens
   int tokens;               // per sequence
   int channels;

@@ -8,14 +8,20 @@ namespace elementwise {
 
 constexpr int kPerThread = 2;
 
+// Calls body(offset) for each vector of this thread.
 template <typename Body>
-__global__ void __launch_bounds__(kThreads) each_vector_kernel(int64_t count, Body body) {
+__device__ __forceinline__ void for_own_vectors(int64_t count, const Body& body) {
   const int64_t start = (int64_t(blockIdx.x) * kThreads * kPerThread + threadIdx.x) * kVector;
 #pragma unroll
   for (int i = 0; i < kPerThread; ++i) {
     const int64_t offset = start + int64_t(i) * kThreads * kVector;
     if (offset < count) body(offset);
   }
+}
+
+template <typename Body>
+__global__ void __launch_bounds__(kThreads) each_vector_kernel(int64_t count, Body body) {
+  for_own_vectors(count, body);
 }
 
 struct SquaredRelu {

@@ -15,19 +15,30 @@ import torch
 from torch import Tensor
 
 from src.ops.kernels import Kernel
+from src.ops.rows import (
+    HEAD_SIZES,
+    THREADS,
+    VECTOR,
+    blocks_for,
+    check_channels,
+    check_shape,
+    kept_parameter,
+    parameter_tile,
+    prepared,
+    prepared_parameter,
+    records,
+    refuse_double_backward,
+    saved_parameter,
+)
 
 MOST_NORM_CHANNELS = 8192
-HEAD_SIZES = (16, 32, 64, 128)
-MIXES = (1, 2, 5)
-_VECTOR = 8
-_THREADS = 128
+MIXES = (1, 2, 5, 6)
 _NORM_THREADS = 256
 _ROW_THREADS = 512
 _SHIFT_TILE = 4
 _NORM_TILE = 2
-_VALUES_PER_BLOCK = 2 * _THREADS * _VECTOR
-_THREADS_WANTED = 2 * 132 * 128
-_MOST_MIXES = 5
+_VALUES_PER_BLOCK = 2 * THREADS * VECTOR
+_MOST_MIXES = 6
 
 
 def _kernel(expression: str, parameters: str) -> Kernel:
@@ -38,7 +49,7 @@ def _flag(value: bool) -> str:
     return "true" if value else "false"
 
 
-_SHIFT, _POINTERS, _SUMS = "(PPPPP iiii)", "(PPPPP)", "(PPq)"
+_SHIFT, _POINTERS, _SUMS = "(PPPPP iiii)", "(PPPPPP)", "(PPq)"
 _CASES = [(mixes, modulated) for mixes in MIXES for modulated in (False, True)]
 SHIFT_FORWARD = {
     (mixes, modulated): _kernel(
@@ -54,7 +65,7 @@ SHIFT_BACKWARD = {
 }
 MAA_SUMS = {mixes: _kernel(f"shift_mix_maa_sums_kernel<{mixes}>", f"{_SHIFT} {_POINTERS} iP") for mixes in MIXES}
 GATE_FORWARD, GATE_BACKWARD, GATE_SUMS = (
-    {size: _kernel(f"group_norm_silu_gate_{name}_kernel<{size // _VECTOR}{tile}>", parameters) for size in HEAD_SIZES}
+    {size: _kernel(f"group_norm_silu_gate_{name}_kernel<{size // VECTOR}{tile}>", parameters) for size in HEAD_SIZES}
     for name, tile, parameters in (
         ("forward", f", {_NORM_TILE}", "PPPP f P ii"),
         ("backward", f", {_NORM_TILE}", "PPPP f PPP ii"),
@@ -111,7 +122,7 @@ def layer_kernels(
 
 def held_vectors(channels: int) -> int:
     """How many vectors of a row a thread of the norm's kernels holds, a template argument of theirs."""
-    held = -(-channels // (_VECTOR * _NORM_THREADS))
+    held = -(-channels // (VECTOR * _NORM_THREADS))
     return held if held <= 2 else 4
 
 
@@ -124,7 +135,7 @@ def shift_mixes(
     children: Tensor | None,
 ) -> tuple[Tensor, ...]:
     """See `elementwise.shift_mixes`; `children` are `continuations` of `previous`."""
-    run: Any = _ShiftMix.apply if _records(z, carry, maa, modulation) else _ShiftMix.run
+    run: Any = _ShiftMix.apply if records(z, carry, maa, modulation) else _ShiftMix.run
     outputs: tuple[Tensor, ...] = run(z, carry, maa, modulation, previous, children)
     return outputs
 
@@ -140,21 +151,21 @@ def modulated_shift_mixes(
     keeps_modulation: bool,
 ) -> tuple[Tensor, ...]:
     """See `elementwise.modulated_shift_mixes`."""
-    run: Any = _ModulatedShiftMix.apply if _records(z, carry, maa, hidden, up) else _ModulatedShiftMix.run
+    run: Any = _ModulatedShiftMix.apply if records(z, carry, maa, hidden, up) else _ModulatedShiftMix.run
     outputs: tuple[Tensor, ...] = run(z, carry, maa, hidden, up, previous, children, keeps_modulation)
     return outputs
 
 
 def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     """See `elementwise.group_norm_silu_gate`."""
-    run: Any = _GroupNormSiluGate.apply if _records(y, gate, weight, bias) else _GroupNormSiluGate.run
+    run: Any = _GroupNormSiluGate.apply if records(y, gate, weight, bias) else _GroupNormSiluGate.run
     output: Tensor = run(y, gate, weight, bias, eps)
     return output
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """See `elementwise.add_norm`."""
-    if _records(x, delta, weight, bias):
+    if records(x, delta, weight, bias):
         total, normed = _AddNorm.apply(x, delta, weight, bias, eps)
         return total, normed
     total, normed, _ = _normed(x, delta, weight, bias, eps)
@@ -163,7 +174,7 @@ def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps:
 
 def squared_relu(x: Tensor) -> Tensor:
     """See `elementwise.squared_relu`."""
-    output: Tensor = _SquaredRelu.apply(x) if _records(x) else _squared(_vectors(x, "x"))
+    output: Tensor = _SquaredRelu.apply(x) if records(x) else _squared(_vectors(x, "x"))
     return output
 
 
@@ -171,26 +182,26 @@ def squared_relu_gradient(x: Tensor, grad: Tensor) -> None:
     """See `elementwise.squared_relu_gradient`: `grad` is overwritten."""
     name = "the gradient of squared_relu"
     x = _vectors(x, "x")
-    _check_shape(grad, x.shape, name)
-    if _prepared(grad, name) is not grad:
+    check_shape(grad, x.shape, name)
+    if prepared(grad, name) is not grad:
         raise RuntimeError(f"{name} is strided")
     _each_vector(SQUARED_RELU_GRADIENT, x, x, grad, grad)
 
 
 def sigmoid_gated_residual(x: Tensor, r: Tensor, value: Tensor) -> Tensor:
     """See `elementwise.sigmoid_gated_residual`."""
-    run: Any = _SigmoidGatedResidual.apply if _records(x, r, value) else _gated
+    run: Any = _SigmoidGatedResidual.apply if records(x, r, value) else _gated
     result: Tensor = run(x, r, value)
     return result
 
 
 def sigmoid_gated_residual_gradients(x: Tensor, r: Tensor, result: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     """See `elementwise.sigmoid_gated_residual_gradients`."""
-    x, r, result = _vectors(x, "x"), _prepared(r, "r"), _prepared(result, "result")
-    grad = _prepared(grad, "the gradient of sigmoid_gated_residual")
-    _check_shape(r, x.shape, "r")
-    _check_shape(result, x.shape, "result")
-    _check_shape(grad, x.shape, "the gradient of sigmoid_gated_residual")
+    x, r, result = _vectors(x, "x"), prepared(r, "r"), prepared(result, "result")
+    grad = prepared(grad, "the gradient of sigmoid_gated_residual")
+    check_shape(r, x.shape, "r")
+    check_shape(result, x.shape, "result")
+    check_shape(grad, x.shape, "the gradient of sigmoid_gated_residual")
     grad_r, grad_value = torch.empty_like(r), torch.empty_like(r)
     _each_vector(GATED_RESIDUAL_GRADIENT, x, x, r, result, grad, grad_r, grad_value)
     return grad_r, grad_value
@@ -238,8 +249,8 @@ class _ShiftMix(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
         if modulation is not None:
-            modulation = _prepared(modulation, "modulation")
-            _check_shape(modulation, (len(inputs.maa), *inputs.z.shape), "modulation")
+            modulation = prepared(modulation, "modulation")
+            check_shape(modulation, (len(inputs.maa), *inputs.z.shape), "modulation")
         return inputs.mixed(modulation)
 
     @staticmethod
@@ -254,25 +265,25 @@ class _ShiftMix(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
         if modulation is not None:
-            modulation = _prepared(modulation, "modulation")
-            _check_shape(modulation, (len(inputs.maa), *inputs.z.shape), "modulation")
+            modulation = prepared(modulation, "modulation")
+            check_shape(modulation, (len(inputs.maa), *inputs.z.shape), "modulation")
         outputs = inputs.mixed(modulation)
         ctx.set_materialize_grads(False)
         # Without modulation the proportions are constants: only the gradient of maa needs an input.
         needs_inputs = modulation is not None or ctx.needs_input_grad[2]
         kept_z, kept_carry = (inputs.z, inputs.carry) if needs_inputs else (None, None)
-        ctx.save_for_backward(kept_z, kept_carry, _saved(ctx, "maa", maa, 2), modulation)
+        ctx.save_for_backward(kept_z, kept_carry, saved_parameter(ctx, "maa", maa, 2), modulation)
         inputs.keep(ctx)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
         if all(grad is None for grad in grads):
             return (None,) * 6
         z, carry, maa, modulation = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        found = _shift_gradients(ctx, grads, z, carry, _kept(ctx, "maa", maa), modulation, *needed[:4])
+        found = _shift_gradients(ctx, grads, z, carry, kept_parameter(ctx, "maa", maa), modulation, *needed[:4])
         return *found, None, None
 
 
@@ -291,7 +302,7 @@ class _ModulatedShiftMix(torch.autograd.Function):
         keeps_modulation: bool,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
-        return inputs.mixed(_modulation(inputs, _prepared(hidden, "hidden"), _parameter(up, "up")))
+        return inputs.mixed(_modulation(inputs, prepared(hidden, "hidden"), prepared_parameter(up, "up")))
 
     @staticmethod
     def forward(
@@ -306,28 +317,28 @@ class _ModulatedShiftMix(torch.autograd.Function):
         keeps_modulation: bool,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
-        hidden = _prepared(hidden, "hidden")
-        modulation = _modulation(inputs, hidden, _parameter(up, "up"))
+        hidden = prepared(hidden, "hidden")
+        modulation = _modulation(inputs, hidden, prepared_parameter(up, "up"))
         outputs = inputs.mixed(modulation)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             inputs.z,
             inputs.carry,
-            _saved(ctx, "maa", maa, 2),
+            saved_parameter(ctx, "maa", maa, 2),
             modulation if keeps_modulation else None,
             hidden if not keeps_modulation or ctx.needs_input_grad[4] else None,
-            _saved(ctx, "up", up, 4),
+            saved_parameter(ctx, "up", up, 4),
         )
         inputs.keep(ctx)
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
         if all(grad is None for grad in grads):
             return (None,) * 8
         z, carry, maa, modulation, hidden, up = ctx.saved_tensors
-        maa, up = _kept(ctx, "maa", maa), _kept(ctx, "up", up)
+        maa, up = kept_parameter(ctx, "maa", maa), kept_parameter(ctx, "up", up)
         of_z, of_carry, of_maa, of_hidden, of_up = ctx.needs_input_grad[:5]
         if modulation is None and (of_z or of_carry or of_hidden or of_up):
             modulation = torch.bmm(_by_mix(hidden, up), up)
@@ -351,33 +362,33 @@ class _ModulatedShiftMix(torch.autograd.Function):
 class _GroupNormSiluGate(torch.autograd.Function):
     @staticmethod
     def run(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        return _gated_norm(_prepared(y, "y"), _prepared(gate, "gate"), weight, bias, eps)
+        return _gated_norm(prepared(y, "y"), prepared(gate, "gate"), weight, bias, eps)
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        y, gate = _prepared(y, "y"), _prepared(gate, "gate")
+        y, gate = prepared(y, "y"), prepared(gate, "gate")
         output = _gated_norm(y, gate, weight, bias, eps)
-        ctx.save_for_backward(y, gate, _saved(ctx, "weight", weight, 2), _saved(ctx, "bias", bias, 3))
+        ctx.save_for_backward(y, gate, saved_parameter(ctx, "weight", weight, 2), saved_parameter(ctx, "bias", bias, 3))
         ctx.eps = eps
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
         y, gate, weight, bias = ctx.saved_tensors
         of_y, of_gate, of_weight, of_bias, _ = ctx.needs_input_grad
-        grad = _prepared(grad, "the gradient of group_norm_silu_gate")
+        grad = prepared(grad, "the gradient of group_norm_silu_gate")
         rows, channels, head_size = y.shape[0] * y.shape[1], gate.shape[2], y.shape[3]
         grad_y = grad_gate = None
         if of_y or of_gate:
-            weight, bias = _kept(ctx, "weight", weight), _kept(ctx, "bias", bias)
+            weight, bias = kept_parameter(ctx, "weight", weight), kept_parameter(ctx, "bias", bias)
             grad_y, grad_gate = torch.empty_like(y), torch.empty_like(gate)
             if rows:
                 values = (y, gate, weight, bias, ctx.eps, grad, grad_y, grad_gate, rows, channels)
-                GATE_BACKWARD[head_size](y, _blocks_for(rows, channels, _NORM_TILE), _THREADS, *values)
+                GATE_BACKWARD[head_size](y, blocks_for(rows, channels, _NORM_TILE), THREADS, *values)
 
         def sums(tile: int, blocks: int, places: Sequence[Any]) -> None:
-            GATE_SUMS[head_size](y, blocks, _THREADS, y, gate, ctx.eps, grad, rows, channels, tile, *places)
+            GATE_SUMS[head_size](y, blocks, THREADS, y, gate, ctx.eps, grad, rows, channels, tile, *places)
 
         of_parameters = _norm_gradients(of_weight, of_bias, y, rows, channels, sums)
         return grad_y, grad_gate, *of_parameters, None
@@ -395,32 +406,32 @@ class _AddNorm(torch.autograd.Function):
         if not any(ctx.needs_input_grad[:2]):
             ctx.mark_non_differentiable(total)
         # Without delta the sum is the input itself.
-        ctx.save_for_backward(x if delta is None else total, statistics, _saved(ctx, "weight", weight, 2))
+        ctx.save_for_backward(x if delta is None else total, statistics, saved_parameter(ctx, "weight", weight, 2))
         ctx.adds = delta is not None
         return total, normed
 
     @staticmethod
     def backward(ctx: Any, grad_sum: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
+        refuse_double_backward()
         of_x, of_delta, of_weight, of_bias, _ = ctx.needs_input_grad
         if grad_normed is None:
             return grad_sum, grad_sum if ctx.adds else None, None, None, None
         total, statistics, weight = ctx.saved_tensors
         total = total.contiguous()
-        grad = _prepared(grad_normed, "the gradient of add_norm")
+        grad = prepared(grad_normed, "the gradient of add_norm")
         rows, channels = statistics.shape[1], total.shape[-1]
         grad_x = None
         if of_x or of_delta:
-            weight = _kept(ctx, "weight", weight)
+            weight = kept_parameter(ctx, "weight", weight)
             if grad_sum is not None:
-                grad_sum = _prepared(grad_sum, "the gradient of add_norm's sum")
+                grad_sum = prepared(grad_sum, "the gradient of add_norm's sum")
             grad_x = torch.empty_like(total)
             if rows:
                 values = (total, statistics, weight, grad, grad_sum, grad_x, channels)
                 NORM_BACKWARD[held_vectors(channels)](total, rows, _NORM_THREADS, *values)
 
         def sums(tile: int, blocks: int, places: Sequence[Any]) -> None:
-            NORM_SUMS(total, blocks, _THREADS, total, statistics, grad, rows, channels, tile, *places)
+            NORM_SUMS(total, blocks, THREADS, total, statistics, grad, rows, channels, tile, *places)
 
         of_parameters = _norm_gradients(of_weight, of_bias, total, rows, channels, sums)
         return grad_x, grad_x if ctx.adds else None, *of_parameters, None
@@ -435,17 +446,17 @@ class _SquaredRelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
-        _refuse_double_backward()
+        refuse_double_backward()
         (x,) = ctx.saved_tensors
         grad_x = torch.empty_like(x)
-        _each_vector(SQUARED_RELU_GRADIENT, x, x, _prepared(grad, "the gradient of squared_relu"), grad_x)
+        _each_vector(SQUARED_RELU_GRADIENT, x, x, prepared(grad, "the gradient of squared_relu"), grad_x)
         return grad_x
 
 
 class _SigmoidGatedResidual(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, r: Tensor, value: Tensor) -> Tensor:
-        x, r = _prepared(x, "x"), _prepared(r, "r")
+        x, r = prepared(x, "x"), prepared(r, "r")
         result = _gated(x, r, value)
         # The norms beside this sum keep x and the result in any case; value would be kept for this alone.
         ctx.save_for_backward(x, r, result)
@@ -453,7 +464,7 @@ class _SigmoidGatedResidual(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        _refuse_double_backward()
+        refuse_double_backward()
         x, r, result = ctx.saved_tensors
         return grad, *sigmoid_gated_residual_gradients(x, r, result, grad)
 
@@ -464,24 +475,24 @@ class _ShiftInputs:
     def __init__(
         self, z: Tensor, carry: Tensor | None, maa: Tensor, previous: Tensor | None, children: Tensor | None
     ) -> None:
-        self.z, self.maa = _prepared(z, "z"), _parameter(maa, "maa")
+        self.z, self.maa = prepared(z, "z"), prepared_parameter(maa, "maa")
         if z.ndim != 3:
             raise RuntimeError(f"z has {z.ndim} dimensions, expected [batch, tokens, channels]")
         batch, tokens, channels = z.shape
-        _check_channels(channels, batch * tokens)
+        check_channels(channels, batch * tokens)
         mixes = len(maa)
         if mixes not in MIXES:
-            raise RuntimeError(f"maa holds {mixes} mixes, expected 1, 2 or 5")
-        _check_shape(maa, (mixes, channels), "maa")
+            raise RuntimeError(f"maa holds {mixes} mixes, expected 1, 2, 5 or 6")
+        check_shape(maa, (mixes, channels), "maa")
         self.carry = None
         if carry is not None:
             _require(previous is None, "carry and previous exclude each other here")
-            self.carry = _prepared(carry, "carry")
-            _check_shape(carry, (batch, channels), "carry")
+            self.carry = prepared(carry, "carry")
+            check_shape(carry, (batch, channels), "carry")
         if previous is not None:
             if batch != 1:
                 raise RuntimeError(f"a packed row has batch size 1, got {batch}")
-            _check_shape(previous, (tokens,), "previous")
+            check_shape(previous, (tokens,), "previous")
             _require(children is not None and children.shape == (2, tokens), "children must be [2, tokens]")
             assert children is not None
             for name, tensor, dtype in (("previous", previous, torch.int64), ("children", children, torch.int32)):
@@ -498,7 +509,7 @@ class _ShiftInputs:
         if rows:
             kernel = SHIFT_FORWARD[len(outputs), modulation is not None]
             shift = (self.z, self.carry, self.maa, modulation, self.previous, len(outputs), rows, tokens, channels)
-            kernel(self.z, _blocks_for(rows, channels, _SHIFT_TILE), _THREADS, *shift, *_five(outputs))
+            kernel(self.z, blocks_for(rows, channels, _SHIFT_TILE), THREADS, *shift, *_all_mixes(outputs))
         return outputs
 
     def keep(self, ctx: Any) -> None:
@@ -520,7 +531,7 @@ def _shift_gradients(
     of_modulation: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of z, carry, maa and modulation; inputs as far as those that are needed need them."""
-    grads = [None if grad is None else _prepared(grad, "the gradient of shift_mix") for grad in gradients]
+    grads = [None if grad is None else prepared(grad, "the gradient of shift_mix") for grad in gradients]
     batch, tokens, channels = ctx.shape
     rows, mixes = batch * tokens, len(grads)
     shift = (z, carry, maa, modulation, ctx.previous, mixes, rows, tokens, channels)
@@ -532,14 +543,14 @@ def _shift_gradients(
             assert modulation is not None
             grad_modulation = torch.empty_like(modulation)
         if rows:
-            values = (*shift, *_five(grads), ctx.children, grad_z, grad_carry, grad_modulation)
+            values = (*shift, *_all_mixes(grads), ctx.children, grad_z, grad_carry, grad_modulation)
             kernel = SHIFT_BACKWARD[mixes, modulation is not None]
-            kernel(maa, _blocks_for(rows, channels, _SHIFT_TILE), _THREADS, *values)
+            kernel(maa, blocks_for(rows, channels, _SHIFT_TILE), THREADS, *values)
     if of_maa:
-        tile = _parameter_tile(rows, channels)
+        tile = parameter_tile(rows, channels)
         sums = maa.new_empty(-(-rows // tile), mixes, channels, dtype=torch.float32)
         if rows:
-            MAA_SUMS[mixes](maa, _blocks_for(rows, channels, tile), _THREADS, *shift, *_five(grads), tile, sums)
+            MAA_SUMS[mixes](maa, blocks_for(rows, channels, tile), THREADS, *shift, *_all_mixes(grads), tile, sums)
         grad_maa = sums.sum(0)
     return grad_z, grad_carry, grad_maa, grad_modulation
 
@@ -549,8 +560,8 @@ def _modulation(inputs: _ShiftInputs, hidden: Tensor, up: Tensor) -> Tensor:
     z = inputs.z
     if up.ndim != 3:
         raise RuntimeError(f"up has {up.ndim} dimensions, expected [mixes, width, channels]")
-    _check_shape(up, (len(inputs.maa), up.shape[1], z.shape[2]), "up")
-    _check_shape(hidden, (*z.shape[:2], up.shape[0] * up.shape[1]), "hidden")
+    check_shape(up, (len(inputs.maa), up.shape[1], z.shape[2]), "up")
+    check_shape(hidden, (*z.shape[:2], up.shape[0] * up.shape[1]), "hidden")
     return torch.bmm(_by_mix(hidden, up), up)
 
 
@@ -559,26 +570,26 @@ def _by_mix(hidden: Tensor, up: Tensor) -> Tensor:
     return hidden.view(-1, up.shape[0], up.shape[1]).transpose(0, 1)
 
 
-def _five(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+def _all_mixes(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
     return (*tensors, *(None,) * (_MOST_MIXES - len(tensors)))
 
 
 def _gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    weight, bias = _parameter(weight, "weight"), _parameter(bias, "bias")
+    weight, bias = prepared_parameter(weight, "weight"), prepared_parameter(bias, "bias")
     if y.ndim != 4:
         raise RuntimeError(f"y has {y.ndim} dimensions, expected [batch, tokens, heads, head size]")
     batch, tokens, heads, head_size = y.shape
     if head_size not in HEAD_SIZES:
         raise RuntimeError(f"the head size is {head_size}, expected 16, 32, 64 or 128")
     rows, channels = batch * tokens, heads * head_size
-    _check_channels(channels, rows)
-    _check_shape(gate, (batch, tokens, channels), "gate")
-    _check_shape(weight, (channels,), "weight")
-    _check_shape(bias, (channels,), "bias")
+    check_channels(channels, rows)
+    check_shape(gate, (batch, tokens, channels), "gate")
+    check_shape(weight, (channels,), "weight")
+    check_shape(bias, (channels,), "bias")
     output = torch.empty_like(gate)
     if rows:
         values = (y, gate, weight, bias, eps, output, rows, channels)
-        GATE_FORWARD[head_size](y, _blocks_for(rows, channels, _NORM_TILE), _THREADS, *values)
+        GATE_FORWARD[head_size](y, blocks_for(rows, channels, _NORM_TILE), THREADS, *values)
     return output
 
 
@@ -586,19 +597,19 @@ def _normed(
     x_given: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + delta, its layer norm, and [2, rows]: mean and inverse standard deviation of each row."""
-    x, weight, bias = _prepared(x_given, "x"), _parameter(weight, "weight"), _parameter(bias, "bias")
+    x, weight, bias = prepared(x_given, "x"), prepared_parameter(weight, "weight"), prepared_parameter(bias, "bias")
     _require(x.ndim > 0, "x has no dimension, expected [..., channels]")
     channels = x.shape[-1]
     if not (0 < channels <= MOST_NORM_CHANNELS):
         raise RuntimeError(f"x has {channels} channels, expected 1 to {MOST_NORM_CHANNELS}")
     rows = x.numel() // channels
-    _check_channels(channels, rows)
-    _check_shape(weight, (channels,), "weight")
-    _check_shape(bias, (channels,), "bias")
+    check_channels(channels, rows)
+    check_shape(weight, (channels,), "weight")
+    check_shape(bias, (channels,), "bias")
     total = None
     if delta is not None:
-        delta = _prepared(delta, "delta")
-        _check_shape(delta, x.shape, "delta")
+        delta = prepared(delta, "delta")
+        check_shape(delta, x.shape, "delta")
         total = torch.empty_like(x)
     normed, statistics = torch.empty_like(x), x.new_empty(2, rows, dtype=torch.float32)
     if rows:
@@ -623,11 +634,11 @@ def _norm_gradients(
     asked = of_weight + of_bias
     if not asked:
         return None, None
-    tile = _parameter_tile(rows, channels)
+    tile = parameter_tile(rows, channels)
     sums = like.new_empty(-(-rows // tile), asked, channels, dtype=torch.float32)
     places = (sums if of_weight else None, sums[:, asked - 1] if of_bias else None, asked * channels)
     if rows:
-        launch(tile, _blocks_for(rows, channels, tile), places)
+        launch(tile, blocks_for(rows, channels, tile), places)
     total = sums.sum(0)
     return total[0] if of_weight else None, total[asked - 1] if of_bias else None
 
@@ -639,9 +650,9 @@ def _squared(x: Tensor) -> Tensor:
 
 
 def _gated(x: Tensor, r: Tensor, value: Tensor) -> Tensor:
-    x, r, value = _vectors(x, "x"), _prepared(r, "r"), _prepared(value, "value")
-    _check_shape(r, x.shape, "r")
-    _check_shape(value, x.shape, "value")
+    x, r, value = _vectors(x, "x"), prepared(r, "r"), prepared(value, "value")
+    check_shape(r, x.shape, "r")
+    check_shape(value, x.shape, "value")
     result = torch.empty_like(x)
     _each_vector(GATED_RESIDUAL, x, x, r, value, result)
     return result
@@ -650,74 +661,14 @@ def _gated(x: Tensor, r: Tensor, value: Tensor) -> Tensor:
 def _each_vector(kernel: Kernel, like: Tensor, *tensors: Tensor) -> None:
     count = like.numel()
     if count:
-        kernel(like, -(-count // _VALUES_PER_BLOCK), _THREADS, count, *tensors)
-
-
-def _parameter_tile(rows: int, channels: int) -> int:
-    """Rows over which one thread sums the gradient of a parameter; the sum over tiles is torch's.
-
-    As many threads as two blocks on each multiprocessor of an H100 have, one for each vector and tile, keep its memory
-    busy and the sums at 1 MiB for each parameter row; no tile is below 8 rows.
-    """
-    return max(8, rows * (channels // _VECTOR) // _THREADS_WANTED)
-
-
-def _blocks_for(rows: int, channels: int, tile: int) -> int:
-    """Blocks for one thread per vector and tile of rows."""
-    return -(-(-(-rows // tile) * (channels // _VECTOR)) // _THREADS)
-
-
-def _records(*tensors: Tensor | None) -> bool:
-    """Whether autograd has to know."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-
-
-def _saved(ctx: Any, name: str, parameter: Tensor, place: int) -> Tensor | None:
-    """Keeps a parameter as it was given, so that no rounded copy lives until the backward.
-
-    A trained one is returned, to go among the saved tensors, which notice changes in place; a frozen one goes beside.
-    """
-    if ctx.needs_input_grad[place]:
-        return parameter
-    setattr(ctx, name, parameter)
-    return None
-
-
-def _kept(ctx: Any, name: str, saved: Tensor | None) -> Tensor:
-    return _parameter(getattr(ctx, name) if saved is None else saved, name)
-
-
-def _parameter(parameter: Tensor, name: str) -> Tensor:
-    """A parameter as the kernels read it: it may be stored wider."""
-    return _prepared(parameter if parameter.dtype is torch.bfloat16 else parameter.to(torch.bfloat16), name)
-
-
-def _prepared(tensor: Tensor, name: str) -> Tensor:
-    """Contiguous, and named in the message when it does not fit the kernels."""
-    if tensor.dtype is torch.bfloat16 and tensor.is_cuda:
-        return tensor if tensor.is_contiguous() else tensor.contiguous()
-    if not tensor.is_cuda:
-        raise RuntimeError(f"{name} is on {tensor.device}, expected a CUDA device")
-    raise RuntimeError(f"{name} has dtype {tensor.dtype}, expected bfloat16")
+        kernel(like, -(-count // _VALUES_PER_BLOCK), THREADS, count, *tensors)
 
 
 def _vectors(tensor: Tensor, name: str) -> Tensor:
-    tensor = _prepared(tensor, name)
-    if tensor.numel() % _VECTOR:
-        raise RuntimeError(f"{name} has {tensor.numel()} values, expected a multiple of {_VECTOR}")
+    tensor = prepared(tensor, name)
+    if tensor.numel() % VECTOR:
+        raise RuntimeError(f"{name} has {tensor.numel()} values, expected a multiple of {VECTOR}")
     return tensor
-
-
-def _check_shape(tensor: Tensor, shape: Sequence[int], name: str) -> None:
-    if tensor.shape != shape:
-        raise RuntimeError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
-
-
-def _check_channels(channels: int, rows: int) -> None:
-    if channels % _VECTOR:
-        raise RuntimeError(f"the channel count is {channels}, expected a multiple of {_VECTOR}")
-    if rows * (channels // _VECTOR) >= 2**32 - 1 or rows >= 2**31 - 1:
-        raise RuntimeError(f"{rows} rows of {channels} channels are more than the kernels can index")
 
 
 def _check_logits(logits: Tensor, targets: Tensor, values: dict[str, Tensor]) -> None:
@@ -726,25 +677,20 @@ def _check_logits(logits: Tensor, targets: Tensor, values: dict[str, Tensor]) ->
         "logits must be a contiguous bfloat16 matrix [rows, vocabulary] on a CUDA device",
     )
     rows, vocabulary = logits.shape
-    if vocabulary % _VECTOR:
-        raise RuntimeError(f"the vocabulary has {vocabulary} entries, expected a multiple of {_VECTOR}")
+    if vocabulary % VECTOR:
+        raise RuntimeError(f"the vocabulary has {vocabulary} entries, expected a multiple of {VECTOR}")
     _require(
         targets.dtype is torch.int64 and targets.is_contiguous() and targets.device == logits.device,
         "targets must be contiguous int64 on the logits' device",
     )
-    _check_shape(targets, (rows,), "targets")
+    check_shape(targets, (rows,), "targets")
     for name, tensor in values.items():
         dtype = torch.int32 if name == "argmax" else torch.float32
         if tensor.dtype is not dtype or not tensor.is_contiguous() or tensor.device != logits.device:
             raise RuntimeError(f"{name} must be contiguous {dtype} on the logits' device")
-        _check_shape(tensor, (rows,), name)
+        check_shape(tensor, (rows,), name)
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise RuntimeError(message)
-
-
-def _refuse_double_backward() -> None:
-    if torch.is_grad_enabled():
-        raise RuntimeError("the fused element-wise operators have no second derivative")

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_operators import BOUND_OF_FEW, BOUND_OF_SUMS, check_against, error, normal, wider
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -27,12 +28,6 @@ pytestmark = [
 ]
 
 EPS = 64e-5
-
-# Rounding an exact result to bf16 gives a relative error (of the norm) of 0.0017 on many values, at most
-# 2^-8 = 0.0039 on one; everything else is fp32.
-BOUND, BOUND_OF_FEW = 2.5e-3, 4e-3
-# Gradients of fp32 parameters are not rounded; the kernels compiled for a CPU are within 3e-7, __expf is less exact.
-BOUND_OF_SUMS = 1e-5
 
 
 @pytest.fixture(autouse=True)
@@ -72,59 +67,9 @@ DEFINITIONS = {
 }
 
 
-def normal(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().cuda()
-
-
-def error(ours: Tensor, reference: Tensor) -> float:
-    """Relative error of the norm; NaN when anything is."""
-    return ((ours.double() - reference.double()).norm() / reference.double().norm().clamp(min=1e-30)).item()
-
-
-def wider(tensor: Tensor | None) -> Tensor:
-    """An fp32 tensor that rounds to this one of bf16."""
-    assert tensor is not None
-    return tensor.float() * (1 + 2.0**-12)
-
-
-def check_against_definition(
-    name: str,
-    fused: Callable[..., object],
-    tensors: list[Tensor | None],
-    wanted: list[int],
-    *rest: object,
-    bound: float = BOUND,
-    masters: tuple[int, ...] = (),
-    bound_of_masters: float = BOUND_OF_SUMS,
-) -> None:
-    """Outputs and the gradients of `wanted` tensors, fused in bf16 against the definition in fp64.
-
-    `masters` are fused as fp32 tensors that are not bf16 values but round to the ones given.
-    """
-    results = []
-    for function, dtype in ((fused, torch.bfloat16), (DEFINITIONS[name], torch.float64)):
-        inputs = [None if t is None else t.detach().to(dtype, copy=True) for t in tensors]
-        if function is fused:
-            for index in masters:
-                inputs[index] = wider(tensors[index])
-        for index in wanted:
-            tensor = inputs[index]
-            assert tensor is not None
-            tensor.requires_grad_()
-        outputs = function(*inputs, *rest)
-        outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
-        grads = [normal(*output.shape, seed=100 + i).to(dtype) for i, output in enumerate(outputs)]
-        if wanted:
-            pairs = [pair for pair in zip(outputs, grads, strict=True) if pair[0].requires_grad]
-            torch.autograd.backward(*zip(*pairs, strict=True))
-        results.append([*outputs, *(inputs[index].grad for index in wanted)])
-    is_master = [False] * len(outputs) + [index in masters for index in wanted]
-    for position, (ours, reference, wide) in enumerate(zip(*results, is_master, strict=True)):
-        assert ours.dtype == (torch.float32 if wide else torch.bfloat16)
-        assert ours.shape == reference.shape
-        of_narrow = bound if ours.numel() >= 256 else max(bound, BOUND_OF_FEW)
-        largest = bound_of_masters if wide else of_narrow
-        assert error(ours, reference) < largest, f"{name}: result {position}"
+def check_against_definition(name: str, fused: Callable[..., object], *arguments: Any, **options: Any) -> None:
+    """See `check_against`."""
+    check_against(DEFINITIONS[name], fused, *arguments, **options)
 
 
 SHAPES = [(1, 1, 8), (1, 15, 64), (2, 60, 320), (3, 7, 2048), (1, 500, 2560)]
@@ -132,7 +77,7 @@ SHAPES = [(1, 1, 8), (1, 15, 64), (2, 60, 320), (3, 7, 2048), (1, 500, 2560)]
 
 @pytest.mark.parametrize("with_carry", [False, True])
 @pytest.mark.parametrize("with_modulation", [False, True])
-@pytest.mark.parametrize("groups", [1, 2, 5])
+@pytest.mark.parametrize("groups", [1, 2, 5, 6])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_shift_mixes(shape: tuple[int, int, int], groups: int, with_modulation: bool, with_carry: bool) -> None:
     batch, _, channels = shape
@@ -152,7 +97,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("with_modulation", [False, True])
-@pytest.mark.parametrize("groups", [1, 2, 5])
+@pytest.mark.parametrize("groups", [1, 2, 5, 6])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_shift_mixes_over_segments(layout: str, groups: int, with_modulation: bool) -> None:
     previous = torch.tensor(LAYOUTS[layout]).cuda()
@@ -173,7 +118,7 @@ WIDTHS = [8, 64, 4096]
 
 @pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("case", ["bare", "carry", "previous", "modulation", "carry and modulation"])
-@pytest.mark.parametrize("groups", [1, 2, 5])
+@pytest.mark.parametrize("groups", [1, 2, 5, 6])
 @pytest.mark.parametrize("channels", WIDTHS)
 @pytest.mark.parametrize("rows", ROWS)
 def test_gradient_of_maa(rows: int, channels: int, groups: int, case: str, stored: torch.dtype) -> None:

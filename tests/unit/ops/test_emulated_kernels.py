@@ -17,6 +17,7 @@ from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.ops import dequantize_cuda, elementwise, elementwise_cuda, wkv6, wkv6_cuda
 from src.ops.kernels import Kernel
+from src.ops.rows import HEAD_SIZES
 from src.ops.sequences import start_states
 from src.ops.wkv6 import wkv6_branching
 from src.ops.wkv6_cuda import wkv6_branching_cuda
@@ -172,7 +173,7 @@ def test_modulated_shift_mixes(keeps: bool) -> None:
 
 
 @pytest.mark.parametrize("wanted", [(0, 1, 2, 3), (0, 1), (3,), ()])
-@pytest.mark.parametrize("head_size", elementwise_cuda.HEAD_SIZES)
+@pytest.mark.parametrize("head_size", HEAD_SIZES)
 def test_group_norm_silu_gate(head_size: int, wanted: tuple[int, ...]) -> None:
     channels = 3 * head_size
     inputs = [

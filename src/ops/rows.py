@@ -1,0 +1,82 @@
+"""Tensors as the element-wise kernels take them: rows of bf16 in vectors of 8, and which threads work on what."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HEAD_SIZES = (16, 32, 64, 128)
+"""Whose lanes share a warp."""
+VECTOR = 8
+"""Values in 16 bytes."""
+THREADS = 128
+"""Of a block."""
+_THREADS_WANTED = 2 * 132 * 128
+
+
+def prepared(tensor: Tensor, name: str) -> Tensor:
+    """Contiguous, and named in the message when it does not fit the kernels."""
+    if tensor.dtype is torch.bfloat16 and tensor.is_cuda:
+        return tensor if tensor.is_contiguous() else tensor.contiguous()
+    if not tensor.is_cuda:
+        raise RuntimeError(f"{name} is on {tensor.device}, expected a CUDA device")
+    raise RuntimeError(f"{name} has dtype {tensor.dtype}, expected bfloat16")
+
+
+def prepared_parameter(parameter: Tensor, name: str) -> Tensor:
+    """A parameter as the kernels read it: it may be stored wider."""
+    return prepared(parameter if parameter.dtype is torch.bfloat16 else parameter.to(torch.bfloat16), name)
+
+
+def check_shape(tensor: Tensor, shape: Sequence[int], name: str) -> None:
+    if tensor.shape != shape:
+        raise RuntimeError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
+
+
+def check_channels(channels: int, rows: int) -> None:
+    if channels % VECTOR:
+        raise RuntimeError(f"the channel count is {channels}, expected a multiple of {VECTOR}")
+    if rows * (channels // VECTOR) >= 2**32 - 1 or rows >= 2**31 - 1:
+        raise RuntimeError(f"{rows} rows of {channels} channels are more than the kernels can index")
+
+
+def records(*tensors: Tensor | None) -> bool:
+    """Whether autograd has to know."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
+def saved_parameter(ctx: Any, name: str, parameter: Tensor, place: int) -> Tensor | None:
+    """Keeps a parameter as it was given, so that no rounded copy lives until the backward.
+
+    A trained one is returned, to go among the saved tensors, which notice changes in place; a frozen one goes beside.
+    """
+    if ctx.needs_input_grad[place]:
+        return parameter
+    setattr(ctx, name, parameter)
+    return None
+
+
+def kept_parameter(ctx: Any, name: str, saved: Tensor | None) -> Tensor:
+    return prepared_parameter(getattr(ctx, name) if saved is None else saved, name)
+
+
+def refuse_double_backward() -> None:
+    if torch.is_grad_enabled():
+        raise RuntimeError("the fused element-wise operators have no second derivative")
+
+
+def parameter_tile(rows: int, channels: int) -> int:
+    """Rows over which one thread sums the gradient of a parameter; the sum over tiles is torch's.
+
+    As many threads as two blocks on each multiprocessor of an H100 have, one for each vector and tile, keep its memory
+    busy and the sums at 1 MiB for each parameter row; no tile is below 8 rows.
+    """
+    return max(8, rows * (channels // VECTOR) // _THREADS_WANTED)
+
+
+def blocks_for(rows: int, channels: int, tile: int) -> int:
+    """Blocks for one thread per vector and tile of rows."""
+    return -(-(-(-rows // tile) * (channels // VECTOR)) // THREADS)
