@@ -29,7 +29,7 @@ from src.config.flags import INPUT
 from src.device import Device, memory_bytes, resolve_device
 from src.errors import EXIT_CODE, ConfigError, KernelError, UserError
 from src.model.shape import ModelShape
-from src.ops import dequantize_cuda, elementwise, elementwise_cuda, wkv6_cuda, wkv7_cuda
+from src.ops import delta_rule_cuda, dequantize_cuda, elementwise, elementwise_cuda, wkv6_cuda, wkv7_cuda
 from src.ops.kernels import Kernel
 from src.ops.wkv6 import wkv6
 from src.ops.wkv7 import wkv7
@@ -243,7 +243,7 @@ def _kernel_findings(device: torch.device) -> Iterator[Finding]:
     families: dict[str, tuple[Kernel, ...]] = {
         "wkv6": wkv6_cuda.KERNELS,
         "wkv7": wkv7_cuda.kernels_for(device),
-        "elementwise": elementwise_cuda.KERNELS,
+        "elementwise": (*elementwise_cuda.KERNELS, *delta_rule_cuda.KERNELS),
         "dequantize": tuple(dequantize_cuda.KERNELS.values()),
     }
     index = device.index or 0

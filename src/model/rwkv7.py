@@ -34,14 +34,10 @@ from src.layout import SegmentLayout
 from src.model.layers import ChannelMixer, Linear, TimeMixer
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape, Shape, axes_of, count_layers, orthogonal, uniform
-from src.ops.elementwise import (
-    group_norm_bonus_gate,
-    removal_and_replacement,
-    shift_mixes,
-    squared_relu,
-    squared_relu_gradient,
-    value_residual,
-)
+from src.ops import delta_rule_cuda, elementwise_cuda, wkv7_cuda
+from src.ops.delta_rule import group_norm_bonus_gate, removal_and_replacement, value_residual
+from src.ops.elementwise import shift_mixes, squared_relu, squared_relu_gradient
+from src.ops.kernels import Kernel
 from src.ops.wkv7 import wkv7, wkv7_branching
 from src.ops.wkv7_cuda import CUDA_HEAD_SIZE, kernel_is_available
 
@@ -230,19 +226,30 @@ class RWKV7Shape(ModelShape):
             return {key: shape for key, shape in shapes.items() if not key.endswith((".weight", ".bias"))}
         return {key: shape for key, shape in shapes.items() if name in key}
 
+    def kernels(self, *, trains_weights: bool) -> tuple[Kernel, ...]:
+        """See ModelShape."""
+        mixes = ((6, False), (1, False))
+        return (
+            *elementwise_cuda.layer_kernels(self.n_embd, mixes, sums=trains_weights),
+            *delta_rule_cuda.layer_kernels(self.head_size, sums=trains_weights),
+            *(wkv7_cuda.KERNELS if self.head_size == CUDA_HEAD_SIZE else ()),
+        )
+
     def kept_bytes(self, recompute: Recompute, *, fused: bool) -> int:
         """Bytes per token that one layer keeps between forward and backward, 16-bit activations.
 
-        ALL: what enters the layer. INPUTS: besides, what enters the second mixer, what the recurrence takes and
-        gives and its checkpoints, what these are made of and gated by (the keys' norm in fp32), and the feed-forward's
-        hidden layer. NOTHING: besides, statistics of norms; mixes whose amounts are frozen keep nothing. What layer 0
-        hands on is kept once, not per layer. No element-wise operator of RWKV-7 is fused yet but the usual ones.
+        ALL: what enters the layer. INPUTS: besides, what enters the second mixer, what the recurrence takes and its
+        checkpoints, keys, rate and value residual's amount before they are made of, y and gate, the feed-forward's
+        hidden layer and those of decay and gate. NOTHING: besides, statistics of norms; mixes whose amounts are frozen
+        keep nothing. What layer 0 hands on is kept once, not per layer. Where operators are not `fused` they keep more,
+        the keys' norm in fp32 for one.
         """
         C, F = self.n_embd, self.dim_ffn
         everything_again = 2 * C
         if recompute is Recompute.ALL:
             return everything_again
-        inputs_again = 39 * C + 2 * (F + self.decay_width + self.gate_width)
+        # Of the recurrence six inputs and, with its kernel, three times as much as one of them.
+        inputs_again = everything_again + (30 if fused else 37) * C + 2 * (F + self.decay_width + self.gate_width)
         return inputs_again if recompute is Recompute.INPUTS else inputs_again + 16
 
     def fresh_mixer_value(self, layer: int, name: str, key_shape: Shape, generator: torch.Generator) -> Tensor:

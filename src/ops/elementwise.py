@@ -26,6 +26,7 @@ from torch import Tensor
 
 from src.ops import elementwise_cuda
 from src.ops.kernels import usable
+from src.ops.rows import HEAD_SIZES
 
 _VECTOR = 8
 
@@ -170,7 +171,7 @@ def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, 
     Returns:
         [B, T, A] in y's dtype.
     """
-    if y.shape[3] in elementwise_cuda.HEAD_SIZES and (kernels := _kernels_for(y, gate)) is not None:
+    if y.shape[3] in HEAD_SIZES and (kernels := _kernels_for(y, gate)) is not None:
         fused: Tensor = kernels.group_norm_silu_gate(y, gate, weight, bias, eps)
         return fused
     return group_norm_silu_gate_torch(y, gate, weight, bias, eps)
@@ -182,70 +183,6 @@ def group_norm_silu_gate_torch(y: Tensor, gate: Tensor, weight: Tensor, bias: Te
     rows = y.reshape(batch * tokens, heads * head_size)
     normalised = F.group_norm(rows, heads, weight.to(y.dtype), bias.to(y.dtype), eps)
     return normalised.view(batch, tokens, heads * head_size) * F.silu(gate)
-
-
-def group_norm_bonus_gate(
-    y: Tensor,
-    r: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gate: Tensor,
-    r_k: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    eps: float,
-) -> Tensor:
-    """(GroupNorm over each head's N channels of y + (sum over the head of r k r_k) v) * gate.
-
-    Args:
-        y: [B, T, H, N], the operator's output.
-        r, k, v: as y: receptance, replacement key and value, as the operator took them.
-        gate: [B, T, A] with A = H * N.
-        r_k: [H, N].
-        weight, bias: [A].
-        eps: added to the variance.
-
-    Returns:
-        [B, T, A] in y's dtype.
-
-    Source: RWKV-7, arXiv 2503.14456, section 4 (the bonus and the readout). Plain torch on every device so far.
-    """
-    batch, tokens, heads, head_size = y.shape
-    rows = y.reshape(batch * tokens, heads * head_size)
-    normalised = F.group_norm(rows, heads, weight.to(y.dtype), bias.to(y.dtype), eps).view(y.shape)
-    bonus = (r * k * r_k.to(y.dtype)).sum(-1, keepdim=True) * v
-    return (normalised + bonus).view(gate.shape) * gate
-
-
-def removal_and_replacement(k: Tensor, rate: Tensor, k_k: Tensor, k_a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """What the operator of RWKV-7 makes of keys: what is stored, what is read to be removed, where that is written.
-
-    With κ = k k_k divided by each head's norm (at least 1e-12) and s = sigmoid(rate): k (1 + (s - 1) k_a), -κ, κ s.
-
-    Args:
-        k: [B, T, H, N].
-        rate: as k, the in-context learning rate before its sigmoid.
-        k_k, k_a: H * N values each.
-
-    Returns:
-        The operator's k, a and b, as k. The norm is fp32 at least.
-
-    Source: RWKV-7, arXiv 2503.14456, section 4. Plain torch on every device so far.
-    """
-    dtype = k.dtype
-    wide = torch.promote_types(dtype, torch.float32)
-    removal = F.normalize((k * k_k.to(dtype).view(k.shape[2:])).to(wide), dim=-1, eps=1e-12).to(dtype)
-    rate = torch.sigmoid(rate)
-    replacement = k * (1 + (rate - 1) * k_a.to(dtype).view(k.shape[2:]))
-    return replacement, -removal, removal * rate
-
-
-def value_residual(v: Tensor, first: Tensor, amount: Tensor) -> Tensor:
-    """v + (first - v) * sigmoid(amount), equal shapes: values pulled towards those of the first layer.
-
-    Plain torch on every device so far.
-    """
-    return v + (first - v) * torch.sigmoid(amount)
 
 
 def add_norm(x: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -10,12 +10,13 @@ from pathlib import Path
 
 import pytest
 
-from src.ops import dequantize_cuda, elementwise_cuda, nvrtc, wkv6_cuda, wkv7_cuda
+from src.ops import delta_rule_cuda, dequantize_cuda, elementwise_cuda, nvrtc, wkv6_cuda, wkv7_cuda
 from src.ops.kernels import Kernel
 
 KERNELS: dict[str, Sequence[Kernel]] = {
     "dequantize.cu": tuple(dequantize_cuda.KERNELS.values()),
     "elementwise.cu": elementwise_cuda.KERNELS,
+    "elementwise_delta_rule.cu": delta_rule_cuda.KERNELS,
     "wkv6.cu": wkv6_cuda.KERNELS,
     "wkv7.cu": wkv7_cuda.KERNELS,
 }

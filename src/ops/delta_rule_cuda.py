@@ -1,0 +1,312 @@
+"""The operators around RWKV-7's recurrence on NVIDIA GPUs: memory and autograd around `cuda/elementwise_delta_rule.cu`.
+
+Functions as in `src.ops.delta_rule`, in bfloat16. A gradient that is not needed costs nothing. Tensors that do not fit
+raise RuntimeError, naming the argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.ops.kernels import Kernel, usable
+from src.ops.rows import (
+    HEAD_SIZES,
+    THREADS,
+    VECTOR,
+    blocks_for,
+    check_channels,
+    check_shape,
+    kept_parameter,
+    parameter_tile,
+    prepared,
+    prepared_parameter,
+    records,
+    refuse_double_backward,
+    saved_parameter,
+)
+
+_ROW_TILE = 2
+_VECTORS_PER_BLOCK = 2 * THREADS
+
+
+def _kernel(name: str, parameters: str, head_size: int = 0) -> Kernel:
+    template = f"<{head_size // VECTOR}>" if head_size else ""
+    return Kernel("elementwise_delta_rule.cu", f"elementwise::{name}{template}", parameters)
+
+
+KEYS_FORWARD, KEYS_BACKWARD, KEYS_SUMS, READOUT_FORWARD, READOUT_BACKWARD, READOUT_SUMS = (
+    {size: _kernel(name, parameters, size) for size in HEAD_SIZES}
+    for name, parameters in (
+        ("removal_and_replacement_forward", "PPPP PPP ii"),
+        ("removal_and_replacement_backward", "PPPP PPP PP ii"),
+        ("removal_and_replacement_sums", "PPP PPP PP iiii"),
+        ("group_norm_bonus_gate_forward", "PPPPP PPP f P ii"),
+        ("group_norm_bonus_gate_backward", "PPPPP PPP f P PPPPP ii"),
+        ("group_norm_bonus_gate_sums", "PPPPP f P PPP iiii"),
+    )
+)
+VALUES_FORWARD = _kernel("value_residual_forward", "PPP P i")
+VALUES_BACKWARD = _kernel("value_residual_backward", "PPP P PPP i")
+
+KERNELS = (
+    *(*KEYS_FORWARD.values(), *KEYS_BACKWARD.values(), *KEYS_SUMS.values()),
+    *(*READOUT_FORWARD.values(), *READOUT_BACKWARD.values(), *READOUT_SUMS.values()),
+    *(VALUES_FORWARD, VALUES_BACKWARD),
+)
+
+
+def layer_kernels(head_size: int, *, sums: bool) -> tuple[Kernel, ...]:
+    """The kernels that layers launch, forward and backward; `sums`: parameters of these operators are trained, too."""
+    if head_size not in HEAD_SIZES:
+        return VALUES_FORWARD, VALUES_BACKWARD
+    passes, parameters = (KEYS_FORWARD, KEYS_BACKWARD, READOUT_FORWARD, READOUT_BACKWARD), (KEYS_SUMS, READOUT_SUMS)
+    tables = (*passes, *parameters) if sums else passes
+    return *(table[head_size] for table in tables), VALUES_FORWARD, VALUES_BACKWARD
+
+
+def can_take(*tensors: Tensor) -> bool:
+    """Whether the kernels can work on these, [B, T, H, N] or [B, T, A]."""
+    first = tensors[0]
+    if not all(tensor.is_cuda and tensor.dtype is torch.bfloat16 for tensor in tensors) or first.shape[-1] % VECTOR:
+        return False
+    head_size = first.shape[3] if first.dim() == 4 else 0
+    if head_size and head_size not in HEAD_SIZES:
+        return False
+    probe = layer_kernels(head_size, sums=False)
+    return usable(probe, first.device, "Plain torch operations are used instead, and a step takes longer.")
+
+
+def removal_and_replacement(
+    k: Tensor, rate: Tensor, key_scale: Tensor, rate_scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """See `delta_rule.removal_and_replacement`."""
+    run: Any = _RemovalAndReplacement.apply if records(k, rate, key_scale, rate_scale) else _keys
+    replacement, removal, written = run(k, rate, key_scale, rate_scale)
+    return replacement, removal, written
+
+
+def value_residual(v: Tensor, first: Tensor, amount: Tensor) -> Tensor:
+    """See `delta_rule.value_residual`."""
+    run: Any = _ValueResidual.apply if records(v, first, amount) else _values
+    result: Tensor = run(v, first, amount)
+    return result
+
+
+def group_norm_bonus_gate(
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    bonus: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    """See `delta_rule.group_norm_bonus_gate`."""
+    run: Any = _GroupNormBonusGate.apply if records(y, r, k, v, gate, bonus, weight, bias) else _readout
+    output: Tensor = run(y, r, k, v, gate, bonus, weight, bias, eps)
+    return output
+
+
+class _RemovalAndReplacement(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, k: Tensor, rate: Tensor, key_scale: Tensor, rate_scale: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        k, rate = prepared(k, "k"), prepared(rate, "rate")
+        saved = saved_parameter(ctx, "key_scale", key_scale, 2), saved_parameter(ctx, "rate_scale", rate_scale, 3)
+        ctx.save_for_backward(k, rate, *saved)
+        ctx.shapes = key_scale.shape, rate_scale.shape
+        return _keys(k, rate, key_scale, rate_scale)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        if all(grad is None for grad in grads):
+            return (None,) * 4
+        k, rate, key_scale, rate_scale = ctx.saved_tensors
+        of_k, of_rate, *of_parameters = ctx.needs_input_grad
+        arrived = [_arrived(grad, k, "the gradient of removal_and_replacement") for grad in grads]
+        inputs = k, rate, kept_parameter(ctx, "key_scale", key_scale)
+        grad_k = grad_rate = None
+        if of_k or of_rate:
+            grad_k, grad_rate = _empty_like(k, of_k), _empty_like(rate, of_rate)
+            rate_scale = kept_parameter(ctx, "rate_scale", rate_scale)
+            _over_rows(KEYS_BACKWARD, k, *inputs, rate_scale, *arrived, grad_k, grad_rate)
+        return grad_k, grad_rate, *_sums(KEYS_SUMS, k, (*inputs, *arrived), of_parameters, ctx.shapes)
+
+
+class _ValueResidual(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, first: Tensor, amount: Tensor) -> Tensor:
+        first, amount = prepared(first, "first"), prepared(amount, "amount")
+        result = _values(v, first, amount)
+        ctx.save_for_backward(first, amount, result)
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        first, amount, result = ctx.saved_tensors
+        grads = tuple(_empty_like(amount, asked) for asked in ctx.needs_input_grad)
+        gradient = _arrived(grad, first, "the gradient of value_residual")
+        _over_vectors(VALUES_BACKWARD, first, first, amount, result, gradient, *grads)
+        return grads
+
+
+class _GroupNormBonusGate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        gate: Tensor,
+        bonus: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+    ) -> Tensor:
+        y, r, k, v = prepared(y, "y"), prepared(r, "r"), prepared(k, "k"), prepared(v, "v")
+        gate = prepared(gate, "gate")
+        parameters = {"bonus": bonus, "weight": weight, "bias": bias}
+        saved = (saved_parameter(ctx, name, value, 5 + i) for i, (name, value) in enumerate(parameters.items()))
+        ctx.save_for_backward(y, r, k, v, gate, *saved)
+        ctx.eps = eps
+        ctx.shapes = bonus.shape, weight.shape, bias.shape
+        return _readout(y, r, k, v, gate, bonus, weight, bias, eps)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        *inputs, bonus, weight, bias = ctx.saved_tensors
+        y, gradient = inputs[0], _arrived(grad, inputs[4], "the gradient of group_norm_bonus_gate")
+        asked, of_parameters = ctx.needs_input_grad[:5], ctx.needs_input_grad[5:8]
+        grads: Sequence[Tensor | None] = (None,) * 5
+        if any(asked):
+            grads = [_empty_like(tensor, wanted) for tensor, wanted in zip(inputs, asked, strict=True)]
+            saved = {"bonus": bonus, "weight": weight, "bias": bias}
+            parameters = (kept_parameter(ctx, name, value) for name, value in saved.items())
+            _over_rows(READOUT_BACKWARD, y, *inputs, *parameters, ctx.eps, gradient, *grads)
+        return *grads, *_sums(READOUT_SUMS, y, (*inputs, ctx.eps, gradient), of_parameters, ctx.shapes), None
+
+
+def _keys(k: Tensor, rate: Tensor, key_scale: Tensor, rate_scale: Tensor) -> tuple[Tensor, ...]:
+    k, rate = prepared(k, "k"), prepared(rate, "rate")
+    _check_heads(k, "k", {"rate": rate})
+    key_scale, rate_scale = (
+        _row(key_scale, k, "key_scale"),
+        _row(rate_scale, k, "rate_scale"),
+    )
+    outputs = tuple(torch.empty_like(k) for _ in range(3))
+    _over_rows(KEYS_FORWARD, k, k, rate, key_scale, rate_scale, *outputs)
+    return outputs
+
+
+def _values(v: Tensor, first: Tensor, amount: Tensor) -> Tensor:
+    v, first, amount = prepared(v, "v"), prepared(first, "first"), prepared(amount, "amount")
+    check_channels(v.shape[-1], v.numel() // max(v.shape[-1], 1))
+    check_shape(first, v.shape, "first")
+    check_shape(amount, v.shape, "amount")
+    result = torch.empty_like(v)
+    _over_vectors(VALUES_FORWARD, v, v, first, amount, result)
+    return result
+
+
+def _readout(
+    y: Tensor,
+    r: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gate: Tensor,
+    bonus: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Tensor:
+    y, r, k, v = prepared(y, "y"), prepared(r, "r"), prepared(k, "k"), prepared(v, "v")
+    gate = prepared(gate, "gate")
+    _check_heads(y, "y", {"r": r, "k": k, "v": v})
+    check_shape(gate, (*y.shape[:2], y.shape[2] * y.shape[3]), "gate")
+    parameters = _row(bonus, y, "bonus"), _row(weight, y, "weight"), _row(bias, y, "bias")
+    output = torch.empty_like(gate)
+    _over_rows(READOUT_FORWARD, y, y, r, k, v, gate, *parameters, eps, output)
+    return output
+
+
+def _check_heads(like: Tensor, name: str, others: Mapping[str, Tensor]) -> None:
+    """Raises RuntimeError where tensors are not [B, T, H, N] with a head size that there are kernels for."""
+    if like.ndim != 4:
+        raise RuntimeError(f"{name} has {like.ndim} dimensions, expected [batch, tokens, heads, head size]")
+    if like.shape[3] not in HEAD_SIZES:
+        raise RuntimeError(f"the head size is {like.shape[3]}, expected 16, 32, 64 or 128")
+    rows, channels = _sizes(like)
+    check_channels(channels, rows)
+    for other, tensor in others.items():
+        check_shape(tensor, like.shape, other)
+
+
+def _row(parameter: Tensor, like: Tensor, name: str) -> Tensor:
+    """A parameter as the kernels read it, a value for each channel."""
+    _, channels = _sizes(like)
+    if parameter.numel() != channels:
+        raise RuntimeError(f"{name} has {parameter.numel()} values, expected {channels}")
+    return prepared_parameter(parameter, name)
+
+
+def _arrived(grad: Tensor | None, like: Tensor, name: str) -> Tensor | None:
+    """A gradient as the kernels read it."""
+    if grad is None:
+        return None
+    grad = prepared(grad, name)
+    check_shape(grad, like.shape, name)
+    return grad
+
+
+def _empty_like(tensor: Tensor, asked: bool) -> Tensor | None:
+    return torch.empty_like(tensor) if asked else None
+
+
+def _over_rows(kernels: Mapping[int, Kernel], like: Tensor, *arguments: Any) -> None:
+    """Runs what works on tiles of rows of [B, T, H, N]."""
+    rows, channels = _sizes(like)
+    if rows:
+        kernels[like.shape[3]](like, blocks_for(rows, channels, _ROW_TILE), THREADS, *arguments, rows, channels)
+
+
+def _over_vectors(kernel: Kernel, like: Tensor, *arguments: Any) -> None:
+    vectors = like.numel() // VECTOR
+    if vectors:
+        kernel(like, -(-vectors // _VECTORS_PER_BLOCK), THREADS, *arguments, vectors)
+
+
+def _sums(
+    kernels: Mapping[int, Kernel],
+    like: Tensor,
+    arguments: Sequence[Any],
+    asked: Sequence[bool],
+    shapes: Sequence[torch.Size],
+) -> list[Tensor | None]:
+    """Gradients of parameters, as far as they are asked for: sums over tiles of rows, and of those."""
+    if not any(asked):
+        return [None] * len(asked)
+    rows, channels = _sizes(like)
+    tile, count = parameter_tile(rows, channels), sum(asked)
+    sums = like.new_empty(-(-rows // tile), count, channels, dtype=torch.float32)
+    if rows:
+        places = iter(sums.unbind(1))
+        targets = [next(places) if wanted else None for wanted in asked]
+        values = (*arguments, *targets, count * channels, tile, rows, channels)
+        kernels[like.shape[3]](like, blocks_for(rows, channels, tile), THREADS, *values)
+    totals = iter(sums.sum(0))
+    return [next(totals).view(shape) if wanted else None for wanted, shape in zip(asked, shapes, strict=True)]
+
+
+def _sizes(like: Tensor) -> tuple[int, int]:
+    """[B, T, H, N] -> rows, channels."""
+    return like.shape[0] * like.shape[1], like.shape[2] * like.shape[3]
