@@ -257,7 +257,9 @@ class LanguageModel(nn.Module):
         """Bytes per token that a layer keeps between forward and backward in this mode."""
         fused = self.compute_dtype is torch.bfloat16 and fused_kernels() is not None
         kept = self.shape.kept_bytes(mode, fused=fused)
-        return kept if mode is Recompute.ALL else kept + self.shape.kept_bytes_of_adapters(self._kept_by_adapters)
+        if mode is Recompute.ALL:
+            return kept
+        return kept + self.shape.kept_bytes_of_adapters(self._kept_by_adapters, fused=fused)
 
     @property
     def dense_time_mix_bytes(self) -> int:

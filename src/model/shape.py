@@ -144,15 +144,18 @@ class ModelShape(ABC):
         """
         return ()
 
-    def kept_bytes_of_adapters(self, kept_values: Mapping[str, int]) -> int:
+    def kept_bytes_of_adapters(self, kept_values: Mapping[str, int], *, fused: bool) -> int:
         """The same of adapters that keep so many values per token, by matrix, where a layer keeps more than its input.
 
-        The mixer's inputs lie in one piece: what is kept of them keeps those that no matrix takes, too.
+        Where they are not `fused` the mixer's inputs lie in one piece: what is kept of them keeps those that no matrix
+        takes, too.
         """
         if not kept_values:
             return 0
-        whole = any(values >= self.n_embd for values in kept_values.values())
-        others = self.n_embd * (self.mixes_without_matrix if whole else 1)
+        others = 0
+        if not fused:
+            whole = any(values >= self.n_embd for values in kept_values.values())
+            others = self.n_embd * (self.mixes_without_matrix if whole else 1)
         return 2 * (sum(kept_values.values()) // self.n_layer + others)
 
     @abstractmethod

@@ -36,6 +36,7 @@ pytest.importorskip("bitsandbytes")
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
+    pytest.mark.usefixtures("architecture"),
 ]
 
 
@@ -112,7 +113,7 @@ def test_recorded_steps_give_loss_and_gradients_of_issued_ones(
 def test_adapters_and_parts_are_recorded_like_states(kind: str, quant_type: str | None, recompute: Recompute) -> None:
     shape = tiny_shape(n_layer=3, n_embd=256, head_size=64)
     plan = AdapterPlan(kind, 32)
-    parts = [name for name in shape.parameter_shapes() if "time" in name or "ln" in name]
+    parts = [*shape.part("time"), *shape.part("ln")]
     trained = [*plan.parameter_shapes(shape), *shape.state_shapes(), *parts]
     generator = torch.Generator().manual_seed(3)
     start = {key: torch.randn(size, generator=generator) / 16 for key, size in plan.parameter_shapes(shape).items()}

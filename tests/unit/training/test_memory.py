@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from factories import ARCHITECTURES, tiny_parameters, tiny_shape
+from kept_tensors import kept_and_estimated
 
 from src.adapters.method import method_of
 from src.adapters.plan import AdapterPlan
@@ -22,7 +23,6 @@ from src.training import memory
 from src.training.memory import MemoryPlan, bytes_of_trained, chunk_that_fits, plan_memory, require_memory_of_run
 
 GIB = 2**30
-TOKENS = 512
 
 
 @pytest.fixture
@@ -99,31 +99,9 @@ def test_kept_bytes_of_the_7b_shape() -> None:
 @pytest.mark.parametrize("recompute", [Recompute.INPUTS, Recompute.NOTHING])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kept_bytes_cover_what_torch_keeps(architecture: str, recompute: Recompute, kind: str) -> None:
-    """In fp16, where nothing is fused: what one more layer keeps, by storage."""
-    kept = []
-    for layers in (2, 3):
-        shape = tiny_shape(n_layer=layers, n_embd=256, head_size=64, architecture=architecture)
-        adapters = AdapterPlan(kind, r=32) if kind else None
-        options = LoadOptions(torch.device("cpu"), torch.float16, quant_type="nf4", adapters=adapters)
-        model = build_model(tiny_parameters(shape), shape, options)
-        model.set_recomputation([recompute] * layers)
-        own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-        seen: dict[int, torch.UntypedStorage] = {}
-
-        def note(
-            tensor: torch.Tensor, own: set[int] = own, seen: dict[int, torch.UntypedStorage] = seen
-        ) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in own:
-                seen[storage.data_ptr()] = storage  # held, so that no other takes its address
-            return tensor
-
-        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            hidden, _ = model(torch.arange(TOKENS)[None] % shape.vocab_size)
-        kept.append(sum(storage.nbytes() for storage in seen.values()))
-        del hidden
-    estimate = model.kept_bytes(recompute)
-    assert 0.9 * estimate < (kept[1] - kept[0]) / TOKENS <= estimate
+    """In fp16, where nothing is fused."""
+    kept, estimate = kept_and_estimated("cpu", torch.float16, recompute, kind, architecture)
+    assert 0.9 * estimate < kept <= estimate
 
 
 def work_of(row_tokens: int, memories: int = 0, all_tokens: int = 0) -> Any:

@@ -1,0 +1,93 @@
+"""RWKV-7 models whose kernels all run on the CPU emulator: gradients of whatever is trained, carried and wrapped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from emulator.kernels import emulated, has_compiler
+from kept_tensors import kept_and_estimated
+from recompute_cases import CASES, Gradients, model_of, shape_of
+from torch import Tensor
+
+from src.model import language_model
+from src.model.language_model import LanguageModel
+from src.model.recompute import Recompute
+from src.ops import delta_rule, elementwise, elementwise_cuda, kernels, wkv7_cuda
+from src.ops.kernels import Kernel
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs g++")]
+
+Case = Callable[[LanguageModel], Gradients]
+MODES = list(Recompute)
+
+
+def widened(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """A product that takes `out_dtype`, as those for GPUs do."""
+
+    def multiply(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **options: Tensor) -> Tensor:
+        return product(a, b, **options) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype), **options)
+
+    return multiply
+
+
+@contextmanager
+def every_kernel() -> Iterator[tuple[list[str], set[Kernel]]]:
+    """Kernels run here, and every tensor is said to be on a GPU.
+
+    Gives the names of definitions that were used in a kernel's place, and the kernels that were launched.
+    """
+    used: list[str] = []
+    launched: set[Kernel] = set()
+    with pytest.MonkeyPatch.context() as patch, emulated():
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        for name in ("mm", "bmm"):
+            patch.setattr(torch, name, widened(getattr(torch, name)))
+        patch.setattr(kernels, "_usable", lambda *_: True)
+        card = SimpleNamespace(multi_processor_count=2, shared_memory_per_block_optin=227 * 1024)
+        patch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+        for module in (elementwise, language_model):
+            patch.setattr(module, "fused_kernels", lambda: elementwise_cuda)
+        for module in (elementwise, delta_rule):
+            for name in (name for name in vars(module) if name.endswith("_torch")):
+                patch.setattr(module, name, lambda *_, name=name: used.append(name))  # and fails after that
+        call = Kernel.__call__
+
+        def noted(kernel: Kernel, *arguments: Any) -> None:
+            launched.add(kernel)
+            call(kernel, *arguments)
+
+        patch.setattr(Kernel, "__call__", noted)
+        yield used, launched
+
+
+def gradients(case: Case, mode: Recompute, dtype: torch.dtype) -> Gradients:
+    return {name: tensor.double() for name, tensor in case(model_of(mode, None, "cpu", dtype, "x070")).items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
+def test_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(case: Case) -> None:
+    """As tests/gpu has it for every mode: at most twice the error of plain torch in bf16, plus 2 % of the norm."""
+    exact, rounded = (gradients(case, Recompute.NOTHING, dtype) for dtype in (torch.float32, torch.bfloat16))
+    mode = MODES[CASES.index(case) % len(MODES)]
+    with every_kernel() as (used, launched):
+        fused = gradients(case, mode, torch.bfloat16)
+    assert used == []
+    shape = shape_of("x070")
+    assert wkv7_cuda.GRADIENTS in launched
+    assert launched <= {*shape.kernels(trains_weights=True), *shape.kernels(trains_weights=False)}, "compiled ahead"
+    assert fused.keys() == exact.keys()
+    for name, expected in exact.items():
+        allowed = 2 * (rounded[name] - expected).norm() + 0.02 * expected.norm()
+        assert (fused[name] - expected).norm() <= allowed, (name, mode)
+
+
+@pytest.mark.parametrize(("mode", "kind"), [(Recompute.NOTHING, ""), (Recompute.INPUTS, "lora")])
+def test_kept_bytes_cover_what_kernels_keep(mode: Recompute, kind: str) -> None:
+    with every_kernel():
+        kept, estimate = kept_and_estimated("cpu", torch.bfloat16, mode, kind, "x070", tokens=64)
+    assert 0.98 * estimate < kept <= estimate
