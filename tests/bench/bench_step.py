@@ -22,21 +22,33 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from src.model.shape import ModelShape
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
 SIZES = {"1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (61, 4096)}
+"""Of RWKV-6: layers, channels."""
+RWKV7_SIZES = {
+    "1.5b": (24, 2048, 96, 96, 64, 256),
+    "2.9b": (32, 2560, 96, 96, 64, 320),
+    "7.2b": (32, 4096, 128, 128, 96, 480),
+    "13.3b": (61, 4096, 192, 192, 128, 384),
+}
+"""Layers, channels, and the widths of the maps to decay, rate, value residual and gate, as published."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
     """One line of the table: what is trained on what."""
 
-    size: str
+    size: str  # of SIZES, or of RWKV7_SIZES
     ctx_len: int
     grad_cp: int = 1
     preference: str = ""
@@ -47,6 +59,18 @@ class Row:
         kind = self.preference.upper() or "SFT"
         length = "512 + 512 / 512" if self.preference else f"ctx {self.ctx_len}"
         return " ".join([f"{kind} {self.size.upper()} {length}, grad_cp {self.grad_cp}", *self.flags])
+
+    def shape(self) -> ModelShape:
+        """Of a model of this size."""
+        from src.model.rwkv6 import RWKV6Shape
+        from src.model.rwkv7 import RWKV7Shape
+
+        if self.size in SIZES:
+            layers, channels = SIZES[self.size]
+            sizes = {"n_layer": layers, "n_embd": channels, "vocab_size": 65536}
+            return RWKV6Shape.from_sizes(**sizes, double_extra_dim=channels == 4096)
+        layers, channels, *widths = RWKV7_SIZES[self.size]
+        return RWKV7Shape(layers, channels, channels, 4 * channels, 65536, channels // 64, 64, *widths)
 
 
 WHOLE = ("--train_type", "none", "--quant", "0")
@@ -82,6 +106,17 @@ ROWS = {
     "lisa-7b-8bit": Row("7b", 1024, flags=("--peft", "lisa", "--optim", "adamw8bit")),
     "lisa-7b-layers": Row("7b", 1024, flags=("--peft", "lisa", "--train_parts", "[]")),
     "lisa-7b-layers-8bit": Row("7b", 1024, flags=("--peft", "lisa", "--train_parts", "[]", "--optim", "adamw8bit")),
+    "sft-1.5b-1024": Row("1.5b", 1024),
+    "sft-2.9b-1024": Row("2.9b", 1024),
+    "sft-7.2b-1024": Row("7.2b", 1024),
+    "sft-7.2b-4096": Row("7.2b", 4096),
+    "sft-7.2b-4096-fit": Row("7.2b", 4096, grad_cp=2, flags=("--memory_gib", "22.5")),
+    "sft-13.3b-1024": Row("13.3b", 1024),
+    "qlora-7.2b": Row("7.2b", 1024, flags=("--peft", "lora")),
+    "lora-1.5b": Row("1.5b", 1024, flags=("--peft", "lora", "--quant", "0")),
+    "orpo-7.2b": Row("7.2b", 1024, preference="orpo"),
+    "orpo-13.3b": Row("13.3b", 1024, preference="orpo"),
+    "full16-1.5b": Row("1.5b", 1024, flags=(*WHOLE, *IN_16_BITS, "--optim", "adamw8bit")),
 }
 
 
@@ -91,15 +126,13 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
     from src.cli import given_train_flags
     from src.config import TrainConfig
     from src.loading import build_model
-    from src.model.rwkv6 import RWKV6Shape
     from src.training.engine import apply_hardware, resolve_hardware
     from src.training.module import TrainingModule
     from src.training.references import Reference
     from src.training.run import choose_recomputation, fit, load_options, turns_of
     from src.training.work import make_schedule, prepare_work
 
-    layers, channels = SIZES[row.size]
-    shape = RWKV6Shape.from_sizes(n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096)
+    shape = row.shape()
     folder = Path(tempfile.mkdtemp())
     flags = [
         "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
@@ -162,6 +195,8 @@ class RandomTensors(Mapping):  # type: ignore[type-arg]
         values = torch.randn(size, device=self._device, dtype=torch.bfloat16, generator=self._generator)
         if name.endswith("time_decay"):
             return values - 4
+        if name.endswith((".k_k", ".k_a")):
+            return values * 0.1 + 1
         return values * (0.02 if len(size) > 1 else 0.1)
 
     def __iter__(self) -> Iterator[str]:
@@ -200,18 +235,24 @@ def _preference_flags(folder: Path, loss: str) -> list[str]:
     return [f"--{loss}", "1", "--rlhf_train_file", str(folder / "pairs.save"), "--rlhf_max_corpus_len", "512"]
 
 
-def gradients_agree() -> bool:
-    """Whether a small bf16 model's state gradients on the GPU follow the fp32 chunked form."""
+def gradients_agree(sizes: Collection[str]) -> bool:
+    """Whether small bf16 models' state gradients on the GPU follow the fp32 chunked form; of these sizes' kinds."""
+    from src.model.rwkv6 import RWKV6Shape
+    from src.model.rwkv7 import RWKV7Shape
+
+    architectures = {RWKV6Shape if size in SIZES else RWKV7Shape for size in sizes}
+    return all(_agree(kind.from_sizes(n_layer=2, n_embd=256, vocab_size=1024)) for kind in architectures)
+
+
+def _agree(shape: ModelShape) -> bool:
     import numpy as np
     import torch
 
     from src.data.batches import packed_batch
     from src.loading import LoadOptions, build_model
     from src.model.recompute import Recompute
-    from src.model.rwkv6 import RWKV6Shape
     from src.training.objectives import SFTObjective, outcome_of
 
-    shape = RWKV6Shape.from_sizes(n_layer=2, n_embd=256, vocab_size=1024)
     device = torch.device("cuda")
     generator = torch.Generator().manual_seed(0)
     tensors = dict(RandomTensors(shape, torch.device("cuda")))
@@ -226,7 +267,7 @@ def gradients_agree() -> bool:
         gradients.append(torch.cat([block.att.time_state.grad.flatten() for block in model.blocks]))
     exact, fast = gradients
     error = ((fast - exact).norm() / exact.norm()).item()
-    print(f"state gradients, bf16 against fp32: relative error {error:.2e}", file=sys.stderr)
+    print(f"{shape.family}: state gradients, bf16 against fp32: relative error {error:.2e}", file=sys.stderr)
     return error < 0.05
 
 
@@ -248,13 +289,15 @@ def main() -> None:
             print("RESULT " + json.dumps(result))
         return
 
+    rows = options.rows.split(",")
     if options.check:
-        sys.exit(0 if gradients_agree() else "the fast path's gradients are wrong")
+        sys.exit(0 if gradients_agree({ROWS[name].size for name in rows}) else "the fast path's gradients are wrong")
     # In a process of its own: what it leaves on the GPU must not count as a row's memory.
-    if subprocess.run([sys.executable, __file__, "--check"], cwd=REPOSITORY, check=False).returncode:
+    check = [sys.executable, __file__, "--check", "--rows", options.rows]
+    if subprocess.run(check, cwd=REPOSITORY, check=False).returncode:
         sys.exit("nothing is timed")
     results = {}
-    for name in options.rows.split(","):
+    for name in rows:
         command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps)]
         command += ["--strategy", options.strategy, "--documents", options.documents, *extra]
         done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from factories import tiny_parameters, tiny_shape
+from factories import ARCHITECTURES, tiny_parameters, tiny_shape, tiny_states
 from torch import Tensor
 
 from src import safetensors
+from src.adapters.plan import AdapterPlan
 from src.checkpoint import open_checkpoint
 from src.errors import CheckpointError, ConfigError
 from src.layout import SegmentLayout
@@ -242,6 +243,34 @@ class TestHandedValues:
         for layer, handed in ((0, x), (1, None)):
             with pytest.raises(AssertionError):
                 model.blocks[layer](x, None, None, handed, remembers=False, ends=None, dropout=0.0)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bf16_gradients_are_as_close_to_fp32_as_rwkv6s(architecture: str) -> None:
+    """Of LoRA with large factors, on random models that start from random states: 2.1 % (RWKV-7), 1.9 % (RWKV-6).
+
+    From states of zero this model is 40 % off in torch operations and 7 % with fused ones, its states' gradient 100 %
+    and 22 %. That is the model: what its first token reads is v times r·k, a sum that comes out near zero in one head
+    (0.005 where other tokens read 1). The group norm makes 1 of it, and 99 % of the readout's gradient are that
+    token's. To round nothing but r, or k, gives 7 % and 12 %. Real models with small factors: 1.0 % (the one of
+    bytes), 5 % (RWKV-6).
+    """
+    shape = tiny_shape(n_layer=3, n_embd=64, head_size=16, architecture=architecture)
+    plan = AdapterPlan("lora", 8)
+    generator = torch.Generator().manual_seed(3)
+    factors = {key: torch.randn(size, generator=generator) / 16 for key, size in plan.parameter_shapes(shape).items()}
+    start = {**tiny_parameters(shape), **tiny_states(shape), **factors}
+    start = {name: tensor.bfloat16().float() for name, tensor in start.items()}
+    tokens = torch.randint(257, (1, 100), generator=torch.Generator().manual_seed(1))
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        options = LoadOptions(torch.device("cpu"), dtype, trained=list(factors), adapters=plan)
+        model = build_model(start, shape, options)
+        logits = model.logits(model(tokens)[0]).float()
+        torch.nn.functional.cross_entropy(logits[0, :-1], tokens[0, 1:]).backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    exact, rounded = gradients
+    assert (rounded - exact).norm() < 0.03 * exact.norm()
 
 
 def in_hf_form(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
