@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from src.errors import CheckpointError
+from src.system import cache_folder, read_at, read_into
 
 CHECKED_ONCE_BYTES = 1 << 30
 """Files of this size and larger are compared with their checksums once, smaller ones whenever they are opened."""
@@ -30,7 +31,6 @@ PICKLE = "data.pkl"
 
 _CHUNK_BYTES = 1 << 20
 _MOST_THREADS = 8
-_CACHE_NAME = "rwkv-state-tuning"
 
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 """Magic, and the lengths of the name and of the padding that follow it."""
@@ -116,7 +116,7 @@ def conversion(weights_only: bool) -> str:
 
 def read_entry(file: BinaryIO, entry: Entry) -> bytes:
     """All bytes of an entry."""
-    return os.pread(file.fileno(), entry.size_bytes, entry.start)
+    return read_at(file.fileno(), entry.size_bytes, entry.start)
 
 
 def check(file: BinaryIO, path: str, entries: Mapping[str, Entry]) -> None:
@@ -153,10 +153,10 @@ def check(file: BinaryIO, path: str, entries: Mapping[str, Entry]) -> None:
 
 def _start_of(file: BinaryIO, path: str, info: zipfile.ZipInfo) -> int:
     """Where an entry's bytes begin: behind its own header, which must name it as the directory does."""
-    header = os.pread(file.fileno(), _LOCAL_HEADER.size, info.header_offset)
+    header = read_at(file.fileno(), _LOCAL_HEADER.size, info.header_offset)
     if len(header) == _LOCAL_HEADER.size:
         magic, name_bytes, padding_bytes = _LOCAL_HEADER.unpack(header)
-        name = os.pread(file.fileno(), name_bytes, info.header_offset + _LOCAL_HEADER.size)
+        name = read_at(file.fileno(), name_bytes, info.header_offset + _LOCAL_HEADER.size)
         if magic == b"PK\x03\x04" and name == info.orig_filename.encode():
             return int(info.header_offset + _LOCAL_HEADER.size + name_bytes + padding_bytes)
     raise _damaged(path, f"entry {info.filename!r} is not where the directory says")
@@ -168,7 +168,7 @@ def _crc(file: BinaryIO, path: str, entry: Entry) -> int:
     buffer = memoryview(bytearray(min(_CHUNK_BYTES, entry.size_bytes)))
     position, end = entry.start, entry.start + entry.size_bytes
     while position < end:
-        read_bytes = os.preadv(file.fileno(), [buffer[: end - position]], position)
+        read_bytes = read_into(file.fileno(), buffer[: end - position], position)
         if not read_bytes:
             raise CheckpointError(f"{path} became shorter while it was read; copy or download it again")
         crc = zlib.crc32(buffer[:read_bytes], crc)
@@ -178,11 +178,11 @@ def _crc(file: BinaryIO, path: str, entry: Entry) -> int:
 
 def _mark(path: str, status: os.stat_result) -> Path | None:
     """The empty file whose presence says that this file was checked; None where users have no folder for such."""
-    cache = os.environ.get("XDG_CACHE_HOME", "") or os.path.expanduser("~/.cache")
-    if not os.path.isabs(cache):
+    cache = cache_folder()
+    if cache is None:
         return None
     identity = f"{os.path.realpath(path)}\0{status.st_size}\0{status.st_mtime_ns}"
-    return Path(cache, _CACHE_NAME, "checked", hashlib.sha256(os.fsencode(identity)).hexdigest())
+    return Path(cache, "checked", hashlib.sha256(os.fsencode(identity)).hexdigest())
 
 
 def _damaged(path: str, what: str) -> CheckpointError:

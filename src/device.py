@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from src import system
 from src.errors import ConfigError, TrainingError
 from src.model.shape import ModelShape
 
@@ -216,9 +217,10 @@ def memory_bytes(device: torch.device) -> int | None:
     """All memory of a GPU, or what this process may take of the host's; None where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    if not hasattr(os, "sysconf"):
+    machine = system.memory_bytes()
+    if machine is None:
         return None
-    known = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    known = [machine]
     for limit in map(Path, _CGROUP_LIMITS):
         with contextlib.suppress(OSError, ValueError):  # no such group, or the word "max"
             known.append(int(limit.read_text()))

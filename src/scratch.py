@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import mmap
-import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from src.system import can_reserve, reserve
 
 
 class Scratch:
@@ -25,7 +26,7 @@ class Scratch:
     def __init__(self, folder: Path, say: Callable[[str], None]) -> None:
         self._folder = folder
         self._say = say
-        self._fits = hasattr(os, "posix_fallocate")
+        self._fits = can_reserve()
 
     def keep(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Copies, fp32, on the host and in one file; nobody is to write to them."""
@@ -40,7 +41,7 @@ class Scratch:
     def _mapped(self, size_bytes: int) -> mmap.mmap | None:
         try:
             with tempfile.TemporaryFile(dir=self._folder) as file:
-                os.posix_fallocate(file.fileno(), 0, size_bytes)  # a page without room on the disk would kill the run
+                reserve(file.fileno(), size_bytes)  # a page without room on the disk would kill the run
                 return mmap.mmap(file.fileno(), size_bytes)
         except OSError as error:
             self._fits = False

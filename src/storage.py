@@ -29,6 +29,7 @@ from torch import Tensor
 from src.archive import PICKLE, Entry, check, conversion, read_directory, read_entry
 from src.errors import CheckpointError, ConfigError
 from src.identity import change_between, fingerprint
+from src.system import flush_folder, read_into
 
 PathLike: TypeAlias = str | os.PathLike[str]
 
@@ -132,7 +133,7 @@ class TensorFile:
         """Fills a flat tensor with the file's bytes from `start` on."""
         left = memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
         try:
-            while left and (count := os.preadv(self._descriptor, [left[:_PIECE_BYTES]], start)):
+            while left and (count := read_into(self._descriptor, left[:_PIECE_BYTES], start)):
                 left, start = left[count:], start + count
         except OSError as error:
             raise CheckpointError(f"{self._path} cannot be read any more: {error.strerror}") from error
@@ -274,7 +275,7 @@ def replacing(path: PathLike, previous: PathLike | None = None) -> Iterator[Bina
                 target, unfinished.with_name(f"{unfinished.name[: -len(UNFINISHED)]}-old{UNFINISHED}"), Path(previous)
             )
         os.replace(unfinished, target)
-        _flush_folder(target.parent)
+        flush_folder(target.parent)
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -559,15 +560,3 @@ def _size(content: Mapping[str, Any] | list[Any], unit: str) -> str:
 
 def _amount(size_bytes: int) -> str:
     return f"{size_bytes / 2**30:.2f} GiB" if size_bytes >= 2**27 else f"{size_bytes / 2**20:.2f} MiB"
-
-
-def _flush_folder(folder: Path) -> None:
-    """Makes a rename in this folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EBADF, errno.EINVAL):  # some file systems cannot flush a folder
-            raise
-    finally:
-        os.close(descriptor)

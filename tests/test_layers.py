@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRY_SCRIPTS = ("train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_generate_reject.py")
 
 LEVELS = (
-    ("src.output",),
+    ("src.output", "src.system"),
     ("src.errors",),
     ("src.archive",),
     (
@@ -58,6 +58,14 @@ ONE_CALLER = {
 }
 """Functions and the only module that may call them: it opens files in one safe way, and writes them whole."""
 
+POSIX_ONLY = re.compile(
+    r"os\.(p?read|p?write)v|os\.pread|os\.pwrite|os\.posix_\w+|os\.sysconf|os\.fork\w*|os\.get[eu]?[ug]id|os\.mkfifo"
+    r"|os\.(kill|get|set)pg\w*|os\.setsid|os\.(f?chown|fchmod|statvfs|uname|getloadavg|sync|sched_\w+|O_NONBLOCK)"
+    r"|signal\.(SIG(HUP|USR\d|KILL|ALRM|CHLD|PIPE|QUIT|STOP|CONT)|alarm|pause|pthread_\w+|setitimer)"
+)
+POSIX_MODULES = ("fcntl", "resource", "termios", "tty", "pty", "pwd", "grp", "syslog", "posix", "msvcrt", "winreg")
+"""What Windows has not, or nothing else has: `src.system` alone has it, each with an alternative."""
+
 CLOSED_TO_TRAINING = (
     "src.quant",
     "src.ops.wkv6",
@@ -78,7 +86,7 @@ ARCHITECTURE_KEY = re.compile(
 """How an architecture's own tensors are called; `time_state` is every architecture's."""
 ARCHITECTURES = ("src.model.rwkv6", "src.model.rwkv7")
 
-ENVIRONMENT_READERS = ("src.device", "src.ops.kernel_cache", "src.archive")
+ENVIRONMENT_READERS = ("src.device", "src.system")
 """Who may look at the environment: what launchers and compilers say of the place, never a setting."""
 
 
@@ -228,6 +236,22 @@ def environment_reads(path: Path) -> list[str]:
     return found
 
 
+def posix_violations(path: Path, allowed: str = "src.system") -> list[str]:
+    """Calls, names and modules that a system lacks, in a file that is not the one that may have them."""
+    if module_name(path) == allowed:
+        return []
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {target}"
+        for line, target in imported_modules(path)
+        if target in POSIX_MODULES
+    ]
+    for node in ast.walk(tree_of(path)):
+        name = dotted(node) if isinstance(node, ast.Attribute) else None
+        if name and POSIX_ONLY.fullmatch(name):
+            found.append(f"{path.relative_to(ROOT)}:{node.lineno} uses {name}")
+    return found
+
+
 def test_imports_point_downward() -> None:
     assert [violation for path in sources() for violation in level_violations(path)] == []
 
@@ -257,6 +281,11 @@ def test_configuration_needs_no_torch() -> None:
 
 def test_each_function_has_one_caller() -> None:
     assert [violation for path in sources() for violation in caller_violations(path)] == []
+
+
+def test_what_one_system_lacks_is_called_in_one_place() -> None:
+    assert [violation for path in sources() for violation in posix_violations(path)] == []
+    assert posix_violations(ROOT / "src" / "system.py", allowed="")
 
 
 def test_torch_load_is_always_weights_only() -> None:

@@ -13,6 +13,7 @@ from typing import Any, BinaryIO
 
 from src.errors import DataError
 from src.identity import fingerprint
+from src.system import open_to_read
 
 _LINE_ENDS = re.compile(r"\r\n?")
 _UTF16_BOMS = (b"\xff\xfe", b"\xfe\xff")
@@ -34,7 +35,7 @@ def opened(path: str) -> Iterator[BinaryIO]:
     """
     try:
         # Not blocking, because a pipe that nobody writes to would not even open.
-        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as file:
+        with open(open_to_read(path), "rb") as file:
             before = _ordinary(path, os.fstat(file.fileno()))
             yield file
             after = os.fstat(file.fileno())

@@ -11,6 +11,7 @@ import numpy as np
 from src.data.documents import Tokens
 from src.errors import DataError
 from src.identity import change_between, fingerprint
+from src.system import open_to_read, read_at
 
 
 class FileTokens:
@@ -32,7 +33,7 @@ class FileTokens:
         self._path = path
         self._id_limit: int | None = None
         try:
-            self._descriptor = os.open(path, os.O_RDONLY)
+            self._descriptor = open_to_read(path)
         except OSError as error:
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         weakref.finalize(self, os.close, self._descriptor)
@@ -48,7 +49,7 @@ class FileTokens:
         assert step == 1
         wanted_bytes = max(stop - start, 0) * self.dtype.itemsize
         try:
-            content = os.pread(self._descriptor, wanted_bytes, start * self.dtype.itemsize)
+            content = read_at(self._descriptor, wanted_bytes, start * self.dtype.itemsize)
             now = fingerprint(os.fstat(self._descriptor))
         except OSError as error:
             raise DataError(f"{self._path} cannot be read any more: {error.strerror}.") from error

@@ -10,10 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import sys
 from pathlib import Path
 
 from src.storage import replacing
+from src.system import cache_folder
 
 MOST_BYTES = 64 * 2**20
 """Beyond it the entries that were not used for longest go. One card's kernels take 3 MiB."""
@@ -22,14 +22,9 @@ _DIGEST_BYTES = 32
 
 
 def folder() -> Path | None:
-    """Where entries are kept; None where the system knows no home for them."""
-    base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
-    if base and Path(base).is_absolute():
-        return Path(base) / "rwkv-kernels"
-    try:
-        return Path.home() / ".cache" / "rwkv-kernels"
-    except RuntimeError:
-        return None
+    """Where entries are kept; None where the user has no home."""
+    cache = cache_folder()
+    return cache and cache / "kernels"
 
 
 def read(key: str) -> bytes | None:

@@ -19,6 +19,7 @@ from typing import IO
 from src.config import run_file
 from src.errors import CheckpointError, ConfigError
 from src.storage import UNFINISHED, refuse_overlap
+from src.system import lock
 
 LOCK = ".rwkv-lock"
 RESUME = "rwkv-resume.pth"
@@ -80,7 +81,7 @@ def _locked_file(path: Path) -> IO[str] | None:
             ) from error
         file.seek(0)
         try:
-            _lock(file)
+            lock(file)
         except (BlockingIOError, PermissionError):
             holder = _holder(file)
             file.close()
@@ -101,17 +102,6 @@ def _locked_file(path: Path) -> IO[str] | None:
 def _is_at(file: IO[str], path: Path) -> bool:
     """Whether the open file is still the one with this name."""
     return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-
-
-def _lock(file: IO[str]) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def _holder(file: IO[str]) -> str:

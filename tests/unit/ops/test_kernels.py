@@ -68,7 +68,7 @@ def test_a_value_that_does_not_fit_is_refused() -> None:
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "rwkv-kernels"
+    return tmp_path / "rwkv-state-tuning" / "kernels"
 
 
 def test_cache_gives_back_what_was_written(cache: Path) -> None:
@@ -99,19 +99,16 @@ def test_cache_is_bounded_and_drops_what_was_not_used(cache: Path, monkeypatch: 
 
 
 def test_without_a_place_nothing_is_kept_and_nothing_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def homeless() -> Path:
-        raise RuntimeError("Could not determine home directory.")
-
     monkeypatch.delenv("LOCALAPPDATA", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", "relative")
-    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # what it does without a home
     assert kernel_cache.folder() is None
     kernel_cache.write("key", b"payload")
     assert kernel_cache.read("key") is None
 
 
 def test_a_folder_that_cannot_be_written_to_is_none(cache: Path) -> None:
-    cache.parent.mkdir(exist_ok=True)
+    cache.parent.mkdir(parents=True)
     cache.write_text("a file in the folder's place: what even root cannot write into")
     kernel_cache.write("key", b"payload")
     assert kernel_cache.read("key") is None
@@ -127,7 +124,7 @@ def _write_many(folder: str) -> None:
 
 def test_two_processes_at_once(cache: Path) -> None:
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_write_many, args=(str(cache.parent),)) for _ in range(2)]
+    processes = [context.Process(target=_write_many, args=(str(cache.parent.parent),)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:

@@ -1,0 +1,71 @@
+"""What stands in where a system lacks a call must do the same."""
+
+import os
+import threading
+from pathlib import Path
+
+import pytest
+
+from src import system
+
+
+@pytest.fixture(params=["posix", "without"])
+def calls(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "without":
+        monkeypatch.delattr(os, "pread")
+        monkeypatch.delattr(os, "preadv")
+
+
+@pytest.mark.usefixtures("calls")
+def test_reads_at_a_position_leave_the_files_own(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(bytes(range(256)) * 16)
+    with open(system.open_to_read(path), "rb") as file:
+        assert file.read(3) == b"\0\1\2"
+        assert system.read_at(file.fileno(), 4, 250) == bytes((250, 251, 252, 253))
+        assert system.read_at(file.fileno(), 4, 4094) == b"\xfe\xff"
+        assert system.read_at(file.fileno(), 4, 4096) == b""
+        buffer = bytearray(5)
+        assert system.read_into(file.fileno(), memoryview(buffer), 254) == 5
+        assert buffer == b"\xfe\xff\0\1\2"
+        assert system.read_into(file.fileno(), memoryview(buffer), 5000) == 0
+        assert file.read(2) == b"\3\4"
+
+
+@pytest.mark.usefixtures("calls")
+def test_threads_read_one_file_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"".join(bytes([number]) * 100 for number in range(100)))
+    wrong: list[int] = []
+    with open(path, "rb") as file:
+
+        def read() -> None:
+            for number in range(100):
+                if system.read_at(file.fileno(), 100, 100 * number) != bytes([number]) * 100:
+                    wrong.append(number)
+
+        threads = [threading.Thread(target=read) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+def test_a_lock_is_one_processs(tmp_path: Path) -> None:
+    with open(tmp_path / "lock", "w") as first, open(tmp_path / "lock", "w") as second:
+        system.lock(first)
+        with pytest.raises(OSError, match=r".*"):
+            system.lock(second)
+
+
+def test_the_machine_has_memory() -> None:
+    assert system.memory_bytes() is None or system.memory_bytes() > 2**28  # type: ignore[operator]
+
+
+def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    name = "LOCALAPPDATA" if os.name == "nt" else "XDG_CACHE_HOME"
+    monkeypatch.setenv(name, str(tmp_path))
+    assert system.cache_folder() == tmp_path / system.CACHE_NAME
+    monkeypatch.setenv(name, "relative")
+    assert system.cache_folder() is None
