@@ -33,7 +33,8 @@ class FullTraining:
     """
 
     small = False
-    recordable = False
+    recordable = True
+    in_place = True
     freezes_matrices = False
     adapters: AdapterPlan | None = None
 

@@ -26,6 +26,9 @@ from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape, Shape
 from src.scratch import Scratch
 
+FEWEST_RECORDED_STEPS = 20
+"""Between two draws: to record one takes as long as several steps."""
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -55,7 +58,7 @@ class Draw:
 class Lisa:
     """See `method.Method`; what is trained throughout is in the model from the start, layers take `turns`.
 
-    Steps are not recorded: a recording belongs to the layers it was made with and holds their gradients once more.
+    Steps are recorded again after every draw, since a recording belongs to the layers it was made with.
 
     Args:
         draw: which layers are trained when.
@@ -68,7 +71,7 @@ class Lisa:
     """
 
     small = False
-    recordable = False
+    in_place = True
     freezes_matrices = True
     adapters: AdapterPlan | None = None
 
@@ -84,6 +87,7 @@ class Lisa:
         rates: Rates,
     ) -> None:
         self.draw = draw
+        self.recordable = draw.steps >= FEWEST_RECORDED_STEPS
         self.parks_moments = parks_moments
         self._parts = parts
         self._states = states
@@ -129,7 +133,7 @@ class Lisa:
             f"LISA: {layers} of {shape.n_layer} layers at a time ({self.layer_values(shape):,} values), drawn every "
             f"{'step' if self.draw.steps == 1 else f'{self.draw.steps:,} steps'}, and {always}\n"
             f"           a layer that leaves: its moments {moments}, its weights wait in fp32 in a scratch file "
-            f"({host_gib:.2f} GiB for {waiting}); steps are not recorded"
+            f"({host_gib:.2f} GiB for {waiting})"
         )
 
     def file_bytes(self, shape: ModelShape) -> int:

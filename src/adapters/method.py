@@ -28,12 +28,14 @@ class Method(Protocol):
     Attributes:
         small: whether what is trained is megabytes, not gigabytes.
         recordable: whether its steps can be CUDA graphs.
+        in_place: whether there is so much to train that a recorded step leaves gradients in the parameters.
         freezes_matrices: whether the large matrices stay as they are, so that they can be packed.
         adapters: what stands beside the matrices.
     """
 
     small: bool
     recordable: bool
+    in_place: bool
     freezes_matrices: bool
     adapters: AdapterPlan | None
 

@@ -27,6 +27,7 @@ class StateTuning:
 
     small = True
     recordable = True
+    in_place = False
     freezes_matrices = True
     adapters: AdapterPlan | None = None
 

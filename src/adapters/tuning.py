@@ -58,6 +58,7 @@ class Tuning:
     """
 
     small = False
+    in_place = False
     freezes_matrices = True
 
     def __init__(

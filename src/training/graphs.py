@@ -4,7 +4,8 @@ A small model's step is over a thousand kernels of a few microseconds; issued on
 the host most of the time. `GraphedObjective` records forward, recomputation and backward of an objective for
 a shape of its staged batch when that shape comes the second time, and replays it from then on. It keeps the
 shapes that come most often. The replay is an ordinary autograd node that holds the gradients of what is trained, so
-that gradient accumulation and DeepSpeed's hooks see nothing unusual.
+that gradient accumulation and DeepSpeed's hooks see nothing unusual. Where gigabytes are trained and no engine waits
+for gradients, it leaves them in the parameters instead, or uses them up in its backward as the optimizer does.
 
 Batches are to be filled up a little (`src.data.rounding`), so that few shapes occur.
 """
@@ -16,6 +17,7 @@ import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -25,6 +27,7 @@ from torch.func import functional_call
 
 from src.model.language_model import LanguageModel
 from src.training.objectives import Objective, Outcome, Staged, outcome_of
+from src.training.updates import UnitUpdates
 
 _MOST_GRAPHS = 12
 _SPARE_BYTES = 256 * 2**20
@@ -46,7 +49,6 @@ class Recordings(Generic[Recording]):
     """
 
     def __init__(self, model: LanguageModel, memory_gib: float = 0.0, *, lends_gradients: bool = False) -> None:
-        assert model.device.type == "cuda"
         assert model.dropout == 0
         self.model = model
         self._graphs: dict[Key, Recording] = {}
@@ -117,6 +119,11 @@ class GraphedObjective(Recordings["_RecordedStep"]):
     Args:
         objective: computes.
         model, memory_gib, lends_gradients: see Recordings.
+        share: of a micro-batch in a step's gradient. Gradients then are left in the parameters, whose `grad` is to be
+            None before a step's first micro-batch; None: autograd hands them out.
+
+    Attributes:
+        updates: what uses gradients up in the backward, if something does.
     """
 
     def __init__(
@@ -126,9 +133,13 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         memory_gib: float = 0.0,
         *,
         lends_gradients: bool = False,
+        share: float | None = None,
     ) -> None:
         super().__init__(model, memory_gib, lends_gradients=lends_gradients)
         self.objective = objective
+        self.updates: UnitUpdates | None = None
+        self._share = share
+        self._gradients: dict[str, Tensor] = {}  # that recordings leave in the parameters
         self._parameters = list(model.named_parameters())  # to walk through the modules would take a millisecond
 
     def __call__(self, staged: Staged) -> Outcome:
@@ -137,22 +148,68 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         recorded = None if staged.in_chunks else self._recorded(staged, states)
         if recorded is None:
             self._make_room()
+        self._lend_gradients(states, cleared=recorded is None or self._adds)
+        if recorded is None:
             return outcome_of(self.objective, self.model, staged)
         recorded.load(staged)
-        loss = _Replay.apply(recorded, self.lends_gradients, *states.values())
+        loss: Tensor
+        if self._share is None:
+            loss = _Replay.apply(recorded, self.lends_gradients, *states.values())
+        else:
+            recorded.replay()
+            loss = recorded.loss.clone().requires_grad_()  # its backward has been
         return Outcome(loss, lambda: self.objective.logs(recorded.result))
+
+    def look_again(self) -> None:
+        """Forgets all recordings, after parameters have taken others' places."""
+        self._parameters = list(self.model.named_parameters())
+        self._graphs.clear()
+        self._uses.clear()
+        self._gradients.clear()
+        self._pool = None
+
+    def _lend_gradients(self, states: Mapping[str, nn.Parameter], *, cleared: bool) -> None:
+        """Puts what recordings leave gradients in where parameters have theirs, with those that are there."""
+        fresh = []
+        for name, gradient in self._gradients.items():
+            there = states[name].grad
+            if there is None:
+                fresh.append(gradient)
+            elif there is not gradient:
+                gradient.copy_(there)
+            states[name].grad = gradient
+        if fresh and cleared:
+            torch._foreach_zero_(fresh)
+
+    @property
+    def _adds(self) -> bool:
+        """Whether a recording adds its gradients to those that are there, and does not take their place."""
+        return self._share is not None and self._share != 1
 
     def _recorded(self, staged: Staged, states: Mapping[str, nn.Parameter]) -> _RecordedStep | None:
         key = (staged.key, *states, *(state.data_ptr() for state in states.values()))
         return self._found(
-            key,
-            lambda pool: _RecordedStep(self.objective, self.model, states, self._gradients_of(states), staged, pool),
+            key, lambda pool: _RecordedStep(self.objective, self.model, self._sink(states), staged, pool)
         )
 
-    def _gradients_of(self, states: Mapping[str, nn.Parameter]) -> Mapping[str, Tensor] | None:
-        """Where a recording that trains these leaves their gradients: where earlier ones do, if there are any."""
-        known = (graph.gradients for graph in self._graphs.values() if graph.gradients.keys() == states.keys())
-        return next(known, None)
+    def _sink(self, states: Mapping[str, nn.Parameter]) -> _Sink:
+        """What a recording that trains these does with their gradients: what earlier ones do, if there are any."""
+        if self.updates:
+            return _UsedUp(states, self.updates)
+        if self._share is not None:
+            if self._adds and not self._gradients:
+                self._gradients.update((name, torch.zeros_like(state)) for name, state in states.items())
+            return _Left(states, self._gradients, self._share)
+        for graph in self._graphs.values():
+            if isinstance(graph.sink, _HandedOut) and graph.sink.states.keys() == states.keys():
+                return graph.sink
+        return _HandedOut(states)
+
+    def _give_up(self, reason: str) -> None:
+        self._gradients.clear()
+        if self.updates:
+            self.updates.forget_arrived()
+        super()._give_up(reason)
 
 
 def worth_recording(
@@ -185,41 +242,128 @@ class _Step(nn.Module):
         self.objective = objective
         self.model = model
 
-    def forward(self, staged: Staged) -> tuple[Tensor, Any]:
+    def forward(self, staged: Staged, share: float | None) -> tuple[Tensor, Any]:
         loss, result = self.objective.compute(self.model, staged)
-        loss.backward()
+        # A loss that is not finite makes gradients so, as in a step that is not recorded.
+        loss.backward(None if share is None else share + 0 * loss.detach())
         return loss.detach(), result
+
+
+class _Sink:
+    """Where the gradients of a recorded backward go.
+
+    Attributes:
+        states: what is trained, by name.
+        share: factor on gradients; None is 1.
+    """
+
+    share: float | None = None
+
+    def __init__(self, states: Mapping[str, nn.Parameter]) -> None:
+        self.states = states
+
+    def prepare(self, aliases: Mapping[str, Tensor]) -> None:
+        """Called in the recording before its forward, with the leaves that stand in the states' places."""
+
+    def finish(self, aliases: Mapping[str, Tensor]) -> None:
+        """Called after its backward."""
+
+
+class _HandedOut(_Sink):
+    """`gradients` are where all recordings that train the same states leave theirs, for autograd to hand out: where
+    the first one's backward made them, to which later ones add.
+    """
+
+    def __init__(self, states: Mapping[str, nn.Parameter]) -> None:
+        super().__init__(states)
+        self.gradients: dict[str, Tensor] = {}
+
+    def prepare(self, aliases: Mapping[str, Tensor]) -> None:
+        if self.gradients:
+            torch._foreach_zero_(list(self.gradients.values()))
+            for name, alias in aliases.items():
+                alias.grad = self.gradients[name]  # the backward adds to it, layer after layer
+
+    def finish(self, aliases: Mapping[str, Tensor]) -> None:
+        if not self.gradients:
+            self.gradients.update((n, torch.zeros_like(a) if a.grad is None else a.grad) for n, a in aliases.items())
+
+
+class _Left(_Sink):
+    """Gradients stay where the parameters have them.
+
+    Args:
+        states: what is trained, by name.
+        gradients: where they are; if there are none yet, where this recording makes them.
+        share: see `GraphedObjective`; unless it is 1, gradients are added to those that are there.
+    """
+
+    def __init__(self, states: Mapping[str, nn.Parameter], gradients: dict[str, Tensor], share: float) -> None:
+        super().__init__(states)
+        self.share = share
+        self._gradients = gradients
+
+    def prepare(self, aliases: Mapping[str, Tensor]) -> None:
+        for name, alias in aliases.items():
+            if self.share != 1:
+                alias.grad = self._gradients[name]
+            elif name in self._gradients:
+                alias.register_post_accumulate_grad_hook(partial(_move_gradient, self._gradients[name]))
+
+    def finish(self, aliases: Mapping[str, Tensor]) -> None:
+        # Those that the backward made lie in the recordings' memory, where they stay for as long as they are held.
+        self._gradients.update((name, alias.grad) for name, alias in aliases.items() if alias.grad is not None)
+
+
+class _UsedUp(_Sink):
+    """An optimizer updates each layer in the backward, which is then recorded with it."""
+
+    share = 1.0
+
+    def __init__(self, states: Mapping[str, nn.Parameter], updates: UnitUpdates) -> None:
+        super().__init__(states)
+        self._updates = updates
+
+    def prepare(self, aliases: Mapping[str, Tensor]) -> None:
+        for name, alias in aliases.items():
+            self._updates.watch(self.states[name], alias)
+
+    def finish(self, aliases: Mapping[str, Tensor]) -> None:
+        self._updates.finish_backward()
+
+
+def _move_gradient(to: Tensor, leaf: Tensor) -> None:
+    assert leaf.grad is not None
+    to.copy_(leaf.grad)
+    leaf.grad = None
 
 
 class _RecordedStep:
     """One recorded computation with its fixed inputs and loss.
 
-    `gradients` are where all recordings that train the same states leave theirs: where the first one's backward made
-    them, to which later ones add.
-
     The workspace of dense matrices is that of unrecorded work.
     """
 
-    def __init__(
-        self,
-        objective: Objective,
-        model: LanguageModel,
-        states: Mapping[str, nn.Parameter],
-        gradients: Mapping[str, Tensor] | None,
-        staged: Staged,
-        pool: Any,
-    ) -> None:
+    def __init__(self, objective: Objective, model: LanguageModel, sink: _Sink, staged: Staged, pool: Any) -> None:
         self.inputs = staged.to(model.device)
+        self.sink = sink
         self.workspace = model.workspace
         self.graph = torch.cuda.CUDAGraph()
         with recording_of(model), capturing(self.graph, pool):
-            if gradients is not None:
-                torch._foreach_zero_(list(gradients.values()))
-            aliases = aliases_of(states, gradients or {})
-            self.loss, self.result = functional_call(_Step(objective, model), aliases, (self.inputs,))
-            made = (torch.zeros_like(a) if a.grad is None else a.grad for a in aliases.values())
-            self.gradients = gradients or dict(zip(states, made, strict=True))
+            self._compute(objective, model)
             self.dense = model.workspace.buffers()  # which the graph writes to
+
+    def _compute(self, objective: Objective, model: LanguageModel) -> None:
+        swapped = aliases_of(self.sink.states, {})
+        aliases = dict(zip(self.sink.states, swapped.values(), strict=True))
+        self.sink.prepare(aliases)
+        self.loss, self.result = functional_call(_Step(objective, model), swapped, (self.inputs, self.sink.share))
+        self.sink.finish(aliases)
+
+    def replay(self) -> None:
+        """Computes on what was loaded; loss and gradients then stand ready."""
+        self.graph.replay()
+        self.workspace.forget()
 
     def load(self, staged: Staged) -> None:
         """Copies a batch of the same shapes into the recording's inputs."""
@@ -232,9 +376,9 @@ class _Replay(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, recorded: _RecordedStep, lends: bool, *states: Tensor) -> Tensor:
-        recorded.graph.replay()
-        recorded.workspace.forget()
-        ctx.gradients, ctx.lends = list(recorded.gradients.values()), lends
+        recorded.replay()
+        assert isinstance(recorded.sink, _HandedOut)
+        ctx.gradients, ctx.lends = list(recorded.sink.gradients.values()), lends
         loss: Tensor = recorded.loss.clone()
         return loss
 

@@ -16,13 +16,15 @@ from src.config import TrainConfig
 from src.data.passes import Lookahead, PassDataset
 from src.data.rounding import EXACT, FEW_SHAPES
 from src.model.language_model import LanguageModel
+from src.ops import adam
 from src.training.chunk_graphs import ChunkRecorder
 from src.training.chunks import ChunkedObjective, ChunkOptions
+from src.training.device_updates import DeviceUpdates
 from src.training.graphs import GraphedObjective
 from src.training.objectives import Objective, Outcome, Scored, Staged, outcome_of
 from src.training.offload import KeptOnHost
 from src.training.optimizers import GRADIENT_CLIP, make_optimizer
-from src.training.updates import TensorUpdates
+from src.training.updates import TensorUpdates, UnitUpdates
 
 FP16_LOSS_SCALE = 4096.0
 """fp16 gradients of activations underflow near 6e-8; losses are scaled by this and gradients divided by it."""
@@ -59,19 +61,31 @@ class TrainingModule(pl.LightningModule):
         self.model = model
         self.config = config
         self.turns = turns
+        self.graphed: GraphedObjective | None = None
         self.look_again()
         self.method = method
         wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
         records = bool(wanted) and model.can_be_recorded
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
-        lends = config.accumulate_grad_batches == 1
+        accumulated = config.accumulate_grad_batches
+        self._alone = not config.uses_deepspeed and config.devices * config.num_nodes == 1
         recorder = None
-        if records and config.cuda_graph == 2 and config.chunk_ctx and config.chunk_keep != "inputs":
-            recorder = ChunkRecorder(model, config.chunk_ctx, limit_gib, lends_gradients=lends)
+        records_chunks = config.cuda_graph == 2 and config.chunk_ctx and config.chunk_keep != "inputs"
+        if records and records_chunks and not method.in_place:
+            recorder = ChunkRecorder(model, config.chunk_ctx, limit_gib, lends_gradients=accumulated == 1)
         self.objective: Objective = _in_chunks(objective, config, recorder)
         records = records and objective.recordable
-        graphed = GraphedObjective(self.objective, model, limit_gib, lends_gradients=lends) if records else None
-        self.graphed = graphed
+        if method.in_place:
+            # An engine wants to be handed gradients; and updates that are the host's cannot be recorded.
+            records = records and self._alone and not (config.fused_update and config.optim == "lion8bit")
+        if records:
+            self.graphed = GraphedObjective(
+                self.objective,
+                model,
+                limit_gib,
+                lends_gradients=accumulated == 1,
+                share=1 / accumulated if method.in_place else None,
+            )
         # Filled up, a row that is a chunk must not become two.
         rounding = FEW_SHAPES if records and FEW_SHAPES.tokens(config.chunk_ctx) == config.chunk_ctx else EXACT
         self.batches = Lookahead(
@@ -79,7 +93,7 @@ class TrainingModule(pl.LightningModule):
         )
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
-        self.updates: TensorUpdates | None = None
+        self.updates: UnitUpdates | None = None
         if self.loss_scale != 1.0:
             for _, parameter in self.optimized():
                 parameter.register_hook(lambda gradient: gradient / self.loss_scale)
@@ -99,6 +113,8 @@ class TrainingModule(pl.LightningModule):
     def look_again(self) -> None:
         """Takes note of which parameters the model has, after some have taken others' places."""
         self._parameters_by_key = list(self.model.named_parameters())  # to walk through them takes half a millisecond
+        if self.graphed:
+            self.graphed.look_again()
 
     def train_dataloader(self) -> Lookahead[Staged]:
         """Staged micro-batches, epoch after epoch."""
@@ -107,6 +123,11 @@ class TrainingModule(pl.LightningModule):
     def training_step(self, batch: Staged, batch_idx: int) -> Tensor:
         """Loss of one micro-batch; `outcome` keeps the numbers to log."""
         self.outcome = None  # what it would log belongs to a recording, which may have to go
+        if self._alone and batch_idx % self.config.accumulate_grad_batches == 0:
+            for _, parameter in self.trained():
+                parameter.grad = None  # before the forward, which then has their memory
+        if self.updates:
+            self.updates.begin()
         if self.graphed:
             outcome = self.graphed(batch)
             self.batches.look_ahead()
@@ -116,6 +137,11 @@ class TrainingModule(pl.LightningModule):
         self.outcome = Outcome(outcome.loss.detach(), outcome.logs)
         # DeepSpeed looks at gradients alone: a loss that is not finite makes them so.
         return outcome.loss * (self.loss_scale + 0 * outcome.loss.detach())
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
+        """Comes between forward and backward, where a recorded step's gradients are there already."""
+        if not self._alone:
+            super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
     def release_recordings(self) -> None:
         """Frees the memory of recorded steps, for work after training."""
@@ -144,12 +170,24 @@ class TrainingModule(pl.LightningModule):
         def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
             return make_optimizer(groups, self.config, on_gpu=self.model.device.type == "cuda")
 
-        if not self.config.updates_by_tensor:
-            return make(groups)
         config = self.config
-        self.updates = TensorUpdates(
-            groups, named, make, clip=GRADIENT_CLIP, seed=config.random_seed, in_backward=bool(config.fused_update)
-        )
+        if not config.updates_by_tensor:
+            return make(groups)
+        seed, in_backward, device = config.random_seed, bool(config.fused_update), self.model.device
+        if config.optim != "lion8bit" and adam.kernel_is_available(device):
+            self.updates = DeviceUpdates(
+                groups,
+                named,
+                constants=adam.Constants(config.beta1, config.beta2, config.adam_eps, GRADIENT_CLIP),
+                seed=seed,
+                packed=config.optim.endswith("8bit"),
+                on_host=config.optim == "paged_adamw8bit",
+                in_backward=in_backward,
+            )
+        else:
+            self.updates = TensorUpdates(groups, named, make, clip=GRADIENT_CLIP, seed=seed, in_backward=in_backward)
+        if self.graphed:
+            self.graphed.updates = self.updates if in_backward else None
         return self.updates
 
 

@@ -40,15 +40,86 @@ class _Tensor:
 
 
 @dataclass
-class _Unit:
+class Unit:
     """What is updated together: a layer, the embedding, the last norm, the head."""
 
     name: str
     parameters: list[nn.Parameter] = field(default_factory=list)
-    arrived: set[nn.Parameter] = field(default_factory=set)
+    arrived: dict[nn.Parameter, Tensor] = field(default_factory=dict)  # whose gradients stand at these tensors
 
 
-class TensorUpdates(torch.optim.Optimizer):
+class UnitUpdates(torch.optim.Optimizer):
+    """An optimizer that may update each unit of the model as soon as all its gradients are there.
+
+    Args:
+        groups: as for any optimizer.
+        names: key of each parameter, in the model's order.
+        in_backward: whether it does.
+
+    Attributes:
+        steps: that were taken.
+    """
+
+    norm: float
+
+    def __init__(
+        self, groups: list[dict[str, Any]], names: Iterable[tuple[str, nn.Parameter]], *, in_backward: bool
+    ) -> None:
+        super().__init__(groups, {})
+        self.in_backward = in_backward
+        self.steps = 0
+        optimized = {parameter for group in self.param_groups for parameter in group["params"]}
+        self._keys = {parameter: name for name, parameter in names if parameter in optimized}
+        self._units: dict[str, Unit] = {}
+        for parameter, name in self._keys.items():
+            self._units.setdefault(unit_of(name), Unit(unit_of(name))).parameters.append(parameter)
+            if in_backward:
+                self.watch(parameter, parameter)
+
+    @property
+    def between_steps(self) -> bool:
+        """Whether no tensor is a step ahead of another."""
+        raise NotImplementedError
+
+    def begin(self) -> None:
+        """To be called before a step's forward."""
+
+    def gradient_norm(self) -> Tensor:
+        """Of the whole gradient, 0-d, once the backward is done; with `in_backward` everything is then updated."""
+        raise NotImplementedError
+
+    def describe_stop(self) -> str:
+        """What a step that met a gradient that is not finite has left, as half a sentence."""
+        raise NotImplementedError
+
+    def watch(self, parameter: nn.Parameter, holder: Tensor) -> None:
+        """Takes a parameter's gradient from a leaf, itself or one in its place, as soon as it is there."""
+        holder.register_post_accumulate_grad_hook(lambda leaf: self._take(parameter, leaf))
+
+    def finish_backward(self) -> None:
+        """Updates what has not all of its gradients, after the backward."""
+        for unit in self._units.values():
+            if unit.arrived:
+                self._update_unit(unit)
+
+    def forget_arrived(self) -> None:
+        """After a backward that failed."""
+        for unit in self._units.values():
+            unit.arrived = {}
+
+    def _take(self, parameter: nn.Parameter, holder: Tensor) -> None:
+        """A gradient is there."""
+        unit = self._units[unit_of(self._keys[parameter])]
+        unit.arrived[parameter] = holder
+        if len(unit.arrived) == len(unit.parameters):
+            self._update_unit(unit)
+
+    def _update_unit(self, unit: Unit) -> None:
+        """With what has arrived, whose gradients are freed."""
+        raise NotImplementedError
+
+
+class TensorUpdates(UnitUpdates):
     """An optimizer that updates one tensor after the other.
 
     Gradients are clipped by the norm of all of them; with `in_backward`, where that is not known yet, by that of the
@@ -80,54 +151,38 @@ class TensorUpdates(torch.optim.Optimizer):
         seed: int,
         in_backward: bool,
     ) -> None:
-        super().__init__(groups, {})
-        self.in_backward = in_backward
-        self.steps = 0
+        super().__init__(groups, names, in_backward=in_backward)
         self.norm = math.nan
         self.stopped_at = ""
         self.updated: list[str] = []
         self._clip, self._seed = clip, seed
         self._tensors: dict[nn.Parameter, _Tensor] = {}
-        self._units: dict[str, _Unit] = {}
         self._norms: dict[nn.Parameter, Tensor] = {}
         self._generators: dict[torch.device, torch.Generator] = {}
-        keys = {parameter: name for name, parameter in names}
         for group in self.param_groups:
             settings = {name: value for name, value in group.items() if name != "params"}
             for parameter in group["params"]:
                 wide = parameter.dtype == torch.float32
                 work = parameter if wide else nn.Parameter(torch.empty(0, device=parameter.device))
                 inner = make([{**settings, "params": [work]}])
-                self._tensors[parameter] = _Tensor(keys[parameter], group, inner, work)
-        self._ordered = [parameter for parameter in keys if parameter in self._tensors]
-        for parameter in self._ordered:
-            name = unit_of(self._tensors[parameter].name)
-            self._units.setdefault(name, _Unit(name)).parameters.append(parameter)
-            if in_backward:
-                parameter.register_post_accumulate_grad_hook(self._take)
+                self._tensors[parameter] = _Tensor(self._keys[parameter], group, inner, work)
 
     @property
     def between_steps(self) -> bool:
-        """Whether no tensor is a step ahead of another."""
+        """See UnitUpdates."""
         return not self.updated
 
     def gradient_norm(self) -> Tensor:
-        """Of the whole gradient, 0-d, once the backward is done; with `in_backward` everything is then updated."""
+        """See UnitUpdates."""
         if self.in_backward:
-            for unit in self._units.values():
-                if unit.arrived:  # not all of it has a gradient
-                    self._update_unit(unit)
+            self.finish_backward()
         else:
-            self._norms = _norms({p: p.grad for p in self._ordered if p.grad is not None})
-        return _norm_of([self._norms[parameter] for parameter in self._ordered if parameter in self._norms])
+            self._norms = _norms({p: p.grad for p in self._keys if p.grad is not None})
+        return _norm_of([self._norms[parameter] for parameter in self._keys if parameter in self._norms])
 
     def describe_stop(self) -> str:
-        """What a step that met a gradient that is not finite has left, as half a sentence."""
-        done = ", ".join(self.updated)
-        if not self.stopped_at:
-            return "the step was not taken"
-        taken = f"{done} had been updated" if done else "nothing had been updated"
-        return f"it was met in {self.stopped_at}, which was not updated, nor was what comes after it; {taken}"
+        """See UnitUpdates."""
+        return stop_in_words(self.stopped_at, self.updated)
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step; the closure computes the gradients.
@@ -162,20 +217,15 @@ class TensorUpdates(torch.optim.Optimizer):
             self._narrow(parameter, own)
             self.state[parameter] = own.inner.state[own.work]
 
-    def _take(self, parameter: Tensor) -> None:
-        """A gradient is there."""
-        assert isinstance(parameter, nn.Parameter)
+    def _take(self, parameter: nn.Parameter, holder: Tensor) -> None:
         if self.stopped_at:
-            parameter.grad = None
+            holder.grad = None
             return
-        unit = self._units[unit_of(self._tensors[parameter].name)]
-        unit.arrived.add(parameter)
-        if len(unit.arrived) == len(unit.parameters):
-            self._update_unit(unit)
+        super()._take(parameter, holder)
 
-    def _update_unit(self, unit: _Unit) -> None:
+    def _update_unit(self, unit: Unit) -> None:
         gradients = {p: p.grad for p in unit.parameters if p in unit.arrived and p.grad is not None}
-        unit.arrived = set()
+        unit.arrived = {}
         norms = _norms(gradients)
         self._norms |= norms
         if self.stopped_at or not bool(_norm_of(list(norms.values())).isfinite()):
@@ -221,7 +271,7 @@ class TensorUpdates(torch.optim.Optimizer):
 class UpdateCount:
     """What updates remember beside moments: a `resume.Part`."""
 
-    def __init__(self, updates: TensorUpdates) -> None:
+    def __init__(self, updates: UnitUpdates) -> None:
         self._updates = updates
 
     def state(self) -> dict[str, Any]:
@@ -238,6 +288,19 @@ def unit_of(name: str) -> str:
     """What a tensor is updated together with: "blocks.3", "emb"."""
     found = LAYER_KEY.match(name)
     return f"blocks.{found[1]}" if found else name.partition(".")[0]
+
+
+def stop_in_words(stopped_at: str, updated: list[str]) -> str:
+    """See `UnitUpdates.describe_stop`.
+
+    Args:
+        stopped_at: the unit in which the step met it; "" is none.
+        updated: those it had updated, in order.
+    """
+    if not stopped_at:
+        return "the step was not taken"
+    taken = f"{', '.join(updated)} had been updated" if updated else "nothing had been updated"
+    return f"it was met in {stopped_at}, which was not updated, nor was what comes after it; {taken}"
 
 
 def _norms(gradients: Mapping[nn.Parameter, Tensor]) -> dict[nn.Parameter, Tensor]:

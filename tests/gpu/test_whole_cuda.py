@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from factories import tiny_checkpoint, tiny_shape
-from running import go_on, metrics, stopped, train, write_documents
+from running import go_on, metrics, stopped, train, try_train, write_documents
 from torch import Tensor
 
+from src.adapters import lisa
 from src.adapters.lisa import Draw
+from src.ops import adam
+from src.ops.adam import Constants, Control, Moments, adam_step, adam_step_torch
 from src.ops.stochastic import round_stochastically
+from src.training.graphs import GraphedObjective
 
 pytest.importorskip("bitsandbytes")
 pytestmark = [
@@ -118,3 +122,127 @@ def test_bf16_weights_learn_what_fp32_ones_do(base: Path, data: Path, tmp_path: 
     ends = {name: sum(row["loss"] for row in metrics(tmp_path / name)[-6:]) / 6 for name in ("fp32", "bf16")}
     begin = metrics(tmp_path / "fp32")[0]["loss"]
     assert begin - ends["bf16"] > 0.9 * (begin - ends["fp32"])
+
+
+class TestKernel:
+    """`cuda/adam.cu` against its definition, on the same device."""
+
+    CONSTANTS = Constants(0.9, 0.99, 1e-8, clip=1.0)
+
+    def control(self, step: int, norm: float, stopped: int = 0) -> Control:
+        rows = torch.tensor([[0.0] * 4, self.CONSTANTS.settings_row(1e-2, 0.1, step + 1)])
+        flags = torch.tensor([step, stopped], dtype=torch.int32)
+        return Control(rows.cuda(), torch.tensor(norm).cuda(), flags.cuda())
+
+    @pytest.mark.parametrize("on_host", [False, True])
+    @pytest.mark.parametrize("count", [256, 4096, 70 * 70, 1_000_003])
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_it_is_the_definition(self, dtype: torch.dtype, packed: bool, count: int, on_host: bool) -> None:
+        generator = torch.Generator().manual_seed(count)
+        start = torch.randn(count, generator=generator).cuda().to(dtype)
+        scale = torch.rand(count, generator=generator).cuda() ** 3
+        one, other = start.clone(), start.clone()
+        moments = [Moments.zeros(start, packed=packed, on_host=host) for host in (on_host, False)]
+        assert moments[0].first.is_cuda != (packed and on_host)
+        for step in range(6):
+            gradient = (scale * (torch.randn(count, generator=generator).cuda() + 0.2)).to(dtype)
+            given = self.control(step, norm=(math.nan, 0.5, 2.0)[step % 3], stopped=int(step == 4))
+            adam_step(one, gradient, moments[0], given, self.CONSTANTS, 1, 12345)
+            adam_step_torch(other, gradient, moments[1], given, self.CONSTANTS, 1, 12345)
+        torch.cuda.synchronize()
+        # Sums in another order; where one ends on the other side of a border, in 8 bits or bf16, it is the next number.
+        gap = 2**-7 if dtype == torch.bfloat16 else 1e-5
+        near = (one.float() - other.float()).abs() <= gap * other.float().abs() + (0.02 if packed else 1e-6)
+        assert bool(near.all())
+        assert float((one != other).float().mean()) < (0.02 if dtype == torch.bfloat16 or packed else 1)
+        if packed:
+            for name in ("first", "second"):
+                places = [getattr(each, name).cuda().int() for each in moments]
+                assert float((places[0] - places[1]).abs().float().mean()) < 0.01
+
+    def test_it_starts_where_memory_is_not_aligned(self) -> None:
+        memory = torch.randn(5001, generator=torch.Generator().manual_seed(1)).cuda().bfloat16()
+        gradient = torch.randn(5000, generator=torch.Generator().manual_seed(2)).cuda().bfloat16()
+        one, other = memory.clone()[1:], memory.clone()[1:]
+        for run, weights in ((adam_step, one), (adam_step_torch, other)):
+            run(weights, gradient, Moments.zeros(weights, packed=True), self.control(0, 0.5), self.CONSTANTS, 1, 5)
+        assert float((one != other).float().mean()) < 0.01
+
+
+WHOLE: dict[str, dict[str, object]] = {
+    "fp32": {},
+    "fp32, accumulated": {"accumulate_grad_batches": 2},
+    "fp32, fused": {"fused_update": 1},
+    "fp32, fused, 8 bits": {"fused_update": 1, "optim": "adamw8bit"},
+    "bf16": {"weights": "bf16"},
+    "bf16, fused": {"weights": "bf16", "fused_update": 1},
+    "bf16, fused, 8 bits, kept": {"weights": "bf16", "fused_update": 1, "optim": "adamw8bit", "grad_cp": 0},
+    "bf16, fused, paged": {"weights": "bf16", "fused_update": 1, "optim": "paged_adamw8bit", "grad_cp": 2},
+    "fp32, packed rows": {"dataload": "pack", "micro_bsz": 2},
+}
+
+
+@pytest.fixture
+def recordings(monkeypatch: pytest.MonkeyPatch) -> list[GraphedObjective]:
+    """Objectives of runs that recorded something."""
+    found: list[GraphedObjective] = []
+    replaying = GraphedObjective._lend_gradients
+
+    def lend(self: GraphedObjective, *arguments: object, **named: object) -> None:
+        if self._graphs and self not in found:
+            found.append(self)
+        replaying(self, *arguments, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(GraphedObjective, "_lend_gradients", lend)
+    return found
+
+
+@pytest.mark.parametrize("kind", WHOLE)
+def test_recorded_steps_are_the_issued_ones(
+    kind: str, base: Path, data: Path, tmp_path: Path, recordings: list[GraphedObjective]
+) -> None:
+    flags = {"load_model": base, "data_file": data, "epoch_steps": 16, "epoch_count": 1, "train_type": "none", **COMMON}
+    for recorded in (0, 1):
+        train(tmp_path / str(recorded), cuda_graph=recorded, **flags, **WHOLE[kind])
+    assert len(recordings) == 1
+    assert recordings[0]._works
+    one, other = (weights_in(tmp_path / name / "rwkv-final.pth") for name in ("0", "1"))
+    assert apart(one, other, weights_in(base)) < 0.08
+    losses = [[row["loss"] for row in metrics(tmp_path / name)] for name in ("0", "1")]
+    assert losses[1] == pytest.approx(losses[0], rel=3e-3)
+
+
+@pytest.mark.parametrize("quant", [0, 1])
+def test_lisas_steps_are_recorded_anew_after_a_draw(
+    quant: int,
+    base: Path,
+    data: Path,
+    tmp_path: Path,
+    recordings: list[GraphedObjective],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(lisa, "FEWEST_RECORDED_STEPS", 2)
+    flags = {"peft": "lisa", "lisa_r": 2, "lisa_k": 12, "quant": quant, "epoch_steps": 36, "epoch_count": 1}
+    for recorded in (0, 1):
+        train(tmp_path / str(recorded), load_model=base, data_file=data, cuda_graph=recorded, **COMMON, **flags)
+    assert len(recordings) == 1
+    assert recordings[0]._works
+    one, other = (weights_in(tmp_path / name / "rwkv-final.pth") for name in ("0", "1"))
+    assert apart(one, other, weights_in(base)) < 0.08
+
+
+def test_a_recorded_step_that_is_not_finite_stops_before_its_layer(base: Path, data: Path, tmp_path: Path) -> None:
+    """A weight that is not finite by accident: every later gradient is, and the last layers' come first."""
+    weights = weights_in(base)
+    weights["blocks.1.ffn.value.weight"][0, 0] = 3e38
+    torch.save(weights, tmp_path / "spoilt.pth")
+    flags = {"load_model": tmp_path / "spoilt.pth", "data_file": data, "epoch_steps": 8, "epoch_count": 1, **COMMON}
+    ended = try_train(tmp_path / "run", train_type="none", weights="bf16", fused_update=1, **flags)
+    assert ended.code == 2
+    assert "not finite at step 1" in ended.err
+    assert "nothing had been updated" in ended.err
+
+
+def test_the_kernel_is_there() -> None:
+    assert adam.kernel_is_available(torch.device("cuda"))

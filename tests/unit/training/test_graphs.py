@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
-from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
@@ -117,18 +116,19 @@ class FakeRecording:
 
     made: list[FakeRecording]
 
-    def __init__(
-        self, objective: Any, model: Any, states: Any, gradients: Mapping[str, torch.Tensor] | None, *_: Any
-    ) -> None:
-        made = gradients or {name: torch.empty_like(state) for name, state in states.items()}
-        self.gradients = made
-        self.workspace = model.workspace
-        self.graph = SimpleNamespace(replay=lambda: [gradient.fill_(1) for gradient in made.values()])
+    def __init__(self, objective: Any, model: Any, sink: Any, *_: Any) -> None:
+        self.sink = sink
+        for name, state in sink.states.items():
+            self.sink.gradients.setdefault(name, torch.empty_like(state))
         self.loss, self.result = torch.zeros(()), None
         self.made.append(self)
 
     def load(self, staged: Staged) -> None:
         pass
+
+    def replay(self) -> None:
+        for gradient in self.sink.gradients.values():
+            gradient.fill_(1)
 
 
 class TestTrainedParameters:
@@ -170,7 +170,7 @@ class TestTrainedParameters:
         self.trained_by(graphed, 3, 3, 4, 4)
         graphed.model.ln_out.weight.requires_grad_()
         self.trained_by(graphed, 3, 3)
-        first, second, third = (recording.gradients for recording in FakeRecording.made)
+        first, second, third = (recording.sink.gradients for recording in FakeRecording.made)
         assert first is second
         assert third.keys() == {*first, "ln_out.weight"}
 
@@ -183,7 +183,7 @@ class TestTrainedParameters:
         (recording,) = FakeRecording.made
         for name, state in states.items():
             assert state.grad is not None
-            assert (state.grad.data_ptr() == recording.gradients[name].data_ptr()) == lends
+            assert (state.grad.data_ptr() == recording.sink.gradients[name].data_ptr()) == lends
             assert (state.grad == 3).all()
         if not lends:
             graphed(Staged({"x": torch.zeros(3)}, None)).loss.mul(2).backward()

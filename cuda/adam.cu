@@ -1,0 +1,232 @@
+// Adam on one tensor, in one pass: fp32 or bf16 weights with gradients of the same type, moments in fp32 or packed in
+// 8 bits, which may lie in pinned host memory. What a recorded step cannot have as a number is read from the device:
+// rates, the norm that clips, the number of the step, and whether an earlier tensor's gradient was not finite.
+//
+// No header is included, so that it can be compiled at run time; src/ops/adam.py has the definition and launches it.
+
+typedef unsigned char u8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+
+constexpr int kBlock = 256;       // values that share a scale: a warp's
+constexpr int kValues = 8;        // of a lane
+constexpr u32 kAllLanes = 0xffffffffu;
+
+// Source: lowbias32, https://nullprogram.com/blog/2018/07/31/
+__device__ __forceinline__ u32 mixed(u32 x) {
+    x ^= x >> 16;
+    x *= 0x7feb352du;
+    x ^= x >> 15;
+    x *= 0x846ca68bu;
+    return x ^ (x >> 16);
+}
+
+__device__ __forceinline__ float largest_of_warp(float x) {
+#pragma unroll
+    for (int lanes = 16; lanes; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+    return x;
+}
+
+// The place of the nearest number of an 8-bit map. The map has seven decades, each with as many numbers as all below
+// it, the middles of equal parts of the decade; and 0 and 1. Signed, zero stands at 127 and 1 alone has no counterpart.
+// Unsigned, nothing is brought to 0, see src/ops/adam.py.
+template <bool kSigned>
+__device__ __forceinline__ int place_of(float x, const float* map) {
+    const float a = fabsf(x);
+    float scale = 1e6f;
+    int items = kSigned ? 1 : 2;
+#pragma unroll
+    for (int decade = 0; decade < 6; ++decade) {
+        constexpr float kBorders[6] = {1e-6f, 1e-5f, 1e-4f, 1e-3f, 1e-2f, 1e-1f};
+        constexpr float kScales[6] = {1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.f};
+        if (a > kBorders[decade]) {
+            scale = kScales[decade];
+            items *= 2;
+        }
+    }
+    const int inside = max(0, min(items - 1, (int)((a * scale - 0.1f) * ((float)items / 0.9f))));
+    int place = kSigned ? items + inside : items - 1 + inside;
+    if (kSigned) place = x < 0.f ? 127 - place : 127 + place;
+    // Rounding and borders of decades can make a neighbour the nearest.
+    const int below = max(place - 1, kSigned ? 0 : 1), above = min(place + 1, kBlock - 1);
+    float nearest = fabsf(map[place] - x);
+    const float to_below = fabsf(map[below] - x), to_above = fabsf(map[above] - x);
+    if (to_below < nearest) {
+        nearest = to_below;
+        place = below;
+    }
+    return to_above < nearest ? above : place;
+}
+
+template <bool kNarrow>
+__device__ __forceinline__ void load(const void* from, int begin, int count, bool whole, float* values) {
+    if (kNarrow) {
+        if (whole) {
+            const uint4 raw = reinterpret_cast<const uint4*>(from)[begin / kValues];
+            const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                values[2 * i] = __uint_as_float(words[i] << 16);
+                values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+            }
+        } else {
+            for (int i = 0; i < kValues; ++i)
+                values[i] = begin + i < count ? __uint_as_float((u32) static_cast<const u16*>(from)[begin + i] << 16) : 0.f;
+        }
+    } else if (whole) {
+        const float4* four = reinterpret_cast<const float4*>(from) + begin / 4;
+        const float4 one = four[0], other = four[1];
+        values[0] = one.x, values[1] = one.y, values[2] = one.z, values[3] = one.w;
+        values[4] = other.x, values[5] = other.y, values[6] = other.z, values[7] = other.w;
+    } else {
+        for (int i = 0; i < kValues; ++i) values[i] = begin + i < count ? static_cast<const float*>(from)[begin + i] : 0.f;
+    }
+}
+
+__device__ __forceinline__ void store(float* to, int begin, int count, bool whole, const float* values) {
+    if (whole) {
+        float4* four = reinterpret_cast<float4*>(to) + begin / 4;
+        four[0] = make_float4(values[0], values[1], values[2], values[3]);
+        four[1] = make_float4(values[4], values[5], values[6], values[7]);
+    } else {
+        for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = values[i];
+    }
+}
+
+// To the bf16 below or above, with the odds of the distance to the other; what is not finite as it is.
+__device__ __forceinline__ u16 rounded(float value, u32 noise) {
+    const u32 bits = __float_as_uint(value);
+    return (u16)((fabsf(value) <= 3.402823466e38f ? bits + noise : bits) >> 16);
+}
+
+__device__ __forceinline__ void store_rounded(u16* to, int begin, int count, bool whole, const float* values, u32 seed) {
+    u16 narrow[kValues];
+#pragma unroll
+    for (int i = 0; i < kValues; i += 2) {
+        const u32 noise = mixed(seed + (u32)((begin + i) / 2));
+        narrow[i] = rounded(values[i], noise & 0xffffu);
+        narrow[i + 1] = rounded(values[i + 1], noise >> 16);
+    }
+    if (whole) {
+        uint4 raw;
+        raw.x = narrow[0] | (u32)narrow[1] << 16;
+        raw.y = narrow[2] | (u32)narrow[3] << 16;
+        raw.z = narrow[4] | (u32)narrow[5] << 16;
+        raw.w = narrow[6] | (u32)narrow[7] << 16;
+        reinterpret_cast<uint4*>(to)[begin / kValues] = raw;
+    } else {
+        for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = narrow[i];
+    }
+}
+
+__device__ __forceinline__ void unpack(const u8* from, int begin, int count, bool whole, const float* map, float scale,
+                                       float* values) {
+    u8 places[kValues];
+    if (whole) {
+        const uint2 raw = reinterpret_cast<const uint2*>(from)[begin / kValues];
+#pragma unroll
+        for (int i = 0; i < 4; ++i) places[i] = raw.x >> (8 * i), places[i + 4] = raw.y >> (8 * i);
+    } else {
+        for (int i = 0; i < kValues; ++i) places[i] = begin + i < count ? from[begin + i] : 0;
+    }
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) values[i] = map[places[i]] * scale;
+}
+
+template <bool kSigned>
+__device__ __forceinline__ void pack(u8* to, int begin, int count, bool whole, const float* map, float* scale,
+                                     const float* values) {
+    float largest = 0.f;
+#pragma unroll
+    for (int i = 0; i < kValues; ++i)
+        if (whole || begin + i < count) largest = fmaxf(largest, fabsf(values[i]));
+    largest = largest_of_warp(largest);
+    if (threadIdx.x % 32 == 0) *scale = largest;
+    const float factor = largest > 0.f ? 1.f / largest : 0.f;
+    u8 places[kValues];
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) places[i] = place_of<kSigned>(values[i] * factor, map);
+    if (whole) {
+        uint2 raw;
+        raw.x = places[0] | (u32)places[1] << 8 | (u32)places[2] << 16 | (u32)places[3] << 24;
+        raw.y = places[4] | (u32)places[5] << 8 | (u32)places[6] << 16 | (u32)places[7] << 24;
+        reinterpret_cast<uint2*>(to)[begin / kValues] = raw;
+    } else {
+        for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = places[i];
+    }
+}
+
+// Arguments: see src/ops/adam.py. `flags` is the number of the step and, if it is not 0, a reason to leave all as it is;
+// `aligned`: whether every pointer is a multiple of 32 bytes.
+template <bool kNarrow, bool kPacked>
+__device__ __forceinline__ void adam(void* weights, const void* gradients, void* first, void* second, float* first_scales,
+                                     float* second_scales, const float* first_map, const float* second_map,
+                                     const float* settings, const float* norm, const int* flags, int count, int group,
+                                     int seed, int aligned, float beta1, float beta2, float eps, float clip) {
+    if (flags[1] != 0) return;
+    __shared__ float maps[2][kBlock];
+    if (kPacked) {
+        for (int i = threadIdx.x; i < kBlock; i += blockDim.x) {
+            maps[0][i] = first_map[i];
+            maps[1][i] = second_map[i];
+        }
+        __syncthreads();
+    }
+    const float rate = settings[4 * group], kept = 1.f - rate * settings[4 * group + 1];
+    const float step_size = rate * settings[4 * group + 2], correction = settings[4 * group + 3];
+    float factor = clip / (*norm + 1e-6f);
+    if (!(factor < 1.f)) factor = 1.f;  // also before the first norm, which is nan
+    const u32 noise_seed = mixed((u32)seed + (u32)flags[0] * 0x9e3779b9u);
+    const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+    const int blocks = (count + kBlock - 1) / kBlock;
+    for (int block = blockIdx.x * warps + threadIdx.x / 32; block < blocks; block += gridDim.x * warps) {
+        const int begin = block * kBlock + lane * kValues;
+        const bool whole = aligned && begin + kValues <= count;
+        float w[kValues], g[kValues], m[kValues], v[kValues];
+        load<kNarrow>(weights, begin, count, whole, w);
+        load<kNarrow>(gradients, begin, count, whole, g);
+        if (kPacked) {
+            unpack(static_cast<const u8*>(first), begin, count, whole, maps[0], first_scales[block], m);
+            unpack(static_cast<const u8*>(second), begin, count, whole, maps[1], second_scales[block], v);
+            __syncwarp();  // all have read the scales
+        } else {
+            load<false>(first, begin, count, whole, m);
+            load<false>(second, begin, count, whole, v);
+        }
+#pragma unroll
+        for (int i = 0; i < kValues; ++i) {
+            g[i] *= factor;
+            m[i] = beta1 * m[i] + (1.f - beta1) * g[i];
+            v[i] = beta2 * v[i] + (1.f - beta2) * g[i] * g[i];
+            w[i] = w[i] * kept - step_size * m[i] / (sqrtf(v[i]) * correction + eps);
+        }
+        if (kNarrow) {
+            store_rounded(static_cast<u16*>(weights), begin, count, whole, w, noise_seed);
+        } else {
+            store(static_cast<float*>(weights), begin, count, whole, w);
+        }
+        if (kPacked) {
+            pack<true>(static_cast<u8*>(first), begin, count, whole, maps[0], first_scales + block, m);
+            pack<false>(static_cast<u8*>(second), begin, count, whole, maps[1], second_scales + block, v);
+        } else {
+            store(static_cast<float*>(first), begin, count, whole, m);
+            store(static_cast<float*>(second), begin, count, whole, v);
+        }
+    }
+}
+
+#define KERNEL(NAME, NARROW, PACKED)                                                                                     \
+    extern "C" __global__ void NAME(void* weights, const void* gradients, void* first, void* second,                     \
+                                    float* first_scales, float* second_scales, const float* first_map,                   \
+                                    const float* second_map, const float* settings, const float* norm,                   \
+                                    const int* flags, int count, int group, int seed, int aligned, double beta1,         \
+                                    double beta2, double eps, double clip) {                                             \
+        adam<NARROW, PACKED>(weights, gradients, first, second, first_scales, second_scales, first_map, second_map,      \
+                             settings, norm, flags, count, group, seed, aligned, (float)beta1, (float)beta2,             \
+                             (float)eps, (float)clip);                                                                   \
+    }
+
+KERNEL(adam_fp32, false, false)
+KERNEL(adam_bf16, true, false)
+KERNEL(adam_fp32_packed, false, true)
+KERNEL(adam_bf16_packed, true, true)

@@ -1,0 +1,248 @@
+"""Adam's step on one tensor, without a number that only the host knows: it can be recorded and replayed.
+
+Weights are fp32, or bf16 and then rounded stochastically (`src.ops.stochastic`); moments are fp32, or packed in 8 bits
+with a scale for every 256 values. On a GPU it is one kernel in one pass (`cuda/adam.cu`), which reads and writes packed
+moments of bf16 weights with 10 bytes a value in all; the definition is in plain torch.
+
+A packed mean of squares is never rounded to 0, by whose root the next step would divide: it is at least the map's
+smallest number (arXiv 2309.01507, section 4.1, on the zero point).
+
+Source: Adam, arXiv 1412.6980; decoupled decay, arXiv 1711.05101; 8-bit moments, arXiv 2110.02861, section 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.ops.cuda_extension import SOURCE_DIRECTORY
+
+BLOCK_VALUES = 256
+_THREADS = 256
+_BLOCKS_OF_PROCESSOR = 8
+_ALIGNMENT_BYTES = 32
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Running means of a tensor's gradient and of its square.
+
+    Attributes:
+        first, second: fp32 of the tensor's shape, or uint8 places in the maps; on its device, or in pinned memory.
+        first_scales, second_scales: fp32 [blocks], what a block's numbers are multiples of; None of fp32 moments.
+    """
+
+    first: Tensor
+    second: Tensor
+    first_scales: Tensor | None = None
+    second_scales: Tensor | None = None
+
+    @classmethod
+    def zeros(cls, like: Tensor, *, packed: bool, on_host: bool = False) -> Moments:
+        """Those before the first step of a tensor; `on_host`: packed ones are in pinned memory."""
+        if not packed:
+            return cls(*(torch.zeros(like.shape, device=like.device) for _ in range(2)))
+        pinned = on_host and like.is_cuda
+        options: dict[str, Any] = {"dtype": torch.uint8, "device": "cpu" if pinned else like.device}
+        blocks = -(-like.numel() // BLOCK_VALUES)
+        first, second = (
+            torch.full(like.shape, dynamic_map(signed=signed).abs().argmin().item(), pin_memory=pinned, **options)
+            for signed in (True, False)
+        )
+        return cls(first, second, *(torch.zeros(blocks, device=like.device) for _ in range(2)))
+
+
+@dataclass(frozen=True)
+class Control:
+    """What steps depend on besides gradients, on the device.
+
+    Attributes:
+        settings: fp32 [groups, 4], see `settings_row`.
+        norm: fp32, 0-d: of the gradient; what is larger than the clip is scaled down. nan: nothing is.
+        flags: int32 [2]: number of the step; if the other is not 0, everything stays as it is.
+    """
+
+    settings: Tensor
+    norm: Tensor
+    flags: Tensor
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What stays from first to last: Adam's, and the largest norm of a gradient."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    clip: float
+
+    def settings_row(self, rate: float, weight_decay: float, step: int) -> list[float]:
+        """A group's settings in a step, counted from 1."""
+        return [rate, weight_decay, 1 / (1 - self.beta1**step), (1 - self.beta2**step) ** -0.5]
+
+
+def adam_step(
+    weights: Tensor, gradient: Tensor, moments: Moments, control: Control, constants: Constants, group: int, seed: int
+) -> None:
+    """Updates weights and moments in place; nothing waits for the device.
+
+    Args:
+        weights: fp32 or bf16, contiguous.
+        gradient: of their dtype and shape.
+        moments: theirs.
+        control, constants: see there.
+        group: row of the settings.
+        seed: below 2^31, the tensor's; noise is a function of it, of the step and of a value's place.
+    """
+    assert weights.dtype in (torch.float32, torch.bfloat16)
+    assert gradient.dtype == weights.dtype
+    assert gradient.shape == weights.shape
+    assert weights.is_contiguous()
+    assert weights.numel() < 2**31 - BLOCK_VALUES
+    if weights.is_cuda:
+        _by_kernel(weights, gradient.contiguous(), moments, control, constants, group, seed)
+    else:
+        adam_step_torch(weights, gradient, moments, control, constants, group, seed)
+
+
+@torch.no_grad()
+def adam_step_torch(
+    weights: Tensor, gradient: Tensor, moments: Moments, control: Control, constants: Constants, group: int, seed: int
+) -> None:
+    """Definition of `adam_step`."""
+    stays = control.flags[1] != 0
+    rate, decay, first_correction, second_correction = control.settings[group].unbind()
+    factor = constants.clip / (control.norm + 1e-6)
+    gradient = gradient.float() * torch.where(factor < 1, factor, 1.0)
+    first = _unpacked(moments.first, moments.first_scales, signed=True)
+    second = _unpacked(moments.second, moments.second_scales, signed=False)
+    first = constants.beta1 * first + (1 - constants.beta1) * gradient
+    second = constants.beta2 * second + (1 - constants.beta2) * gradient * gradient
+    values = weights.float() * (1 - rate * decay)
+    values -= rate * first_correction * first / (second.sqrt() * second_correction + constants.eps)
+    if weights.dtype == torch.bfloat16:
+        values = rounded_by_hash(values, seed, control.flags[0])
+    weights.copy_(torch.where(stays, weights, values.to(weights.dtype)))
+    for kept, scales, value, signed in (
+        (moments.first, moments.first_scales, first, True),
+        (moments.second, moments.second_scales, second, False),
+    ):
+        if scales is None:
+            kept.copy_(torch.where(stays, kept, value))
+        else:
+            places, new = _packed(value, signed=signed)
+            kept.copy_(torch.where(stays, kept, places))
+            scales.copy_(torch.where(stays, scales, new))
+
+
+def rounded_by_hash(values: Tensor, seed: int, step: Tensor) -> Tensor:
+    """Values, fp32, rounded to the bf16 below or above with the odds of the distance to the other, in fp32.
+
+    Noise of 16 bits is a hash of seed, step (int32, 0-d) and place; what is not finite stays as it is.
+
+    Source: stochastic rounding, arXiv 2010.06192, section 3.
+    """
+    pairs = torch.arange(-(-values.numel() // 2), device=values.device)
+    hashes = _mixed(_mixed(seed + step.long() * 0x9E3779B9) + pairs)
+    noise = torch.stack([hashes & 0xFFFF, hashes >> 16], 1).view(-1)[: values.numel()].view(values.shape).int()
+    rounded = (noise + values.view(torch.int32)).bitwise_and_(-(1 << 16)).view(torch.float32)
+    return torch.where(values.isfinite(), rounded, values)
+
+
+@functools.cache
+def dynamic_map(*, signed: bool) -> Tensor:
+    """The 256 numbers of 8-bit moments, in order, fp32.
+
+    Seven decades below 1, each with as many numbers as all below it: the middles of equal parts. And 0, and 1.
+    """
+    numbers = [0.0, 1.0]
+    for decade in range(7):
+        count = 2 ** (decade + (not signed))
+        parts = [10.0 ** (decade - 6) * (0.1 + 0.9 * (part + 0.5) / count) for part in range(count)]
+        numbers += [sign * part for sign in ((1, -1) if signed else (1,)) for part in parts]
+    return torch.tensor(sorted(numbers), dtype=torch.float64).float()
+
+
+@functools.cache
+def _map_on(device: torch.device, *, signed: bool) -> Tensor:
+    return dynamic_map(signed=signed).to(device)
+
+
+def _mixed(x: Tensor) -> Tensor:
+    """A hash of 32 bits in int64. Source: lowbias32, https://nullprogram.com/blog/2018/07/31/"""
+    x = x & 0xFFFFFFFF
+    x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
+    x = ((x ^ (x >> 15)) * 0x846CA68B) & 0xFFFFFFFF
+    return x ^ (x >> 16)
+
+
+def _unpacked(moments: Tensor, scales: Tensor | None, *, signed: bool) -> Tensor:
+    if scales is None:
+        return moments
+    values = _map_on(moments.device, signed=signed)[moments.reshape(-1).long()]
+    return (values * scales.repeat_interleave(BLOCK_VALUES)[: values.numel()]).view(moments.shape)
+
+
+def _packed(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
+    """Places of the nearest numbers, and the blocks' scales."""
+    flat = values.reshape(-1)
+    blocks = torch.nn.functional.pad(flat, (0, -flat.numel() % BLOCK_VALUES)).view(-1, BLOCK_VALUES)
+    scales = blocks.abs().amax(1)
+    relative = blocks * torch.where(scales > 0, 1 / scales, 0.0).unsqueeze(1)
+    numbers = _map_on(values.device, signed=signed)
+    places = torch.bucketize(relative, (numbers[1:] + numbers[:-1]) / 2).clamp_(min=0 if signed else 1)
+    return places.view(-1)[: flat.numel()].view(values.shape).to(torch.uint8), scales
+
+
+def kernel_is_available(device: torch.device) -> bool:
+    """Whether the kernel can be compiled for this device; warns once, with the reason, when a GPU cannot have it."""
+    return device.type == "cuda" and _is_available_on(
+        torch.cuda.current_device() if device.index is None else device.index
+    )
+
+
+@functools.cache
+def _is_available_on(index: int) -> bool:
+    try:
+        _kernel("adam_bf16_packed", index)
+    except (RuntimeError, OSError, AttributeError) as error:
+        warnings.warn(
+            f"cuda/adam.cu could not be compiled ({str(error).strip().splitlines()[0]}). Slower torch operations are "
+            "used instead.",
+            stacklevel=5,
+        )
+        return False
+    return True
+
+
+@functools.cache
+def _kernel(name: str, index: int) -> Any:
+    with torch.cuda.device(index):
+        return torch.cuda._compile_kernel((SOURCE_DIRECTORY / "adam.cu").read_text(encoding="utf-8"), name)
+
+
+def _by_kernel(
+    weights: Tensor, gradient: Tensor, moments: Moments, control: Control, constants: Constants, group: int, seed: int
+) -> None:
+    device = weights.device
+    packed = moments.first_scales is not None
+    name = f"adam_{'bf16' if weights.dtype == torch.bfloat16 else 'fp32'}{'_packed' if packed else ''}"
+    # What fp32 moments have none of is not read.
+    scales = (moments.first_scales, moments.second_scales) if packed else (control.norm, control.norm)
+    maps = [_map_on(device, signed=signed) for signed in (True, False)] if packed else [control.norm, control.norm]
+    tensors = [weights, gradient, moments.first, moments.second]
+    aligned = all(tensor.data_ptr() % _ALIGNMENT_BYTES == 0 for tensor in tensors)
+    warps = _THREADS // 32
+    blocks = -(-weights.numel() // (BLOCK_VALUES * warps))
+    grid = min(blocks, _BLOCKS_OF_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count)
+    arguments = [
+        *tensors, *scales, *maps, control.settings, control.norm, control.flags,
+        weights.numel(), group, seed, int(aligned),
+        constants.beta1, constants.beta2, constants.eps, constants.clip,
+    ]  # fmt: skip
+    _kernel(name, device.index or 0)((grid, 1, 1), (_THREADS, 1, 1), arguments)

@@ -1,0 +1,215 @@
+"""Updates as `src.training.updates` has them, on a GPU with Adam: nothing of them waits for the device.
+
+Rates and the number of the step go to the device before a step, and what is decided within one stays there: the norm
+that clips, and whether a gradient was not finite. So a backward that updates its layers can be recorded and replayed.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from src.ops.adam import Constants, Control, Moments, adam_step, dynamic_map
+from src.ops.stochastic import seed_of
+from src.training.updates import Unit, UnitUpdates, stop_in_words
+
+_FEWEST_PACKED = 4096
+"""Tensors of fewer values keep fp32 moments, as bitsandbytes has it."""
+
+
+class DeviceUpdates(UnitUpdates):
+    """See `TensorUpdates`; the same rules, with `ops.adam` for an optimizer.
+
+    Args:
+        groups, names, in_backward: see there.
+        constants: of Adam, and the clip.
+        seed: of what is rounded.
+        packed: whether moments are in 8 bits.
+        on_host: whether those are in pinned host memory, which the kernel reads and writes over the bus.
+    """
+
+    def __init__(
+        self,
+        groups: list[dict[str, Any]],
+        names: Iterable[tuple[str, nn.Parameter]],
+        *,
+        constants: Constants,
+        seed: int,
+        packed: bool,
+        on_host: bool,
+        in_backward: bool,
+    ) -> None:
+        super().__init__(groups, names, in_backward=in_backward)
+        device = next(iter(self._keys)).device
+        self._constants = constants
+        self._packed = packed
+        self._seeds = {parameter: seed_of(seed, name) >> 1 for parameter, name in self._keys.items()}
+        self._groups = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        self._control = Control(
+            settings=torch.zeros(len(self.param_groups), 4, device=device),
+            norm=torch.full((), math.nan, device=device),
+            flags=torch.zeros(2, dtype=torch.int32, device=device),
+        )
+        self._numbers = {name: number for number, name in enumerate(self._units)}
+        self._unit_norms = torch.zeros(len(self._units), device=device)
+        self._whole_norm: Tensor | None = None
+        self._order: list[str] = []  # of the units in the backward
+        self._within = False
+        self._moments: dict[nn.Parameter, Moments] = {}
+        for parameter in self._keys:
+            in_8_bits = packed and parameter.numel() >= _FEWEST_PACKED
+            self._moments[parameter] = Moments.zeros(parameter, packed=in_8_bits, on_host=on_host)
+        self._show_moments()
+
+    @property
+    def between_steps(self) -> bool:
+        """See UnitUpdates."""
+        return not self._within
+
+    @property
+    def norm(self) -> float:
+        """Of the last step's gradient, before it was clipped; nan before the first; waits for the device."""
+        return float(self._control.norm)
+
+    @norm.setter
+    def norm(self, norm: float) -> None:
+        self._control.norm.fill_(norm)
+
+    @property
+    def stopped_at(self) -> str:
+        """The unit whose gradient was not finite; "" is none; waits for the device."""
+        number = int(self._control.flags[1])
+        return list(self._units)[number - 1] if number else ""
+
+    @property
+    def updated(self) -> list[str]:
+        """Units that this step has updated, in order; waits for the device."""
+        if not self._within:
+            return []
+        stopped = self.stopped_at
+        return self._order[: self._order.index(stopped)] if stopped else self._order
+
+    def begin(self) -> None:
+        """See UnitUpdates."""
+        self._within = self.in_backward
+        self._whole_norm = None
+        rows = [
+            self._constants.settings_row(group["lr"], group["weight_decay"], self.steps + 1)
+            for group in self.param_groups
+        ]
+        self._control.settings.copy_(torch.tensor(rows))
+        self._control.flags.copy_(torch.tensor([self.steps, 0], dtype=torch.int32))
+        self._unit_norms.zero_()
+
+    def gradient_norm(self) -> Tensor:
+        """See UnitUpdates."""
+        if self._whole_norm is None:
+            if self.in_backward:
+                self.finish_backward()
+            else:
+                for name, unit in self._units.items():
+                    self._note_norm(name, [p.grad for p in unit.parameters if p.grad is not None])
+            self._whole_norm = torch.linalg.vector_norm(self._unit_norms)
+        return self._whole_norm
+
+    def describe_stop(self) -> str:
+        """See UnitUpdates."""
+        return stop_in_words(self.stopped_at if self.in_backward else "", self.updated)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Takes a step; the closure computes the gradients.
+
+        What is not finite is the caller's to find between the two.
+        """
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        norm = self.gradient_norm()
+        self._control.norm.copy_(norm)
+        if not self.in_backward:
+            self.begin()
+            for parameter in self._keys:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad)
+        self.steps += 1
+        self._within = False
+        self._whole_norm = None
+        self._count_steps()
+        return result
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Takes on moments; groups stay as they are."""
+        order = [parameter for group in self.param_groups for parameter in group["params"]]
+        for number, kept in state_dict["state"].items():
+            parameter = order[number]
+            moments = self._moments[parameter]
+            names = _NAMES[self._packed]
+            for own, name in zip((moments.first, moments.second), names, strict=True):
+                assert own.dtype == kept[name].dtype
+                own.copy_(kept[name])
+            if moments.first_scales is not None and moments.second_scales is not None:
+                moments.first_scales.copy_(kept["absmax1"])
+                moments.second_scales.copy_(kept["absmax2"])
+            self.steps = int(kept["step"])
+        self._count_steps()
+
+    def _show_moments(self) -> None:
+        """Puts them where an optimizer's are looked for, under the names they have in torch's or bitsandbytes'."""
+        names = _NAMES[self._packed]
+        for parameter, moments in self._moments.items():
+            shown: dict[str, Any] = dict(zip(names, (moments.first, moments.second), strict=True))
+            if moments.first_scales is not None:
+                shown |= {"absmax1": moments.first_scales, "absmax2": moments.second_scales}
+                shown |= {"qmap1": dynamic_map(signed=True), "qmap2": dynamic_map(signed=False)}
+            self.state[parameter] = shown
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        count = self.steps if self._packed else torch.tensor(float(self.steps))
+        for state in self.state.values():
+            state["step"] = count
+
+    @torch.no_grad()
+    def _update_unit(self, unit: Unit) -> None:
+        gradients = {p: holder.grad for p, holder in unit.arrived.items() if holder.grad is not None}
+        for holder in unit.arrived.values():
+            holder.grad = None
+        if unit.name in self._order:
+            self._order.remove(unit.name)
+        self._order.append(unit.name)
+        unit.arrived = {}
+        self._note_norm(unit.name, list(gradients.values()))
+        flag, number = self._control.flags[1], self._numbers[unit.name]
+        fine = self._unit_norms[number].isfinite() | (flag != 0)
+        flag.copy_(torch.where(fine, flag, number + 1))
+        for parameter in list(gradients):
+            self._update(parameter, gradients.pop(parameter))  # and with it goes the memory
+
+    def _note_norm(self, unit: str, gradients: list[Tensor]) -> None:
+        norms: list[Tensor] = []
+        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):  # of one dtype they are one kernel's
+            same = [gradient for gradient in gradients if gradient.dtype == dtype]
+            norms += torch._foreach_norm(same, 2, torch.float32)
+        if norms:
+            self._unit_norms[self._numbers[unit]].copy_(torch.linalg.vector_norm(torch.stack(norms)))
+
+    def _update(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+        adam_step(
+            parameter.detach(),
+            gradient,
+            self._moments[parameter],
+            self._control,
+            self._constants,
+            self._groups[parameter],
+            self._seeds[parameter],
+        )
+
+
+_NAMES = {False: ("exp_avg", "exp_avg_sq"), True: ("state1", "state2")}
+"""By whether moments are packed."""

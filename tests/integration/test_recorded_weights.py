@@ -1,0 +1,145 @@
+"""Runs of full training and LISA as a GPU has them, on a CPU: recordings that compute anew at every replay.
+
+What is recorded and where gradients go is the program's own; `tests/gpu/test_whole_cuda.py` has the graphs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from factories import tiny_checkpoint
+from running import go_on, metrics, stopped, train, write_documents
+from torch import Tensor
+
+from src.adapters import lisa
+from src.model.language_model import LanguageModel
+from src.ops import adam
+from src.training import graphs
+from src.training.graphs import GraphedObjective
+
+pytest.importorskip("bitsandbytes")
+
+COMMON: dict[str, object] = {"lr_init": 1e-2, "lr_final": 1e-3, "warmup_steps": 3, "ctx_len": 32, "epoch_count": 2}
+
+
+class Recording(graphs._RecordedStep):
+    """Computes at every replay, on copies of the inputs; `made` are the names of what each trains."""
+
+    made: list[frozenset[str]]
+
+    def __init__(self, objective: Any, model: Any, sink: Any, staged: Any, pool: Any) -> None:
+        self.made.append(frozenset(sink.states))
+        self.inputs = staged.to(torch.device("cpu"))
+        for tensor in self.inputs.all_tensors():
+            tensor.set_(tensor.clone())
+        self.sink, self.workspace = sink, model.workspace
+        self.computed_by = objective, model
+        if isinstance(sink, graphs._Left) and sink.share == 1:
+            self._compute(objective, model)  # a recording makes the gradients' memory
+
+    def replay(self) -> None:
+        self._compute(*self.computed_by)
+
+
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Recording, "made", [], raising=False)
+    monkeypatch.setattr(graphs, "_RecordedStep", Recording)
+    monkeypatch.setattr(LanguageModel, "can_be_recorded", True)
+    monkeypatch.setattr(GraphedObjective, "_make_room", lambda self: None)
+    monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
+    monkeypatch.setattr(lisa, "FEWEST_RECORDED_STEPS", 2)
+    monkeypatch.setattr(adam, "kernel_is_available", lambda device: True)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    tiny_checkpoint(path, dtype=torch.bfloat16)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("data") / "documents", [30, 12, 25, 18, 9, 33])
+
+
+def weights_in(path: Path) -> dict[str, Tensor]:
+    weights: dict[str, Tensor] = torch.load(path, weights_only=True)
+    return weights
+
+
+FULL: dict[str, object] = {"train_type": "none"}
+LISA: dict[str, object] = {"peft": "lisa", "lisa_r": 1, "lisa_k": 8, "epoch_steps": 16}
+KINDS: dict[str, dict[str, object]] = {
+    "fp32": FULL,
+    "fp32, accumulated": {**FULL, "accumulate_grad_batches": 2},
+    "fp32, fused": {**FULL, "fused_update": 1, "weight_decay": 0.1},
+    "bf16, accumulated": {**FULL, "accumulate_grad_batches": 2, "weights": "bf16"},
+    "bf16, fused, 8 bits": {**FULL, "fused_update": 1, "weights": "bf16", "optim": "adamw8bit"},
+    "LISA": LISA,
+    "LISA, packed, accumulated": {
+        **LISA,
+        "quant": 1,
+        "accumulate_grad_batches": 2,
+        "lisa_moments": "park",
+        "lisa_k": 4,
+    },
+}
+
+
+FAST = ("fp32, accumulated", "bf16, fused, 8 bits", "LISA, packed, accumulated")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in FAST else pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS]
+)
+@pytest.mark.usefixtures("recorded")
+def test_recorded_steps_are_the_others(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """With the same optimizer: the same steps, but for sums over rows that are filled up."""
+    flags = {"load_model": base, "data_file": data, "epoch_steps": 8, **COMMON, **KINDS[kind]}
+    train(tmp_path / "issued", cuda_graph=0, **flags)
+    assert not Recording.made
+    train(tmp_path / "recorded", **flags)
+    assert len(set(Recording.made)) >= (2 if "LISA" in kind else 1)
+    one, other = (metrics(tmp_path / name) for name in ("issued", "recorded"))
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=1e-3)
+    assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=1e-2)
+    before, issued, made = (
+        weights_in(path) for path in (base, *(tmp_path / n / "rwkv-final.pth" for n in ("issued", "recorded")))
+    )
+    gone = sum(float((issued[name].double() - before[name].double()).square().sum()) for name in before)
+    apart = sum(float((issued[name].double() - made[name].double()).square().sum()) for name in before)
+    assert apart < 0.02**2 * gone
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["fp32, fused", "bf16, fused, 8 bits", "bf16, accumulated"])
+@pytest.mark.usefixtures("recorded")
+def test_they_go_on(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
+    """Steps that are recorded at other times are the same, and so are rates, moments, noise and the norm that clips."""
+    flags = {"load_model": base, "data_file": data, "epoch_steps": 8, **COMMON, **KINDS[kind]}
+    train(tmp_path / "whole", **flags)
+    stopped(3, tmp_path / "parts", **flags)
+    go_on(tmp_path / "parts")
+    one, other = (weights_in(tmp_path / name / "rwkv-final.pth") for name in ("whole", "parts"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("recorded")
+def test_on_the_device_they_are_what_they_are_on_the_host(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {"load_model": base, "data_file": data, "epoch_steps": 8, **COMMON, **FULL, "weight_decay": 0.1}
+    for kind, more in {"fp32": {}, "8 bits": {"optim": "adamw8bit"}}.items():
+        train(tmp_path / kind / "device", fused_update=1, **flags, **more)
+        with monkeypatch.context() as patch:
+            patch.setattr(adam, "kernel_is_available", lambda device: False)
+            train(tmp_path / kind / "host", fused_update=1, cuda_graph=0, **flags, **more)
+        one, other = (metrics(tmp_path / kind / name) for name in ("device", "host"))
+        assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], rel=2e-3), kind
+        assert [row["grad_norm"] for row in one] == pytest.approx([row["grad_norm"] for row in other], rel=2e-2), kind
