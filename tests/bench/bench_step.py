@@ -158,7 +158,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
     load_seconds = time.perf_counter() - begin
     choose_recomputation(model, work, config, method)
     work.prepare(model, Reference(config, None, folder))
-    turns = turns_of(method, model, tensors, config, folder)
+    turns = turns_of(method, model, OnHost(tensors), config, folder)
     module = TrainingModule(model, work.objective, config, method, work.dataset, turns=turns)
     _, monitor, _ = fit(module, work, make_schedule(config, work), hardware, config, folder)
     return {
@@ -204,6 +204,22 @@ class RandomTensors(Mapping):  # type: ignore[type-arg]
 
     def __len__(self) -> int:
         return len(self._shapes)
+
+
+class OnHost(Mapping):  # type: ignore[type-arg]
+    """The same on the host, as a file is: what is read of it after the start counts as no GPU's memory."""
+
+    def __init__(self, tensors: RandomTensors) -> None:
+        self._tensors = tensors
+
+    def __getitem__(self, name: str) -> object:
+        return self._tensors[name].cpu()  # type: ignore[attr-defined]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
 
 
 def _tokens_per_second(metrics: Path) -> float:
