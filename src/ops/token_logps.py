@@ -29,6 +29,9 @@ HeadWeight = Tensor | Sequence[Callable[[], Tensor]]
 
 _CHUNK_ELEMENTS = 1 << 24
 """Logits formed at a time if `chunk_tokens` is not given: 256 tokens of a 65536 vocabulary, 32 MiB."""
+_TRAINED_CHUNK_ELEMENTS = 1 << 26
+"""The same on a GPU where a backward wants the head's gradient, 1024 tokens and 128 MiB: unless all rows are one chunk,
+it is added up in fp32, twice as large as a head of 16 bits."""
 _PART_CHUNK_ELEMENTS = 1 << 22
 """The same where they are widened to fp32: 16 MiB."""
 
@@ -181,15 +184,20 @@ class _TokenLogps(torch.autograd.Function):
         gradient = _logit_gradient if kernels is None else kernels.logit_gradient
         grad_logp, grad_max_logit = grad_logp.contiguous(), grad_max_logit.contiguous()
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        grad_weight = None
+        grad_weight, chunk_tokens = None, ctx.chunk_tokens
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.zeros(dense.shape, dtype=logsumexp.dtype, device=dense.device)
-        for part, logits in _chunks_of_logits(hidden, dense, ctx.chunk_tokens):
+            if kernels is not None:
+                chunk_tokens = chunk_tokens or max(1, _TRAINED_CHUNK_ELEMENTS // dense.shape[0])
+            if kernels is None or hidden.shape[0] > chunk_tokens:
+                grad_weight = torch.zeros(dense.shape, dtype=logsumexp.dtype, device=dense.device)
+        for part, logits in _chunks_of_logits(hidden, dense, chunk_tokens):
             gradient(logits, targets[part], logsumexp[part], argmax[part], grad_logp[part], grad_max_logit[part])
             if grad_hidden is not None:
                 torch.mm(logits, dense, out=grad_hidden[part])
             if grad_weight is not None:
                 grad_weight.add_(logits.t() @ hidden[part])
+            elif ctx.needs_input_grad[1]:
+                grad_weight = logits.t() @ hidden[part]
         return grad_hidden, None if grad_weight is None else grad_weight.to(dense.dtype), None, None
 
 

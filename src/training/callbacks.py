@@ -108,6 +108,8 @@ class StepControl(pl.Callback):
                 gradients = [parameter.grad for _, parameter in module.trained() if parameter.grad is not None]
                 norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
             self._examine(trainer, module, norm)
+            if module.clips:
+                module.clip(self.grad_norm)
             self.good.keep(module, deep=False)
 
     def on_train_batch_end(

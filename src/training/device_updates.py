@@ -63,7 +63,6 @@ class DeviceUpdates(UnitUpdates):
         for parameter in self._keys:
             in_8_bits = packed and parameter.numel() >= _FEWEST_PACKED
             self._moments[parameter] = Moments.zeros(parameter, packed=in_8_bits, on_host=on_host)
-        self._show_moments()
 
     @property
     def between_steps(self) -> bool:
@@ -140,7 +139,7 @@ class DeviceUpdates(UnitUpdates):
         self.steps += 1
         self._within = False
         self._whole_norm = None
-        self._count_steps()
+        self._show_moments()
         return result
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -157,10 +156,16 @@ class DeviceUpdates(UnitUpdates):
                 moments.first_scales.copy_(kept["absmax1"])
                 moments.second_scales.copy_(kept["absmax2"])
             self.steps = int(kept["step"])
-        self._count_steps()
+        self._show_moments()
 
     def _show_moments(self) -> None:
-        """Puts them where an optimizer's are looked for, under the names they have in torch's or bitsandbytes'."""
+        """Puts them where an optimizer's are looked for, under the names they have in torch's or bitsandbytes'.
+
+        Not before the first step: Lightning copies what it finds at the start to the device.
+        """
+        if self.state:
+            self._count_steps()
+            return
         names = _NAMES[self._packed]
         for parameter, moments in self._moments.items():
             shown: dict[str, Any] = dict(zip(names, (moments.first, moments.second), strict=True))

@@ -143,6 +143,18 @@ class TrainingModule(pl.LightningModule):
         if not self._alone:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
 
+    @property
+    def clips(self) -> bool:
+        """Whether gradients are gigabytes, of which no further norm is formed: `clip` then is who clips."""
+        return self.graphed is not None and self.method.in_place and not self.config.updates_by_tensor
+
+    def clip(self, norm: float) -> None:
+        """Scales gradients of this norm down to the largest there may be."""
+        if (factor := GRADIENT_CLIP / (norm + 1e-6)) < 1:
+            torch._foreach_mul_(
+                [parameter.grad for _, parameter in self.trained() if parameter.grad is not None], factor
+            )
+
     def release_recordings(self) -> None:
         """Frees the memory of recorded steps, for work after training."""
         self.graphed = self.outcome = None

@@ -526,7 +526,7 @@ def fit(
         max_epochs=epochs - start.epochs,
         limit_train_batches=work.batches_per_epoch,
         accumulate_grad_batches=accumulate,
-        gradient_clip_val=None if config.updates_by_tensor else GRADIENT_CLIP,
+        gradient_clip_val=None if config.updates_by_tensor or module.clips else GRADIENT_CLIP,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,
