@@ -3,8 +3,8 @@
     RANK=0 LOCAL_RANK=0 WORLD_SIZE=2 MASTER_ADDR=… MASTER_PORT=… python tests/rank_of_two.py FLAG VALUE …
 
 The program itself trains on several GPUs only; data, weights of the batches, objective, optimizer and the engine's
-configuration are the ones it uses there. Rank 0 writes `norms.json`, the states in fp32 and a run file to --proj_dir;
---resume 1 goes on from that.
+configuration are the ones it uses there. Rank 0 writes `norms.json`, the states in fp32, the result's file, what was
+measured on held-out data of --val_file after every step and a run file to --proj_dir; --resume 1 goes on from that.
 """
 
 import json
@@ -29,11 +29,13 @@ from src.training.folder import Places
 from src.training.module import TrainingModule
 from src.training.resume import OptimizerMoments, RunWriter, SavedRun, TrainedTensors, saved_run
 from src.training.run import GRADIENT_CLIP, choose_recomputation, load_options
+from src.training.sharded import computable, gather_by_layer, is_sharded, readable
 from src.training.work import epochs_of, make_schedule, prepare_work
 
 
 def main() -> None:
     torch.set_num_threads(1)
+    torch.Tensor.record_stream = lambda *_: None  # a CPU has no streams; stage 3 asks all the same
     config = TrainConfig.from_flags(given_train_flags([*sys.argv[1:], "--devices", os.environ["WORLD_SIZE"]]))
     method = method_of(config)
     base = open_checkpoint(config.load_model)
@@ -54,28 +56,40 @@ def main() -> None:
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     engine_config = deepspeed_config(config.strategy, config, sum(parameter.numel() for parameter in trained))
     engine_config |= {"gradient_accumulation_steps": accumulate, "gradient_clipping": GRADIENT_CLIP}
+    dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
+    module.forward = module.training_step
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=trained, config=engine_config)
+    gather_by_layer(module, model)
+    assert any(map(is_sharded, trained)) == config.strategy.startswith("deepspeed_stage_3")
     moments = OptimizerMoments(module.trained(), engine.optimizer, engine=True)
     if saved:
         moments.restore(saved.parts["optimizer"])
-    norms = []
+    norms, measured = [], []
     begin = saved.steps * accumulate if saved else 0
     for batch in range(begin, work.batches_per_epoch * epochs_of(config)):
         for group in optimizer.param_groups:
             group["lr"] = schedule.learning_rate(batch // accumulate) * group["lr_scale"]
-        loss = module.training_step(module.objective.stage(model, work.dataset[batch]), batch)
+        loss = engine(module.objective.stage(model, work.dataset[batch]), batch)
         engine.backward(loss / accumulate, scale_wrt_gas=False)
         engine.step()
         if (batch + 1) % accumulate == 0:
             norms.append(float(engine.get_global_grad_norm()))
+            if work.measure is not None:
+                with computable(model):
+                    measured.append(work.measure(model).score)
+    assert {name: parameter.dtype for name, parameter in module.named_parameters()} == dtypes
     parts = {"trained": TrainedTensors(module.trained()).state(), "optimizer": moments.state()}
+    with readable(model):
+        if engine.global_rank == 0:
+            method.save(model, folder / "rwkv-final.pth")
+            torch.save({name: state.float() for name, state in state_tensors(model).items()}, folder / "states.pt")
     if engine.global_rank == 0:
         steps = work.batches_per_epoch * epochs_of(config) // accumulate
         writer = RunWriter(Places(folder, "run", print))
         writer.write(SavedRun(folder, "run", steps, {}, {}, {}, parts, None))
         writer.wait()
-        (folder / "norms.json").write_text(json.dumps(norms), encoding="utf-8")
-        torch.save({name: state.float() for name, state in state_tensors(model).items()}, folder / "states.pt")
+        for name, values in {"norms": norms, "measured": measured}.items():
+            (folder / f"{name}.json").write_text(json.dumps(values), encoding="utf-8")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

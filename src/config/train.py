@@ -152,6 +152,17 @@ class TrainConfig(
                 "deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
             )
 
+        if self.strategy.startswith("deepspeed_stage_3") and self.chunk_ctx:
+            yield (
+                f"--chunk_ctx {self.chunk_ctx} computes layers again apart from the calls around which --strategy "
+                f"{self.strategy} gathers their weights: use deepspeed_stage_2"
+            )
+        if self.strategy.startswith("deepspeed_stage_3") and self.offload_activations:
+            yield (
+                f"--offload_activations 1 would take the weights that --strategy {self.strategy} gathers for "
+                "activations: use deepspeed_stage_2"
+            )
+
     def _chunk_contradictions(self) -> Lines:
         if self.preference:
             longest, what = 2 * self.rlhf_max_corpus_len, "prompt and answer of --rlhf_max_corpus_len"

@@ -20,6 +20,7 @@ from src.training.logs import EpochLog, Sink, StepLog
 from src.training.module import TrainingModule
 from src.training.objectives import Staged
 from src.training.progress import BEGINNING, Start
+from src.training.sharded import any_sharded, readable
 
 
 class NotFiniteError(TrainingError):
@@ -46,7 +47,7 @@ class GoodTensors:
         Args:
             deep: whether it is taken behind the step, so that the one before is the good one.
         """
-        if not module.method.small:
+        if not module.method.small or any_sharded(module):
             return
         if deep:
             self.tensors, self._newest = self._newest, self.tensors
@@ -257,14 +258,17 @@ class TrainingMonitor(pl.Callback):
 
 
 class AtEnd(pl.Callback):
-    """Calls a function on rank 0 after the last step, while the model is still on its device."""
+    """Calls a function on rank 0 after the last step, while the model is still on its device.
+
+    On all ranks together where weights are sharded among them.
+    """
 
     def __init__(self, action: Callable[[], None]) -> None:
         self.action = action
 
     def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Calls it."""
-        if trainer.is_global_zero:
+        if trainer.is_global_zero or any_sharded(module):
             self.action()
 
 
@@ -314,7 +318,8 @@ class CheckpointSaver(pl.Callback):
         if is_last or (self.epoch_save and epoch % self.epoch_save == 0):
             path = self.folder / f"rwkv-{self.epoch_begin + epoch}.pth"
             try:
-                elsewhere = self.save(path) if trainer.is_global_zero else None
+                with readable(module):
+                    elsewhere = self.save(path) if trainer.is_global_zero else None
             except CheckpointError as problem:
                 print(f"warning: {problem}; training goes on", file=sys.stderr, flush=True)
             else:

@@ -25,6 +25,9 @@ from src.errors import ConfigError
 from src.training import alone
 from src.training.optimizers import check_optimizer
 
+_LIVE_WEIGHTS = 300_000_000
+"""Weights that stage 3 lets wait on a device, gathered, for their next use: some layers of 3B, one of 7B."""
+
 
 @dataclass(frozen=True)
 class Hardware(Device):
@@ -59,11 +62,6 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
         )
     refuse_other_ranks(config.devices, config.num_nodes)
     on_gpu = uses_gpu(config.accelerator)
-    if on_gpu and config.strategy.startswith("deepspeed_stage_3"):
-        raise ConfigError(
-            f"--strategy {config.strategy} shards every weight, and the layers here use weights outside of the hooks "
-            "that gather them: use deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
-        )
     if on_gpu and config.devices > (visible := torch.cuda.device_count()):
         raise ConfigError(f"--devices {config.devices} was asked for and {visible} GPU(s) are visible: lower --devices")
     if on_gpu and config.method == "lisa" and (config.uses_deepspeed or processes > 1):
@@ -190,8 +188,14 @@ def deepspeed_config(strategy: str, config: TrainConfig, trained_elements: int) 
         "allgather_bucket_size": bucket,
         "reduce_bucket_size": bucket,
     }
+    if stage == 3:
+        # Weights are gathered when their layer comes, and the next ones meanwhile; those of earlier layers are not kept
+        # for the backward.
+        zero |= {"stage3_max_live_parameters": _LIVE_WEIGHTS, "stage3_max_reuse_distance": _LIVE_WEIGHTS}
     if strategy.endswith("offload"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+        if stage == 3:
+            zero["offload_param"] = {"device": "cpu", "pin_memory": True}
     return {
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -24,6 +24,7 @@ from src.training.graphs import GraphedObjective
 from src.training.objectives import Objective, Outcome, Scored, Staged, outcome_of
 from src.training.offload import KeptOnHost
 from src.training.optimizers import GRADIENT_CLIP, make_optimizer
+from src.training.sharded import gather_by_layer
 from src.training.updates import TensorUpdates, UnitUpdates
 
 FP16_LOSS_SCALE = 4096.0
@@ -66,6 +67,8 @@ class TrainingModule(pl.LightningModule):
         self.method = method
         wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
         records = bool(wanted) and model.can_be_recorded
+        if config.strategy.startswith("deepspeed_stage_3"):
+            records = False  # weights are gathered by Python
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
         accumulated = config.accumulate_grad_batches
         self._alone = not config.uses_deepspeed and config.devices * config.num_nodes == 1
@@ -115,6 +118,10 @@ class TrainingModule(pl.LightningModule):
         self._parameters_by_key = list(self.model.named_parameters())  # to walk through them takes half a millisecond
         if self.graphed:
             self.graphed.look_again()
+
+    def on_fit_start(self) -> None:
+        """The engine, if there is one, has taken the model over."""
+        gather_by_layer(self, self.model)
 
     def train_dataloader(self) -> Lookahead[Staged]:
         """Staged micro-batches, epoch after epoch."""

@@ -27,6 +27,7 @@ from src.errors import CheckpointError, ConfigError, TrainingError
 from src.training.exits import Stopper
 from src.training.folder import PREVIOUS, RESUME, Places
 from src.training.progress import Start
+from src.training.sharded import is_sharded, values_on_host
 
 _FORMAT = 1
 _SLOWEST_BYTES_PER_SECOND = 20e6
@@ -92,7 +93,9 @@ class TrainedTensors:
         self._named = dict(named)
 
     def state(self) -> dict[str, Any]:
-        """See Part."""
+        """See Part; a collective where they are sharded, and whole on the first rank."""
+        if any(map(is_sharded, self._named.values())):
+            return values_on_host(self._named.items())
         return {name: parameter.detach() for name, parameter in self._named.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -115,6 +118,7 @@ class OptimizerMoments:
         self._named = dict(named)
         self._optimizer = optimizer
         self._engine = engine
+        self._sharded = any(map(is_sharded, self._named.values()))
 
     def state(self) -> dict[str, Any]:
         """See Part; under an engine a collective."""
@@ -148,7 +152,7 @@ class OptimizerMoments:
         inner = self._optimizer.optimizer
         sample = next(iter(state.values()))
         on_host = type(inner).__module__.startswith("deepspeed")  # its steps are plain numbers
-        for group, flat in zip(inner.param_groups, self._optimizer.single_partition_of_fp32_groups, strict=True):
+        for group, flat in self._pieces():
             for key, value in sample.items():
                 if _is_moment(value):
                     inner.state[flat][key] = torch.zeros_like(flat)
@@ -163,8 +167,18 @@ class OptimizerMoments:
                 if _is_moment(value):
                     safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
+    def _pieces(self) -> list[tuple[dict[str, Any], Any]]:
+        """Each of this rank's flat tensors with its group."""
+        groups = self._optimizer.optimizer.param_groups
+        if not self._sharded:
+            return list(zip(groups, self._optimizer.single_partition_of_fp32_groups, strict=True))
+        flats = enumerate(self._optimizer.fp32_partitioned_groups_flat)
+        return [(groups[self._optimizer.sub_group_to_group_id[number]], flat) for number, flat in flats]
+
     def _link(self) -> None:
         """Tells DeepSpeed where each tensor's moments lie, which it does itself after its first step of one group."""
+        if self._sharded:  # whose tensors know it from the beginning
+            return
         from deepspeed.utils.mixed_precision_linkage import lazy_init_hp_params_optimizer_state
 
         groups = zip(self._optimizer.bit16_groups, self._optimizer.single_partition_of_fp32_groups, strict=True)

@@ -73,6 +73,7 @@ from src.training.resume import (
     saved_run,
     values_of,
 )
+from src.training.sharded import any_sharded, computable, readable
 from src.training.turns import Draws, TrainedInTurn
 from src.training.unpacked import measure_unpacked
 from src.training.updates import UpdateCount
@@ -209,7 +210,9 @@ def _train(
 
     def finish() -> HeldOut | None:
         nonlocal after, seconds
-        final_files.append(places.save(lambda path: results.save(model, path), "rwkv-final.pth"))
+        with readable(model):
+            if global_rank() == 0:
+                final_files.append(places.save(lambda path: results.save(model, path), "rwkv-final.pth"))
         module.release_recordings()
         begin = time.perf_counter()
         after = _evaluate("tuned", model, work)
@@ -407,9 +410,10 @@ def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, 
 
 
 def _evaluate(label: str, model: LanguageModel, work: Work) -> HeldOut | None:
-    if work.measure is None or global_rank() != 0:
+    if work.measure is None or not (global_rank() == 0 or any_sharded(model)):
         return None
-    measurement = work.measure(model)
+    with computable(model):
+        measurement = work.measure(model)
     say(f"held out   {label}: {measurement}")
     return measurement
 
@@ -500,10 +504,13 @@ def fit(
 
     def end() -> None:
         measured, step = finish(), start.steps + trainer.global_step
-        if watch and measured is not None and is_complete(step):
-            watch.end(step, measured)
-        if session and is_complete(step):
-            session.writer.remove()
+        with readable(module):
+            if not trainer.is_global_zero:
+                return
+            if watch and measured is not None and is_complete(step):
+                watch.end(step, measured)
+            if session and is_complete(step):
+                session.writer.remove()
 
     # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
     callbacks: list[pl.Callback] = [*([draws] if draws else []), control, monitor]
@@ -572,6 +579,9 @@ def _save_last_good(
     """
     if step == 1:
         return "it is the first, so that what was loaded gives it"
+    if any_sharded(module):
+        kept = session is not None and session.writer.folder is not None
+        return "a run with --resume 1 goes on from before it" if kept else "no weights from before it are at hand"
     tensors: Mapping[str, Tensor] = control.good.tensors
     good = step - 2
     if session:

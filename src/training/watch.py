@@ -18,6 +18,7 @@ from src.training.evaluation import HeldOut
 from src.training.logs import HeldOutLog
 from src.training.module import TrainingModule
 from src.training.progress import BEGINNING, Start
+from src.training.sharded import any_sharded, computable, readable
 
 BEST = "rwkv-best.pth"
 
@@ -73,8 +74,12 @@ class HeldOutWatch(pl.Callback):
         if (batch_idx + 1) % self._accumulate or step % self._every:
             return
         begin = time.perf_counter()
-        if trainer.is_global_zero:
-            self.take(step, self._measure(module.model))
+        if trainer.is_global_zero or any_sharded(module):
+            with computable(module.model):
+                measured = self._measure(module.model)
+            with readable(module.model):
+                if trainer.is_global_zero:
+                    self.take(step, measured)
         self.stopped = bool(self._patience) and self._without >= self._patience
         if trainer.world_size > 1:
             self.stopped = trainer.strategy.reduce_boolean_decision(self.stopped, all=False)

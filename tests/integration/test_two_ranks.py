@@ -77,9 +77,53 @@ def test_two_processes_take_the_steps_of_one_that_accumulates(chunks: dict[str, 
         torch.testing.assert_close(state, one[name].float(), rtol=2**-8, atol=1e-6, msg=name)  # the file is bf16
 
 
+FULL = {"train_type": "none", "lr_init": 1e-3, "lr_final": 1e-3, "quant": 0}
+"""All weights; `quant` is 0 for what stage 3 shards."""
+KINDS: dict[str, dict[str, object]] = {
+    "all weights": FULL,
+    "all weights, kept": {**FULL, "grad_cp": 0},
+    "LoRA and parts": {**LORA, "quant": 0, "train_parts": "time,ln"},
+    "Bone, dropout": {"peft": "bone", "bone_r": 8, "quant": 0, "lr_init": 1e-3, "lr_final": 1e-3, "dropout": 0.1},
+    "states": {"quant": 0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_stage_gives_one_result(kind: str, tmp_path: Path) -> None:
+    """Norms, what is measured on the way, and the file, key by key; stage 3 has nothing whole but what it gathers."""
+    base = tmp_path / "base.pth"
+    tiny_checkpoint(base, **SIZES)
+    documents = write_documents(tmp_path / "documents", [100, 17, 32, 64, 8, 45, 35, 60])
+    held_out = write_documents(tmp_path / "held_out", [40, 20])
+    given = {"load_model": base, "data_file": documents, "val_file": held_out, **FLAGS, **KINDS[kind]}
+    for stage in (1, 2, 3):
+        train_together(tmp_path / str(stage), strategy=f"deepspeed_stage_{stage}", **given)
+    files = [torch.load(tmp_path / str(stage) / "rwkv-final.pth", weights_only=True) for stage in (1, 2, 3)]
+    numbers = [
+        [json.loads((tmp_path / str(stage) / f"{name}.json").read_text()) for name in ("norms", "measured")]
+        for stage in (1, 2, 3)
+    ]
+    assert len(numbers[0][1]) == len(numbers[0][0]) > 2
+    for file, (norms, measured) in zip(files[1:], numbers[1:], strict=True):
+        assert norms == pytest.approx(numbers[0][0], rel=1e-4)
+        assert measured == pytest.approx(numbers[0][1], rel=1e-4)
+        assert file.keys() == files[0].keys()
+        for name, tensor in file.items():
+            assert tensor.dtype == files[0][name].dtype
+            torch.testing.assert_close(tensor, files[0][name], rtol=2**-7, atol=1e-5, msg=name)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("strategy", "flags"), [("deepspeed_stage_1", {}), ("deepspeed_stage_2", {}), ("deepspeed_stage_1", LORA)]
+    ("strategy", "flags"),
+    [
+        ("deepspeed_stage_1", {}),
+        ("deepspeed_stage_2", {}),
+        ("deepspeed_stage_1", LORA),
+        ("deepspeed_stage_3", FULL),
+        ("deepspeed_stage_3", {**LORA, "quant": 0}),
+    ],
 )
 def test_a_run_of_two_goes_on_with_two_and_with_one(strategy: str, flags: dict[str, object], tmp_path: Path) -> None:
     """With as many the same bits, with another number within the rounding of sums in another order."""
