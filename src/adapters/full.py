@@ -30,6 +30,8 @@ class FullTraining:
         layerwise_rates: whether parameters have rates of their own, see `ModelShape.rate_factor`.
         narrow: whether matrices, embedding and head are kept in bf16.
         in_backward: whether gradients are used up in the backward.
+        engine_has_masters: whether an engine keeps fp32 values beside narrow weights, which then are not rounded by
+            chance.
     """
 
     small = False
@@ -38,18 +40,31 @@ class FullTraining:
     freezes_matrices = False
     adapters: AdapterPlan | None = None
 
-    def __init__(self, *, layerwise_rates: bool = True, narrow: bool = False, in_backward: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        layerwise_rates: bool = True,
+        narrow: bool = False,
+        in_backward: bool = False,
+        engine_has_masters: bool = False,
+    ) -> None:
         self._layerwise_rates = layerwise_rates
         self._narrow = narrow
         self._in_backward = in_backward
+        self._engine_has_masters = engine_has_masters
 
     def trained_names(self, shape: ModelShape) -> list[str]:
         """See Method."""
         return [name for name in shape.parameter_shapes() if name not in shape.idle_names()]
 
     def narrow_names(self, shape: ModelShape) -> list[str]:
-        """Keys of those that are kept in bf16."""
-        return ["emb.weight", *shape.matrix_names(), "head.weight"] if self._narrow else []
+        """Keys of those that are kept in bf16; all where fp32 masters stand beside them."""
+        if not self._narrow:
+            return []
+        return self.trained_names(shape) if self._engine_has_masters else self._large_names(shape)
+
+    def _large_names(self, shape: ModelShape) -> list[str]:
+        return ["emb.weight", *shape.matrix_names(), "head.weight"]
 
     def rate_factor(self, shape: ModelShape, name: str) -> float:
         """See Method."""
@@ -60,9 +75,11 @@ class FullTraining:
         lines = [f"all {shape.parameter_count:,} weights"]
         if self._narrow:
             sizes = shape.parameter_shapes()
-            narrow = value_count({name: sizes[name] for name in self.narrow_names(shape)})
+            narrow = value_count({name: sizes[name] for name in self._large_names(shape)})
             lines.append(
-                f"{narrow:,} of them (matrices, embedding, head) and their gradients are bf16, updates are rounded "
+                "they and their gradients are bf16, and DeepSpeed has fp32 masters beside them"
+                if self._engine_has_masters
+                else f"{narrow:,} of them (matrices, embedding, head) and their gradients are bf16, updates are rounded "
                 "stochastically; the others are fp32"
             )
         if self._in_backward:

@@ -105,6 +105,7 @@ def method_of(config: TrainConfig) -> Method:
                 layerwise_rates=bool(config.layerwise_lr),
                 narrow=config.weights == "bf16",
                 in_backward=bool(config.fused_update),
+                engine_has_masters=not config.updates_by_tensor,
             )
     rates = Rates(
         states=config.lr_state / config.lr_init if config.trains_states and config.lr_init else 1.0,

@@ -86,8 +86,12 @@ class TrainConfig(
 
     @property
     def updates_by_tensor(self) -> bool:
-        """Whether tensors are updated one by one: rounded stochastically, or in the backward."""
-        return self.weights == "bf16" or bool(self.fused_update)
+        """Whether tensors are updated one by one: rounded stochastically, or in the backward.
+
+        A DeepSpeed engine, which several GPUs need, does not: beside bf16 weights it has fp32 masters of its own.
+        """
+        has_engine = self.uses_deepspeed or self.devices * self.num_nodes > 1
+        return bool(self.fused_update) or (self.weights == "bf16" and not has_engine)
 
     def _completed(self) -> TrainConfig:
         chosen = dataclasses.replace(

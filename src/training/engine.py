@@ -69,11 +69,10 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
             "--peft lisa trains layers by turns, and DeepSpeed, which several GPUs need, keeps to the tensors that it "
             "was given first: use one GPU and leave --strategy out, or train an adapter"
         )
-    if on_gpu and config.updates_by_tensor and (config.uses_deepspeed or processes > 1):
-        flag = "--fused_update 1" if config.fused_update else "--weights bf16"
+    if on_gpu and config.fused_update and (config.uses_deepspeed or processes > 1):
         raise ConfigError(
-            f"{flag} updates tensor by tensor, and DeepSpeed, which several GPUs need, all tensors as one: use one GPU "
-            "without --strategy, or leave the flag out"
+            "--fused_update 1 updates tensor by tensor, and DeepSpeed, which several GPUs need, all tensors as one: "
+            "use one GPU without --strategy, or leave the flag out"
         )
     check_optimizer(config, on_gpu=on_gpu)
     chosen = resolve_device(config.accelerator, config.precision)

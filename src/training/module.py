@@ -225,14 +225,16 @@ def parameter_groups(
     config: TrainConfig,
     spared: Collection[str] = (),
 ) -> list[dict[str, Any]]:
-    """Optimizer groups: each has `lr_scale`, a factor on the schedule, and `decays`, whether weight decay acts.
+    """Optimizer groups, of one dtype: each has `lr_scale`, a factor on the schedule, and `decays`, whether weight decay
+    acts.
 
     Weight decay acts on tensors of two and more axes, but for those `spared`.
     """
-    members: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    members: dict[tuple[float, bool, torch.dtype], list[nn.Parameter]] = {}
     for name, parameter in named:
         decays = config.weight_decay > 0 and parameter.squeeze().ndim >= 2 and name not in spared
-        members.setdefault((factors[name], decays), []).append(parameter)
+        # An engine makes one flat tensor of a group.
+        members.setdefault((factors[name], decays, parameter.dtype), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -241,5 +243,5 @@ def parameter_groups(
             "weight_decay": config.weight_decay if decays else 0.0,
             "decays": decays,
         }
-        for (scale, decays), parameters in members.items()
+        for (scale, decays, _), parameters in members.items()
     ]

@@ -100,11 +100,11 @@ def train(config: TrainConfig) -> RunResult:
             _take(folder, config, held)
         saved = saved_run(folder) if config.resume else None
         config = _with_seed(config)
-        method = method_of(config)
         hardware = resolve_hardware(config)
-        apply_hardware(hardware, config, small_messages=method.small)
         # From here on the engine is the one that runs, not what was asked for: `auto` with several GPUs is DeepSpeed.
         config = dataclasses.replace(config, strategy=hardware.strategy)
+        method = method_of(config)
+        apply_hardware(hardware, config, small_messages=method.small)
         with without_memory(lambda: memory_advice(config, method, hardware)):
             return _train(config, method, hardware, saved, held)
 

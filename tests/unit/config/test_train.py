@@ -173,6 +173,14 @@ class TestRefusals:
             ({"epoch_begin": "4"}, "--epoch_begin 4 leaves nothing to train with --epoch_count 4"),
             ({"dataload": "only", "micro_bsz": "2"}, "--micro_bsz 2 must be 1"),
             ({"strategy": "deepspeed_stage_3"}, "shards every weight"),
+            (
+                {"strategy": "deepspeed_stage_3", "quant": "0", "chunk_ctx": "64"},
+                "--chunk_ctx 64 computes layers again apart from the calls around which --strategy deepspeed_stage_3",
+            ),
+            (
+                {"strategy": "deepspeed_stage_3", "quant": "0", "offload_activations": "1"},
+                "--offload_activations 1 would take the weights that --strategy deepspeed_stage_3 gathers for",
+            ),
             ({"strategy": "deepspeed_stage_3_offload"}, "which packed weights cannot take: use deepspeed_stage_1"),
             (
                 {"train_type": "none", "quant": "1"},
