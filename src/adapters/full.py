@@ -79,8 +79,8 @@ class FullTraining:
             lines.append(
                 "they and their gradients are bf16, and DeepSpeed has fp32 masters beside them"
                 if self._engine_has_masters
-                else f"{narrow:,} of them (matrices, embedding, head) and their gradients are bf16, updates are rounded "
-                "stochastically; the others are fp32"
+                else f"{narrow:,} of them (matrices, embedding, head) and their gradients are bf16, updates are "
+                "rounded stochastically; the others are fp32"
             )
         if self._in_backward:
             lines.append(
