@@ -8,6 +8,7 @@ many layers recompute only their inputs, so many nothing, the others everything.
 from __future__ import annotations
 
 import math
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -167,27 +168,49 @@ def _passing_bytes(shape: ModelShape) -> int:
 
 
 def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> int:
-    """Of what is trained at a time: values, gradients, moments, and in passing once more the first two.
+    """Of what is trained at a time: values, gradients, moments, and gradients that recordings keep for themselves.
 
-    Updates tensor by tensor need in passing what one tensor does. Those in the backward have the gradients of one layer
-    at a time; of chunks, which add gradients up, those of all.
+    An engine adds fp32 masters and gradients, of which each rank has its share, and shares more by its stage. Updates
+    tensor by tensor need in passing what one tensor does, unless a kernel makes them. Those in the backward have the
+    gradients of one layer at a time; of chunks, which add gradients up, those of all.
     """
     moments = _MOMENT_BYTES.get(config.optim, _ADAM_MOMENT_BYTES)
     sizes = {**shape.parameter_shapes(), **shape.state_shapes()}
     if method.adapters is not None:
         sizes |= method.adapters.parameter_shapes(shape)
     sizes = {name: sizes[name] for name in method.trained_names(shape)}
-    if not (isinstance(method, FullTraining) and config.updates_by_tensor):
-        in_turn = method.layer_values(shape) if isinstance(method, Lisa) else 0
-        return (value_count(sizes) + in_turn) * (4 + 4 + moments + 8)
-    narrow = set(method.narrow_names(shape))
+    narrow = set(method.narrow_names(shape)) if isinstance(method, FullTraining) else set()
+    if config.updates_by_tensor:
+        return _bytes_by_tensor(config, sizes, narrow, moments)
+    count = value_count(sizes) + (method.layer_values(shape) if isinstance(method, Lisa) else 0)
+    width = 2 if narrow else 4
+    ranks = config.devices * config.num_nodes
+    if not config.uses_deepspeed and ranks == 1:
+        handed_out = 0 if method.in_place else 4
+        return count * (width + 4 + moments + handed_out)
+    offloaded = config.strategy.endswith("offload")
+    shared = (0 if offloaded else 4 + moments) + 4
+    gradients_by, weights_by = (ranks if stage <= _stage(config) else 1 for stage in (2, 3))
+    return math.ceil(count * (width / weights_by + width / gradients_by + shared / ranks))
+
+
+def _bytes_by_tensor(
+    config: TrainConfig, sizes: Mapping[str, tuple[int, ...]], narrow: Collection[str], moments: int
+) -> int:
     units: dict[str, int] = {}
     for name, size in sizes.items():
         unit = unit_of(name)
         units[unit] = units.get(unit, 0) + math.prod(size) * (2 if name in narrow else 4)
     gradients = max(units.values()) if config.fused_update and not config.chunk_ctx else sum(units.values())
-    in_passing = _UPDATE_BYTES * max(map(math.prod, sizes.values()))
-    return sum(units.values()) + gradients + value_count(sizes) * moments + in_passing
+    by_kernel = config.accelerator != "cpu" and config.optim != "lion8bit"
+    in_passing = 0 if by_kernel else _UPDATE_BYTES * max(map(math.prod, sizes.values()))
+    on_host = by_kernel and config.optim == "paged_adamw8bit"
+    return sum(units.values()) + gradients + (0 if on_host else value_count(sizes) * moments) + in_passing
+
+
+def _stage(config: TrainConfig) -> int:
+    """Of an engine."""
+    return int(config.strategy.split("_")[2]) if config.uses_deepspeed else 1
 
 
 def chunk_that_fits(
@@ -269,4 +292,4 @@ def _model_bytes(config: TrainConfig, method: Method, shape: ModelShape, compute
         for name, size in sizes.items()
         if name != "emb.weight"
     )
-    return trained + int(frozen)
+    return trained + int(frozen / (config.devices * config.num_nodes if _stage(config) == 3 else 1))
