@@ -14,7 +14,15 @@ pytestmark = [
     pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two NVIDIA GPUs"),
 ]
 
+WEIGHTS = ("--lr_init", 1e-3, "--lr_final", 1e-3, "--quant", 0)
+SHARDED: dict[str, tuple[object, ...]] = {
+    "all weights": ("--train_type", "none", *WEIGHTS),
+    "all weights in bf16": ("--train_type", "none", "--weights", "bf16", *WEIGHTS),
+    "lora and parts": ("--peft", "lora", "--train_parts", "time,ln", *WEIGHTS),
+}
+"""What stage 3 takes: nothing packed."""
 METHODS: dict[str, tuple[object, ...]] = {
+    **SHARDED,
     "states": ("--lr_init", 0.1),
     "lora": ("--peft", "lora", "--lr_init", 1e-3, "--lr_final", 1e-3, "--quant", 1),
 }
@@ -31,7 +39,8 @@ def files(tmp_path: Path) -> Path:
 def words_of(files: Path, method: str, *words: object) -> list[object]:
     return [
         *("--load_model", files / "base.pth", "--data_file", files / "documents", "--dataload", "pad"),
-        *("--micro_bsz", 2, "--strategy", "deepspeed_stage_1", *METHODS[method], *words),
+        *("--micro_bsz", 2, *METHODS[method], *(() if "--strategy" in words else ("--strategy", "deepspeed_stage_1"))),
+        *words,
     ]
 
 
@@ -44,7 +53,25 @@ def run(files: Path, name: str, method: str, *words: object) -> tuple[torch.Tens
     return torch.cat([tensor.float().flatten() for tensor in tensors.values()]), metrics(files / name), out
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", SHARDED)
+def test_every_stage_gives_one_result(method: str, files: Path) -> None:
+    """The saved files key by key: names, dtypes, values."""
+    stages = ("1", "2", "2_offload", "3", "3_offload")
+    found = {
+        stage: run(files, stage, method, "--epoch_count", 3, "--devices", 2, "--strategy", f"deepspeed_stage_{stage}")
+        for stage in stages
+    }
+    one = torch.load(files / "1" / "rwkv-final.pth", weights_only=True)
+    for stage in stages[1:]:
+        other = torch.load(files / stage / "rwkv-final.pth", weights_only=True)
+        assert {n: (t.shape, t.dtype) for n, t in other.items()} == {n: (t.shape, t.dtype) for n, t in one.items()}
+        for name in ("loss", "grad_norm"):
+            values, expected = ([line[name] for line in found[each][1]] for each in (stage, "1"))
+            assert values == pytest.approx(expected, rel=1e-2), (stage, name)
+        assert (found[stage][0] - found["1"][0]).norm() < 0.01 * found["1"][0].norm(), stage
+
+
+@pytest.mark.parametrize("method", ["states", "lora"])
 def test_two_devices_take_the_steps_of_one_that_accumulates(method: str, files: Path) -> None:
     one, one_lines, _ = run(files, "one", method, "--epoch_count", 3, "--accumulate_grad_batches", 2)
     two, two_lines, out = run(files, "two", method, "--epoch_count", 3, "--devices", 2)
@@ -58,9 +85,11 @@ def test_two_devices_take_the_steps_of_one_that_accumulates(method: str, files: 
     assert out.count("results    ") == 1, "only one rank prints"
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_a_stopped_run_goes_on_with_both(method: str, files: Path) -> None:
-    length = ("--epoch_count", 60, "--epoch_save", 0, "--devices", 2)
+@pytest.mark.parametrize(
+    ("method", "stage"), [("states", "1"), ("lora", "1"), ("all weights", "3"), ("lora and parts", "3")]
+)
+def test_a_stopped_run_goes_on_with_both(method: str, stage: str, files: Path) -> None:
+    length = ("--epoch_count", 60, "--epoch_save", 0, "--devices", 2, "--strategy", f"deepspeed_stage_{stage}")
     _, whole, _ = run(files, "whole", method, *length)
     folder = files / "parts"
     with started("train.py", *words_of(files, method, "--proj_dir", folder, *length)) as process:

@@ -244,5 +244,27 @@ def test_a_recorded_step_that_is_not_finite_stops_before_its_layer(base: Path, d
     assert "nothing had been updated" in ended.err
 
 
+STAGES = ("1", "2", "2_offload", "3", "3_offload")
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "lora"])
+def test_every_stage_takes_a_single_gpus_steps(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
+    kinds: dict[str, dict[str, object]] = {"fp32": {}, "bf16": {"weights": "bf16"}, "lora": {"peft": "lora"}}
+    flags = {"load_model": base, "data_file": data, "val_file": data, "epoch_steps": 6, "epoch_count": 2, **COMMON}
+    flags |= {"train_type": "none", "lr_init": 1e-4, "lr_final": 1e-4, **kinds[kind]}
+    train(tmp_path / "single", **flags)
+    one = weights_in(tmp_path / "single" / "rwkv-final.pth")
+    for stage in STAGES:
+        ended = train(tmp_path / stage, strategy=f"deepspeed_stage_{stage}", val_steps=4, **flags)
+        assert "held out   tuned: loss" in ended.out
+        losses, expected = ([row["loss"] for row in metrics(tmp_path / name)] for name in (stage, "single"))
+        assert losses == pytest.approx(expected, rel=1e-2), stage
+        for file in ("rwkv-final.pth", "rwkv-best.pth"):
+            other = weights_in(tmp_path / stage / file)
+            assert {n: (t.shape, t.dtype) for n, t in other.items()} == {n: (t.shape, t.dtype) for n, t in one.items()}
+            assert all(bool(tensor.isfinite().all()) for tensor in other.values())
+
+
 def test_the_kernel_is_there() -> None:
     assert adam.kernel_is_available(torch.device("cuda"))
