@@ -64,7 +64,13 @@ class AloneGroup(dist.ProcessGroup):
         output.view_as(given).copy_(given)
         return _Done(output)
 
-    _allgather_base = all_gather_single  # type: ignore[assignment]  # its name before torch 2.13
+    def reduce_scatter_single(self, output: Tensor, given: Tensor, opts: Any = None) -> _Done:
+        output.view_as(given).copy_(given)
+        return _Done(output)
+
+    # Their names before torch 2.13.
+    _allgather_base = all_gather_single  # type: ignore[assignment]
+    _reduce_scatter_base = reduce_scatter_single  # type: ignore[assignment]
 
 
 def register() -> str:

@@ -32,6 +32,10 @@ def test_every_result_is_its_input() -> None:
     gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)  # its name before torch 2.13
     gather(together, given)
     assert together.tolist() == [1.0, -2.0]
+    scattered = torch.zeros(2)
+    scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+    scatter(scattered, given)
+    assert scattered.tolist() == [1.0, -2.0]
     objects = [{"name": 1}]
     dist.broadcast_object_list(objects, 0)
     assert objects == [{"name": 1}]
