@@ -258,7 +258,9 @@ def test_every_stage_takes_a_single_gpus_steps(kind: str, base: Path, data: Path
     for stage in STAGES:
         ended = train(tmp_path / stage, strategy=f"deepspeed_stage_{stage}", val_steps=4, **flags)
         assert "held out   tuned: loss" in ended.out
-        losses, expected = ([row["loss"] for row in metrics(tmp_path / name)] for name in (stage, "single"))
+        losses, expected = (
+            [row["loss"] for row in metrics(tmp_path / name) if "loss" in row] for name in (stage, "single")
+        )
         assert losses == pytest.approx(expected, rel=1e-2), stage
         for file in ("rwkv-final.pth", "rwkv-best.pth"):
             other = weights_in(tmp_path / stage / file)

@@ -1,0 +1,105 @@
+"""Runs under DeepSpeed's stages on a CPU, through Lightning and alone: what a GPU would see but for the device.
+
+Lightning's strategy refuses a CPU; told that it is one of its own, it does all the rest.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from factories import tiny_checkpoint
+from running import go_on, metrics, stopped, train, write_documents
+from torch import Tensor
+
+from src.config import TrainConfig
+from src.training import run as run_module
+from src.training.engine import Hardware, resolve_hardware
+
+pytest.importorskip("deepspeed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # of DeepSpeed, about the CPU
+]
+
+COMMON = {"epoch_steps": 6, "epoch_count": 2, "lr_init": 1e-3, "lr_final": 1e-3, "ctx_len": 32}
+KINDS: dict[str, dict[str, object]] = {
+    "all weights": {"train_type": "none"},
+    "all weights in bf16": {"train_type": "none", "weights": "bf16"},
+    "lora": {"peft": "lora", "lora_r": 8, "grad_cp": 0, "train_parts": "time,ln"},
+    "bone": {"peft": "bone", "bone_r": 8},
+    "states": {"lr_init": 0.1, "accumulate_grad_batches": 2},
+}
+
+
+@pytest.fixture(autouse=True)
+def engine_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    from pytorch_lightning.accelerators import CPUAccelerator
+    from pytorch_lightning.strategies import DeepSpeedStrategy
+    from pytorch_lightning.strategies import deepspeed as strategy
+
+    def on_cpu(config: TrainConfig) -> Hardware:
+        found = resolve_hardware(config)
+        return Hardware(found.device, found.precision, config.strategy if config.uses_deepspeed else "single")
+
+    monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
+    monkeypatch.setattr(strategy, "CUDAAccelerator", CPUAccelerator)
+    monkeypatch.setattr(strategy, "_validate_device_index_selection", lambda devices: None)
+    monkeypatch.setattr(DeepSpeedStrategy, "root_device", torch.device("cpu", 0))
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    monkeypatch.setattr(run_module, "resolve_hardware", on_cpu)
+
+
+@pytest.fixture(scope="module")
+def base(architecture: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    tiny_checkpoint(path, dtype=torch.bfloat16)
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("data") / "documents", [30, 12, 25, 18, 9, 33])
+
+
+def tensors_in(path: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = torch.load(path, weights_only=True)
+    return tensors
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [row["loss"] for row in metrics(folder) if "loss" in row]
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_file_is_whole_and_steps_are_those_of_a_single_device(
+    kind: str, stage: int, base: Path, data: Path, tmp_path: Path
+) -> None:
+    flags = {"load_model": base, "data_file": data, "val_file": data, "val_steps": 2, **COMMON, **KINDS[kind]}
+    train(tmp_path / "one", **{**flags, "weights": "fp32"} if "weights" in flags else flags)
+    ended = train(tmp_path / "stage", strategy=f"deepspeed_stage_{stage}", **flags)
+    assert "held out   tuned: loss" in ended.out
+    narrow = kind == "all weights in bf16"
+    assert ("DeepSpeed has fp32 masters" in ended.out) == narrow
+    assert losses_of(tmp_path / "stage") == pytest.approx(losses_of(tmp_path / "one"), rel=1e-2 if narrow else 1e-4)
+    for name in ("rwkv-0.pth", "rwkv-1.pth", "rwkv-best.pth", "rwkv-final.pth"):
+        one, other = (tensors_in(tmp_path / folder / name) for folder in ("one", "stage"))
+        assert {key: (t.shape, t.dtype) for key, t in other.items()} == {k: (t.shape, t.dtype) for k, t in one.items()}
+        for key, tensor in other.items():
+            torch.testing.assert_close(
+                tensor, one[key], rtol=2**-5 if narrow else 2**-7, atol=5e-3 if narrow else 1e-5, msg=key
+            )
+
+
+@pytest.mark.parametrize("kind", ["all weights", "lora"])
+def test_stage_3_goes_on_with_the_same_bits(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
+    flags = {"load_model": base, "data_file": data, "strategy": "deepspeed_stage_3", **COMMON, **KINDS[kind]}
+    train(tmp_path / "whole", **flags)
+    stopped(4, tmp_path / "parts", **flags)
+    go_on(tmp_path / "parts")
+    one, other = (tensors_in(tmp_path / name / "rwkv-final.pth") for name in ("whole", "parts"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
