@@ -20,7 +20,7 @@ from src.training.logs import EpochLog, Sink, StepLog
 from src.training.module import TrainingModule
 from src.training.objectives import Staged
 from src.training.progress import BEGINNING, Start
-from src.training.sharded import any_sharded, readable
+from src.training.sharded import any_sharded, is_sharded, readable
 
 
 class NotFiniteError(TrainingError):
@@ -47,7 +47,7 @@ class GoodTensors:
         Args:
             deep: whether it is taken behind the step, so that the one before is the good one.
         """
-        if not module.method.small or any_sharded(module):
+        if not module.method.small or any(is_sharded(parameter) for _, parameter in module.trained()):
             return
         if deep:
             self.tensors, self._newest = self._newest, self.tensors
