@@ -2,18 +2,16 @@
 // 8 bits, which may lie in pinned host memory. What a recorded step cannot have as a number is read from the device:
 // rates, the norm that clips, the number of the step, and whether an earlier tensor's gradient was not finite.
 //
-// No header is included, so that it can be compiled at run time; src/ops/adam.py has the definition and launches it.
+// src/ops/adam.py has the definition and launches it.
 
-typedef unsigned char u8;
-typedef unsigned short u16;
-typedef unsigned int u32;
+#include "types.cuh"
 
 constexpr int kBlock = 256;       // values that share a scale: a warp's
 constexpr int kValues = 8;        // of a lane
-constexpr u32 kAllLanes = 0xffffffffu;
+constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // Source: lowbias32, https://nullprogram.com/blog/2018/07/31/
-__device__ __forceinline__ u32 mixed(u32 x) {
+__device__ __forceinline__ uint32_t mixed(uint32_t x) {
     x ^= x >> 16;
     x *= 0x7feb352du;
     x ^= x >> 15;
@@ -60,7 +58,7 @@ __device__ __forceinline__ void load(const void* from, int begin, int count, boo
     if (kNarrow) {
         if (whole) {
             const uint4 raw = reinterpret_cast<const uint4*>(from)[begin / kValues];
-            const u32 words[4] = {raw.x, raw.y, raw.z, raw.w};
+            const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 values[2 * i] = __uint_as_float(words[i] << 16);
@@ -68,7 +66,7 @@ __device__ __forceinline__ void load(const void* from, int begin, int count, boo
             }
         } else {
             for (int i = 0; i < kValues; ++i)
-                values[i] = begin + i < count ? __uint_as_float((u32) static_cast<const u16*>(from)[begin + i] << 16) : 0.f;
+                values[i] = begin + i < count ? __uint_as_float((uint32_t) static_cast<const uint16_t*>(from)[begin + i] << 16) : 0.f;
         }
     } else if (whole) {
         const float4* four = reinterpret_cast<const float4*>(from) + begin / 4;
@@ -91,34 +89,34 @@ __device__ __forceinline__ void store(float* to, int begin, int count, bool whol
 }
 
 // To the bf16 below or above, with the odds of the distance to the other; what is not finite as it is.
-__device__ __forceinline__ u16 rounded(float value, u32 noise) {
-    const u32 bits = __float_as_uint(value);
-    return (u16)((fabsf(value) <= 3.402823466e38f ? bits + noise : bits) >> 16);
+__device__ __forceinline__ uint16_t rounded(float value, uint32_t noise) {
+    const uint32_t bits = __float_as_uint(value);
+    return (uint16_t)((fabsf(value) <= 3.402823466e38f ? bits + noise : bits) >> 16);
 }
 
-__device__ __forceinline__ void store_rounded(u16* to, int begin, int count, bool whole, const float* values, u32 seed) {
-    u16 narrow[kValues];
+__device__ __forceinline__ void store_rounded(uint16_t* to, int begin, int count, bool whole, const float* values, uint32_t seed) {
+    uint16_t narrow[kValues];
 #pragma unroll
     for (int i = 0; i < kValues; i += 2) {
-        const u32 noise = mixed(seed + (u32)((begin + i) / 2));
+        const uint32_t noise = mixed(seed + (uint32_t)((begin + i) / 2));
         narrow[i] = rounded(values[i], noise & 0xffffu);
         narrow[i + 1] = rounded(values[i + 1], noise >> 16);
     }
     if (whole) {
         uint4 raw;
-        raw.x = narrow[0] | (u32)narrow[1] << 16;
-        raw.y = narrow[2] | (u32)narrow[3] << 16;
-        raw.z = narrow[4] | (u32)narrow[5] << 16;
-        raw.w = narrow[6] | (u32)narrow[7] << 16;
+        raw.x = narrow[0] | (uint32_t)narrow[1] << 16;
+        raw.y = narrow[2] | (uint32_t)narrow[3] << 16;
+        raw.z = narrow[4] | (uint32_t)narrow[5] << 16;
+        raw.w = narrow[6] | (uint32_t)narrow[7] << 16;
         reinterpret_cast<uint4*>(to)[begin / kValues] = raw;
     } else {
         for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = narrow[i];
     }
 }
 
-__device__ __forceinline__ void unpack(const u8* from, int begin, int count, bool whole, const float* map, float scale,
+__device__ __forceinline__ void unpack(const uint8_t* from, int begin, int count, bool whole, const float* map, float scale,
                                        float* values) {
-    u8 places[kValues];
+    uint8_t places[kValues];
     if (whole) {
         const uint2 raw = reinterpret_cast<const uint2*>(from)[begin / kValues];
 #pragma unroll
@@ -131,7 +129,7 @@ __device__ __forceinline__ void unpack(const u8* from, int begin, int count, boo
 }
 
 template <bool kSigned>
-__device__ __forceinline__ void pack(u8* to, int begin, int count, bool whole, float* scale,
+__device__ __forceinline__ void pack(uint8_t* to, int begin, int count, bool whole, float* scale,
                                      const float* values) {
     float largest = 0.f;
 #pragma unroll
@@ -140,13 +138,13 @@ __device__ __forceinline__ void pack(u8* to, int begin, int count, bool whole, f
     largest = largest_of_warp(largest);
     if (threadIdx.x % 32 == 0) *scale = largest;
     const float factor = largest > 0.f ? 1.f / largest : 0.f;
-    u8 places[kValues];
+    uint8_t places[kValues];
 #pragma unroll
     for (int i = 0; i < kValues; ++i) places[i] = place_of<kSigned>(values[i] * factor);
     if (whole) {
         uint2 raw;
-        raw.x = places[0] | (u32)places[1] << 8 | (u32)places[2] << 16 | (u32)places[3] << 24;
-        raw.y = places[4] | (u32)places[5] << 8 | (u32)places[6] << 16 | (u32)places[7] << 24;
+        raw.x = places[0] | (uint32_t)places[1] << 8 | (uint32_t)places[2] << 16 | (uint32_t)places[3] << 24;
+        raw.y = places[4] | (uint32_t)places[5] << 8 | (uint32_t)places[6] << 16 | (uint32_t)places[7] << 24;
         reinterpret_cast<uint2*>(to)[begin / kValues] = raw;
     } else {
         for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = places[i];
@@ -173,7 +171,7 @@ __device__ __forceinline__ void adam(void* weights, const void* gradients, void*
     const float step_size = rate * settings[4 * group + 2], correction = settings[4 * group + 3];
     float factor = clip / (*norm + 1e-6f);
     if (!(factor < 1.f)) factor = 1.f;  // also before the first norm, which is nan
-    const u32 noise_seed = mixed((u32)seed + (u32)flags[0] * 0x9e3779b9u);
+    const uint32_t noise_seed = mixed((uint32_t)seed + (uint32_t)flags[0] * 0x9e3779b9u);
     const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
     const int blocks = (count + kBlock - 1) / kBlock;
     for (int block = blockIdx.x * warps + threadIdx.x / 32; block < blocks; block += gridDim.x * warps) {
@@ -183,8 +181,8 @@ __device__ __forceinline__ void adam(void* weights, const void* gradients, void*
         load<kNarrow>(weights, begin, count, whole, w);
         load<kNarrow>(gradients, begin, count, whole, g);
         if (kPacked) {
-            unpack(static_cast<const u8*>(first), begin, count, whole, maps[0], first_scales[block], m);
-            unpack(static_cast<const u8*>(second), begin, count, whole, maps[1], second_scales[block], v);
+            unpack(static_cast<const uint8_t*>(first), begin, count, whole, maps[0], first_scales[block], m);
+            unpack(static_cast<const uint8_t*>(second), begin, count, whole, maps[1], second_scales[block], v);
             __syncwarp();  // all have read the scales
         } else {
             load<false>(first, begin, count, whole, m);
@@ -198,13 +196,13 @@ __device__ __forceinline__ void adam(void* weights, const void* gradients, void*
             w[i] = w[i] * kept - __fdividef(step_size * m[i], sqrtf(v[i]) * correction + eps);
         }
         if (kNarrow) {
-            store_rounded(static_cast<u16*>(weights), begin, count, whole, w, noise_seed);
+            store_rounded(static_cast<uint16_t*>(weights), begin, count, whole, w, noise_seed);
         } else {
             store(static_cast<float*>(weights), begin, count, whole, w);
         }
         if (kPacked) {
-            pack<true>(static_cast<u8*>(first), begin, count, whole, first_scales + block, m);
-            pack<false>(static_cast<u8*>(second), begin, count, whole, second_scales + block, v);
+            pack<true>(static_cast<uint8_t*>(first), begin, count, whole, first_scales + block, m);
+            pack<false>(static_cast<uint8_t*>(second), begin, count, whole, second_scales + block, v);
         } else {
             store(static_cast<float*>(first), begin, count, whole, m);
             store(static_cast<float*>(second), begin, count, whole, v);

@@ -13,19 +13,25 @@ Source: Adam, arXiv 1412.6980; decoupled decay, arXiv 1711.05101; 8-bit moments,
 from __future__ import annotations
 
 import functools
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from src.ops.cuda_extension import SOURCE_DIRECTORY
+from src.ops.kernels import Kernel, usable
 
 BLOCK_VALUES = 256
 _THREADS = 256
 _BLOCKS_OF_PROCESSOR = 8
 _ALIGNMENT_BYTES = 32
+
+KERNELS = {
+    (dtype, packed): Kernel("adam.cu", f"adam_{name}{'_packed' if packed else ''}", "PP PP PP PP PPP iiii dddd")
+    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+    for packed in (False, True)
+}
+"""By dtype of the weights, and whether moments are packed."""
 
 
 @dataclass(frozen=True)
@@ -200,30 +206,15 @@ def _packed(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
 
 
 def kernel_is_available(device: torch.device) -> bool:
-    """Whether the kernel can be compiled for this device; warns once, with the reason, when a GPU cannot have it."""
-    return device.type == "cuda" and _is_available_on(
-        torch.cuda.current_device() if device.index is None else device.index
+    """Whether the kernels can be compiled for this device; warns once, with the reason, when a GPU cannot have them."""
+    return device.type == "cuda" and usable(
+        tuple(KERNELS.values()), device, "Slower torch operations are used instead."
     )
 
 
 @functools.cache
-def _is_available_on(index: int) -> bool:
-    try:
-        _kernel("adam_bf16_packed", index)
-    except (RuntimeError, OSError, AttributeError) as error:
-        warnings.warn(
-            f"cuda/adam.cu could not be compiled ({str(error).strip().splitlines()[0]}). Slower torch operations are "
-            "used instead.",
-            stacklevel=5,
-        )
-        return False
-    return True
-
-
-@functools.cache
-def _kernel(name: str, index: int) -> Any:
-    with torch.cuda.device(index):
-        return torch.cuda._compile_kernel((SOURCE_DIRECTORY / "adam.cu").read_text(encoding="utf-8"), name)
+def _multiprocessors(index: int) -> int:
+    return int(torch.cuda.get_device_properties(index).multi_processor_count)
 
 
 def _by_kernel(
@@ -231,18 +222,14 @@ def _by_kernel(
 ) -> None:
     device = weights.device
     packed = moments.first_scales is not None
-    name = f"adam_{'bf16' if weights.dtype == torch.bfloat16 else 'fp32'}{'_packed' if packed else ''}"
-    # What fp32 moments have none of is not read.
-    scales = (moments.first_scales, moments.second_scales) if packed else (control.norm, control.norm)
-    maps = [_map_on(device, signed=signed) for signed in (True, False)] if packed else [control.norm, control.norm]
+    maps = [_map_on(device, signed=signed) for signed in (True, False)] if packed else [None, None]
     tensors = [weights, gradient, moments.first, moments.second]
     aligned = all(tensor.data_ptr() % _ALIGNMENT_BYTES == 0 for tensor in tensors)
-    warps = _THREADS // 32
-    blocks = -(-weights.numel() // (BLOCK_VALUES * warps))
-    grid = min(blocks, _BLOCKS_OF_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count)
-    arguments = [
-        *tensors, *scales, *maps, control.settings, control.norm, control.flags,
+    blocks = -(-weights.numel() // (BLOCK_VALUES * _THREADS // 32))
+    grid = min(blocks, _BLOCKS_OF_PROCESSOR * _multiprocessors(weights.get_device()))
+    KERNELS[weights.dtype, packed](
+        weights, grid, _THREADS,
+        *tensors, moments.first_scales, moments.second_scales, *maps, control.settings, control.norm, control.flags,
         weights.numel(), group, seed, int(aligned),
         constants.beta1, constants.beta2, constants.eps, constants.clip,
-    ]  # fmt: skip
-    _kernel(name, device.index or 0)((grid, 1, 1), (_THREADS, 1, 1), arguments)
+    )  # fmt: skip
