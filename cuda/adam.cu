@@ -6,23 +6,25 @@
 
 #include "types.cuh"
 
-constexpr int kBlock = 256;       // values that share a scale: a warp's
-constexpr int kValues = 8;        // of a lane
+namespace adam {
+
+constexpr int kBlock = 256;  // values that share a scale: a warp's
+constexpr int kValues = 8;   // of a lane
 constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // Source: lowbias32, https://nullprogram.com/blog/2018/07/31/
 __device__ __forceinline__ uint32_t mixed(uint32_t x) {
-    x ^= x >> 16;
-    x *= 0x7feb352du;
-    x ^= x >> 15;
-    x *= 0x846ca68bu;
-    return x ^ (x >> 16);
+  x ^= x >> 16;
+  x *= 0x7feb352du;
+  x ^= x >> 15;
+  x *= 0x846ca68bu;
+  return x ^ (x >> 16);
 }
 
 __device__ __forceinline__ float largest_of_warp(float x) {
 #pragma unroll
-    for (int lanes = 16; lanes; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
-    return x;
+  for (int lanes = 16; lanes; lanes /= 2) x = fmaxf(x, __shfl_xor_sync(kAllLanes, x, lanes));
+  return x;
 }
 
 // The place of the nearest number of an 8-bit map. The map has seven decades, each with as many numbers as all below
@@ -33,195 +35,183 @@ __device__ __forceinline__ float largest_of_warp(float x) {
 // kept the kernel to a third of the memory's speed (H100).
 template <bool kSigned>
 __device__ __forceinline__ int place_of(float x) {
-    constexpr float kBorders[2][6] = {{1.45e-6f, 1.225e-5f, 1.1125e-4f, 1.05625e-3f, 1.028125e-2f, 0.10140625f},
-                                      {1.9e-6f, 1.45e-5f, 1.225e-4f, 1.1125e-3f, 1.05625e-2f, 0.1028125f}};
-    constexpr float kScales[6] = {1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.f};
-    const float a = fabsf(x);
-    float scale = 1e6f;
-    int items = kSigned ? 1 : 2;
+  constexpr float kBorders[2][6] = {{1.45e-6f, 1.225e-5f, 1.1125e-4f, 1.05625e-3f, 1.028125e-2f, 0.10140625f},
+                                    {1.9e-6f, 1.45e-5f, 1.225e-4f, 1.1125e-3f, 1.05625e-2f, 0.1028125f}};
+  constexpr float kScales[6] = {1e5f, 1e4f, 1e3f, 1e2f, 1e1f, 1.f};
+  const float a = fabsf(x);
+  float scale = 1e6f;
+  int items = kSigned ? 1 : 2;
 #pragma unroll
-    for (int decade = 0; decade < 6; ++decade) {
-        if (a > kBorders[kSigned][decade]) {
-            scale = kScales[decade];
-            items *= 2;
-        }
+  for (int decade = 0; decade < 6; ++decade) {
+    if (a > kBorders[kSigned][decade]) {
+      scale = kScales[decade];
+      items *= 2;
     }
-    const int inside = max(0, min(items - 1, (int)((a * scale - 0.1f) * ((float)items * (1.f / 0.9f)))));
-    if (!kSigned) return a > 0.9982421875f ? kBlock - 1 : items - 1 + inside;
-    if (a < 2.75e-7f) return 127;
-    if (x > 0.996484375f) return kBlock - 1;
-    return x < 0.f ? 127 - items - inside : 127 + items + inside;
+  }
+  const int inside = max(0, min(items - 1, (int)((a * scale - 0.1f) * ((float)items * (1.f / 0.9f)))));
+  if (!kSigned) return a > 0.9982421875f ? kBlock - 1 : items - 1 + inside;
+  if (a < 2.75e-7f) return 127;
+  if (x > 0.996484375f) return kBlock - 1;
+  return x < 0.f ? 127 - items - inside : 127 + items + inside;
 }
 
 template <bool kNarrow>
 __device__ __forceinline__ void load(const void* from, int begin, int count, bool whole, float* values) {
-    if (kNarrow) {
-        if (whole) {
-            const uint4 raw = reinterpret_cast<const uint4*>(from)[begin / kValues];
-            const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+  if (kNarrow) {
+    if (whole) {
+      const uint4 raw = reinterpret_cast<const uint4*>(from)[begin / kValues];
+      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                values[2 * i] = __uint_as_float(words[i] << 16);
-                values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-            }
-        } else {
-            for (int i = 0; i < kValues; ++i)
-                values[i] = begin + i < count ? __uint_as_float((uint32_t) static_cast<const uint16_t*>(from)[begin + i] << 16) : 0.f;
-        }
-    } else if (whole) {
-        const float4* four = reinterpret_cast<const float4*>(from) + begin / 4;
-        const float4 one = four[0], other = four[1];
-        values[0] = one.x, values[1] = one.y, values[2] = one.z, values[3] = one.w;
-        values[4] = other.x, values[5] = other.y, values[6] = other.z, values[7] = other.w;
+      for (int i = 0; i < 4; ++i) {
+        values[2 * i] = __uint_as_float(words[i] << 16);
+        values[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
+      }
     } else {
-        for (int i = 0; i < kValues; ++i) values[i] = begin + i < count ? static_cast<const float*>(from)[begin + i] : 0.f;
+      for (int i = 0; i < kValues; ++i)
+        values[i] = begin + i < count ? bf16_to_float(static_cast<const uint16_t*>(from)[begin + i]) : 0.f;
     }
+  } else if (whole) {
+    const float4* four = reinterpret_cast<const float4*>(from) + begin / 4;
+    const float4 one = four[0], other = four[1];
+    values[0] = one.x, values[1] = one.y, values[2] = one.z, values[3] = one.w;
+    values[4] = other.x, values[5] = other.y, values[6] = other.z, values[7] = other.w;
+  } else {
+    for (int i = 0; i < kValues; ++i)
+      values[i] = begin + i < count ? static_cast<const float*>(from)[begin + i] : 0.f;
+  }
 }
 
 __device__ __forceinline__ void store(float* to, int begin, int count, bool whole, const float* values) {
-    if (whole) {
-        float4* four = reinterpret_cast<float4*>(to) + begin / 4;
-        four[0] = make_float4(values[0], values[1], values[2], values[3]);
-        four[1] = make_float4(values[4], values[5], values[6], values[7]);
-    } else {
-        for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = values[i];
-    }
+  if (whole) {
+    float4* four = reinterpret_cast<float4*>(to) + begin / 4;
+    four[0] = make_float4(values[0], values[1], values[2], values[3]);
+    four[1] = make_float4(values[4], values[5], values[6], values[7]);
+  } else {
+    for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = values[i];
+  }
 }
 
 // To the bf16 below or above, with the odds of the distance to the other; what is not finite as it is.
 __device__ __forceinline__ uint16_t rounded(float value, uint32_t noise) {
-    const uint32_t bits = __float_as_uint(value);
-    return (uint16_t)((fabsf(value) <= 3.402823466e38f ? bits + noise : bits) >> 16);
+  const uint32_t bits = __float_as_uint(value);
+  return (uint16_t)((fabsf(value) <= 3.402823466e38f ? bits + noise : bits) >> 16);
 }
 
-__device__ __forceinline__ void store_rounded(uint16_t* to, int begin, int count, bool whole, const float* values, uint32_t seed) {
-    uint16_t narrow[kValues];
+__device__ __forceinline__ void store_rounded(uint16_t* to, int begin, int count, bool whole, const float* values,
+                                              uint32_t seed) {
+  uint16_t narrow[kValues];
 #pragma unroll
-    for (int i = 0; i < kValues; i += 2) {
-        const uint32_t noise = mixed(seed + (uint32_t)((begin + i) / 2));
-        narrow[i] = rounded(values[i], noise & 0xffffu);
-        narrow[i + 1] = rounded(values[i + 1], noise >> 16);
-    }
-    if (whole) {
-        uint4 raw;
-        raw.x = narrow[0] | (uint32_t)narrow[1] << 16;
-        raw.y = narrow[2] | (uint32_t)narrow[3] << 16;
-        raw.z = narrow[4] | (uint32_t)narrow[5] << 16;
-        raw.w = narrow[6] | (uint32_t)narrow[7] << 16;
-        reinterpret_cast<uint4*>(to)[begin / kValues] = raw;
-    } else {
-        for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = narrow[i];
-    }
+  for (int i = 0; i < kValues; i += 2) {
+    const uint32_t noise = mixed(seed + (uint32_t)((begin + i) / 2));
+    narrow[i] = rounded(values[i], noise & 0xffffu);
+    narrow[i + 1] = rounded(values[i + 1], noise >> 16);
+  }
+  if (whole) {
+    uint4 raw;
+    raw.x = narrow[0] | (uint32_t)narrow[1] << 16;
+    raw.y = narrow[2] | (uint32_t)narrow[3] << 16;
+    raw.z = narrow[4] | (uint32_t)narrow[5] << 16;
+    raw.w = narrow[6] | (uint32_t)narrow[7] << 16;
+    reinterpret_cast<uint4*>(to)[begin / kValues] = raw;
+  } else {
+    for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = narrow[i];
+  }
 }
 
-__device__ __forceinline__ void unpack(const uint8_t* from, int begin, int count, bool whole, const float* map, float scale,
-                                       float* values) {
-    uint8_t places[kValues];
-    if (whole) {
-        const uint2 raw = reinterpret_cast<const uint2*>(from)[begin / kValues];
+__device__ __forceinline__ void unpack(const uint8_t* from, int begin, int count, bool whole, const float* map,
+                                       float scale, float* values) {
+  uint8_t places[kValues];
+  if (whole) {
+    const uint2 raw = reinterpret_cast<const uint2*>(from)[begin / kValues];
 #pragma unroll
-        for (int i = 0; i < 4; ++i) places[i] = raw.x >> (8 * i), places[i + 4] = raw.y >> (8 * i);
-    } else {
-        for (int i = 0; i < kValues; ++i) places[i] = begin + i < count ? from[begin + i] : 0;
-    }
+    for (int i = 0; i < 4; ++i) places[i] = raw.x >> (8 * i), places[i + 4] = raw.y >> (8 * i);
+  } else {
+    for (int i = 0; i < kValues; ++i) places[i] = begin + i < count ? from[begin + i] : 0;
+  }
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) values[i] = map[places[i]] * scale;
+  for (int i = 0; i < kValues; ++i) values[i] = map[places[i]] * scale;
 }
 
 template <bool kSigned>
 __device__ __forceinline__ void pack(uint8_t* to, int begin, int count, bool whole, float* scale,
                                      const float* values) {
-    float largest = 0.f;
+  float largest = 0.f;
 #pragma unroll
-    for (int i = 0; i < kValues; ++i)
-        if (whole || begin + i < count) largest = fmaxf(largest, fabsf(values[i]));
-    largest = largest_of_warp(largest);
-    if (threadIdx.x % 32 == 0) *scale = largest;
-    const float factor = largest > 0.f ? 1.f / largest : 0.f;
-    uint8_t places[kValues];
+  for (int i = 0; i < kValues; ++i)
+    if (whole || begin + i < count) largest = fmaxf(largest, fabsf(values[i]));
+  largest = largest_of_warp(largest);
+  if (threadIdx.x % 32 == 0) *scale = largest;
+  const float factor = largest > 0.f ? 1.f / largest : 0.f;
+  uint8_t places[kValues];
 #pragma unroll
-    for (int i = 0; i < kValues; ++i) places[i] = place_of<kSigned>(values[i] * factor);
-    if (whole) {
-        uint2 raw;
-        raw.x = places[0] | (uint32_t)places[1] << 8 | (uint32_t)places[2] << 16 | (uint32_t)places[3] << 24;
-        raw.y = places[4] | (uint32_t)places[5] << 8 | (uint32_t)places[6] << 16 | (uint32_t)places[7] << 24;
-        reinterpret_cast<uint2*>(to)[begin / kValues] = raw;
-    } else {
-        for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = places[i];
-    }
+  for (int i = 0; i < kValues; ++i) places[i] = place_of<kSigned>(values[i] * factor);
+  if (whole) {
+    uint2 raw;
+    raw.x = places[0] | (uint32_t)places[1] << 8 | (uint32_t)places[2] << 16 | (uint32_t)places[3] << 24;
+    raw.y = places[4] | (uint32_t)places[5] << 8 | (uint32_t)places[6] << 16 | (uint32_t)places[7] << 24;
+    reinterpret_cast<uint2*>(to)[begin / kValues] = raw;
+  } else {
+    for (int i = 0; i < kValues && begin + i < count; ++i) to[begin + i] = places[i];
+  }
 }
 
-// Arguments: see src/ops/adam.py. `flags` is the number of the step and, if it is not 0, a reason to leave all as it is;
-// `aligned`: whether every pointer is a multiple of 32 bytes.
+// Arguments: see src/ops/adam.py. `flags` is the number of the step and, if it is not 0, a reason to leave all as it
+// is; `aligned`: whether every pointer is a multiple of 32 bytes.
 template <bool kNarrow, bool kPacked>
-__device__ __forceinline__ void adam(void* weights, const void* gradients, void* first, void* second, float* first_scales,
-                                     float* second_scales, const float* first_map, const float* second_map,
-                                     const float* settings, const float* norm, const int* flags, int count, int group,
-                                     int seed, int aligned, float beta1, float beta2, float eps, float clip) {
-    if (flags[1] != 0) return;
-    __shared__ float maps[2][kBlock];
+__global__ void step_kernel(void* weights, const void* gradients, void* first, void* second, float* first_scales,
+                            float* second_scales, const float* first_map, const float* second_map,
+                            const float* settings, const float* norm, const int* flags, int count, int group, int seed,
+                            int aligned, float beta1, float beta2, float eps, float clip) {
+  if (flags[1] != 0) return;
+  __shared__ float maps[2][kBlock];
+  if (kPacked) {
+    for (int i = threadIdx.x; i < kBlock; i += blockDim.x) {
+      maps[0][i] = first_map[i];
+      maps[1][i] = second_map[i];
+    }
+    __syncthreads();
+  }
+  const float rate = settings[4 * group], kept = 1.f - rate * settings[4 * group + 1];
+  const float step_size = rate * settings[4 * group + 2], correction = settings[4 * group + 3];
+  float factor = clip / (*norm + 1e-6f);
+  if (!(factor < 1.f)) factor = 1.f;  // also before the first norm, which is nan
+  const uint32_t noise_seed = mixed((uint32_t)seed + (uint32_t)flags[0] * 0x9e3779b9u);
+  const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
+  const int blocks = (count + kBlock - 1) / kBlock;
+  for (int block = blockIdx.x * warps + threadIdx.x / 32; block < blocks; block += gridDim.x * warps) {
+    const int begin = block * kBlock + lane * kValues;
+    const bool whole = aligned && begin + kValues <= count;
+    float w[kValues], g[kValues], m[kValues], v[kValues];
+    load<kNarrow>(weights, begin, count, whole, w);
+    load<kNarrow>(gradients, begin, count, whole, g);
     if (kPacked) {
-        for (int i = threadIdx.x; i < kBlock; i += blockDim.x) {
-            maps[0][i] = first_map[i];
-            maps[1][i] = second_map[i];
-        }
-        __syncthreads();
+      unpack(static_cast<const uint8_t*>(first), begin, count, whole, maps[0], first_scales[block], m);
+      unpack(static_cast<const uint8_t*>(second), begin, count, whole, maps[1], second_scales[block], v);
+      __syncwarp();  // all have read the scales
+    } else {
+      load<false>(first, begin, count, whole, m);
+      load<false>(second, begin, count, whole, v);
     }
-    const float rate = settings[4 * group], kept = 1.f - rate * settings[4 * group + 1];
-    const float step_size = rate * settings[4 * group + 2], correction = settings[4 * group + 3];
-    float factor = clip / (*norm + 1e-6f);
-    if (!(factor < 1.f)) factor = 1.f;  // also before the first norm, which is nan
-    const uint32_t noise_seed = mixed((uint32_t)seed + (uint32_t)flags[0] * 0x9e3779b9u);
-    const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
-    const int blocks = (count + kBlock - 1) / kBlock;
-    for (int block = blockIdx.x * warps + threadIdx.x / 32; block < blocks; block += gridDim.x * warps) {
-        const int begin = block * kBlock + lane * kValues;
-        const bool whole = aligned && begin + kValues <= count;
-        float w[kValues], g[kValues], m[kValues], v[kValues];
-        load<kNarrow>(weights, begin, count, whole, w);
-        load<kNarrow>(gradients, begin, count, whole, g);
-        if (kPacked) {
-            unpack(static_cast<const uint8_t*>(first), begin, count, whole, maps[0], first_scales[block], m);
-            unpack(static_cast<const uint8_t*>(second), begin, count, whole, maps[1], second_scales[block], v);
-            __syncwarp();  // all have read the scales
-        } else {
-            load<false>(first, begin, count, whole, m);
-            load<false>(second, begin, count, whole, v);
-        }
 #pragma unroll
-        for (int i = 0; i < kValues; ++i) {
-            g[i] *= factor;
-            m[i] = beta1 * m[i] + (1.f - beta1) * g[i];
-            v[i] = beta2 * v[i] + (1.f - beta2) * g[i] * g[i];
-            w[i] = w[i] * kept - __fdividef(step_size * m[i], sqrtf(v[i]) * correction + eps);
-        }
-        if (kNarrow) {
-            store_rounded(static_cast<uint16_t*>(weights), begin, count, whole, w, noise_seed);
-        } else {
-            store(static_cast<float*>(weights), begin, count, whole, w);
-        }
-        if (kPacked) {
-            pack<true>(static_cast<uint8_t*>(first), begin, count, whole, first_scales + block, m);
-            pack<false>(static_cast<uint8_t*>(second), begin, count, whole, second_scales + block, v);
-        } else {
-            store(static_cast<float*>(first), begin, count, whole, m);
-            store(static_cast<float*>(second), begin, count, whole, v);
-        }
+    for (int i = 0; i < kValues; ++i) {
+      g[i] *= factor;
+      m[i] = beta1 * m[i] + (1.f - beta1) * g[i];
+      v[i] = beta2 * v[i] + (1.f - beta2) * g[i] * g[i];
+      w[i] = w[i] * kept - __fdividef(step_size * m[i], sqrtf(v[i]) * correction + eps);
     }
+    if (kNarrow) {
+      store_rounded(static_cast<uint16_t*>(weights), begin, count, whole, w, noise_seed);
+    } else {
+      store(static_cast<float*>(weights), begin, count, whole, w);
+    }
+    if (kPacked) {
+      pack<true>(static_cast<uint8_t*>(first), begin, count, whole, first_scales + block, m);
+      pack<false>(static_cast<uint8_t*>(second), begin, count, whole, second_scales + block, v);
+    } else {
+      store(static_cast<float*>(first), begin, count, whole, m);
+      store(static_cast<float*>(second), begin, count, whole, v);
+    }
+  }
 }
 
-#define KERNEL(NAME, NARROW, PACKED)                                                                                     \
-    extern "C" __global__ void NAME(void* weights, const void* gradients, void* first, void* second,                     \
-                                    float* first_scales, float* second_scales, const float* first_map,                   \
-                                    const float* second_map, const float* settings, const float* norm,                   \
-                                    const int* flags, int count, int group, int seed, int aligned, double beta1,         \
-                                    double beta2, double eps, double clip) {                                             \
-        adam<NARROW, PACKED>(weights, gradients, first, second, first_scales, second_scales, first_map, second_map,      \
-                             settings, norm, flags, count, group, seed, aligned, (float)beta1, (float)beta2,             \
-                             (float)eps, (float)clip);                                                                   \
-    }
-
-KERNEL(adam_fp32, false, false)
-KERNEL(adam_bf16, true, false)
-KERNEL(adam_fp32_packed, false, true)
-KERNEL(adam_bf16_packed, true, true)
+}  // namespace adam

@@ -27,8 +27,10 @@ _BLOCKS_OF_PROCESSOR = 8
 _ALIGNMENT_BYTES = 32
 
 KERNELS = {
-    (dtype, packed): Kernel("adam.cu", f"adam_{name}{'_packed' if packed else ''}", "PP PP PP PP PPP iiii dddd")
-    for dtype, name in ((torch.float32, "fp32"), (torch.bfloat16, "bf16"))
+    (dtype, packed): Kernel(
+        "adam.cu", f"adam::step_kernel<{narrow}, {str(packed).lower()}>", "PP PP PP PP PPP iiii ffff"
+    )
+    for dtype, narrow in ((torch.float32, "false"), (torch.bfloat16, "true"))
     for packed in (False, True)
 }
 """By dtype of the weights, and whether moments are packed."""
