@@ -182,7 +182,9 @@ class DeviceUpdates(UnitUpdates):
 
     @torch.no_grad()
     def _update_unit(self, unit: Unit) -> None:
-        gradients = {p: holder.grad for p, holder in unit.arrived.items() if holder.grad is not None}
+        arrived = [(p, unit.arrived[p].grad) for p in unit.parameters if p in unit.arrived]
+        gradients = {parameter: gradient for parameter, gradient in arrived if gradient is not None}
+        del arrived
         for holder in unit.arrived.values():
             holder.grad = None
         if unit.name in self._order:

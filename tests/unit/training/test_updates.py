@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from src.config import TrainConfig
+from src.ops.adam import Constants
+from src.training.device_updates import DeviceUpdates
 from src.training.module import parameter_groups
 from src.training.optimizers import make_optimizer
 from src.training.resume import OptimizerMoments
@@ -19,6 +21,7 @@ from src.training.updates import TensorUpdates, UpdateCount, unit_of
 pytest.importorskip("bitsandbytes")
 
 NAMES = ("emb.weight", "blocks.0.a", "blocks.0.b", "blocks.1.a", "blocks.1.b", "head.weight")
+BACKWARD = ("head", "blocks.1", "blocks.0", "emb")
 OPTIMIZERS = ("none", "adamw", "adamw8bit", "lion8bit")
 
 
@@ -249,3 +252,89 @@ def test_they_go_on_with_the_same_bits(in_backward: bool, optim: str, dtype: tor
     descend(second, other, 2, scale=1.0)
     assert all(torch.equal(one[name], other[name]) for name in NAMES)
     assert (first.steps, first.norm) == (second.steps, second.norm)
+
+
+class TestOnTheDevice:
+    """`DeviceUpdates` with the definition of its kernel: the same rules."""
+
+    @staticmethod
+    def made(
+        named: dict[str, nn.Parameter], *, in_backward: bool, clip: float = 1.0, optim: str = "none"
+    ) -> DeviceUpdates:
+        chosen = config(optim=optim)
+        groups = parameter_groups(named.items(), dict.fromkeys(named, 1.0), chosen)
+        constants = Constants(chosen.beta1, chosen.beta2, chosen.adam_eps, clip)
+        packed = optim != "none"
+        return DeviceUpdates(
+            groups, named.items(), constants=constants, seed=1, packed=packed, on_host=False, in_backward=in_backward
+        )
+
+    @staticmethod
+    def descend(updates: DeviceUpdates, named: dict[str, nn.Parameter], steps: int, scale: float) -> list[float]:
+        norms = []
+        for step in range(steps):
+            for group in updates.param_groups:
+                group["lr"] = 0.01 / (step + 1)
+            updates.zero_grad()
+            updates.begin()
+            loss_of(named, scale).backward()
+            norms.append(float(updates.gradient_norm()))
+            updates.step()
+        return norms
+
+    @pytest.mark.parametrize("clip", [1e9, 0.5])
+    @pytest.mark.parametrize("in_backward", [False, True])
+    def test_the_steps_are_those_on_the_host(self, in_backward: bool, clip: float) -> None:
+        one, other = parameters(), parameters()
+        expected = descend(by_tensor(one, in_backward=in_backward, clip=clip), one, 5, scale=1.0)
+        norms = self.descend(self.made(other, in_backward=in_backward, clip=clip), other, 5, 1.0)
+        assert norms == pytest.approx(expected, rel=1e-4)
+        assert all(torch.allclose(one[name], other[name], rtol=1e-4, atol=1e-6) for name in NAMES)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_fused_and_ordinary_updates_are_the_same_bits(self, dtype: torch.dtype) -> None:
+        one, other = parameters(dtype), parameters(dtype)
+        norms = self.descend(self.made(one, in_backward=False, optim="adamw8bit"), one, 4, 1e-3)
+        assert self.descend(self.made(other, in_backward=True, optim="adamw8bit"), other, 4, 1e-3) == norms
+        assert max(norms) < 1
+        assert all(torch.equal(one[name], other[name]) for name in NAMES)
+
+    @pytest.mark.parametrize(
+        ("spoilt", "updated"), [("head.weight", []), ("blocks.0.a", ["head", "blocks.1"]), ("", list(BACKWARD))]
+    )
+    def test_what_is_not_finite_stops_before_its_layer(self, spoilt: str, updated: list[str]) -> None:
+        named = parameters()
+        updates = self.made(named, in_backward=True)
+        before = {name: parameter.detach().clone() for name, parameter in named.items()}
+        if spoilt:
+            named[spoilt].register_hook(lambda gradient: gradient * math.nan)
+        updates.begin()
+        assert not updates.between_steps
+        loss_of(named).backward()
+        assert math.isfinite(float(updates.gradient_norm())) == (not spoilt)
+        assert updates.stopped_at == (unit_of(spoilt) if spoilt else "")
+        assert updates.updated == updated
+        assert {unit_of(name) for name in NAMES if not torch.equal(named[name], before[name])} == set(updated)
+        assert (", ".join(updated) or "nothing") + " had been updated" in updates.describe_stop() or not spoilt
+        updates.step()
+        assert updates.between_steps
+
+    @pytest.mark.parametrize("optim", ["none", "adamw8bit"])
+    def test_moments_of_the_host_go_on_there_and_back(self, optim: str) -> None:
+        """A run of one kind goes on as the other, with the same names and shapes."""
+        named = parameters(torch.bfloat16)
+        on_host = by_tensor(named, in_backward=False, optim=optim)
+        descend(on_host, named, 3)
+        kept = copy.deepcopy(OptimizerMoments(named.items(), on_host, engine=False).state())
+        updates = self.made(named, in_backward=False, optim=optim)
+        OptimizerMoments(named.items(), updates, engine=False).restore(kept)
+        UpdateCount(updates).restore(UpdateCount(on_host).state())
+        assert (updates.steps, updates.norm) == (3, pytest.approx(on_host.norm))
+        back = OptimizerMoments(named.items(), updates, engine=False).state()
+        for name, moments in kept.items():
+            assert back[name].keys() == moments.keys()
+            for key, value in moments.items():
+                assert torch.allclose(torch.as_tensor(back[name][key]), torch.as_tensor(value), atol=1e-7), (name, key)
+        again = by_tensor(named, in_backward=False, optim=optim)
+        OptimizerMoments(named.items(), again, engine=False).restore(back)
+        descend(again, named, 1)
