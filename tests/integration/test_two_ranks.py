@@ -83,7 +83,7 @@ KINDS: dict[str, dict[str, object]] = {
     "all weights": FULL,
     "all weights, kept": {**FULL, "grad_cp": 0},
     "LoRA and parts": {**LORA, "quant": 0, "train_parts": "time,ln"},
-    "Bone, dropout": {"peft": "bone", "bone_r": 8, "quant": 0, "lr_init": 1e-3, "lr_final": 1e-3, "dropout": 0.1},
+    "Bone": {"peft": "bone", "bone_r": 8, "quant": 0, "lr_init": 1e-3, "lr_final": 1e-3},
     "states": {"quant": 0},
 }
 
