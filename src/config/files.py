@@ -5,7 +5,19 @@ import os
 import re
 from dataclasses import dataclass
 
-from src.config.flags import FOLDER, INPUT, NOT_NEGATIVE, Flags, Given, Lines, empty_paths, flag, names_in, shortened
+from src.config.flags import (
+    FOLDER,
+    INPUT,
+    NOT_NEGATIVE,
+    SHARE_BELOW_1,
+    Flags,
+    Given,
+    Lines,
+    empty_paths,
+    flag,
+    names_in,
+    shortened,
+)
 
 DATA_TYPES = ("binidx", "jsonl", "utf-8", "dummy")
 _SPLIT = re.compile(r"train(?:\[(\d*):(\d*)\])?")
@@ -32,6 +44,11 @@ class FileFlags(Flags, group="files"):
     val_file: str = flag(
         "", "held-out data of the same kind: loss before and after, with quant 1 also on the unpacked base", path=INPUT
     )
+    val_share: float = flag(
+        0.0, "hold this share of the training data out instead, chosen by random_seed: whole documents, or preference "
+        "pairs by their prompts",
+        must=SHARE_BELOW_1,
+    )  # fmt: skip
     sft_field: str = flag(
         "", "names of the question's and the answer's field in JSON lines (default: prompt response)", several=True
     )
@@ -58,6 +75,8 @@ class FileFlags(Flags, group="files"):
             yield "--resume 1 keeps what --overwrite 1 removes: leave one of them out"
         if self.data_type == "dummy" and self.val_file:
             yield "--val_file has no meaning with --data_type dummy: leave one of them out"
+        if self.val_file and self.val_share:
+            yield f"--val_file and --val_share {self.val_share:g} both say what is held out: leave one of them out"
         if self.sft_field and self.answer_fields is None:
             yield f"--sft_field {shortened(self.sft_field)} must be two names, the question's field and the answer's"
         if self.sft_split and not _SPLIT.fullmatch(self.sft_split):

@@ -85,6 +85,11 @@ class TrainConfig(
         return "parts" if self.parts else "states"
 
     @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out data."""
+        return bool(self.val_file or self.val_share)
+
+    @property
     def updates_by_tensor(self) -> bool:
         """Whether tensors are updated one by one: rounded stochastically, or in the backward."""
         return self.weights == "bf16" or bool(self.fused_update)
@@ -124,8 +129,16 @@ class TrainConfig(
             )
         if self._has_two_rates and self.lr_state and not self.lr_init:
             yield f"--lr_state {self.lr_state:g} moves as the other rate does, and --lr_init is 0: raise it"
-        if self.val_steps and not self.val_file:
-            yield f"--val_steps {self.val_steps} has nothing to measure: give held-out data with --val_file"
+        if self.val_steps and not self.holds_out:
+            yield (
+                f"--val_steps {self.val_steps} has nothing to measure: give held-out data with --val_file, or hold "
+                "some out with --val_share 0.05"
+            )
+        if self.val_share and self.dataload == "get":
+            yield (
+                f"--val_share {self.val_share:g} holds documents out, and --dataload get takes windows anywhere: "
+                "use pack or pad"
+            )
         if self.early_stop and not self.val_steps:
             yield f"--early_stop {self.early_stop} counts measurements of --val_steps, which is 0: give it, too"
         if self.preference and "dataload" in given:

@@ -45,6 +45,7 @@ class Documents:
         stream_counted: bool [total], whether a token is one the loss is taken on, as a target;
             None when all are.
         statements: what the user should know about the reading, one sentence each.
+        selected_tokens: of these documents, where they are some of the source's; None where they are all.
     """
 
     source: str
@@ -55,6 +56,7 @@ class Documents:
     numbers: Positions
     stream_counted: Mask | None = None
     statements: tuple[str, ...] = ()
+    selected_tokens: int | None = None
 
     @classmethod
     def from_stream(
@@ -124,8 +126,19 @@ class Documents:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the whole source, documents left out included."""
-        return len(self.stream)
+        """Tokens of the whole source, documents left out included; of selected ones theirs."""
+        return len(self.stream) if self.selected_tokens is None else self.selected_tokens
+
+    def selected(self, indices: Positions) -> Documents:
+        """Some of the documents, in the order given."""
+        sizes = self.sizes[indices]
+        return replace(
+            self,
+            starts=self.starts[indices],
+            sizes=sizes,
+            numbers=self.numbers[indices],
+            selected_tokens=int(sizes.sum()),
+        )
 
     def tokens(self, index: int, limit: int | None = None) -> Positions:
         """int64, tokens of a document, or its first `limit`."""

@@ -158,6 +158,7 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         tokenizer: recognises rejects of nothing but white space; None: only a reject without tokens is blank. In the
             released form the number of tokens alone counts.
         compares: whether the loss has nothing to say of pairs without a reject of their own, which are left out.
+        numbers: of each pair in its file, from 0, where they are some of its pairs.
         **share: `rank`, `world_size`, `epoch_steps` and `accumulate` of `PassDataset`.
 
     Attributes:
@@ -179,6 +180,7 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         seed: int | None,
         tokenizer: Tokenizer | None = None,
         compares: bool = False,
+        numbers: Sequence[int] | None = None,
         **share: int,
     ) -> None:
         assert pairs
@@ -191,6 +193,7 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
                 f"{shortest} tokens, the longest {largest}; give at least {shortest}, better {largest}."
             )
         self.source = source
+        self._numbers = range(len(pairs)) if numbers is None else numbers
         as_released = form is PairForm.RELEASED
         self._pairs = [pair.shortened(longest, keeps_prompt_end=not as_released) for pair in pairs]
         shortest_reject = PLAIN_REJECT_TOKENS + 1 if as_released else 1
@@ -274,7 +277,7 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
 
     def describe(self, batch: PreferenceBatch) -> str:
         """Names what a batch was made of, for messages; pairs count from 1."""
-        numbers = [index + 1 for index in batch.sample_indices]
+        numbers = [self._numbers[index] + 1 for index in batch.sample_indices]
         return f"pair{'s' if batch.pairs > 1 else ''} {listed(numbers)} of {self.source}"
 
     def _positions(self, index: int, *, padded: bool = True) -> int:

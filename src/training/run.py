@@ -98,7 +98,7 @@ def train(config: TrainConfig) -> RunResult:
         if folder.is_dir():
             _take(folder, config, held)
         saved = saved_run(folder) if config.resume else None
-        config = _with_seed(config)
+        config = with_seed(config)
         method = method_of(config)
         hardware = resolve_hardware(config)
         apply_hardware(hardware, config, small_messages=method.small)
@@ -245,7 +245,8 @@ def _train(
     return result
 
 
-def _with_seed(config: TrainConfig) -> TrainConfig:
+def with_seed(config: TrainConfig) -> TrainConfig:
+    """With a seed that is drawn, and said, where none is given."""
     if config.random_seed < 0:
         config = dataclasses.replace(config, random_seed=random.SystemRandom().randrange(2**31))
         say(f"note: --random_seed {config.random_seed} was drawn")

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from src.config import TrainConfig
 from src.data.documents import Documents
+from src.data.held_out import (
+    overlap_statements,
+    shared_documents,
+    shared_prompts,
+    split_documents,
+    split_pairs,
+)
 from src.data.pair_file import load_pairs
 from src.data.passes import PassDataset
 from src.data.preference_batches import PreferenceDataset
+from src.data.preferences import PreferencePair
 from src.data.rounding import ceil_div
 from src.data.sampling import BatchDataset
 from src.data.sources import open_documents
@@ -43,7 +51,7 @@ class Work:
     Attributes:
         dataset: micro-batches of this rank.
         objective: maps them to losses.
-        measure: scores a model on the held-out data of `--val_file`; None without.
+        measure: scores a model on the held-out data; None without.
         batches_per_epoch: micro-batches of an epoch on each rank, a multiple of the accumulation.
         row_tokens: most positions of a micro-batch that are computed at a time.
         describe: names what a micro-batch was made of, for messages.
@@ -79,8 +87,11 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         kind, ctx_len, fields = config.data_type, config.ctx_len, config.answer_fields
         return open_documents(kind, path, shape.vocab_size, ctx_len=ctx_len, fields=fields, part=part, mask=config.mask)
 
+    documents, held_out = documents_of(config.data_file, config.lines_used), None
+    if config.val_share:
+        documents, held_out = split_documents(documents, config.val_share, config.random_seed, config.ctx_len + 1)
     dataset = BatchDataset(
-        documents_of(config.data_file, config.lines_used),
+        documents,
         mode=config.dataload,
         ctx_len=config.ctx_len,
         micro_bsz=config.micro_bsz,
@@ -101,10 +112,16 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         _loss_line(config, dataset),
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
-    if config.val_file:
+    if held_out is not None:
+        lines.append(f"held out   {_held_out_share(config)}: {_amount(held_out)}, not trained on")
+    elif config.val_file:
         held_out = documents_of(config.val_file)
-        lines.append(f"held out   {config.val_file}: {len(held_out):,} documents, {held_out.total_tokens:,} tokens")
-        lines += [f"           {statement}" for statement in held_out.statements]
+        shared = shared_documents(held_out, documents)
+        where = f"in --data_file {config.data_file}"
+        said = (*held_out.statements, *overlap_statements(shared, len(held_out), f"{held_out.unit}s", where))
+        lines.append(f"held out   {config.val_file}: {_amount(held_out)}")
+        lines += [f"           {statement}" for statement in said]
+    if held_out is not None:
         measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len, chunk_tokens=config.chunk_ctx)
     rows = 1 if dataset.mode == "pack" else config.micro_bsz
     positions, memories = _at_a_time(config, dataset.most_positions, rows)
@@ -119,6 +136,14 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         memories=memories,
         all_tokens=dataset.most_positions,
     )
+
+
+def _held_out_share(config: TrainConfig) -> str:
+    return f"{100 * config.val_share:.3g} % of the data by --random_seed {config.random_seed}"
+
+
+def _amount(documents: Documents) -> str:
+    return f"{len(documents):,} documents, {documents.total_tokens:,} tokens"
 
 
 def _at_a_time(config: TrainConfig, positions: int, rows: int) -> tuple[int, int]:
@@ -153,10 +178,13 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
 
     orpo_type = config.orpo_type if config.orpo else 0
 
-    def dataset_of(path: str, epoch_steps: int) -> PreferenceDataset:
+    def dataset_of(
+        path: str, pairs: Sequence[PreferencePair], epoch_steps: int, numbers: Sequence[int] | None
+    ) -> PreferenceDataset:
         return PreferenceDataset(
-            load_pairs(path, shape.vocab_size),
+            pairs,
             source=path,
+            numbers=numbers,
             form=PreferenceObjective.form(orpo_type, bool(config.orpo_shared_prompt)),
             longest=config.rlhf_max_corpus_len,
             micro_bsz=config.micro_bsz,
@@ -169,7 +197,14 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
             accumulate=config.accumulate_grad_batches,
         )
 
-    dataset = dataset_of(config.rlhf_train_file, config.epoch_steps)
+    pairs, others = load_pairs(config.rlhf_train_file, shape.vocab_size), None
+    kept, held = None, None
+    if config.val_share:
+        kept, held = split_pairs(pairs, config.val_share, config.random_seed, config.rlhf_train_file)
+        pairs, others = ([pairs[number] for number in some] for some in (kept, held))
+    elif config.val_file:
+        others = load_pairs(config.val_file, shape.vocab_size)
+    dataset = dataset_of(config.rlhf_train_file, pairs, config.epoch_steps, kept)
     objective = _pair_objective(config)
     objective.chunk_tokens = config.chunk_ctx
     plan = dataset.plan
@@ -178,10 +213,14 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
         *(f"           {statement}" for statement in (*plan.statements(), *dataset.statements())),
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
-    held_out = dataset_of(config.val_file, 0) if config.val_file else None
-    if held_out is not None:
-        lines.append(f"held out   {config.val_file}: {len(held_out.visited):,} pairs")
-        lines += [f"           {statement}" for statement in held_out.plan.statements()]
+    held_out = None
+    if others is not None:
+        held_out = dataset_of(config.val_file or config.rlhf_train_file, others, 0, held)
+        source, end = (_held_out_share(config), ", not trained on") if config.val_share else (config.val_file, "")
+        where = f"on prompts of --rlhf_train_file {config.rlhf_train_file}"
+        said = overlap_statements(shared_prompts(others, pairs), len(others), "pairs", where)
+        lines.append(f"held out   {source}: {len(held_out.visited):,} pairs{end}")
+        lines += [f"           {statement}" for statement in (*held_out.plan.statements(), *said)]
         if isinstance(objective, PreferenceObjective):
             measure = partial(held_out_preference, dataset=held_out, objective=objective)
         else:
