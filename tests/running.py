@@ -94,7 +94,7 @@ def train(folder: Path, **flags: object) -> Ended:
 def try_train(folder: Path, **flags: object) -> Ended:
     """As `train`, whatever the end; with a document a row, so that tests can count steps."""
     rows = {} if {"orpo", "dpo", "simpo", "train_type"} & flags.keys() else {"dataload": "pad"}
-    return run_script("train.py", **{"proj_dir": folder, "accelerator": "cpu", "quant": 0, **rows, **flags})
+    return run_script("train.py", **{"proj_dir": folder, "accelerator": "cpu", "quant": 0, "plot": 0, **rows, **flags})
 
 
 @contextlib.contextmanager

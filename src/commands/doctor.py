@@ -39,6 +39,7 @@ _REQUIREMENT = re.compile(r"([\w-]+)([^;#]*)(;[^#]*)?")
 _WITHOUT = {
     "deepspeed": "only several GPUs and --strategy deepspeed_* need it",
     "wandb": "only --wandb needs it",
+    "matplotlib": "only loss.png needs it",
     "pyrwkv-tokenizer": "text for World models needs it",
 }
 _HEADS, _TOKENS = 32, 1024

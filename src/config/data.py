@@ -65,8 +65,8 @@ class DataFlags(Flags, group="data"):
     )
     epoch_save: int = flag(1, "save every so many epochs; 0 saves at the end only", must=NOT_NEGATIVE, most=MOST_STEPS)
     val_steps: int = flag(
-        0, "measure held-out data every so many optimizer steps, too, and keep the best result as rwkv-best.pth; 0 does "
-        "not",
+        0, "measure held-out data every so many optimizer steps, too, and keep the best result as rwkv-best.pth; 0 "
+        "does not",
         must=NOT_NEGATIVE, most=MOST_STEPS,
     )  # fmt: skip
     early_stop: int = flag(

@@ -58,8 +58,10 @@ def missing_address(callback: int, address: str) -> Lines:
 
 @dataclass(frozen=True)
 class LogFlags(Flags, group="logs"):
-    """Weights & Biases and HTTP."""
+    """A picture, TensorBoard, Weights & Biases and HTTP."""
 
+    plot: int = flag(1, "1 draws loss.png in proj_dir, again and again as the run goes (with matplotlib)", (0, 1))
+    tensorboard: int = flag(0, "1 writes proj_dir/tensorboard, too (with the package tensorboard)", (0, 1))
     wandb: str = flag(
         "", "Weights & Biases PROJECT or ENTITY/PROJECT; empty is off",
         must=Rule(is_project, "is no project: write PROJECT or ENTITY/PROJECT, without any of # ? % : \\"),

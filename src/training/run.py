@@ -39,8 +39,16 @@ from src.training.callbacks import AtEnd, CheckpointSaver, NotFiniteError, StepC
 from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware, trainer_arguments
 from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
 from src.training.exits import Stopper, unharmed_by_save_requests
-from src.training.folder import Places, clean, locked, new_run_id, refuse_results, spare_inputs
-from src.training.logs import FileSink, HttpSink, ProgressSink, Sink, WandbSink
+from src.training.folder import LOSS_PLOT, Places, clean, locked, new_run_id, refuse_results, spare_inputs
+from src.training.logs import (
+    FileSink,
+    HttpSink,
+    ProgressSink,
+    Sink,
+    TensorBoardSink,
+    WandbSink,
+    require_tensorboard,
+)
 from src.training.memory import (
     MemoryPlan,
     bytes_of_trained,
@@ -51,6 +59,7 @@ from src.training.memory import (
 from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
 from src.training.optimizers import GRADIENT_CLIP, can_be_resumed
+from src.training.plots import Course, PlotSink, can_draw
 from src.training.progress import BEGINNING, Start
 from src.training.references import Reference
 from src.training.report import RunResult, memory_advice, plan_of, say, summary_of
@@ -76,7 +85,7 @@ from src.training.resume import (
 from src.training.turns import Draws, TrainedInTurn
 from src.training.unpacked import measure_unpacked
 from src.training.updates import UpdateCount
-from src.training.watch import HeldOutWatch
+from src.training.watch import HeldOutWatch, log_held_out
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
 INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file")
@@ -99,6 +108,7 @@ def train(config: TrainConfig) -> RunResult:
             _take(folder, config, held)
         saved = saved_run(folder) if config.resume else None
         config = with_seed(config)
+        require_tensorboard(config)
         method = method_of(config)
         hardware = resolve_hardware(config)
         apply_hardware(hardware, config, small_messages=method.small)
@@ -183,7 +193,7 @@ def _train(
         _trained(module).restore(saved.parts[TRAINED])
         before = restored_held_out(saved.before)
     else:
-        before = _evaluate("loaded" if config.load_state or config.load_adapter else "untuned", model, work)
+        before = _evaluate(_before_training(config), model, work)
         if isinstance(work.objective, PreferenceObjective):
             say(_preference_share(model, work, work.objective))
     results = Results(method, config, identity)
@@ -216,7 +226,9 @@ def _train(
         seconds = time.perf_counter() - begin
         return after
 
-    files, monitor, stopper = fit(module, work, schedule, hardware, config, folder, finish, results, session, start)
+    files, monitor, stopper = fit(
+        module, work, schedule, hardware, config, folder, finish, results, session, start, before
+    )
     final_file = final_files[0] if final_files else folder / "rwkv-final.pth"
     unpacked = None
     if after is not None and config.quantised and stopper.signal_name is None:
@@ -407,6 +419,11 @@ def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, 
         say(f"memory     {plan}")
 
 
+def _before_training(config: TrainConfig) -> str:
+    """What a run begins with is called."""
+    return "loaded" if config.load_state or config.load_adapter else "untuned"
+
+
 def _evaluate(label: str, model: LanguageModel, work: Work) -> HeldOut | None:
     if work.measure is None or global_rank() != 0:
         return None
@@ -440,6 +457,7 @@ def fit(
     results: Results | None = None,
     session: Session | None = None,
     start: Start = BEGINNING,
+    before: HeldOut | None = None,
 ) -> tuple[list[Path], TrainingMonitor, Stopper]:
     """Runs Lightning's loop; `finish` is called on rank 0 after the last step, before Lightning empties the GPU.
 
@@ -448,6 +466,7 @@ def fit(
     Args:
         session: the run that this is part of; without one nothing is kept to go on from.
         start: where in the run this process begins.
+        before: what held-out data gave before the first step, if there are some.
 
     Raises:
         TrainingError: when a loss or gradient is not finite; the last good state is saved.
@@ -499,16 +518,25 @@ def fit(
     def is_complete(step: int) -> bool:
         return step >= epochs * steps_per_epoch or schedule.exhausted(step) or bool(watch and watch.stopped)
 
-    def end() -> None:
-        measured, step = finish(), start.steps + trainer.global_step
-        if watch and measured is not None and is_complete(step):
+    def end(step: int) -> None:
+        measured = finish()
+        if not is_complete(step):
+            return
+        if watch and measured is not None:
             watch.end(step, measured)
-        if session and is_complete(step):
+        elif measured is not None:
+            log_held_out(monitor, step, measured, "tuned")
+        if session:
             session.writer.remove()
+
+    def sinks() -> list[Sink]:
+        return _sinks(
+            config, hardware, module, folder, steps_per_epoch * epochs, trained_elements, session, start, monitor
+        )
 
     # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
     callbacks: list[pl.Callback] = [*([draws] if draws else []), control, monitor]
-    callbacks += [*([watch] if watch else []), saver, AtEnd(end), stopper]
+    callbacks += [*([watch] if watch else []), saver, AtEnd(lambda: end(start.steps + trainer.global_step)), stopper]
     if session and can_be_resumed(config, hardware.strategy):
         random = bool(config.dropout or config.lora_dropout) and config.devices * config.num_nodes == 1
         total_steps = epochs * steps_per_epoch
@@ -517,8 +545,13 @@ def fit(
         )
         if start.steps and is_complete(start.steps):
             monitor.restore(session.saved.parts["monitor"])
-            finish()
-            session.writer.remove()
+            if watch and "held_out" in session.saved.parts:
+                watch.restore(session.saved.parts["held_out"])
+            monitor.sinks = sinks()
+            for sink in monitor.sinks:
+                sink.ended()
+            end(start.steps)
+            monitor.close()
             return saver.files, monitor, stopper
     trainer = pl.Trainer(
         **trainer_arguments(hardware, config, trained_elements),
@@ -537,7 +570,9 @@ def fit(
         use_distributed_sampler=False,
         deterministic=hardware.device.type == "cpu",
     )
-    monitor.sinks = _sinks(config, hardware, module, folder, steps_per_epoch * epochs, trained_elements, session, start)
+    monitor.sinks = sinks()
+    if before is not None and not start.steps:
+        log_held_out(monitor, 0, before, _before_training(config))
     try:
         trainer.fit(module)
     except NotFiniteError as error:
@@ -594,6 +629,16 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def _title(config: TrainConfig) -> str:
+    """What stands above the picture of a run."""
+    what = {"states": "states", "full": "every weight", "parts": "parts of the weights"}.get(
+        config.method, config.method
+    )
+    data = config.rlhf_train_file if config.preference else config.data_file or "generated data"
+    loss = f" ({config.preference})" if config.preference else ""
+    return f"{what} of {Path(config.load_model).name or 'a fresh model'} on {Path(data).name}{loss}"
+
+
 def _sinks(
     config: TrainConfig,
     hardware: Hardware,
@@ -603,6 +648,7 @@ def _sinks(
     trained_elements: int,
     session: Session | None,
     start: Start,
+    monitor: TrainingMonitor,
 ) -> list[Sink]:
     if global_rank() != 0:
         return []
@@ -615,6 +661,13 @@ def _sinks(
         name = f"{shape.vocab_size} ctx{config.ctx_len} L{shape.n_layer} D{shape.n_embd}"
         tokens = session.saved.parts["monitor"]["tokens"] if session and start.steps else 0
         sinks.append(WandbSink(config, name, tokens))
+    if config.tensorboard:
+        sinks.append(TensorBoardSink(folder, run or "run", start.steps))
+    if config.plot and can_draw():
+        course = Course.of_run(folder / "metrics.jsonl", run) if start.steps else Course()
+        sinks.append(PlotSink(folder / LOSS_PLOT, _title(config), course, _warn, monitor.leave_out))
+    elif config.plot:
+        say(f"note: {folder / LOSS_PLOT} is drawn where matplotlib is installed: pip install matplotlib, or --plot 0")
     if config.fapi_logging_callback:
         sinks.append(HttpSink(config.fapi_logging_address))
     return sinks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 import re
 from pathlib import Path
@@ -57,8 +58,9 @@ def run(files: Path, folder: Path, **flags: object) -> Ended:
     return train(folder, **{**given, **data, **flags})
 
 
-def measured(folder: Path) -> list[dict[str, object]]:
-    return [row for row in metrics(folder) if "held_out" in row]
+def measured(folder: Path, label: str | None = None) -> list[dict[str, object]]:
+    """Between steps, or those with a label."""
+    return [row for row in metrics(folder) if "held_out" in row and row.get("label") == label]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -73,6 +75,22 @@ def test_it_changes_no_step(name: str, files: Path, tmp_path: Path) -> None:
     losses = {row["step"]: row["held_out"]["overall"] for row in measured(tmp_path / "with")}  # type: ignore[index]
     best = min(losses, key=lambda step: losses[step])
     assert f"rwkv-best.pth, after step {best}: loss {losses[best]:.4f}" in ended.out
+
+
+@pytest.mark.parametrize("flags", [{}, {"val_steps": 4}, {"val_steps": 2}])
+def test_both_ends_of_a_run_are_in_its_records_and_its_picture(
+    flags: dict[str, object], files: Path, tmp_path: Path
+) -> None:
+    ended = run(files, tmp_path, plot=1, **flags)
+    (before,) = measured(tmp_path, "untuned")
+    at_end = measured(tmp_path, "tuned") or measured(tmp_path)[-1:]
+    for row, step, said in ((before, 0, "untuned"), (at_end[0], 6, "tuned")):
+        assert row["step"] == step
+        assert f"held out   {said}: loss {row['held_out']['overall']:.4f}" in ended.out  # type: ignore[index]
+    if importlib.util.find_spec("matplotlib"):
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        assert "pip install matplotlib" in ended.out
 
 
 @pytest.mark.parametrize("loss", ["orpo", "dpo", "simpo"])
