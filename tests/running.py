@@ -190,6 +190,11 @@ class GivenLoss:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` says of steps."""
+    return [record for record in records(folder) if "loss" in record]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`; a line that is still being written is left out."""
     path = folder / "metrics.jsonl"
     if not path.exists():
@@ -232,7 +237,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, every: float = 0.0
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """Records without what differs between any two runs."""
-    return [{k: v for k, v in row.items() if k not in ("run", "seconds", "tokens_per_s")} for row in metrics(folder)]
+    return [{k: v for k, v in row.items() if k not in ("run", "seconds", "tokens_per_s")} for row in records(folder)]
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -259,4 +264,4 @@ def assert_same_end(one: Path, other: Path) -> None:
             assert all(torch.equal(first[key], second[key]) for key in first), name
     assert steps_of(one) == steps_of(other)
     assert epoch_lines(one) == epoch_lines(other)
-    assert len({row["run"] for row in metrics(other)}) == 1
+    assert len({row["run"] for row in records(other)}) == 1

@@ -141,6 +141,8 @@ class TrainConfig(
             )
         if self.early_stop and not self.val_steps:
             yield f"--early_stop {self.early_stop} counts measurements of --val_steps, which is 0: give it, too"
+        if self.sample_steps and not self.sample_prompts:
+            yield f"--sample_steps {self.sample_steps} has nothing to answer: give a file of prompts, --sample_prompts"
         if self.preference and "dataload" in given:
             yield f"--dataload has no meaning with --{self.preference} 1: pairs are packed on their own"
         for name in ("loss_mask", "mask_id", "preview"):

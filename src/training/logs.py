@@ -21,9 +21,11 @@ from tqdm import tqdm
 
 from src.config import TrainConfig
 from src.errors import ConfigError, TrainingError
-from src.training.folder import LineFile
+from src.training.folder import SAMPLES, LineFile
 
 TIMESTAMP = "%Y-%m-%d-%H-%M-%S"
+_SAMPLES_SHOWN, _SAMPLE_CHARACTERS = 3, 200
+"""On the console: so many, and so much of each."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,23 @@ class HeldOutLog:
     label: str = ""
 
 
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and what the model answered before training and answers now."""
+
+    prompt: str
+    before: str
+    now: str
+
+
+@dataclass(frozen=True)
+class SamplesLog:
+    """Samples after so many optimizer steps."""
+
+    step: int
+    samples: list[Sample]
+
+
 class Sink(Protocol):
     """Takes logs; what it does not care for, it leaves out."""
 
@@ -110,6 +129,10 @@ class Sink(Protocol):
 
     def held_out(self, log: HeldOutLog) -> None:
         """Called after every measurement: before the first step, between two, and after the last."""
+        return
+
+    def samples(self, log: SamplesLog) -> None:
+        """Called with what the model answers now."""
         return
 
     def ended(self) -> None:
@@ -149,6 +172,10 @@ class ProgressSink(Sink):
         best = ", the best so far" if log.best else ""
         self._bar.write(f"step {log.step}: held out {log.text}{best}", file=sys.stderr)
 
+    def samples(self, log: SamplesLog) -> None:
+        for line in sample_lines(log):
+            self._bar.write(line, file=sys.stderr)
+
     def ended(self) -> None:
         self._bar.close()
 
@@ -156,8 +183,23 @@ class ProgressSink(Sink):
         self._bar.close()
 
 
+def sample_lines(log: SamplesLog) -> list[str]:
+    """The first samples, as a person reads them; long ones are cut, and all of them stand in `samples.jsonl`."""
+
+    def short(text: str) -> str:
+        line = " ".join(text.split())
+        return line if len(line) <= _SAMPLE_CHARACTERS else f"{line[:_SAMPLE_CHARACTERS]}…"
+
+    lines = [f"step {log.step}: samples"]
+    for sample in log.samples[:_SAMPLES_SHOWN]:
+        lines += [f"  > {short(sample.prompt)}", f"    before  {short(sample.before)}"]
+        lines.append(f"    now     {short(sample.now)}")
+    more = len(log.samples) - _SAMPLES_SHOWN
+    return [*lines, *([f"  and {more} more in {SAMPLES}"] if more > 0 else [])]
+
+
 class FileSink(Sink):
-    """`train_log.txt` in the original's format and `metrics.jsonl`, one line per step; earlier lines stay.
+    """`train_log.txt` in the original's format, `metrics.jsonl`, one line per step, and samples; earlier lines stay.
 
     Args:
         folder: of the two.
@@ -191,6 +233,7 @@ class FileSink(Sink):
         self._run = run
         self._log = LineFile(folder / "train_log.txt", _warn, is_later_epoch)
         self._metrics = LineFile(folder / "metrics.jsonl", _warn, is_later_step)
+        self._samples = LineFile(folder / SAMPLES, _warn, is_later_step) if config.sample_prompts else None
         engine = f"{deepspeed_config}\n" if deepspeed_config else ""
         begins = f"RESUMED RUN at step {steps}," if steps else "NEW RUN"
         self._log.write(f"{begins} {datetime.now().strftime(TIMESTAMP)}\n{asdict(config)}\n{engine}")
@@ -206,6 +249,11 @@ class FileSink(Sink):
         row |= {"label": log.label} if log.label else {}
         self._metrics.write(json.dumps(row) + "\n")
 
+    def samples(self, log: SamplesLog) -> None:
+        assert self._samples is not None
+        rows = [{"run": self._run, "step": log.step, **asdict(sample)} for sample in log.samples]
+        self._samples.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
     def epoch(self, log: EpochLog) -> None:
         self._log.write(
             f"{log.epoch} {log.loss:.6f} {_exponential(log.loss):.4f} {log.lr:.8f} "
@@ -213,8 +261,9 @@ class FileSink(Sink):
         )
 
     def close(self) -> None:
-        self._log.close()
-        self._metrics.close()
+        for file in (self._log, self._metrics, self._samples):
+            if file is not None:
+                file.close()
 
 
 class WandbSink(Sink):
@@ -278,6 +327,11 @@ class TensorBoardSink(Sink):
     def step(self, log: StepLog) -> None:
         row = {"loss": log.loss, "lr": log.lr, "grad_norm": log.grad_norm, "tokens_per_s": log.tokens_per_s}
         self._write({f"train/{name}": value for name, value in {**row, **log.extra}.items()}, log.step)
+
+    def samples(self, log: SamplesLog) -> None:
+        if self._writer is not None:
+            text = "\n\n".join(f"**{s.prompt}**\n\nbefore: {s.before}\n\nnow: {s.now}" for s in log.samples)
+            self._guarded(lambda: self._writer.add_text("samples", text, log.step))
 
     def held_out(self, log: HeldOutLog) -> None:
         self._write({f"held_out/{name}": value for name, value in log.values.items()}, log.step)

@@ -37,8 +37,8 @@ _SAMPLES, _SAMPLE_BYTES = 256, 2**16
 
 FREE = {
     "val_file", "val_steps", "early_stop", "load_partial", "epoch_save", "save_minutes", "my_exit", "orpo_debug",
-    "wandb", "plot", "tensorboard", "fapi_logging_callback", "fapi_logging_address", "ds_bucket_mb", "memory_gib",
-    "cuda_graph", "offload_activations", "chunk_keep",
+    "wandb", "plot", "sample_prompts", "sample_steps", "tensorboard", "fapi_logging_callback", "fapi_logging_address",
+    "ds_bucket_mb", "memory_gib", "cuda_graph", "offload_activations", "chunk_keep",
 }  # fmt: skip
 """Flags that may differ when a run goes on: they change nothing that is trained."""
 ROUNDING = {

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -82,13 +82,17 @@ from src.training.resume import (
     saved_run,
     values_of,
 )
+from src.training.samples import Sampler, SampleWatch, kept_answers, sampler_of
 from src.training.turns import Draws, TrainedInTurn
 from src.training.unpacked import measure_unpacked
 from src.training.updates import UpdateCount
 from src.training.watch import HeldOutWatch, log_held_out
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
-INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file")
+INPUT_FLAGS = (
+    *("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file"),
+    "sample_prompts",
+)
 SIZE_FLAGS = (
     *("n_layer", "n_embd", "dim_att", "dim_ffn", "vocab_size", "head_size_a", "double_extra_dim"),
     "head_size_divisor",
@@ -143,6 +147,7 @@ def _train(
     for path in filter(None, (config.load_state, config.load_adapter)):
         refuse_other_architecture(path, shape)
     work = prepare_work(config, shape)
+    sampler = sampler_of(config, shape, chats=work.chats)
     require_memory_of_run(config, hardware.device, shape, work)
     figures = {
         "steps_per_epoch": work.batches_per_epoch // config.accumulate_grad_batches,
@@ -177,8 +182,8 @@ def _train(
         )
     base = base or _fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
-    # What a resumed run goes on from replaces the start, which only a reference is measured with.
-    state_file = config.load_state if config.dpo or not saved else ""
+    # What a resumed run goes on from replaces the start, with which a reference is measured and samples are compared.
+    state_file = config.load_state if config.dpo or sampler or not saved else ""
     model = open_model(base, options, state_file=state_file, start=origin, quiet=global_rank() != 0)
     if global_rank() == 0:
         method.begin(model, folder, identity, origin)
@@ -188,6 +193,7 @@ def _train(
     first_batch = config.epoch_begin * work.batches_per_epoch + start.steps * config.accumulate_grad_batches
     turns = turns_of(method, model, base, config, folder)
     module = TrainingModule(model, work.objective, config, method, work.dataset, first_batch, turns)
+    answers = _answered_before(sampler, model, saved)
     before: HeldOut | None
     if saved:
         _trained(module).restore(saved.parts[TRAINED])
@@ -227,7 +233,7 @@ def _train(
         return after
 
     files, monitor, stopper = fit(
-        module, work, schedule, hardware, config, folder, finish, results, session, start, before
+        module, work, schedule, hardware, config, folder, finish, results, session, start, before, (sampler, answers)
     )
     final_file = final_files[0] if final_files else folder / "rwkv-final.pth"
     unpacked = None
@@ -432,6 +438,14 @@ def _evaluate(label: str, model: LanguageModel, work: Work) -> HeldOut | None:
     return measurement
 
 
+def _answered_before(sampler: Sampler | None, model: LanguageModel, saved: SavedRun | None) -> list[str]:
+    """What the model answers before training: as an interrupted run's file says, or as it is now."""
+    if sampler is None or global_rank() != 0:
+        return []
+    kept = kept_answers(sampler, saved.parts.get("samples") if saved else None)
+    return sampler.answers(model) if kept is None else kept
+
+
 def _told_unpacked(measurement: HeldOut | str, config: TrainConfig, result: Path) -> HeldOut | None:
     """What the result is worth on the base as clients use it; a note where that costs too much."""
     if isinstance(measurement, str):
@@ -458,6 +472,7 @@ def fit(
     session: Session | None = None,
     start: Start = BEGINNING,
     before: HeldOut | None = None,
+    sampling: tuple[Sampler | None, Sequence[str]] = (None, ()),
 ) -> tuple[list[Path], TrainingMonitor, Stopper]:
     """Runs Lightning's loop; `finish` is called on rank 0 after the last step, before Lightning empties the GPU.
 
@@ -467,6 +482,7 @@ def fit(
         session: the run that this is part of; without one nothing is kept to go on from.
         start: where in the run this process begins.
         before: what held-out data gave before the first step, if there are some.
+        sampling: prompts that are answered now and then, and what they were answered before the first step.
 
     Raises:
         TrainingError: when a loss or gradient is not finite; the last good state is saved.
@@ -501,6 +517,16 @@ def fit(
             start=start,
         )
 
+    samples = None
+    if sampling[0] is not None:
+        samples = SampleWatch(
+            *(sampling[0], sampling[1], _warn),
+            every=config.sample_steps,
+            monitor=monitor,
+            accumulate=accumulate,
+            start=start,
+        )
+
     def parts(trainer: pl.Trainer) -> dict[str, Part]:
         engine = hardware.strategy != "single"
         gather = trainer.strategy.all_gather if trainer.world_size > 1 else None
@@ -513,6 +539,7 @@ def fit(
             "objective": work.objective,
             "monitor": monitor,
             **({"held_out": watch} if watch else {}),
+            **({"samples": samples} if samples else {}),
         }
 
     def is_complete(step: int) -> bool:
@@ -522,6 +549,8 @@ def fit(
         measured = finish()
         if not is_complete(step):
             return
+        if samples:
+            samples.end(step, module.model)
         if watch and measured is not None:
             watch.end(step, measured)
         elif measured is not None:
@@ -536,7 +565,8 @@ def fit(
 
     # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
     callbacks: list[pl.Callback] = [*([draws] if draws else []), control, monitor]
-    callbacks += [*([watch] if watch else []), saver, AtEnd(lambda: end(start.steps + trainer.global_step)), stopper]
+    callbacks += [callback for callback in (watch, samples) if callback is not None]
+    callbacks += [saver, AtEnd(lambda: end(start.steps + trainer.global_step)), stopper]
     if session and can_be_resumed(config, hardware.strategy):
         random = bool(config.dropout or config.lora_dropout) and config.devices * config.num_nodes == 1
         total_steps = epochs * steps_per_epoch

@@ -58,6 +58,7 @@ class Work:
         lines: what the plan says about the data.
         memories: most memories of sequences that chunks of a micro-batch leave for others.
         all_tokens: most positions of a micro-batch.
+        chats: whether it is known that a question is followed by an answer.
         prepare: measures what the loss needs of the model that the run starts from, and says what it did.
     """
 
@@ -70,6 +71,7 @@ class Work:
     lines: list[str]
     memories: int = 0
     all_tokens: int = 0
+    chats: bool = False
     prepare: Callable[[LanguageModel, Reference], list[str]] = lambda model, start: []
 
 
@@ -135,6 +137,7 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         lines,
         memories=memories,
         all_tokens=dataset.most_positions,
+        chats=documents.stream_counted is not None and config.loss_mask != "se",
     )
 
 
@@ -238,6 +241,7 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
         lines,
         memories=memories,
         all_tokens=row_tokens,
+        chats=True,
     )
     return dataclasses.replace(work, prepare=partial(_with_references, dataset, held_out)) if config.dpo else work
 

@@ -16,7 +16,7 @@ from running import (
     files_in,
     go_on,
     left_by_run,
-    metrics,
+    records,
     refusal,
     stopped,
     train,
@@ -60,7 +60,7 @@ def run(files: Path, folder: Path, **flags: object) -> Ended:
 
 def measured(folder: Path, label: str | None = None) -> list[dict[str, object]]:
     """Between steps, or those with a label."""
-    return [row for row in metrics(folder) if "held_out" in row and row.get("label") == label]
+    return [row for row in records(folder) if "held_out" in row and row.get("label") == label]
 
 
 @pytest.mark.parametrize("name", METHODS)

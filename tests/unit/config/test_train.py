@@ -40,7 +40,7 @@ FLAGS = (
     "accelerator", "devices", "num_nodes", "strategy", "precision", "grad_cp", "memory_gib", "cuda_graph",
     "offload_activations", "ds_bucket_mb",
     # logs
-    "plot", "tensorboard", "wandb", "fapi_logging_callback", "fapi_logging_address",
+    "plot", "sample_prompts", "sample_steps", "tensorboard", "wandb", "fapi_logging_callback", "fapi_logging_address",
 )  # fmt: skip
 """Every flag of train.py. Adding one is a decision: it belongs here and in README's table too."""
 
