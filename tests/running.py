@@ -1,6 +1,7 @@
 """Runs the program's scripts in tests: in this process where that is enough, because imports take seconds."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -26,6 +27,10 @@ from src.training import exits
 from src.training.objectives import Staged
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+PICTURE = {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
+"""What a run leaves besides unless `--plot 0` is given, as `train` does, because to draw takes as long as a short run."""
 
 
 def left_by_run(*checkpoints: str) -> set[str]:

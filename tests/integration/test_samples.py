@@ -24,6 +24,7 @@ from running import (
 
 from src.data.pair_file import save_pairs
 from src.data.preferences import PreferencePair
+from src.generate import SamplingSettings
 
 pytestmark = pytest.mark.usefixtures("architecture")
 
@@ -37,6 +38,11 @@ METHODS: dict[str, dict[str, object]] = {
     "chunks": {"chunk_ctx": 8},
     "orpo": {"orpo": 1},
 }
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.training.samples._SETTINGS", SamplingSettings(top_p=0.9, max_tokens=8, stop=""))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import re
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 from factories import tiny_checkpoint
 from running import (
+    PICTURE,
     Ended,
     assert_same_end,
     files_in,
@@ -87,7 +87,7 @@ def test_both_ends_of_a_run_are_in_its_records_and_its_picture(
     for row, step, said in ((before, 0, "untuned"), (at_end[0], 6, "tuned")):
         assert row["step"] == step
         assert f"held out   {said}: loss {row['held_out']['overall']:.4f}" in ended.out  # type: ignore[index]
-    if importlib.util.find_spec("matplotlib"):
+    if PICTURE:
         assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
     else:
         assert "pip install matplotlib" in ended.out
