@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 PICTURE = {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
-"""What a run leaves besides unless `--plot 0` is given, as `train` does, because to draw takes as long as a short run."""
+"""What a run leaves besides, but for `--plot 0`, which `train` gives: to draw takes as long as a short run."""
 
 
 def left_by_run(*checkpoints: str) -> set[str]:

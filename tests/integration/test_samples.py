@@ -28,15 +28,17 @@ from src.generate import SamplingSettings
 
 pytestmark = pytest.mark.usefixtures("architecture")
 
+LARGE_RATE = {"lr_init": 3, "lr_final": 3}
+"""Which states need to be seen in so few steps."""
 METHODS: dict[str, dict[str, object]] = {
-    "states": {"dropout": 0.2},
-    "nf4": {"quant": 1, "quant_head": 1, "accumulate_grad_batches": 2, "epoch_steps": 12},
+    "states": {"dropout": 0.2, **LARGE_RATE},
+    "nf4": {"quant": 1, "quant_head": 1, "accumulate_grad_batches": 2, "epoch_steps": 12, **LARGE_RATE},
     "lora": {"peft": "lora", "lora_r": 4, "lora_dropout": 0.1, "quant": 1},
     "bone": {"peft": "bone", "bone_r": 8, "grad_cp": 2},
     "lisa": {"peft": "lisa", "lisa_r": 1, "lisa_k": 3},
     "full": {"train_type": "none", "dataload": "pad", "weights": "bf16", "fused_update": 1},
-    "chunks": {"chunk_ctx": 8},
-    "orpo": {"orpo": 1},
+    "chunks": {"chunk_ctx": 8, **LARGE_RATE},
+    "orpo": {"orpo": 1, **LARGE_RATE},
 }
 
 
