@@ -27,6 +27,11 @@ def main() -> int | None:
 
         run_demo(given)
         return None
+    if config.evaluate:
+        from src.commands.evaluate import evaluate
+
+        evaluate(config)
+        return None
     if config.preview:
         from src.training.preview import preview
 

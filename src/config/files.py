@@ -54,6 +54,9 @@ class FileFlags(Flags, group="files"):
     )
     sft_split: str = flag("", "which of the JSON lines: train (default), train[:1000], train[500:], train[500:1000]")
     demo: str = flag("", "run the bundled demonstration: sft or orpo", ("sft", "orpo"))
+    evaluate: int = flag(
+        0, "1 trains nothing: measures held-out data with the base model, and with load_state or load_adapter", (0, 1)
+    )
     doctor: int = flag(0, "1 trains nothing: looks at packages, GPU, operators, disk and the flags beside it", (0, 1))
 
     @property

@@ -90,6 +90,11 @@ class TrainConfig(
         return bool(self.val_file or self.val_share)
 
     @property
+    def _file_measured(self) -> str:
+        """The only data that are read where nothing is trained; "" elsewhere."""
+        return self.val_file if self.evaluate else ""
+
+    @property
     def updates_by_tensor(self) -> bool:
         """Whether tensors are updated one by one: rounded stochastically, or in the backward."""
         return self.weights == "bf16" or bool(self.fused_update)
@@ -97,7 +102,7 @@ class TrainConfig(
     def _completed(self) -> TrainConfig:
         chosen = dataclasses.replace(
             self,
-            data_type=self.data_type or recognise(self.data_file).data_type,
+            data_type=self.data_type or recognise(self._file_measured or self.data_file).data_type,
             train_type=self.train_type or ("states" if self.peft == "none" else "none"),
             **self._said_by_json(),
         )
@@ -150,7 +155,9 @@ class TrainConfig(
                 yield f"--{name} has no meaning with --{self.preference} 1, which trains on pairs: leave it out"
         if self.loss_mask in ("qa", "se") and self.data_type == "dummy":
             yield f"--loss_mask {self.loss_mask} looks for texts, which --data_type dummy has none of: leave it out"
-        if not self.preference and not self.data_file and self.data_type != "dummy":
+        yield from self._evaluate_contradictions()
+        trains_on_file = not self.preference and self.data_type != "dummy"
+        if trains_on_file and not self.data_file and (self.val_share or not self.evaluate):
             yield "--data_file is missing: name a binidx prefix, a .jsonl or a text file"
         if not self.preference and self.data_type != "dummy":
             yield from self._data_contradictions(given)
@@ -165,6 +172,19 @@ class TrainConfig(
             yield (
                 f"--strategy {self.strategy} shards every weight, which packed weights cannot take: use "
                 "deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
+            )
+
+    def _evaluate_contradictions(self) -> Lines:
+        if not self.evaluate:
+            return
+        if not self.holds_out:
+            yield "--evaluate 1 has nothing to measure: name held-out data with --val_file"
+        if not self.load_model:
+            yield "--evaluate 1 measures a model: name it with --load_model"
+        if self.load_state and self.load_adapter:
+            yield (
+                "--evaluate 1 measures one file beside the base model, and --load_state and --load_adapter are two: "
+                "leave one of them out"
             )
 
     def _chunk_contradictions(self) -> Lines:
@@ -186,7 +206,7 @@ class TrainConfig(
         if given.get("data_type"):
             return
         for name in ("data_file", "val_file"):
-            path = getattr(self, name)
+            path = "" if name == "data_file" and self._file_measured else getattr(self, name)
             found = recognise(path) if path else None
             if found and found.problem:
                 yield f"--{name} {path} {found.problem}"

@@ -47,7 +47,8 @@ class RunResult:
     go_on: str = ""
 
 
-def _counted(parameters: int) -> str:
+def counted(parameters: int) -> str:
+    """A number of weights in billions or millions."""
     return f"{parameters / 1e9:.3g} B" if parameters >= 10**8 else f"{parameters / 1e6:.3g} M"
 
 
@@ -85,7 +86,7 @@ def plan_of(
         warm_up += f", the run has {steps}: the rate never reaches --lr_init"
     return "\n".join(
         [
-            f"model      {config.load_model or 'fresh'}: {shape.family}, {_counted(shape.parameter_count)} parameters, "
+            f"model      {config.load_model or 'fresh'}: {shape.family}, {counted(shape.parameter_count)} parameters, "
             f"{shape.n_layer} layers, n_embd {shape.n_embd}, {_several(shape.n_head, 'head')} of {shape.head_size}, "
             f"{weights}",
             f"training   {method.describe(shape)}",

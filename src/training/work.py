@@ -84,14 +84,79 @@ def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
     return _preference_work(config, shape) if config.preference else _text_work(config, shape)
 
 
-def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
-    def documents_of(path: str, part: slice = slice(None)) -> Documents:
-        kind, ctx_len, fields = config.data_type, config.ctx_len, config.answer_fields
-        return open_documents(kind, path, shape.vocab_size, ctx_len=ctx_len, fields=fields, part=part, mask=config.mask)
+@dataclass(frozen=True)
+class HeldOutWork:
+    """What is held out, and how a model does on it.
 
-    documents, held_out = documents_of(config.data_file, config.lines_used), None
+    Attributes:
+        measure: scores a model.
+        lines: what there is to say about the data.
+        prepare: measures what the loss needs of the base model, and says what it did.
+    """
+
+    measure: Callable[[LanguageModel], HeldOut]
+    lines: list[str]
+    prepare: Callable[[LanguageModel, Reference], list[str]] = lambda model, start: []
+
+
+def prepare_held_out(config: TrainConfig, shape: ModelShape) -> HeldOutWork:
+    """Opens what a run with these flags would hold out, and nothing else where `--val_file` names it.
+
+    Raises:
+        DataError: for data that cannot be read or used.
+    """
+    if not config.preference:
+        training = _open_text(config, shape, config.data_file, config.lines_used) if config.val_share else None
+        _, held_out = _text_split(config, shape, training)
+        assert held_out is not None
+        return HeldOutWork(_text_measure(config, held_out), _text_held_out_lines(config, held_out, None))
+    pairs = load_pairs(config.rlhf_train_file, shape.vocab_size) if config.val_share else []
+    split = _pair_split(config, shape, pairs)
+    dataset = _pair_dataset(config, shape, split.held_out, split.held_out_numbers, is_held_out=True)
+    work = HeldOutWork(
+        _pair_measure(dataset, _pair_objective(config)), _pair_held_out_lines(config, dataset, split.held_out, [])
+    )
+    return dataclasses.replace(work, prepare=partial(_with_references, None, dataset)) if config.dpo else work
+
+
+def _open_text(config: TrainConfig, shape: ModelShape, path: str, part: slice = slice(None)) -> Documents:
+    kind, ctx_len, fields = config.data_type, config.ctx_len, config.answer_fields
+    return open_documents(kind, path, shape.vocab_size, ctx_len=ctx_len, fields=fields, part=part, mask=config.mask)
+
+
+def _text_split(
+    config: TrainConfig, shape: ModelShape, documents: Documents | None
+) -> tuple[Documents | None, Documents | None]:
+    """(what of the documents is trained on, what is held out, of them or of `--val_file`)."""
     if config.val_share:
-        documents, held_out = split_documents(documents, config.val_share, config.random_seed, config.ctx_len + 1)
+        assert documents is not None
+        return split_documents(documents, config.val_share, config.random_seed, config.ctx_len + 1)
+    return documents, _open_text(config, shape, config.val_file) if config.val_file else None
+
+
+def _text_measure(config: TrainConfig, held_out: Documents) -> Callable[[LanguageModel], HeldOut]:
+    return partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len, chunk_tokens=config.chunk_ctx)
+
+
+def _text_held_out_lines(config: TrainConfig, held_out: Documents, training: Documents | None) -> list[str]:
+    amount = f"{len(held_out):,} documents, {held_out.total_tokens:,} tokens"
+    if config.val_share:
+        return [f"held out   {_held_out_share(config)}: {amount}, not trained on"]
+    said = held_out.statements
+    if training is not None:
+        shared = shared_documents(held_out, training)
+        where = f"in --data_file {config.data_file}"
+        said = (*said, *overlap_statements(shared, len(held_out), f"{held_out.unit}s", where))
+    return [f"held out   {config.val_file}: {amount}", *(f"           {statement}" for statement in said)]
+
+
+def _held_out_share(config: TrainConfig) -> str:
+    return f"{100 * config.val_share:.3g} % of the data by --random_seed {config.random_seed}"
+
+
+def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
+    documents, held_out = _text_split(config, shape, _open_text(config, shape, config.data_file, config.lines_used))
+    assert documents is not None
     dataset = BatchDataset(
         documents,
         mode=config.dataload,
@@ -115,16 +180,8 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
     if held_out is not None:
-        lines.append(f"held out   {_held_out_share(config)}: {_amount(held_out)}, not trained on")
-    elif config.val_file:
-        held_out = documents_of(config.val_file)
-        shared = shared_documents(held_out, documents)
-        where = f"in --data_file {config.data_file}"
-        said = (*held_out.statements, *overlap_statements(shared, len(held_out), f"{held_out.unit}s", where))
-        lines.append(f"held out   {config.val_file}: {_amount(held_out)}")
-        lines += [f"           {statement}" for statement in said]
-    if held_out is not None:
-        measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len, chunk_tokens=config.chunk_ctx)
+        lines += _text_held_out_lines(config, held_out, documents)
+        measure = _text_measure(config, held_out)
     rows = 1 if dataset.mode == "pack" else config.micro_bsz
     positions, memories = _at_a_time(config, dataset.most_positions, rows)
     return Work(
@@ -139,14 +196,6 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         all_tokens=dataset.most_positions,
         chats=documents.stream_counted is not None and config.loss_mask != "se",
     )
-
-
-def _held_out_share(config: TrainConfig) -> str:
-    return f"{100 * config.val_share:.3g} % of the data by --random_seed {config.random_seed}"
-
-
-def _amount(documents: Documents) -> str:
-    return f"{len(documents):,} documents, {documents.total_tokens:,} tokens"
 
 
 def _at_a_time(config: TrainConfig, positions: int, rows: int) -> tuple[int, int]:
@@ -173,43 +222,83 @@ def _loss_line(config: TrainConfig, dataset: BatchDataset) -> str:
     )
 
 
-def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
+@dataclass(frozen=True)
+class _PairSplit:
+    """Pairs that are trained on and pairs that are held out, with their numbers in the file where it is one."""
+
+    training: list[PreferencePair]
+    held_out: list[PreferencePair]
+    training_numbers: list[int] | None = None
+    held_out_numbers: list[int] | None = None
+
+
+def _pair_split(config: TrainConfig, shape: ModelShape, pairs: list[PreferencePair]) -> _PairSplit:
+    if not config.val_share:
+        return _PairSplit(pairs, load_pairs(config.val_file, shape.vocab_size) if config.val_file else [])
+    kept, held = split_pairs(pairs, config.val_share, config.random_seed, config.rlhf_train_file)
+    return _PairSplit([pairs[number] for number in kept], [pairs[number] for number in held], kept, held)
+
+
+def _pair_dataset(
+    config: TrainConfig,
+    shape: ModelShape,
+    pairs: Sequence[PreferencePair],
+    numbers: Sequence[int] | None,
+    *,
+    is_held_out: bool = False,
+) -> PreferenceDataset:
     try:
         tokenizer = tokenizer_for_vocabulary(shape.vocab_size)
     except DataError:  # pairs are tokens already; the tokenizer only recognises rejects of white space
         tokenizer = None
+    return PreferenceDataset(
+        pairs,
+        source=config.val_file if is_held_out and config.val_file else config.rlhf_train_file,
+        numbers=numbers,
+        form=PreferenceObjective.form(_orpo_type(config), bool(config.orpo_shared_prompt)),
+        longest=config.rlhf_max_corpus_len,
+        micro_bsz=config.micro_bsz,
+        seed=config.order_seed,
+        tokenizer=tokenizer,
+        compares=not config.orpo,
+        rank=global_rank(config.devices),
+        world_size=config.devices * config.num_nodes,
+        epoch_steps=0 if is_held_out else config.epoch_steps,
+        accumulate=config.accumulate_grad_batches,
+    )
 
-    orpo_type = config.orpo_type if config.orpo else 0
 
-    def dataset_of(
-        path: str, pairs: Sequence[PreferencePair], epoch_steps: int, numbers: Sequence[int] | None
-    ) -> PreferenceDataset:
-        return PreferenceDataset(
-            pairs,
-            source=path,
-            numbers=numbers,
-            form=PreferenceObjective.form(orpo_type, bool(config.orpo_shared_prompt)),
-            longest=config.rlhf_max_corpus_len,
-            micro_bsz=config.micro_bsz,
-            seed=config.order_seed,
-            tokenizer=tokenizer,
-            compares=not config.orpo,
-            rank=global_rank(config.devices),
-            world_size=config.devices * config.num_nodes,
-            epoch_steps=epoch_steps,
-            accumulate=config.accumulate_grad_batches,
-        )
+def _orpo_type(config: TrainConfig) -> int:
+    return config.orpo_type if config.orpo else 0
 
-    pairs, others = load_pairs(config.rlhf_train_file, shape.vocab_size), None
-    kept, held = None, None
-    if config.val_share:
-        kept, held = split_pairs(pairs, config.val_share, config.random_seed, config.rlhf_train_file)
-        pairs, others = ([pairs[number] for number in some] for some in (kept, held))
-    elif config.val_file:
-        others = load_pairs(config.val_file, shape.vocab_size)
-    dataset = dataset_of(config.rlhf_train_file, pairs, config.epoch_steps, kept)
+
+def _pair_measure(
+    held_out: PreferenceDataset, objective: PreferenceObjective | ComparisonObjective
+) -> Callable[[LanguageModel], HeldOut]:
+    if isinstance(objective, PreferenceObjective):
+        return partial(held_out_preference, dataset=held_out, objective=objective)
+    return partial(held_out_comparison, dataset=held_out, objective=objective)
+
+
+def _pair_held_out_lines(
+    config: TrainConfig,
+    held_out: PreferenceDataset,
+    pairs: Sequence[PreferencePair],
+    training: Sequence[PreferencePair],
+) -> list[str]:
+    source, end = (_held_out_share(config), ", not trained on") if config.val_share else (config.val_file, "")
+    where = f"on prompts of --rlhf_train_file {config.rlhf_train_file}"
+    said = overlap_statements(shared_prompts(pairs, training), len(pairs), "pairs", where)
+    return [
+        f"held out   {source}: {len(held_out.visited):,} pairs{end}",
+        *(f"           {statement}" for statement in (*held_out.plan.statements(), *said)),
+    ]
+
+
+def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
+    split = _pair_split(config, shape, load_pairs(config.rlhf_train_file, shape.vocab_size))
+    dataset = _pair_dataset(config, shape, split.training, split.training_numbers)
     objective = _pair_objective(config)
-    objective.chunk_tokens = config.chunk_ctx
     plan = dataset.plan
     lines = [
         f"pairs      {config.rlhf_train_file}: {plan.pairs:,} pairs, {plan.positions_per_pass:,} positions a pass",
@@ -217,18 +306,11 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
     held_out = None
-    if others is not None:
-        held_out = dataset_of(config.val_file or config.rlhf_train_file, others, 0, held)
-        source, end = (_held_out_share(config), ", not trained on") if config.val_share else (config.val_file, "")
-        where = f"on prompts of --rlhf_train_file {config.rlhf_train_file}"
-        said = overlap_statements(shared_prompts(others, pairs), len(others), "pairs", where)
-        lines.append(f"held out   {source}: {len(held_out.visited):,} pairs{end}")
-        lines += [f"           {statement}" for statement in (*held_out.plan.statements(), *said)]
-        if isinstance(objective, PreferenceObjective):
-            measure = partial(held_out_preference, dataset=held_out, objective=objective)
-        else:
-            measure = partial(held_out_comparison, dataset=held_out, objective=objective)
-    parts = 3 if config.orpo_shared_prompt and orpo_type == 0 else 4
+    if split.held_out:
+        held_out = _pair_dataset(config, shape, split.held_out, split.held_out_numbers, is_held_out=True)
+        lines += _pair_held_out_lines(config, held_out, split.held_out, split.training)
+        measure = _pair_measure(held_out, objective)
+    parts = 3 if config.orpo_shared_prompt and _orpo_type(config) == 0 else 4
     row_tokens = min(config.micro_bsz * parts * config.rlhf_max_corpus_len, plan.positions_per_pass)
     positions, memories = _at_a_time(config, row_tokens, 1)
     work = Work(
@@ -247,20 +329,26 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
 
 
 def _pair_objective(config: TrainConfig) -> PreferenceObjective | ComparisonObjective:
+    objective: PreferenceObjective | ComparisonObjective
     match config.preference:
         case "dpo":
-            return DPOObjective(config.dpo_beta)
+            objective = DPOObjective(config.dpo_beta)
         case "simpo":
-            return SimPOObjective(config.simpo_beta, config.simpo_gamma)
-    return PreferenceObjective(config.orpo_alpha, config.orpo_type, debug=bool(config.orpo_debug))
+            objective = SimPOObjective(config.simpo_beta, config.simpo_gamma)
+        case _:
+            objective = PreferenceObjective(config.orpo_alpha, config.orpo_type, debug=bool(config.orpo_debug))
+    objective.chunk_tokens = config.chunk_ctx
+    return objective
 
 
 def _with_references(
-    dataset: PreferenceDataset, held_out: PreferenceDataset | None, model: LanguageModel, start: Reference
+    dataset: PreferenceDataset | None, held_out: PreferenceDataset | None, model: LanguageModel, start: Reference
 ) -> list[str]:
     """The pairs that this rank will see, and on rank 0, which alone measures them, the held-out ones."""
-    seen = dataset.seen_in(len(dataset) * epochs_of(start.config))
-    lines = [f"reference  {attach_references(model, dataset, seen, start, 'dpo-reference.pth')}"]
+    lines = []
+    if dataset is not None:
+        seen = dataset.seen_in(len(dataset) * epochs_of(start.config))
+        lines.append(f"reference  {attach_references(model, dataset, seen, start, 'dpo-reference.pth')}")
     if held_out is not None and global_rank() == 0:
         name = "dpo-reference-held-out.pth"
         lines.append(f"           held out: {attach_references(model, held_out, held_out.visited, start, name)}")
