@@ -73,7 +73,7 @@ def run_demo(given: Mapping[str, str]) -> RunResult:
     """
     own = {} if {"resume", "proj_dir"} & given.keys() else {"overwrite": "1"}  # its own folder is there for that
     given = {"demo": "sft", **own, **given}
-    reserved = ["train_type", "peft", "train_parts", "preview", "evaluate"]
+    reserved = ["train_type", "peft", "train_parts", "preview", "dry_run", "evaluate"]
     if given["demo"] == "orpo":
         reserved += ["rlhf_train_file", "val_file"]
     if wrong := [f"--{name} {given[name]}" for name in reserved if name in given]:

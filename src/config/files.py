@@ -54,6 +54,10 @@ class FileFlags(Flags, group="files"):
     )
     sft_split: str = flag("", "which of the JSON lines: train (default), train[:1000], train[500:], train[500:1000]")
     demo: str = flag("", "run the bundled demonstration: sft or orpo", ("sft", "orpo"))
+    dry_run: int = flag(
+        0, "1 trains nothing: the plan, memory by part against the card, the time by a few steps that are tried, and "
+        "the largest ctx_len and micro_bsz that fit", (0, 1),
+    )  # fmt: skip
     evaluate: int = flag(
         0, "1 trains nothing: measures held-out data with the base model, and with load_state or load_adapter", (0, 1)
     )

@@ -243,6 +243,9 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
     def _weight(self, number: int) -> int:
         return len(self._indices(number))
 
+    def _positions_in(self, number: int) -> int:
+        return sum(self._positions(index) for index in self._indices(number).tolist())
+
     def batch(self, indices: Sequence[int], rounding: Rounding = EXACT) -> PreferenceBatch:
         """The named pairs as one batch."""
         segments = _Segments()

@@ -209,6 +209,12 @@ class BatchDataset(PassDataset[Batch]):
             return self._micro_bsz * (self._row_tokens - 1)
         return sum(int(mask[offset + 1 : offset + self._row_tokens].sum()) for offset in self._offsets(number))
 
+    def _positions_in(self, number: int) -> int:
+        if self.mode == "get":
+            return self._micro_bsz * (self._row_tokens - 1)
+        lengths = np.minimum(self.documents.sizes[self._indices(number)], self._row_tokens) - 1
+        return int(lengths.sum() if self.mode == "pack" else lengths.max() * len(lengths))
+
     def describe(self, batch: Batch) -> str:
         """Names what a batch was made of, for messages."""
         return self._named(batch.sample_indices)

@@ -52,7 +52,8 @@ def counted(parameters: int) -> str:
     return f"{parameters / 1e9:.3g} B" if parameters >= 10**8 else f"{parameters / 1e6:.3g} M"
 
 
-def _several(number: int, noun: str) -> str:
+def several(number: int, noun: str) -> str:
+    """So many of something, in words."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
@@ -73,12 +74,12 @@ def plan_of(
     weights = f"{config.quant_type} {packed}" if config.quantised else "unquantised"
     batch = config.micro_bsz * config.accumulate_grad_batches * config.devices * config.num_nodes
     if config.preference:
-        size = f"{_several(batch, 'pair')} a step at most, longest text {config.rlhf_max_corpus_len}"
+        size = f"{several(batch, 'pair')} a step at most, longest text {config.rlhf_max_corpus_len}"
     elif config.dataload == "pack":
         size = f"{batch * config.ctx_len:,} positions a step at most, ctx_len {config.ctx_len}"
     else:
-        size = f"{_several(batch, 'row')} a step at most, ctx_len {config.ctx_len}"
-    warm_up = f"warm-up {_several(schedule.warmup_steps, 'step')}"
+        size = f"{several(batch, 'row')} a step at most, ctx_len {config.ctx_len}"
+    warm_up = f"warm-up {several(schedule.warmup_steps, 'step')}"
     if 0 < schedule.warmup_steps < steps:
         highest = max(schedule.learning_rate(schedule.warmup_steps + step) for step in (-1, 0))
         warm_up += f", which end at {highest:.4g}"
@@ -87,13 +88,13 @@ def plan_of(
     return "\n".join(
         [
             f"model      {config.load_model or 'fresh'}: {shape.family}, {counted(shape.parameter_count)} parameters, "
-            f"{shape.n_layer} layers, n_embd {shape.n_embd}, {_several(shape.n_head, 'head')} of {shape.head_size}, "
+            f"{shape.n_layer} layers, n_embd {shape.n_embd}, {several(shape.n_head, 'head')} of {shape.head_size}, "
             f"{weights}",
             f"training   {method.describe(shape)}",
             f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
             *([f"           {shape.operator_note}"] if hardware.on_gpu and shape.operator_note else []),
             *work.lines,
-            f"steps      {steps:,} ({_several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
+            f"steps      {steps:,} ({several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
             *_rounded(config, work),
             *_in_chunks(config, method, hardware, shape),
             f"rate       {rates} (start, middle, end); {warm_up}",
@@ -119,7 +120,7 @@ def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware, shape: M
         return []
     gradient = "the gradient of whole rows"
     if config.bptt_chunks:
-        gradient = f"gradients within {_several(config.bptt_chunks, 'chunk')}"
+        gradient = f"gradients within {several(config.bptt_chunks, 'chunk')}"
     places = {
         "device": "",
         "host": "; what chunks begin from waits in host memory",

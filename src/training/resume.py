@@ -45,7 +45,7 @@ ROUNDING = {
     "accelerator", "strategy", "grad_cp", "chunk_ctx", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps",
 }  # fmt: skip
 """Flags that may differ as well, but change the order of sums; steps and their batches must stay what they are."""
-_OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "evaluate", "doctor", "config", "preview"}
+_OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "dry_run", "evaluate", "doctor", "config", "preview"}
 TRAINED = "trained"
 """Name of the part that holds what is trained."""
 _INPUTS = ("load_model", "data_file", "rlhf_train_file")

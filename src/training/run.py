@@ -180,7 +180,7 @@ def _train(
             f"--load_state {config.load_state} and --load_adapter {config.load_adapter} both hold states: leave the "
             "former out"
         )
-    base = base or _fresh_base(config, hardware, shape, folder)
+    base = base or fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
     # What a resumed run goes on from replaces the start, with which a reference is measured and samples are compared.
     state_file = config.load_state if config.dpo or sampler or not saved else ""
@@ -338,7 +338,7 @@ def model_shape(config: TrainConfig, base: Checkpoint | None) -> ModelShape:
     return shape
 
 
-def _fresh_base(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> Checkpoint:
+def fresh_base(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> Checkpoint:
     """An untrained model, which is written to `rwkv-init.pth`."""
     base = fresh_checkpoint(shape, config.random_seed)
     if global_rank() == 0:
@@ -473,6 +473,8 @@ def fit(
     start: Start = BEGINNING,
     before: HeldOut | None = None,
     sampling: tuple[Sampler | None, Sequence[str]] = (None, ()),
+    *,
+    quiet: bool = False,
 ) -> tuple[list[Path], TrainingMonitor, Stopper]:
     """Runs Lightning's loop; `finish` is called on rank 0 after the last step, before Lightning empties the GPU.
 
@@ -482,6 +484,7 @@ def fit(
         session: the run that this is part of; without one nothing is kept to go on from.
         start: where in the run this process begins.
         before: what held-out data gave before the first step, if there are some.
+        quiet: whether no figures are shown or written.
         sampling: prompts that are answered now and then, and what they were answered before the first step.
 
     Raises:
@@ -559,8 +562,12 @@ def fit(
             session.writer.remove()
 
     def sinks() -> list[Sink]:
-        return _sinks(
-            config, hardware, module, folder, steps_per_epoch * epochs, trained_elements, session, start, monitor
+        return (
+            []
+            if quiet
+            else _sinks(
+                config, hardware, module, folder, steps_per_epoch * epochs, trained_elements, session, start, monitor
+            )
         )
 
     # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.

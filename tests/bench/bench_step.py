@@ -24,12 +24,16 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from src.model.rwkv6 import RWKV6Shape
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-SIZES = {"1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (61, 4096)}
+SIZES = {"0.1b": (12, 768), "1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (61, 4096)}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Row:
 WHOLE = ("--train_type", "none", "--quant", "0")
 IN_16_BITS = ("--weights", "bf16", "--fused_update", "1")
 ROWS = {
+    "sft-0.1b-128": Row("0.1b", 128),
     "sft-1.6b-1024": Row("1.6b", 1024),
     "sft-3b-1024": Row("3b", 1024),
     "sft-7b-1024": Row("7b", 1024),
@@ -67,6 +72,7 @@ ROWS = {
     "lora-1.6b": Row("1.6b", 1024, flags=("--peft", "lora", "--quant", "0")),
     "pissa-1.6b": Row("1.6b", 1024, flags=("--peft", "pissa", "--quant", "0")),
     "lora-3b": Row("3b", 1024, flags=("--peft", "lora", "--quant", "0")),
+    "qlora-1.6b": Row("1.6b", 1024, flags=("--peft", "lora")),
     "qlora-3b": Row("3b", 1024, flags=("--peft", "lora")),
     "lora-7b": Row("7b", 1024, flags=("--peft", "lora", "--quant", "0")),
     "qlora-7b": Row("7b", 1024, flags=("--peft", "lora")),
@@ -85,36 +91,45 @@ ROWS = {
 }
 
 
+def shape_of(row: Row) -> RWKV6Shape:
+    """The true sizes."""
+    from src.model.rwkv6 import RWKV6Shape
+
+    layers, channels = SIZES[row.size]
+    return RWKV6Shape.from_sizes(n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096)
+
+
+def flags_of(row: Row, folder: Path, steps: int, strategy: str, extra: list[str], documents: str = "") -> list[str]:
+    """A command line of train.py, for which data are made in `folder`."""
+    flags = [
+        "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
+        "--grad_cp", str(row.grad_cp), "--epoch_steps", str(steps), "--epoch_count", "1", "--epoch_save", "0",
+        "--strategy", strategy, "--plot", "0",
+        *([] if "--quant" in row.flags else ["--quant", "1", "--quant_type", "nf4"]), *row.flags,
+        *([] if row.preference else ["--dataload", "pad"]), *extra,
+    ]  # fmt: skip
+    if documents:
+        return [*flags, "--data_file", documents, "--data_type", "jsonl"]
+    if row.preference:
+        return flags + _preference_flags(folder, row.preference)
+    return flags + _text_flags(folder, row.ctx_len, steps)
+
+
 def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: str = "") -> dict[str, float]:
     """Trains `steps` steps in this process and returns the figures; `documents`: JSONL instead of random text."""
     from src.adapters.method import method_of
     from src.cli import given_train_flags
     from src.config import TrainConfig
     from src.loading import build_model
-    from src.model.rwkv6 import RWKV6Shape
     from src.training.engine import apply_hardware, resolve_hardware
     from src.training.module import TrainingModule
     from src.training.references import Reference
     from src.training.run import choose_recomputation, fit, load_options, turns_of
     from src.training.work import make_schedule, prepare_work
 
-    layers, channels = SIZES[row.size]
-    shape = RWKV6Shape.from_sizes(n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096)
+    shape = shape_of(row)
     folder = Path(tempfile.mkdtemp())
-    flags = [
-        "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
-        "--grad_cp", str(row.grad_cp), "--epoch_steps", str(steps), "--epoch_count", "1", "--epoch_save", "0",
-        "--strategy", strategy, *([] if "--quant" in row.flags else ["--quant", "1", "--quant_type", "nf4"]),
-        *row.flags,
-        *([] if row.preference else ["--dataload", "pad"]), *extra,
-    ]  # fmt: skip
-    if documents:
-        flags += ["--data_file", documents, "--data_type", "jsonl"]
-    else:
-        flags += (
-            _preference_flags(folder, row.preference) if row.preference else _text_flags(folder, row.ctx_len, steps)
-        )
-    config = TrainConfig.from_flags(given_train_flags(flags))
+    config = TrainConfig.from_flags(given_train_flags(flags_of(row, folder, steps, strategy, extra, documents)))
     hardware = resolve_hardware(config)
     method = method_of(config)
     apply_hardware(hardware, config, small_messages=method.small)
@@ -232,7 +247,7 @@ def gradients_agree() -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--rows", default=",".join(name for name in ROWS if name != "sft-0.1b-128"))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--strategy", default="deepspeed_stage_1")
     parser.add_argument("--documents", default="", help="a JSONL file to train on instead of random text")

@@ -17,7 +17,8 @@ ROOT = Path(__file__).resolve().parents[3]
 FLAGS = (
     # files
     "config", "load_model", "load_state", "proj_dir", "resume", "overwrite", "save_minutes", "data_file", "data_type",
-    "val_file", "val_share", "sft_field", "sft_split", "demo", "evaluate", "doctor",
+    "val_file", "val_share", "sft_field", "sft_split", "demo", "dry_run", "evaluate",
+    "doctor",
     # model
     "my_testing", "train_type", "weights", "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a",
     "head_size_divisor", "double_extra_dim", "load_partial", "quant", "quant_type", "quant_head", "dropout",
