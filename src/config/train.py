@@ -14,12 +14,10 @@ from src.config.files import FileFlags, recognise
 from src.config.flags import Given, Lines, shortened
 from src.config.hardware import STRATEGIES, HardwareFlags
 from src.config.logs import LogFlags
-from src.config.model import METHOD_DEFAULTS, ModelFlags
+from src.config.model import METHOD_DEFAULTS, USUAL_RATES, ModelFlags
 from src.config.optimizer import OptimizerFlags
 from src.config.preference import PreferenceFlags
 from src.config.spellings import UNDERSTOOD, translated
-
-_LARGE_RATE = 1e-2
 
 _PRETRAINING = "it belongs to pre-training"
 _UNREAD = "the original never read it"
@@ -238,9 +236,9 @@ class TrainConfig(
                     yield f"--{name} {path} holds {found.surprise} and is read as --data_type {found.data_type}"
                 elif found and found.data_type == "jsonl" and self.data_type == "utf-8":
                     yield f"--{name} {path} holds JSON lines and is read as plain text, as --data_type utf-8 says"
-        if self.method != "states" and self.lr_init > _LARGE_RATE:
-            apart = ", and states have --lr_state" if self.trains_states else ""
-            yield f"--lr_init {self.lr_init:g} suits states; weights usually want 1e-3 or less{apart}"
+        yield from self._unusual_rate("lr_init", self.method)
+        if self._has_two_rates:
+            yield from self._unusual_rate("lr_state", "states")
         if self.fused_update and self.chunk_ctx:
             yield (
                 "--fused_update 1 frees no gradient early where rows are cut by --chunk_ctx: their chunks add up "
@@ -250,6 +248,19 @@ class TrainConfig(
             yield "--layerwise_lr 0 has no effect on states: they all have one rate"
         if self.lr_state != TrainConfig.lr_state and not self._has_two_rates:
             yield f"--lr_state {self.lr_state:g} has no effect unless states and other things are trained"
+
+    def _unusual_rate(self, name: str, method: str) -> Lines:
+        """A warning where a rate is far from what a method usually takes."""
+        least, most = USUAL_RATES[method]
+        rate = getattr(self, name)
+        what = {"states": "states", "full": "all weights", "parts": "parts of the weights"}.get(method, method)
+        usual = f"the usual {least:g} to {most:g} of {what}"
+        if rate > most:
+            suits = "" if method == "states" else "; such rates suit states"
+            apart = ", whose rate is --lr_state" if suits and self.trains_states else ""
+            yield f"--{name} {rate:g} is above {usual} and may ruin the model{suits}{apart}"
+        elif rate < least:
+            yield f"--{name} {rate:g} is below {usual} and may change nothing"
 
     @property
     def _has_two_rates(self) -> bool:

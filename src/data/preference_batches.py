@@ -34,6 +34,9 @@ from src.layout import SegmentLayout
 from src.losses import IGNORED_TARGET, PLAIN_REJECT_TOKENS, Role, group_number
 from src.tokenizer import Tokenizer
 
+_MUCH = 0.1
+"""Of the pairs, texts that are cut."""
+
 
 class PairForm(Enum):
     """How a pair becomes segments."""
@@ -137,8 +140,9 @@ class PreferencePlan:
             )
         if self.shortened_prompts or self.shortened_answers:
             cut_at = "beginning" if self.keeps_prompt_end else "end, as the original does"
+            much = "warning: " if self.shortened_prompts + self.shortened_answers >= _MUCH * self.pairs else ""
             said.append(
-                f"--rlhf_max_corpus_len {self.longest} cuts {self.shortened_prompts} prompts (at their "
+                f"{much}--rlhf_max_corpus_len {self.longest} cuts {self.shortened_prompts} prompts (at their "
                 f"{cut_at}) and {self.shortened_answers} answers (at their end)."
             )
         return tuple(said)

@@ -29,6 +29,8 @@ from src.errors import ConfigError, DataError
 
 _WINDOW_STREAM = 0x6765_7400  # keeps `get`'s random numbers apart from those of the passes
 _WINDOW_ATTEMPTS = 1000
+_MUCH = 0.1
+"""A share of the data that is lost unless something is changed."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +63,18 @@ class SamplingPlan:
         """What happens to data that do not fit, one sentence each; empty when all do."""
         said = []
         if self.cut_documents:
+            much = "warning: " if self.lost_tokens >= _MUCH * self.tokens else ""
             said.append(
-                f"{self.cut_documents:,} of {self.documents:,} documents are longer than a row and are cut: "
+                f"{much}{self.cut_documents:,} of {self.documents:,} documents are longer than a row and are cut: "
                 f"{self.lost_tokens:,} of {self.tokens:,} tokens ({self.lost_tokens / self.tokens:.1%}) are "
                 "never seen; a larger --ctx_len keeps more."
             )
         if self.unanswered_documents:
+            of_all = self.documents + self.unanswered_documents
+            much = "warning: " if self.unanswered_documents >= _MUCH * of_all else ""
             said.append(
-                f"{self.unanswered_documents:,} documents left out: nothing that the loss is taken on stands within a "
-                "row; a larger --ctx_len keeps them."
+                f"{much}{self.unanswered_documents:,} documents left out: nothing that the loss is taken on stands "
+                "within a row; a larger --ctx_len keeps them."
             )
         if self.padding_share >= 0.2:
             said.append(f"{self.padding_share:.0%} of the positions are padding; --dataload pack has none.")

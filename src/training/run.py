@@ -40,6 +40,7 @@ from src.training.engine import Hardware, apply_hardware, deepspeed_config, reso
 from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
 from src.training.exits import Stopper, unharmed_by_save_requests
 from src.training.folder import LOSS_PLOT, Places, clean, locked, new_run_id, refuse_results, spare_inputs
+from src.training.health import HealthWatch
 from src.training.logs import (
     FileSink,
     HttpSink,
@@ -572,7 +573,9 @@ def fit(
 
     # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
     callbacks: list[pl.Callback] = [*([draws] if draws else []), control, monitor]
-    callbacks += [callback for callback in (watch, samples) if callback is not None]
+    way_out = f"Ctrl-C saves what there is; begin again with less than --lr_init {config.lr_init:g}"
+    health = None if quiet else HealthWatch(monitor, _warn, accumulate, way_out)
+    callbacks += [callback for callback in (health, watch, samples) if callback is not None]
     callbacks += [saver, AtEnd(lambda: end(start.steps + trainer.global_step)), stopper]
     if session and can_be_resumed(config, hardware.strategy):
         random = bool(config.dropout or config.lora_dropout) and config.devices * config.num_nodes == 1

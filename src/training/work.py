@@ -41,6 +41,8 @@ from src.training.objectives import (
 )
 from src.training.references import Reference, attach_references
 
+_FEW = 0.05
+"""A share of the targets that teaches little for the time it takes."""
 _KINDS = {"binidx": "binidx", "jsonl": "JSON lines", "utf-8": "plain text", "dummy": "counting"}
 
 
@@ -176,7 +178,7 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
             f"           {statement}"
             for statement in (*dataset.documents.statements, *plan.statements(), *dataset.statements())
         ),
-        _loss_line(config, dataset),
+        *_loss_lines(config, dataset),
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
     if held_out is not None:
@@ -206,7 +208,7 @@ def _at_a_time(config: TrainConfig, positions: int, rows: int) -> tuple[int, int
     return min(positions, chunk), rows * (ceil_div(positions, chunk) - 1)
 
 
-def _loss_line(config: TrainConfig, dataset: BatchDataset) -> str:
+def _loss_lines(config: TrainConfig, dataset: BatchDataset) -> list[str]:
     """Which tokens the loss is taken on, and how many."""
     plan = dataset.plan
     by_data = "pad" if dataset.documents.stream_counted is None else "by role"
@@ -216,10 +218,15 @@ def _loss_line(config: TrainConfig, dataset: BatchDataset) -> str:
         "se": "what stands between the texts of --mask_id (--loss_mask se)",
     }.get(config.loss_mask or by_data, f"every token (--loss_mask {config.loss_mask or 'pad'})")
     share = plan.counted_targets_per_pass / plan.targets_per_pass
-    return (
+    lines = [
         f"loss       on {words}: {plan.counted_targets_per_pass:,} of {plan.targets_per_pass:,} targets a pass "
         f"({share:.1%})"
-    )
+    ]
+    if share < _FEW:
+        lines.append(
+            "           warning: all others are only read; --preview 3 shows what counts, --loss_mask pad takes all"
+        )
+    return lines
 
 
 @dataclass(frozen=True)

@@ -148,3 +148,11 @@ def test_what_cannot_be_measured_is_refused(flags: dict[str, object], said: str,
     folder = tmp_path / "out"
     given = {"load_model": files / "base.pth", "data_file": files / "documents"}
     assert said in refusal(try_train(folder, **given, **flags), folder)
+
+
+def test_a_run_that_falls_apart_is_warned_of(files: Path, tmp_path: Path) -> None:
+    flags = {"lr_init": 3000, "lr_final": 3000, "warmup_steps": 0, "epoch_steps": 60}
+    ended = run(files, tmp_path, **flags)
+    assert "note: --lr_init 3000 is above the usual 0.01 to 50 of states" in ended.out
+    assert ended.err.count("warning: the states grow out of bounds") == 1
+    assert "begin again with less than --lr_init 3000" in ended.err
