@@ -20,6 +20,7 @@ from src.commands import demo
 from src.data.preferences import read_rows
 
 BUNDLE = ROOT / "src" / "demo"
+WHOSE = ("base", "tuned")
 
 
 def table_row(output: str, label: str) -> list[float]:
@@ -64,11 +65,11 @@ def test_text_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert f"{after:.4f}" in tuned
 
     samples = ended.stdout.split("samples    ")[1].split("held-out loss")[0]
-    first, second = samples.split("  after:\n")
-    prompted = f"    | {demo.SAMPLE_PROMPT}"
-    assert first.split("  before:\n")[1].startswith(prompted)
-    assert second.startswith(prompted)
-    assert first.split("  before:\n")[1].strip() != second.strip()
+    for prompt in demo.SAMPLE_PROMPTS:
+        begun = [re.findall(rf"^  {whose} +\| {re.escape(prompt.rstrip())}", samples, re.M) for whose in WHOSE]
+        assert [len(found) for found in begun] == [1, 1]
+    lines = [re.findall(rf"^  {whose} +\| (.*)$", samples, re.M) for whose in WHOSE]
+    assert lines[0] != lines[1]
 
     assert files_in(tmp_path) == {"results"}
     assert files_in(tmp_path / "results") == left_by_run("rwkv-0.pth") | PICTURE
