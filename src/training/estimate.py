@@ -20,7 +20,7 @@ from src.config import TrainConfig
 from src.data.rounding import ceil_div
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
-from src.training.memory import bytes_of_trained, moment_bytes, packed_bytes, passing_bytes
+from src.training.memory import MEMORIES_AT_HAND, bytes_of_trained, moment_bytes, packed_bytes, passing_bytes
 
 EVALUATED_TOKENS = 4096
 """Positions of a batch of held-out texts (`evaluation._BATCH_TOKENS`)."""
@@ -87,7 +87,6 @@ def estimate_memory(
     itemsize: int,
     positions: int,
     memories: int = 0,
-    kept_bytes: Callable[[Recompute], int] | None = None,
     evaluates: bool = False,
     records: bool = False,
 ) -> MemoryEstimate:
@@ -101,11 +100,17 @@ def estimate_memory(
         itemsize: bytes of an activation.
         positions: that are computed at a time, at most.
         memories: that wait on the device between chunks.
-        kept_bytes: per token and layer, if the model knows better than its shape (adapters), in 16 bits.
         evaluates: whether held-out texts are measured, in batches of their own.
         records: whether steps are recorded.
     """
-    kept_bytes = kept_bytes or (lambda mode: shape.kept_bytes(mode, fused=on_gpu and itemsize == 2))
+    fused = on_gpu and itemsize == 2
+    of_adapters = 0
+    if method.adapters is not None:
+        of_adapters = shape.kept_bytes_of_adapters(method.adapters.kept_values(shape))
+
+    def kept_bytes(mode: Recompute) -> int:
+        return shape.kept_bytes(mode, fused=fused) + (0 if mode is Recompute.ALL else of_adapters)
+
     trained = set(method.trained_names(shape))
     sizes = shape.parameter_shapes()
     matrices = set(shape.matrix_names())
@@ -134,7 +139,7 @@ def estimate_memory(
         ACTIVATIONS: positions * kept * wider,
         PASSING: positions * passing * (_PASSING_SHARE if has_kernel else _PLAIN_PASSING_SHARE),
         LOSS: min(_LOGITS, positions * shape.vocab_size) * itemsize,
-        MEMORIES: memories * shape.memory_bytes(itemsize) if config.chunk_keep == "device" else 0.0,
+        MEMORIES: shape.memory_bytes(itemsize) * _memories_there(config, memories),
     }
     grows = parts[ACTIVATIONS] + parts[PASSING]
     if evaluates:
@@ -150,6 +155,13 @@ def estimate_memory(
         parts[IDLE] = _HOST_IDLE_BYTES
     shown = {name: amount for name, amount in parts.items() if amount}
     return MemoryEstimate(shown, positions, grows)
+
+
+def _memories_there(config: TrainConfig, memories: int) -> int:
+    """Of the memories that wait, those on the device, and the few that a chunk works with."""
+    if not memories:
+        return 0
+    return MEMORIES_AT_HAND + (memories if config.chunk_keep == "device" else 0)
 
 
 def _trained_parts(config: TrainConfig, method: Method, shape: ModelShape, *, on_gpu: bool) -> dict[str, float]:

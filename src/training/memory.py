@@ -38,7 +38,7 @@ _UPDATE_BYTES = 16
 """Of each value of a tensor that is updated on its own: widened, its gradient, and what is added and rounded."""
 _SMALLEST_CHUNK, _EFFICIENT_CHUNK = 128, 2048
 """Tokens; packed weights are unpacked for every chunk, which below the second takes longer than recomputing layers."""
-_MEMORIES_AT_HAND = 4
+MEMORIES_AT_HAND = 4
 """What a chunk begins from and leaves, and their gradients."""
 _TARGET_BYTES = 64
 """Of each position of a row in chunks: where its target is, its scores and their gradients."""
@@ -240,7 +240,7 @@ def chunk_that_fits(
 
     def needed(tokens: int, kept_bytes: int) -> int:
         of_position = (kept_bytes + passing_bytes(shape)) * compute_dtype.itemsize // 2
-        of_chunks = _MEMORIES_AT_HAND * of_memory + width * _TARGET_BYTES if tokens < width else 0
+        of_chunks = MEMORIES_AT_HAND * of_memory + width * _TARGET_BYTES if tokens < width else 0
         return model + rows * (tokens * of_position + of_chunks + (ceil_div(width, tokens) - 1) * waiting)
 
     sizes = [size for power in range(width.bit_length()) if _SMALLEST_CHUNK <= (size := 1 << power) < width]
