@@ -126,7 +126,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SFT_FIELDS = ("query", "response")
 SMALLER = {
-    "train.py": ["--accelerator", "cpu", "--epoch_steps", "2", "--epoch_count", "1", "--epoch_save", "0"],
+    "train.py": ["--accelerator", "cpu", "--epoch_steps", "2", "--epoch_count", "1", "--epoch_save", "0", "--plot", "0"],
     "rlhf_generate_reject.py": ["--accelerator", "cpu", "--max_tokens", "8"],
     "PrepareOrpoDataset.py": ["--accelerator", "cpu"],
     "merge_state.py": [],
@@ -156,7 +156,7 @@ def test_its_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> N
             shutil.copy("pissa/init_pissa.pth", "theirs/init_pissa.pth")
         ended = run_script(script, *words, *SMALLER[script])
         assert ended.code == 0, f"{command}\n{ended.err}"
-        if script == "train.py" and "--preview" not in words:
+        if script == "train.py" and not {"--preview", "--evaluate", "--dry_run"}.intersection(words):
             if "--proj_dir" not in words:
                 words += ["--proj_dir", TrainConfig.proj_dir]
             folder = Path(words[words.index("--proj_dir") + 1])

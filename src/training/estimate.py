@@ -27,8 +27,8 @@ EVALUATED_TOKENS = 4096
 _PASSING_SHARE, _PLAIN_PASSING_SHARE = 0.79, 2.8
 """Of `memory.passing_bytes`, which has a reserve, so much is there at the peak: with the operator's kernel, and where
 it is torch operations (CPU, models of 0.8 M to 3.5 M, rows of 512 and 2,048: 2.3 to 2.9)."""
-_EVALUATING_SHARE = 0.4
-"""The same without a backward."""
+_EVALUATING_SHARE, _PLAIN_EVALUATING_SHARE = 0.4, 1.4
+"""The same without a backward; the first is a guess, the second measured as above."""
 _LOGITS = 2**24
 """Formed at a time at most (`ops.token_logps`)."""
 _CONTEXT_BYTES = 300 * 2**20
@@ -144,7 +144,7 @@ def estimate_memory(
     grows = parts[ACTIVATIONS] + parts[PASSING]
     if evaluates:
         # Before training there are no gradients and moments yet, and no row of its own.
-        at_evaluation = EVALUATED_TOKENS * passing * _EVALUATING_SHARE
+        at_evaluation = EVALUATED_TOKENS * passing * (_EVALUATING_SHARE if has_kernel else _PLAIN_EVALUATING_SHARE)
         beside = grows + parts[GRADIENTS] + parts[MOMENTS] + parts[MEMORIES]
         parts[EVALUATION] = max(at_evaluation - beside, 0.0)
     if on_gpu:
