@@ -126,7 +126,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SFT_FIELDS = ("query", "response")
 SMALLER = {
-    "train.py": ["--accelerator", "cpu", "--epoch_steps", "2", "--epoch_count", "1", "--epoch_save", "0", "--plot", "0"],
+    "train.py": [
+        *("--accelerator", "cpu", "--epoch_steps", "2", "--epoch_count", "1", "--epoch_save", "0", "--plot", "0"),
+    ],
     "rlhf_generate_reject.py": ["--accelerator", "cpu", "--max_tokens", "8"],
     "PrepareOrpoDataset.py": ["--accelerator", "cpu"],
     "merge_state.py": [],
