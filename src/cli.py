@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 
 from src.config import STATE_COMMANDS, MergeConfig, TrainConfig
 from src.config.environment import check_environment
-from src.config.flags import BY_METHOD, Flags, shortened, shown_number
+from src.config.flags import BY_METHOD, INPUTS, Flags, shortened, shown_number
 from src.config.run_file import read_flags
 from src.config.synonyms import meant_by
 from src.errors import ConfigError
@@ -219,6 +219,8 @@ def _given(
         for spec in specs:
             text = _help(spec).replace("%", "%%")
             several: dict[str, Any] = {"nargs": "*"} if spec.metadata["several"] else {}
+            if spec.metadata["path"] == INPUTS:
+                several = {"nargs": "+"}
             group.add_argument(
                 f"--{spec.name}", action=_Once, metavar=_metavar(spec), default=argparse.SUPPRESS, help=text, **several
             )
@@ -228,7 +230,11 @@ def _given(
     given = vars(parser.parse_words(arguments, words, many=many))
     check_environment(os.environ)
     # No word is an empty list, which differs from a flag that is not there.
-    return {name: (" ".join(text) or "[]") if isinstance(text, list) else text for name, text in given.items()}
+    files = {spec.name for spec in dataclasses.fields(config_class) if spec.metadata["path"] == INPUTS}
+    return {
+        name: ((",".join(text) if name in files else " ".join(text)) or "[]") if isinstance(text, list) else text
+        for name, text in given.items()
+    }
 
 
 def _metavar(spec: dataclasses.Field[object]) -> str:

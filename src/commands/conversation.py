@@ -17,7 +17,7 @@ from src.config import ChatConfig
 from src.config.chat import TEXT
 from src.data.inputs import unix_lines
 from src.data.preferences import TEMPLATES, clean_prompt, in_template
-from src.data.text import WORLD_CHAT
+from src.data.templates import WORLD_CHAT
 from src.device import Device, apply_device, resolve_device, without_memory
 from src.errors import DataError
 from src.generate import Conversation, SamplingSettings

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from src.config.flags import INPUT, Flags, Given, Lines, flag
 from src.config.hardware import accelerator_flag, precision_flag
 from src.config.model import QUANT_TYPES
-from src.config.preference import TEMPLATE_NAMES
 from src.config.sampling import SamplingFlags, alpha_frequency_flag, top_p_flag
+from src.config.templates import TEMPLATE_NAMES
 from src.config.told import ToldFlags
 
 TEXT = "text"

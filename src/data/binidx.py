@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from src.config.files import recognise
+from src.config.recognition import recognise
 from src.data.documents import Documents, Positions
 from src.data.inputs import opened, read_whole
 from src.data.token_file import FileTokens

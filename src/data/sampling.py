@@ -216,9 +216,7 @@ class BatchDataset(PassDataset[Batch]):
     def _named(self, indices: Sequence[int]) -> str:
         if self.mode == "get":
             return f"tokens {listed(indices)} and following of {self.documents.source}"
-        numbers = [int(self.documents.numbers[index]) for index in indices]
-        plural = "s" if len(numbers) > 1 else ""
-        return f"{self.documents.unit}{plural} {listed(numbers)} of {self.documents.source}"
+        return self.documents.named(indices)
 
     def _offsets(self, number: int) -> list[int]:
         """Where the windows of a batch begin: uniformly random in [0, total - R)."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from src import storage
 from src.config import TrainConfig
+from src.config.recognition import files_of
 from src.errors import CheckpointError, ConfigError, TrainingError
 from src.training.exits import Stopper
 from src.training.folder import PREVIOUS, RESUME, Places
@@ -347,7 +348,8 @@ def fingerprints(config: TrainConfig) -> dict[str, str]:
     found = {}
     for name in _INPUTS:
         path = getattr(config, name)
-        files = [Path(f"{path}{suffix}") for suffix in ("", ".bin", ".idx")] if path and name not in unused else []
+        named = files_of(path) if path and name not in unused else ()
+        files = [Path(f"{file}{suffix}") for file in named for suffix in ("", ".bin", ".idx")]
         if present := [file for file in files if file.is_file()]:
             found[name] = " ".join(map(_fingerprint, present))
     return found

@@ -26,6 +26,7 @@ from src.adapters.turns import LayerTurns
 from src.checkpoint import Checkpoint, fresh_checkpoint, load_state, open_checkpoint, read_tensors, save_model
 from src.config import TrainConfig, run_file
 from src.config.chunks import AS_MANY_AS_FIT
+from src.config.recognition import files_of
 from src.device import global_rank, spare_threads, without_memory
 from src.errors import CheckpointError, ConfigError, TrainingError
 from src.identity import FileIdentity
@@ -79,7 +80,8 @@ from src.training.updates import UpdateCount
 from src.training.watch import HeldOutWatch
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
-INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file")
+DATA_FLAGS = ("data_file", "val_file")
+INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", *DATA_FLAGS)
 SIZE_FLAGS = (
     *("n_layer", "n_embd", "dim_att", "dim_ffn", "vocab_size", "head_size_a", "double_extra_dim"),
     "head_size_divisor",
@@ -155,7 +157,7 @@ def _train(
         start = Start.after(saved.steps, figures["steps_per_epoch"], config.accumulate_grad_batches)
         say(f"resuming   after step {saved.steps:,}, epoch {config.epoch_begin + start.epochs}, from {saved.path}")
     if global_rank() == 0:
-        clean(folder, results=bool(config.overwrite), inputs=[getattr(config, flag) for flag in INPUT_FLAGS])
+        clean(folder, results=bool(config.overwrite), inputs=_inputs(config).values())
         _write_flags(config, folder)
 
     identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
@@ -253,13 +255,22 @@ def _with_seed(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def _inputs(config: TrainConfig) -> dict[str, str]:
+    """The files that a run reads, by flag; where a flag names several, by flag and file."""
+    found: dict[str, str] = {}
+    for flag in INPUT_FLAGS:
+        path = getattr(config, flag)
+        files = files_of(path) if flag in DATA_FLAGS and path else (path,)
+        found |= {f"--{flag}" if file == path else f"--{flag} {file}": file for file in files}
+    return found
+
+
 def _prepare_folder(config: TrainConfig) -> Path:
     """Creates the output folder and proves that a file can be written there."""
     folder = Path(config.proj_dir)
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise ConfigError(f"--proj_dir {folder} cannot be written: it is not a folder; choose another")
-    inputs = {f"--{flag}": getattr(config, flag) for flag in INPUT_FLAGS}
-    spare_inputs(folder, inputs, range(config.epoch_begin, config.epoch_begin + epochs_of(config)))
+    spare_inputs(folder, _inputs(config), range(config.epoch_begin, config.epoch_begin + epochs_of(config)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

@@ -33,7 +33,7 @@ from src.training.objectives import (
 )
 from src.training.references import Reference, attach_references
 
-_KINDS = {"binidx": "binidx", "jsonl": "JSON lines", "utf-8": "plain text", "dummy": "counting"}
+_KINDS = {"binidx": "binidx", "jsonl": "entries", "utf-8": "plain text", "dummy": "counting"}
 
 
 @dataclass(frozen=True)
@@ -76,8 +76,16 @@ def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
 
 def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
     def documents_of(path: str, part: slice = slice(None)) -> Documents:
-        kind, ctx_len, fields = config.data_type, config.ctx_len, config.answer_fields
-        return open_documents(kind, path, shape.vocab_size, ctx_len=ctx_len, fields=fields, part=part, mask=config.mask)
+        return open_documents(
+            config.data_type,
+            path,
+            shape.vocab_size,
+            ctx_len=config.ctx_len,
+            fields=config.named_fields,
+            part=part,
+            mask=config.mask,
+            template=config.template,
+        )
 
     dataset = BatchDataset(
         documents_of(config.data_file, config.lines_used),
