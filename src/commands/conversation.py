@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import signal
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from src.adapters.trained import Told, Trained, read_trained
 from src.checkpoint import Checkpoint, load_state, open_checkpoint
@@ -75,6 +77,38 @@ def chat(config: ChatConfig) -> None:
             goes_on = False
             if is_terminal:
                 _write("\n")
+
+
+class _Stop:
+    """Takes Ctrl-C while answers are given, as a wish that is asked about between tokens.
+
+    The exception that Ctrl-C usually raises can be lost in code that drops exceptions: numpy's random numbers, loaded
+    with the first answer, do so while they register their types. So it is raised for a second Ctrl-C only, which ends
+    what takes long.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Stop:
+        self._before = signal.signal(signal.SIGINT, self._take)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before or signal.default_int_handler)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt, once, where an answer is to end."""
+        if self._asked:
+            self._asked = False
+            raise KeyboardInterrupt
+
+    def _take(self, number: int, frame: object) -> None:
+        if self._asked:
+            self._asked = False
+            raise KeyboardInterrupt
+        self._asked = True
 
 
 class Talk:
@@ -148,29 +182,34 @@ class Talk:
             self._conversation = self._begun()
         text = self._conversation.missing(self._turn_end) + _rendered(self._template, prompt)
         compares, self._compares = self._compares, False
-        if compares:
-            self._tuned.use(tuned=False)
-            of_base = Conversation(self._tuned.model, self._tokenizer, self._settings, tokens=self._conversation.tokens)
-            self._print(of_base, text, "base")
-        self._tuned.use(tuned=True)
-        self._print(self._conversation, text, "tuned" if compares else "")
+        with _Stop() if self._is_terminal else contextlib.nullcontext() as stop:
+            if compares:
+                self._tuned.use(tuned=False)
+                of_base = Conversation(
+                    self._tuned.model, self._tokenizer, self._settings, tokens=self._conversation.tokens
+                )
+                self._print(of_base, text, stop, "base")
+            self._tuned.use(tuned=True)
+            self._print(self._conversation, text, stop, "tuned" if compares else "")
         self._answers += 1
 
-    def _print(self, conversation: Conversation, text: str, whose: str = "") -> None:
+    def _print(self, conversation: Conversation, text: str, stop: _Stop | None, whose: str = "") -> None:
         """Prints one answer as it comes."""
         if self._has_answered and not self._is_terminal:
             _write("\n")
         self._has_answered = True
         label = self._label(whose)
-        _write(label)
-        if self._template == TEXT:
-            _write(f"\n{text}" if label else text)
         begins = not label and self._template != TEXT  # with the space that would stand behind the label
         try:
+            _write(label)
+            if self._template == TEXT:
+                _write(f"\n{text}" if label else text)
             for piece in conversation.answer(text, self._answers):
                 shown = piece.lstrip() if begins else piece
                 begins = begins and not shown
                 _write(_visible(shown))
+                if stop is not None:
+                    stop.check()
             _write("\n")
         except KeyboardInterrupt:
             if not self._is_terminal:
