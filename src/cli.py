@@ -12,7 +12,7 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from src.config import STATE_COMMANDS, MergeConfig, TrainConfig
+from src.config import STATE_COMMANDS, BinidxConfig, MergeConfig, TrainConfig
 from src.config.environment import check_environment
 from src.config.flags import BY_METHOD, INPUTS, Flags, shortened, shown_number
 from src.config.run_file import read_flags
@@ -168,6 +168,21 @@ def given_merge_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
         "Bat) or further weights put in. Every other tensor is copied bit for bit; the inputs are left alone.",
     )
     return _given(parser, MergeConfig, arguments, words=("base_model", "peft_checkpoint", "output"))
+
+
+def given_binidx_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
+    """The words IN ... and OUT, and the flags, on the command line of src.commands.binidx as texts; only those given.
+
+    Raises:
+        ConfigError: for unknown flags or missing values.
+    """
+    parser = SuggestingParser(
+        prog="python -m src.commands.binidx",
+        usage="python -m src.commands.binidx IN ... OUT [flags]",
+        description="Writes data sets as tokens, OUT.bin and OUT.idx, which this program, RWKV-LM and RWKV-PEFT train "
+        "on. What train.py takes for --data_file is read; token 0 ends each document.",
+    )
+    return _given(parser, BinidxConfig, arguments, BinidxConfig.words, many=True)
 
 
 def given_state_flags(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, str]]:
