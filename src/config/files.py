@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from src.config.fields import Fields, fields_in
 from src.config.flags import FOLDER, INPUT, INPUTS, NOT_NEGATIVE, Flags, Given, Lines, empty_paths, flag, shortened
+from src.config.mixing import MixedShare, mixes_in
 from src.config.recognition import DATA_TYPES
 from src.config.templates import CHAT_TEMPLATE_NAMES
 
@@ -49,6 +50,10 @@ class FileFlags(Flags, group="files"):
         "no-think: of RWKV-7's reasoning models",
         CHAT_TEMPLATE_NAMES,
     )
+    mix: str = flag(
+        "", "FILE:SHARE ...: further data, as data_file, and their share of the documents of each pass; drawn by seed",
+        several=True,
+    )  # fmt: skip
     demo: str = flag("", "run the bundled demonstration: sft or orpo", ("sft", "orpo"))
     doctor: int = flag(0, "1 trains nothing: looks at packages, GPU, operators, disk and the flags beside it", (0, 1))
 
@@ -56,6 +61,11 @@ class FileFlags(Flags, group="files"):
     def named_fields(self) -> Fields | None:
         """Which field of an entry holds what; None: the known ones do."""
         return fields_in(self.sft_field)[0]
+
+    @property
+    def mixes(self) -> tuple[MixedShare, ...]:
+        """What is mixed into the training data."""
+        return mixes_in(self.mix)[0]
 
     @property
     def lines_used(self) -> slice:
@@ -70,6 +80,10 @@ class FileFlags(Flags, group="files"):
             yield "--resume 1 keeps what --overwrite 1 removes: leave one of them out"
         if self.data_type == "dummy" and self.val_file:
             yield "--val_file has no meaning with --data_type dummy: leave one of them out"
+        if problem := mixes_in(self.mix)[1]:
+            yield f"--mix {shortened(self.mix)} {problem}"
+        if self.mix and self.data_type == "dummy":
+            yield "--mix has no meaning with --data_type dummy: leave it out"
         if problem := fields_in(self.sft_field)[1]:
             yield f"--sft_field {shortened(self.sft_field)} {problem}"
         if self.sft_split and not _SPLIT.fullmatch(self.sft_split):

@@ -131,9 +131,14 @@ class TrainConfig(
             yield f"--early_stop {self.early_stop} counts measurements of --val_steps, which is 0: give it, too"
         if self.preference and "dataload" in given:
             yield f"--dataload has no meaning with --{self.preference} 1: pairs are packed on their own"
-        for name in ("loss_mask", "mask_id", "preview", "template"):
+        for name in ("loss_mask", "mask_id", "preview", "template", "mix"):
             if self.preference and name in given:
                 yield f"--{name} has no meaning with --{self.preference} 1, which trains on pairs: leave it out"
+        if self.mix and self.dataload == "get":
+            yield "--mix has no meaning with --dataload get, which takes windows anywhere: use pack or pad"
+        for mix in self.mixes:
+            if problem := recognise(mix.path).problem:
+                yield f"--mix {mix.path} {problem}"
         if self.loss_mask in ("qa", "se") and self.data_type == "dummy":
             yield f"--loss_mask {self.loss_mask} looks for texts, which --data_type dummy has none of: leave it out"
         if not self.preference and not self.data_file and self.data_type != "dummy":

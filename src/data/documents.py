@@ -61,6 +61,9 @@ class Documents:
     files: tuple[str, ...] = ()
     file_of: Positions | None = None
 
+    def __post_init__(self) -> None:
+        assert self.file_of is None or len(self.file_of) == len(self.sizes)
+
     @classmethod
     def from_stream(
         cls,

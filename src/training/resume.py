@@ -49,7 +49,7 @@ ROUNDING = {
 _OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "doctor", "config", "preview"}
 TRAINED = "trained"
 """Name of the part that holds what is trained."""
-_INPUTS = ("load_model", "data_file", "rlhf_train_file")
+_INPUTS = ("load_model", "data_file", "mix", "rlhf_train_file")
 
 
 class Part(Protocol):
@@ -344,14 +344,15 @@ def _shown(value: Any) -> str:
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
     """By flag, what tells a run's input files from others: sizes, and hashes of them or of pieces all over them."""
-    unused = {"data_file"} if config.preference else {"rlhf_train_file"}
+    unused = {"data_file", "mix"} if config.preference else {"rlhf_train_file"}
     found = {}
     for name in _INPUTS:
-        path = getattr(config, name)
-        named = files_of(path) if path and name not in unused else ()
+        paths = [mix.path for mix in config.mixes] if name == "mix" else [getattr(config, name)]
+        named = [file for path in paths if path and name not in unused for file in files_of(path)]
         files = [Path(f"{file}{suffix}") for file in named for suffix in ("", ".bin", ".idx")]
         if present := [file for file in files if file.is_file()]:
-            found[name] = " ".join(map(_fingerprint, present))
+            shares = [f"{mix.share:g}" for mix in config.mixes] if name == "mix" else []
+            found[name] = " ".join([*shares, *map(_fingerprint, present)])
     return found
 
 

@@ -262,6 +262,7 @@ def _inputs(config: TrainConfig) -> dict[str, str]:
         path = getattr(config, flag)
         files = files_of(path) if flag in DATA_FLAGS and path else (path,)
         found |= {f"--{flag}" if file == path else f"--{flag} {file}": file for file in files}
+    found |= {f"--mix {file}": file for mix in config.mixes for file in files_of(mix.path)}
     return found
 
 

@@ -9,7 +9,9 @@ from functools import partial
 from typing import Any
 
 from src.config import TrainConfig
+from src.config.recognition import recognise
 from src.data.documents import Documents
+from src.data.mixing import MixedIn, mixed
 from src.data.pair_file import load_pairs
 from src.data.passes import PassDataset
 from src.data.preference_batches import PreferenceDataset
@@ -87,8 +89,10 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
             template=config.template,
         )
 
+    documents, mixes = _with_mixes(config, shape, documents_of(config.data_file, config.lines_used))
     dataset = BatchDataset(
-        documents_of(config.data_file, config.lines_used),
+        documents,
+        mixes=mixes,
         mode=config.dataload,
         ctx_len=config.ctx_len,
         micro_bsz=config.micro_bsz,
@@ -127,6 +131,25 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         memories=memories,
         all_tokens=dataset.most_positions,
     )
+
+
+def _with_mixes(config: TrainConfig, shape: ModelShape, documents: Documents) -> tuple[Documents, tuple[MixedIn, ...]]:
+    """The training data with those of `--mix`, each read as what it is, its fields by their known names."""
+    others = [
+        (
+            open_documents(
+                recognise(mix.path).data_type,
+                mix.path,
+                shape.vocab_size,
+                ctx_len=config.ctx_len,
+                mask=config.mask,
+                template=config.template,
+            ),
+            mix.share,
+        )
+        for mix in config.mixes
+    ]
+    return mixed(documents, others)
 
 
 def _at_a_time(config: TrainConfig, positions: int, rows: int) -> tuple[int, int]:
