@@ -158,7 +158,7 @@ class Lisa:
         assert self._turns is not None
         save_whole(model, self._turns.weights(), path)
 
-    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
+    def next_steps(self, base: str, result: Path, folder: str, template: str | None, merged_note: str) -> list[str]:
         """See Method."""
         return steps_after_whole(result, folder, template)
 

@@ -81,14 +81,15 @@ class Method(Protocol):
         """
         ...
 
-    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
+    def next_steps(self, base: str, result: Path, folder: str, template: str | None, merged_note: str) -> list[str]:
         """Lines that say what to do with a run's result.
 
         Args:
             base: the base model's file.
             result: the file that was written.
             folder: of the run.
-            template: for a chat, "" where it is that of chats.
+            template: for a chat; None where there can be none.
+            merged_note: what clients leave out of a model with a state in it; "" if nothing.
         """
         ...
 

@@ -16,10 +16,10 @@ from typing import Any
 from src.adapters.trained import Told, Trained, read_trained
 from src.checkpoint import Checkpoint, load_state, open_checkpoint
 from src.config import ChatConfig
-from src.config.chat import TEXT
+from src.config.templates import NO_THINK, TEXT, THINK
 from src.data.inputs import unix_lines
 from src.data.preferences import TEMPLATES, clean_prompt, in_template
-from src.data.templates import WORLD_CHAT
+from src.data.templates import CHAT_TEMPLATES, WORLD_CHAT
 from src.device import Device, apply_device, resolve_device, without_memory
 from src.errors import DataError
 from src.generate import Conversation, SamplingSettings
@@ -134,7 +134,7 @@ class Talk:
     @property
     def prompt(self) -> str:
         """What stands before a line that is typed."""
-        return "> " if self._template == TEXT else TEMPLATES[self._template].before
+        return "> " if self._template == TEXT else f"{CHAT_TEMPLATES[self._template].speakers['user']}: "
 
     def take(self, line: str) -> bool:
         """Does what a line says; False if that is to end."""
@@ -199,14 +199,14 @@ class Talk:
             _write("\n")
         self._has_answered = True
         label = self._label(whose)
-        begins = not label and self._template != TEXT  # with the space that would stand behind the label
+        hidden = self._hidden(label)
         try:
             _write(label)
             if self._template == TEXT:
                 _write(f"\n{text}" if label else text)
             for piece in conversation.answer(text, self._answers):
-                shown = piece.lstrip() if begins else piece
-                begins = begins and not shown
+                shown = piece.lstrip(hidden)
+                hidden = "" if shown else hidden
                 _write(_visible(shown))
                 if stop is not None:
                     stop.check()
@@ -222,10 +222,19 @@ class Talk:
         """What stands before an answer: nothing before one that is piped, unless there are two."""
         if self._template == TEXT:
             return f"{whose}:" if whose else ""
-        speaker = TEMPLATES[self._template].after.strip().removesuffix(":")
+        speaker = CHAT_TEMPLATES[self._template].speakers["assistant"]
+        opening = {THINK: " <think", NO_THINK: " "}.get(self._template, "")
         if whose:
-            return f"{speaker} ({whose}):"
-        return f"{speaker}:" if self._is_terminal else ""
+            return f"{speaker} ({whose}):{opening}"
+        return f"{speaker}:{opening}" if self._is_terminal else opening.strip()
+
+    def _hidden(self, label: str) -> str:
+        """Characters that an answer may begin with and that are not shown."""
+        if self._template in (TEXT, THINK):
+            return ""
+        if self._template == NO_THINK:
+            return "> \n"  # the end of the sign that there is no reasoning
+        return "" if label else " \t\r\n"  # the space that would stand behind the label
 
     def _remark(self, text: str) -> None:
         _say(text, aside=not self._is_terminal)
@@ -265,8 +274,8 @@ def _rendered(template: str, prompt: str) -> str:
     """A prompt as training writes it, up to where the answer begins."""
     if template == TEXT:
         return unix_lines(prompt)[0]
-    if template == "user":
-        return WORLD_CHAT.asked(prompt)
+    if template not in TEMPLATES or template == "user":
+        return CHAT_TEMPLATES[template].asked(prompt)
     return in_template(template, clean_prompt(prompt))
 
 

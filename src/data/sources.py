@@ -12,12 +12,13 @@ import numpy as np
 from src.config.data import BY_DATA, LossMask
 from src.config.fields import Fields
 from src.config.recognition import DATA_TYPES, files_of, left_out_of
+from src.config.templates import TEMPLATE_NAMES, TEXT
 from src.data.binidx import read_binidx
 from src.data.documents import Documents, joined
 from src.data.masks import marked
 from src.data.templates import CHAT_TEMPLATES
 from src.data.text import generated_documents, read_entries, read_text
-from src.data.turns import answers_in
+from src.data.turns import answers_in, speakers_in
 from src.errors import DataError
 from src.tokenizer import Decoder, decoder_for_vocabulary, tokenizer_for_vocabulary
 
@@ -118,6 +119,34 @@ def decoder_of(documents: Documents, vocab_size: int) -> Decoder:
         DataError: nothing does for this vocabulary.
     """
     return decoder_for_vocabulary(vocab_size, documents.tokens(0, _SAMPLED_TOKENS).tolist())
+
+
+def template_of(documents: Documents, vocab_size: int, template: str) -> str | None:
+    """The template in which one talks to a model that was trained on these documents; None if no text becomes tokens.
+
+    Args:
+        documents: of training.
+        vocab_size: of the model.
+        template: in which their conversations were written.
+
+    Returns:
+        A key of CHAT_TEMPLATES; TEXT where most documents are no conversations.
+    """
+    try:
+        tokenizer = tokenizer_for_vocabulary(vocab_size)
+    except DataError:
+        return None
+    probed = _probed(documents)
+    found = Counter(
+        speakers_in(tokenizer.decode(documents.tokens(index, _SAMPLED_TOKENS).tolist())) for index in probed
+    )
+    speakers, _ = found.most_common(1)[0]
+    if speakers is None:
+        return TEXT
+    if speakers.answering == CHAT_TEMPLATES[template].speakers["assistant"]:
+        return template
+    names = {CHAT_TEMPLATES[name].speakers["assistant"]: name for name in TEMPLATE_NAMES}
+    return names[speakers.answering]
 
 
 def _unmasked_answers(documents: Documents, vocab_size: int) -> list[str]:

@@ -133,11 +133,6 @@ class ChatTemplate:
         opening = {THINK: " <think>\\n…\\n</think>\\n…", NO_THINK: " <think>\\n</think>\\n…"}.get(self.thinking, " …")
         return f"{user}: …\\n\\n{assistant}:{opening}\\n\\n"
 
-    @property
-    def opening(self) -> str:
-        """What stands between "Assistant:" and an answer that a model is asked for."""
-        return {THINK: _THINK_OPENING, NO_THINK: _NO_THINK_OPENING}.get(self.thinking, "")
-
     def _joined(self, text: str, met: Rendering) -> str:
         joined, blank_lines = _BLANK_LINES.subn("\n", text)
         met.blank_lines += blank_lines

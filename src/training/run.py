@@ -238,6 +238,8 @@ def _train(
         unpacked=unpacked,
         stopped_by=stopper.signal_name,
         go_on=command_to_go_on(session.writer.folder) if session.writer.folder else "",
+        template=work.template,
+        merged_note=shape.merged_note,
     )
     if stopper.exhausted:
         say(

@@ -10,6 +10,7 @@ from typing import Any
 
 from src.config import TrainConfig
 from src.config.recognition import recognise
+from src.config.templates import TEMPLATE_NAMES
 from src.data.documents import Documents
 from src.data.mixing import MixedIn, mixed
 from src.data.pair_file import load_pairs
@@ -17,7 +18,7 @@ from src.data.passes import PassDataset
 from src.data.preference_batches import PreferenceDataset
 from src.data.rounding import ceil_div
 from src.data.sampling import BatchDataset
-from src.data.sources import open_documents
+from src.data.sources import open_documents, template_of
 from src.device import global_rank
 from src.errors import DataError
 from src.model.language_model import LanguageModel
@@ -53,6 +54,7 @@ class Work:
         memories: most memories of sequences that chunks of a micro-batch leave for others.
         all_tokens: most positions of a micro-batch.
         prepare: measures what the loss needs of the model that the run starts from, and says what it did.
+        template: in which one talks to a model that was trained on the data; None if one cannot.
     """
 
     dataset: PassDataset[Any]
@@ -65,6 +67,7 @@ class Work:
     memories: int = 0
     all_tokens: int = 0
     prepare: Callable[[LanguageModel, Reference], list[str]] = lambda model, start: []
+    template: str | None = TEMPLATE_NAMES[0]
 
 
 def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
@@ -130,6 +133,7 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         lines,
         memories=memories,
         all_tokens=dataset.most_positions,
+        template=template_of(documents, shape.vocab_size, config.template),
     )
 
 
@@ -230,6 +234,7 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
         lines,
         memories=memories,
         all_tokens=row_tokens,
+        template=None if tokenizer is None else TEMPLATE_NAMES[0],
     )
     return dataclasses.replace(work, prepare=partial(_with_references, dataset, held_out)) if config.dpo else work
 

@@ -69,6 +69,7 @@ def test_states_on_a_packed_base(base: Path, data: Path, shape: ModelShape, tmp_
         epoch_count=3, my_testing="x070",
     )  # fmt: skip
     assert "RWKV-7 (x070), " in ended.out
+    assert "ignore a state inside an RWKV-7 model; give them the state itself" in ended.out
     assert "no CUDA kernel" not in ended.out  # which is said where there is a GPU
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
     assert files_in(tmp_path / "out") == left_by_run("rwkv-0.pth", "rwkv-1.pth", "rwkv-2.pth")

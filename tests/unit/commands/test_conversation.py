@@ -302,3 +302,31 @@ class TestCtrlC:
         self.strike_at(monkeypatch, "0", drops=True)
         assert chat.take("a")
         assert capsys.readouterr().out.count(" [stopped]\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "terminal", "shown"),
+    [
+        ("think", "User: a\n\nAssistant: <think", True, "Assistant: <think>x"),
+        ("think", "User: a\n\nAssistant: <think", False, "<think>x"),
+        ("no-think", "User: a\n\nAssistant: <think>\n</think", True, "Assistant: x"),
+        ("no-think", "User: a\n\nAssistant: <think>\n</think", False, "x"),
+    ],
+)
+def test_templates_of_reasoning_models(
+    template: str,
+    asked: str,
+    terminal: bool,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer(self: Scripted, text: str, number: int) -> Iterator[str]:
+        self.model.asked.append(text)
+        yield from (">", "\n", "x", ">") if template == "no-think" else (">", "x")
+
+    monkeypatch.setattr(Scripted, "answer", answer)
+    voices = Voices()
+    assert talk(voices, terminal=terminal, template=template).take("a")
+    assert voices.asked == [asked]  # type: ignore[comparison-overlap]
+    assert capsys.readouterr().out.startswith(shown)

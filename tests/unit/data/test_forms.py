@@ -16,7 +16,7 @@ import pytest
 from src.config import TrainConfig
 from src.config.fields import fields_in
 from src.config.recognition import recognise
-from src.data.sources import open_documents
+from src.data.sources import open_documents, template_of
 from src.errors import DataError
 from src.tokenizer import ByteTokenizer
 
@@ -460,3 +460,23 @@ class TestSeveralFiles:
         assert given_train_flags(["--data_file", "a.jsonl", "b.jsonl"]) == {"data_file": "a.jsonl,b.jsonl"}
         flags = {"load_model": "m.pth", "data_file": f"{tmp_path}/none.jsonl,{tmp_path}"}
         assert TrainConfig.from_flags(flags).data_type == "jsonl"
+
+
+@pytest.mark.parametrize(
+    ("entries", "options", "template"),
+    [
+        ([{"text": "Once upon a time."}] * 3, {}, "text"),
+        ([{"text": "User: a\n\nAssistant: b"}] * 2 + [{"text": "prose"}], {}, "user"),
+        ([{"text": "Question: a\n\nAnswer: b"}], {}, "question"),
+        ([{"question": "a", "answer": "b"}], {}, "user"),
+        ([{"question": "a", "answer": "b"}], {"template": "input"}, "input"),
+        ([{"question": "a", "answer": "b"}], {"template": "no-think"}, "no-think"),
+    ],
+)
+def test_the_template_of_a_chat(
+    tmp_path: Path, entries: list[dict[str, str]], options: dict[str, str], template: str
+) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(entries))
+    documents = open_documents("jsonl", str(tmp_path / "a.json"), 257, ctx_len=64, **options)
+    assert template_of(documents, 257, options.get("template", "user")) == template
+    assert template_of(documents, 300_000, "user") is None
