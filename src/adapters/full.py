@@ -79,6 +79,9 @@ class FullTraining:
         """See Method."""
         return {"method": "full"}
 
+    def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
+        """See Method."""
+
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """See Method."""
         return {}

@@ -146,6 +146,9 @@ class Lisa:
             "states": self._states,
         }
 
+    def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
+        """See Method."""
+
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """See Method."""
         return {}

@@ -57,6 +57,14 @@ class Method(Protocol):
         """What a reader of the files must know; `method` says which way of training it is."""
         ...
 
+    def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
+        """Reads the files that a run goes on with, before anything is done.
+
+        Raises:
+            CheckpointError: one cannot be read, or does not fit.
+        """
+        ...
+
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """Tensors of files that a run goes on with: they take the place of the base model's, or of fresh ones.
 

@@ -50,6 +50,9 @@ class StateTuning:
         """See Method."""
         return {"method": "states"}
 
+    def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
+        """See Method."""
+
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """See Method."""
         return {}

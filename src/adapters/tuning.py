@@ -124,14 +124,14 @@ class Tuning:
             "states": self._states,
         }
 
+    def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
+        """See Method."""
+        self._loaded(shape, base)
+
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """See Method."""
         assert base is not None
-        tensors: dict[str, Tensor] = {}
-        if self._load:
-            properties = self.properties(shape)
-            check_description(self._load, properties["method"], properties, base)
-            tensors |= load_trained(self._load, self._trained_shapes(shape), self._adapter_shapes(shape))
+        tensors = self._loaded(shape, base)
         if self._is_pissa:
             tensors |= self._known_first_factors(shape, folder, base)
         return tensors
@@ -167,6 +167,15 @@ class Tuning:
         if self.adapters is not None and self.adapters.kind != "bat" and not (self._parts or self._states):
             lines.append(f"           {export_command(result, Path(folder) / 'peft', 'hf', base)}")
         return lines
+
+    def _loaded(self, shape: ModelShape, base: FileIdentity | None) -> dict[str, Tensor]:
+        """What the run goes on with."""
+        if not self._load:
+            return {}
+        assert base is not None
+        properties = self.properties(shape)
+        check_description(self._load, properties["method"], properties, base)
+        return dict(load_trained(self._load, self._trained_shapes(shape), self._adapter_shapes(shape)))
 
     @property
     def _is_pissa(self) -> bool:

@@ -134,6 +134,12 @@ def _train(
         config = dataclasses.replace(config, chunk_ctx=tokens)
     for path in filter(None, (config.load_state, config.load_adapter)):
         refuse_other_architecture(path, shape)
+    # What a resumed run goes on from replaces the start, which only a reference is measured with.
+    state_file = config.load_state if config.dpo or not saved else ""
+    if state_file:
+        load_state(state_file, shape)
+    identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
+    method.check_files(shape, identity)
     work = prepare_work(config, shape)
     require_memory_of_run(config, hardware.device, shape, work)
     figures = {
@@ -160,7 +166,6 @@ def _train(
         clean(folder, results=bool(config.overwrite), inputs=_inputs(config).values())
         _write_flags(config, folder)
 
-    identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
     origin = method.start(shape, folder, identity)
     if config.load_state and not shape.state_shapes().keys().isdisjoint(origin):
         raise ConfigError(
@@ -169,8 +174,6 @@ def _train(
         )
     base = base or _fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
-    # What a resumed run goes on from replaces the start, which only a reference is measured with.
-    state_file = config.load_state if config.dpo or not saved else ""
     model = open_model(base, options, state_file=state_file, start=origin, quiet=global_rank() != 0)
     if global_rank() == 0:
         method.begin(model, folder, identity, origin)
