@@ -34,6 +34,7 @@ SIDEWAYS = {
     ("src.storage", "src.identity"),
     ("src.cutting", "src.layout"),
     ("src.streaming", "src.storage"),
+    ("src.safetensors", "src.identity"),
     ("src.safetensors", "src.storage"),
     ("src.safetensors", "src.streaming"),
 }

@@ -10,7 +10,6 @@ import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from src.adapters.trained import Told, Trained, read_trained
@@ -23,6 +22,7 @@ from src.data.templates import CHAT_TEMPLATES, WORLD_CHAT
 from src.device import Device, apply_device, resolve_device, without_memory
 from src.errors import DataError
 from src.generate import Conversation, SamplingSettings
+from src.identity import size_of_model
 from src.loading import LoadOptions
 from src.tokenizer import Tokenizer, tokenizer_for_vocabulary
 from src.tuned import Tuned
@@ -259,7 +259,7 @@ def _notes(config: ChatConfig, trained: Trained | None) -> Iterator[str]:
             "was trained"
         )
     made_on = trained.base.get("size_bytes")
-    if made_on not in (None, Path(config.load_model).stat().st_size):
+    if made_on not in (None, size_of_model(config.load_model)):
         yield f"note: {trained.path} was trained on {trained.base.get('file')} of {made_on} bytes, another model"
 
 

@@ -25,6 +25,7 @@ from src import storage
 from src.config import TrainConfig
 from src.config.recognition import files_of
 from src.errors import CheckpointError, ConfigError, TrainingError
+from src.identity import files_of_model
 from src.training.exits import Stopper
 from src.training.folder import PREVIOUS, RESUME, Places
 from src.training.progress import Start
@@ -347,8 +348,15 @@ def fingerprints(config: TrainConfig) -> dict[str, str]:
     unused = {"data_file", "mix"} if config.preference else {"rlhf_train_file"}
     found = {}
     for name in _INPUTS:
-        paths = [mix.path for mix in config.mixes] if name == "mix" else [getattr(config, name)]
-        named = [file for path in paths if path and name not in unused for file in files_of(path)]
+        if name in unused or not getattr(config, name):
+            continue
+        if name == "load_model":
+            named = list(map(str, files_of_model(config.load_model)))
+        elif name == "rlhf_train_file":
+            named = [config.rlhf_train_file]
+        else:
+            paths = [mix.path for mix in config.mixes] if name == "mix" else [config.data_file]
+            named = [file for path in paths for file in files_of(path)]
         files = [Path(f"{file}{suffix}") for file in named for suffix in ("", ".bin", ".idx")]
         if present := [file for file in files if file.is_file()]:
             shares = [f"{mix.share:g}" for mix in config.mixes] if name == "mix" else []
