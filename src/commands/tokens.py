@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Iterator
 
 from tqdm import tqdm
@@ -17,9 +18,10 @@ from src.data.templates import CHAT_TEMPLATES
 from src.data.text import Conversations, line_ends_statement
 from src.errors import DataError
 from src.storage import refuse_overlap
-from src.tokenizer import Tokenizer, tokenizer_for_vocabulary
+from src.tokenizer import tokenizer_for_vocabulary
 
 _EVERY_TOKEN = LossMask("pad")
+_QUIET_SECONDS = 2.0
 
 
 def write_tokens(config: BinidxConfig) -> None:
@@ -38,17 +40,14 @@ def write_tokens(config: BinidxConfig) -> None:
     )
     for line in config.notes():
         print(f"note: {line}")
-    vocab_size = VOCABULARIES[config.tokenizer]
-    tokenizer = tokenizer_for_vocabulary(vocab_size)
-    said: list[str] = []
+    reader = _Reader(config, files)
     with BinidxWriter(config.prefix, repeat=config.repeat, seed=config.seed if config.shuffle else None) as writer:
-        documents = _documents(config, files, tokenizer, vocab_size, said)
-        for tokens in tqdm(documents, desc="documents", unit=" documents", dynamic_ncols=True):
+        for tokens in tqdm(reader, desc="documents", unit=" documents", delay=_QUIET_SECONDS, dynamic_ncols=True):
             writer.add(tokens)
         if not writer.documents:
             raise DataError(f"{', '.join(files[:3])} cannot be used: there is no document in it.")
         written = writer.finish()
-    for line in said:
+    for line in reader.said:
         print(line)
     passes = f" in {config.repeat:,} passes" if config.repeat > 1 else ""
     print(
@@ -57,43 +56,69 @@ def write_tokens(config: BinidxConfig) -> None:
     )
     if config.ctx_len:
         print(_pretraining_line(written, config.ctx_len))
-    print(f"next       python train.py --load_model MODEL.pth --data_file {config.prefix}")
-    print("           --loss_mask qa there takes the loss on answers only, which it finds in the text")
+    mask = ["--loss_mask", "qa"] if reader.has_conversations else []
+    command = shlex.join(["python", "train.py", "--load_model", "MODEL.pth", "--data_file", config.prefix, *mask])
+    print(f"next       {command}")
+    if mask:
+        print("           --loss_mask qa: the loss on answers only, which are found in the text; roles are not kept")
 
 
-def _documents(
-    config: BinidxConfig, files: list[str], tokenizer: Tokenizer, vocab_size: int, said: list[str]
-) -> Iterator[list[int] | Tokens]:
-    """Tokens of every document with the token that ends it; of binidx data as they are."""
-    entries = [file for file in files if config.kind_of(file) == "jsonl"]
-    if entries:
-        template = CHAT_TEMPLATES[config.template]
-        conversations = Conversations(entries, template, fields=config.named_fields)
+class _Reader:
+    """Tokens of every document with the token that ends it, input by input; of binidx data as they are.
+
+    Attributes:
+        said: what the user should know, once all are read.
+        has_conversations: whether somebody answers in some of them.
+    """
+
+    def __init__(self, config: BinidxConfig, files: list[str]) -> None:
+        self.said: list[str] = []
+        self.has_conversations = False
+        self._config, self._files = config, files
+        self._vocab_size = VOCABULARIES[config.tokenizer]
+        self._tokenizer = tokenizer_for_vocabulary(self._vocab_size)
+
+    def __iter__(self) -> Iterator[list[int] | Tokens]:
+        kinds = {file: self._config.kind_of(file) for file in self._files}
+        entries = [file for file in self._files if kinds[file] == "jsonl"]
+        if entries:
+            yield from self._of_entries(entries)
+        for file in self._files:
+            if kinds[file] == "utf-8":
+                yield from self._of_text(file)
+            elif kinds[file] == "binidx":
+                yield from self._of_tokens(file)
+
+    def _of_entries(self, files: list[str]) -> Iterator[list[int]]:
+        template = CHAT_TEMPLATES[self._config.template]
+        conversations = Conversations(files, template, fields=self._config.named_fields)
         empty = 0
         for _, _, parts in conversations:
             # Parts apart, as training has them, so that what an answer begins with is the same token there and here.
-            ids = [token for text, _ in parts for token in tokenizer.encode(text)]
+            ids = [token for text, _ in parts for token in self._tokenizer.encode(text)]
             if ids:
-                yield [*ids, tokenizer.end_of_document]
+                yield [*ids, self._tokenizer.end_of_document]
             empty += not ids
-        said += [f"read       {', '.join(entries[:3])}{' …' if len(entries) > 3 else ''}"]
-        said += [f"           {line}" for line in conversations.findings.statements(template, _EVERY_TOKEN)]
+        findings = conversations.findings
+        self.has_conversations = findings.conversations > 0
+        self.said.append(f"read       {', '.join(files[:3])}{' …' if len(files) > 3 else ''}")
+        self.said += [f"           {line}" for line in findings.statements(template, _EVERY_TOKEN)]
         if empty:
-            said.append(f"           {empty:,} {'text' if empty == 1 else 'texts'} without a character left out.")
-    for file in files:
-        kind = config.kind_of(file)
-        if kind == "utf-8":
-            text, line_ends = unix_lines(decoded(file, read_whole(file, packed=True)))
-            if text:
-                yield [*tokenizer.encode(text), tokenizer.end_of_document]
-            said.append(f"read       {file}: plain text, one document")
-            said += [f"           {line_ends_statement(line_ends)}"] if line_ends else []
-        elif kind == "binidx":
-            documents = read_binidx(file, vocab_size)
-            for index in range(len(documents)):
-                yield documents.tokens(index)
-            said.append(f"read       {file}: {len(documents):,} documents of tokens, taken as they are")
-            said += [f"           {line}" for line in documents.statements]
+            self.said.append(f"           {empty:,} {'text' if empty == 1 else 'texts'} without a character left out.")
+
+    def _of_text(self, file: str) -> Iterator[list[int]]:
+        text, line_ends = unix_lines(decoded(file, read_whole(file, packed=True)))
+        if text:
+            yield [*self._tokenizer.encode(text), self._tokenizer.end_of_document]
+        self.said.append(f"read       {file}: plain text, one document")
+        self.said += [f"           {line_ends_statement(line_ends)}"] if line_ends else []
+
+    def _of_tokens(self, file: str) -> Iterator[Tokens]:
+        documents = read_binidx(file, self._vocab_size)
+        for index in range(len(documents)):
+            yield documents.tokens(index)
+        self.said.append(f"read       {file}: {len(documents):,} documents of tokens, taken as they are")
+        self.said += [f"           {line}" for line in documents.statements]
 
 
 def _pretraining_line(tokens: int, ctx_len: int) -> str:

@@ -221,6 +221,15 @@ class JoinedStream:
         return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
 
 
+def _together(parts: Sequence[Documents]) -> tuple[str, ...]:
+    """What there is to say about several sources, each sentence once, behind those that it is about."""
+    sources: dict[str, list[str]] = {}
+    for part in parts:
+        for said in part.statements:
+            sources.setdefault(said, []).append(part.source)
+    return tuple(f"{', '.join(about)}: {said}" for said, about in sources.items())
+
+
 def joined(parts: Sequence[Documents], source: str) -> Documents:
     """Documents of several sources as those of one.
 
@@ -248,11 +257,7 @@ def joined(parts: Sequence[Documents], source: str) -> Documents:
         sizes=np.concatenate([part.sizes for part in parts]),
         numbers=np.concatenate([part.numbers for part in parts]),
         stream_counted=np.concatenate(counted) if masked else None,
-        statements=tuple(
-            f"{part.source}: {statement}" if len(parts) > 1 else statement
-            for part in parts
-            for statement in part.statements
-        ),
+        statements=_together(parts),
         files=tuple(files),
         file_of=np.concatenate(file_of),
     )

@@ -70,6 +70,7 @@ def test_documents_are_those_of_training(tokenizer: str) -> None:
     assert "Recognised as Alpaca, 5 conversations." in ended.out
     assert '"User: …\\n\\nAssistant: …\\n\\n".\n' in ended.out
     assert "loss is on answers only" not in ended.out
+    assert "next       python train.py --load_model MODEL.pth --data_file out --loss_mask qa\n" in ended.out
     assert f"written    out.bin and out.idx: 5 documents, {sum(map(len, expected))} tokens (uint16)" in ended.out
 
 

@@ -34,6 +34,8 @@ def test_the_plan_says_what_is_mixed_in(flags: dict[str, object], tmp_path: Path
     assert "chats.jsonl: entries, 17 documents" in out
     assert "chats.jsonl: Recognised as prompt and response, 12 conversations." in out
     assert "general: Recognised as ShareGPT, 9 conversations." in out
+    assert "chats.jsonl, general: Conversations are written in the template World chat" in out
+    assert out.count("World chat") == 1
     assert "3 of 17 documents of a pass (17.6%; " in out
     assert "are from general, which has 9: each comes once before any comes twice." in out
     assert "2 of 17 documents of a pass (11.8%; " in out
