@@ -208,7 +208,8 @@ class TrainConfig(
                 if found and found.surprise and self.data_type == found.data_type:
                     yield f"--{name} {path} holds {found.surprise} and is read as --data_type {found.data_type}"
                 elif found and found.data_type == "jsonl" and self.data_type == "utf-8":
-                    yield f"--{name} {path} holds JSON lines and is read as plain text, as --data_type utf-8 says"
+                    held = found.surprise or "entries"
+                    yield f"--{name} {path} holds {held} and is read as plain text, as --data_type utf-8 says"
         if self.template != TrainConfig.template and self.data_type != "jsonl" and not self.preference:
             yield f"--template {self.template} has no effect on --data_type {self.data_type}, which is taken as it is"
         if self.method != "states" and self.lr_init > _LARGE_RATE:

@@ -14,20 +14,20 @@ from typing import Any
 from src.config.fields import Fields
 from src.config.recognition import QUESTION_ANSWER
 from src.data.inputs import MalformedEntry, kind_of, listed_names, shown, string_of
-from src.data.templates import WORLD_CHAT, Rendering, Turn
+from src.data.templates import Turn
 from src.data.tools import call_text, result_text, tools_text
 
 FORMS = (
     '{"messages": […]}, {"conversations": […]}, {"prompt": …, "response": …}, {"instruction": …, "output": …}, '
     '{"question": …, "answer": …} or {"text": …}; others are named with --sft_field'
 )
-_TURN_FIELDS = ("messages", "conversations", "conversation")
-_INPUTS = ("input", "context")
+TURN_FIELDS = ("messages", "conversations", "conversation")
+INPUTS = ("input", "context")
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-_ANSWERING = "assistant"
+ANSWERING = "assistant"
 _ROLES = {
     "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
-    "assistant": _ANSWERING, "gpt": _ANSWERING, "chatgpt": _ANSWERING, "model": _ANSWERING, "bot": _ANSWERING,
+    "assistant": ANSWERING, "gpt": ANSWERING, "chatgpt": ANSWERING, "model": ANSWERING, "bot": ANSWERING,
     "tool": "tool", "function": "tool", "observation": "tool", "function_call": "call",
 }  # fmt: skip
 _NAMES = {
@@ -37,7 +37,6 @@ _NAMES = {
     ("input", "output"): "input and output",
 }  # fmt: skip
 TEXT, MESSAGES, SHAREGPT, NAMED = "plain text", "messages", "ShareGPT", "the fields of --sft_field"
-PAIR = "preferences"
 
 
 class EmptyTurn(Exception):
@@ -61,8 +60,13 @@ class Content:
     unread: set[str] = field(default_factory=set)
 
 
-class _Reading:
-    """An entry, its fields by name, and which of them were read."""
+class Reading:
+    """An entry, its fields by name, and which of them were read.
+
+    Attributes:
+        entry: values by the names that stand there.
+        read: such names.
+    """
 
     def __init__(self, entry: Mapping[str, Any]) -> None:
         self.entry = dict(entry)
@@ -142,10 +146,10 @@ def content_of_entry(entry: Mapping[str, Any], fields: Fields | None = None) -> 
         MalformedEntry: it is none of the known forms.
         EmptyTurn: it holds nothing that could be learned.
     """
-    reading = _Reading(entry)
+    reading = Reading(entry)
     if fields is not None:
         return _of_named(reading, fields)
-    for name in _TURN_FIELDS:
+    for name in TURN_FIELDS:
         if reading.has(name) and not (reading.has("chosen") and name != "messages"):
             return _of_turns(reading, name)
     for question, answer in QUESTION_ANSWER:
@@ -160,124 +164,13 @@ def content_of_entry(entry: Mapping[str, Any], fields: Fields | None = None) -> 
     raise MalformedEntry(f"its keys are {reading.keys}, expected {FORMS}")
 
 
-@dataclass
-class Preference:
-    """A prompt with a better and a worse answer.
-
-    Attributes:
-        form: the one it was recognised as.
-        prompt: a question; or where more precedes the answer, a text in the template of World chats.
-        chosen, rejected: the answers; the latter "" if there is none.
-        unread: names of what was not read.
-    """
-
-    form: str
-    prompt: str
-    chosen: str
-    rejected: str
-    unread: set[str]
-
-
-def preference_of_entry(entry: Mapping[str, Any]) -> Preference:
-    """What an entry of a preference file says.
-
-    Raises:
-        MalformedEntry: it is no such entry.
-    """
-    reading = _Reading(entry)
-    unread: set[str] = set()
-    chosen = _answer(reading, "chosen", unread)
-    rejected = {name: _answer(reading, name, unread) for name in ("reject", "rejected") if _is_filled(reading, name)}
-    texts = {name: answer.text for name, answer in rejected.items() if answer.text.strip()}
-    if len(set(texts.values())) > 1:
-        raise MalformedEntry(
-            f"'reject' is {shown(texts['reject'])} and 'rejected' is {shown(texts['rejected'])}: leave one of them "
-            "empty"
-        )
-    worse = next((rejected[name] for name in ("rejected", "reject") if name in texts), None)
-    if worse is None and rejected:
-        worse = max(rejected.values(), key=lambda answer: len(answer.text))
-    before, form = _before(reading, unread)
-    turns = before or chosen.before
-    if not turns:
-        raise MalformedEntry('"prompt" is missing')
-    if chosen.before and before and _said(chosen.before[-len(before) :]) != _said(before):
-        raise MalformedEntry('"chosen" is a conversation that does not begin with the prompt')
-    if worse is not None and worse.before and _said(worse.before) != _said(chosen.before or turns):
-        raise MalformedEntry("the two answers are to different questions")
-    turns = chosen.before if len(chosen.before) > len(turns) else turns
-    system = reading.text("system") if reading.has("system") else ""
-    if system.strip() and turns[0].role != "system":
-        turns = [Turn("system", system), *turns]
-    if len(turns) == 1 and turns[0].role == "user":
-        prompt = turns[0].content
-    else:
-        parts = WORLD_CHAT.render([*turns, Turn(_ANSWERING, "")], Rendering())
-        prompt = "".join(part.text for part in parts[:-1])
-    as_messages = bool(chosen.is_messages or form == MESSAGES)
-    return Preference(
-        f"{PAIR} of messages" if as_messages else form,
-        prompt,
-        chosen.text,
-        worse.text if worse is not None else "",
-        reading.unread | unread,
-    )
-
-
-@dataclass
-class _Answer:
-    """An answer, and the turns before it where it is a conversation."""
-
-    text: str
-    before: list[Turn]
-    is_messages: bool = False
-
-
-def _is_filled(reading: _Reading, name: str) -> bool:
-    return reading.has(name) and reading.take(name) is not None
-
-
-def _answer(reading: _Reading, name: str, unread: set[str]) -> _Answer:
-    value = _listed(reading.take(name))
-    if isinstance(value, dict):
-        value = [value]
-    if not isinstance(value, list):
-        return _Answer(reading.needed_text(name, nul=name != "chosen"), [])
-    turns = turns_of(value, unread, name)
-    if not turns or turns[-1].role != _ANSWERING:
-        raise MalformedEntry(f'"{name}" does not end with an answer')
-    return _Answer(turns[-1].content, turns[:-1], is_messages=True)
-
-
-def _before(reading: _Reading, unread: set[str]) -> tuple[list[Turn], str]:
-    """What precedes the answers, and the form that it has."""
-    for name in ("prompt", "question", "instruction"):
-        if not reading.has(name):
-            continue
-        value = _listed(reading.take(name))
-        if isinstance(value, list):
-            return turns_of(value, unread, name), MESSAGES
-        text = reading.needed_text(name)
-        about = [reading.text(other) for other in _INPUTS if name == "instruction" and reading.has(other)]
-        asked = "\n".join([text, *(other for other in about if other.strip())])
-        return [*_history(_listed(reading.take("history") or [])), Turn("user", asked)], PAIR
-    for name in _TURN_FIELDS:
-        if reading.has(name):
-            return turns_of(_listed(reading.take(name)), unread, name), MESSAGES
-    return [], PAIR
-
-
-def _said(turns: list[Turn]) -> list[tuple[str, str]]:
-    return [(turn.role, turn.content.strip()) for turn in turns if turn.role != "system"]
-
-
-def _of_named(reading: _Reading, fields: Fields) -> Content:
+def _of_named(reading: Reading, fields: Fields) -> Content:
     """An entry whose fields the user has named."""
     missing = [name for name in fields.needed if name not in reading.entry]
     if missing:
         raise MalformedEntry(f"its keys are {reading.keys}, and --sft_field names {shown(missing[0])}")
     entry = {role: reading.entry[name] for role, name in fields.names.items() if name in reading.entry}
-    named = _Reading(entry)
+    named = Reading(entry)
     try:
         if "body" in fields.names:
             body = entry["body"]
@@ -299,28 +192,28 @@ def _of_named(reading: _Reading, fields: Fields) -> Content:
     return content
 
 
-def _of_question(reading: _Reading, question: str, answer: str) -> Content:
+def _of_question(reading: Reading, question: str, answer: str) -> Content:
     """A question, what it is about, and the answer; with what was said before."""
     turns = []
     system = reading.text("system")
     if system:
         turns.append(Turn("system", system))
-    turns += _history(_listed(reading.take("history") or []))
+    turns += history_turns(listed_value(reading.take("history") or []))
     ends = _dialogue(reading, question, answer)
     if ends is None:
         asked = reading.filled(question, "question")
-        about = [reading.text(name) for name in _INPUTS if name != question and reading.has(name)]
+        about = [reading.text(name) for name in INPUTS if name != question and reading.has(name)]
         reasoning = next((reading.text(name) for name in _REASONING if reading.has(name)), "")
         ends = [
             Turn("user", "\n".join([asked.strip(), *(text.strip() for text in about if text.strip())])),
-            Turn(_ANSWERING, reading.filled(answer, "answer"), reasoning),
+            Turn(ANSWERING, reading.filled(answer, "answer"), reasoning),
         ]
         if not any(text.strip() for text in about):
             ends[0] = Turn("user", asked)
     return Content(_NAMES.get((question, answer), NAMED), [*turns, *ends], unread=reading.unread)
 
 
-def _dialogue(reading: _Reading, question: str, answer: str) -> list[Turn] | None:
+def _dialogue(reading: Reading, question: str, answer: str) -> list[Turn] | None:
     """The turns of a prompt and an answer that are both lists of messages; None if they are texts."""
     asked, answered = (reading.take(name) for name in (question, answer))
     if not (isinstance(asked, list) and isinstance(answered, list)):
@@ -331,9 +224,9 @@ def _dialogue(reading: _Reading, question: str, answer: str) -> list[Turn] | Non
     return turns
 
 
-def _of_turns(reading: _Reading, name: str) -> Content:
+def _of_turns(reading: Reading, name: str) -> Content:
     """A list of messages, with tools and a system message beside it or in it."""
-    messages = _listed(reading.take(name))
+    messages = listed_value(reading.take(name))
     unread: set[str] = set()
     turns = turns_of(messages, unread, name)
     system = reading.text("system")
@@ -344,12 +237,12 @@ def _of_turns(reading: _Reading, name: str) -> Content:
     tools = reading.take("tools")
     if tools not in (None, "", [], "[]"):
         told = [turns.pop(0).content.strip()] if turns and turns[0].role == "system" else []
-        turns.insert(0, Turn("system", "\n".join([*filter(None, told), tools_text(_listed(tools))])))
-    if all(turn.role != _ANSWERING for turn in turns):
-        raise MalformedEntry(f'no message has the role "{_ANSWERING}", so there is nothing to learn')
+        turns.insert(0, Turn("system", "\n".join([*filter(None, told), tools_text(listed_value(tools))])))
+    if all(turn.role != ANSWERING for turn in turns):
+        raise MalformedEntry(f'no message has the role "{ANSWERING}", so there is nothing to learn')
     for turn in turns:
         if turn.role != "system" and not turn.content.strip():
-            raise EmptyTurn("answer" if turn.role == _ANSWERING else "question")
+            raise EmptyTurn("answer" if turn.role == ANSWERING else "question")
     is_sharegpt = any(isinstance(message, dict) and "from" in message for message in messages)
     return Content(SHAREGPT if is_sharegpt else MESSAGES, turns, unread=reading.unread | unread)
 
@@ -395,20 +288,20 @@ def _turn(message: dict[str, Any], position: int) -> tuple[Turn, set[str]]:
             "system, user, assistant, tool" if said_by == "role" else "system, human, gpt, function_call, observation"
         )
         raise MalformedEntry(f"message {position} has the role {shown(named)}; known are {known}")
-    calls = role == _ANSWERING and message.get("tool_calls") is not None
+    calls = role == ANSWERING and message.get("tool_calls") is not None
     if not calls and said not in message:
         raise MalformedEntry(f'message {position} has no "{said}"')
     read = {said_by, said}
     if calls:
         return Turn(role, call_text(message, position)), {*read, "tool_calls"}
     if role == "call":
-        return Turn(_ANSWERING, call_text({"tool_calls": _listed_calls(message[said], position)}, position)), read
+        return Turn(ANSWERING, call_text({"tool_calls": _listed_calls(message[said], position)}, position)), read
     if role == "tool":
         return Turn("user", result_text({"content": message[said]}, position)), read
     content = message[said]
     text = _joined(content, position) if isinstance(content, list) else string_of(message, said)
     apart = next((name for name in _REASONING if isinstance(message.get(name), str)), "")
-    if role == _ANSWERING and apart:
+    if role == ANSWERING and apart:
         return Turn(role, text, message[apart]), {*read, apart}
     return Turn(role, text), read
 
@@ -434,7 +327,7 @@ def _listed_calls(value: object, position: int) -> list[Any]:
     return calls if isinstance(calls, list) else [calls]
 
 
-def _listed(value: Any) -> Any:
+def listed_value(value: Any) -> Any:
     """A list that stands in a field as JSON text, as tables keep it; everything else as it is."""
     if isinstance(value, str) and _is_json_list(value):
         return json.loads(value)
@@ -450,13 +343,13 @@ def _is_json_list(text: str) -> bool:
         return False
 
 
-def _history(history: object) -> list[Turn]:
+def history_turns(history: object) -> list[Turn]:
     """The turns of a list of [question, answer]."""
     if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
         raise MalformedEntry('"history" is no list of [question, answer] pairs')
     turns = []
     for pair in history:
-        for role, kind, value in zip(("user", _ANSWERING), ("question", "answer"), pair, strict=True):
+        for role, kind, value in zip(("user", ANSWERING), ("question", "answer"), pair, strict=True):
             text = string_of({"history": value}, "history")
             if not text.strip():
                 raise EmptyTurn(kind)

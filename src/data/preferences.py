@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from src.config.recognition import TABLE
 from src.config.templates import MIXED, TEMPLATE_NAMES
 from src.data.containers import BadEntries, Entries
-from src.data.forms import PAIR, preference_of_entry
 from src.data.inputs import MalformedEntry, listed_names, unix_lines, unread_keys
+from src.data.preference_forms import PAIR, preference_of_entry
 from src.data.templates import CHAT_TEMPLATES
 from src.data.turns import formatted_statement, is_formatted
 from src.errors import ConfigError, DataError

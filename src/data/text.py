@@ -114,8 +114,8 @@ class Findings(Rendering):
             )
         if self.thought and not template.thinking:
             said.append(
-                f"{_several(self.thought, 'answer')} begin with <think>, taken as text: --template {THINK} writes them "
-                "as RWKV-7's G1 models do."
+                f"Answers that begin with <think>, which is taken as text: {self.thought:,}; --template {THINK} writes "
+                "them as RWKV-7's G1 models do."
             )
         return said
 

@@ -399,7 +399,7 @@ class TestReasoning:
     def test_as_text(self, tmp_path: Path) -> None:
         text, said = one(tmp_path, [self.ENTRY[0]])
         assert text == "User: a\n\nAssistant:⟦ <think>\nhm\n</think>\nb\n\n∎⟧"
-        assert "1 answer begin with <think>, taken as text" in " ".join(said)
+        assert "Answers that begin with <think>, which is taken as text: 1; --template think" in " ".join(said)
         text, said = one(tmp_path, [self.ENTRY[1]])
         assert text == "User: a\n\nAssistant:⟦ b\n\n∎⟧"
         assert "The reasoning of 1 answer left out: --template think has it." in said
