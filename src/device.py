@@ -89,10 +89,18 @@ def _local_rank() -> int:
 def refuse_other_ranks(devices: int, nodes: int) -> None:
     """Refuses a process whose number, as its environment has it, is none of this run's: it would save nothing.
 
+    And one that seems to be started by a launcher which is not there: Lightning would start no others, and wait.
+
     Raises:
         ConfigError: naming the variables.
     """
     processes, rank = devices * nodes, global_rank(devices)
+    if processes > 1 and "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ and launched_by() is None:
+        raise ConfigError(
+            f"the environment has LOCAL_RANK={os.environ['LOCAL_RANK']}, as processes have that a launcher starts, but "
+            f"no WORLD_SIZE: this one would wait for {processes - 1} more without end; unset LOCAL_RANK, or start with "
+            "torchrun"
+        )
     if rank < processes and _local_rank() < devices:
         return
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "SLURM_LOCALID")

@@ -75,7 +75,7 @@ class DataFlags(Flags, group="data"):
     )  # fmt: skip
     loss_mask: str = flag(
         "", "tokens the loss is on: pad or none: every one; qa: answers; se: from one text of mask_id to the other; "
-        "default: qa for JSON lines with roles, else pad. Padding never counts",
+        "default: qa for entries with roles, else pad. Padding never counts",
         MASK_KINDS,
     )  # fmt: skip
     mask_id: str = flag("", f"the two texts of se, as JSON: {_MASK_EXAMPLE}")

@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 from src.config.adapters import AdapterFlags
 from src.config.chunks import AS_MANY_AS_FIT, AUTO, ChunkFlags
 from src.config.data import DataFlags
-from src.config.files import FileFlags, recognise
+from src.config.files import FileFlags
 from src.config.flags import Given, Lines, shortened
 from src.config.hardware import STRATEGIES, HardwareFlags
 from src.config.logs import LogFlags
 from src.config.model import METHOD_DEFAULTS, USUAL_RATES, ModelFlags
 from src.config.optimizer import OptimizerFlags
 from src.config.preference import PreferenceFlags
+from src.config.recognition import recognise
 from src.config.spellings import UNDERSTOOD, translated
 
 _PRETRAINING = "it belongs to pre-training"
@@ -148,21 +149,26 @@ class TrainConfig(
             yield f"--sample_steps {self.sample_steps} has nothing to answer: give a file of prompts, --sample_prompts"
         if self.preference and "dataload" in given:
             yield f"--dataload has no meaning with --{self.preference} 1: pairs are packed on their own"
-        for name in ("loss_mask", "mask_id", "preview"):
+        for name in ("loss_mask", "mask_id", "preview", "template", "mix"):
             if self.preference and name in given:
                 yield f"--{name} has no meaning with --{self.preference} 1, which trains on pairs: leave it out"
+        if self.mix and self.dataload == "get":
+            yield "--mix has no meaning with --dataload get, which takes windows anywhere: use pack or pad"
+        for mix in self.mixes:
+            if problem := recognise(mix.path).problem:
+                yield f"--mix {mix.path} {problem}"
         if self.loss_mask in ("qa", "se") and self.data_type == "dummy":
             yield f"--loss_mask {self.loss_mask} looks for texts, which --data_type dummy has none of: leave it out"
         yield from self._evaluate_contradictions()
         trains_on_file = not self.preference and self.data_type != "dummy"
         if trains_on_file and not self.data_file and (self.val_share or not self.evaluate):
-            yield "--data_file is missing: name a binidx prefix, a .jsonl or a text file"
+            yield "--data_file is missing: name a binidx prefix, a file of entries (.jsonl, .json, .csv) or a text file"
         if not self.preference and self.data_type != "dummy":
             yield from self._data_contradictions(given)
         if not self.preference and self.data_type != "jsonl" and (self.sft_field or self.sft_split):
             name = "sft_field" if self.sft_field else "sft_split"
             yield (
-                f"--{name} belongs to JSON lines, and --data_file {shortened(self.data_file)} is {self.data_type}: "
+                f"--{name} belongs to entries, and --data_file {shortened(self.data_file)} is {self.data_type}: "
                 "leave it out"
             )
         yield from self._chunk_contradictions()
@@ -235,7 +241,10 @@ class TrainConfig(
                 if found and found.surprise and self.data_type == found.data_type:
                     yield f"--{name} {path} holds {found.surprise} and is read as --data_type {found.data_type}"
                 elif found and found.data_type == "jsonl" and self.data_type == "utf-8":
-                    yield f"--{name} {path} holds JSON lines and is read as plain text, as --data_type utf-8 says"
+                    held = found.surprise or "entries"
+                    yield f"--{name} {path} holds {held} and is read as plain text, as --data_type utf-8 says"
+        if self.template != TrainConfig.template and self.data_type != "jsonl" and not self.preference:
+            yield f"--template {self.template} has no effect on --data_type {self.data_type}, which is taken as it is"
         yield from self._unusual_rate("lr_init", self.method)
         if self._has_two_rates:
             yield from self._unusual_rate("lr_state", "states")

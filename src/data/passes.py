@@ -128,8 +128,12 @@ class PassDataset(ABC, Generic[BatchT]):
 
     def _indices(self, number: int) -> Positions:
         """What the batch with this number is made of."""
-        pass_number, place = divmod(number, self.batches_per_pass)
+        pass_number, place = self._place(number)
         return self._pass(pass_number)[place]
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """(pass, place in it) of a batch."""
+        return divmod(number, self.batches_per_pass)
 
 
 class Lookahead(Generic[MadeT]):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.data.inputs import MalformedEntry, json_object, kind_of, numbered_lines, string_of, unix_lines
-from src.data.text import WORLD_CHAT, Findings
+from src.data.templates import WORLD_CHAT, Rendering, Turn
 from src.data.turns import is_formatted
 from src.errors import DataError
 
@@ -102,7 +102,8 @@ def _question(text: str) -> Prompt:
 
 
 def _asked(turns: list[tuple[str, str]]) -> Prompt:
-    parts = WORLD_CHAT.render([*turns, (WORLD_CHAT.answering, "")], Findings())
+    spoken = [Turn(role, content) for role, content in (*turns, (WORLD_CHAT.answering, ""))]
+    parts = WORLD_CHAT.render(spoken, Rendering())
     return Prompt(turns[-1][1].strip(), "".join(part.text for part in parts[:-1]), is_turn=True)
 
 

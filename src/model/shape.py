@@ -40,6 +40,7 @@ class ModelShape(ABC):
         operator_note: what a plan says of the operator on a GPU; "" where there is nothing to say.
         mixes_without_matrix: inputs of the time mix that only its small maps take.
         merged_state: what clients make of a model with a state in it, as the end of a sentence.
+        merged_note: what they leave out of it, as a sentence; "" if nothing.
     """
 
     architecture: ClassVar[str]
@@ -47,6 +48,7 @@ class ModelShape(ABC):
     operator_note: ClassVar[str] = ""
     mixes_without_matrix: ClassVar[int] = 1
     merged_state: ClassVar[str]
+    merged_note: ClassVar[str]
 
     n_layer: int
     n_embd: int

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from src.adapters.method import Method
 from src.config import TrainConfig
-from src.config.chat import TEXT
+from src.config.templates import TEMPLATE_NAMES
 from src.device import global_rank, memory_bytes
 from src.model.shape import ModelShape
 from src.schedule import Schedule
@@ -35,6 +35,8 @@ class RunResult:
         unpacked: the same after a run on a packed base, with that base unpacked; None where it was not measured.
         stopped_by: name of the signal that ended the run early, or None.
         go_on: the command that continues the run, or "".
+        template: in which one talks to what was trained; None if one cannot.
+        merged_note: what clients leave out of a model with what was trained in it; "" if nothing.
     """
 
     final_file: Path
@@ -45,6 +47,8 @@ class RunResult:
     unpacked: HeldOut | None
     stopped_by: str | None
     go_on: str = ""
+    template: str | None = TEMPLATE_NAMES[0]
+    merged_note: str = ""
 
 
 def counted(parameters: int) -> str:
@@ -168,9 +172,9 @@ def summary_of(config: TrainConfig, method: Method, result: RunResult, monitor: 
     lines.append(f"saved      {', '.join(str(path) for path in result.files)}")
     if result.go_on:
         lines += ["go on      with what is left of the run:", f"           {result.go_on}"]
-    # What was trained on plain text goes on with a text; a chat would give it turns that it has never seen.
-    template = TEXT if config.data_type == "utf-8" or config.demo == "sft" else ""
-    return "\n".join([*lines, *method.next_steps(config.load_model, result.final_file, config.proj_dir, template)])
+    made = result.final_file
+    lines += method.next_steps(config.load_model, made, config.proj_dir, result.template, result.merged_note)
+    return "\n".join(lines)
 
 
 def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> str:

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from src import storage
 from src.config import TrainConfig
+from src.config.recognition import files_of
 from src.errors import CheckpointError, ConfigError, TrainingError
+from src.identity import files_of_model
 from src.training.exits import Stopper
 from src.training.folder import PREVIOUS, RESUME, Places
 from src.training.progress import Start
@@ -48,7 +50,7 @@ ROUNDING = {
 _OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "dry_run", "evaluate", "doctor", "config", "preview"}
 TRAINED = "trained"
 """Name of the part that holds what is trained."""
-_INPUTS = ("load_model", "data_file", "rlhf_train_file")
+_INPUTS = ("load_model", "data_file", "mix", "rlhf_train_file")
 
 
 class Part(Protocol):
@@ -343,13 +345,22 @@ def _shown(value: Any) -> str:
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
     """By flag, what tells a run's input files from others: sizes, and hashes of them or of pieces all over them."""
-    unused = {"data_file"} if config.preference else {"rlhf_train_file"}
+    unused = {"data_file", "mix"} if config.preference else {"rlhf_train_file"}
     found = {}
     for name in _INPUTS:
-        path = getattr(config, name)
-        files = [Path(f"{path}{suffix}") for suffix in ("", ".bin", ".idx")] if path and name not in unused else []
+        if name in unused or not getattr(config, name):
+            continue
+        if name == "load_model":
+            named = list(map(str, files_of_model(config.load_model)))
+        elif name == "rlhf_train_file":
+            named = [config.rlhf_train_file]
+        else:
+            paths = [mix.path for mix in config.mixes] if name == "mix" else [config.data_file]
+            named = [file for path in paths for file in files_of(path)]
+        files = [Path(f"{file}{suffix}") for file in named for suffix in ("", ".bin", ".idx")]
         if present := [file for file in files if file.is_file()]:
-            found[name] = " ".join(map(_fingerprint, present))
+            shares = [f"{mix.share:g}" for mix in config.mixes] if name == "mix" else []
+            found[name] = " ".join([*shares, *map(_fingerprint, present)])
     return found
 
 

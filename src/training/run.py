@@ -26,6 +26,7 @@ from src.adapters.turns import LayerTurns
 from src.checkpoint import Checkpoint, fresh_checkpoint, load_state, open_checkpoint, read_tensors, save_model
 from src.config import TrainConfig, run_file
 from src.config.chunks import AS_MANY_AS_FIT
+from src.config.recognition import files_of
 from src.device import global_rank, spare_threads, without_memory
 from src.errors import CheckpointError, ConfigError, TrainingError
 from src.identity import FileIdentity
@@ -90,10 +91,8 @@ from src.training.updates import UpdateCount
 from src.training.watch import HeldOutWatch, log_held_out
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
-INPUT_FLAGS = (
-    *("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file"),
-    "sample_prompts",
-)
+DATA_FLAGS = ("data_file", "val_file")
+INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", *DATA_FLAGS, "sample_prompts")
 SIZE_FLAGS = (
     *("n_layer", "n_embd", "dim_att", "dim_ffn", "vocab_size", "head_size_a", "double_extra_dim"),
     "head_size_divisor",
@@ -147,6 +146,12 @@ def _train(
         config = dataclasses.replace(config, chunk_ctx=tokens)
     for path in filter(None, (config.load_state, config.load_adapter)):
         refuse_other_architecture(path, shape)
+    # What a resumed run goes on from replaces the start, with which a reference is measured and samples are compared.
+    state_file = config.load_state if config.dpo or config.sample_prompts or not saved else ""
+    if state_file:
+        load_state(state_file, shape)
+    identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
+    method.check_files(shape, identity)
     work = prepare_work(config, shape)
     sampler = sampler_of(config, shape, chats=work.chats)
     require_memory_of_run(config, hardware.device, shape, work)
@@ -171,10 +176,9 @@ def _train(
         start = Start.after(saved.steps, figures["steps_per_epoch"], config.accumulate_grad_batches)
         say(f"resuming   after step {saved.steps:,}, epoch {config.epoch_begin + start.epochs}, from {saved.path}")
     if global_rank() == 0:
-        clean(folder, results=bool(config.overwrite), inputs=[getattr(config, flag) for flag in INPUT_FLAGS])
+        clean(folder, results=bool(config.overwrite), inputs=_inputs(config).values())
         _write_flags(config, folder)
 
-    identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
     origin = method.start(shape, folder, identity)
     if config.load_state and not shape.state_shapes().keys().isdisjoint(origin):
         raise ConfigError(
@@ -183,8 +187,6 @@ def _train(
         )
     base = base or fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
-    # What a resumed run goes on from replaces the start, with which a reference is measured and samples are compared.
-    state_file = config.load_state if config.dpo or sampler or not saved else ""
     model = open_model(base, options, state_file=state_file, start=origin, quiet=global_rank() != 0)
     if global_rank() == 0:
         method.begin(model, folder, identity, origin)
@@ -255,6 +257,8 @@ def _train(
         unpacked=unpacked,
         stopped_by=stopper.signal_name,
         go_on=command_to_go_on(session.writer.folder) if session.writer.folder else "",
+        template=work.template,
+        merged_note=shape.merged_note,
     )
     if stopper.exhausted:
         say(
@@ -273,13 +277,23 @@ def with_seed(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def _inputs(config: TrainConfig) -> dict[str, str]:
+    """The files that a run reads, by flag; where a flag names several, by flag and file."""
+    found: dict[str, str] = {}
+    for flag in INPUT_FLAGS:
+        path = getattr(config, flag)
+        files = files_of(path) if flag in DATA_FLAGS and path else (path,)
+        found |= {f"--{flag}" if file == path else f"--{flag} {file}": file for file in files}
+    found |= {f"--mix {file}": file for mix in config.mixes for file in files_of(mix.path)}
+    return found
+
+
 def _prepare_folder(config: TrainConfig) -> Path:
     """Creates the output folder and proves that a file can be written there."""
     folder = Path(config.proj_dir)
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise ConfigError(f"--proj_dir {folder} cannot be written: it is not a folder; choose another")
-    inputs = {f"--{flag}": getattr(config, flag) for flag in INPUT_FLAGS}
-    spare_inputs(folder, inputs, range(config.epoch_begin, config.epoch_begin + epochs_of(config)))
+    spare_inputs(folder, _inputs(config), range(config.epoch_begin, config.epoch_begin + epochs_of(config)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:

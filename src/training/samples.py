@@ -11,7 +11,7 @@ import pytorch_lightning as pl
 
 from src.config import TrainConfig
 from src.data.prompts import Prompt, read_sample_prompts
-from src.data.text import WORLD_CHAT
+from src.data.templates import WORLD_CHAT
 from src.errors import CheckpointError
 from src.generate import SamplingSettings, generate
 from src.model.language_model import LanguageModel

@@ -9,6 +9,8 @@ from functools import partial
 from typing import Any
 
 from src.config import TrainConfig
+from src.config.recognition import recognise
+from src.config.templates import TEMPLATE_NAMES
 from src.data.documents import Documents
 from src.data.held_out import (
     overlap_statements,
@@ -17,19 +19,20 @@ from src.data.held_out import (
     split_documents,
     split_pairs,
 )
+from src.data.mixing import MixedIn, mixed
 from src.data.pair_file import load_pairs
 from src.data.passes import PassDataset
 from src.data.preference_batches import PreferenceDataset
 from src.data.preferences import PreferencePair
 from src.data.rounding import ceil_div
 from src.data.sampling import BatchDataset
-from src.data.sources import open_documents
+from src.data.sources import open_documents, template_of
 from src.device import global_rank
 from src.errors import DataError
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
 from src.schedule import Schedule
-from src.tokenizer import tokenizer_for_vocabulary
+from src.tokenizer import Tokenizer, tokenizer_for_vocabulary
 from src.training.evaluation import HeldOut, held_out_comparison, held_out_loss, held_out_preference
 from src.training.objectives import (
     ComparisonObjective,
@@ -43,7 +46,7 @@ from src.training.references import Reference, attach_references
 
 _FEW = 0.05
 """A share of the targets that teaches little for the time it takes."""
-_KINDS = {"binidx": "binidx", "jsonl": "JSON lines", "utf-8": "plain text", "dummy": "counting"}
+_KINDS = {"binidx": "binidx", "jsonl": "entries", "utf-8": "plain text", "dummy": "counting"}
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Work:
         all_tokens: most positions of a micro-batch.
         chats: whether it is known that a question is followed by an answer.
         prepare: measures what the loss needs of the model that the run starts from, and says what it did.
+        template: in which one talks to a model that was trained on the data; None if one cannot.
     """
 
     dataset: PassDataset[Any]
@@ -75,6 +79,7 @@ class Work:
     all_tokens: int = 0
     chats: bool = False
     prepare: Callable[[LanguageModel, Reference], list[str]] = lambda model, start: []
+    template: str | None = TEMPLATE_NAMES[0]
 
 
 def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
@@ -122,8 +127,16 @@ def prepare_held_out(config: TrainConfig, shape: ModelShape) -> HeldOutWork:
 
 
 def _open_text(config: TrainConfig, shape: ModelShape, path: str, part: slice = slice(None)) -> Documents:
-    kind, ctx_len, fields = config.data_type, config.ctx_len, config.answer_fields
-    return open_documents(kind, path, shape.vocab_size, ctx_len=ctx_len, fields=fields, part=part, mask=config.mask)
+    return open_documents(
+        config.data_type,
+        path,
+        shape.vocab_size,
+        ctx_len=config.ctx_len,
+        fields=config.named_fields,
+        part=part,
+        mask=config.mask,
+        template=config.template,
+    )
 
 
 def _text_split(
@@ -159,8 +172,10 @@ def _held_out_share(config: TrainConfig) -> str:
 def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
     documents, held_out = _text_split(config, shape, _open_text(config, shape, config.data_file, config.lines_used))
     assert documents is not None
+    documents, mixes = _with_mixes(config, shape, documents)
     dataset = BatchDataset(
         documents,
+        mixes=mixes,
         mode=config.dataload,
         ctx_len=config.ctx_len,
         micro_bsz=config.micro_bsz,
@@ -197,7 +212,27 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         memories=memories,
         all_tokens=dataset.most_positions,
         chats=documents.stream_counted is not None and config.loss_mask != "se",
+        template=template_of(documents, shape.vocab_size, config.template),
     )
+
+
+def _with_mixes(config: TrainConfig, shape: ModelShape, documents: Documents) -> tuple[Documents, tuple[MixedIn, ...]]:
+    """The training data with those of `--mix`, each read as what it is, its fields by their known names."""
+    others = [
+        (
+            open_documents(
+                recognise(mix.path).data_type,
+                mix.path,
+                shape.vocab_size,
+                ctx_len=config.ctx_len,
+                mask=config.mask,
+                template=config.template,
+            ),
+            mix.share,
+        )
+        for mix in config.mixes
+    ]
+    return mixed(documents, others)
 
 
 def _at_a_time(config: TrainConfig, positions: int, rows: int) -> tuple[int, int]:
@@ -254,10 +289,6 @@ def _pair_dataset(
     *,
     is_held_out: bool = False,
 ) -> PreferenceDataset:
-    try:
-        tokenizer = tokenizer_for_vocabulary(shape.vocab_size)
-    except DataError:  # pairs are tokens already; the tokenizer only recognises rejects of white space
-        tokenizer = None
     return PreferenceDataset(
         pairs,
         source=config.val_file if is_held_out and config.val_file else config.rlhf_train_file,
@@ -266,13 +297,21 @@ def _pair_dataset(
         longest=config.rlhf_max_corpus_len,
         micro_bsz=config.micro_bsz,
         seed=config.order_seed,
-        tokenizer=tokenizer,
+        tokenizer=_pair_tokenizer(shape),
         compares=not config.orpo,
         rank=global_rank(config.devices),
         world_size=config.devices * config.num_nodes,
         epoch_steps=0 if is_held_out else config.epoch_steps,
         accumulate=config.accumulate_grad_batches,
     )
+
+
+def _pair_tokenizer(shape: ModelShape) -> Tokenizer | None:
+    """What recognises rejects of white space, if there is one: pairs are tokens already."""
+    try:
+        return tokenizer_for_vocabulary(shape.vocab_size)
+    except DataError:
+        return None
 
 
 def _orpo_type(config: TrainConfig) -> int:
@@ -331,6 +370,7 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
         memories=memories,
         all_tokens=row_tokens,
         chats=True,
+        template=None if _pair_tokenizer(shape) is None else TEMPLATE_NAMES[0],
     )
     return dataclasses.replace(work, prepare=partial(_with_references, dataset, held_out)) if config.dpo else work
 
