@@ -27,6 +27,15 @@ def main() -> int | None:
 
         run_demo(given)
         return None
+    if config.dry_run:
+        from src.commands.dry_run import dry_run
+
+        return dry_run(config)
+    if config.evaluate:
+        from src.commands.evaluate import evaluate
+
+        evaluate(config)
+        return None
     if config.preview:
         from src.training.preview import preview
 

@@ -100,7 +100,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     """Opens a model file and checks that it is a complete model of an architecture there is.
 
     Key prefixes of wrapping modules (`_PREFIXES`), and a `{"state_dict": ...}` around the keys, are taken off. RWKV-7
-    is also read in Hugging Face's form, from one `.safetensors` file.
+    is also read in Hugging Face's form, from one `.safetensors` file or several; see `files_of_model`.
 
     Raises:
         CheckpointError: The file is missing, damaged, of another kind or architecture, or a key is
@@ -321,9 +321,10 @@ def _opened(path: PathLike, role: str) -> tuple[storage.TensorFile, dict[str, An
 
 def _in_hf_form(path: PathLike) -> Mapping[str, Any]:
     """What a safetensors file holds if it is one that is read; nothing otherwise, so that it is refused by its name."""
-    if Path(path).suffix != ".safetensors" or not Path(path).is_file():
+    path = Path(path)
+    if not path.is_dir() and not (path.name.endswith((".safetensors", ".safetensors.index.json")) and path.is_file()):
         return {}
-    content = safetensors.load(Path(path), "model file")
+    content = safetensors.load_model(path)
     return content if with_own_names(content) is not content else {}
 
 

@@ -12,9 +12,9 @@ import sys
 from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
-from src.config import STATE_COMMANDS, MergeConfig, TrainConfig
+from src.config import STATE_COMMANDS, BinidxConfig, MergeConfig, TrainConfig
 from src.config.environment import check_environment
-from src.config.flags import BY_METHOD, Flags, shortened, shown_number
+from src.config.flags import BY_METHOD, INPUTS, Flags, shortened, shown_number
 from src.config.run_file import read_flags
 from src.config.synonyms import meant_by
 from src.errors import ConfigError
@@ -170,6 +170,21 @@ def given_merge_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
     return _given(parser, MergeConfig, arguments, words=("base_model", "peft_checkpoint", "output"))
 
 
+def given_binidx_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
+    """The words IN ... and OUT, and the flags, on the command line of src.commands.binidx as texts; only those given.
+
+    Raises:
+        ConfigError: for unknown flags or missing values.
+    """
+    parser = SuggestingParser(
+        prog="python -m src.commands.binidx",
+        usage="python -m src.commands.binidx IN ... OUT [flags]",
+        description="Writes data sets as tokens, OUT.bin and OUT.idx, which this program, RWKV-LM and RWKV-PEFT train "
+        "on. What train.py takes for --data_file is read; token 0 ends each document.",
+    )
+    return _given(parser, BinidxConfig, arguments, BinidxConfig.words, many=True)
+
+
 def given_state_flags(arguments: Sequence[str] | None = None) -> tuple[str, dict[str, str]]:
     """The command on the state tool's command line, and its words and flags as texts; only those given.
 
@@ -219,6 +234,8 @@ def _given(
         for spec in specs:
             text = _help(spec).replace("%", "%%")
             several: dict[str, Any] = {"nargs": "*"} if spec.metadata["several"] else {}
+            if spec.metadata["path"] == INPUTS:
+                several = {"nargs": "+"}
             group.add_argument(
                 f"--{spec.name}", action=_Once, metavar=_metavar(spec), default=argparse.SUPPRESS, help=text, **several
             )
@@ -228,7 +245,11 @@ def _given(
     given = vars(parser.parse_words(arguments, words, many=many))
     check_environment(os.environ)
     # No word is an empty list, which differs from a flag that is not there.
-    return {name: (" ".join(text) or "[]") if isinstance(text, list) else text for name, text in given.items()}
+    files = {spec.name for spec in dataclasses.fields(config_class) if spec.metadata["path"] == INPUTS}
+    return {
+        name: ((",".join(text) if name in files else " ".join(text)) or "[]") if isinstance(text, list) else text
+        for name, text in given.items()
+    }
 
 
 def _metavar(spec: dataclasses.Field[object]) -> str:

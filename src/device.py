@@ -90,10 +90,18 @@ def _local_rank() -> int:
 def refuse_other_ranks(devices: int, nodes: int) -> None:
     """Refuses a process whose number, as its environment has it, is none of this run's: it would save nothing.
 
+    And one that seems to be started by a launcher which is not there: Lightning would start no others, and wait.
+
     Raises:
         ConfigError: naming the variables.
     """
     processes, rank = devices * nodes, global_rank(devices)
+    if processes > 1 and "LOCAL_RANK" in os.environ and "WORLD_SIZE" not in os.environ and launched_by() is None:
+        raise ConfigError(
+            f"the environment has LOCAL_RANK={os.environ['LOCAL_RANK']}, as processes have that a launcher starts, but "
+            f"no WORLD_SIZE: this one would wait for {processes - 1} more without end; unset LOCAL_RANK, or start with "
+            "torchrun"
+        )
     if rank < processes and _local_rank() < devices:
         return
     names = ("RANK", "LOCAL_RANK", "NODE_RANK", "GROUP_RANK", "SLURM_PROCID", "SLURM_LOCALID")
@@ -225,6 +233,17 @@ def memory_bytes(device: torch.device) -> int | None:
         with contextlib.suppress(OSError, ValueError):  # no such group, or the word "max"
             known.append(int(limit.read_text()))
     return min(known)
+
+
+def process_bytes() -> tuple[int, int]:
+    """(memory that this process has now, the most it has had), of the host; (0, 0) where the system does not say."""
+    try:
+        import resource
+
+        now = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    except (ImportError, OSError):
+        return 0, 0
 
 
 def require_memory(subject: str, way_out: str, needed_bytes: float, device: torch.device) -> None:

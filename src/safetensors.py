@@ -13,6 +13,7 @@ from torch import Tensor
 
 from src import storage
 from src.errors import CheckpointError
+from src.identity import files_of_model, index_beside, index_of_shards
 from src.streaming import bytes_of
 
 _DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -49,6 +50,27 @@ def load(path: Path, role: str) -> dict[str, Tensor]:
     if not isinstance(entries, dict):
         raise CheckpointError(f"{path} is damaged: its header is no JSON object; copy or download it again")
     return {name: _tensor(path, name, entry, content) for name, entry in entries.items() if name != "__metadata__"}
+
+
+def load_model(path: Path) -> dict[str, Tensor]:
+    """The tensors of a model by name, of all its shards; see `files_of_model`.
+
+    Raises:
+        CheckpointError: as `load`; or a shard holds other tensors than the index says.
+    """
+    tensors: dict[str, Tensor] = {}
+    files = files_of_model(path)
+    for file in files:
+        held = load(file, "model file")
+        if twice := tensors.keys() & held.keys():
+            raise CheckpointError(f"{file} holds {min(twice)}, which another of the {len(files)} files holds, too")
+        tensors |= held
+    index = index_beside(path) or index_beside(files[0])
+    if index is not None and (lacking := index_of_shards(index).keys() ^ tensors.keys()):
+        raise CheckpointError(
+            f"{index} and the {len(files)} files beside it disagree about {min(lacking)}: copy or download all again"
+        )
+    return tensors
 
 
 def save(path: Path, tensors: Mapping[str, Tensor]) -> None:

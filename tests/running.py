@@ -1,6 +1,7 @@
 """Runs the program's scripts in tests: in this process where that is enough, because imports take seconds."""
 
 import contextlib
+import importlib.util
 import io
 import json
 import os
@@ -26,6 +27,10 @@ from src.training import exits
 from src.training.objectives import Staged
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+PICTURE = {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
+"""What a run leaves besides, but for `--plot 0`, which `train` gives: to draw takes as long as a short run."""
 
 
 def left_by_run(*checkpoints: str) -> set[str]:
@@ -94,7 +99,7 @@ def train(folder: Path, **flags: object) -> Ended:
 def try_train(folder: Path, **flags: object) -> Ended:
     """As `train`, whatever the end; with a document a row, so that tests can count steps."""
     rows = {} if {"orpo", "dpo", "simpo", "train_type"} & flags.keys() else {"dataload": "pad"}
-    return run_script("train.py", **{"proj_dir": folder, "accelerator": "cpu", "quant": 0, **rows, **flags})
+    return run_script("train.py", **{"proj_dir": folder, "accelerator": "cpu", "quant": 0, "plot": 0, **rows, **flags})
 
 
 @contextlib.contextmanager
@@ -190,6 +195,11 @@ class GivenLoss:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
+    """What `metrics.jsonl` says of steps."""
+    return [record for record in records(folder) if "loss" in record]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
     """Lines of `metrics.jsonl`; a line that is still being written is left out."""
     path = folder / "metrics.jsonl"
     if not path.exists():
@@ -232,7 +242,7 @@ def wait_until(condition: Callable[[], bool], seconds: float, every: float = 0.0
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """Records without what differs between any two runs."""
-    return [{k: v for k, v in row.items() if k not in ("run", "seconds", "tokens_per_s")} for row in metrics(folder)]
+    return [{k: v for k, v in row.items() if k not in ("run", "seconds", "tokens_per_s")} for row in records(folder)]
 
 
 def tensors_in(value: Any) -> Iterator[torch.Tensor]:
@@ -259,4 +269,4 @@ def assert_same_end(one: Path, other: Path) -> None:
             assert all(torch.equal(first[key], second[key]) for key in first), name
     assert steps_of(one) == steps_of(other)
     assert epoch_lines(one) == epoch_lines(other)
-    assert len({row["run"] for row in metrics(other)}) == 1
+    assert len({row["run"] for row in records(other)}) == 1

@@ -13,7 +13,7 @@ ENTRY_SCRIPTS = ("train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_ge
 LEVELS = (
     ("src.output", "src.system"),
     ("src.errors",),
-    ("src.archive",),
+    ("src.archive", "src.compression"),
     (
         *("src.config", "src.tokenizer", "src.losses", "src.schedule", "src.layout", "src.identity"),
         *("src.storage", "src.streaming", "src.safetensors", "src.cutting", "src.scratch"),
@@ -34,6 +34,7 @@ SIDEWAYS = {
     ("src.storage", "src.identity"),
     ("src.cutting", "src.layout"),
     ("src.streaming", "src.storage"),
+    ("src.safetensors", "src.identity"),
     ("src.safetensors", "src.storage"),
     ("src.safetensors", "src.streaming"),
 }
@@ -43,9 +44,11 @@ ONE_DOOR = {
     "argparse": ("src.cli",),
     "bitsandbytes": ("src.quant", "src.training.optimizers"),
     "pyrwkv_tokenizer": ("src.tokenizer",),
+    "pyarrow": ("src.data.containers",),
     "pytorch_lightning": ("src.training",),
     "wandb": ("src.training",),
     "deepspeed": ("src.training",),
+    "zstandard": ("src.compression",),
     "tqdm": ("src.loading", "src.training", "src.commands", *ENTRY_SCRIPTS),
 }
 """Outside libraries and the only rooms that may import them."""

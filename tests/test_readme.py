@@ -13,11 +13,12 @@ from binidx_files import write_binidx
 from factories import tiny_checkpoint
 from running import files_in, run_script, train
 
-from src.cli import given_flags, given_merge_flags, given_state_flags, given_train_flags
+from src.cli import given_binidx_flags, given_flags, given_merge_flags, given_state_flags, given_train_flags
 from src.config import (
     STATE_COMMANDS,
     UNDERSTOOD,
     UNSUPPORTED,
+    BinidxConfig,
     ChatConfig,
     MergeConfig,
     PairConfig,
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PLACES = {
     "train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_generate_reject.py", "python -m src.commands.state",
-    "python -m src.commands.chat",
+    "python -m src.commands.chat", "python -m src.commands.binidx",
 }  # fmt: skip
 BASES = re.compile(r"\b(BASE|RWKV-x060-World-1B6-v2\.1)\.pth\b")
 """The base models of commands that are the user's own."""
@@ -59,7 +60,7 @@ def test_the_flag_table_is_complete_and_in_order() -> None:
 
 def test_every_flag_it_names_exists() -> None:
     known = {*TrainConfig.__dataclass_fields__, *UNSUPPORTED, *UNDERSTOOD}
-    for config in (RejectConfig, PairConfig, MergeConfig, ChatConfig, *STATE_COMMANDS.values()):
+    for config in (BinidxConfig, RejectConfig, PairConfig, MergeConfig, ChatConfig, *STATE_COMMANDS.values()):
         known |= set(config.__dataclass_fields__)
     named = re.findall(r"`--(\w+)(\*?)", README)
     unknown = [
@@ -96,6 +97,11 @@ def test_its_chats_are_accepted(command: str, monkeypatch: pytest.MonkeyPatch) -
     ChatConfig.from_flags(given_flags(ChatConfig, "chat", ""))
 
 
+@pytest.mark.parametrize("command", [c for c in commands() if "src.commands.binidx" in c])
+def test_its_commands_that_write_tokens_are_accepted(command: str) -> None:
+    BinidxConfig.from_flags(given_binidx_flags(shlex.split(command)[3:]))
+
+
 def test_it_shows_a_chat_and_every_command_of_the_state_tool() -> None:
     shown = [shlex.split(command)[3] for command in commands() if "src.commands.state" in command]
     assert set(shown) == set(STATE_COMMANDS)
@@ -126,7 +132,9 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 SFT_FIELDS = ("query", "response")
 SMALLER = {
-    "train.py": ["--accelerator", "cpu", "--epoch_steps", "2", "--epoch_count", "1", "--epoch_save", "0"],
+    "train.py": [
+        *("--accelerator", "cpu", "--epoch_steps", "2", "--epoch_count", "1", "--epoch_save", "0", "--plot", "0"),
+    ],
     "rlhf_generate_reject.py": ["--accelerator", "cpu", "--max_tokens", "8"],
     "PrepareOrpoDataset.py": ["--accelerator", "cpu"],
     "merge_state.py": [],
@@ -156,7 +164,7 @@ def test_its_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> N
             shutil.copy("pissa/init_pissa.pth", "theirs/init_pissa.pth")
         ended = run_script(script, *words, *SMALLER[script])
         assert ended.code == 0, f"{command}\n{ended.err}"
-        if script == "train.py" and "--preview" not in words:
+        if script == "train.py" and not {"--preview", "--evaluate", "--dry_run"}.intersection(words):
             if "--proj_dir" not in words:
                 words += ["--proj_dir", TrainConfig.proj_dir]
             folder = Path(words[words.index("--proj_dir") + 1])

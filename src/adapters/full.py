@@ -15,7 +15,7 @@ from torch import Tensor
 
 from src.adapters.parts import value_count
 from src.adapters.plan import AdapterPlan
-from src.adapters.ready import chat_command
+from src.adapters.ready import chat_command, next_lines
 from src.adapters.states import state_tensors
 from src.checkpoint import FILE_VALUE_BYTES, save_model
 from src.identity import FileIdentity
@@ -97,6 +97,9 @@ class FullTraining:
         """See Method."""
         return {"method": "full"}
 
+    def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
+        """See Method."""
+
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """See Method."""
         return {}
@@ -108,7 +111,7 @@ class FullTraining:
         """Writes the whole model in bf16, start states only if it has any."""
         save_whole(model, {name: model.get_parameter(name).detach() for name in model.shape.parameter_shapes()}, path)
 
-    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
+    def next_steps(self, base: str, result: Path, folder: str, template: str | None, merged_note: str) -> list[str]:
         """See Method."""
         return steps_after_whole(result, folder, template)
 
@@ -128,11 +131,13 @@ def save_whole(model: LanguageModel, weights: Mapping[str, Tensor], path: Path) 
     save_model(path, {**weights, **(states if any(state.any() for state in states.values()) else {})}, torch.bfloat16)
 
 
-def steps_after_whole(result: Path, folder: str, template: str) -> list[str]:
+def steps_after_whole(result: Path, folder: str, template: str | None) -> list[str]:
     """Lines that say what to do with a file that is a model."""
-    return [
-        "next       chat with it; tune a state on it; clients take it as it is:",
-        f"           {chat_command(str(result), template)}",
-        f"           python train.py --load_model {shlex.quote(str(result))} --data_file YOUR.jsonl "
-        f"--proj_dir {shlex.quote(folder.rstrip('/') + '-state')}",
-    ]
+    training = ["python", "train.py", "--load_model", str(result), "--data_file", "YOUR.jsonl"]
+    return next_lines(
+        [
+            ("chat with it", chat_command(str(result), template)),
+            ("tune a state on it", shlex.join([*training, "--proj_dir", folder.rstrip("/") + "-state"])),
+        ],
+        "; clients take it as it is",
+    )

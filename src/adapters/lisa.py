@@ -150,6 +150,9 @@ class Lisa:
             "states": self._states,
         }
 
+    def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
+        """See Method."""
+
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """See Method."""
         return {}
@@ -162,7 +165,7 @@ class Lisa:
         assert self._turns is not None
         save_whole(model, self._turns.weights(), path)
 
-    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
+    def next_steps(self, base: str, result: Path, folder: str, template: str | None, merged_note: str) -> list[str]:
         """See Method."""
         return steps_after_whole(result, folder, template)
 

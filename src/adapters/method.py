@@ -59,6 +59,14 @@ class Method(Protocol):
         """What a reader of the files must know; `method` says which way of training it is."""
         ...
 
+    def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
+        """Reads the files that a run goes on with, before anything is done.
+
+        Raises:
+            CheckpointError: one cannot be read, or does not fit.
+        """
+        ...
+
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """Tensors of files that a run goes on with: they take the place of the base model's, or of fresh ones.
 
@@ -83,14 +91,15 @@ class Method(Protocol):
         """
         ...
 
-    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
+    def next_steps(self, base: str, result: Path, folder: str, template: str | None, merged_note: str) -> list[str]:
         """Lines that say what to do with a run's result.
 
         Args:
             base: the base model's file.
             result: the file that was written.
             folder: of the run.
-            template: for a chat, "" where it is that of chats.
+            template: for a chat; None where there can be none.
+            merged_note: what clients leave out of a model with a state in it; "" if nothing.
         """
         ...
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from src.adapters.plan import AdapterPlan
-from src.adapters.ready import chat_command, export_command, merge_command
+from src.adapters.ready import chat_command, export_command, merge_command, next_lines
 from src.checkpoint import FILE_VALUE_BYTES, save_state
 from src.identity import FileIdentity
 from src.model.language_model import LanguageModel
@@ -51,6 +51,9 @@ class StateTuning:
         """See Method."""
         return {"method": "states"}
 
+    def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
+        """See Method."""
+
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """See Method."""
         return {}
@@ -62,14 +65,18 @@ class StateTuning:
         """See Method."""
         save_state(path, state_tensors(model))
 
-    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
+    def next_steps(self, base: str, result: Path, folder: str, template: str | None, merged_note: str) -> list[str]:
         """See Method."""
         return [
-            "next       chat with it; make a model that contains it; write it for Ai00:",
-            f"           {chat_command(base, template, state=result)}",
-            f"           {merge_command(base, result, folder)}",
-            f"           {export_command(result, result.with_suffix('.st'), 'ai00')}",
+            *next_lines(
+                [
+                    ("chat with it", chat_command(base, template, state=result)),
+                    ("make a model that contains it", merge_command(base, result, folder)),
+                    ("write it for Ai00", export_command(result, result.with_suffix(".st"), "ai00")),
+                ]
+            ),
             f"           RWKV-Runner takes {result} as it is, in its folder state-models",
+            *([f"           {merged_note}"] if merged_note else []),
         ]
 
 

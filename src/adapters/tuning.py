@@ -18,7 +18,7 @@ from src.adapters.files import (
 )
 from src.adapters.parts import described, value_count, weights_by_part
 from src.adapters.plan import AdapterPlan, init_key
-from src.adapters.ready import chat_command, export_command, merge_command
+from src.adapters.ready import chat_command, export_command, merge_command, next_lines
 from src.checkpoint import FILE_VALUE_BYTES, save_tensors
 from src.errors import CheckpointError
 from src.identity import FileIdentity
@@ -125,14 +125,14 @@ class Tuning:
             "states": self._states,
         }
 
+    def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
+        """See Method."""
+        self._loaded(shape, base)
+
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """See Method."""
         assert base is not None
-        tensors: dict[str, Tensor] = {}
-        if self._load:
-            properties = self.properties(shape)
-            check_description(self._load, properties["method"], properties, base)
-            tensors |= load_trained(self._load, self._trained_shapes(shape), self._adapter_shapes(shape))
+        tensors = self._loaded(shape, base)
         if self._is_pissa:
             tensors |= self._known_first_factors(shape, folder, base)
         return tensors
@@ -154,16 +154,29 @@ class Tuning:
         assert trained.keys() == set(self.trained_names(model.shape))
         save_tensors(path, trained)
 
-    def next_steps(self, base: str, result: Path, folder: str, template: str) -> list[str]:
+    def next_steps(self, base: str, result: Path, folder: str, template: str | None, merged_note: str) -> list[str]:
         """See Method."""
-        lines = [
-            "next       chat with it; make a model that contains it, which every client takes:",
-            f"           {chat_command(base, template, adapter=result)}",
-            f"           {merge_command(base, result, folder)}",
-        ]
+        note = merged_note if self._states else ""
+        lines = next_lines(
+            [
+                ("chat with it", chat_command(base, template, adapter=result)),
+                ("make a model that contains it", merge_command(base, result, folder)),
+            ],
+            "" if note else ", which every client takes",
+        )
+        lines += [f"           {note}"] if note else []
         if self.adapters is not None and self.adapters.kind != "bat" and not (self._parts or self._states):
             lines.append(f"           {export_command(result, Path(folder) / 'peft', 'hf', base)}")
         return lines
+
+    def _loaded(self, shape: ModelShape, base: FileIdentity | None) -> dict[str, Tensor]:
+        """What the run goes on with."""
+        if not self._load:
+            return {}
+        assert base is not None
+        properties = self.properties(shape)
+        check_description(self._load, properties["method"], properties, base)
+        return dict(load_trained(self._load, self._trained_shapes(shape), self._adapter_shapes(shape)))
 
     @property
     def _is_pissa(self) -> bool:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import signal
 import sys
 import textwrap
 import unicodedata
 from collections.abc import Iterator
-from pathlib import Path
+from typing import Any
 
 from src.adapters.trained import Told, Trained, read_trained
 from src.checkpoint import Checkpoint, load_state, open_checkpoint
 from src.config import ChatConfig
-from src.config.chat import TEXT
+from src.config.templates import NO_THINK, TEXT, THINK
 from src.data.inputs import unix_lines
 from src.data.preferences import TEMPLATES, clean_prompt, in_template
-from src.data.text import WORLD_CHAT
+from src.data.templates import CHAT_TEMPLATES, WORLD_CHAT
 from src.device import Device, apply_device, resolve_device, without_memory
 from src.errors import DataError
 from src.generate import Conversation, SamplingSettings
+from src.identity import size_of_model
 from src.loading import LoadOptions
 from src.tokenizer import Tokenizer, tokenizer_for_vocabulary
 from src.tuned import Tuned
@@ -77,6 +79,38 @@ def chat(config: ChatConfig) -> None:
                 _write("\n")
 
 
+class _Stop:
+    """Takes Ctrl-C while answers are given, as a wish that is asked about between tokens.
+
+    The exception that Ctrl-C usually raises can be lost in code that drops exceptions: numpy's random numbers, loaded
+    with the first answer, do so while they register their types. So it is raised for a second Ctrl-C only, which ends
+    what takes long.
+    """
+
+    def __init__(self) -> None:
+        self._asked = False
+        self._before: Any = None
+
+    def __enter__(self) -> _Stop:
+        self._before = signal.signal(signal.SIGINT, self._take)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        signal.signal(signal.SIGINT, self._before or signal.default_int_handler)
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt, once, where an answer is to end."""
+        if self._asked:
+            self._asked = False
+            raise KeyboardInterrupt
+
+    def _take(self, number: int, frame: object) -> None:
+        if self._asked:
+            self._asked = False
+            raise KeyboardInterrupt
+        self._asked = True
+
+
 class Talk:
     """A chat's memory, and what its commands and prompts do.
 
@@ -100,7 +134,7 @@ class Talk:
     @property
     def prompt(self) -> str:
         """What stands before a line that is typed."""
-        return "> " if self._template == TEXT else TEMPLATES[self._template].before
+        return "> " if self._template == TEXT else f"{CHAT_TEMPLATES[self._template].speakers['user']}: "
 
     def take(self, line: str) -> bool:
         """Does what a line says; False if that is to end."""
@@ -148,29 +182,34 @@ class Talk:
             self._conversation = self._begun()
         text = self._conversation.missing(self._turn_end) + _rendered(self._template, prompt)
         compares, self._compares = self._compares, False
-        if compares:
-            self._tuned.use(tuned=False)
-            of_base = Conversation(self._tuned.model, self._tokenizer, self._settings, tokens=self._conversation.tokens)
-            self._print(of_base, text, "base")
-        self._tuned.use(tuned=True)
-        self._print(self._conversation, text, "tuned" if compares else "")
+        with _Stop() if self._is_terminal else contextlib.nullcontext() as stop:
+            if compares:
+                self._tuned.use(tuned=False)
+                of_base = Conversation(
+                    self._tuned.model, self._tokenizer, self._settings, tokens=self._conversation.tokens
+                )
+                self._print(of_base, text, stop, "base")
+            self._tuned.use(tuned=True)
+            self._print(self._conversation, text, stop, "tuned" if compares else "")
         self._answers += 1
 
-    def _print(self, conversation: Conversation, text: str, whose: str = "") -> None:
+    def _print(self, conversation: Conversation, text: str, stop: _Stop | None, whose: str = "") -> None:
         """Prints one answer as it comes."""
         if self._has_answered and not self._is_terminal:
             _write("\n")
         self._has_answered = True
         label = self._label(whose)
-        _write(label)
-        if self._template == TEXT:
-            _write(f"\n{text}" if label else text)
-        begins = not label and self._template != TEXT  # with the space that would stand behind the label
+        hidden = self._hidden(label)
         try:
+            _write(label)
+            if self._template == TEXT:
+                _write(f"\n{text}" if label else text)
             for piece in conversation.answer(text, self._answers):
-                shown = piece.lstrip() if begins else piece
-                begins = begins and not shown
+                shown = piece.lstrip(hidden)
+                hidden = "" if shown else hidden
                 _write(_visible(shown))
+                if stop is not None:
+                    stop.check()
             _write("\n")
         except KeyboardInterrupt:
             if not self._is_terminal:
@@ -183,10 +222,19 @@ class Talk:
         """What stands before an answer: nothing before one that is piped, unless there are two."""
         if self._template == TEXT:
             return f"{whose}:" if whose else ""
-        speaker = TEMPLATES[self._template].after.strip().removesuffix(":")
+        speaker = CHAT_TEMPLATES[self._template].speakers["assistant"]
+        opening = {THINK: " <think", NO_THINK: " "}.get(self._template, "")
         if whose:
-            return f"{speaker} ({whose}):"
-        return f"{speaker}:" if self._is_terminal else ""
+            return f"{speaker} ({whose}):{opening}"
+        return f"{speaker}:{opening}" if self._is_terminal else opening.strip()
+
+    def _hidden(self, label: str) -> str:
+        """Characters that an answer may begin with and that are not shown."""
+        if self._template in (TEXT, THINK):
+            return ""
+        if self._template == NO_THINK:
+            return "> \n"  # the end of the sign that there is no reasoning
+        return "" if label else " \t\r\n"  # the space that would stand behind the label
 
     def _remark(self, text: str) -> None:
         _say(text, aside=not self._is_terminal)
@@ -211,7 +259,7 @@ def _notes(config: ChatConfig, trained: Trained | None) -> Iterator[str]:
             "was trained"
         )
     made_on = trained.base.get("size_bytes")
-    if made_on not in (None, Path(config.load_model).stat().st_size):
+    if made_on not in (None, size_of_model(config.load_model)):
         yield f"note: {trained.path} was trained on {trained.base.get('file')} of {made_on} bytes, another model"
 
 
@@ -226,8 +274,8 @@ def _rendered(template: str, prompt: str) -> str:
     """A prompt as training writes it, up to where the answer begins."""
     if template == TEXT:
         return unix_lines(prompt)[0]
-    if template == "user":
-        return WORLD_CHAT.asked(prompt)
+    if template not in TEMPLATES or template == "user":
+        return CHAT_TEMPLATES[template].asked(prompt)
     return in_template(template, clean_prompt(prompt))
 
 

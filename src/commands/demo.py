@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from src.checkpoint import open_checkpoint
@@ -37,8 +37,8 @@ SFT_FLAGS = {
     "micro_bsz": "2",
     "epoch_steps": "130",
     "epoch_count": "1",
-    "lr_init": "5",
-    "lr_final": "0.1",
+    "lr_init": "12",
+    "lr_final": "0.5",
     "grad_cp": "0",
 }
 ORPO_FLAGS = {
@@ -56,8 +56,10 @@ ORPO_FLAGS = {
 
 TEMPLATE = "user"
 TURN_END = "\n\n"
-SAMPLE_PROMPT = "My heart"
-SAMPLE_TOKENS = 160
+SAMPLE_PROMPTS = ("23:1 The LORD", "9:10 The", "37:4 ")
+"""How verses begin in what is trained on: with their number."""
+SAMPLED_PAIRS = 2
+SAMPLE_TOKENS = 110
 REJECT_FLAGS = {"temperature": "1.2", "top_p": "1", "alpha_frequency": "0", "max_tokens": "100", "batch": "54"}
 """A frequency penalty would forbid the common letters of a byte vocabulary."""
 
@@ -73,7 +75,7 @@ def run_demo(given: Mapping[str, str]) -> RunResult:
     """
     own = {} if {"resume", "proj_dir"} & given.keys() else {"overwrite": "1"}  # its own folder is there for that
     given = {"demo": "sft", **own, **given}
-    reserved = ["train_type", "peft", "train_parts", "preview"]
+    reserved = ["train_type", "peft", "train_parts", "preview", "dry_run", "evaluate"]
     if given["demo"] == "orpo":
         reserved += ["rlhf_train_file", "val_file"]
     if wrong := [f"--{name} {given[name]}" for name in reserved if name in given]:
@@ -88,7 +90,7 @@ def _sft_demo(given: Mapping[str, str]) -> RunResult:
         "A demonstration: a small model of bytes, raised on novels and dictionaries, learns the style of biblical\n"
         "poetry, of which it has never seen a line. Only its initial state is trained.\n"
     )
-    return _train_and_compare(config, SAMPLE_PROMPT, "python train.py --demo orpo")
+    return _train_and_compare(config, SAMPLE_PROMPTS, "python train.py --demo orpo")
 
 
 def _orpo_demo(given: Mapping[str, str]) -> RunResult:
@@ -108,20 +110,20 @@ def _orpo_demo(given: Mapping[str, str]) -> RunResult:
             folder.mkdir(parents=True, exist_ok=True)
         _make_pairs(config, "orpo.csv", config.rlhf_train_file, config.epoch_steps * config.micro_bsz)
         _make_pairs(config, "orpo-held-out.csv", config.val_file, most=0)
-    prompt = TEMPLATES[TEMPLATE].prompt(read_rows(_bundled("orpo-held-out.csv"))[0].prompt)
-    return _train_and_compare(config, prompt, "python rlhf_generate_reject.py -h", stop=TURN_END)
+    rows = read_rows(_bundled("orpo-held-out.csv"))[:SAMPLED_PAIRS]
+    prompts = [TEMPLATES[TEMPLATE].prompt(row.prompt) for row in rows]
+    return _train_and_compare(config, prompts, "python rlhf_generate_reject.py -h", stop=TURN_END)
 
 
-def _train_and_compare(config: TrainConfig, prompt: str, next_command: str, stop: str = "") -> RunResult:
-    """Trains, and shows what that changed: a continuation of the prompt, and the held-out figures.
+def _train_and_compare(config: TrainConfig, prompts: Sequence[str], next_command: str, stop: str = "") -> RunResult:
+    """Trains, and shows what that changed: continuations of the prompts, and the held-out figures.
 
     Args:
         next_command: shown at the end, with how to train a model of one's own.
     """
-    before = _sample(config, prompt, stop=stop)
     result = train(config)
-    after = _sample(config, prompt, result.final_file, stop=stop)
-    say(_samples(prompt, before, after))
+    before, after = (_sampled(config, prompts, state_file, stop) for state_file in (None, result.final_file))
+    say(_samples(prompts, before, after))
     if isinstance(result.before, HeldOutLoss) and isinstance(result.after, HeldOutLoss):
         say(_loss_table(result.before, result.after))
     if isinstance(result.before, HeldOutPreference) and isinstance(result.after, HeldOutPreference):
@@ -172,27 +174,31 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _sample(config: TrainConfig, prompt: str, state_file: Path | None = None, stop: str = "") -> str:
-    """A continuation by the base model, with the state of a file if one is given; "" on other ranks than 0.
+def _sampled(config: TrainConfig, prompts: Sequence[str], state_file: Path | None, stop: str) -> list[str]:
+    """Continuations by the base model, with the state of a file if one is given; "" on other ranks than 0.
 
-    The base is not quantised here, as in most clients, whatever it was while training.
+    The base is not quantised here, as in most clients, whatever it was while training. Sampling and random numbers are
+    the same with and without a state.
     """
     if global_rank() != 0:
-        return ""
+        return ["" for _ in prompts]
     base = open_checkpoint(config.load_model)
     hardware = resolve_hardware(config)
     apply_hardware(hardware, config, small_messages=True)
     options = LoadOptions(hardware.device, hardware.compute_dtype, head_size_divisor=config.head_size_divisor)
     model = open_model(base, options, state_file=state_file or "", quiet=True)
-    settings = SamplingSettings(top_p=0.6, frequency_penalty=0.0, max_tokens=SAMPLE_TOKENS, stop=stop)
-    return generate(model, tokenizer_for_vocabulary(base.info.shape.vocab_size), [prompt], settings)[0]
+    settings = SamplingSettings(top_p=0.5, frequency_penalty=0.0, max_tokens=SAMPLE_TOKENS, stop=stop)
+    return generate(model, tokenizer_for_vocabulary(base.info.shape.vocab_size), prompts, settings)
 
 
-def _samples(prompt: str, before: str, after: str) -> str:
-    lines = [f"\nsamples    the model's continuation of {prompt!r}"]
-    for label, text in (("before", before), ("after", after)):
-        lines += [f"  {label}:", *(f"    | {line}" for line in f"{prompt}{text}".rstrip().splitlines())]
-    return "\n".join(lines)
+def _samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> str:
+    lines = ["", "samples    of the base model and of the tuned one, with the same prompts and the same random numbers"]
+    for prompt, *texts in zip(prompts, before, after, strict=True):
+        for label, text in zip(("base", "tuned"), texts, strict=True):
+            first, *rest = f"{prompt}{text}".rstrip().splitlines()
+            lines += [f"  {label:<6} | {first}", *(f"         | {line}" for line in rest)]
+        lines.append("")
+    return "\n".join(lines).rstrip()
 
 
 def _loss_table(before: HeldOutLoss, after: HeldOutLoss) -> str:

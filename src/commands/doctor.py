@@ -25,7 +25,8 @@ from torch import Tensor
 
 from src.checkpoint import open_checkpoint
 from src.config import TrainConfig
-from src.config.flags import INPUT
+from src.config.flags import INPUT, INPUTS
+from src.config.recognition import files_of
 from src.device import Device, memory_bytes, resolve_device
 from src.errors import EXIT_CODE, ConfigError, KernelError, UserError
 from src.model.shape import ModelShape
@@ -41,6 +42,7 @@ _REQUIREMENT = re.compile(r"([\w-]+)([^;#]*)(;[^#]*)?")
 _WITHOUT = {
     "deepspeed": "only several GPUs and --strategy deepspeed_* need it",
     "wandb": "only --wandb needs it",
+    "matplotlib": "only loss.png needs it",
     "pyrwkv-tokenizer": "text for World models needs it",
 }
 _HEADS, _TOKENS = 32, 1024
@@ -185,8 +187,10 @@ def _file_findings(config: TrainConfig, given: Mapping[str, str]) -> Iterator[Fi
     """The files that are named and not there."""
     for spec in dataclasses.fields(config):
         path = given.get(spec.name, "")
-        if path and spec.metadata["path"] == INPUT and not any(map(os.path.exists, (path, f"{path}.idx"))):
-            yield Finding("files", f"--{spec.name} {path} is not there", "give the path of a file that is")
+        named = {INPUT: (path,), INPUTS: files_of(path)}.get(spec.metadata["path"], ()) if path else ()
+        for file in named:
+            if not any(map(os.path.exists, (file, f"{file}.idx"))):
+                yield Finding("files", f"--{spec.name} {file} is not there", "give the path of a file that is")
 
 
 def _gpu_finding(config: TrainConfig) -> tuple[Device | None, Finding]:

@@ -13,6 +13,7 @@ from src.checkpoint import Checkpoint, open_checkpoint
 from src.commands.comparison import compared_tokens, logits_on, relative_error
 from src.config import MergeConfig
 from src.errors import CheckpointError, ConfigError
+from src.identity import size_of_model
 from src.loading import LoadOptions, build_model
 from src.merge import Apart, Merged, MergeReport, export_hf, merge
 
@@ -85,7 +86,7 @@ def _notes(report: MergeReport, config: MergeConfig) -> Iterator[str]:
                 f"--verify 1 says how far, --quant {trained.quant} merges it as it was trained"
             )
     made_on = trained.base.get("size_bytes")
-    if made_on not in (None, Path(config.base_model).stat().st_size):
+    if made_on not in (None, size_of_model(config.base_model)):
         yield f"note     the state was trained on {trained.base.get('file')} of {made_on} bytes, which is another model"
 
 

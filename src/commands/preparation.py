@@ -26,6 +26,7 @@ from src.data.turns import formatted_statement, is_formatted
 from src.device import apply_device, require_memory, resolve_device, without_memory
 from src.errors import ConfigError, DataError
 from src.generate import SamplingSettings, answer_logps, generate
+from src.identity import files_of_model
 from src.loading import LoadOptions, open_model
 from src.storage import refuse_overlap, replacing
 from src.tokenizer import WORLD_VOCABULARY, Tokenizer, tokenizer_for_vocabulary
@@ -206,6 +207,9 @@ def _identity(path: str) -> str:
     """What tells a file from another: its name and size, and for a state file's size its content too."""
     if not path:
         return ""
+    files = files_of_model(path)
+    if len(files) > 1 or os.path.isdir(path):
+        return ", ".join(f"{file.name}, {file.stat().st_size} bytes" for file in files)
     with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > _HASHED_BYTES:

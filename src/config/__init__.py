@@ -10,12 +10,14 @@ from src.config.pairs import PairConfig
 from src.config.reject import RejectConfig
 from src.config.spellings import UNDERSTOOD, translated
 from src.config.state import STATE_COMMANDS
+from src.config.tokens import BinidxConfig
 from src.config.train import UNSUPPORTED, TrainConfig
 
 __all__ = [
     "STATE_COMMANDS",
     "UNDERSTOOD",
     "UNSUPPORTED",
+    "BinidxConfig",
     "ChatConfig",
     "MergeConfig",
     "PairConfig",

@@ -154,7 +154,7 @@ class AdapterFlags(Flags, group="adapters"):
                 f"--load_adapter {self.load_adapter} has no use with --peft lisa, whose results are whole models: give "
                 "one to --load_model"
             )
-        if self.load_adapter and self.peft == "none" and not self.parts:
+        if self.load_adapter and self.peft == "none" and not self.parts and given.get("evaluate") != "1":
             yield f"--load_adapter {self.load_adapter} needs --peft, which names the adapter's method"
 
     def _remarks(self) -> Lines:

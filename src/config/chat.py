@@ -5,12 +5,9 @@ from dataclasses import dataclass
 from src.config.flags import INPUT, Flags, Given, Lines, flag
 from src.config.hardware import accelerator_flag, precision_flag
 from src.config.model import QUANT_TYPES
-from src.config.preference import TEMPLATE_NAMES
 from src.config.sampling import SamplingFlags, alpha_frequency_flag, top_p_flag
+from src.config.templates import CHAT_TEMPLATE_NAMES, TEXT
 from src.config.told import ToldFlags
-
-TEXT = "text"
-"""Instead of the name of a template: none."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +29,8 @@ class _Sampling(SamplingFlags, group="sampling"):
     alpha_frequency: float = alpha_frequency_flag(0.0)
     template: str = flag(
         "user",
-        "what stands around a prompt; text: nothing, every prompt is a text to go on with",
-        (*TEMPLATE_NAMES, TEXT),
+        "what stands around a prompt; think, no-think: for reasoning models; text: nothing, each is gone on with",
+        (*CHAT_TEMPLATE_NAMES, TEXT),
     )
     stop: str = flag("", r"text that ends an answer; \n is a line break; default: \n\n, with --template text none")
 

@@ -65,7 +65,8 @@ class DataFlags(Flags, group="data"):
     )
     epoch_save: int = flag(1, "save every so many epochs; 0 saves at the end only", must=NOT_NEGATIVE, most=MOST_STEPS)
     val_steps: int = flag(
-        0, "measure val_file every so many optimizer steps, too, and keep the best result as rwkv-best.pth; 0 does not",
+        0, "measure held-out data every so many optimizer steps, too, and keep the best result as rwkv-best.pth; 0 "
+        "does not",
         must=NOT_NEGATIVE, most=MOST_STEPS,
     )  # fmt: skip
     early_stop: int = flag(
@@ -74,7 +75,7 @@ class DataFlags(Flags, group="data"):
     )  # fmt: skip
     loss_mask: str = flag(
         "", "tokens the loss is on: pad or none: every one; qa: answers; se: from one text of mask_id to the other; "
-        "default: qa for JSON lines with roles, else pad. Padding never counts",
+        "default: qa for entries with roles, else pad. Padding never counts",
         MASK_KINDS,
     )  # fmt: skip
     mask_id: str = flag("", f"the two texts of se, as JSON: {_MASK_EXAMPLE}")

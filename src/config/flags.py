@@ -19,7 +19,7 @@ Given = Mapping[str, str]
 Lines = Iterator[str]
 """Sentences for the user."""
 
-INPUT, OUTPUT, FOLDER = "input", "output", "folder"
+INPUT, INPUTS, OUTPUT, FOLDER = "input", "inputs", "output", "folder"
 """Kinds of paths, see `flag`."""
 
 _SHOWN_CHARACTERS = 60
@@ -80,7 +80,8 @@ def flag(
         choices: all values, where they can be listed; -1 stands for "not given" and is not shown.
         must: what has to hold for the value.
         most: the largest number it takes, in either direction; without it `LARGEST` of its type.
-        path: INPUT for a file that is read, OUTPUT for one that is written, FOLDER for a folder.
+        path: INPUT for a file that is read, INPUTS for several of them, divided by commas or words, or a folder;
+            OUTPUT for one that is written, FOLDER for a folder.
         only_with: another flag and the value it must have for this one to have an effect.
         several: whether its value may be several words of the command line, or none.
     """
@@ -243,8 +244,11 @@ def path_problem(text: str, path: str) -> str:
 
     Args:
         text: as it was given.
-        path: INPUT, OUTPUT, FOLDER, or "" for a text that names none of them.
+        path: INPUT, INPUTS, OUTPUT, FOLDER, or "" for a text that names none of them.
     """
+    if path == INPUTS:
+        parts = [text] if os.path.exists(text) else text.split(",")
+        return next(filter(None, (path_problem(part, INPUT) for part in parts)), "")
     if "\0" in text:
         return _NUL
     if not path:

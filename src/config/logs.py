@@ -4,7 +4,7 @@ import urllib.parse
 from dataclasses import dataclass
 from typing import Any
 
-from src.config.flags import Flags, Given, Lines, Rule, flag
+from src.config.flags import INPUT, MOST_STEPS, NOT_NEGATIVE, Flags, Given, Lines, Rule, flag
 
 _LONGEST_HOST_LABEL = 63
 _LONGEST_PROJECT = 128
@@ -58,8 +58,17 @@ def missing_address(callback: int, address: str) -> Lines:
 
 @dataclass(frozen=True)
 class LogFlags(Flags, group="logs"):
-    """Weights & Biases and HTTP."""
+    """A picture, TensorBoard, Weights & Biases and HTTP."""
 
+    plot: int = flag(1, "1 draws loss.png in proj_dir, again and again as the run goes (with matplotlib)", (0, 1))
+    sample_prompts: str = flag(
+        "", "prompts of your own, one a line or as JSON lines: what the model answered before and answers now, on the "
+        "console and in samples.jsonl", path=INPUT,
+    )  # fmt: skip
+    sample_steps: int = flag(
+        0, "answer them every so many optimizer steps; 0: after the last step only", must=NOT_NEGATIVE, most=MOST_STEPS
+    )
+    tensorboard: int = flag(0, "1 writes proj_dir/tensorboard, too (with the package tensorboard)", (0, 1))
     wandb: str = flag(
         "", "Weights & Biases PROJECT or ENTITY/PROJECT; empty is off",
         must=Rule(is_project, "is no project: write PROJECT or ENTITY/PROJECT, without any of # ? % : \\"),

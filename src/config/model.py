@@ -24,6 +24,17 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 """Each way of training (`TrainConfig.method`), and what it makes of flags whose own default leaves that to it."""
 
 
+USUAL_RATES: dict[str, tuple[float, float]] = {
+    "states": (1e-2, 50),
+    **dict.fromkeys(("lora", "pissa", "bone", "bat", "parts"), (1e-5, 1e-2)),
+    "lisa": (1e-6, 1e-3),
+    "full": (1e-7, 1e-3),
+}
+"""By method, between which rates runs learn without falling apart: README's sweep ("Methods": states 0.3 to 30,
+adapters 2e-5 to 1e-2, of small models), and what others publish for 1.6B and more (states 1 to 1e-2, adapters 2e-5 to
+2e-4)."""
+
+
 def quant_type_flag(text: str = "4bit means fp4; int8 is blockwise 8-bit") -> Any:
     """How matrices are packed, the same for every script."""
     return flag("nf4", text, QUANT_TYPES, only_with=("quant", 1))

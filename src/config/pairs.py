@@ -19,7 +19,7 @@ from src.config.flags import (
 from src.config.hardware import accelerator_flag, precision_flag
 from src.config.logs import logging_address_flag, missing_address
 from src.config.model import quant_type_flag
-from src.config.preference import MIXED, TEMPLATE_NAMES
+from src.config.templates import MIXED, TEMPLATE_NAMES
 
 
 @dataclass(frozen=True)

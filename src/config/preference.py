@@ -5,10 +5,6 @@ from dataclasses import dataclass
 
 from src.config.flags import AT_LEAST_1, INPUT, NOT_NEGATIVE, SHARE, Flags, Given, Lines, Rule, flag, shortened
 
-TEMPLATE_NAMES = ("user", "question", "input")
-MIXED = "mixed"
-"""Instead of the name of one template: all of them, drawn."""
-
 _orpo_flag = functools.partial(flag, only_with=("orpo", 1))
 _LOSSES = ("orpo", "dpo", "simpo")
 _POSITIVE = Rule(lambda value: value > 0, "must be above 0")

@@ -16,8 +16,8 @@ from src.config.flags import (
 )
 from src.config.hardware import accelerator_flag, precision_flag
 from src.config.model import quant_type_flag
-from src.config.preference import TEMPLATE_NAMES
 from src.config.sampling import SamplingFlags
+from src.config.templates import TEMPLATE_NAMES
 
 
 @dataclass(frozen=True)

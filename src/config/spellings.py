@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from src.config.flags import Given
 from src.config.model import QUANT_TYPES
+from src.config.recognition import files_of
 
 UNDERSTOOD = {
     "state_tune": True, "fla": True, "fused_kernel": True, "op": False, "avg_loss": False, "LISA": True,
@@ -122,9 +123,11 @@ def _translate_data(given: Given, made: Translation) -> None:
         made.given["data_type"] = "jsonl"
         made.notes.append("--data_type sft is --data_type jsonl, written as chats of World models")
         path = given.get("data_file", "")
-        if path and not os.path.isfile(path):
+        missing = [file for file in files_of(path) if path and not os.path.isfile(file)]
+        if missing:
             made.problems.append(
-                f"--data_file {path} is no file, and data sets are not downloaded: save it as JSON lines and name those"
+                f"--data_file {missing[0]} is no file, and data sets are not downloaded: save it as JSON lines and "
+                "name those"
             )
         if given.get("peft", "none") == "none" and "train_type" not in made.given:
             made.given["train_type"] = "none"

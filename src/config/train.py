@@ -10,16 +10,15 @@ from typing import Any, ClassVar
 from src.config.adapters import AdapterFlags
 from src.config.chunks import AS_MANY_AS_FIT, AUTO, ChunkFlags
 from src.config.data import DataFlags
-from src.config.files import FileFlags, recognise
+from src.config.files import FileFlags
 from src.config.flags import Given, Lines, shortened
 from src.config.hardware import STRATEGIES, HardwareFlags
 from src.config.logs import LogFlags
-from src.config.model import METHOD_DEFAULTS, ModelFlags
+from src.config.model import METHOD_DEFAULTS, USUAL_RATES, ModelFlags
 from src.config.optimizer import OptimizerFlags
 from src.config.preference import PreferenceFlags
+from src.config.recognition import recognise
 from src.config.spellings import UNDERSTOOD, translated
-
-_LARGE_RATE = 1e-2
 
 _PRETRAINING = "it belongs to pre-training"
 _UNREAD = "the original never read it"
@@ -85,6 +84,16 @@ class TrainConfig(
         return "parts" if self.parts else "states"
 
     @property
+    def holds_out(self) -> bool:
+        """Whether there are held-out data."""
+        return bool(self.val_file or self.val_share)
+
+    @property
+    def _file_measured(self) -> str:
+        """The only data that are read where nothing is trained; "" elsewhere."""
+        return self.val_file if self.evaluate else ""
+
+    @property
     def updates_by_tensor(self) -> bool:
         """Whether tensors are updated one by one: rounded stochastically, or in the backward.
 
@@ -96,7 +105,7 @@ class TrainConfig(
     def _completed(self) -> TrainConfig:
         chosen = dataclasses.replace(
             self,
-            data_type=self.data_type or recognise(self.data_file).data_type,
+            data_type=self.data_type or recognise(self._file_measured or self.data_file).data_type,
             train_type=self.train_type or ("states" if self.peft == "none" else "none"),
             **self._said_by_json(),
         )
@@ -128,25 +137,42 @@ class TrainConfig(
             )
         if self._has_two_rates and self.lr_state and not self.lr_init:
             yield f"--lr_state {self.lr_state:g} moves as the other rate does, and --lr_init is 0: raise it"
-        if self.val_steps and not self.val_file:
-            yield f"--val_steps {self.val_steps} has nothing to measure: give held-out data with --val_file"
+        if self.val_steps and not self.holds_out:
+            yield (
+                f"--val_steps {self.val_steps} has nothing to measure: give held-out data with --val_file, or hold "
+                "some out with --val_share 0.05"
+            )
+        if self.val_share and self.dataload == "get":
+            yield (
+                f"--val_share {self.val_share:g} holds documents out, and --dataload get takes windows anywhere: "
+                "use pack or pad"
+            )
         if self.early_stop and not self.val_steps:
             yield f"--early_stop {self.early_stop} counts measurements of --val_steps, which is 0: give it, too"
+        if self.sample_steps and not self.sample_prompts:
+            yield f"--sample_steps {self.sample_steps} has nothing to answer: give a file of prompts, --sample_prompts"
         if self.preference and "dataload" in given:
             yield f"--dataload has no meaning with --{self.preference} 1: pairs are packed on their own"
-        for name in ("loss_mask", "mask_id", "preview"):
+        for name in ("loss_mask", "mask_id", "preview", "template", "mix"):
             if self.preference and name in given:
                 yield f"--{name} has no meaning with --{self.preference} 1, which trains on pairs: leave it out"
+        if self.mix and self.dataload == "get":
+            yield "--mix has no meaning with --dataload get, which takes windows anywhere: use pack or pad"
+        for mix in self.mixes:
+            if problem := recognise(mix.path).problem:
+                yield f"--mix {mix.path} {problem}"
         if self.loss_mask in ("qa", "se") and self.data_type == "dummy":
             yield f"--loss_mask {self.loss_mask} looks for texts, which --data_type dummy has none of: leave it out"
-        if not self.preference and not self.data_file and self.data_type != "dummy":
-            yield "--data_file is missing: name a binidx prefix, a .jsonl or a text file"
+        yield from self._evaluate_contradictions()
+        trains_on_file = not self.preference and self.data_type != "dummy"
+        if trains_on_file and not self.data_file and (self.val_share or not self.evaluate):
+            yield "--data_file is missing: name a binidx prefix, a file of entries (.jsonl, .json, .csv) or a text file"
         if not self.preference and self.data_type != "dummy":
             yield from self._data_contradictions(given)
         if not self.preference and self.data_type != "jsonl" and (self.sft_field or self.sft_split):
             name = "sft_field" if self.sft_field else "sft_split"
             yield (
-                f"--{name} belongs to JSON lines, and --data_file {shortened(self.data_file)} is {self.data_type}: "
+                f"--{name} belongs to entries, and --data_file {shortened(self.data_file)} is {self.data_type}: "
                 "leave it out"
             )
         yield from self._chunk_contradictions()
@@ -165,6 +191,24 @@ class TrainConfig(
             yield (
                 f"--offload_activations 1 would take the weights that --strategy {self.strategy} gathers for "
                 "activations: use deepspeed_stage_2"
+            )
+        if self.strategy.startswith("deepspeed_stage_3") and self.sample_prompts:
+            yield (
+                f"--sample_prompts are answered by one process, and --strategy {self.strategy} spreads the weights "
+                "over all: use deepspeed_stage_2"
+            )
+
+    def _evaluate_contradictions(self) -> Lines:
+        if not self.evaluate:
+            return
+        if not self.holds_out:
+            yield "--evaluate 1 has nothing to measure: name held-out data with --val_file"
+        if not self.load_model:
+            yield "--evaluate 1 measures a model: name it with --load_model"
+        if self.load_state and self.load_adapter:
+            yield (
+                "--evaluate 1 measures one file beside the base model, and --load_state and --load_adapter are two: "
+                "leave one of them out"
             )
 
     def _chunk_contradictions(self) -> Lines:
@@ -186,7 +230,7 @@ class TrainConfig(
         if given.get("data_type"):
             return
         for name in ("data_file", "val_file"):
-            path = getattr(self, name)
+            path = "" if name == "data_file" and self._file_measured else getattr(self, name)
             found = recognise(path) if path else None
             if found and found.problem:
                 yield f"--{name} {path} {found.problem}"
@@ -217,10 +261,13 @@ class TrainConfig(
                 if found and found.surprise and self.data_type == found.data_type:
                     yield f"--{name} {path} holds {found.surprise} and is read as --data_type {found.data_type}"
                 elif found and found.data_type == "jsonl" and self.data_type == "utf-8":
-                    yield f"--{name} {path} holds JSON lines and is read as plain text, as --data_type utf-8 says"
-        if self.method != "states" and self.lr_init > _LARGE_RATE:
-            apart = ", and states have --lr_state" if self.trains_states else ""
-            yield f"--lr_init {self.lr_init:g} suits states; weights usually want 1e-3 or less{apart}"
+                    held = found.surprise or "entries"
+                    yield f"--{name} {path} holds {held} and is read as plain text, as --data_type utf-8 says"
+        if self.template != TrainConfig.template and self.data_type != "jsonl" and not self.preference:
+            yield f"--template {self.template} has no effect on --data_type {self.data_type}, which is taken as it is"
+        yield from self._unusual_rate("lr_init", self.method)
+        if self._has_two_rates:
+            yield from self._unusual_rate("lr_state", "states")
         if self.fused_update and self.chunk_ctx:
             yield (
                 "--fused_update 1 frees no gradient early where rows are cut by --chunk_ctx: their chunks add up "
@@ -230,6 +277,19 @@ class TrainConfig(
             yield "--layerwise_lr 0 has no effect on states: they all have one rate"
         if self.lr_state != TrainConfig.lr_state and not self._has_two_rates:
             yield f"--lr_state {self.lr_state:g} has no effect unless states and other things are trained"
+
+    def _unusual_rate(self, name: str, method: str) -> Lines:
+        """A warning where a rate is far from what a method usually takes."""
+        least, most = USUAL_RATES[method]
+        rate = getattr(self, name)
+        what = {"states": "states", "full": "all weights", "parts": "parts of the weights"}.get(method, method)
+        usual = f"the usual {least:g} to {most:g} of {what}"
+        if rate > most:
+            suits = "" if method == "states" else "; such rates suit states"
+            apart = ", whose rate is --lr_state" if suits and self.trains_states else ""
+            yield f"--{name} {rate:g} is above {usual} and may ruin the model{suits}{apart}"
+        elif rate < least:
+            yield f"--{name} {rate:g} is below {usual} and may change nothing"
 
     @property
     def _has_two_rates(self) -> bool:

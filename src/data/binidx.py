@@ -12,18 +12,23 @@ Source: Megatron-LM's MMapIndexedDataset, as json2binidx_tool and make_data.py w
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
+import tempfile
+from array import array
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from src.config.files import recognise
-from src.data.documents import Documents, Positions
+from src.config.recognition import recognise
+from src.data.documents import Documents, Positions, Tokens
 from src.data.inputs import opened, read_whole
 from src.data.token_file import FileTokens
 from src.errors import DataError
+from src.storage import replacing
 
 MAGIC = b"MMIDIDX\x00\x00"
 OLDER_MAGIC = b"TNTIDX\x00\x00"
@@ -37,6 +42,8 @@ DTYPES: dict[int, np.dtype[Any]] = {
     8: np.dtype("<u2"),
 }
 FLOAT_CODES = (6, 7)
+_WRITTEN_CODE = 8
+_WRITTEN = DTYPES[_WRITTEN_CODE]
 
 _IN_MEMORY_BYTES = 256 << 20
 """Up to here nothing that happens to the file later touches the run."""
@@ -83,6 +90,93 @@ def read_binidx(prefix: str, vocab_size: int) -> Documents:
     documents = Documents.from_stream(prefix, in_file, starts, sizes, vocab_size)
     in_file.refuse_ids_from(vocab_size)
     return documents
+
+
+class BinidxWriter:
+    """Writes documents one by one, as uint16; the files take their names together, once all are written.
+
+    Args:
+        prefix: of the two files.
+        repeat: how often all documents are written, pass after pass.
+        seed: of the order of each pass; None: the one in which they came.
+
+    Raises:
+        DataError: a file cannot be written.
+    """
+
+    def __init__(self, prefix: str, *, repeat: int = 1, seed: int | None = None) -> None:
+        self._prefix, self._repeat, self._seed = prefix, repeat, seed
+        self._sizes = array("i")
+        self._finished = False
+
+    def __enter__(self) -> BinidxWriter:
+        with self._refusing(), contextlib.ExitStack() as held:
+            # Left in reverse order: the tokens take their name first, and a reader compares their size with the index.
+            self._index = held.enter_context(replacing(f"{self._prefix}.idx"))
+            self._tokens = held.enter_context(replacing(f"{self._prefix}.bin"))
+            folder = os.path.dirname(os.path.abspath(self._prefix))
+            in_order = self._repeat == 1 and self._seed is None
+            self._spool = self._tokens if in_order else held.enter_context(tempfile.TemporaryFile(dir=folder))
+            self._held = held.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        with self._refusing():
+            if kind is None:
+                assert self._finished
+            self._held.__exit__(kind, *rest)
+
+    @property
+    def documents(self) -> int:
+        """How many were added."""
+        return len(self._sizes)
+
+    def add(self, tokens: Sequence[int] | Tokens) -> None:
+        """Takes a document with its end."""
+        with self._refusing():
+            self._sizes.append(len(tokens))
+            self._spool.write(np.asarray(tokens, dtype=_WRITTEN).tobytes())
+
+    def finish(self) -> int:
+        """Writes what remains, and says how many tokens there are."""
+        sizes = np.frombuffer(self._sizes, dtype=np.int32) if self._sizes else np.empty(0, np.int32)
+        starts = np.cumsum(sizes, dtype=np.int64) - sizes
+        passes = []
+        with self._refusing():
+            self._spool.flush()
+            for number in range(self._repeat):
+                order = self._order(number)
+                passes.append(sizes[order])
+                if self._spool is not self._tokens:
+                    self._copy(order, starts, sizes)
+            written = np.concatenate(passes)
+            ends = np.cumsum(written, dtype=np.int64)
+            self._index.write(_HEADER.pack(MAGIC, VERSION, _WRITTEN_CODE, len(written), len(written) + 1))
+            self._index.write(written.astype("<i4").tobytes())
+            self._index.write(((ends - written) * _WRITTEN.itemsize).astype("<i8").tobytes())
+            self._index.write(np.arange(len(written) + 1, dtype="<i8").tobytes())
+        self._finished = True
+        return int(ends[-1]) if len(ends) else 0
+
+    def _order(self, number: int) -> Positions:
+        count = self.documents
+        return (
+            np.arange(count) if self._seed is None else np.random.default_rng((self._seed, number)).permutation(count)
+        )
+
+    def _copy(self, order: Positions, starts: Positions, sizes: Tokens) -> None:
+        for document in order.tolist():
+            wanted = int(sizes[document]) * _WRITTEN.itemsize
+            self._tokens.write(os.pread(self._spool.fileno(), wanted, int(starts[document]) * _WRITTEN.itemsize))
+
+    @contextlib.contextmanager
+    def _refusing(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise DataError(
+                f"{self._prefix}.bin and .idx cannot be written ({error.strerror}): choose another OUT."
+            ) from (error)
 
 
 def _read_index(path: Path) -> tuple[np.dtype[Any], Positions, Positions]:

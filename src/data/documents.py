@@ -16,6 +16,7 @@ Positions = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 _BLOCK_TOKENS = 1 << 22
+_NAMED_DOCUMENTS = 8
 
 
 class TokenStream(Protocol):
@@ -45,6 +46,9 @@ class Documents:
         stream_counted: bool [total], whether a token is one the loss is taken on, as a target;
             None when all are.
         statements: what the user should know about the reading, one sentence each.
+        files: those that the source consists of; none where it is one.
+        file_of: int64 [n], which of them a document is from; None where the source is one.
+        selected_tokens: of these documents, where they are some of the source's; None where they are all.
     """
 
     source: str
@@ -55,6 +59,12 @@ class Documents:
     numbers: Positions
     stream_counted: Mask | None = None
     statements: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
+    file_of: Positions | None = None
+    selected_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        assert self.file_of is None or len(self.file_of) == len(self.sizes)
 
     @classmethod
     def from_stream(
@@ -69,6 +79,8 @@ class Documents:
         numbers: Positions | None = None,
         stream_counted: Mask | None = None,
         statements: Sequence[str] = (),
+        files: tuple[str, ...] = (),
+        file_of: Positions | None = None,
     ) -> Documents:
         """Checks the tokens and leaves out documents too short to hold an input and a target.
 
@@ -100,6 +112,8 @@ class Documents:
             sizes=sizes[usable],
             numbers=numbers[usable],
             statements=tuple(statements),
+            files=files,
+            file_of=None if file_of is None else file_of[usable],
         )
         return documents if stream_counted is None else documents.masked(stream_counted)
 
@@ -124,8 +138,20 @@ class Documents:
 
     @property
     def total_tokens(self) -> int:
-        """Tokens of the whole source, documents left out included."""
-        return len(self.stream)
+        """Tokens of the whole source, documents left out included; of selected ones theirs."""
+        return len(self.stream) if self.selected_tokens is None else self.selected_tokens
+
+    def selected(self, indices: Positions) -> Documents:
+        """Some of the documents, in the order given."""
+        sizes = self.sizes[indices]
+        return replace(
+            self,
+            starts=self.starts[indices],
+            sizes=sizes,
+            numbers=self.numbers[indices],
+            file_of=None if self.file_of is None else self.file_of[indices],
+            selected_tokens=int(sizes.sum()),
+        )
 
     def tokens(self, index: int, limit: int | None = None) -> Positions:
         """int64, tokens of a document, or its first `limit`."""
@@ -146,6 +172,20 @@ class Documents:
             return sizes - 1
         spans = zip((self.starts + 1).tolist(), (self.starts + sizes).tolist(), strict=True)
         return np.fromiter((np.count_nonzero(mask[begin:end]) for begin, end in spans), np.int64, len(self))
+
+    def named(self, indices: Sequence[int]) -> str:
+        """The places of documents, for messages: the first eight, and how many more."""
+        places: dict[str, list[int]] = {}
+        for index in indices[:_NAMED_DOCUMENTS]:
+            file = self.source if self.file_of is None else self.files[int(self.file_of[index])]
+            places.setdefault(file, []).append(int(self.numbers[index]))
+        more = f" and {len(indices) - _NAMED_DOCUMENTS} more" if len(indices) > _NAMED_DOCUMENTS else ""
+        parts = []
+        for file, numbers in places.items():
+            plural = "s" if len(numbers) > 1 or (more and len(places) == 1) else ""
+            rest = more if file == next(reversed(places)) else ""
+            parts.append(f"{self.unit}{plural} {', '.join(map(str, numbers))}{rest} of {file}")
+        return ", ".join(parts)
 
     def _span(self, index: int, limit: int | None) -> slice:
         start, size = int(self.starts[index]), int(self.sizes[index])
@@ -169,3 +209,70 @@ def _check_vocabulary(
             f"vocabulary has ids 0 to {vocab_size - 1}; the data was made with another tokenizer: make it "
             "again with the one of this model."
         )
+
+
+class JoinedStream:
+    """Streams of tokens one after the other."""
+
+    def __init__(self, streams: Sequence[TokenStream]) -> None:
+        self._streams = streams
+        self._ends = np.cumsum([len(stream) for stream in streams])
+        self.dtype = np.result_type(*(stream.dtype for stream in streams))
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def __getitem__(self, span: slice, /) -> Tokens:
+        begin, end, step = span.indices(len(self))
+        assert step == 1
+        pieces = []
+        place = int(np.searchsorted(self._ends, begin, side="right"))
+        while begin < end:
+            before = int(self._ends[place - 1]) if place else 0
+            until = min(end, int(self._ends[place]))
+            pieces.append(self._streams[place][begin - before : until - before])
+            begin, place = until, place + 1
+        return np.concatenate(pieces) if pieces else np.empty(0, self.dtype)
+
+
+def _together(parts: Sequence[Documents]) -> tuple[str, ...]:
+    """What there is to say about several sources, each sentence once, behind those that it is about."""
+    sources: dict[str, list[str]] = {}
+    for part in parts:
+        for said in part.statements:
+            sources.setdefault(said, []).append(part.source)
+    return tuple(f"{', '.join(about)}: {said}" for said, about in sources.items())
+
+
+def joined(parts: Sequence[Documents], source: str) -> Documents:
+    """Documents of several sources as those of one.
+
+    Args:
+        parts: at least one.
+        source: what all of them are called.
+    """
+    if len(parts) == 1:
+        return replace(parts[0], source=source)
+    shifts = np.cumsum([0, *(len(part.stream) for part in parts)])[:-1]
+    files: list[str] = []
+    file_of = []
+    for part in parts:
+        file_of.append(len(files) + (np.zeros(len(part), np.int64) if part.file_of is None else part.file_of))
+        files += part.files or (part.source,)
+    masked = any(part.stream_counted is not None for part in parts)
+    counted = [
+        np.ones(len(part.stream), np.bool_) if part.stream_counted is None else part.stream_counted for part in parts
+    ]
+    return Documents(
+        source=source,
+        unit=parts[0].unit if len({part.unit for part in parts}) == 1 else "document",
+        stream=JoinedStream([part.stream for part in parts]),
+        starts=np.concatenate([part.starts + shift for part, shift in zip(parts, shifts, strict=True)]),
+        sizes=np.concatenate([part.sizes for part in parts]),
+        numbers=np.concatenate([part.numbers for part in parts]),
+        stream_counted=np.concatenate(counted) if masked else None,
+        statements=_together(parts),
+        files=tuple(files),
+        file_of=np.concatenate(file_of),
+        selected_tokens=sum(part.total_tokens for part in parts),
+    )

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
+from src.compression import DAMAGED, packed_by, unpacked
 from src.errors import DataError
 from src.identity import fingerprint
 from src.system import open_to_read
@@ -52,17 +53,32 @@ def opened(path: str) -> Iterator[BinaryIO]:
         )
 
 
-def read_whole(path: str) -> bytes:
-    """All of a file.
+@contextmanager
+def content_of(path: str) -> Iterator[BinaryIO]:
+    """What a file holds, unpacked if it is packed, to read from its beginning; see `opened`.
+
+    Raises:
+        DataError: as `opened`; it is packed and damaged, or by what no package here reads.
+    """
+    with opened(path) as file:
+        kind = packed_by(file.peek(8))  # type: ignore[attr-defined]
+        try:
+            yield unpacked(file, kind, path) if kind else file
+        except DAMAGED as error:
+            raise DataError(f"{path} is damaged: {kind} cannot unpack it ({error}); copy or make it again.") from error
+
+
+def read_whole(path: str, *, packed: bool = False) -> bytes:
+    """All of a file; where it may be `packed`, of what was packed into it.
 
     Raises:
         DataError: as `opened`; or it does not fit into memory.
     """
-    with opened(path) as file:
+    with (content_of if packed else opened)(path) as file:
         try:
             return file.read()
         except MemoryError as error:
-            size = os.fstat(file.fileno()).st_size / _MIB
+            size = os.stat(path).st_size / _MIB
             raise DataError(f"{path} does not fit into memory with its {size:,.0f} MiB: divide it.") from error
 
 
@@ -106,7 +122,7 @@ def numbered_lines(path: str) -> Iterator[tuple[int, str]]:
         DataError: as `opened` and `decoded`.
     """
     number = 0
-    with opened(path) as file:
+    with content_of(path) as file:
         for stretch in file:
             for line in stretch.splitlines():
                 number += 1
@@ -135,9 +151,7 @@ def json_object(line: str) -> dict[str, Any]:
     except ValueError as error:
         raise MalformedEntry("it holds a number of thousands of digits") from error
     if isinstance(entry, list):
-        raise MalformedEntry(
-            "it is a list, expected an object (a file that is one list becomes lines with `jq -c '.[]' FILE`)"
-        )
+        raise MalformedEntry("it is a list, expected an object")
     if not isinstance(entry, dict):
         raise MalformedEntry(f"it is {kind_of(entry)}, expected an object")
     return entry
@@ -166,7 +180,7 @@ def string_of(entry: dict[str, Any], key: str, *, nul: bool = False) -> str:
 def kind_of(value: object) -> str:
     """What a JSON value is, in words."""
     kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
-    return kinds.get(type(value), "a number")
+    return kinds.get(type(value), "a number" if isinstance(value, (int, float)) else "a value of another kind")
 
 
 def shown(value: str, most: int = 40) -> str:

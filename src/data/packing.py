@@ -77,6 +77,14 @@ class RowPlan:
         return [order[row].tolist() for row in rows]
 
 
+def rows_in_order(lengths: Positions, capacity: int, seed: int | None, pass_number: int) -> list[list[int]]:
+    """Rows of a pass that may have any number of them; see `RowPlan`."""
+    generator = pass_generator(seed, pass_number)
+    order = generator.permutation(len(lengths))
+    rows = best_fit(lengths[order].tolist(), min(capacity, int(lengths.sum())))
+    return [order[rows[row]].tolist() for row in generator.permutation(len(rows))]
+
+
 class InOrder:
     """Stands for a generator where nothing is to be shuffled."""
 

@@ -75,6 +75,10 @@ class PassDataset(ABC, Generic[BatchT]):
     def _weight(self, number: int) -> int:
         """What that batch weighs against the others of its optimizer step."""
 
+    @abstractmethod
+    def _positions_in(self, number: int) -> int:
+        """Positions that the batch with this number is computed at, padding included."""
+
     @property
     @abstractmethod
     def tokens_per_pass(self) -> int:
@@ -84,6 +88,14 @@ class PassDataset(ABC, Generic[BatchT]):
     def tokens_per_step(self) -> float:
         """Of an optimizer step on all ranks, in the mean of a pass, padding not counted."""
         return self.tokens_per_pass / self.batches_per_pass * self._batches_per_step
+
+    def positions_of(self, step: int) -> int:
+        """Positions that the batch of a step is computed at, padding included, before it is filled up to few shapes."""
+        return self._positions_in(step * self._world_size + self._rank)
+
+    def largest_step(self, steps: int) -> int:
+        """The first of so many steps whose batch has most positions."""
+        return max(range(steps), key=self.positions_of)
 
     def statements(self) -> tuple[str, ...]:
         """What the user should know of steps and passes, one sentence each."""
@@ -116,8 +128,12 @@ class PassDataset(ABC, Generic[BatchT]):
 
     def _indices(self, number: int) -> Positions:
         """What the batch with this number is made of."""
-        pass_number, place = divmod(number, self.batches_per_pass)
+        pass_number, place = self._place(number)
         return self._pass(pass_number)[place]
+
+    def _place(self, number: int) -> tuple[int, int]:
+        """(pass, place in it) of a batch."""
+        return divmod(number, self.batches_per_pass)
 
 
 class Lookahead(Generic[MadeT]):

@@ -34,6 +34,9 @@ from src.layout import SegmentLayout
 from src.losses import IGNORED_TARGET, PLAIN_REJECT_TOKENS, Role, group_number
 from src.tokenizer import Tokenizer
 
+_MUCH = 0.1
+"""Of the pairs, texts that are cut."""
+
 
 class PairForm(Enum):
     """How a pair becomes segments."""
@@ -137,8 +140,9 @@ class PreferencePlan:
             )
         if self.shortened_prompts or self.shortened_answers:
             cut_at = "beginning" if self.keeps_prompt_end else "end, as the original does"
+            much = "warning: " if self.shortened_prompts + self.shortened_answers >= _MUCH * self.pairs else ""
             said.append(
-                f"--rlhf_max_corpus_len {self.longest} cuts {self.shortened_prompts} prompts (at their "
+                f"{much}--rlhf_max_corpus_len {self.longest} cuts {self.shortened_prompts} prompts (at their "
                 f"{cut_at}) and {self.shortened_answers} answers (at their end)."
             )
         return tuple(said)
@@ -158,6 +162,7 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         tokenizer: recognises rejects of nothing but white space; None: only a reject without tokens is blank. In the
             released form the number of tokens alone counts.
         compares: whether the loss has nothing to say of pairs without a reject of their own, which are left out.
+        numbers: of each pair in its file, from 0, where they are some of its pairs.
         **share: `rank`, `world_size`, `epoch_steps` and `accumulate` of `PassDataset`.
 
     Attributes:
@@ -179,6 +184,7 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         seed: int | None,
         tokenizer: Tokenizer | None = None,
         compares: bool = False,
+        numbers: Sequence[int] | None = None,
         **share: int,
     ) -> None:
         assert pairs
@@ -191,6 +197,7 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
                 f"{shortest} tokens, the longest {largest}; give at least {shortest}, better {largest}."
             )
         self.source = source
+        self._numbers = range(len(pairs)) if numbers is None else numbers
         as_released = form is PairForm.RELEASED
         self._pairs = [pair.shortened(longest, keeps_prompt_end=not as_released) for pair in pairs]
         shortest_reject = PLAIN_REJECT_TOKENS + 1 if as_released else 1
@@ -240,6 +247,9 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
     def _weight(self, number: int) -> int:
         return len(self._indices(number))
 
+    def _positions_in(self, number: int) -> int:
+        return sum(self._positions(index) for index in self._indices(number).tolist())
+
     def batch(self, indices: Sequence[int], rounding: Rounding = EXACT) -> PreferenceBatch:
         """The named pairs as one batch."""
         segments = _Segments()
@@ -274,7 +284,7 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
 
     def describe(self, batch: PreferenceBatch) -> str:
         """Names what a batch was made of, for messages; pairs count from 1."""
-        numbers = [index + 1 for index in batch.sample_indices]
+        numbers = [self._numbers[index] + 1 for index in batch.sample_indices]
         return f"pair{'s' if batch.pairs > 1 else ''} {listed(numbers)} of {self.source}"
 
     def _positions(self, index: int, *, padded: bool = True) -> int:

@@ -6,36 +6,24 @@ template; `src.data.pair_file` keeps them.
 
 from __future__ import annotations
 
-import csv
-import io
 import random
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from src.config.preference import MIXED
-from src.data.inputs import (
-    MalformedEntry,
-    decoded,
-    json_object,
-    listed_names,
-    read_whole,
-    shown,
-    string_of,
-    unix_lines,
-    unread_keys,
-)
+from src.config.recognition import TABLE
+from src.config.templates import MIXED, TEMPLATE_NAMES
+from src.data.containers import BadEntries, Entries
+from src.data.inputs import MalformedEntry, listed_names, unix_lines, unread_keys
+from src.data.preference_forms import PAIR, preference_of_entry
+from src.data.templates import CHAT_TEMPLATES
 from src.data.turns import formatted_statement, is_formatted
 from src.errors import ConfigError, DataError
 from src.tokenizer import Tokenizer
 
 PLACEHOLDER_LOGP = 0.5
 """What stands in a pair's two log-probability fields when none was computed; such are below 0."""
-
-_COLUMNS = ("prompt", "chosen", "reject", "rejected")
-_CSV_FIELD_LIMIT = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -56,114 +44,72 @@ class PreferenceRow:
 
 
 def read_rows(path: str, remark: Callable[[str], None] = lambda line: None) -> list[PreferenceRow]:
-    """Rows of a CSV (`prompt,chosen,reject`) or, by its suffix or first character, JSONL file of the same keys.
+    """Rows of a preference file: a CSV (`prompt,chosen,reject`), or JSON lines, an array or Parquet of the same keys.
 
     UTF-8 with or without BOM. `reject` may also be called `rejected`, and may be missing or empty; where there are
-    both, the filled one counts.
+    both, the filled one counts. A prompt may also be a list of messages, or a question or an instruction with its
+    input; answers may be messages, or conversations that begin with the prompt. What has several turns before the
+    answer becomes a prompt in the template of World chats.
 
     Args:
         path: the file.
-        remark: called with a sentence for each thing that stands in the file and is not read.
+        remark: called with a sentence for each thing that stands in the file and is not read, and for what it is.
 
     Raises:
-        DataError: a file that is missing, not UTF-8 or empty; a column that is missing; a row that
-            cannot be read, with its line.
+        DataError: a file that is missing, not UTF-8 or empty; a column that is missing; rows that cannot be read, with
+            their lines.
     """
-    text = decoded(path, read_whole(path), nul=True)  # models write them, so that rejects may hold some
-    if not text.strip():
+    entries = Entries(path)
+    if not entries.head.strip():
         raise DataError(f"{path} is empty: expected the columns prompt,chosen,reject and at least one row.")
-    is_jsonl = Path(path).suffix.lower() in (".jsonl", ".json", ".ndjson") or text.lstrip().startswith("{")
     unread: Counter[str] = Counter()
-    rows = list(_jsonl_rows(path, text, unread) if is_jsonl else _csv_rows(path, text, unread))
+    forms: Counter[str] = Counter()
+    bad = BadEntries()
+    rows: list[PreferenceRow] = []
+    for number, entry in entries:
+        if entries.container == TABLE and not rows and not bad:
+            _check_columns(path, entries.columns)
+        try:
+            if isinstance(entry, MalformedEntry):
+                raise entry
+            made = preference_of_entry(entry)
+            rows.append(PreferenceRow(number, made.prompt, made.chosen, made.rejected))
+            forms[made.form] += 1
+            unread.update(name for name in made.unread if entries.container != TABLE or entry[name].strip())
+        except MalformedEntry as error:
+            few = (
+                f" (it has {len(entry)} of the {len(entries.columns)} fields of the header)"
+                if (isinstance(entry, dict) and len(entry) < len(entries.columns))
+                else ""
+            )
+            bad.add(path, entries.unit, number, f"{str(error).removesuffix('.')}{few}")
+    bad.refuse()
     if not rows:
+        if entries.container == TABLE:
+            _check_columns(path, entries.columns)
         raise DataError(f"{path} holds no rows: write at least one prompt with a chosen answer below the header.")
+    if forms.keys() != {PAIR}:
+        remark(f"Recognised as {'; '.join(f'{form}, {count:,} rows' for form, count in forms.most_common())}.")
+    repeated = len(rows) - len({(row.prompt, row.chosen, row.rejected) for row in rows})
+    if repeated:
+        remark(f"{repeated:,} of {len(rows):,} rows equal an earlier one and count as often as they stand there.")
     for line in unread_keys(unread, unit="row"):
         remark(line)
     return rows
 
 
-def _csv_rows(path: str, text: str, unread: Counter[str]) -> Iterator[PreferenceRow]:
-    entries = _csv_entries(path, text)
-    _, header = next(entries, (1, []))
-    names = [name.strip() for name in header]
-    missing = [name for name in ("prompt", "chosen") if name not in names]
-    if missing:
-        found, lacking = (listed_names(some, " and ") for some in (names, missing))
+def _check_columns(path: str, columns: Sequence[str]) -> None:
+    """Refuses a table that cannot hold pairs."""
+    names = {name.lower() for name in columns}
+    lacking = [] if "chosen" in names else ["chosen"]
+    if not names & {"prompt", "question", "instruction", "messages", "conversations"}:
+        lacking.insert(0, "prompt")
+    if lacking:
+        found, missing = (listed_names(some, " and ") for some in (columns, lacking))
         raise DataError(
-            f"{path} has no column {lacking} (its first line has {found or 'nothing'}): name the columns "
+            f"{path} has no column {missing} (its first line has {found or 'nothing'}): name the columns "
             "prompt,chosen,reject there."
         )
-    repeated = [name for name in _COLUMNS if names.count(name) > 1]
-    if repeated:
-        raise DataError(f"{path} has several columns {repeated[0]!r}: give each of prompt,chosen,reject once.")
-    for line, fields in entries:
-        if len(fields) > len(names):
-            raise DataError(
-                f"{path} line {line} has {len(fields)} fields, the header {len(names)}: put fields with commas in "
-                f"quotes (the last field read is {shown(fields[-1])})."
-            )
-        entry = dict(zip(names, fields, strict=False))
-        if not {"prompt", "chosen"} <= entry.keys():
-            raise DataError(
-                f"{path} line {line} has {len(fields)} of the {len(names)} fields of the header: write "
-                "prompt and chosen, in quotes where they hold commas or line breaks."
-            )
-        unread.update(name for name, value in entry.items() if name not in _COLUMNS and value.strip())
-        try:
-            rejected = _filled_reject(entry.get("reject", ""), entry.get("rejected", ""))
-            yield PreferenceRow(line, string_of(entry, "prompt"), string_of(entry, "chosen"), rejected)
-        except MalformedEntry as error:
-            raise DataError(f"{path} line {line}: {error}.") from error
-
-
-def _filled_reject(reject: str, rejected: str) -> str:
-    """The one that is filled of the two columns for a worse answer."""
-    if reject.strip() and rejected.strip() and reject != rejected:
-        raise MalformedEntry(
-            f"'reject' is {shown(reject)} and 'rejected' is {shown(rejected)}: leave one of them empty"
-        )
-    return reject if reject.strip() or not rejected else rejected
-
-
-def _csv_entries(path: str, text: str) -> Iterator[tuple[int, list[str]]]:
-    """(line on which it begins, fields) of every entry that is not blank.
-
-    The strict reader is used because the lenient one takes an unbalanced quote for the start of a field that
-    reaches to the end of the file.
-    """
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    limit_before = csv.field_size_limit(_CSV_FIELD_LIMIT)
-    line = 1
-    try:
-        for fields in reader:
-            if fields:
-                yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as error:
-        reason = "has a quote that is never closed" if "end of data" in str(error) else f"is no CSV ({error})"
-        raise DataError(
-            f"{path} line {line} {reason}: put fields with quotes, commas or line breaks in quotes, "
-            "and write each quote inside twice."
-        ) from error
-    finally:
-        csv.field_size_limit(limit_before)
-
-
-def _jsonl_rows(path: str, text: str, unread: Counter[str]) -> Iterator[PreferenceRow]:
-    for line, content in enumerate(unix_lines(text)[0].split("\n"), start=1):
-        if not content.strip():
-            continue
-        try:
-            entry = json_object(content)
-            unread.update(entry.keys() - set(_COLUMNS))
-            reject, rejected = (
-                "" if entry.get(key) is None else string_of(entry, key, nul=True) for key in ("reject", "rejected")
-            )
-            yield PreferenceRow(
-                line, string_of(entry, "prompt"), string_of(entry, "chosen"), _filled_reject(reject, rejected)
-            )
-        except MalformedEntry as error:
-            raise DataError(f'{path} line {line}: {error}; write {{"prompt": …, "chosen": …}}.') from error
 
 
 @dataclass(frozen=True)
@@ -179,9 +125,8 @@ class Template:
 
 
 TEMPLATES = {
-    "user": Template("User: ", "\n\nAssistant:"),
-    "question": Template("Question: ", "\n\nAnswer:"),
-    "input": Template("Input: ", "\n\nResponse:"),
+    name: Template(f"{CHAT_TEMPLATES[name].speakers['user']}: ", f"\n\n{CHAT_TEMPLATES[name].speakers['assistant']}:")
+    for name in TEMPLATE_NAMES
 }
 
 

@@ -14,6 +14,7 @@ Their order is that of `src.data.passes`.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -22,13 +23,16 @@ import numpy as np
 from src.config.data import DATALOAD_MODES
 from src.data.batches import Batch, packed_batch, padded_batch
 from src.data.documents import Documents, Mask, Positions, Tokens
-from src.data.packing import RowPlan
+from src.data.mixing import MixedIn, draws_of
+from src.data.packing import RowPlan, rows_in_order
 from src.data.passes import PassDataset, listed, shuffled_batches
 from src.data.rounding import Rounding, ceil_div
 from src.errors import ConfigError, DataError
 
 _WINDOW_STREAM = 0x6765_7400  # keeps `get`'s random numbers apart from those of the passes
 _WINDOW_ATTEMPTS = 1000
+_MUCH = 0.1
+"""A share of the data that is lost unless something is changed."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class SamplingPlan:
         lost_tokens: their tokens beyond it, never seen (0 with `get`).
         unanswered_documents: left out, because what the loss is taken on begins behind their first ctx_len + 1 tokens.
         padding_share: of the positions of one pass, those that are padding: 0 to 1.
+        mixed_in: of further data: source, documents of a pass, documents there are, and targets of the first pass.
     """
 
     mode: str
@@ -56,20 +61,29 @@ class SamplingPlan:
     lost_tokens: int
     unanswered_documents: int
     padding_share: float
+    mixed_in: tuple[tuple[str, int, int, int], ...] = ()
 
     def statements(self) -> tuple[str, ...]:
         """What happens to data that do not fit, one sentence each; empty when all do."""
-        said = []
+        said = [
+            f"{drawn:,} of {self.documents:,} documents of a pass ({drawn / self.documents:.1%}; {targets:,} of "
+            f"{self.targets_per_pass:,} targets) are from {source}, which has {there:,}: each comes once before any "
+            "comes twice."
+            for source, drawn, there, targets in self.mixed_in
+        ]
         if self.cut_documents:
+            much = "warning: " if self.lost_tokens >= _MUCH * self.tokens else ""
             said.append(
-                f"{self.cut_documents:,} of {self.documents:,} documents are longer than a row and are cut: "
+                f"{much}{self.cut_documents:,} of {self.documents:,} documents are longer than a row and are cut: "
                 f"{self.lost_tokens:,} of {self.tokens:,} tokens ({self.lost_tokens / self.tokens:.1%}) are "
                 "never seen; a larger --ctx_len keeps more."
             )
         if self.unanswered_documents:
+            of_all = self.documents + self.unanswered_documents
+            much = "warning: " if self.unanswered_documents >= _MUCH * of_all else ""
             said.append(
-                f"{self.unanswered_documents:,} documents left out: nothing that the loss is taken on stands within a "
-                "row; a larger --ctx_len keeps them."
+                f"{much}{self.unanswered_documents:,} documents left out: nothing that the loss is taken on stands "
+                "within a row; a larger --ctx_len keeps them."
             )
         if self.padding_share >= 0.2:
             said.append(f"{self.padding_share:.0%} of the positions are padding; --dataload pack has none.")
@@ -102,6 +116,8 @@ class BatchDataset(PassDataset[Batch]):
         ctx_len: tokens of a row at most.
         micro_bsz: rows of a batch; with `pack` they are joined to a single one.
         seed: 0 or more; None: every pass in the order of the data.
+        mixes: which of the documents are further data, of which each pass has a share; not with `get`. Their number is
+            that of the first pass in every pass, but packed into rows they may take more or fewer.
         **share: `rank`, `world_size`, `epoch_steps` and `accumulate` of `PassDataset`. With `get`, where
             nothing is exhausted, a pass is as many windows as the stream is long.
 
@@ -118,12 +134,14 @@ class BatchDataset(PassDataset[Batch]):
         ctx_len: int,
         micro_bsz: int,
         seed: int | None,
+        mixes: Sequence[MixedIn] = (),
         **share: int,
     ) -> None:
         assert min(ctx_len, micro_bsz) >= 1
         assert seed is None or seed >= 0
         assert seed is not None or mode != "get"
         assert mode in DATALOAD_MODES, f"{mode} is none of {DATALOAD_MODES}"
+        assert mode != "get" or not mixes
         if mode == "only" and micro_bsz != 1:
             raise ConfigError(
                 f"--dataload only takes a document alone, so --micro_bsz has to be 1, not {micro_bsz}; "
@@ -136,17 +154,22 @@ class BatchDataset(PassDataset[Batch]):
         self._seed = seed
 
         self._counted = documents.counted_targets(self._row_tokens)
-        self._visited: Positions = np.flatnonzero(self._counted)
-        self._lengths = np.minimum(documents.sizes[self._visited], self._row_tokens) - 1
+        self._mixes = mixes
+        self._own, self._draws = draws_of(mixes, np.flatnonzero(self._counted), seed)
+        self._visited = self._visited_in(0)
+        self._lengths = self._lengths_of(self._visited)
         self._rows: RowPlan | None = None
+        self._pass_ends = [0]
         if mode == "get":
             self._check_windows()
             batches_per_pass = ceil_div(documents.total_tokens, ctx_len * micro_bsz)
-        elif not len(self._visited):
+        elif not len(self._own):
             raise DataError(
                 f"{documents.source} cannot be used with --ctx_len {ctx_len}: nothing that the "
                 "loss is taken on stands within so many tokens; use a larger --ctx_len."
             )
+        elif mode == "pack" and self._draws:
+            batches_per_pass = len(self._divide(0))
         elif mode == "pack":
             self._rows = RowPlan(self._lengths, micro_bsz * ctx_len, seed)
             batches_per_pass = self._rows.rows
@@ -161,13 +184,36 @@ class BatchDataset(PassDataset[Batch]):
         if self.mode == "get":
             return self._micro_bsz * (self._row_tokens - 1)
         if self.mode == "pack":
-            return min(self._micro_bsz * (self._row_tokens - 1), int(self._lengths.sum()))
-        return min(self._micro_bsz, len(self._lengths)) * int(self._lengths.max())
+            room = self._micro_bsz * (self._row_tokens - 1)
+            return room if self._draws else min(room, int(self._lengths.sum()))
+        longest = max(self._lengths.max(), *(self._lengths_of(draws.indices).max() for draws in self._draws), 0)
+        return min(self._micro_bsz, len(self._lengths)) * int(longest)
 
     def _divide(self, pass_number: int) -> list[Positions]:
         if self._rows is not None:
             return [self._visited[row] for row in self._rows.pass_rows(pass_number)]
-        return shuffled_batches(self._visited, self._micro_bsz, self._seed, pass_number)
+        visited = self._visited_in(pass_number)
+        if self.mode == "pack":
+            room = self._micro_bsz * (self._row_tokens - 1)
+            rows = rows_in_order(self._lengths_of(visited), room, self._seed, pass_number)
+            return [visited[row] for row in rows]
+        return shuffled_batches(visited, self._micro_bsz, self._seed, pass_number)
+
+    def _place(self, number: int) -> tuple[int, int]:
+        if self.mode != "pack" or not self._draws:
+            return super()._place(number)
+        while self._pass_ends[-1] <= number:
+            self._pass_ends.append(self._pass_ends[-1] + len(self._pass(len(self._pass_ends) - 1)))
+        pass_number = bisect_right(self._pass_ends, number) - 1
+        return pass_number, number - self._pass_ends[pass_number]
+
+    def _visited_in(self, pass_number: int) -> Positions:
+        """int64: the documents of a pass; one that is mixed in may be there more than once."""
+        return np.concatenate([self._own, *(draws.of_pass(pass_number) for draws in self._draws)])
+
+    def _lengths_of(self, indices: Positions) -> Positions:
+        """int64: positions that documents fill in a row."""
+        return np.minimum(self.documents.sizes[indices], self._row_tokens) - 1
 
     def _batch(self, number: int, rounding: Rounding) -> Batch:
         make = packed_batch if self.mode == "pack" else padded_batch
@@ -209,6 +255,12 @@ class BatchDataset(PassDataset[Batch]):
             return self._micro_bsz * (self._row_tokens - 1)
         return sum(int(mask[offset + 1 : offset + self._row_tokens].sum()) for offset in self._offsets(number))
 
+    def _positions_in(self, number: int) -> int:
+        if self.mode == "get":
+            return self._micro_bsz * (self._row_tokens - 1)
+        lengths = np.minimum(self.documents.sizes[self._indices(number)], self._row_tokens) - 1
+        return int(lengths.sum() if self.mode == "pack" else lengths.max() * len(lengths))
+
     def describe(self, batch: Batch) -> str:
         """Names what a batch was made of, for messages."""
         return self._named(batch.sample_indices)
@@ -216,9 +268,7 @@ class BatchDataset(PassDataset[Batch]):
     def _named(self, indices: Sequence[int]) -> str:
         if self.mode == "get":
             return f"tokens {listed(indices)} and following of {self.documents.source}"
-        numbers = [int(self.documents.numbers[index]) for index in indices]
-        plural = "s" if len(numbers) > 1 else ""
-        return f"{self.documents.unit}{plural} {listed(numbers)} of {self.documents.source}"
+        return self.documents.named(indices)
 
     def _offsets(self, number: int) -> list[int]:
         """Where the windows of a batch begin: uniformly random in [0, total - R)."""
@@ -253,18 +303,22 @@ class BatchDataset(PassDataset[Batch]):
         sizes = documents.sizes[self._visited]
         lost = np.maximum(sizes - self._row_tokens, 0)
         answered = documents.counted_targets(int(documents.sizes.max())) > 0
-        counted_targets = int(self._counted.sum())
+        counted_targets = int(self._counted[self._visited].sum())
         if windows:
             mask = documents.stream_counted
             counted_targets = documents.total_tokens if mask is None else int(mask.sum())
         return SamplingPlan(
             mode=self.mode,
             documents=len(documents) if windows else len(self._visited),
-            tokens=documents.total_tokens,
+            tokens=int(sizes.sum()) if self._draws else documents.total_tokens,
             counted_targets_per_pass=counted_targets,
             targets_per_pass=documents.total_tokens if windows else int(self._lengths.sum()),
             cut_documents=0 if windows else int((lost > 0).sum()),
             lost_tokens=0 if windows else int(lost.sum()),
+            mixed_in=tuple(
+                (mix.source, len(drawn := draws.of_pass(0)), len(draws.indices), int(self._lengths_of(drawn).sum()))
+                for mix, draws in zip(self._mixes, self._draws, strict=True)
+            ),
             unanswered_documents=0 if windows else int((answered & (self._counted == 0)).sum()),
             padding_share=self._padding_share(),
         )
@@ -273,7 +327,6 @@ class BatchDataset(PassDataset[Batch]):
         """Of the positions of the first pass."""
         if self.mode != "pad" or self._micro_bsz == 1:
             return 0.0
-        lengths = np.minimum(self.documents.sizes, self._row_tokens) - 1
-        batches = [lengths[indices] for indices in self._pass(0)]
+        batches = [self._lengths_of(indices) for indices in self._pass(0)]
         positions = sum(int(batch.max()) * len(batch) for batch in batches)
         return 1.0 - int(self._lengths.sum()) / positions

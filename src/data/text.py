@@ -1,4 +1,4 @@
-"""Documents from text: JSON lines, chats through one template, plain text, and generated ones.
+"""Documents from text: entries of many forms, chats through one template, plain text, and generated ones.
 
 Every document ends with the tokenizer's end-of-document token. Where speakers have roles the loss
 is taken on answers only, unless a mask says otherwise: an answer's text, the blank line that ends it (chat clients stop
@@ -7,83 +7,87 @@ there), and, after the last answer, the end of the document.
 
 from __future__ import annotations
 
-import re
+import hashlib
 from array import array
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from typing import Any, NamedTuple
 
 import numpy as np
 
 from src.config.data import BY_DATA, LossMask
+from src.config.fields import Fields
+from src.config.templates import THINK
+from src.data.containers import BadEntries, Entries
 from src.data.documents import Documents
-from src.data.inputs import (
-    MalformedEntry,
-    decoded,
-    json_object,
-    kind_of,
-    listed_names,
-    numbered_lines,
-    read_whole,
-    shown,
-    string_of,
-    unix_lines,
-    unread_keys,
-)
+from src.data.forms import TEXT, EmptyTurn, content_of_entry
+from src.data.inputs import MalformedEntry, decoded, read_whole, unix_lines, unread_keys
 from src.data.masks import Marker
-from src.data.tools import call_text, result_text, tools_text
-from src.data.turns import formatted_statement, is_formatted
+from src.data.templates import WORLD_CHAT, ChatTemplate, Part, Rendering
+from src.data.turns import formatted_statement
 from src.errors import DataError
 from src.tokenizer import Tokenizer
 
-LINE_FORMS = '{"text": …}, {"prompt": …, "response": …} or {"messages": [{"role": …, "content": …}, …]}'
-
-_BLANK_LINES = re.compile(r"\n{2,}")
-
-
-class Part(NamedTuple):
-    """A stretch of text tokenised on its own, and whether the loss is taken on it."""
-
-    text: str
-    counted: bool
-
 
 @dataclass
-class Findings:
-    """What was met while a file was read that the user should know of, in numbers.
+class Findings(Rendering):
+    """What was met while entries were read that the user should know of, in numbers.
 
     Attributes:
-        conversations, plain: lines with roles, and lines of plain text.
-        blank_lines: runs of them inside turns, replaced by a line break.
-        line_ends: of another kind than LF, replaced by it.
-        formatted: prompts that stand in a template already and were taken as they are.
-        named: turns that begin with their speaker's name themselves.
-        empty_systems: system messages without text, left out.
+        forms: entries by the form they were recognised as.
+        empty: entries without a question or an answer, left out, by which of the two.
+        first_empty: where the first of them stands.
+        repeated: documents that equal an earlier one.
+        first_repeated: where the first of them stands.
         unread: keys of entries and messages that have no meaning here.
     """
 
-    conversations: int = 0
-    plain: int = 0
-    blank_lines: int = 0
-    line_ends: int = 0
-    formatted: int = 0
-    named: int = 0
-    empty_systems: int = 0
+    forms: Counter[str] = field(default_factory=Counter)
+    empty: Counter[str] = field(default_factory=Counter)
+    first_empty: str = ""
+    repeated: int = 0
+    first_repeated: str = ""
     unread: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def plain(self) -> int:
+        """Entries of plain text."""
+        return self.forms[TEXT]
+
+    @property
+    def conversations(self) -> int:
+        """Entries with roles."""
+        return self.forms.total() - self.plain
 
     def statements(self, template: ChatTemplate, mask: LossMask = BY_DATA) -> list[str]:
         """One sentence each."""
-        said = []
+        named = [
+            f"{form}, {_several(count, 'text' if form == TEXT else 'conversation')}"
+            for form, count in self.forms.most_common()
+        ]
+        said = [f"Recognised as {'; '.join(named)}."] if named else []
+        written = f'written in the template {template.name}, "{template.shown}"'
         if self.conversations and self.plain and not mask.kind:
             said.append(
-                f"{_several(self.conversations, 'conversation')} in the template {template.name}: the loss is on "
-                f"answers only; {_several(self.plain, 'line')} of plain text: it is on every token."
+                f"Conversations are {written}: the loss is on answers only; of plain text it is on every token."
             )
         elif self.conversations:
             chosen = "; the loss is on answers only" if mask.kind in ("", "qa") else ""
-            said.append(f"Conversations are written in the template {template.name}{chosen}.")
+            said.append(f"Conversations are {written}{chosen}.")
+        if self.empty:
+            kinds = ", ".join(f"{count:,} with an empty {kind}" for kind, count in self.empty.most_common())
+            said.append(f"Left out, having nothing to learn: {kinds} (first: {self.first_empty}).")
+        if self.repeated:
+            verb = "repeats" if self.repeated == 1 else "repeat"
+            said.append(
+                f"{_several(self.repeated, 'document')} of {self.forms.total():,} {verb} an earlier one (first: "
+                f"{self.first_repeated}) and count as often as they stand there."
+            )
+        return said + self._of_rendering(template) + unread_keys(self.unread)
+
+    def _of_rendering(self, template: ChatTemplate) -> list[str]:
+        said = []
         if self.blank_lines:
             said.append(
                 f"{_several(self.blank_lines, 'run')} of blank lines inside turns replaced by a line break each: "
@@ -100,7 +104,20 @@ class Findings:
             )
         if self.empty_systems:
             said.append(f"{_several(self.empty_systems, 'empty system message')} left out.")
-        return said + unread_keys(self.unread)
+        if self.unthought:
+            said.append(
+                f"{_several(self.unthought, 'answer')} without reasoning written as --template no-think has them."
+            )
+        if self.reasoning_left_out:
+            said.append(
+                f"The reasoning of {_several(self.reasoning_left_out, 'answer')} left out: --template think has it."
+            )
+        if self.thought and not template.thinking:
+            said.append(
+                f"Answers that begin with <think>, which is taken as text: {self.thought:,}; --template {THINK} writes "
+                "them as RWKV-7's G1 models do."
+            )
+        return said
 
 
 def line_ends_statement(count: int) -> str:
@@ -108,62 +125,99 @@ def line_ends_statement(count: int) -> str:
     return f"{_several(count, 'line end')} CR LF or CR read as LF, as clients send them."
 
 
-@dataclass(frozen=True)
-class ChatTemplate:
-    """Writes a conversation as text: `Name: content` per turn, a blank line after each.
+class Conversations:
+    """The entries of files as parts of text, one document each; `findings` says what was met once all are read.
 
-    Because clients take a blank line for the end of a turn, none may stand inside one: runs of
-    line breaks within a turn become a single one.
+    Args:
+        paths: files of entries.
+        template: in which conversations are written.
+        fields: names that stand for the known ones.
+        part: which of the entries, in the order of the files.
     """
 
-    name: str
-    speakers: dict[str, str]
-    answering: str = "assistant"
-    turn_end: str = "\n\n"
+    def __init__(
+        self,
+        paths: Sequence[str],
+        template: ChatTemplate = WORLD_CHAT,
+        *,
+        fields: Fields | None = None,
+        part: slice = slice(None),
+    ) -> None:
+        self.paths = paths
+        self.findings = Findings()
+        self.units: list[str] = []
+        self._template, self._fields, self._part = template, fields, part
+        self._digests = array("Q")
+        self._files, self._numbers = array("q"), array("q")
 
-    def render(self, messages: Sequence[tuple[str, str]], findings: Findings) -> list[Part]:
-        """Parts of a conversation of (role, content).
+    def __iter__(self) -> Iterator[tuple[int, int, list[Part]]]:
+        """(number of its file, place in it, parts) of every document.
 
-        An uncounted part ends in "Assistant:" as a client's prompt does; the answer that follows
-        begins with the space. A question in which that stands already is taken as it is, and a system
-        message without text is left out.
+        Raises:
+            DataError: a file cannot be read; entries are malformed, which are named together, after the last of the
+                documents; or every one is left out.
         """
-        findings.conversations += 1
-        parts: list[Part] = []
-        prompt = ""
-        ready = False
-        for place, (role, content) in enumerate(messages):
-            text, line_ends = unix_lines(content)
-            text = text.strip()
-            findings.line_ends += line_ends
-            is_answered = messages[place + 1 : place + 2] and messages[place + 1][0] == self.answering
-            if role == "user" and is_answered and is_formatted(text):
-                findings.formatted += 1
-                prompt += text
-                ready = True
-                continue
-            turn, blank_lines = _BLANK_LINES.subn("\n", text)
-            findings.blank_lines += blank_lines
-            findings.named += turn.startswith(f"{self.speakers[role]}:")
-            if role == self.answering:
-                parts.append(Part(prompt if ready else f"{prompt}{self.speakers[role]}:", counted=False))
-                parts.append(Part(f" {turn}{self.turn_end}", counted=True))
-                prompt, ready = "", False
-            elif role == "system" and not turn:
-                findings.empty_systems += 1
+        bad = BadEntries()
+        for file, number, entry in islice(self._entries(), self._part.start, self._part.stop):
+            try:
+                if isinstance(entry, MalformedEntry):
+                    raise entry
+                parts = self._parts(entry)
+            except MalformedEntry as error:
+                bad.add(self.paths[file], self.units[file], number, str(error))
+            except EmptyTurn as empty:
+                self.findings.empty[str(empty)] += 1
+                self.findings.first_empty = self.findings.first_empty or self._named(file, number)
             else:
-                prompt += f"{self.speakers[role]}: {turn}{self.turn_end}"
-        if prompt:
-            parts.append(Part(prompt, counted=False))
-        return parts
+                digest = hashlib.blake2b("\0".join(text for text, _ in parts).encode(), digest_size=8)
+                self._digests.append(int.from_bytes(digest.digest(), "little"))
+                self._files.append(file)
+                self._numbers.append(number)
+                if not bad:
+                    yield file, number, parts
+        bad.refuse()
+        self._find_repeated()
+        if self.findings.empty and not self.findings.forms:
+            raise DataError(
+                f"{', '.join(self.paths[:3])} cannot be used: in each of its {self.findings.empty.total():,} entries "
+                f"the question or the answer is empty (first: {self.findings.first_empty})."
+            )
 
-    def asked(self, question: str) -> str:
-        """A question as a model reads it before it answers, up to and with "Assistant:"."""
-        prompt, _ = self.render([("user", question), (self.answering, "")], Findings())
-        return prompt.text
+    @property
+    def unit(self) -> str:
+        """What an entry is in all of the files."""
+        return self.units[0] if len(set(self.units)) == 1 else "entry"
 
+    def _entries(self) -> Iterator[tuple[int, int, dict[str, object] | MalformedEntry]]:
+        for file, path in enumerate(self.paths):
+            entries = Entries(path)
+            self.units.append(entries.unit)
+            for number, content in entries:
+                yield file, number, content
 
-WORLD_CHAT = ChatTemplate("World chat", {"system": "System", "user": "User", "assistant": "Assistant"})
+    def _parts(self, entry: dict[str, object]) -> list[Part]:
+        """Parts of one document."""
+        content = content_of_entry(entry, self._fields)
+        self.findings.forms[content.form] += 1
+        self.findings.unread.update(content.unread)
+        if content.turns:
+            return self._template.render(content.turns, self.findings)
+        text, line_ends = unix_lines(content.text)
+        self.findings.line_ends += line_ends
+        return [Part(text, counted=True)]
+
+    def _named(self, file: int, number: int) -> str:
+        return f"{self.paths[file]}, {self.units[file]} {number}"
+
+    def _find_repeated(self) -> None:
+        digests = np.frombuffer(self._digests, dtype=np.uint64)
+        _, firsts = np.unique(digests, return_index=True)
+        self.findings.repeated = len(digests) - len(firsts)
+        if self.findings.repeated:
+            again = np.ones(len(digests), dtype=np.bool_)
+            again[firsts] = False
+            first = int(np.flatnonzero(again)[0])
+            self.findings.first_repeated = self._named(self._files[first], self._numbers[first])
 
 
 class _Collector:
@@ -178,9 +232,10 @@ class _Collector:
         self._counted = bytearray()
         self._sizes: list[int] = []
         self._numbers: list[int] = []
+        self._files: list[int] = []
         self._masked = False
 
-    def add(self, parts: Sequence[Part], number: int) -> None:
+    def add(self, parts: Sequence[Part], file: int, number: int) -> None:
         """Appends one document and its end; the end counts when the last part does."""
         before = len(self._tokens)
         for text, counted in parts:
@@ -197,8 +252,11 @@ class _Collector:
             self._counted[before:] = self._marker.mark(tokens, number).tobytes()
         self._sizes.append(len(self._tokens) - before)
         self._numbers.append(number)
+        self._files.append(file)
 
-    def documents(self, source: str, vocab_size: int, statements: Sequence[str]) -> Documents:
+    def documents(
+        self, source: str, conversations: Conversations, vocab_size: int, statements: Sequence[str]
+    ) -> Documents:
         sizes = np.array(self._sizes, dtype=np.int64)
         if self._marker is not None and self._searched:
             amount = _several(self._searched, "line")
@@ -211,49 +269,48 @@ class _Collector:
             np.cumsum(sizes) - sizes,
             sizes,
             vocab_size,
-            unit="line",
+            unit=conversations.unit,
             numbers=np.array(self._numbers, dtype=np.int64),
+            files=tuple(conversations.paths) if len(conversations.paths) > 1 else (),
+            file_of=np.array(self._files, dtype=np.int64) if len(conversations.paths) > 1 else None,
             stream_counted=np.frombuffer(self._counted, dtype=np.bool_) if masked else None,
             statements=statements,
         )
 
 
-def read_jsonl(
-    path: str,
+def read_entries(
+    paths: Sequence[str],
     tokenizer: Tokenizer,
     vocab_size: int,
     *,
-    fields: tuple[str, str] | None = None,
+    source: str = "",
+    template: ChatTemplate = WORLD_CHAT,
+    fields: Fields | None = None,
     part: slice = slice(None),
     mask: LossMask = BY_DATA,
 ) -> Documents:
-    """Reads JSON lines, one document each; blank lines of the file are passed over.
-
-    Of a line's keys "messages" comes first, then "prompt" with "response", then "text", which is
-    taken as it stands, with Unix line ends. "system" and "history" (questions with answers) come before
-    a "prompt", "system" before "messages". Keys without a meaning are named. A "system" message may only
-    come first.
+    """Reads files of entries, one document each, in the forms of `src.data.forms`.
 
     Args:
-        path: the file.
+        paths: the files.
         tokenizer: of the model's vocabulary.
         vocab_size: its size.
-        fields: keys of question and answer, instead of all that.
-        part: which of the lines that are not blank.
-        mask: what the loss is taken on; `qa` goes by roles where a line has them, and by its text where it has none.
+        source: what all of them are called; "": the first's path.
+        template: in which conversations are written.
+        fields: names that stand for the known ones.
+        part: which of the entries, in the order of the files.
+        mask: what the loss is taken on; `qa` goes by roles where an entry has them, and by its text where it has none.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8; a line is malformed (named with file,
-            number and reason); or the documents cannot be trained on.
+        DataError: a file is missing, empty or not UTF-8; entries are malformed (named with file, number and reason);
+            or the documents cannot be trained on.
     """
     collector = _Collector(tokenizer, mask)
-    findings = Findings()
-    for number, line in islice(numbered_lines(path), part.start, part.stop):
-        try:
-            collector.add(_parts(_entry(line), WORLD_CHAT, findings, fields), number)
-        except (MalformedEntry, DataError) as error:
-            raise DataError(f"{path}, line {number}: {str(error).removesuffix('.')}.") from error
-    return collector.documents(path, vocab_size, findings.statements(WORLD_CHAT, mask))
+    conversations = Conversations(paths, template, fields=fields, part=part)
+    for file, number, parts in conversations:
+        collector.add(parts, file, number)
+    statements = conversations.findings.statements(template, mask)
+    return collector.documents(source or paths[0], conversations, vocab_size, statements)
 
 
 def read_text(
@@ -268,7 +325,7 @@ def read_text(
         DataError: the file is missing, empty or not UTF-8.
     """
     assert piece_tokens >= 2, "a piece needs an input and a target"
-    text, line_ends = unix_lines(decoded(path, read_whole(path)))
+    text, line_ends = unix_lines(decoded(path, read_whole(path, packed=True)))
     ids = tokenizer.encode(text)
     stream = np.array([*ids, tokenizer.end_of_document] if ids else [], dtype=np.uint16)
     starts = np.arange(0, max(len(stream) - 1, 0), piece_tokens - 1, dtype=np.int64)
@@ -277,7 +334,7 @@ def read_text(
     if len(starts) > 1:
         statements.append(
             f"A text file is one document; its {len(stream)} tokens are read as {len(starts)} pieces of at "
-            f"most {piece_tokens}. A file of short documents is better given as --data_type jsonl."
+            f"most {piece_tokens}. A file of short documents is better given as JSON lines or a table."
         )
     counted = None
     if mask.finds_in_text and ids:
@@ -321,118 +378,5 @@ def generated_documents(vocab_size: int) -> Documents:
     )
 
 
-def _entry(line: str) -> dict[str, Any]:
-    """The JSON object of a line."""
-    try:
-        return json_object(line)
-    except MalformedEntry as error:
-        raise MalformedEntry(f"{error}; every line is one object: {LINE_FORMS}") from error
-
-
-def _parts(
-    entry: dict[str, Any], template: ChatTemplate, findings: Findings, fields: tuple[str, str] | None
-) -> list[Part]:
-    """Parts of one line's document."""
-    if fields is not None:
-        missing = [name for name in fields if name not in entry]
-        if missing:
-            raise MalformedEntry(f"its keys are {_keys(entry)}, and --sft_field names {shown(missing[0])}")
-        turns = [(role, _filled(entry, name)) for role, name in zip(("user", template.answering), fields, strict=True)]
-        read = set(fields)
-    elif "messages" in entry:
-        turns = _messages(entry["messages"], template, findings)
-        read = {"messages"}
-        if entry.get("system"):
-            if turns[0][0] == "system":
-                raise MalformedEntry('there are a "system" and a system message; keep one')
-            turns.insert(0, ("system", string_of(entry, "system")))
-            read.add("system")
-        if entry.get("tools") is not None:
-            told = [turns.pop(0)[1].strip()] if turns[0][0] == "system" else []
-            turns.insert(0, ("system", "\n".join([*filter(None, told), tools_text(entry["tools"])])))
-            read.add("tools")
-    elif "prompt" in entry and "response" in entry:
-        turns = [
-            *([("system", string_of(entry, "system"))] if entry.get("system") is not None else []),
-            *_history(entry.get("history") or [], template),
-            ("user", _filled(entry, "prompt")),
-            (template.answering, _filled(entry, "response")),
-        ]
-        read = {"system", "history", "prompt", "response"}
-    elif "text" in entry:
-        findings.unread.update(entry.keys() - {"text"})
-        findings.plain += 1
-        text, line_ends = unix_lines(string_of(entry, "text"))
-        findings.line_ends += line_ends
-        return [Part(text, counted=True)]
-    elif "prompt" in entry and "chosen" in entry:
-        raise MalformedEntry(
-            "it is a preference pair; make pairs with PrepareOrpoDataset.py --input_csv FILE and train with --orpo 1"
-        )
-    else:
-        raise MalformedEntry(f"its keys are {_keys(entry)}, expected {LINE_FORMS}")
-    findings.unread.update(entry.keys() - read)
-    return template.render(turns, findings)
-
-
-def _keys(entry: dict[str, Any]) -> str:
-    return listed_names(list(entry)) or "none"
-
-
-def _history(history: object, template: ChatTemplate) -> list[tuple[str, str]]:
-    """The turns of a list of [question, answer]."""
-    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
-        raise MalformedEntry('"history" is no list of [question, answer] pairs')
-    roles = ("user", template.answering)
-    return [
-        (role, _filled({"history": text}, "history"))
-        for pair in history
-        for role, text in zip(roles, pair, strict=True)
-    ]
-
-
-def _messages(messages: object, template: ChatTemplate, findings: Findings) -> list[tuple[str, str]]:
-    if not isinstance(messages, list):
-        raise MalformedEntry(f'"messages" is {kind_of(messages)}, expected a list')
-    turns: list[tuple[str, str]] = []
-    unread: set[str] = set()
-    for position, message in enumerate(messages, start=1):
-        if not isinstance(message, dict):
-            raise MalformedEntry(f"message {position} is {kind_of(message)}, expected an object")
-        calls = message.get("tool_calls") is not None and message.get("role") == template.answering
-        missing = [key for key in ("role", *(() if calls else ("content",))) if key not in message]
-        if missing:
-            raise MalformedEntry(f'message {position} has no "{missing[0]}"')
-        role = string_of(message, "role")
-        if role == "tool":
-            role, content = "user", result_text(message, position)
-        else:
-            content = call_text(message, position) if calls else string_of(message, "content")
-        if role not in template.speakers:
-            known = ", ".join([*template.speakers, "tool"])
-            raise MalformedEntry(f"message {position} has the role {shown(role)}; known are {known}")
-        if role == "system" and turns:
-            raise MalformedEntry(f"message {position} is a system message; it may only come first")
-        if role != "system" and not content.strip():
-            kind = "an answer" if role == template.answering else "a question"
-            raise MalformedEntry(f"message {position}, {kind}, is empty")
-        if turns and role == turns[-1][0]:
-            raise MalformedEntry(f"message {position} is a second {role} message in a row; join it to the one before")
-        turns.append((role, content))
-        unread |= message.keys() - {"role", "content", *(("tool_calls",) if calls else ())}
-    if template.answering not in (role for role, _ in turns):
-        raise MalformedEntry(f'no message has the role "{template.answering}", so there is nothing to learn')
-    findings.unread.update(f"messages: {key}" for key in unread)
-    return turns
-
-
-def _filled(entry: dict[str, Any], key: str) -> str:
-    """The text of a turn, which an empty one would end at once."""
-    text = string_of(entry, key)
-    if not text.strip():
-        raise MalformedEntry(f'"{key}" is empty; text without a question is given as {{"text": …}}')
-    return text
-
-
 def _several(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

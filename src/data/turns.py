@@ -74,6 +74,15 @@ def answers_in(text: str) -> Answers:
     return Answers()
 
 
+def speakers_in(text: str) -> Speakers | None:
+    """Who speaks in a conversation in which somebody answers; None if it is none."""
+    for pattern in (_PARAGRAPHS, _LINES):
+        speakers = _speakers(label["name"] for label in pattern.finditer(text))
+        if speakers is not None:
+            return speakers
+    return None
+
+
 def _speakers(names: Iterator[str]) -> Speakers | None:
     said = list(names)
     met = [speakers for name in said for speakers in SPEAKERS if name in (*speakers.asking, speakers.answering)]

@@ -66,6 +66,8 @@ class RWKV6Shape(ModelShape):
         "         conversation from the state; ChatRWKV and RWKV-Runner take the state file itself instead"
     )
 
+    merged_note: ClassVar[str] = ""
+
     mix_lora_width: int  # Dm
     decay_lora_width: int  # Dd
 

@@ -69,6 +69,10 @@ class RWKV7Shape(ModelShape):
         "         RWKV-Runner takes the state file itself; with rwkv, state[3 * i + 1] of a fresh state is layer i's"
     )
 
+    merged_note: ClassVar[str] = (
+        "The rwkv package and RWKV-Runner ignore a state inside an RWKV-7 model; give them the state itself"
+    )
+
     decay_width: int  # Dw
     rate_width: int  # Da
     value_width: int  # Dv

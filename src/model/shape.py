@@ -40,12 +40,14 @@ class ModelShape(ABC):
         family: its name in sentences.
         mixes_without_matrix: inputs of the time mix that only its small maps take.
         merged_state: what clients make of a model with a state in it, as the end of a sentence.
+        merged_note: what they leave out of it, as a sentence; "" if nothing.
     """
 
     architecture: ClassVar[str]
     family: ClassVar[str]
     mixes_without_matrix: ClassVar[int] = 1
     merged_state: ClassVar[str]
+    merged_note: ClassVar[str]
 
     n_layer: int
     n_embd: int

@@ -222,7 +222,9 @@ class TrainingMonitor(pl.Callback):
             return
         epoch = self.start.epochs + trainer.current_epoch
         mean = sum(self._epoch_losses) / len(self._epoch_losses)
-        log = EpochLog(self.epoch_begin + epoch, epoch, mean, self.control.learning_rate)
+        of_steps = trainer.num_training_batches // self.control.accumulate
+        steps = len(self._epoch_losses)
+        log = EpochLog(self.epoch_begin + epoch, epoch, mean, self.control.learning_rate, steps, int(of_steps))
         self._epoch_losses = []
         for sink in self.sinks:
             sink.epoch(log)
@@ -233,7 +235,8 @@ class TrainingMonitor(pl.Callback):
             free, total = torch.cuda.mem_get_info(module.device)
             self.used_bytes = total - free
             self.peak_bytes = torch.cuda.max_memory_allocated(module.device)
-        self.close()
+        for sink in self.sinks:
+            sink.ended()
 
     def state(self) -> dict[str, Any]:
         """See `resume.Part`."""

@@ -63,6 +63,8 @@ class HeldOutPreference:
         margin: mean log-probability per token of the chosen answer minus the rejected one's; NaN without pairs.
         pairs: compared pairs, those without a reject left out: what accuracy and margin are over.
         all_pairs: what nll is over.
+        log_odds: log of the odds ratio of the two answers; NaN without pairs.
+        loss: the training loss, of all pairs.
     """
 
     nll: float
@@ -70,6 +72,8 @@ class HeldOutPreference:
     margin: float
     pairs: int
     all_pairs: int
+    log_odds: float = math.nan
+    loss: float = math.nan
 
     @property
     def score(self) -> float:
@@ -149,19 +153,21 @@ def held_out_preference(
     model: LanguageModel, dataset: PreferenceDataset, objective: PreferenceObjective
 ) -> HeldOutPreference:
     """Scores every pair of the data set once, without gradients."""
-    nll, margins = [], []
     with inference(model):
-        for batch in dataset.batches_in_order():
-            result = objective.evaluate(model, batch)
-            nll.append(result.nll)
-            margins.append((result.logp_chosen - result.logp_rejected)[~result.is_plain])
-    margin, every_nll = torch.cat(margins), torch.cat(nll)
+        results = [objective.evaluate(model, batch) for batch in dataset.batches_in_order()]
+    compared = [~result.is_plain for result in results]
+    margins = [result.logp_chosen - result.logp_rejected for result in results]
+    margin = torch.cat([values[kept] for values, kept in zip(margins, compared, strict=True)])
+    log_odds = torch.cat([result.log_odds[kept] for result, kept in zip(results, compared, strict=True)])
+    every_nll = torch.cat([result.nll for result in results])
     return HeldOutPreference(
         nll=float(every_nll.mean()),
         accuracy=float((margin > 0).float().mean()),
         margin=float(margin.mean()),
         pairs=margin.numel(),
         all_pairs=every_nll.numel(),
+        log_odds=float(log_odds.mean()),
+        loss=float(torch.cat([result.pair_losses for result in results]).mean()),
     )
 
 

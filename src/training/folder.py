@@ -30,8 +30,12 @@ _WRITTEN = re.compile(
 )
 _KEPT = re.compile(r"dpo-reference(?:-held-out)?\.pth")
 """What is compared before it is used, and so stays for the next run."""
-_LOGS = ("train_log.txt", "metrics.jsonl", run_file.NAME)
-_LEFT = re.compile(rf"\.(?:{_WRITTEN.pattern}|{_KEPT.pattern})\.[0-9a-f]{{8}}(-old)?{re.escape(UNFINISHED)}")
+LOSS_PLOT = "loss.png"
+SAMPLES = "samples.jsonl"
+_LOGS = ("train_log.txt", "metrics.jsonl", SAMPLES, LOSS_PLOT, run_file.NAME)
+_LEFT = re.compile(
+    rf"\.(?:{_WRITTEN.pattern}|{_KEPT.pattern}|{re.escape(LOSS_PLOT)})\.[0-9a-f]{{8}}(-old)?{re.escape(UNFINISHED)}"
+)
 
 
 def new_run_id() -> str:

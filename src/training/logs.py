@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import http.client
+import importlib.util
 import json
 import math
 import sys
 import urllib.request
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -18,10 +20,12 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from src.config import TrainConfig
-from src.errors import TrainingError
-from src.training.folder import LineFile
+from src.errors import ConfigError, TrainingError
+from src.training.folder import SAMPLES, LineFile
 
 TIMESTAMP = "%Y-%m-%d-%H-%M-%S"
+_SAMPLES_SHOWN, _SAMPLE_CHARACTERS = 3, 200
+"""On the console: so many, and so much of each."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +61,23 @@ class StepLog:
 
 @dataclass(frozen=True)
 class EpochLog:
-    """One epoch: its number, the mean loss of its micro-batches and the last learning rate."""
+    """One epoch: its number, the mean loss of its steps, the last learning rate.
+
+    Attributes:
+        steps: that the mean is over; fewer than `of_steps` where the epoch was interrupted, 0 where nobody says.
+    """
 
     epoch: int
     local_epoch: int
     loss: float
     lr: float
+    steps: int = 0
+    of_steps: int = 0
+
+    @property
+    def part(self) -> str:
+        """Of how much of the epoch the mean is: "" of all of it."""
+        return f" of {self.steps:,}/{self.of_steps:,} steps" if self.steps < self.of_steps else ""
 
 
 @dataclass(frozen=True)
@@ -74,12 +89,31 @@ class HeldOutLog:
         values: the measurement's numbers by name; NaN where there is none.
         text: the measurement in words.
         best: whether it is the best so far.
+        label: "untuned", "loaded" or "tuned" where the run says it itself; "" between its steps.
     """
 
     step: int
     values: dict[str, float]
     text: str
     best: bool
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and what the model answered before training and answers now."""
+
+    prompt: str
+    before: str
+    now: str
+
+
+@dataclass(frozen=True)
+class SamplesLog:
+    """Samples after so many optimizer steps."""
+
+    step: int
+    samples: list[Sample]
 
 
 class Sink(Protocol):
@@ -94,7 +128,15 @@ class Sink(Protocol):
         return
 
     def held_out(self, log: HeldOutLog) -> None:
-        """Called after every measurement between two steps."""
+        """Called after every measurement: before the first step, between two, and after the last."""
+        return
+
+    def samples(self, log: SamplesLog) -> None:
+        """Called with what the model answers now."""
+        return
+
+    def ended(self) -> None:
+        """Called after the last step, before what comes then."""
         return
 
     def close(self) -> None:
@@ -121,19 +163,43 @@ class ProgressSink(Sink):
         self._bar.update()
 
     def epoch(self, log: EpochLog) -> None:
-        self._bar.write(f"epoch {log.epoch}: mean loss {log.loss:.4f}", file=sys.stderr)
+        self._bar.write(f"epoch {log.epoch}: mean loss {log.loss:.4f}{log.part}", file=sys.stderr)
         self._mean, self._count = 0.0, 0
 
     def held_out(self, log: HeldOutLog) -> None:
+        if log.label:
+            return
         best = ", the best so far" if log.best else ""
         self._bar.write(f"step {log.step}: held out {log.text}{best}", file=sys.stderr)
+
+    def samples(self, log: SamplesLog) -> None:
+        for line in sample_lines(log):
+            self._bar.write(line, file=sys.stderr)
+
+    def ended(self) -> None:
+        self._bar.close()
 
     def close(self) -> None:
         self._bar.close()
 
 
+def sample_lines(log: SamplesLog) -> list[str]:
+    """The first samples, as a person reads them; long ones are cut, and all of them stand in `samples.jsonl`."""
+
+    def short(text: str) -> str:
+        line = " ".join(text.split())
+        return line if len(line) <= _SAMPLE_CHARACTERS else f"{line[:_SAMPLE_CHARACTERS]}…"
+
+    lines = [f"step {log.step}: samples"]
+    for sample in log.samples[:_SAMPLES_SHOWN]:
+        lines += [f"  > {short(sample.prompt)}", f"    before  {short(sample.before)}"]
+        lines.append(f"    now     {short(sample.now)}")
+    more = len(log.samples) - _SAMPLES_SHOWN
+    return [*lines, *([f"  and {more} more in {SAMPLES}"] if more > 0 else [])]
+
+
 class FileSink(Sink):
-    """`train_log.txt` in the original's format and `metrics.jsonl`, one line per step; earlier lines stay.
+    """`train_log.txt` in the original's format, `metrics.jsonl`, one line per step, and samples; earlier lines stay.
 
     Args:
         folder: of the two.
@@ -167,6 +233,7 @@ class FileSink(Sink):
         self._run = run
         self._log = LineFile(folder / "train_log.txt", _warn, is_later_epoch)
         self._metrics = LineFile(folder / "metrics.jsonl", _warn, is_later_step)
+        self._samples = LineFile(folder / SAMPLES, _warn, is_later_step) if config.sample_prompts else None
         engine = f"{deepspeed_config}\n" if deepspeed_config else ""
         begins = f"RESUMED RUN at step {steps}," if steps else "NEW RUN"
         self._log.write(f"{begins} {datetime.now().strftime(TIMESTAMP)}\n{asdict(config)}\n{engine}")
@@ -179,17 +246,24 @@ class FileSink(Sink):
     def held_out(self, log: HeldOutLog) -> None:
         values = {name: value if math.isfinite(value) else None for name, value in log.values.items()}
         row = {"run": self._run, "step": log.step, "held_out": values, "best": log.best}
+        row |= {"label": log.label} if log.label else {}
         self._metrics.write(json.dumps(row) + "\n")
+
+    def samples(self, log: SamplesLog) -> None:
+        assert self._samples is not None
+        rows = [{"run": self._run, "step": log.step, **asdict(sample)} for sample in log.samples]
+        self._samples.write("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
     def epoch(self, log: EpochLog) -> None:
         self._log.write(
             f"{log.epoch} {log.loss:.6f} {_exponential(log.loss):.4f} {log.lr:.8f} "
-            f"{datetime.now()} {log.local_epoch}\n",
+            f"{datetime.now()} {log.local_epoch}{log.part}\n",
         )
 
     def close(self) -> None:
-        self._log.close()
-        self._metrics.close()
+        for file in (self._log, self._metrics, self._samples):
+            if file is not None:
+                file.close()
 
 
 class WandbSink(Sink):
@@ -229,6 +303,73 @@ class WandbSink(Sink):
 
     def close(self) -> None:
         self._run.finish()
+
+
+class TensorBoardSink(Sink):
+    """Event files of TensorBoard, in a folder that bears the run's name; what they say of later steps is passed over.
+
+    Args:
+        folder: of the run.
+        run: its name.
+        steps: of it that are done.
+    """
+
+    def __init__(self, folder: Path, run: str, steps: int = 0) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._warned = False
+        self._writer: Any = None
+        self._guarded(lambda: self._open(SummaryWriter, folder / "tensorboard" / run, steps))
+
+    def _open(self, make: Callable[..., Any], place: Path, steps: int) -> None:
+        self._writer = make(str(place), purge_step=steps + 1 if steps else None)
+
+    def step(self, log: StepLog) -> None:
+        row = {"loss": log.loss, "lr": log.lr, "grad_norm": log.grad_norm, "tokens_per_s": log.tokens_per_s}
+        self._write({f"train/{name}": value for name, value in {**row, **log.extra}.items()}, log.step)
+
+    def samples(self, log: SamplesLog) -> None:
+        if self._writer is not None:
+            text = "\n\n".join(f"**{s.prompt}**\n\nbefore: {s.before}\n\nnow: {s.now}" for s in log.samples)
+            self._guarded(lambda: self._writer.add_text("samples", text, log.step))
+
+    def held_out(self, log: HeldOutLog) -> None:
+        self._write({f"held_out/{name}": value for name, value in log.values.items()}, log.step)
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._guarded(self._writer.close)
+
+    def _write(self, values: dict[str, float], step: int) -> None:
+        def write() -> None:
+            for name, value in values.items():
+                self._writer.add_scalar(name, value, step)
+
+        if self._writer is not None:
+            self._guarded(write)
+
+    def _guarded(self, action: Callable[[], None]) -> None:
+        """Does something; where the system refuses that, it is said once, and nothing more is written."""
+        try:
+            action()
+        except OSError as error:
+            self._writer = None
+            if not self._warned:
+                _warn(f"TensorBoard's files cannot be written ({error.strerror or error}); training goes on")
+            self._warned = True
+
+
+def require_tensorboard(config: TrainConfig) -> None:
+    """Refuses `--tensorboard 1` without the package, before anything else takes time.
+
+    Raises:
+        ConfigError: saying what to install.
+    """
+    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
+        raise ConfigError(
+            "--tensorboard 1 needs the package tensorboard, which is not installed: pip install tensorboard, or leave "
+            "it out (metrics.jsonl and loss.png have the same numbers)"
+        )
 
 
 class HttpSink(Sink):

@@ -37,12 +37,9 @@ _MOMENT_BYTES = {"adamw8bit": 2, "paged_adamw8bit": 2, "lion8bit": 1}
 _ADAM_MOMENT_BYTES = 8
 _UPDATE_BYTES = 16
 """Of each value of a tensor that is updated on its own: widened, its gradient, and what is added and rounded."""
-_PACKED_BYTES = {"int8": 1.02}
-"""Of each packed value with its share of scales; other types are of 4 bits."""
-_FOUR_BIT_BYTES = 0.57
 _SMALLEST_CHUNK, _EFFICIENT_CHUNK = 128, 2048
 """Tokens; packed weights are unpacked for every chunk, which below the second takes longer than recomputing layers."""
-_MEMORIES_AT_HAND = 4
+MEMORIES_AT_HAND = 4
 """What a chunk begins from and leaves, and their gradients."""
 _TARGET_BYTES = 64
 """Of each position of a row in chunks: where its target is, its scores and their gradients."""
@@ -145,7 +142,7 @@ def plan_memory(
     idle = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     used = total - free - idle
     limit = min(limit_gib * 2**30 or total, total)
-    passing = row_tokens * _passing_bytes(shape)
+    passing = row_tokens * passing_bytes(shape)
     available = limit - used - trained_bytes - passing - waiting_bytes - _WORKING_BYTES
 
     def layers_that_fit(extra_bytes: int) -> int:
@@ -162,9 +159,19 @@ def plan_memory(
     return MemoryPlan(shape.n_layer, light_layers=light, keep_dequantized=keeps)
 
 
-def _passing_bytes(shape: ModelShape) -> int:
-    """Of each position that is computed, for as long as its layer is; 16-bit activations."""
+def passing_bytes(shape: ModelShape) -> int:
+    """Allowed for each position that is computed, for as long as its layer is; 16-bit activations."""
     return 2 * (12 * shape.n_embd + 12 * shape.dim_att + 3 * shape.dim_ffn)
+
+
+def moment_bytes(optimizer: str) -> int:
+    """Of each trained value, what an optimizer of `--optim` remembers."""
+    return _MOMENT_BYTES.get(optimizer, _ADAM_MOMENT_BYTES)
+
+
+def packed_bytes(quant_type: str) -> float:
+    """Of each packed value with its share of scales: exactly 1 + 1/64, or 4.127 bits (`FrozenLinear`)."""
+    return 1 + 4 / 256 if quant_type == "int8" else (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 
 def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> int:
@@ -174,7 +181,7 @@ def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> 
     tensor by tensor need in passing what one tensor does, unless a kernel makes them. Those in the backward have the
     gradients of one layer at a time; of chunks, which add gradients up, those of all.
     """
-    moments = _MOMENT_BYTES.get(config.optim, _ADAM_MOMENT_BYTES)
+    moments = moment_bytes(config.optim)
     sizes = {**shape.parameter_shapes(), **shape.state_shapes()}
     if method.adapters is not None:
         sizes |= method.adapters.parameter_shapes(shape)
@@ -255,8 +262,8 @@ def chunk_that_fits(
     model = _model_bytes(config, method, shape, compute_dtype) + _WORKING_BYTES
 
     def needed(tokens: int, kept_bytes: int) -> int:
-        of_position = (kept_bytes + _passing_bytes(shape)) * compute_dtype.itemsize // 2
-        of_chunks = _MEMORIES_AT_HAND * of_memory + width * _TARGET_BYTES if tokens < width else 0
+        of_position = (kept_bytes + passing_bytes(shape)) * compute_dtype.itemsize // 2
+        of_chunks = MEMORIES_AT_HAND * of_memory + width * _TARGET_BYTES if tokens < width else 0
         return model + rows * (tokens * of_position + of_chunks + (ceil_div(width, tokens) - 1) * waiting)
 
     sizes = [size for power in range(width.bit_length()) if _SMALLEST_CHUNK <= (size := 1 << power) < width]
@@ -286,9 +293,8 @@ def _model_bytes(config: TrainConfig, method: Method, shape: ModelShape, compute
         return trained
     sizes = shape.parameter_shapes()
     packed = {*shape.matrix_names(), *(["head.weight"] if config.quant_head else [])} if config.quantised else set()
-    packed_bytes = _PACKED_BYTES.get(config.quant_type, _FOUR_BIT_BYTES)
     frozen = sum(
-        math.prod(size) * (packed_bytes if name in packed else compute_dtype.itemsize)
+        math.prod(size) * (packed_bytes(config.quant_type) if name in packed else compute_dtype.itemsize)
         for name, size in sizes.items()
         if name != "emb.weight"
     )

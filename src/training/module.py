@@ -31,6 +31,13 @@ FP16_LOSS_SCALE = 4096.0
 """fp16 gradients of activations underflow near 6e-8; losses are scaled by this and gradients divided by it."""
 
 
+def records_steps(config: TrainConfig, method: Method, model: LanguageModel) -> bool:
+    """Whether a run's steps, or their chunks, may be recorded as CUDA graphs."""
+    wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
+    gathered_by_python = config.strategy.startswith("deepspeed_stage_3")
+    return bool(wanted) and not gathered_by_python and model.can_be_recorded
+
+
 class TrainingModule(pl.LightningModule):
     """Drives a `LanguageModel` through an objective.
 
@@ -65,10 +72,7 @@ class TrainingModule(pl.LightningModule):
         self.graphed: GraphedObjective | None = None
         self.look_again()
         self.method = method
-        wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
-        records = bool(wanted) and model.can_be_recorded
-        if config.strategy.startswith("deepspeed_stage_3"):
-            records = False  # weights are gathered by Python
+        records = records_steps(config, method, model)
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
         accumulated = config.accumulate_grad_batches
         self._alone = not config.uses_deepspeed and config.devices * config.num_nodes == 1

@@ -14,7 +14,7 @@ from src.data.sources import decoder_of
 from src.errors import DataError
 from src.tokenizer import Decoder
 from src.training.report import say
-from src.training.run import model_shape
+from src.training.run import model_shape, with_seed
 from src.training.work import prepare_work
 
 
@@ -49,6 +49,7 @@ def preview(config: TrainConfig) -> None:
     """
     for line in config.notes():
         say(f"note: {line}")
+    config = with_seed(config)
     shape = model_shape(config, open_checkpoint(config.load_model) if config.load_model else None)
     work = prepare_work(config, shape)
     assert isinstance(work.dataset, BatchDataset), "pairs have no preview"

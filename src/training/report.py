@@ -7,7 +7,7 @@ from pathlib import Path
 
 from src.adapters.method import Method
 from src.config import TrainConfig
-from src.config.chat import TEXT
+from src.config.templates import TEMPLATE_NAMES
 from src.device import global_rank, memory_bytes
 from src.model.shape import ModelShape
 from src.schedule import Schedule
@@ -35,6 +35,8 @@ class RunResult:
         unpacked: the same after a run on a packed base, with that base unpacked; None where it was not measured.
         stopped_by: name of the signal that ended the run early, or None.
         go_on: the command that continues the run, or "".
+        template: in which one talks to what was trained; None if one cannot.
+        merged_note: what clients leave out of a model with what was trained in it; "" if nothing.
     """
 
     final_file: Path
@@ -45,13 +47,17 @@ class RunResult:
     unpacked: HeldOut | None
     stopped_by: str | None
     go_on: str = ""
+    template: str | None = TEMPLATE_NAMES[0]
+    merged_note: str = ""
 
 
-def _counted(parameters: int) -> str:
+def counted(parameters: int) -> str:
+    """A number of weights in billions or millions."""
     return f"{parameters / 1e9:.3g} B" if parameters >= 10**8 else f"{parameters / 1e6:.3g} M"
 
 
-def _several(number: int, noun: str) -> str:
+def several(number: int, noun: str) -> str:
+    """So many of something, in words."""
     return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
@@ -72,12 +78,12 @@ def plan_of(
     weights = f"{config.quant_type} {packed}" if config.quantised else "unquantised"
     batch = config.micro_bsz * config.accumulate_grad_batches * config.devices * config.num_nodes
     if config.preference:
-        size = f"{_several(batch, 'pair')} a step at most, longest text {config.rlhf_max_corpus_len}"
+        size = f"{several(batch, 'pair')} a step at most, longest text {config.rlhf_max_corpus_len}"
     elif config.dataload == "pack":
         size = f"{batch * config.ctx_len:,} positions a step at most, ctx_len {config.ctx_len}"
     else:
-        size = f"{_several(batch, 'row')} a step at most, ctx_len {config.ctx_len}"
-    warm_up = f"warm-up {_several(schedule.warmup_steps, 'step')}"
+        size = f"{several(batch, 'row')} a step at most, ctx_len {config.ctx_len}"
+    warm_up = f"warm-up {several(schedule.warmup_steps, 'step')}"
     if 0 < schedule.warmup_steps < steps:
         highest = max(schedule.learning_rate(schedule.warmup_steps + step) for step in (-1, 0))
         warm_up += f", which end at {highest:.4g}"
@@ -85,13 +91,13 @@ def plan_of(
         warm_up += f", the run has {steps}: the rate never reaches --lr_init"
     return "\n".join(
         [
-            f"model      {config.load_model or 'fresh'}: {shape.family}, {_counted(shape.parameter_count)} parameters, "
-            f"{shape.n_layer} layers, n_embd {shape.n_embd}, {_several(shape.n_head, 'head')} of {shape.head_size}, "
+            f"model      {config.load_model or 'fresh'}: {shape.family}, {counted(shape.parameter_count)} parameters, "
+            f"{shape.n_layer} layers, n_embd {shape.n_embd}, {several(shape.n_head, 'head')} of {shape.head_size}, "
             f"{weights}",
             f"training   {method.describe(shape)}",
             f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
             *work.lines,
-            f"steps      {steps:,} ({_several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
+            f"steps      {steps:,} ({several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
             *_rounded(config, work),
             *_in_chunks(config, method, hardware),
             f"rate       {rates} (start, middle, end); {warm_up}",
@@ -117,7 +123,7 @@ def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware) -> list[
         return []
     gradient = "the gradient of whole rows"
     if config.bptt_chunks:
-        gradient = f"gradients within {_several(config.bptt_chunks, 'chunk')}"
+        gradient = f"gradients within {several(config.bptt_chunks, 'chunk')}"
     places = {
         "device": "",
         "host": "; what chunks begin from waits in host memory",
@@ -165,9 +171,9 @@ def summary_of(config: TrainConfig, method: Method, result: RunResult, monitor: 
     lines.append(f"saved      {', '.join(str(path) for path in result.files)}")
     if result.go_on:
         lines += ["go on      with what is left of the run:", f"           {result.go_on}"]
-    # What was trained on plain text goes on with a text; a chat would give it turns that it has never seen.
-    template = TEXT if config.data_type == "utf-8" or config.demo == "sft" else ""
-    return "\n".join([*lines, *method.next_steps(config.load_model, result.final_file, config.proj_dir, template)])
+    made = result.final_file
+    lines += method.next_steps(config.load_model, made, config.proj_dir, result.template, result.merged_note)
+    return "\n".join(lines)
 
 
 def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> str:

@@ -23,7 +23,9 @@ from torch import Tensor, nn
 
 from src import storage
 from src.config import TrainConfig
+from src.config.recognition import files_of
 from src.errors import CheckpointError, ConfigError, TrainingError
+from src.identity import files_of_model
 from src.training.exits import Stopper
 from src.training.folder import PREVIOUS, RESUME, Places
 from src.training.progress import Start
@@ -38,18 +40,18 @@ _SAMPLES, _SAMPLE_BYTES = 256, 2**16
 
 FREE = {
     "val_file", "val_steps", "early_stop", "load_partial", "epoch_save", "save_minutes", "my_exit", "orpo_debug",
-    "wandb", "fapi_logging_callback", "fapi_logging_address", "ds_bucket_mb", "memory_gib", "cuda_graph",
-    "offload_activations", "chunk_keep",
+    "wandb", "plot", "sample_prompts", "sample_steps", "tensorboard", "fapi_logging_callback", "fapi_logging_address",
+    "ds_bucket_mb", "memory_gib", "cuda_graph", "offload_activations", "chunk_keep",
 }  # fmt: skip
 """Flags that may differ when a run goes on: they change nothing that is trained."""
 ROUNDING = {
     "accelerator", "strategy", "grad_cp", "chunk_ctx", "devices", "num_nodes", "accumulate_grad_batches", "epoch_steps",
 }  # fmt: skip
 """Flags that may differ as well, but change the order of sums; steps and their batches must stay what they are."""
-_OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "doctor", "config", "preview"}
+_OF_THE_COMMAND = {"proj_dir", "resume", "overwrite", "demo", "dry_run", "evaluate", "doctor", "config", "preview"}
 TRAINED = "trained"
 """Name of the part that holds what is trained."""
-_INPUTS = ("load_model", "data_file", "rlhf_train_file")
+_INPUTS = ("load_model", "data_file", "mix", "rlhf_train_file")
 
 
 class Part(Protocol):
@@ -357,13 +359,22 @@ def _shown(value: Any) -> str:
 
 def fingerprints(config: TrainConfig) -> dict[str, str]:
     """By flag, what tells a run's input files from others: sizes, and hashes of them or of pieces all over them."""
-    unused = {"data_file"} if config.preference else {"rlhf_train_file"}
+    unused = {"data_file", "mix"} if config.preference else {"rlhf_train_file"}
     found = {}
     for name in _INPUTS:
-        path = getattr(config, name)
-        files = [Path(f"{path}{suffix}") for suffix in ("", ".bin", ".idx")] if path and name not in unused else []
+        if name in unused or not getattr(config, name):
+            continue
+        if name == "load_model":
+            named = list(map(str, files_of_model(config.load_model)))
+        elif name == "rlhf_train_file":
+            named = [config.rlhf_train_file]
+        else:
+            paths = [mix.path for mix in config.mixes] if name == "mix" else [config.data_file]
+            named = [file for path in paths for file in files_of(path)]
+        files = [Path(f"{file}{suffix}") for file in named for suffix in ("", ".bin", ".idx")]
         if present := [file for file in files if file.is_file()]:
-            found[name] = " ".join(map(_fingerprint, present))
+            shares = [f"{mix.share:g}" for mix in config.mixes] if name == "mix" else []
+            found[name] = " ".join([*shares, *map(_fingerprint, present)])
     return found
 
 

@@ -10,7 +10,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import pytorch_lightning as pl
@@ -26,6 +26,7 @@ from src.adapters.turns import LayerTurns
 from src.checkpoint import Checkpoint, fresh_checkpoint, load_state, open_checkpoint, read_tensors, save_model
 from src.config import TrainConfig, run_file
 from src.config.chunks import AS_MANY_AS_FIT
+from src.config.recognition import files_of
 from src.device import global_rank, spare_threads, without_memory
 from src.errors import CheckpointError, ConfigError, TrainingError
 from src.identity import FileIdentity
@@ -39,8 +40,17 @@ from src.training.callbacks import AtEnd, CheckpointSaver, NotFiniteError, StepC
 from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware, trainer_arguments
 from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
 from src.training.exits import Stopper, unharmed_by_save_requests
-from src.training.folder import Places, clean, locked, new_run_id, refuse_results, spare_inputs
-from src.training.logs import FileSink, HttpSink, ProgressSink, Sink, WandbSink
+from src.training.folder import LOSS_PLOT, Places, clean, locked, new_run_id, refuse_results, spare_inputs
+from src.training.health import HealthWatch
+from src.training.logs import (
+    FileSink,
+    HttpSink,
+    ProgressSink,
+    Sink,
+    TensorBoardSink,
+    WandbSink,
+    require_tensorboard,
+)
 from src.training.memory import (
     MemoryPlan,
     bytes_of_trained,
@@ -51,6 +61,7 @@ from src.training.memory import (
 from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
 from src.training.optimizers import GRADIENT_CLIP, can_be_resumed
+from src.training.plots import Course, PlotSink, can_draw
 from src.training.progress import BEGINNING, Start
 from src.training.references import Reference
 from src.training.report import RunResult, memory_advice, plan_of, say, summary_of
@@ -73,14 +84,16 @@ from src.training.resume import (
     saved_run,
     values_of,
 )
+from src.training.samples import Sampler, SampleWatch, kept_answers, sampler_of
 from src.training.sharded import any_sharded, computable, readable
 from src.training.turns import Draws, TrainedInTurn
 from src.training.unpacked import measure_unpacked
 from src.training.updates import UpdateCount
-from src.training.watch import HeldOutWatch
+from src.training.watch import HeldOutWatch, log_held_out
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
-INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", "data_file", "val_file")
+DATA_FLAGS = ("data_file", "val_file")
+INPUT_FLAGS = ("config", "load_model", "load_state", "load_adapter", "rlhf_train_file", *DATA_FLAGS, "sample_prompts")
 SIZE_FLAGS = (
     *("n_layer", "n_embd", "dim_att", "dim_ffn", "vocab_size", "head_size_a", "double_extra_dim"),
     "head_size_divisor",
@@ -99,7 +112,8 @@ def train(config: TrainConfig) -> RunResult:
         if folder.is_dir():
             _take(folder, config, held)
         saved = saved_run(folder) if config.resume else None
-        config = _with_seed(config)
+        config = with_seed(config)
+        require_tensorboard(config)
         hardware = resolve_hardware(config)
         # From here on the engine is the one that runs, not what was asked for: `auto` with several GPUs is DeepSpeed.
         config = dataclasses.replace(config, strategy=hardware.strategy)
@@ -133,7 +147,14 @@ def _train(
         config = dataclasses.replace(config, chunk_ctx=tokens)
     for path in filter(None, (config.load_state, config.load_adapter)):
         refuse_other_architecture(path, shape)
+    # What a resumed run goes on from replaces the start, with which a reference is measured and samples are compared.
+    state_file = config.load_state if config.dpo or config.sample_prompts or not saved else ""
+    if state_file:
+        load_state(state_file, shape)
+    identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
+    method.check_files(shape, identity)
     work = prepare_work(config, shape)
+    sampler = sampler_of(config, shape, chats=work.chats)
     require_memory_of_run(config, hardware.device, shape, work)
     figures = {
         "steps_per_epoch": work.batches_per_epoch // config.accumulate_grad_batches,
@@ -156,20 +177,17 @@ def _train(
         start = Start.after(saved.steps, figures["steps_per_epoch"], config.accumulate_grad_batches)
         say(f"resuming   after step {saved.steps:,}, epoch {config.epoch_begin + start.epochs}, from {saved.path}")
     if global_rank() == 0:
-        clean(folder, results=bool(config.overwrite), inputs=[getattr(config, flag) for flag in INPUT_FLAGS])
+        clean(folder, results=bool(config.overwrite), inputs=_inputs(config).values())
         _write_flags(config, folder)
 
-    identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
     origin = method.start(shape, folder, identity)
     if config.load_state and not shape.state_shapes().keys().isdisjoint(origin):
         raise ConfigError(
             f"--load_state {config.load_state} and --load_adapter {config.load_adapter} both hold states: leave the "
             "former out"
         )
-    base = base or _fresh_base(config, hardware, shape, folder)
+    base = base or fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
-    # What a resumed run goes on from replaces the start, which only a reference is measured with.
-    state_file = config.load_state if config.dpo or not saved else ""
     model = open_model(base, options, state_file=state_file, start=origin, quiet=global_rank() != 0)
     if global_rank() == 0:
         method.begin(model, folder, identity, origin)
@@ -179,12 +197,13 @@ def _train(
     first_batch = config.epoch_begin * work.batches_per_epoch + start.steps * config.accumulate_grad_batches
     turns = turns_of(method, model, base, config, folder)
     module = TrainingModule(model, work.objective, config, method, work.dataset, first_batch, turns)
+    answers = _answered_before(sampler, model, saved)
     before: HeldOut | None
     if saved:
         _trained(module).restore(saved.parts[TRAINED])
         before = restored_held_out(saved.before)
     else:
-        before = _evaluate("loaded" if config.load_state or config.load_adapter else "untuned", model, work)
+        before = _evaluate(_before_training(config), model, work)
         if isinstance(work.objective, PreferenceObjective):
             say(_preference_share(model, work, work.objective))
     results = Results(method, config, identity)
@@ -219,7 +238,9 @@ def _train(
         seconds = time.perf_counter() - begin
         return after
 
-    files, monitor, stopper = fit(module, work, schedule, hardware, config, folder, finish, results, session, start)
+    files, monitor, stopper = fit(
+        module, work, schedule, hardware, config, folder, finish, results, session, start, before, (sampler, answers)
+    )
     final_file = final_files[0] if final_files else folder / "rwkv-final.pth"
     unpacked = None
     if after is not None and config.quantised and stopper.signal_name is None:
@@ -239,6 +260,8 @@ def _train(
         unpacked=unpacked,
         stopped_by=stopper.signal_name,
         go_on=command_to_go_on(session.writer.folder) if session.writer.folder else "",
+        template=work.template,
+        merged_note=shape.merged_note,
     )
     if stopper.exhausted:
         say(
@@ -248,7 +271,8 @@ def _train(
     return result
 
 
-def _with_seed(config: TrainConfig) -> TrainConfig:
+def with_seed(config: TrainConfig) -> TrainConfig:
+    """With a seed that is drawn, and said, where none is given."""
     if config.random_seed < 0:
         config = dataclasses.replace(config, random_seed=random.SystemRandom().randrange(2**31))
         say(f"note: --random_seed {config.random_seed} was drawn")
@@ -256,13 +280,23 @@ def _with_seed(config: TrainConfig) -> TrainConfig:
     return config
 
 
+def _inputs(config: TrainConfig) -> dict[str, str]:
+    """The files that a run reads, by flag; where a flag names several, by flag and file."""
+    found: dict[str, str] = {}
+    for flag in INPUT_FLAGS:
+        path = getattr(config, flag)
+        files = files_of(path) if flag in DATA_FLAGS and path else (path,)
+        found |= {f"--{flag}" if file == path else f"--{flag} {file}": file for file in files}
+    found |= {f"--mix {file}": file for mix in config.mixes for file in files_of(mix.path)}
+    return found
+
+
 def _prepare_folder(config: TrainConfig) -> Path:
     """Creates the output folder and proves that a file can be written there."""
     folder = Path(config.proj_dir)
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise ConfigError(f"--proj_dir {folder} cannot be written: it is not a folder; choose another")
-    inputs = {f"--{flag}": getattr(config, flag) for flag in INPUT_FLAGS}
-    spare_inputs(folder, inputs, range(config.epoch_begin, config.epoch_begin + epochs_of(config)))
+    spare_inputs(folder, _inputs(config), range(config.epoch_begin, config.epoch_begin + epochs_of(config)))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -322,7 +356,7 @@ def model_shape(config: TrainConfig, base: Checkpoint | None) -> ModelShape:
     return shape
 
 
-def _fresh_base(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> Checkpoint:
+def fresh_base(config: TrainConfig, hardware: Hardware, shape: ModelShape, folder: Path) -> Checkpoint:
     """An untrained model, which is written to `rwkv-init.pth`."""
     base = fresh_checkpoint(shape, config.random_seed)
     if global_rank() == 0:
@@ -409,6 +443,11 @@ def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, 
         say(f"memory     {plan}")
 
 
+def _before_training(config: TrainConfig) -> str:
+    """What a run begins with is called."""
+    return "loaded" if config.load_state or config.load_adapter else "untuned"
+
+
 def _evaluate(label: str, model: LanguageModel, work: Work) -> HeldOut | None:
     if work.measure is None or not (global_rank() == 0 or any_sharded(model)):
         return None
@@ -416,6 +455,14 @@ def _evaluate(label: str, model: LanguageModel, work: Work) -> HeldOut | None:
         measurement = work.measure(model)
     say(f"held out   {label}: {measurement}")
     return measurement
+
+
+def _answered_before(sampler: Sampler | None, model: LanguageModel, saved: SavedRun | None) -> list[str]:
+    """What the model answers before training: as an interrupted run's file says, or as it is now."""
+    if sampler is None or global_rank() != 0:
+        return []
+    kept = kept_answers(sampler, saved.parts.get("samples") if saved else None)
+    return sampler.answers(model) if kept is None else kept
 
 
 def _told_unpacked(measurement: HeldOut | str, config: TrainConfig, result: Path) -> HeldOut | None:
@@ -443,6 +490,10 @@ def fit(
     results: Results | None = None,
     session: Session | None = None,
     start: Start = BEGINNING,
+    before: HeldOut | None = None,
+    sampling: tuple[Sampler | None, Sequence[str]] = (None, ()),
+    *,
+    quiet: bool = False,
 ) -> tuple[list[Path], TrainingMonitor, Stopper]:
     """Runs Lightning's loop; `finish` is called on rank 0 after the last step, before Lightning empties the GPU.
 
@@ -451,6 +502,9 @@ def fit(
     Args:
         session: the run that this is part of; without one nothing is kept to go on from.
         start: where in the run this process begins.
+        before: what held-out data gave before the first step, if there are some.
+        quiet: whether no figures are shown or written.
+        sampling: prompts that are answered now and then, and what they were answered before the first step.
 
     Raises:
         TrainingError: when a loss or gradient is not finite; the last good state is saved.
@@ -485,6 +539,16 @@ def fit(
             start=start,
         )
 
+    samples = None
+    if sampling[0] is not None:
+        samples = SampleWatch(
+            *(sampling[0], sampling[1], _warn),
+            every=config.sample_steps,
+            monitor=monitor,
+            accumulate=accumulate,
+            start=start,
+        )
+
     def parts(trainer: pl.Trainer) -> dict[str, Part]:
         engine = hardware.strategy != "single"
         gather = trainer.strategy.all_gather if trainer.world_size > 1 else None
@@ -497,24 +561,41 @@ def fit(
             "objective": work.objective,
             "monitor": monitor,
             **({"held_out": watch} if watch else {}),
+            **({"samples": samples} if samples else {}),
         }
 
     def is_complete(step: int) -> bool:
         return step >= epochs * steps_per_epoch or schedule.exhausted(step) or bool(watch and watch.stopped)
 
-    def end() -> None:
-        measured, step = finish(), start.steps + trainer.global_step
+    def end(step: int) -> None:
+        measured = finish()
         with readable(module):
-            if not trainer.is_global_zero:
+            if not (trainer.is_global_zero and is_complete(step)):
                 return
-            if watch and measured is not None and is_complete(step):
+            if samples:
+                samples.end(step, module.model)
+            if watch and measured is not None:
                 watch.end(step, measured)
-            if session and is_complete(step):
+            elif measured is not None:
+                log_held_out(monitor, step, measured, "tuned")
+            if session:
                 session.writer.remove()
+
+    def sinks() -> list[Sink]:
+        return (
+            []
+            if quiet
+            else _sinks(
+                config, hardware, module, folder, steps_per_epoch * epochs, trained_elements, session, start, monitor
+            )
+        )
 
     # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
     callbacks: list[pl.Callback] = [*([draws] if draws else []), control, monitor]
-    callbacks += [*([watch] if watch else []), saver, AtEnd(end), stopper]
+    way_out = f"Ctrl-C saves what there is; begin again with less than --lr_init {config.lr_init:g}"
+    health = None if quiet else HealthWatch(monitor, _warn, accumulate, way_out)
+    callbacks += [callback for callback in (health, watch, samples) if callback is not None]
+    callbacks += [saver, AtEnd(lambda: end(start.steps + trainer.global_step)), stopper]
     if session and can_be_resumed(config, hardware.strategy):
         random = bool(config.dropout or config.lora_dropout) and config.devices * config.num_nodes == 1
         total_steps = epochs * steps_per_epoch
@@ -523,8 +604,13 @@ def fit(
         )
         if start.steps and is_complete(start.steps):
             monitor.restore(session.saved.parts["monitor"])
-            finish()
-            session.writer.remove()
+            if watch and "held_out" in session.saved.parts:
+                watch.restore(session.saved.parts["held_out"])
+            monitor.sinks = sinks()
+            for sink in monitor.sinks:
+                sink.ended()
+            end(start.steps)
+            monitor.close()
             return saver.files, monitor, stopper
     trainer = pl.Trainer(
         **trainer_arguments(hardware, config, trained_elements),
@@ -543,7 +629,9 @@ def fit(
         use_distributed_sampler=False,
         deterministic=hardware.device.type == "cpu",
     )
-    monitor.sinks = _sinks(config, hardware, module, folder, steps_per_epoch * epochs, trained_elements, session, start)
+    monitor.sinks = sinks()
+    if before is not None and not start.steps:
+        log_held_out(monitor, 0, before, _before_training(config))
     try:
         trainer.fit(module)
     except NotFiniteError as error:
@@ -603,6 +691,16 @@ def _warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
+def _title(config: TrainConfig) -> str:
+    """What stands above the picture of a run."""
+    what = {"states": "states", "full": "every weight", "parts": "parts of the weights"}.get(
+        config.method, config.method
+    )
+    data = config.rlhf_train_file if config.preference else config.data_file or "generated data"
+    loss = f" ({config.preference})" if config.preference else ""
+    return f"{what} of {Path(config.load_model).name or 'a fresh model'} on {Path(data).name}{loss}"
+
+
 def _sinks(
     config: TrainConfig,
     hardware: Hardware,
@@ -612,6 +710,7 @@ def _sinks(
     trained_elements: int,
     session: Session | None,
     start: Start,
+    monitor: TrainingMonitor,
 ) -> list[Sink]:
     if global_rank() != 0:
         return []
@@ -624,6 +723,13 @@ def _sinks(
         name = f"{shape.vocab_size} ctx{config.ctx_len} L{shape.n_layer} D{shape.n_embd}"
         tokens = session.saved.parts["monitor"]["tokens"] if session and start.steps else 0
         sinks.append(WandbSink(config, name, tokens))
+    if config.tensorboard:
+        sinks.append(TensorBoardSink(folder, run or "run", start.steps))
+    if config.plot and can_draw():
+        course = Course.of_run(folder / "metrics.jsonl", run) if start.steps else Course()
+        sinks.append(PlotSink(folder / LOSS_PLOT, _title(config), course, _warn, monitor.leave_out))
+    elif config.plot:
+        say(f"note: {folder / LOSS_PLOT} is drawn where matplotlib is installed: pip install matplotlib, or --plot 0")
     if config.fapi_logging_callback:
         sinks.append(HttpSink(config.fapi_logging_address))
     return sinks

@@ -23,6 +23,15 @@ from src.training.sharded import any_sharded, computable, readable
 BEST = "rwkv-best.pth"
 
 
+def log_held_out(
+    monitor: TrainingMonitor, step: int, measured: HeldOut, label: str = "", *, best: bool = False
+) -> None:
+    """Hands a measurement to the sinks."""
+    log = HeldOutLog(step, dataclasses.asdict(measured), str(measured), best, label)
+    for sink in monitor.sinks:
+        sink.held_out(log)
+
+
 class HeldOutWatch(pl.Callback):
     """Measures every so many optimizer steps on rank 0, and changes no step by that.
 
@@ -86,7 +95,7 @@ class HeldOutWatch(pl.Callback):
         trainer.should_stop = trainer.should_stop or self.stopped
         self._monitor.leave_out(time.perf_counter() - begin)
 
-    def take(self, step: int, measured: HeldOut) -> None:
+    def take(self, step: int, measured: HeldOut, label: str = "") -> None:
         """Takes note of a measurement after so many steps, and keeps what was trained if it is the best."""
         best = measured.score < self._best
         self._without = 0 if best else self._without + 1
@@ -97,14 +106,12 @@ class HeldOutWatch(pl.Callback):
             except CheckpointError as problem:
                 self._best_line = ""
                 self._warn(f"{problem}; training goes on")
-        log = HeldOutLog(step, dataclasses.asdict(measured), str(measured), best)
-        for sink in self._monitor.sinks:
-            sink.held_out(log)
+        log_held_out(self._monitor, step, measured, label, best=best)
 
     def end(self, step: int, measured: HeldOut) -> None:
         """Says which result was the best, after a last measurement that is one of these if none was due then."""
         if step % self._every:
-            self.take(step, measured)
+            self.take(step, measured, "tuned")
         ended = f"; ended after {self._without} measurements without a better one" if self.stopped else ""
         print(f"best       {self._best_line or 'could not be saved'}{ended}", flush=True)
 

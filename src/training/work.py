@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from src.config import TrainConfig
+from src.config.recognition import recognise
+from src.config.templates import TEMPLATE_NAMES
 from src.data.documents import Documents
+from src.data.held_out import (
+    overlap_statements,
+    shared_documents,
+    shared_prompts,
+    split_documents,
+    split_pairs,
+)
+from src.data.mixing import MixedIn, mixed
 from src.data.pair_file import load_pairs
 from src.data.passes import PassDataset
 from src.data.preference_batches import PreferenceDataset
+from src.data.preferences import PreferencePair
 from src.data.rounding import ceil_div
 from src.data.sampling import BatchDataset
-from src.data.sources import open_documents
+from src.data.sources import open_documents, template_of
 from src.device import global_rank
 from src.errors import DataError
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
 from src.schedule import Schedule
-from src.tokenizer import tokenizer_for_vocabulary
+from src.tokenizer import Tokenizer, tokenizer_for_vocabulary
 from src.training.evaluation import HeldOut, held_out_comparison, held_out_loss, held_out_preference
 from src.training.objectives import (
     ComparisonObjective,
@@ -33,7 +44,9 @@ from src.training.objectives import (
 )
 from src.training.references import Reference, attach_references
 
-_KINDS = {"binidx": "binidx", "jsonl": "JSON lines", "utf-8": "plain text", "dummy": "counting"}
+_FEW = 0.05
+"""A share of the targets that teaches little for the time it takes."""
+_KINDS = {"binidx": "binidx", "jsonl": "entries", "utf-8": "plain text", "dummy": "counting"}
 
 
 @dataclass(frozen=True)
@@ -43,14 +56,16 @@ class Work:
     Attributes:
         dataset: micro-batches of this rank.
         objective: maps them to losses.
-        measure: scores a model on the held-out data of `--val_file`; None without.
+        measure: scores a model on the held-out data; None without.
         batches_per_epoch: micro-batches of an epoch on each rank, a multiple of the accumulation.
         row_tokens: most positions of a micro-batch that are computed at a time.
         describe: names what a micro-batch was made of, for messages.
         lines: what the plan says about the data.
         memories: most memories of sequences that chunks of a micro-batch leave for others.
         all_tokens: most positions of a micro-batch.
+        chats: whether it is known that a question is followed by an answer.
         prepare: measures what the loss needs of the model that the run starts from, and says what it did.
+        template: in which one talks to a model that was trained on the data; None if one cannot.
     """
 
     dataset: PassDataset[Any]
@@ -62,7 +77,9 @@ class Work:
     lines: list[str]
     memories: int = 0
     all_tokens: int = 0
+    chats: bool = False
     prepare: Callable[[LanguageModel, Reference], list[str]] = lambda model, start: []
+    template: str | None = TEMPLATE_NAMES[0]
 
 
 def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
@@ -74,13 +91,91 @@ def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
     return _preference_work(config, shape) if config.preference else _text_work(config, shape)
 
 
-def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
-    def documents_of(path: str, part: slice = slice(None)) -> Documents:
-        kind, ctx_len, fields = config.data_type, config.ctx_len, config.answer_fields
-        return open_documents(kind, path, shape.vocab_size, ctx_len=ctx_len, fields=fields, part=part, mask=config.mask)
+@dataclass(frozen=True)
+class HeldOutWork:
+    """What is held out, and how a model does on it.
 
+    Attributes:
+        measure: scores a model.
+        lines: what there is to say about the data.
+        prepare: measures what the loss needs of the base model, and says what it did.
+    """
+
+    measure: Callable[[LanguageModel], HeldOut]
+    lines: list[str]
+    prepare: Callable[[LanguageModel, Reference], list[str]] = lambda model, start: []
+
+
+def prepare_held_out(config: TrainConfig, shape: ModelShape) -> HeldOutWork:
+    """Opens what a run with these flags would hold out, and nothing else where `--val_file` names it.
+
+    Raises:
+        DataError: for data that cannot be read or used.
+    """
+    if not config.preference:
+        training = _open_text(config, shape, config.data_file, config.lines_used) if config.val_share else None
+        _, held_out = _text_split(config, shape, training)
+        assert held_out is not None
+        return HeldOutWork(_text_measure(config, held_out), _text_held_out_lines(config, held_out, None))
+    pairs = load_pairs(config.rlhf_train_file, shape.vocab_size) if config.val_share else []
+    split = _pair_split(config, shape, pairs)
+    dataset = _pair_dataset(config, shape, split.held_out, split.held_out_numbers, is_held_out=True)
+    work = HeldOutWork(
+        _pair_measure(dataset, _pair_objective(config)), _pair_held_out_lines(config, dataset, split.held_out, [])
+    )
+    return dataclasses.replace(work, prepare=partial(_with_references, None, dataset)) if config.dpo else work
+
+
+def _open_text(config: TrainConfig, shape: ModelShape, path: str, part: slice = slice(None)) -> Documents:
+    return open_documents(
+        config.data_type,
+        path,
+        shape.vocab_size,
+        ctx_len=config.ctx_len,
+        fields=config.named_fields,
+        part=part,
+        mask=config.mask,
+        template=config.template,
+    )
+
+
+def _text_split(
+    config: TrainConfig, shape: ModelShape, documents: Documents | None
+) -> tuple[Documents | None, Documents | None]:
+    """(what of the documents is trained on, what is held out, of them or of `--val_file`)."""
+    if config.val_share:
+        assert documents is not None
+        return split_documents(documents, config.val_share, config.random_seed, config.ctx_len + 1)
+    return documents, _open_text(config, shape, config.val_file) if config.val_file else None
+
+
+def _text_measure(config: TrainConfig, held_out: Documents) -> Callable[[LanguageModel], HeldOut]:
+    return partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len, chunk_tokens=config.chunk_ctx)
+
+
+def _text_held_out_lines(config: TrainConfig, held_out: Documents, training: Documents | None) -> list[str]:
+    amount = f"{len(held_out):,} documents, {held_out.total_tokens:,} tokens"
+    if config.val_share:
+        return [f"held out   {_held_out_share(config)}: {amount}, not trained on"]
+    said = held_out.statements
+    if training is not None:
+        shared = shared_documents(held_out, training)
+        where = f"in --data_file {config.data_file}"
+        said = (*said, *overlap_statements(shared, len(held_out), f"{held_out.unit}s", where))
+    return [f"held out   {config.val_file}: {amount}", *(f"           {statement}" for statement in said)]
+
+
+def _held_out_share(config: TrainConfig) -> str:
+    return f"{100 * config.val_share:.3g} % of the data by --random_seed {config.random_seed}"
+
+
+def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
+    documents, held_out = _text_split(config, shape, _open_text(config, shape, config.data_file, config.lines_used))
+    assert documents is not None
+    documents, mixes = _with_mixes(config, shape, documents)
     dataset = BatchDataset(
-        documents_of(config.data_file, config.lines_used),
+        documents,
+        mixes=mixes,
         mode=config.dataload,
         ctx_len=config.ctx_len,
         micro_bsz=config.micro_bsz,
@@ -98,14 +193,12 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
             f"           {statement}"
             for statement in (*dataset.documents.statements, *plan.statements(), *dataset.statements())
         ),
-        _loss_line(config, dataset),
+        *_loss_lines(config, dataset),
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
-    if config.val_file:
-        held_out = documents_of(config.val_file)
-        lines.append(f"held out   {config.val_file}: {len(held_out):,} documents, {held_out.total_tokens:,} tokens")
-        lines += [f"           {statement}" for statement in held_out.statements]
-        measure = partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len, chunk_tokens=config.chunk_ctx)
+    if held_out is not None:
+        lines += _text_held_out_lines(config, held_out, documents)
+        measure = _text_measure(config, held_out)
     rows = 1 if dataset.mode == "pack" else config.micro_bsz
     positions, memories = _at_a_time(config, dataset.most_positions, rows)
     return Work(
@@ -118,7 +211,28 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         lines,
         memories=memories,
         all_tokens=dataset.most_positions,
+        chats=documents.stream_counted is not None and config.loss_mask != "se",
+        template=template_of(documents, shape.vocab_size, config.template),
     )
+
+
+def _with_mixes(config: TrainConfig, shape: ModelShape, documents: Documents) -> tuple[Documents, tuple[MixedIn, ...]]:
+    """The training data with those of `--mix`, each read as what it is, its fields by their known names."""
+    others = [
+        (
+            open_documents(
+                recognise(mix.path).data_type,
+                mix.path,
+                shape.vocab_size,
+                ctx_len=config.ctx_len,
+                mask=config.mask,
+                template=config.template,
+            ),
+            mix.share,
+        )
+        for mix in config.mixes
+    ]
+    return mixed(documents, others)
 
 
 def _at_a_time(config: TrainConfig, positions: int, rows: int) -> tuple[int, int]:
@@ -129,7 +243,7 @@ def _at_a_time(config: TrainConfig, positions: int, rows: int) -> tuple[int, int
     return min(positions, chunk), rows * (ceil_div(positions, chunk) - 1)
 
 
-def _loss_line(config: TrainConfig, dataset: BatchDataset) -> str:
+def _loss_lines(config: TrainConfig, dataset: BatchDataset) -> list[str]:
     """Which tokens the loss is taken on, and how many."""
     plan = dataset.plan
     by_data = "pad" if dataset.documents.stream_counted is None else "by role"
@@ -139,54 +253,110 @@ def _loss_line(config: TrainConfig, dataset: BatchDataset) -> str:
         "se": "what stands between the texts of --mask_id (--loss_mask se)",
     }.get(config.loss_mask or by_data, f"every token (--loss_mask {config.loss_mask or 'pad'})")
     share = plan.counted_targets_per_pass / plan.targets_per_pass
-    return (
+    lines = [
         f"loss       on {words}: {plan.counted_targets_per_pass:,} of {plan.targets_per_pass:,} targets a pass "
         f"({share:.1%})"
+    ]
+    if share < _FEW:
+        lines.append(
+            "           warning: all others are only read; --preview 3 shows what counts, --loss_mask pad takes all"
+        )
+    return lines
+
+
+@dataclass(frozen=True)
+class _PairSplit:
+    """Pairs that are trained on and pairs that are held out, with their numbers in the file where it is one."""
+
+    training: list[PreferencePair]
+    held_out: list[PreferencePair]
+    training_numbers: list[int] | None = None
+    held_out_numbers: list[int] | None = None
+
+
+def _pair_split(config: TrainConfig, shape: ModelShape, pairs: list[PreferencePair]) -> _PairSplit:
+    if not config.val_share:
+        return _PairSplit(pairs, load_pairs(config.val_file, shape.vocab_size) if config.val_file else [])
+    kept, held = split_pairs(pairs, config.val_share, config.random_seed, config.rlhf_train_file)
+    return _PairSplit([pairs[number] for number in kept], [pairs[number] for number in held], kept, held)
+
+
+def _pair_dataset(
+    config: TrainConfig,
+    shape: ModelShape,
+    pairs: Sequence[PreferencePair],
+    numbers: Sequence[int] | None,
+    *,
+    is_held_out: bool = False,
+) -> PreferenceDataset:
+    return PreferenceDataset(
+        pairs,
+        source=config.val_file if is_held_out and config.val_file else config.rlhf_train_file,
+        numbers=numbers,
+        form=PreferenceObjective.form(_orpo_type(config), bool(config.orpo_shared_prompt)),
+        longest=config.rlhf_max_corpus_len,
+        micro_bsz=config.micro_bsz,
+        seed=config.order_seed,
+        tokenizer=_pair_tokenizer(shape),
+        compares=not config.orpo,
+        rank=global_rank(config.devices),
+        world_size=config.devices * config.num_nodes,
+        epoch_steps=0 if is_held_out else config.epoch_steps,
+        accumulate=config.accumulate_grad_batches,
     )
 
 
-def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
+def _pair_tokenizer(shape: ModelShape) -> Tokenizer | None:
+    """What recognises rejects of white space, if there is one: pairs are tokens already."""
     try:
-        tokenizer = tokenizer_for_vocabulary(shape.vocab_size)
-    except DataError:  # pairs are tokens already; the tokenizer only recognises rejects of white space
-        tokenizer = None
+        return tokenizer_for_vocabulary(shape.vocab_size)
+    except DataError:
+        return None
 
-    orpo_type = config.orpo_type if config.orpo else 0
 
-    def dataset_of(path: str, epoch_steps: int) -> PreferenceDataset:
-        return PreferenceDataset(
-            load_pairs(path, shape.vocab_size),
-            source=path,
-            form=PreferenceObjective.form(orpo_type, bool(config.orpo_shared_prompt)),
-            longest=config.rlhf_max_corpus_len,
-            micro_bsz=config.micro_bsz,
-            seed=config.order_seed,
-            tokenizer=tokenizer,
-            compares=not config.orpo,
-            rank=global_rank(config.devices),
-            world_size=config.devices * config.num_nodes,
-            epoch_steps=epoch_steps,
-            accumulate=config.accumulate_grad_batches,
-        )
+def _orpo_type(config: TrainConfig) -> int:
+    return config.orpo_type if config.orpo else 0
 
-    dataset = dataset_of(config.rlhf_train_file, config.epoch_steps)
+
+def _pair_measure(
+    held_out: PreferenceDataset, objective: PreferenceObjective | ComparisonObjective
+) -> Callable[[LanguageModel], HeldOut]:
+    if isinstance(objective, PreferenceObjective):
+        return partial(held_out_preference, dataset=held_out, objective=objective)
+    return partial(held_out_comparison, dataset=held_out, objective=objective)
+
+
+def _pair_held_out_lines(
+    config: TrainConfig,
+    held_out: PreferenceDataset,
+    pairs: Sequence[PreferencePair],
+    training: Sequence[PreferencePair],
+) -> list[str]:
+    source, end = (_held_out_share(config), ", not trained on") if config.val_share else (config.val_file, "")
+    where = f"on prompts of --rlhf_train_file {config.rlhf_train_file}"
+    said = overlap_statements(shared_prompts(pairs, training), len(pairs), "pairs", where)
+    return [
+        f"held out   {source}: {len(held_out.visited):,} pairs{end}",
+        *(f"           {statement}" for statement in (*held_out.plan.statements(), *said)),
+    ]
+
+
+def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
+    split = _pair_split(config, shape, load_pairs(config.rlhf_train_file, shape.vocab_size))
+    dataset = _pair_dataset(config, shape, split.training, split.training_numbers)
     objective = _pair_objective(config)
-    objective.chunk_tokens = config.chunk_ctx
     plan = dataset.plan
     lines = [
         f"pairs      {config.rlhf_train_file}: {plan.pairs:,} pairs, {plan.positions_per_pass:,} positions a pass",
         *(f"           {statement}" for statement in (*plan.statements(), *dataset.statements())),
     ]
     measure: Callable[[LanguageModel], HeldOut] | None = None
-    held_out = dataset_of(config.val_file, 0) if config.val_file else None
-    if held_out is not None:
-        lines.append(f"held out   {config.val_file}: {len(held_out.visited):,} pairs")
-        lines += [f"           {statement}" for statement in held_out.plan.statements()]
-        if isinstance(objective, PreferenceObjective):
-            measure = partial(held_out_preference, dataset=held_out, objective=objective)
-        else:
-            measure = partial(held_out_comparison, dataset=held_out, objective=objective)
-    parts = 3 if config.orpo_shared_prompt and orpo_type == 0 else 4
+    held_out = None
+    if split.held_out:
+        held_out = _pair_dataset(config, shape, split.held_out, split.held_out_numbers, is_held_out=True)
+        lines += _pair_held_out_lines(config, held_out, split.held_out, split.training)
+        measure = _pair_measure(held_out, objective)
+    parts = 3 if config.orpo_shared_prompt and _orpo_type(config) == 0 else 4
     row_tokens = min(config.micro_bsz * parts * config.rlhf_max_corpus_len, plan.positions_per_pass)
     positions, memories = _at_a_time(config, row_tokens, 1)
     work = Work(
@@ -199,25 +369,33 @@ def _preference_work(config: TrainConfig, shape: ModelShape) -> Work:
         lines,
         memories=memories,
         all_tokens=row_tokens,
+        chats=True,
+        template=None if _pair_tokenizer(shape) is None else TEMPLATE_NAMES[0],
     )
     return dataclasses.replace(work, prepare=partial(_with_references, dataset, held_out)) if config.dpo else work
 
 
 def _pair_objective(config: TrainConfig) -> PreferenceObjective | ComparisonObjective:
+    objective: PreferenceObjective | ComparisonObjective
     match config.preference:
         case "dpo":
-            return DPOObjective(config.dpo_beta)
+            objective = DPOObjective(config.dpo_beta)
         case "simpo":
-            return SimPOObjective(config.simpo_beta, config.simpo_gamma)
-    return PreferenceObjective(config.orpo_alpha, config.orpo_type, debug=bool(config.orpo_debug))
+            objective = SimPOObjective(config.simpo_beta, config.simpo_gamma)
+        case _:
+            objective = PreferenceObjective(config.orpo_alpha, config.orpo_type, debug=bool(config.orpo_debug))
+    objective.chunk_tokens = config.chunk_ctx
+    return objective
 
 
 def _with_references(
-    dataset: PreferenceDataset, held_out: PreferenceDataset | None, model: LanguageModel, start: Reference
+    dataset: PreferenceDataset | None, held_out: PreferenceDataset | None, model: LanguageModel, start: Reference
 ) -> list[str]:
     """The pairs that this rank will see, and on rank 0, which alone measures them, the held-out ones."""
-    seen = dataset.seen_in(len(dataset) * epochs_of(start.config))
-    lines = [f"reference  {attach_references(model, dataset, seen, start, 'dpo-reference.pth')}"]
+    lines = []
+    if dataset is not None:
+        seen = dataset.seen_in(len(dataset) * epochs_of(start.config))
+        lines.append(f"reference  {attach_references(model, dataset, seen, start, 'dpo-reference.pth')}")
     if held_out is not None and global_rank() == 0:
         name = "dpo-reference-held-out.pth"
         lines.append(f"           held out: {attach_references(model, held_out, held_out.visited, start, name)}")

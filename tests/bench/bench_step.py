@@ -33,7 +33,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(REPOSITORY))
 sys.path.insert(0, str(REPOSITORY / "tests"))
 
-SIZES = {"1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (61, 4096)}
+SIZES = {"0.1b": (12, 768), "1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (61, 4096)}
 """Of RWKV-6: layers, channels."""
 RWKV7_SIZES = {
     "1.5b": (24, 2048, 96, 96, 64, 256),
@@ -76,6 +76,7 @@ class Row:
 WHOLE = ("--train_type", "none", "--quant", "0")
 IN_16_BITS = ("--weights", "bf16", "--fused_update", "1")
 ROWS = {
+    "sft-0.1b-128": Row("0.1b", 128),
     "sft-1.6b-1024": Row("1.6b", 1024),
     "sft-3b-1024": Row("3b", 1024),
     "sft-7b-1024": Row("7b", 1024),
@@ -91,6 +92,7 @@ ROWS = {
     "lora-1.6b": Row("1.6b", 1024, flags=("--peft", "lora", "--quant", "0")),
     "pissa-1.6b": Row("1.6b", 1024, flags=("--peft", "pissa", "--quant", "0")),
     "lora-3b": Row("3b", 1024, flags=("--peft", "lora", "--quant", "0")),
+    "qlora-1.6b": Row("1.6b", 1024, flags=("--peft", "lora")),
     "qlora-3b": Row("3b", 1024, flags=("--peft", "lora")),
     "lora-7b": Row("7b", 1024, flags=("--peft", "lora", "--quant", "0")),
     "qlora-7b": Row("7b", 1024, flags=("--peft", "lora")),
@@ -120,6 +122,22 @@ ROWS = {
 }
 
 
+def flags_of(row: Row, folder: Path, steps: int, strategy: str, extra: list[str], documents: str = "") -> list[str]:
+    """A command line of train.py, for which data are made in `folder`."""
+    flags = [
+        "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
+        "--grad_cp", str(row.grad_cp), "--epoch_steps", str(steps), "--epoch_count", "1", "--epoch_save", "0",
+        "--strategy", strategy, "--plot", "0",
+        *([] if "--quant" in row.flags else ["--quant", "1", "--quant_type", "nf4"]), *row.flags,
+        *([] if row.preference else ["--dataload", "pad"]), *extra,
+    ]  # fmt: skip
+    if documents:
+        return [*flags, "--data_file", documents, "--data_type", "jsonl"]
+    if row.preference:
+        return flags + _preference_flags(folder, row.preference)
+    return flags + _text_flags(folder, row.ctx_len, steps)
+
+
 def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: str = "") -> dict[str, float]:
     """Trains `steps` steps in this process and returns the figures; `documents`: JSONL instead of random text."""
     from src.adapters.method import method_of
@@ -134,20 +152,7 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
 
     shape = row.shape()
     folder = Path(tempfile.mkdtemp())
-    flags = [
-        "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
-        "--grad_cp", str(row.grad_cp), "--epoch_steps", str(steps), "--epoch_count", "1", "--epoch_save", "0",
-        "--strategy", strategy, *([] if "--quant" in row.flags else ["--quant", "1", "--quant_type", "nf4"]),
-        *row.flags,
-        *([] if row.preference else ["--dataload", "pad"]), *extra,
-    ]  # fmt: skip
-    if documents:
-        flags += ["--data_file", documents, "--data_type", "jsonl"]
-    else:
-        flags += (
-            _preference_flags(folder, row.preference) if row.preference else _text_flags(folder, row.ctx_len, steps)
-        )
-    config = TrainConfig.from_flags(given_train_flags(flags))
+    config = TrainConfig.from_flags(given_train_flags(flags_of(row, folder, steps, strategy, extra, documents)))
     hardware = resolve_hardware(config)
     method = method_of(config)
     apply_hardware(hardware, config, small_messages=method.small)
@@ -289,7 +294,7 @@ def _agree(shape: ModelShape) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(ROWS))
+    parser.add_argument("--rows", default=",".join(name for name in ROWS if name != "sft-0.1b-128"))
     parser.add_argument("--steps", type=int, default=8)
     parser.add_argument("--strategy", default="deepspeed_stage_1")
     parser.add_argument("--documents", default="", help="a JSONL file to train on instead of random text")

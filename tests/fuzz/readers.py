@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import gzip
 import json
+import lzma
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from src.config.data import BY_DATA, LossMask
-from src.config.files import recognise
+from src.config.recognition import recognise
 from src.data.binidx import MAGIC
 from src.data.documents import Documents
 from src.data.preferences import PreferenceRow, make_pairs, read_rows
@@ -35,11 +38,15 @@ class Reader:
     beside: Mapping[str, bytes] = field(default_factory=dict)
 
 
-def _documents(data_type: str, vocab_size: int = 257, mask: LossMask = BY_DATA) -> Callable[[Path], object]:
+def _documents(
+    data_type: str, vocab_size: int = 257, mask: LossMask = BY_DATA, template: str = "user"
+) -> Callable[[Path], object]:
     """Opens them and reads each to its end."""
 
     def read(path: Path) -> None:
-        documents: Documents = open_documents(data_type, str(path), vocab_size, ctx_len=16, mask=mask)
+        documents: Documents = open_documents(
+            data_type, str(path), vocab_size, ctx_len=16, mask=mask, template=template
+        )
         for index in range(len(documents)):
             tokens = documents.tokens(index)
             assert len(tokens) >= 2
@@ -107,6 +114,15 @@ _TABLES = (
 _TABLE_LINES = (
     b'{"prompt": "p", "chosen": "c", "rejected": "r"}\n\n{"prompt": "q", "chosen": "d\\n", "reject": null, "x": 3}\n',
 )
+_ARRAYS = (
+    json.dumps([{"instruction": "a", "input": "b", "output": "c"}, {"text": 'x"\\'}], indent=1).encode(),
+    json.dumps([{"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "é"}]}]).encode(),
+)
+_SHEETS = b'question,answer,id\r\n"a, ""b""","c\nd",1\r\n\r\ne,f,2\r\n', b"text;n\none;1\ntwo;2\n"
+_MESSAGE_PAIRS = (
+    json.dumps([{"prompt": "p", "chosen": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "c"}],
+                 "rejected": [{"role": "user", "content": "p"}, {"role": "assistant", "content": "r"}]}]).encode(),
+)  # fmt: skip
 _TEXT = ("One.\r\n\r\nTwo: é, 好。\n" * 3).encode(), b"User: a\n\nAssistant: b\n\n" * 4
 _TURNS = (json.dumps({"text": "User: a\n\nAssistant: b"}).encode(),)
 _ANSWERS = LossMask("qa")
@@ -116,14 +132,37 @@ _INDEX, _TOKENS = _binidx(8, 2)
 _WIDE_INDEX, _WIDE_TOKENS = _binidx(4, 4)
 
 
+def _with_packages(folder: Path) -> dict[str, Reader]:
+    """Those whose packages are installed here; neither is needed otherwise."""
+    made = {}
+    with contextlib.suppress(ImportError):
+        import pyarrow
+        import pyarrow.parquet
+
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist([{"question": "a", "answer": "é"}]), folder / "seed")
+        made["Parquet"] = Reader(_documents("jsonl"), ((folder / "seed").read_bytes(),), "data.parquet")
+    with contextlib.suppress(ImportError):
+        import zstandard
+
+        made["zstd"] = Reader(_documents("jsonl"), tuple(map(zstandard.compress, _JSONL)), "data.jsonl.zst")
+    return made
+
+
 def readers(folder: Path) -> dict[str, Reader]:
     """All of them; `folder` is an empty one in which seeds are made."""
     half_csv, half_progress = _reject_run(1, folder)
     return {
+        **_with_packages(folder),
         "jsonl": Reader(_documents("jsonl"), _JSONL, "data.jsonl"),
         "jsonl, World tokens": Reader(_documents("jsonl", 65536), _JSONL, "data.jsonl"),
         "text": Reader(_documents("utf-8"), _TEXT, "data.txt"),
         "text, World tokens": Reader(_documents("utf-8", 65536), _TEXT, "data.txt"),
+        "JSON array": Reader(_documents("jsonl"), _ARRAYS, "data.json"),
+        "JSON array, thinking": Reader(_documents("jsonl", template="think"), _ARRAYS, "data.json"),
+        "table": Reader(_documents("jsonl"), _SHEETS, "data.csv"),
+        "gzip": Reader(_documents("jsonl"), tuple(gzip.compress(lines, mtime=0) for lines in _JSONL), "data.jsonl.gz"),
+        "xz": Reader(_documents("jsonl"), tuple(map(lzma.compress, _JSONL)), "data.jsonl.xz"),
+        "JSON array of preferences": Reader(_pairs, _MESSAGE_PAIRS, "rows.json"),
         "CSV of preferences": Reader(_pairs, _TABLES, "rows.csv"),
         "JSON lines of preferences": Reader(_pairs, _TABLE_LINES, "rows.jsonl"),
         "jsonl, answers": Reader(_documents("jsonl", mask=_ANSWERS), (*_JSONL[1:], *_TURNS), "data.jsonl"),
@@ -140,5 +179,9 @@ def readers(folder: Path) -> dict[str, Reader]:
         "binidx tokens": Reader(_documents("binidx"), (_TOKENS,), "data.bin", {"data.idx": _INDEX}),
         "run.json of rejects": Reader(_rejects, (half_progress,), "out.csv.run.json", {"out.csv": half_csv}),
         "CSV of rejects": Reader(_rejects, (half_csv,), "out.csv", {"out.csv.run.json": half_progress}),
-        "kind of data": Reader(lambda path: recognise(str(path)), (*_JSONL, *_TABLES, *_TEXT), "data"),
+        "kind of data": Reader(
+            lambda path: recognise(str(path)),
+            (*_JSONL, *_TABLES, *_TEXT, *_ARRAYS, *_SHEETS, gzip.compress(_JSONL[0], mtime=0)),
+            "data",
+        ),
     }

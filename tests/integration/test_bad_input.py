@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from binidx_files import write_binidx
-from factories import tiny_checkpoint, tiny_shape, tiny_state_file
+from factories import tiny_adapter, tiny_checkpoint, tiny_shape, tiny_state_file
 from running import metrics, refusal, run_script, started, train, try_train, write_documents
 
 LENGTHS = [30, 12, 25]
@@ -150,6 +150,29 @@ class TestModelFile:
         tiny_state_file(tmp_path / "state.pth", tiny_shape(n_layer=layers, head_size=4))
         ended = try_train(tmp_path / "out", load_model=base, load_state=tmp_path / "state.pth", data_file=data)
         assert expected in refusal(ended, tmp_path / "out")
+
+
+@pytest.mark.parametrize("flag", ["load_state", "load_adapter"])
+def test_a_damaged_file_to_go_on_from_is_refused_before_anything_is_done(
+    flag: str, base: Path, data: Path, tmp_path: Path
+) -> None:
+    """Whatever --overwrite 1 would remove is still there."""
+    path, out = tmp_path / "damaged.pth", tmp_path / "out"
+    if flag == "load_state":
+        tiny_state_file(path, tiny_shape())
+    else:
+        tiny_adapter(path, tiny_shape(), "bone")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 255
+    path.write_bytes(content)
+    out.mkdir()
+    (out / "rwkv-final.pth").write_bytes(b"earlier")
+    peft = {"peft": "bone", "bone_r": 8} if flag == "load_adapter" else {}
+    ended = try_train(out, load_model=base, data_file=data, overwrite=1, **{flag: path}, **peft)
+    assert ended.code == 2
+    assert str(path) in ended.err
+    assert "model " not in ended.out
+    assert (out / "rwkv-final.pth").read_bytes() == b"earlier"
 
 
 def no_index(prefix: Path) -> None:

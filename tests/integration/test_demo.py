@@ -13,13 +13,14 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
-from running import ROOT, files_in, left_by_run, run_script
+from running import PICTURE, ROOT, files_in, left_by_run, run_script
 
 from src.checkpoint import load_state, open_checkpoint
 from src.commands import demo
 from src.data.preferences import read_rows
 
 BUNDLE = ROOT / "src" / "demo"
+WHOSE = ("base", "tuned")
 
 
 def table_row(output: str, label: str) -> list[float]:
@@ -64,14 +65,14 @@ def test_text_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
     assert f"{after:.4f}" in tuned
 
     samples = ended.stdout.split("samples    ")[1].split("held-out loss")[0]
-    first, second = samples.split("  after:\n")
-    prompted = f"    | {demo.SAMPLE_PROMPT}"
-    assert first.split("  before:\n")[1].startswith(prompted)
-    assert second.startswith(prompted)
-    assert first.split("  before:\n")[1].strip() != second.strip()
+    for prompt in demo.SAMPLE_PROMPTS:
+        begun = [re.findall(rf"^  {whose} +\| {re.escape(prompt.rstrip())}", samples, re.M) for whose in WHOSE]
+        assert [len(found) for found in begun] == [1, 1]
+    lines = [re.findall(rf"^  {whose} +\| (.*)$", samples, re.M) for whose in WHOSE]
+    assert lines[0] != lines[1]
 
     assert files_in(tmp_path) == {"results"}
-    assert files_in(tmp_path / "results") == left_by_run("rwkv-0.pth")
+    assert files_in(tmp_path / "results") == left_by_run("rwkv-0.pth") | PICTURE
     for name in files_in(tmp_path / "results"):
         assert f"results/{name} (" in ended.stdout
     shape = open_checkpoint(BUNDLE / "base.pth").info.shape
@@ -107,7 +108,7 @@ def test_preference_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         for part in ("pairs", "held-out")
         for ending in ("-prompts.csv", "-rejects.csv", "-rejects.csv.run.json", ".save", ".texts.jsonl")
     }
-    assert files_in(tmp_path) == left_by_run("rwkv-0.pth") | chain
+    assert files_in(tmp_path) == left_by_run("rwkv-0.pth") | chain | PICTURE
     assert len(read_rows(str(tmp_path / "pairs-rejects.csv"))) == 4
     rows = read_rows(str(tmp_path / "held-out-rejects.csv"))
     assert [row.chosen for row in rows] == [row.chosen for row in read_rows(str(BUNDLE / "orpo-held-out.csv"))]

@@ -40,7 +40,7 @@ EXPECTED: dict[str, dict[str, object]] = {
     "states": STATES,
     "states, packed": {**STATES, "quant": 1, "quant_type": "int8"},
     "pretraining": {
-        "method": "full", "data_type": "jsonl", "answer_fields": ("query", "response"), "lr_init": 3e-4,
+        "method": "full", "data_type": "jsonl", "sft_field": "query response", "lr_init": 3e-4,
         "lines_used": slice(None, 1000), "lr_final": 1e-4, "load_model": "", "parts": (),
     },
     "infctx": {**INFCTX, "method": "full", "parts": ()},

@@ -70,6 +70,7 @@ KINDS: dict[str, dict[str, object]] = {
     "later epochs": {"epoch_begin": 2, "epoch_count": 5},
     "nf4": {"quant": 1},
     "tokens": {"my_exit_tokens": 16 * 1024, "epoch_steps": 7},
+    "mixed": {"dataload": "pack", "ctx_len": 40, "mix": "others:0.4"},
     "in order": {"data_shuffle": 0, "lr_schedule": "cos"},
     "wsd": {"lr_schedule": "wsd", "optim": "adamw8bit"},
 }
@@ -84,6 +85,8 @@ class TestSameBits:
     @pytest.mark.parametrize("kind", KINDS)
     def test_sft(self, kind: str, step: int, base: Path, data: Path, tmp_path: Path) -> None:
         flags = {"load_model": base, "data_file": data, "epoch_steps": 5, "epoch_count": 3, **KINDS[kind]}
+        if "mix" in flags:
+            flags["mix"] = f"{write_documents(tmp_path / 'others', [8, 14, 21], seed=1)}:0.4"
         train(tmp_path / "whole", **flags)
         stopped(step, tmp_path / "parts", **flags)
         go_on(tmp_path / "parts")

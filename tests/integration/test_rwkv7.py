@@ -25,9 +25,11 @@ from running import (
     write_documents,
 )
 
+from src import safetensors
 from src.checkpoint import load_state, open_checkpoint, save_model, save_state
 from src.data.pair_file import save_pairs
 from src.data.preferences import PreferencePair
+from src.model.rwkv7 import hf_name, hf_tensor
 from src.model.shape import ModelShape
 from src.tokenizer import Tokenizer
 
@@ -69,6 +71,7 @@ def test_states_on_a_packed_base(base: Path, data: Path, shape: ModelShape, tmp_
         epoch_count=3, my_testing="x070",
     )  # fmt: skip
     assert "RWKV-7 (x070), " in ended.out
+    assert "ignore a state inside an RWKV-7 model; give them the state itself" in ended.out
     assert losses(tmp_path / "out")[-1] < losses(tmp_path / "out")[0]
     assert files_in(tmp_path / "out") == left_by_run("rwkv-0.pth", "rwkv-1.pth", "rwkv-2.pth")
     states = load_state(tmp_path / "out" / "rwkv-final.pth", shape)
@@ -359,3 +362,23 @@ def test_the_flags_that_a_run_leaves_train_once_more_as_it_did(
     assert all(torch.equal(one[key], two[key]) for key in one)
     texts = [(tmp_path / name / "run.toml").read_text(encoding="utf-8") for name in ("one", "two")]
     assert texts[0] == texts[1]
+
+
+def test_a_model_in_shards_is_trained_and_merged(base: Path, data: Path, shape: ModelShape, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(base)
+    names = [key for key in checkpoint if key not in shape.idle_names()]
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    for number in range(2):
+        held = {hf_name(key): hf_tensor(key, checkpoint[key]).contiguous() for key in names[number::2]}
+        safetensors.save(folder / f"model-0000{number + 1}-of-00002.safetensors", held)
+    flags = {"data_file": data, "epoch_count": 1, "epoch_steps": 2}
+    train(tmp_path / "one", load_model=base, **flags)
+    train(tmp_path / "two", load_model=folder, **flags)
+    assert losses(tmp_path / "one") == losses(tmp_path / "two")
+    said = json.loads((tmp_path / "two" / "rwkv-final.json").read_text())["base"]
+    assert (said["file"], said["size_bytes"]) == ("hf", sum(shard.stat().st_size for shard in folder.iterdir()))
+    state = tmp_path / "two" / "rwkv-final.pth"
+    ended = run_script("merge_state.py", folder / "model-00001-of-00002.safetensors", state, tmp_path / "merged.pth")
+    assert ended.code == 0, ended.err
+    assert "another model" not in ended.out + ended.err

@@ -459,7 +459,7 @@ class TestStops:
     ) -> None:
         flags = [
             *("--load_model", base, "--data_file", data, "--proj_dir", tmp_path, "--accelerator", "cpu", "--quant", 0),
-            *("--epoch_steps", 100_000),
+            *("--epoch_steps", 100_000, "--plot", 0),
         ]
         with started("train.py", *flags) as process:
             wait_until(lambda: len(metrics(tmp_path)) >= 3 or process.poll() is not None, seconds=60)

@@ -10,12 +10,13 @@ import pytest
 import torch
 from factories import tiny_checkpoint
 from running import (
+    PICTURE,
     Ended,
     assert_same_end,
     files_in,
     go_on,
     left_by_run,
-    metrics,
+    records,
     refusal,
     stopped,
     train,
@@ -57,8 +58,9 @@ def run(files: Path, folder: Path, **flags: object) -> Ended:
     return train(folder, **{**given, **data, **flags})
 
 
-def measured(folder: Path) -> list[dict[str, object]]:
-    return [row for row in metrics(folder) if "held_out" in row]
+def measured(folder: Path, label: str | None = None) -> list[dict[str, object]]:
+    """Between steps, or those with a label."""
+    return [row for row in records(folder) if "held_out" in row and row.get("label") == label]
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -73,6 +75,22 @@ def test_it_changes_no_step(name: str, files: Path, tmp_path: Path) -> None:
     losses = {row["step"]: row["held_out"]["overall"] for row in measured(tmp_path / "with")}  # type: ignore[index]
     best = min(losses, key=lambda step: losses[step])
     assert f"rwkv-best.pth, after step {best}: loss {losses[best]:.4f}" in ended.out
+
+
+@pytest.mark.parametrize("flags", [{}, {"val_steps": 4}, {"val_steps": 2}])
+def test_both_ends_of_a_run_are_in_its_records_and_its_picture(
+    flags: dict[str, object], files: Path, tmp_path: Path
+) -> None:
+    ended = run(files, tmp_path, plot=1, **flags)
+    (before,) = measured(tmp_path, "untuned")
+    at_end = measured(tmp_path, "tuned") or measured(tmp_path)[-1:]
+    for row, step, said in ((before, 0, "untuned"), (at_end[0], 6, "tuned")):
+        assert row["step"] == step
+        assert f"held out   {said}: loss {row['held_out']['overall']:.4f}" in ended.out  # type: ignore[index]
+    if PICTURE:
+        assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    else:
+        assert "pip install matplotlib" in ended.out
 
 
 @pytest.mark.parametrize("loss", ["orpo", "dpo", "simpo"])
@@ -130,3 +148,11 @@ def test_what_cannot_be_measured_is_refused(flags: dict[str, object], said: str,
     folder = tmp_path / "out"
     given = {"load_model": files / "base.pth", "data_file": files / "documents"}
     assert said in refusal(try_train(folder, **given, **flags), folder)
+
+
+def test_a_run_that_falls_apart_is_warned_of(files: Path, tmp_path: Path) -> None:
+    flags = {"lr_init": 3000, "lr_final": 3000, "warmup_steps": 0, "epoch_steps": 60}
+    ended = run(files, tmp_path, **flags)
+    assert "note: --lr_init 3000 is above the usual 0.01 to 50 of states" in ended.out
+    assert ended.err.count("warning: the states grow out of bounds") == 1
+    assert "begin again with less than --lr_init 3000" in ended.err

@@ -33,7 +33,7 @@ METHODS: dict[str, tuple[Method, list[str]]] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_every_command_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     method, programs = METHODS[name]
-    lines = method.next_steps("the base.pth", RESULT, "my folder/", "text")
+    lines = method.next_steps("the base.pth", RESULT, "my folder/", "text", "")
     assert 3 <= len(lines) <= 5
     commands = [shlex.split(line) for line in lines if line.strip().startswith("python ")]
     called = [words[2] if words[1] == "-m" else words[1] for words in commands]
@@ -58,10 +58,24 @@ def test_every_command_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_chat_needs_no_flag_for_the_template_of_chats() -> None:
-    assert not re.search("--template", " ".join(StateTuning().next_steps("b.pth", RESULT, "f", "")))
+    assert not re.search("--template", " ".join(StateTuning().next_steps("b.pth", RESULT, "f", "user", "")))
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_there_is_no_chat_where_no_text_becomes_tokens(name: str) -> None:
+    lines = METHODS[name][0].next_steps("b.pth", RESULT, "f", None, "")
+    assert not [line for line in lines if "chat" in line]
+    assert lines[0].startswith("next       ")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_clients_leave_out_of_a_merged_model_is_said_where_there_is_a_state(name: str) -> None:
+    said = "\n".join(METHODS[name][0].next_steps("b.pth", RESULT, "f", "user", "They ignore it."))
+    assert ("They ignore it." in said) == (name in ("states", "lora and states"))
+    assert ("which every client takes" in said) == (name in ("lora", "bat", "bone and parts", "parts"))
 
 
 def test_names_are_quoted() -> None:
     assert shlex.split(merge_command("a b.pth", RESULT, "c d"))[2:] == ["a b.pth", str(RESULT), "c d/merged.pth"]
-    assert shlex.split(chat_command("a b.pth", "", adapter=RESULT))[-1] == str(RESULT)
+    assert shlex.split(chat_command("a b.pth", "user", adapter=RESULT))[-1] == str(RESULT)
     assert shlex.split(export_command(RESULT, Path("c d"), "hf", "a b.pth"))[-1] == "a b.pth"

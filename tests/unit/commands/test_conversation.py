@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import signal
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -250,3 +252,81 @@ def test_what_is_said_fits_a_narrow_terminal(
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 40
     assert len(lines) > 5
+
+
+class TestCtrlC:
+    """As a signal of the system, which nothing that drops exceptions can lose."""
+
+    @pytest.fixture
+    def chat(self) -> Iterator[Talk]:
+        """A chat where Ctrl-C does what it does in Python."""
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        yield talk(Voices())
+        assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
+
+    @staticmethod
+    def strike_at(monkeypatch: pytest.MonkeyPatch, piece: str, *, drops: bool) -> None:
+        """Ctrl-C comes before a piece, in code that drops exceptions, or twice in code that does not."""
+        answer = Scripted.answer
+
+        def struck(self: Scripted, text: str, number: int) -> Iterator[str]:
+            for said in answer(self, text, number):
+                if said == piece:
+                    with contextlib.suppress(*[KeyboardInterrupt] if drops else []):
+                        signal.raise_signal(signal.SIGINT)
+                        if not drops:
+                            signal.raise_signal(signal.SIGINT)
+                yield said
+
+        monkeypatch.setattr(Scripted, "answer", struck)
+
+    @pytest.mark.parametrize(
+        ("drops", "shown"), [(True, "Assistant: one [stopped]\n\n"), (False, "Assistant: [stopped]\n\n")]
+    )
+    def test_stops_an_answer(
+        self,
+        chat: Talk,
+        drops: bool,
+        shown: str,
+        monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str],
+    ) -> None:
+        self.strike_at(monkeypatch, " one", drops=drops)
+        assert chat.take("a")
+        assert capsys.readouterr().out == shown
+
+    def test_stops_each_of_two_voices(
+        self, chat: Talk, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        chat.take("/compare")
+        self.strike_at(monkeypatch, "0", drops=True)
+        assert chat.take("a")
+        assert capsys.readouterr().out.count(" [stopped]\n") == 2
+
+
+@pytest.mark.parametrize(
+    ("template", "asked", "terminal", "shown"),
+    [
+        ("think", "User: a\n\nAssistant: <think", True, "Assistant: <think>x"),
+        ("think", "User: a\n\nAssistant: <think", False, "<think>x"),
+        ("no-think", "User: a\n\nAssistant: <think>\n</think", True, "Assistant: x"),
+        ("no-think", "User: a\n\nAssistant: <think>\n</think", False, "x"),
+    ],
+)
+def test_templates_of_reasoning_models(
+    template: str,
+    asked: str,
+    terminal: bool,
+    shown: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def answer(self: Scripted, text: str, number: int) -> Iterator[str]:
+        self.model.asked.append(text)
+        yield from (">", "\n", "x", ">") if template == "no-think" else (">", "x")
+
+    monkeypatch.setattr(Scripted, "answer", answer)
+    voices = Voices()
+    assert talk(voices, terminal=terminal, template=template).take("a")
+    assert voices.asked == [asked]  # type: ignore[comparison-overlap]
+    assert capsys.readouterr().out.startswith(shown)

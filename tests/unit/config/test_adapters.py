@@ -84,7 +84,12 @@ class TestNotes:
             ({"targets": "key"}, "--targets key has no effect without --peft lora or"),
             ({"peft": "lora", "lisa_k": 8}, "--lisa_k 8 has no effect without --peft lisa"),
             ({"peft": "lora", "lr_state": 0.5}, "--lr_state 0.5 has no effect unless states and other things are"),
-            ({"peft": "lora", "train_type": "states", "lr_init": 1}, "suits states; weights usually want 1e-3 or less"),
+            ({"peft": "lora", "train_type": "states", "lr_init": 1}, "; such rates suit states, whose rate is --lr_"),
+            ({"peft": "lora", "lr_init": 1e-7}, "--lr_init 1e-07 is below the usual 1e-05 to 0.01 of lora and"),
+            ({"train_type": "none", "lr_init": 0.1}, "--lr_init 0.1 is above the usual 1e-07 to 0.001 of all"),
+            ({"lr_init": 1e-5}, "--lr_init 1e-05 is below the usual 0.01 to 50 of states"),
+            ({"lr_init": 100}, "--lr_init 100 is above the usual 0.01 to 50 of states and may"),
+            ({"peft": "lora", "train_type": "states", "lr_state": 1e-4}, "--lr_state 0.0001 is below the usual"),
         ],
         ids=str,
     )

@@ -1,7 +1,7 @@
 """Choices are stated in the configuration: what implements them by name knows exactly these."""
 
 from src.config.hardware import PRECISIONS
-from src.config.preference import TEMPLATE_NAMES
+from src.config.templates import TEMPLATE_NAMES
 from src.data.preferences import TEMPLATES
 from src.device import COMPUTE_DTYPES
 

@@ -167,8 +167,8 @@ class TestTheRest:
         path.touch()
         flags = {"data_type": "sft", "data_file": str(path), "sft_field": "query response", "sft_split": "train[:1000]"}
         made = config(**flags)
-        assert (made.data_type, made.answer_fields, made.lines_used) == (
-            "jsonl", ("query", "response"), slice(None, 1000),
+        assert (made.data_type, made.named_fields.names, made.lines_used) == (
+            "jsonl", {"question": "query", "answer": "response"}, slice(None, 1000),
         )  # fmt: skip
         assert (made.method, made.quant) == ("full", 0)
         assert "--data_type sft without --peft and --train_type trains every weight, as there" in notes(**flags)

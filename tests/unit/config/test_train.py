@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[3]
 FLAGS = (
     # files
     "config", "load_model", "load_state", "proj_dir", "resume", "overwrite", "save_minutes", "data_file", "data_type",
-    "val_file", "sft_field", "sft_split", "demo", "doctor",
+    "val_file", "val_share", "sft_field", "sft_split", "template", "mix", "demo", "dry_run", "evaluate", "doctor",
     # model
     "my_testing", "train_type", "weights", "vocab_size", "n_layer", "n_embd", "dim_att", "dim_ffn", "head_size_a",
     "head_size_divisor", "double_extra_dim", "load_partial", "quant", "quant_type", "quant_head", "dropout",
@@ -40,7 +40,7 @@ FLAGS = (
     "accelerator", "devices", "num_nodes", "strategy", "precision", "grad_cp", "memory_gib", "cuda_graph",
     "offload_activations", "ds_bucket_mb",
     # logs
-    "wandb", "fapi_logging_callback", "fapi_logging_address",
+    "plot", "sample_prompts", "sample_steps", "tensorboard", "wandb", "fapi_logging_callback", "fapi_logging_address",
 )  # fmt: skip
 """Every flag of train.py. Adding one is a decision: it belongs here and in README's table too."""
 
@@ -163,12 +163,24 @@ class TestRefusals:
             ({"lr_schedule": "cos", "my_exit_tokens": "9"}, "--my_exit_tokens 9 brings a cosine of its own"),
             ({"lr_schedule": "linear"}, "--lr_schedule linear is unknown: use one of exp, cos, wsd"),
             ({"data_shuffle": "0", "dataload": "get"}, "--data_shuffle 0 has no meaning with --dataload get"),
-            ({"data_file": "a.jsonl", "sft_field": "q"}, "--sft_field q must be two names, the question's field and"),
+            ({"mix": "a.jsonl"}, "--mix a.jsonl is not understood: write FILE:SHARE for each, as in other.jsonl:0.2"),
+            ({"mix": "a.jsonl:1.5"}, "--mix a.jsonl:1.5 gives a.jsonl the share 1.5: it must lie between 0 and 1"),
+            ({"mix": "a:0.5,b:0.5"}, "leaves 0 of the documents to the training data: lower the shares"),
+            ({"mix": "a.jsonl:0.2", "dataload": "get"}, "--mix has no meaning with --dataload get"),
+            ({"mix": "a.jsonl:0.2", "data_type": "dummy"}, "--mix has no meaning with --data_type dummy"),
+            ({"mix": "a.jsonl:0.2", "orpo": "1"}, "--mix has no meaning with --orpo 1, which trains on pairs"),
+            (
+                {"data_file": "a.jsonl", "sft_field": "a b c d"},
+                "--sft_field a b c d must be one name (text, messages), two",
+            ),
+            ({"data_file": "a.jsonl", "sft_field": "asked=q"}, "says what 'asked' is, and fields are question, answer"),
+            ({"data_file": "a.jsonl", "sft_field": "question=q"}, "must name the question's field and the answer's"),
+            ({"data_file": "a.jsonl", "sft_field": "q q"}, "--sft_field q q must name each field once"),
             (
                 {"data_file": "a.jsonl", "sft_split": "test"},
                 "--sft_split test is not understood: write train, or",
             ),
-            ({"sft_split": "train[:9]"}, "--sft_split belongs to JSON lines, and --data_file data is binidx: leave it"),
+            ({"sft_split": "train[:9]"}, "--sft_split belongs to entries, and --data_file data is binidx: leave it"),
             ({"orpo_alpha": "1.5"}, "--orpo_alpha 1.5 must lie between 0 and 1"),
             ({"epoch_begin": "4"}, "--epoch_begin 4 leaves nothing to train with --epoch_count 4"),
             ({"dataload": "only", "micro_bsz": "2"}, "--micro_bsz 2 must be 1"),

@@ -313,22 +313,24 @@ class TestReaders:
         assert self.counts(self.lines(tmp_path, CHAT, TURNS, mask=BY_DATA)) == [answer, len(TURNS["text"])]
         documents = self.lines(tmp_path, CHAT, TURNS)
         assert self.counts(documents) == [answer, len(" b") + 1]
-        assert documents.statements == (
-            "Conversations are written in the template World chat; the loss is on answers only.",
+        assert documents.statements[1:] == (
+            'Conversations are written in the template World chat, "User: …\\n\\nAssistant: …\\n\\n"; the loss is on '
+            "answers only.",
         )
 
     @pytest.mark.parametrize("kind", ["none", "pad"])
     def test_every_token_of_a_conversation(self, kind: str, tmp_path: Path) -> None:
         documents = self.lines(tmp_path, CHAT, TURNS, mask=LossMask(kind))
         assert documents.stream_counted is None
-        assert documents.statements == ("Conversations are written in the template World chat.",)
+        said = 'Conversations are written in the template World chat, "User: …\\n\\nAssistant: …\\n\\n".'
+        assert documents.statements[1:] == (said,)
 
     def test_between_texts_whatever_the_roles(self, tmp_path: Path) -> None:
         documents = self.lines(
             tmp_path, {**CHAT, "response": "x<a>y</a>z"}, {"text": "<a>"}, mask=between("<a>", "</a>")
         )
         assert self.counts(documents) == [len("y</a>"), 0]
-        assert documents.statements[1:] == (
+        assert documents.statements[2:] == (
             "Stretches without text, which are not trained on: 1.",
             "1 of 2 lines hold nothing that the loss is taken on.",
         )
@@ -344,12 +346,12 @@ class TestReaders:
         said = self.lines(
             tmp_path, {"text": "User: a\nAssistant: b"}, {"text": f"User: b\n\nAssistant:\n\n{TURNS['text']}"}
         )
-        assert said.statements == (
+        assert said.statements[1:] == (
             "Turns are told apart by line ends alone, for want of blank lines, in 1 of 2 lines.",
             "Answers without text, which are not trained on: 1.",
         )
         said = self.lines(tmp_path, {"text": "<a>b"}, {"text": "<a>b</a>"}, mask=between("<a>", "</a>"))
-        assert said.statements == ("Up to the end of the document, for want of '</a>': 1 stretches.",)
+        assert said.statements[1:] == ("Up to the end of the document, for want of '</a>': 1 stretches.",)
 
     @pytest.mark.parametrize(
         ("mask", "entries", "message"),
@@ -407,7 +409,7 @@ class TestReaders:
 
     def test_conversations_that_are_not_masked_are_mentioned(self, tmp_path: Path) -> None:
         hint = "2 of 3 lines looked at are conversations: --loss_mask qa takes the loss on their answers only."
-        assert self.lines(tmp_path, TURNS, TURNS, PROSE, mask=BY_DATA).statements == (hint,)
+        assert self.lines(tmp_path, TURNS, TURNS, PROSE, mask=BY_DATA).statements[2:] == (hint,)
         for mask, entries in ((BY_DATA, (TURNS, PROSE, PROSE)), (LossMask("pad"), (TURNS,)), (BY_DATA, (TURNS, CHAT))):
             assert not any("--loss_mask" in said for said in self.lines(tmp_path, *entries, mask=mask).statements)
 

@@ -73,7 +73,8 @@ def test_the_released_form_compares_equal_answers_and_cuts_the_end_of_prompts() 
     pairs = [PreferencePair([1, 2, 3, 4, 5, 6, 7], [4, 5, 6, 7, 8], [4, 5, 6, 7, 8])]
     data = dataset(pairs, PairForm.RELEASED, longest=5)
     assert data.plan.statements() == (
-        "--rlhf_max_corpus_len 5 cuts 1 prompts (at their end, as the original does) and 0 answers (at their end).",
+        "warning: --rlhf_max_corpus_len 5 cuts 1 prompts (at their end, as the original does) and 0 answers (at their "
+        "end).",
     )
     batch = data.batch([0])
     assert batch.reject_lengths.tolist() == [5]

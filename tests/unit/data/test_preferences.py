@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from src.config.preference import MIXED
+from src.config.templates import MIXED
 from src.data.preferences import (
     PreferencePair,
     PreferenceRow,
@@ -64,17 +66,19 @@ def test_jsonl_takes_reject_and_rejected(tmp_path: Path) -> None:
         ("a.csv", "", "is empty"),
         ("a.csv", "prompt,chosen,reject\n", "holds no rows"),
         ("a.csv", "prompt,answer\na,b\n", "no column 'chosen' (its first line has 'prompt' and 'answer')"),
-        ("a.csv", "question,answer\na,b\n", "no column 'prompt' and 'chosen'"),
+        ("a.csv", "subject,answer\na,b\n", "no column 'prompt' and 'chosen'"),
         ("a.csv", 'prompt,chosen\na,b\nc,"d\ne,f\n', "line 3 has a quote that is never closed"),
         ("a.csv", 'prompt,chosen\n"a" b,c\n', "line 2 is no CSV"),
-        ("a.csv", "prompt,chosen\na,b\nc\n", "line 3 has 1 of the 2 fields"),
+        ("a.csv", "prompt,chosen\na,b\nc\n", "(it has 1 of the 2 fields of the header)"),
         ("a.csv", "prompt,chosen\na,b\nc,Stra\xdfe\n".encode("latin-1"), "a.csv, line 3: not UTF-8 (byte 0xdf"),
         ("a.csv", "prompt,chosen\na,b\n".encode("utf-16"), "is UTF-16, expected UTF-8"),
         ("a.jsonl", '{"prompt": "p", "chosen": "c"}\n{"prompt"\n', "line 2: not valid JSON ("),
-        ("a.jsonl", "[" * 100_000 + "\n", "line 1: nested too deeply"),
-        ("a.jsonl", "[1]\n", "line 1: it is a list, expected an object"),
+        ("a.jsonl", "[" * 100_000 + "\n", "ends inside the list that begins it"),
+        ("a.jsonl", "[" * 100_000 + "]" * 100_000, "entry 1: nested too deeply"),
+        ("a.jsonl", '{"prompt": "p"}\n' + "[" * 100_000 + "\n", "line 2: nested too deeply"),
+        ("a.jsonl", "[1]\n", "entry 1: it is a number, expected an object"),
         ("a.jsonl", '{"prompt": "p"}\n', 'line 1: "chosen" is missing'),
-        ("a.jsonl", '{"prompt": "p", "chosen": []}\n', '"chosen" is a list, expected a string'),
+        ("a.jsonl", '{"prompt": "p", "chosen": []}\n', '"chosen" does not end with an answer'),
         ("a.jsonl", '{"prompt": "p", "chosen": "\\ud83d"}\n', "half of a surrogate pair"),
         ("a.jsonl", '{"prompt": "p", "chosen": "\\u0000"}\n', '"chosen" holds a NUL character'),
         ("a.jsonl", '{"prompt": "p", "prompt": "q", "chosen": "c"}\n', "it has the key 'prompt' twice"),
@@ -90,7 +94,8 @@ def test_jsonl_takes_reject_and_rejected(tmp_path: Path) -> None:
         (
             "a.csv",
             "prompt,chosen\na,b\nc,d, and more\n",
-            "line 3 has 3 fields, the header 2: put fields with commas in quotes (the last field read is ' and more')",
+            "line 3: it has 3 fields, the header 2: put fields with commas in quotes (the last field read is ' and "
+            "more')",
         ),
         (
             "a.csv",
@@ -125,11 +130,11 @@ def test_the_filled_column_of_two_for_rejects_counts(tmp_path: Path) -> None:
 
 def test_what_is_not_read_is_named_once(tmp_path: Path) -> None:
     said: list[str] = []
-    read_rows(written(tmp_path, "prompt,chosen,note,id\np,c,x,1\np,c,,2\n"), said.append)
+    read_rows(written(tmp_path, "prompt,chosen,note,id\np,c,x,1\nq,c,,2\n"), said.append)
     assert said == ["Not read: 'id' (2 rows), 'note' (1 row)."]
     said.clear()
-    read_rows(written(tmp_path, '{"prompt": "p", "chosen": "c", "history": []}\n', "a.jsonl"), said.append)
-    assert said == ["Not read: 'history' (1 row)."]
+    read_rows(written(tmp_path, '{"prompt": "p", "chosen": "c", "score": []}\n', "a.jsonl"), said.append)
+    assert said == ["Not read: 'score' (1 row)."]
 
 
 def test_carriage_returns_alone_end_lines(tmp_path: Path) -> None:
@@ -244,3 +249,74 @@ def test_rejects_equal_to_the_chosen_answer_are_counted() -> None:
 
 def test_rejects_that_a_model_wrote_may_hold_nul(tmp_path: Path) -> None:
     assert read_rows(written(tmp_path, "prompt,chosen,reject\na,b,\0\n"))[0].rejected == "\0"
+
+
+class TestForms:
+    """Preference files as their makers write them."""
+
+    USER, GOOD, BAD = ({"role": role, "content": text} for role, text in (
+        ("user", "p"), ("assistant", "c"), ("assistant", "r")
+    ))  # fmt: skip
+    LONG = "System: S\n\nUser: a\n\nAssistant: b\n\nUser: p\n\nAssistant:"
+    BEFORE = (
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    )
+
+    @pytest.mark.parametrize(
+        ("entry", "prompt"),
+        [
+            ({"prompt": "p", "chosen": "c", "rejected": "r"}, "p"),
+            ({"question": "p", "chosen": "c", "rejected": "r", "system": ""}, "p"),
+            ({"system": "S", "question": "p", "chosen": "c", "rejected": "r"}, "System: S\n\nUser: p\n\nAssistant:"),
+            ({"instruction": "p", "input": "q", "chosen": "c", "rejected": "r"}, "p\nq"),
+            ({"prompt": [USER], "chosen": [GOOD], "rejected": [BAD]}, "p"),
+            ({"prompt": "p", "chosen": [USER, GOOD], "rejected": [USER, BAD], "score_chosen": 8.5}, "p"),
+            ({"chosen": [USER, GOOD], "rejected": [USER, BAD]}, "p"),
+            ({"chosen": [*BEFORE, USER, GOOD], "rejected": [*BEFORE, USER, BAD]}, LONG),
+            ({"prompt": [*BEFORE, USER], "chosen": "c", "rejected": "r"}, LONG),
+            (
+                {
+                    "conversations": [{"from": "human", "value": "p"}],
+                    "chosen": {"from": "gpt", "value": "c"}, "rejected": {"from": "gpt", "value": "r"},
+                },
+                "p",
+            ),
+        ],
+    )  # fmt: skip
+    @pytest.mark.parametrize("container", ["list", "lines"])
+    def test_pairs(self, tmp_path: Path, entry: dict[str, Any], prompt: str, container: str) -> None:
+        said: list[str] = []
+        content = json.dumps([entry] * 2, indent=1) if container == "list" else f"{json.dumps(entry)}\n" * 2
+        rows = read_rows(written(tmp_path, content, "pairs.json"), said.append)
+        assert rows == [PreferenceRow(number, prompt, "c", "r") for number in (1, 2)]
+        assert "1 of 2 rows equal an earlier one and count as often as they stand there." in said
+        if isinstance(entry["chosen"], str):
+            prepared = make_pairs("pairs", rows, BYTES, 1, template="user")
+            asked = prompt if "\n\nAssistant:" in prompt else f"User: {prompt}\n\nAssistant:"
+            assert prepared.texts == [f"{asked} c\n\n"]
+        else:
+            assert any(line.startswith("Recognised as preferences of messages, 2 rows.") for line in said)
+
+    @pytest.mark.parametrize(
+        ("entry", "reason"),
+        [
+            ({"prompt": [], "chosen": "c"}, '"prompt" is missing'),
+            ({"prompt": "p", "chosen": [USER]}, '"chosen" does not end with an answer'),
+            ({"prompt": "x", "chosen": [USER, GOOD]}, "a conversation that does not begin with the prompt"),
+            (
+                {"chosen": [USER, GOOD], "rejected": [{**USER, "content": "y"}, BAD]},
+                "answers are to different questions",
+            ),
+        ],
+    )
+    def test_wrong_ones(self, tmp_path: Path, entry: dict[str, Any], reason: str) -> None:
+        with pytest.raises(DataError, match=rf"pairs\.json, line 1: .*{reason}"):
+            read_rows(written(tmp_path, json.dumps(entry), "pairs.json"))
+
+    def test_all_bad_lines_at_once(self, tmp_path: Path) -> None:
+        with pytest.raises(
+            DataError, match='2 entries cannot be read: line 2: "chosen" is missing; line 3: not valid JSON'
+        ):
+            read_rows(written(tmp_path, '{"prompt": "p", "chosen": "c"}\n{"prompt": "p"}\n{\n', "pairs.jsonl"))

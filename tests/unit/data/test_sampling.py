@@ -268,7 +268,7 @@ class TestPlan:
         assert plan.counted_targets_per_pass == 3 + 5 + 9 + 9
         assert plan.padding_share == pytest.approx(1 - 26 / 36)
         cut, padding = plan.statements()
-        assert cut.startswith("2 of 4 documents are longer than a row and are cut: 4 of 34 tokens (11.8%)")
+        assert cut.startswith("warning: 2 of 4 documents are longer than a row and are cut: 4 of 34 tokens (11.8%)")
         assert padding.startswith("28% of the positions are padding")
 
     def test_nothing_to_say(self):

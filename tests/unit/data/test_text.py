@@ -7,12 +7,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from src.config.fields import fields_in
 from src.data.sources import open_documents
-from src.data.text import WORLD_CHAT, Findings, Part, read_jsonl
+from src.data.templates import WORLD_CHAT, Part, Rendering, Turn
+from src.data.text import read_entries
 from src.errors import DataError
 from src.tokenizer import ByteTokenizer, WorldTokenizer
 
 BYTES = ByteTokenizer()
+QA = fields_in("q a")[0]
+WRITTEN = (
+    'Conversations are written in the template World chat, "User: …\\n\\nAssistant: …\\n\\n"; the loss is on answers '
+    "only."
+)
 
 
 def write_lines(path, *entries):
@@ -41,7 +48,7 @@ def test_plain_lines_are_taken_as_they_stand_and_counted_whole(tmp_path):
     assert documents.tokens(1).tolist() == [*BYTES.encode("é"), 0]
     assert documents.counted(0) is None
     assert documents.counted_targets(4).tolist() == [3, 2]
-    assert documents.statements == ()
+    assert documents.statements == ("Recognised as plain text, 2 texts.",)
 
 
 def test_prompt_and_response(tmp_path):
@@ -97,7 +104,8 @@ def test_a_conversation(tmp_path):
     expected = " 1\n\n" + "." * len("User: Two?\n\nAssistant:") + " 2\n\n∎"
     assert counted == expected
     assert documents.statements == (
-        "Conversations are written in the template World chat; the loss is on answers only.",
+        "Recognised as messages, 1 conversation.",
+        WRITTEN,
         "Not read: 'messages: model' (1 line), 'prompt' (1 line), 'text' (1 line).",
     )
 
@@ -116,7 +124,7 @@ def test_system_and_history_come_before_a_prompt(tmp_path):
     assert text == "System: Be brief.\n\nUser: a\n\nAssistant: b\n\nUser: c\n\nAssistant: d\n\n∎"
     assert counted == " b\n\n" + "." * len("User: c\n\nAssistant:") + " d\n\n∎"
     assert text_and_counted(documents, 1)[0] == "User: c\n\nAssistant: d\n\n∎"
-    assert documents.statements[1] == "Not read: 'tools' (2 lines)."
+    assert documents.statements[2] == "Not read: 'tools' (2 lines)."
 
 
 def test_system_comes_before_messages(tmp_path):
@@ -131,7 +139,7 @@ def test_an_empty_system_message_is_left_out(tmp_path):
     ]
     documents = read_lines(tmp_path, {"messages": messages})
     assert text_and_counted(documents, 0)[0] == "User: a\n\nAssistant: b\n\n∎"
-    assert documents.statements[1] == "1 empty system message left out."
+    assert documents.statements[2] == "1 empty system message left out."
 
 
 @pytest.mark.parametrize("end", ["", " ", "\n"])
@@ -180,7 +188,7 @@ def test_blank_lines_inside_turns_are_replaced_and_counted(tmp_path):
         {"prompt": "a\nb", "response": "c"},
     )
     assert text_and_counted(documents, 0)[0] == "User: a\nb\nc\n\nAssistant: d\ne\n\n∎"
-    assert documents.statements[1].startswith("3 runs of blank lines inside turns replaced")
+    assert documents.statements[2].startswith("3 runs of blank lines inside turns replaced")
 
 
 def test_counted_and_uncounted_documents_mix(tmp_path):
@@ -189,16 +197,18 @@ def test_counted_and_uncounted_documents_mix(tmp_path):
     assert documents.counted_targets(1000).tolist() == [3, 5]
     assert documents.counted_targets(len("User: a\n\nAssistant: b")).tolist() == [3, 2]
     assert documents.statements == (
-        "1 conversation in the template World chat: the loss is on answers only; 1 line of plain text: it is on every "
-        "token.",
+        "Recognised as plain text, 1 text; prompt and response, 1 conversation.",
+        WRITTEN.replace(
+            "; the loss is on answers only", ": the loss is on answers only; of plain text it is on every token"
+        ),
     )
 
 
 def test_rendering_gives_a_prompt_as_clients_write_it():
-    findings = Findings()
-    parts = WORLD_CHAT.render([("user", "x"), ("assistant", "y")], findings)
+    met = Rendering()
+    parts = WORLD_CHAT.render([Turn("user", "x"), Turn("assistant", "y")], met)
     assert parts == [Part("User: x\n\nAssistant:", False), Part(" y\n\n", True)]
-    assert findings == Findings(conversations=1)
+    assert met == Rendering()
 
 
 def test_byte_order_mark_blank_lines_and_carriage_returns_are_tolerated(tmp_path):
@@ -212,7 +222,7 @@ def test_byte_order_mark_blank_lines_and_carriage_returns_are_tolerated(tmp_path
 def test_empty_texts_are_left_out_and_counted(tmp_path):
     documents = read_lines(tmp_path, {"text": ""}, {"text": "a"})
     assert (documents.unit, documents.numbers.tolist()) == ("line", [2])
-    assert documents.statements == ("1 line of fewer than two tokens left out.",)
+    assert documents.statements[1:] == ("1 line of fewer than two tokens left out.",)
 
 
 @pytest.mark.parametrize(
@@ -227,13 +237,14 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
         ('["a"]', "it is a list, expected an object"),
         ("7", "it is a number"),
         ("{}", "its keys are none"),
-        ('{"content": "a", "prompt": "b"}', r"its keys are 'content', 'prompt', expected \{\"text\": …\}"),
+        (
+            '{"content": "a", "prompt": "b"}',
+            r"its keys are 'content', 'prompt', expected \{\"messages\": \[…\]\}, .*--sft_field",
+        ),
         ('{"text": 5}', '"text" is a number, expected a string'),
         ('{"text": null}', '"text" is null'),
         (r'{"text": "a\ud800"}', "half of a surrogate pair"),
         ('{"prompt": "a", "response": ["b"]}', '"response" is a list'),
-        ('{"prompt": "a", "response": " "}', '"response" is empty'),
-        ('{"prompt": " ", "response": "a"}', '"prompt" is empty'),
         ('{"prompt": "a", "chosen": "b"}', "preference pair; make pairs with PrepareOrpoDataset.py"),
         ('{"prompt": "a", "response": "b", "history": [["c"]]}', r'"history" is no list of \[question, answer\]'),
         ('{"prompt": "a", "response": "b", "history": [["c", 1]]}', '"history" is a number'),
@@ -241,14 +252,14 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
         ('{"text": "a", "id": 1%s}' % ("0" * 5000), "a number of thousands of digits"),
         (r'{"text": "a\u0000b"}', '"text" holds a NUL character'),
         ('{"text": "a\0b"}', "a NUL character"),
-        ('[{"text": "a"}]', r"a file that is one list becomes lines with `jq"),
+        ('[{"text": "a"}]', "it is a list, expected an object"),
         ('{"messages": {}}', '"messages" is an object, expected a list'),
         ('{"messages": []}', 'no message has the role "assistant"'),
         ('{"messages": ["a"]}', "message 1 is a string, expected an object"),
         ('{"messages": [{"role": "user"}]}', 'message 1 has no "content"'),
         ('{"messages": [{"role": "user", "content": true}]}', '"content" is true or false'),
         ('{"messages": [{"role": "user", "content": "a"}]}', 'no message has the role "assistant"'),
-        ('{"messages": [{"role": "bot", "content": "a"}]}', "role 'bot'; known are system, user, assistant, tool"),
+        ('{"messages": [{"role": "robot", "content": "a"}]}', "role 'robot'; known are system, user, assistant, tool"),
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": {}}', '"tools" is an object, expected'),
         (
             '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": {}}]}]}',
@@ -259,8 +270,6 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
             "message 1: the arguments of f are a text that is no JSON",
         ),
         ('{"messages": [{"role": "tool", "content": " "}]}', "message 1, a tool's result, is empty"),
-        ('{"messages": [{"role": "assistant", "content": "\\n"}]}', "message 1, an answer, is empty"),
-        ('{"messages": [{"role": "user", "content": ""}]}', "message 1, a question, is empty"),
         (
             '{"system": "s", "messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "a"}]}',
             'a "system" and a system message',
@@ -288,7 +297,7 @@ class TestFilesThatCannotBeRead:
         self.check_refused(data_type, tmp_path / "none", "use --data_type binidx")
 
     def test_directory(self, data_type, tmp_path):
-        self.check_refused(data_type, tmp_path, "is a directory")
+        self.check_refused(data_type, tmp_path, "is a directory without data in it")
 
     @pytest.mark.parametrize("content", [b"", b"\xef\xbb\xbf"])
     def test_empty(self, data_type, tmp_path, content):
@@ -376,33 +385,33 @@ class TestNamedFields:
     def test_question_and_answer_by_name(self, tmp_path: Path) -> None:
         path = tmp_path / "named.jsonl"
         path.write_text(self.LINES, encoding="utf-8")
-        documents = read_jsonl(str(path), ByteTokenizer(), 257, fields=("q", "a"))
+        documents = read_entries([str(path)], ByteTokenizer(), 257, fields=QA)
         plain = tmp_path / "plain.jsonl"
         plain.write_text(self.LINES.replace('"q"', '"prompt"').replace('"a"', '"response"'), encoding="utf-8")
-        expected = read_jsonl(str(plain), ByteTokenizer(), 257)
+        expected = read_entries([str(plain)], ByteTokenizer(), 257)
         assert np.array_equal(documents.stream, expected.stream)
         assert np.array_equal(documents.stream_counted, expected.stream_counted)
 
     def test_some_of_the_lines(self, tmp_path: Path) -> None:
         path = tmp_path / "named.jsonl"
         path.write_text(self.LINES, encoding="utf-8")
-        made = read_jsonl(str(path), ByteTokenizer(), 257, fields=("q", "a"), part=slice(1, 3))
+        made = read_entries([str(path)], ByteTokenizer(), 257, fields=QA, part=slice(1, 3))
         assert made.numbers.tolist() == [3, 5]
-        assert len(read_jsonl(str(path), ByteTokenizer(), 257, part=slice(None, 100))) == 4
+        assert len(read_entries([str(path)], ByteTokenizer(), 257, part=slice(None, 100))) == 4
         with pytest.raises(DataError):
-            read_jsonl(str(path), ByteTokenizer(), 257, part=slice(9, None))
+            read_entries([str(path)], ByteTokenizer(), 257, part=slice(9, None))
 
     @pytest.mark.parametrize(
         ("line", "reason"),
         [
             ('{"q": "a"}', "its keys are 'q', and --sft_field names 'a'"),
             ('{"q": 1, "a": "b"}', '"q" is a number, expected a string'),
-            ('{"q": "x", "a": " "}', '"a" is empty'),
+            ('{"q": "x", "a": null}', '"a" is null, expected a string'),
         ],
     )
     def test_what_is_wrong_is_named(self, line: str, reason: str, tmp_path: Path) -> None:
         path = tmp_path / "named.jsonl"
         path.write_text(line, encoding="utf-8")
         with pytest.raises(DataError, match="line 1") as refused:
-            read_jsonl(str(path), ByteTokenizer(), 257, fields=("q", "a"))
+            read_entries([str(path)], ByteTokenizer(), 257, fields=QA)
         assert reason in str(refused.value)

@@ -1,5 +1,7 @@
 """What RWKV-7 alone has: its sizes and fresh values, relatives that are refused, values that layer 0 hands on."""
 
+import hashlib
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -15,6 +17,7 @@ from src import safetensors
 from src.adapters.plan import AdapterPlan
 from src.checkpoint import open_checkpoint
 from src.errors import CheckpointError, ConfigError
+from src.identity import FileIdentity, size_of_model
 from src.layout import SegmentLayout
 from src.loading import LoadOptions, build_model
 from src.model.architectures import recognise, shape_of
@@ -318,3 +321,80 @@ def test_another_safetensors_file_is_refused_by_its_name(tmp_path: Path) -> None
     safetensors.save(tmp_path / "model.safetensors", {"blocks.0.att.r_k": torch.zeros(4, 8)})
     with pytest.raises(CheckpointError, match="a safetensors file"):
         open_checkpoint(tmp_path / "model.safetensors")
+
+
+class TestShards:
+    """A model in several files, as Hugging Face's tools divide it."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path) -> Path:
+        """Three shards and their index."""
+        names = list(translated := in_hf_form(tiny_parameters(SHAPE, dtype=torch.bfloat16)))
+        weight_map = {}
+        for number in range(3):
+            shard = f"model-{number + 1:05d}-of-00003.safetensors"
+            held = names[number::3]
+            safetensors.save(tmp_path / shard, {name: translated[name] for name in held})
+            weight_map |= dict.fromkeys(held, shard)
+        index = {"metadata": {"total_size": 1}, "weight_map": weight_map}
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+        (tmp_path / "config.json").write_text("{}")
+        return tmp_path
+
+    @pytest.mark.parametrize("name", ["", "model.safetensors.index.json", "model-00002-of-00003.safetensors"])
+    @pytest.mark.parametrize("with_index", [True, False])
+    def test_are_one_model(self, folder: Path, name: str, with_index: bool) -> None:
+        if not with_index:
+            (folder / "model.safetensors.index.json").unlink()
+            if "index" in name:
+                return
+        checkpoint = open_checkpoint(folder / name)
+        tensors = tiny_parameters(SHAPE, dtype=torch.bfloat16)
+        assert checkpoint.keys() == tensors.keys()
+        assert all(torch.equal(checkpoint[key], tensor) for key, tensor in tensors.items())
+        shards = sorted(folder.glob("*.safetensors"))
+        identity = FileIdentity(folder / name)
+        assert identity.size_bytes == size_of_model(folder / name) == sum(shard.stat().st_size for shard in shards)
+        assert identity.sha256 == hashlib.sha256(b"".join(shard.read_bytes() for shard in shards)).hexdigest()
+
+    @pytest.mark.parametrize("name", ["", "model.safetensors.index.json", "model-00002-of-00003.safetensors"])
+    def test_a_missing_one_is_named(self, folder: Path, name: str) -> None:
+        (folder / "model-00003-of-00003.safetensors").unlink()
+        with pytest.raises(CheckpointError, match=r"model-00003-of-00003\.safetensors is missing, one of the 3 files"):
+            open_checkpoint(folder / name)
+
+    @pytest.mark.parametrize(
+        ("index", "message"),
+        [
+            ("{", "is damaged, or no index of shards"),
+            ("[]", "it has no weight_map"),
+            ('{"weight_map": {"a": "../b"}}', "names '../b', which is no file beside it"),
+            ('{"weight_map": {"a": 3}}', "names 3, which is no file beside it"),
+        ],
+    )
+    def test_a_damaged_index_is_refused(self, folder: Path, index: str, message: str) -> None:
+        (folder / "model.safetensors.index.json").write_text(index)
+        with pytest.raises(CheckpointError, match=message):
+            open_checkpoint(folder)
+
+    def test_shards_and_index_have_to_agree(self, folder: Path) -> None:
+        path = folder / "model.safetensors.index.json"
+        index = json.loads(path.read_text())
+        index["weight_map"]["model.more"] = "model-00001-of-00003.safetensors"
+        path.write_text(json.dumps(index))
+        with pytest.raises(CheckpointError, match=r"3 files beside it disagree about model\.more"):
+            open_checkpoint(folder)
+        (folder / "model-00002-of-00003.safetensors").write_bytes(
+            (folder / "model-00001-of-00003.safetensors").read_bytes()
+        )
+        with pytest.raises(CheckpointError, match="which another of the 3 files holds, too"):
+            open_checkpoint(folder)
+
+    def test_a_folder_of_one_file_and_of_several_models(self, folder: Path) -> None:
+        one = folder / "one"
+        one.mkdir()
+        safetensors.save(one / "model.safetensors", in_hf_form(tiny_parameters(SHAPE)))
+        assert open_checkpoint(one).info.shape == SHAPE
+        (one / "other.safetensors").touch()
+        with pytest.raises(CheckpointError, match="holds several models"):
+            open_checkpoint(one)

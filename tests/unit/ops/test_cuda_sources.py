@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from src.ops import delta_rule_cuda, dequantize_cuda, elementwise_cuda, nvrtc, wkv6_cuda, wkv7_cuda
+from src.ops import adam, delta_rule_cuda, dequantize_cuda, elementwise_cuda, nvrtc, wkv6_cuda, wkv7_cuda
 from src.ops.kernels import Kernel
 
 KERNELS: dict[str, Sequence[Kernel]] = {
+    "adam.cu": tuple(adam.KERNELS.values()),
     "dequantize.cu": tuple(dequantize_cuda.KERNELS.values()),
     "elementwise.cu": elementwise_cuda.KERNELS,
     "elementwise_delta_rule.cu": delta_rule_cuda.KERNELS,

@@ -49,7 +49,8 @@ def trainer(made: TrainingModule, **changes: object) -> Any:
     """What the callbacks read of a trainer."""
     values = {
         "global_step": 0, "current_epoch": 0, "max_epochs": 3, "world_size": 1, "is_global_zero": True,
-        "should_stop": False, "strategy": None, "optimizers": [made.configure_optimizers()], **changes,
+        "should_stop": False, "strategy": None, "num_training_batches": 4,
+        "optimizers": [made.configure_optimizers()], **changes,
     }  # fmt: skip
     return SimpleNamespace(**values)
 
@@ -188,13 +189,16 @@ class Remembering:
     def __init__(self) -> None:
         self.steps: list[StepLog] = []
         self.epochs: list[EpochLog] = []
-        self.closed = 0
+        self.has_ended = self.closed = 0
 
     def step(self, log: StepLog) -> None:
         self.steps.append(log)
 
     def epoch(self, log: EpochLog) -> None:
         self.epochs.append(log)
+
+    def ended(self) -> None:
+        self.has_ended += 1
 
     def close(self) -> None:
         self.closed += 1
@@ -216,6 +220,10 @@ class TestMonitor:
         assert [log.tokens for log in sink.steps] == [30, 20]
         assert [(log.epoch, log.local_epoch) for log in sink.epochs] == [(5, 0)]
         assert sink.epochs[0].loss == pytest.approx(sum(monitor.losses) / 2)
+        assert (sink.epochs[0].steps, sink.epochs[0].of_steps) == (2, 2)
+        assert (sink.has_ended, sink.closed) == (1, 0)
+        for _ in range(2):
+            monitor.close()
         assert sink.closed == 1
 
     def test_a_run_that_goes_on_counts_on(self) -> None:

@@ -102,6 +102,7 @@ class TestWithGpus:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         monkeypatch.setenv("LOCAL_RANK", "2")
+        monkeypatch.setenv("WORLD_SIZE", "3")
         monkeypatch.setattr(torch.cuda, "get_device_capability", Mock(side_effect=AssertionError("Invalid device id")))
         with pytest.raises(ConfigError, match="--devices 3 was asked for"):
             resolve_hardware(config(devices=3))
@@ -224,6 +225,18 @@ class TestLaunchers:
             monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=r"process number [13] counted from 0, and --devices 1"):
             resolve_hardware(config(accelerator="cpu"))
+
+    @pytest.mark.parametrize("rank", ["0", "1"])
+    def test_a_number_without_a_launcher_is_not_waited_with(self, rank: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(ConfigError, match=rf"LOCAL_RANK={rank}, .* wait for 1 more without end; unset LOCAL_RANK"):
+            resolve_hardware(config(accelerator="cpu", devices=2))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        with pytest.raises(ConfigError, match="--devices 2"):  # which a CPU has not
+            resolve_hardware(config(accelerator="cpu", devices=2))
+        monkeypatch.delenv("WORLD_SIZE")
+        if rank == "0":
+            assert resolve_hardware(config(accelerator="cpu")).strategy == "single"
 
     @pytest.mark.usefixtures("no_gpu")
     @pytest.mark.parametrize(

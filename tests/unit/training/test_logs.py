@@ -1,6 +1,7 @@
 """Where the numbers of a run go."""
 
 import http.client
+import importlib.util
 import json
 import os
 import sys
@@ -14,7 +15,18 @@ from typing import Any
 import pytest
 
 from src.config import TrainConfig
-from src.training.logs import EpochLog, FileSink, HttpSink, ProgressSink, StepLog, WandbSink
+from src.errors import ConfigError
+from src.training.logs import (
+    EpochLog,
+    FileSink,
+    HeldOutLog,
+    HttpSink,
+    ProgressSink,
+    StepLog,
+    TensorBoardSink,
+    WandbSink,
+    require_tensorboard,
+)
 
 
 def step_log(step: int = 1, **changes: Any) -> StepLog:
@@ -126,7 +138,7 @@ def test_the_bar_shows_the_mean_of_the_epoch(capsys: pytest.CaptureFixture[str])
     sink.step(step_log(3, loss=4.0))
     sink.close()
     shown = capsys.readouterr().err
-    assert "epoch 0: mean loss 1.5000" in shown
+    assert "epoch 0: mean loss 1.5000\n" in shown
     assert "3/4" in shown
     assert "loss 4.0000, lr 0.5, 400 tokens/s" in shown
 
@@ -200,6 +212,70 @@ class TestWandb:
         assert fake.started[0]["settings"]["init_timeout"] <= 60
         assert len(fake.logged) == 1
         assert "warning: wandb is not reachable (no network); logging offline" in capsys.readouterr().err
+
+
+def test_the_mean_of_an_interrupted_epoch_says_of_how_much(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bar, files = ProgressSink(4), FileSink(tmp_path, config(), None)
+    for sink in (bar, files):
+        for log in (EpochLog(0, 0, 1.5, 0.5, 130, 130), EpochLog(1, 1, 1.4, 0.5, 40, 130)):
+            sink.epoch(log)
+        sink.close()
+    shown = capsys.readouterr().err
+    assert "epoch 0: mean loss 1.5000\n" in shown
+    assert "epoch 1: mean loss 1.4000 of 40/130 steps\n" in shown
+    first, second = (tmp_path / "train_log.txt").read_text(encoding="utf-8").splitlines()[-2:]
+    assert first.endswith(" 0")
+    assert second.endswith(" 1 of 40/130 steps")
+    FileSink(tmp_path, config(), None, steps=170, epoch=1).close()
+    assert "of 40/130" not in (tmp_path / "train_log.txt").read_text(encoding="utf-8")
+
+
+def test_the_bar_leaves_to_the_run_what_it_says_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = ProgressSink(4)
+    sink.held_out(HeldOutLog(0, {}, "loss 2", best=False, label="untuned"))
+    sink.held_out(HeldOutLog(2, {}, "loss 1", best=True))
+    sink.ended()
+    sink.held_out(HeldOutLog(4, {}, "loss 3", best=False, label="tuned"))
+    sink.close()
+    said = capsys.readouterr().err
+    assert "step 2: held out loss 1, the best so far" in said
+    assert "loss 2" not in said
+    assert "loss 3" not in said
+
+
+class TestTensorBoard:
+    def test_every_number_is_there_under_its_step(self, tmp_path: Path) -> None:
+        events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+        for steps in (0, 2):  # a run, and the same from step 2 on
+            sink = TensorBoardSink(tmp_path, "mine", steps)
+            if not steps:
+                sink.held_out(HeldOutLog(0, {"overall": 3.0}, "", best=False, label="untuned"))
+            for step in (1, 2, 3) if not steps else (3, 4):
+                sink.step(step_log(step, loss=float(step), extra={"accuracy": 0.5}))
+            sink.close()
+        found = events.EventAccumulator(str(tmp_path / "tensorboard" / "mine")).Reload()
+        assert [(event.step, event.value) for event in found.Scalars("train/loss")] == [(n, n) for n in (1, 2, 3, 4)]
+        assert [(event.step, event.value) for event in found.Scalars("held_out/overall")] == [(0, 3.0)]
+        assert set(found.Tags()["scalars"]) == {
+            *("train/loss", "train/lr", "train/grad_norm", "train/tokens_per_s", "train/accuracy"),
+            "held_out/overall",
+        }
+
+    def test_a_folder_that_cannot_be_made_is_said_once(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        pytest.importorskip("tensorboard")
+        (tmp_path / "tensorboard").touch()
+        sink = TensorBoardSink(tmp_path, "mine")
+        sink.step(step_log(1))
+        sink.close()
+        assert capsys.readouterr().err.count("TensorBoard's files cannot be written (Not a directory)") == 1
+
+    def test_without_the_package_the_run_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+        require_tensorboard(config())
+        with pytest.raises(ConfigError, match="pip install tensorboard"):
+            require_tensorboard(config(tensorboard=1))
 
 
 class TestHttp:

@@ -167,10 +167,10 @@ def test_memory_may_run_out_anywhere(place: str, tmp_path: Path, data: Path, mon
 
 
 def test_a_seed_of_minus_one_is_drawn(data: Path) -> None:
-    drawn = {run._with_seed(config(data, random_seed=-1)).random_seed for _ in range(3)}
+    drawn = {run.with_seed(config(data, random_seed=-1)).random_seed for _ in range(3)}
     assert len(drawn) == 3
     assert min(drawn) >= 0
-    assert run._with_seed(config(data, random_seed=7)).random_seed == 7
+    assert run.with_seed(config(data, random_seed=7)).random_seed == 7
 
 
 def test_the_engine_that_runs_is_the_one_the_run_knows(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,357 @@
+"""The forms in which data sets keep conversations and texts, and how an entry of each is read.
+
+Forms are told apart by the names of fields, entry by entry; capitals do not matter. What a form has no place for is
+named as not read.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from src.config.fields import Fields
+from src.config.recognition import QUESTION_ANSWER
+from src.data.inputs import MalformedEntry, kind_of, listed_names, shown, string_of
+from src.data.templates import Turn
+from src.data.tools import call_text, result_text, tools_text
+
+FORMS = (
+    '{"messages": […]}, {"conversations": […]}, {"prompt": …, "response": …}, {"instruction": …, "output": …}, '
+    '{"question": …, "answer": …} or {"text": …}; others are named with --sft_field'
+)
+TURN_FIELDS = ("messages", "conversations", "conversation")
+INPUTS = ("input", "context")
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+ANSWERING = "assistant"
+_ROLES = {
+    "system": "system", "developer": "system", "user": "user", "human": "user", "prompter": "user",
+    "assistant": ANSWERING, "gpt": ANSWERING, "chatgpt": ANSWERING, "model": ANSWERING, "bot": ANSWERING,
+    "tool": "tool", "function": "tool", "observation": "tool", "function_call": "call",
+}  # fmt: skip
+_NAMES = {
+    ("prompt", "response"): "prompt and response", ("prompt", "completion"): "prompt and completion",
+    ("instruction", "output"): "Alpaca", ("instruction", "response"): "Dolly",
+    ("question", "answer"): "question and answer", ("query", "response"): "query and response",
+    ("input", "output"): "input and output",
+}  # fmt: skip
+TEXT, MESSAGES, SHAREGPT, NAMED = "plain text", "messages", "ShareGPT", "the fields of --sft_field"
+
+
+class EmptyTurn(Exception):
+    """An entry in which a question or an answer is empty: there is nothing to learn from it."""
+
+
+@dataclass
+class Content:
+    """What an entry says.
+
+    Attributes:
+        form: the one it was recognised as.
+        turns: of a conversation; none of a text.
+        text: of an entry that is one.
+        unread: names of what was not read.
+    """
+
+    form: str
+    turns: list[Turn] = field(default_factory=list)
+    text: str = ""
+    unread: set[str] = field(default_factory=set)
+
+
+class Reading:
+    """An entry, its fields by name, and which of them were read.
+
+    Attributes:
+        entry: values by the names that stand there.
+        read: such names.
+    """
+
+    def __init__(self, entry: Mapping[str, Any]) -> None:
+        self.entry = dict(entry)
+        self._names: dict[str, str] = {}
+        for name in entry:
+            if name == name.strip().lower():
+                self._names[name] = name
+            else:
+                self._names.setdefault(name.strip().lower(), name)
+        self.read: set[str] = set()
+
+    def has(self, *names: str) -> bool:
+        """Whether there are all of these fields."""
+        return all(name in self._names for name in names)
+
+    def take(self, name: str) -> Any:
+        """The value of a field, None if it is not there."""
+        actual = self._names.get(name)
+        if actual is None:
+            return None
+        self.read.add(actual)
+        return self.entry[actual]
+
+    def text(self, name: str) -> str:
+        """The text of a field, "" where it is missing or null.
+
+        Raises:
+            MalformedEntry: it is no text.
+        """
+        value = self.take(name)
+        actual = self._names.get(name, name)
+        return "" if value is None else string_of({actual: value}, actual)
+
+    def needed_text(self, name: str, *, nul: bool = False) -> str:
+        """The text of a field that has to be there; `nul` says whether it may hold NUL characters.
+
+        Raises:
+            MalformedEntry: it is missing, or no text.
+        """
+        actual = self._names.get(name, name)
+        self.read.add(actual)
+        return string_of(self.entry, actual, nul=nul)
+
+    def filled(self, name: str, kind: str) -> str:
+        """The text of a question or an answer, which an empty one would end at once.
+
+        Raises:
+            MalformedEntry: it is missing or no text.
+            EmptyTurn: it is empty.
+        """
+        actual = self._names.get(name, name)
+        self.read.add(actual)
+        value = string_of(self.entry, actual)
+        if not value.strip():
+            raise EmptyTurn(kind)
+        return value
+
+    @property
+    def unread(self) -> set[str]:
+        """Fields that were not read."""
+        return self.entry.keys() - self.read
+
+    @property
+    def keys(self) -> str:
+        """The names of all fields, for messages."""
+        return listed_names(list(self.entry)) or "none"
+
+
+def content_of_entry(entry: Mapping[str, Any], fields: Fields | None = None) -> Content:
+    """What an entry says, read in the form that its fields have.
+
+    Args:
+        entry: values by name.
+        fields: names that stand for known ones; None: fields are looked for by their own.
+
+    Raises:
+        MalformedEntry: it is none of the known forms.
+        EmptyTurn: it holds nothing that could be learned.
+    """
+    reading = Reading(entry)
+    if fields is not None:
+        return _of_named(reading, fields)
+    for name in TURN_FIELDS:
+        if reading.has(name) and not (reading.has("chosen") and name != "messages"):
+            return _of_turns(reading, name)
+    for question, answer in QUESTION_ANSWER:
+        if reading.has(question, answer):
+            return _of_question(reading, question, answer)
+    if reading.has("text"):
+        return Content(TEXT, text=reading.needed_text("text"), unread=reading.unread)
+    if reading.has("chosen"):
+        raise MalformedEntry(
+            "it is a preference pair; make pairs with PrepareOrpoDataset.py --input_csv FILE and train with --orpo 1"
+        )
+    raise MalformedEntry(f"its keys are {reading.keys}, expected {FORMS}")
+
+
+def _of_named(reading: Reading, fields: Fields) -> Content:
+    """An entry whose fields the user has named."""
+    missing = [name for name in fields.needed if name not in reading.entry]
+    if missing:
+        raise MalformedEntry(f"its keys are {reading.keys}, and --sft_field names {shown(missing[0])}")
+    entry = {role: reading.entry[name] for role, name in fields.names.items() if name in reading.entry}
+    named = Reading(entry)
+    try:
+        if "body" in fields.names:
+            body = entry["body"]
+            if isinstance(body, str) and not _is_json_list(body):
+                content = Content(TEXT, text=string_of({"body": body}, "body"))
+            else:
+                content = _of_turns(named, "body")
+        else:
+            content = _of_question(named, "question", "answer")
+    except MalformedEntry as error:
+        text = str(error)
+        for role, name in fields.names.items():
+            text = text.replace(f'"{role}"', f'"{name}"')
+        raise MalformedEntry(text) from error
+    content.unread = reading.entry.keys() - set(fields.names.values()) | {
+        name for name in content.unread if ": " in name
+    }
+    content.form = NAMED
+    return content
+
+
+def _of_question(reading: Reading, question: str, answer: str) -> Content:
+    """A question, what it is about, and the answer; with what was said before."""
+    turns = []
+    system = reading.text("system")
+    if system:
+        turns.append(Turn("system", system))
+    turns += history_turns(listed_value(reading.take("history") or []))
+    ends = _dialogue(reading, question, answer)
+    if ends is None:
+        asked = reading.filled(question, "question")
+        about = [reading.text(name) for name in INPUTS if name != question and reading.has(name)]
+        reasoning = next((reading.text(name) for name in _REASONING if reading.has(name)), "")
+        ends = [
+            Turn("user", "\n".join([asked.strip(), *(text.strip() for text in about if text.strip())])),
+            Turn(ANSWERING, reading.filled(answer, "answer"), reasoning),
+        ]
+        if not any(text.strip() for text in about):
+            ends[0] = Turn("user", asked)
+    return Content(_NAMES.get((question, answer), NAMED), [*turns, *ends], unread=reading.unread)
+
+
+def _dialogue(reading: Reading, question: str, answer: str) -> list[Turn] | None:
+    """The turns of a prompt and an answer that are both lists of messages; None if they are texts."""
+    asked, answered = (reading.take(name) for name in (question, answer))
+    if not (isinstance(asked, list) and isinstance(answered, list)):
+        return None
+    unread: set[str] = set()
+    turns = turns_of([*asked, *answered], unread)
+    reading.entry |= dict.fromkeys(unread)
+    return turns
+
+
+def _of_turns(reading: Reading, name: str) -> Content:
+    """A list of messages, with tools and a system message beside it or in it."""
+    messages = listed_value(reading.take(name))
+    unread: set[str] = set()
+    turns = turns_of(messages, unread, name)
+    system = reading.text("system")
+    if system:
+        if turns and turns[0].role == "system":
+            raise MalformedEntry('there are a "system" and a system message; keep one')
+        turns.insert(0, Turn("system", system))
+    tools = reading.take("tools")
+    if tools not in (None, "", [], "[]"):
+        told = [turns.pop(0).content.strip()] if turns and turns[0].role == "system" else []
+        turns.insert(0, Turn("system", "\n".join([*filter(None, told), tools_text(listed_value(tools))])))
+    if all(turn.role != ANSWERING for turn in turns):
+        raise MalformedEntry(f'no message has the role "{ANSWERING}", so there is nothing to learn')
+    for turn in turns:
+        if turn.role != "system" and not turn.content.strip():
+            raise EmptyTurn("answer" if turn.role == ANSWERING else "question")
+    is_sharegpt = any(isinstance(message, dict) and "from" in message for message in messages)
+    return Content(SHAREGPT if is_sharegpt else MESSAGES, turns, unread=reading.unread | unread)
+
+
+def turns_of(messages: object, unread: set[str], name: str = "messages") -> list[Turn]:
+    """The turns of a list of messages: role and content, or from and value.
+
+    Args:
+        messages: the list.
+        unread: to which names of what is not read are added.
+        name: of the list.
+
+    Raises:
+        MalformedEntry: it is none; a role is unknown; a speaker follows themselves.
+    """
+    if not isinstance(messages, list):
+        raise MalformedEntry(f'"{name}" is {kind_of(messages)}, expected a list')
+    turns: list[Turn] = []
+    for position, message in enumerate(messages, start=1):
+        if not isinstance(message, dict):
+            raise MalformedEntry(f"message {position} is {kind_of(message)}, expected an object")
+        turn, read = _turn(message, position)
+        if turn.role == "system" and turns:
+            raise MalformedEntry(f"message {position} is a system message; it may only come first")
+        if turns and turn.role == turns[-1].role:
+            raise MalformedEntry(
+                f"message {position} is a second {turn.role} message in a row; join it to the one before"
+            )
+        turns.append(turn)
+        unread |= {f"messages: {key}" for key in message.keys() - read}
+    return turns
+
+
+def _turn(message: dict[str, Any], position: int) -> tuple[Turn, set[str]]:
+    """A message as a turn, and the names of what was read of it."""
+    said_by, said = ("from", "value") if "from" in message else ("role", "content")
+    if said_by not in message:
+        raise MalformedEntry(f'message {position} has no "role"')
+    named = string_of(message, said_by)
+    role = _ROLES.get(named.strip().lower())
+    if role is None:
+        known = (
+            "system, user, assistant, tool" if said_by == "role" else "system, human, gpt, function_call, observation"
+        )
+        raise MalformedEntry(f"message {position} has the role {shown(named)}; known are {known}")
+    calls = role == ANSWERING and message.get("tool_calls") is not None
+    if not calls and said not in message:
+        raise MalformedEntry(f'message {position} has no "{said}"')
+    read = {said_by, said}
+    if calls:
+        return Turn(role, call_text(message, position)), {*read, "tool_calls"}
+    if role == "call":
+        return Turn(ANSWERING, call_text({"tool_calls": _listed_calls(message[said], position)}, position)), read
+    if role == "tool":
+        return Turn("user", result_text({"content": message[said]}, position)), read
+    content = message[said]
+    text = _joined(content, position) if isinstance(content, list) else string_of(message, said)
+    apart = next((name for name in _REASONING if isinstance(message.get(name), str)), "")
+    if role == ANSWERING and apart:
+        return Turn(role, text, message[apart]), {*read, apart}
+    return Turn(role, text), read
+
+
+def _joined(parts: list[Any], position: int) -> str:
+    """The text of a content that is a list of parts."""
+    texts = []
+    for part in parts:
+        kind = part.get("type", "text") if isinstance(part, dict) else None
+        if not isinstance(part, dict) or kind != "text":
+            what = f"a part of the type {shown(str(kind))}" if kind else kind_of(part)
+            raise MalformedEntry(f"message {position} holds {what}; only text can be trained on")
+        texts.append(string_of(part, "text"))
+    return "".join(texts)
+
+
+def _listed_calls(value: object, position: int) -> list[Any]:
+    """The calls in the text of a turn that is one."""
+    try:
+        calls = json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        raise MalformedEntry(f"message {position} is a function call that is no JSON") from None
+    return calls if isinstance(calls, list) else [calls]
+
+
+def listed_value(value: Any) -> Any:
+    """A list that stands in a field as JSON text, as tables keep it; everything else as it is."""
+    if isinstance(value, str) and _is_json_list(value):
+        return json.loads(value)
+    return value
+
+
+def _is_json_list(text: str) -> bool:
+    if not text.lstrip().startswith("["):
+        return False
+    try:
+        return isinstance(json.loads(text), list)
+    except (ValueError, RecursionError):
+        return False
+
+
+def history_turns(history: object) -> list[Turn]:
+    """The turns of a list of [question, answer]."""
+    if not isinstance(history, list) or not all(isinstance(pair, list) and len(pair) == 2 for pair in history):
+        raise MalformedEntry('"history" is no list of [question, answer] pairs')
+    turns = []
+    for pair in history:
+        for role, kind, value in zip(("user", ANSWERING), ("question", "answer"), pair, strict=True):
+            text = string_of({"history": value}, "history")
+            if not text.strip():
+                raise EmptyTurn(kind)
+            turns.append(Turn(role, text))
+    return turns

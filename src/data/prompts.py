@@ -1,0 +1,111 @@
+"""Prompts of the user's own, which a run answers now and then: one a line, as text or as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from src.data.inputs import MalformedEntry, json_object, kind_of, numbered_lines, string_of, unix_lines
+from src.data.templates import WORLD_CHAT, Rendering, Turn
+from src.data.turns import is_formatted
+from src.errors import DataError
+
+PROMPT_FORMS = '{"prompt": …}, {"messages": [{"role": …, "content": …}, …]} or {"text": …}'
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt.
+
+    Attributes:
+        shown: as the user wrote it, of a conversation its last question.
+        text: as the model reads it.
+        is_turn: whether an answer follows, which a blank line ends.
+    """
+
+    shown: str
+    text: str
+    is_turn: bool
+
+
+def read_sample_prompts(path: str, *, chats: bool) -> list[Prompt]:
+    """Reads a file of prompts; blank lines are passed over.
+
+    A line that is a JSON object is a question ("prompt", with "system" if there is one), a conversation up to its last
+    question ("messages"; an answer at its end is left out), or a text to go on with ("text"). Any other line is a
+    question if the run trains on chats, and else a text to go on with.
+
+    Args:
+        path: the file.
+        chats: whether the run trains on chats.
+
+    Raises:
+        DataError: the file is missing, empty or not UTF-8, or a line is malformed.
+    """
+    prompts = []
+    for number, line in numbered_lines(path):
+        try:
+            if line.lstrip().startswith("{"):
+                prompts.append(_of_entry(json_object(line)))
+            else:
+                prompts.append(_question(line.strip()) if chats else _text(line.rstrip("\r\n")))
+        except MalformedEntry as error:
+            raise DataError(f"{path}, line {number}: {str(error).removesuffix('.')}.") from error
+    if not prompts:
+        raise DataError(f"{path} holds no prompt: write one a line.")
+    return prompts
+
+
+def _of_entry(entry: dict[str, Any]) -> Prompt:
+    if "messages" in entry:
+        turns = _turns(entry["messages"])
+    elif "prompt" in entry:
+        question = string_of(entry, "prompt")
+        if not question.strip():
+            raise MalformedEntry('"prompt" is empty')
+        if is_formatted(unix_lines(question)[0]):
+            return _question(question.strip())
+        turns = [("user", question)]
+    elif "text" in entry:
+        return _text(string_of(entry, "text"))
+    else:
+        raise MalformedEntry(f"its keys are {', '.join(entry) or 'none'}, expected {PROMPT_FORMS}")
+    if entry.get("system"):
+        turns.insert(0, ("system", string_of(entry, "system")))
+    return _asked(turns)
+
+
+def _turns(messages: object) -> list[tuple[str, str]]:
+    """(role, content) up to the last question."""
+    if not isinstance(messages, list):
+        raise MalformedEntry(f'"messages" is {kind_of(messages)}, expected a list')
+    turns = []
+    for position, message in enumerate(messages, start=1):
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise MalformedEntry(f'message {position} is no object with "role" and "content"')
+        role = string_of(message, "role")
+        if role not in WORLD_CHAT.speakers:
+            known = ", ".join(WORLD_CHAT.speakers)
+            raise MalformedEntry(f"message {position} has the role {role!r}; known are {known}")
+        turns.append((role, string_of(message, "content")))
+    while turns and turns[-1][0] == WORLD_CHAT.answering:
+        turns.pop()
+    if not turns or turns[-1][0] != "user":
+        raise MalformedEntry("no message is a question (role user) that could be answered")
+    return turns
+
+
+def _question(text: str) -> Prompt:
+    """A question, unless it stands in a template already."""
+    unix = unix_lines(text)[0]
+    return Prompt(text, unix, is_turn=True) if is_formatted(unix) else _asked([("user", text)])
+
+
+def _asked(turns: list[tuple[str, str]]) -> Prompt:
+    spoken = [Turn(role, content) for role, content in (*turns, (WORLD_CHAT.answering, ""))]
+    parts = WORLD_CHAT.render(spoken, Rendering())
+    return Prompt(turns[-1][1].strip(), "".join(part.text for part in parts[:-1]), is_turn=True)
+
+
+def _text(text: str) -> Prompt:
+    return Prompt(text, unix_lines(text)[0], is_turn=False)

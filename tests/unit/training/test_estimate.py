@@ -1,0 +1,155 @@
+"""What a run takes, by part: against measured runs, against models that are there, and what fits."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+from factories import ARCHITECTURES, tiny_parameters, tiny_shape
+
+from src.adapters.method import method_of
+from src.config import TrainConfig
+from src.loading import LoadOptions, build_model
+from src.model.rwkv6 import RWKV6Shape
+from src.training import estimate
+from src.training.estimate import MemoryEstimate, estimate_memory, largest_that_fit, positions_of
+
+GIB = 2**30
+SIZES = {"1.6b": (24, 2048), "3b": (32, 2560), "7b": (32, 4096), "14b": (61, 4096)}
+STAGE_1 = {"strategy": "deepspeed_stage_1"}
+LORA, BONE, BAT = ({"peft": name} for name in ("lora", "bone", "bat"))
+DENSE: dict[str, object] = {"quant": 0}
+PACKED: dict[str, object] = {"quant": 1}
+MEASURED: list[tuple[str, int, dict[str, object], float, float]] = [
+    ("1.6b", 1024, {**STAGE_1}, 1.28, 1.84),
+    ("3b", 1024, {**STAGE_1}, 2.22, 2.84),
+    ("7b", 1024, {**STAGE_1}, 5.00, 5.70),
+    ("7b", 1024, {**STAGE_1, "quant_head": 1}, 0, 5.20),
+    ("14b", 1024, {**STAGE_1}, 8.73, 9.56),
+    ("7b", 4096, {**STAGE_1}, 6.39, 7.15),
+    ("1.6b", 1536, {**STAGE_1}, 1.37, 1.96),
+    ("7b", 1536, {**STAGE_1}, 5.13, 5.82),
+    ("14b", 1536, {**STAGE_1}, 8.97, 9.79),
+    ("1.6b", 1024, {**LORA, **DENSE}, 0, 5.20),
+    ("7b", 1024, {**LORA, **DENSE}, 0, 20.30),
+    ("7b", 1024, {**LORA, **PACKED}, 0, 10.85),
+    ("7b", 1024, {**BONE, **DENSE}, 0, 18.63),
+    ("7b", 1024, {**BONE, **PACKED}, 0, 9.20),
+    ("7b", 1024, {**BAT, **PACKED}, 0, 9.24),
+]
+"""README's tables "Memory and time": size, positions, flags, GiB at the allocator's peak (where it is told) and used.
+
+The row with a packed head is older than the time mix's own dense matrices, which take 0.17 GiB.
+"""
+
+
+def config(**flags: object) -> TrainConfig:
+    given = {"load_model": "m.pth", "data_file": "data", **flags}
+    return TrainConfig.from_flags({name: str(value) for name, value in given.items()})
+
+
+def on_gpu(made: TrainConfig, shape: Any, positions: int, **more: Any) -> MemoryEstimate:
+    return estimate_memory(made, method_of(made), shape, on_gpu=True, itemsize=2, positions=positions, **more)
+
+
+@pytest.mark.parametrize(("size", "positions", "flags", "peak", "used"), MEASURED)
+def test_it_is_what_runs_on_gpus_took(
+    size: str, positions: int, flags: dict[str, object], peak: float, used: float
+) -> None:
+    layers, channels = SIZES[size]
+    shape = RWKV6Shape.from_sizes(n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096)
+    found = on_gpu(config(**flags), shape, positions)
+    assert found.total / GIB == pytest.approx(used, rel=0.1)
+    if peak:
+        assert found.allocated / GIB == pytest.approx(peak, rel=0.03)
+
+
+@pytest.mark.parametrize("flags", [{}, {"quant_head": 1}, {"quant": 0}, {"peft": "lora", "lora_r": 4, "quant": 1}])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_stands_is_counted_to_the_byte(flags: dict[str, object], architecture: str) -> None:
+    """Weights, head and values of a model on a CPU; packed scales come in whole blocks."""
+    shape = tiny_shape(n_layer=3, n_embd=256, head_size=64, architecture=architecture)
+    made = config(**flags)
+    method = method_of(made)
+    options = LoadOptions(
+        torch.device("cpu"),
+        torch.float32,
+        made.quant_type if made.quantised else None,
+        bool(made.quant_head),
+        trained=frozenset(method.trained_names(shape)),
+        adapters=method.adapters,
+    )
+    model = build_model(tiny_parameters(shape), shape, options)
+    table = model.emb.host_table
+    tensors = [*model.parameters(), *model.buffers(), *([] if table is None else [table])]
+    there = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    found = estimate_memory(made, method, shape, on_gpu=False, itemsize=4, positions=1)
+    counted = sum(found.parts.get(name, 0) for name in (estimate.WEIGHTS, estimate.HEAD, estimate.VALUES))
+    copies = sum(p.numel() * 4 for p in model.parameters() if p.requires_grad) if method.small else 0
+    assert counted - copies == pytest.approx(there, rel=0.01)
+
+
+METHODS: list[dict[str, object]] = [
+    {}, {"peft": "lora", "lora_r": 4}, {"peft": "lisa"}, {"train_type": "none"}, {"orpo": 1}, {"chunk_ctx": 64},
+    {"grad_cp": 0}, {"peft": "bone", "bone_r": 4, "quant": 1, "optim": "adamw8bit"},
+    {"train_type": "none", "weights": "bf16", "fused_update": 1},
+    {"chunk_ctx": 64, "chunk_keep": "host"}, {"micro_bsz": 3, "dataload": "pad"},
+    {"strategy": "deepspeed_stage_2_offload"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", METHODS)
+@pytest.mark.parametrize("gpu", [True, False])
+def test_every_method_has_parts_that_grow_with_the_rows(flags: dict[str, object], gpu: bool) -> None:
+    shape, made = tiny_shape(n_layer=4), config(**flags)
+    method = method_of(made)
+
+    def total(of: TrainConfig) -> float:
+        positions, memories = positions_of(of)
+        found = estimate_memory(
+            of, method, shape, on_gpu=gpu, itemsize=2, positions=positions, memories=memories, evaluates=True
+        )
+        assert all(part > 0 and math.isfinite(part) for part in found.parts.values())
+        return found.total
+
+    length = "rlhf_max_corpus_len" if made.preference else "ctx_len"
+    smaller, larger = (
+        total(dataclasses.replace(made, **{length: size}))
+        for size in (128, 4096)  # type: ignore[arg-type]
+    )
+    on_host = made.chunk_ctx and made.chunk_keep == "host"
+    assert smaller == larger if on_host and made.dataload != "pack" else smaller <= larger
+    limit = (smaller + larger) / 2 + 1
+    largest = largest_that_fit(made, total, limit)
+    if not on_host:
+        assert total(dataclasses.replace(made, **{length: largest.ctx_len})) <= limit  # type: ignore[arg-type]
+        assert total(dataclasses.replace(made, **{length: largest.ctx_len + largest.ctx_len // 100 + 2})) > limit  # type: ignore[arg-type]
+    assert largest_that_fit(made, total, 1.0) == estimate.Largest(0, 0)
+
+
+def test_positions_of_full_rows() -> None:
+    assert positions_of(config(ctx_len=100, micro_bsz=3)) == (300, 0)
+    assert positions_of(config(ctx_len=100, micro_bsz=3, dataload="pad")) == (300, 0)
+    assert positions_of(config(ctx_len=100, micro_bsz=3, chunk_ctx=64)) == (64, 4)
+    assert positions_of(config(ctx_len=100, micro_bsz=3, dataload="pad", chunk_ctx=64)) == (192, 3)
+    assert positions_of(config(orpo=1, rlhf_max_corpus_len=50, micro_bsz=2)) == (300, 0)
+    assert positions_of(config(orpo=1, orpo_type=1, rlhf_max_corpus_len=50, micro_bsz=2)) == (400, 0)
+
+
+def test_held_out_texts_count_where_rows_are_short() -> None:
+    shape = RWKV6Shape.from_sizes(n_layer=24, n_embd=2048, vocab_size=65536)
+    made = config()
+    without, beside = (on_gpu(made, shape, 64, evaluates=evaluates) for evaluates in (False, True))
+    assert beside.parts[estimate.EVALUATION] > 0
+    assert beside.total > without.total
+    assert estimate.EVALUATION not in on_gpu(made, shape, 16384, evaluates=True).parts
+
+
+def test_recordings_hold_gradients_of_their_own_where_several_add_up() -> None:
+    shape = tiny_shape()
+    assert estimate.RECORDINGS not in on_gpu(config(), shape, 64, records=True).parts
+    found = on_gpu(config(accumulate_grad_batches=2), shape, 64, records=True)
+    assert found.parts[estimate.RECORDINGS] == found.parts[estimate.GRADIENTS]

@@ -1,0 +1,82 @@
+"""Warnings while a run goes on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from src.training.health import LOOKED_AT, WINDOW, HealthWatch, LossTrend, outgrown
+
+
+def first_warning(losses: list[float]) -> tuple[int, str]:
+    trend = LossTrend()
+    said = ((step, trend.take(step, loss)) for step, loss in enumerate(losses, start=1))
+    return next(((step, text) for step, text in said if text), (0, ""))
+
+
+def test_a_loss_that_goes_up_is_said() -> None:
+    falling = [3 - step / 100 for step in range(100)]
+    step, text = first_warning(falling + [6.0] * 60)
+    assert 100 < step < 100 + WINDOW
+    assert text.startswith("the loss goes up: ")
+    assert text.endswith("2.1550 up to step 100")
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        [3 - step / 100 for step in range(200)],
+        [1.5 + (0.9 if step % 3 else -0.9) for step in range(400)],
+        [0.02] * 60 + [0.15] * 100,
+        [2.0] * 50 + [900.0] + [2.0] * 5,  # one bad step
+        [9.0] * (WINDOW - 1),
+    ],
+    ids=["falls", "differs by its data", "is small", "has a spike", "is short"],
+)
+def test_other_losses_are_not(losses: list[float]) -> None:
+    if 900.0 in losses:
+        assert first_warning(losses)[0] == 51  # which is no trend, but is worth a word
+    else:
+        assert first_warning(losses) == (0, "")
+
+
+def test_states_out_of_bounds() -> None:
+    def states(*sizes: float) -> list[tuple[str, torch.Tensor]]:
+        return [(f"blocks.{n}.att.time_state", torch.full((2, 4, 4), size)) for n, size in enumerate(sizes)]
+
+    assert outgrown([]) == ""
+    assert outgrown(states(0.0, 300.0)) == ""
+    assert outgrown(states(1.0, 2000.0)).startswith(
+        "the states grow out of bounds: blocks.1.att.time_state has an rms of 2,000"
+    )
+    (name, spiky) = states(0.0)[0]
+    spiky[0, 0, 0] = 4e4
+    assert "values up to 40,000" in outgrown([(name, spiky.repeat(1, 100, 1))])
+
+
+class FakeModule(SimpleNamespace):
+    """What the watch asks of a module."""
+
+
+def test_each_warning_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.training.health.TrainingModule", FakeModule)
+    name = "blocks.0.att.time_state"
+    module: Any = FakeModule(
+        model=SimpleNamespace(shape=SimpleNamespace(state_shapes=lambda: {name: (1, 2, 2)})),
+        trained=lambda: [(name, torch.full((1, 2, 2), 5000.0)), ("head.weight", torch.full((2, 2), 1e9))],
+    )
+    losses: list[float] = [1.0] * WINDOW
+    said: list[str] = []
+    watch = HealthWatch(SimpleNamespace(losses=losses), said.append, accumulate=2, way_out="stop")  # type: ignore[arg-type]
+    trainer: Any = SimpleNamespace(is_global_zero=True)
+    watch.on_train_start(trainer, module)
+    for step in range(3 * LOOKED_AT):
+        watch.on_train_batch_end(trainer, module, None, None, 0)  # closes no step
+        losses.append(9.0)
+        watch.on_train_batch_end(trainer, module, None, None, 1)
+        del step
+    assert [text.split(":")[0] for text in said] == ["the loss goes up", "the states grow out of bounds"]
+    assert all(text.endswith("; stop") for text in said)
