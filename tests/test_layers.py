@@ -47,6 +47,7 @@ ONE_DOOR = {
     "pyarrow": ("src.data.containers",),
     "pytorch_lightning": ("src.training",),
     "wandb": ("src.training",),
+    "matplotlib": ("src.training.plots",),
     "deepspeed": ("src.training",),
     "zstandard": ("src.compression",),
     "tqdm": ("src.loading", "src.training", "src.commands", *ENTRY_SCRIPTS),
