@@ -30,7 +30,7 @@ DEMO = ROOT / "src" / "demo"
 CTX_LEN = 512
 COMMON = {
     "load_model": DEMO / "base.pth", "data_file": DEMO / "sft.jsonl", "ctx_len": CTX_LEN, "micro_bsz": 2,
-    "epoch_count": 1, "epoch_save": 0, "quant": 0, "grad_cp": 0, "accelerator": "cpu", "save_minutes": 1000,
+    "epoch_count": 1, "epoch_save": 0, "plot": 0, "quant": 0, "grad_cp": 0, "accelerator": "cpu", "save_minutes": 1000,
 }  # fmt: skip
 WEIGHTS = {"lr_init": 5e-4, "lr_final": 5e-5}
 ROWS: dict[str, dict[str, object]] = {

@@ -35,7 +35,7 @@ R = "16"
 FLAGS = {
     "load_model": str(DEMO / "base.pth"), "data_file": str(DEMO / "sft.jsonl"),
     "val_file": str(DEMO / "sft-held-out.jsonl"), "ctx_len": "512", "micro_bsz": "2", "epoch_count": "1",
-    "epoch_save": "0", "grad_cp": "0", "quant": "0", "accelerator": "cpu",
+    "epoch_save": "0", "plot": "0", "grad_cp": "0", "quant": "0", "accelerator": "cpu",
 }  # fmt: skip
 ALONE = {"train_parts": "[]"}
 LORA = {"peft": "lora", "lora_r": R, "lora_alpha": R}
