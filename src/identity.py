@@ -12,6 +12,8 @@ from pathlib import Path
 from src.errors import CheckpointError
 
 _CHUNK_BYTES = 1 << 24
+_SHOWN_CHARACTERS = 60
+_SHARD_NAME = re.compile(r"[^/\\\0]{1,200}\.safetensors")
 _INDEX = ".safetensors.index.json"
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 
@@ -85,13 +87,16 @@ def index_of_shards(index: Path) -> dict[str, str]:
     if not isinstance(shards, dict) or not shards:
         raise CheckpointError(f"{index} is no index of shards: it has no weight_map; copy or download it again")
     for name in shards.values():
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is no file beside it; copy or download it again")
+        if not isinstance(name, str) or not _SHARD_NAME.fullmatch(name):
+            raise CheckpointError(
+                f"{index} names {str(name)[:_SHOWN_CHARACTERS]!r}, which is no file beside it; copy or download it "
+                "again"
+            )
     return shards
 
 
 def _all_there(files: list[Path]) -> list[Path]:
-    missing = [file for file in files if not file.is_file()]
+    missing = [file for file in files if not os.path.isfile(file)]
     if missing:
         raise CheckpointError(
             f"{missing[0]} is missing, one of the {len(files)} files that hold the model: copy or download it, too"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from src import safetensors
 from src.config.data import BY_DATA, LossMask
 from src.config.recognition import recognise
 from src.data.binidx import MAGIC
@@ -132,6 +133,16 @@ _INDEX, _TOKENS = _binidx(8, 2)
 _WIDE_INDEX, _WIDE_TOKENS = _binidx(4, 4)
 
 
+def _shard(name: str) -> bytes:
+    """A safetensors file of one tensor of four bytes."""
+    header = json.dumps({name: {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}).encode()
+    return len(header).to_bytes(8, "little") + header + bytes(4)
+
+
+_SHARDS = {f"m-0000{n}-of-00002.safetensors": _shard(f"t{n}") for n in (1, 2)}
+_SHARD_INDEX = json.dumps({"weight_map": {f"t{n}": name for n, name in enumerate(_SHARDS, start=1)}}).encode()
+
+
 def _with_packages(folder: Path) -> dict[str, Reader]:
     """Those whose packages are installed here; neither is needed otherwise."""
     made = {}
@@ -179,6 +190,7 @@ def readers(folder: Path) -> dict[str, Reader]:
         "binidx tokens": Reader(_documents("binidx"), (_TOKENS,), "data.bin", {"data.idx": _INDEX}),
         "run.json of rejects": Reader(_rejects, (half_progress,), "out.csv.run.json", {"out.csv": half_csv}),
         "CSV of rejects": Reader(_rejects, (half_csv,), "out.csv", {"out.csv.run.json": half_progress}),
+        "index of shards": Reader(safetensors.load_model, (_SHARD_INDEX,), "m.safetensors.index.json", _SHARDS),
         "kind of data": Reader(
             lambda path: recognise(str(path)),
             (*_JSONL, *_TABLES, *_TEXT, *_ARRAYS, *_SHEETS, gzip.compress(_JSONL[0], mtime=0)),

@@ -369,7 +369,7 @@ class TestShards:
             ("{", "is damaged, or no index of shards"),
             ("[]", "it has no weight_map"),
             ('{"weight_map": {"a": "../b"}}', "names '../b', which is no file beside it"),
-            ('{"weight_map": {"a": 3}}', "names 3, which is no file beside it"),
+            ('{"weight_map": {"a": 3}}', "names '3', which is no file beside it"),
         ],
     )
     def test_a_damaged_index_is_refused(self, folder: Path, index: str, message: str) -> None:
