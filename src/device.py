@@ -235,17 +235,6 @@ def memory_bytes(device: torch.device) -> int | None:
     return min(known)
 
 
-def process_bytes() -> tuple[int, int]:
-    """(memory that this process has now, the most it has had), of the host; (0, 0) where the system does not say."""
-    try:
-        import resource
-
-        now = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1]) * os.sysconf("SC_PAGE_SIZE")
-        return now, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    except (ImportError, OSError):
-        return 0, 0
-
-
 def require_memory(subject: str, way_out: str, needed_bytes: float, device: torch.device) -> None:
     """Refuses what could not fit into all the memory there is.
 

@@ -19,11 +19,12 @@ from src.adapters.method import Method, method_of
 from src.checkpoint import open_checkpoint
 from src.config import TrainConfig
 from src.config.chunks import AS_MANY_AS_FIT
-from src.device import memory_bytes, process_bytes, spare_threads, without_memory
+from src.device import memory_bytes, spare_threads, without_memory
 from src.errors import EXIT_CODE, TrainingError
 from src.identity import FileIdentity
 from src.loading import open_model
 from src.model.shape import ModelShape
+from src.system import process_bytes
 from src.training.engine import Hardware, apply_hardware, resolve_hardware
 from src.training.estimate import Largest, MemoryEstimate, estimate_memory, largest_that_fit, positions_of
 from src.training.memory import chunk_that_fits, require_memory_of_run

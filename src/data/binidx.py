@@ -29,6 +29,7 @@ from src.data.inputs import opened, read_whole
 from src.data.token_file import FileTokens
 from src.errors import DataError
 from src.storage import replacing
+from src.system import read_at
 
 MAGIC = b"MMIDIDX\x00\x00"
 OLDER_MAGIC = b"TNTIDX\x00\x00"
@@ -167,7 +168,7 @@ class BinidxWriter:
     def _copy(self, order: Positions, starts: Positions, sizes: Tokens) -> None:
         for document in order.tolist():
             wanted = int(sizes[document]) * _WRITTEN.itemsize
-            self._tokens.write(os.pread(self._spool.fileno(), wanted, int(starts[document]) * _WRITTEN.itemsize))
+            self._tokens.write(read_at(self._spool.fileno(), wanted, int(starts[document]) * _WRITTEN.itemsize))
 
     @contextlib.contextmanager
     def _refusing(self) -> Iterator[None]:

@@ -22,9 +22,9 @@ from src.config import TrainConfig
 from src.data.passes import PassDataset
 from src.data.preference_batches import PreferenceDataset
 from src.data.rounding import Rounding
-from src.device import process_bytes
 from src.model.language_model import LanguageModel
 from src.schedule import Schedule
+from src.system import process_bytes
 from src.training.engine import Hardware
 from src.training.module import TrainingModule, records_steps
 from src.training.results import Results

@@ -79,7 +79,7 @@ def examine_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[s
 
 def train_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[str, float]:
     """What a run takes, in this process."""
-    from src.device import process_bytes
+    from src.system import process_bytes
 
     figures = run_row(row, steps, strategy, extra)
     if not figures["used_gib"]:

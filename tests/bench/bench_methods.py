@@ -51,7 +51,7 @@ class Way:
 
 
 METHODS = {
-    "states": Way("states", {"train_type": "states"}, ("0.3", "1", "3", "10", "30")),
+    "states": Way("states", {"train_type": "states"}, ("0.3", "1", "3", "10", "30", "100")),
     "lora": Way("LoRA", {**LORA, **ALONE}, (*ADAPTER_RATES, "3e-2")),
     "pissa": Way("PiSSA", {"peft": "pissa", "pissa_r": R, **ALONE}),
     "bone": Way("Bone", {"peft": "bone", "bone_r": R, **ALONE}),

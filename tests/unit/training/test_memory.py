@@ -210,7 +210,7 @@ class TestTheChunkThatFits:
         )
         monkeypatch.setattr(TestTheChunkThatFits, "SHAPE", shape)
         enough, too_little = (
-            self.size(monkeypatch, share * used_gib / 0.95, grad_cp="0", **flags) for share in (1.06, 0.98)
+            self.size(monkeypatch, share * used_gib / 0.95, grad_cp="0", **flags) for share in (1.06, 0.96)
         )
         assert too_little < tokens == enough
 

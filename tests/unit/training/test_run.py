@@ -241,11 +241,11 @@ class TestThePlanOfChunks:
         self, flags: dict[str, object], recorded: bool, again: bool, data: Path
     ) -> None:
         chosen = config(data, chunk_ctx=128, **flags)
-        _, line = _in_chunks(chosen, method_of(chosen), self.GPU, SHAPE)
+        _, line = _in_chunks(chosen, method_of(chosen), self.GPU)
         assert ("chunks of one shape are recorded once and replayed" in line) == recorded
         assert ("chunks are not recorded" in line) != recorded
         assert ("--grad_cp 0 or 2 saves a forward pass" in line) == again
 
     def test_it_says_nothing_of_rows_that_are_computed_whole(self, data: Path) -> None:
         chosen = config(data)
-        assert _in_chunks(chosen, method_of(chosen), self.GPU, SHAPE) == []
+        assert _in_chunks(chosen, method_of(chosen), self.GPU) == []
