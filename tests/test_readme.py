@@ -146,9 +146,9 @@ SHORTER = {"65536": "512", "16384": "512", "2048": "128", "512": "64"}
 
 @pytest.mark.slow
 def test_its_commands_run(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One after the other, as far as they are a user's: each finds what those before it left."""
+    """One after the other, as far as they are a user's with one device: each finds what those before it left."""
     monkeypatch.chdir(workplace)
-    chosen = [command for command in commands() if BASES.search(command) and " -m " not in command]
+    chosen = [c for c in commands() if BASES.search(c) and " -m " not in c and "--devices 2" not in c]
     assert len(chosen) == len(set(chosen)) > 25
     copied = workplace / "held-out.save"
     for command in chosen:

@@ -6,6 +6,7 @@ import csv
 import itertools
 import json
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -285,6 +286,9 @@ class DigitTokenizer(Tokenizer):
 
     def encode(self, text: str) -> list[int]:
         return [int(token) if token.isdigit() else 10 for token in re.findall(r"\d|Assistant:", text)]
+
+    def pieces(self, ids: Iterable[int]) -> list[bytes]:
+        return [(*map(str, range(10)), "Assistant:", "")[token].encode() for token in ids]
 
 
 def copies(path: Path, count: int, seed: int) -> Path:

@@ -64,7 +64,7 @@ def test_every_kernel_compiles_by_nvcc(name: str, tmp_path: Path) -> None:
     source = tmp_path / "kernels.cu"
     pointers = "".join(f"  reinterpret_cast<const void*>(&{kernel.expression}),\n" for kernel in KERNELS[name])
     source.write_text(f'#include "{name}"\nextern const void* const kernels[] = {{\n{pointers}}};\n')
-    architectures = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in ARCHITECTURES]
+    architectures = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in (80, 120)]
     command = ["nvcc", "-std=c++17", "--threads=2", *architectures, f"-I{nvrtc.SOURCE_DIRECTORY}", "-c", str(source)]
     done = subprocess.run([*command, "-o", str(tmp_path / "kernels.o")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
