@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache
 
 import torch
@@ -71,8 +72,22 @@ def train_only(model: LanguageModel, wanted: Callable[[str], bool]) -> None:
         parameter.grad = None
 
 
+_draw = 0
+
+
+@contextmanager
+def another_draw(number: int) -> Iterator[None]:
+    """The cases' tokens are others."""
+    global _draw
+    before, _draw = _draw, number
+    try:
+        yield
+    finally:
+        _draw = before
+
+
 def tokens_of(length: int, rows: int = 2) -> Tensor:
-    return torch.randint(SHAPE.vocab_size, (rows, length), generator=torch.Generator().manual_seed(4))
+    return torch.randint(SHAPE.vocab_size, (rows, length), generator=torch.Generator().manual_seed(4 + _draw))
 
 
 def carried_state(model: LanguageModel, rows: int = 2) -> ModelState:

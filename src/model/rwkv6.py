@@ -216,15 +216,19 @@ class RWKV6Shape(ModelShape):
         """Bytes per token that one layer keeps between forward and backward, 16-bit activations.
 
         ALL: what enters the layer. INPUTS: besides, what enters the second mixer, r, k, v, w_raw and the operator's
-        checkpoints, y and gate, the feed-forward's hidden layer and its gate, the decay's hidden layer. NOTHING:
-        besides, the first norm's output and the hidden layer that makes the modulation of its five mixes. Where
-        element-wise operators are not `fused` they keep more: the gated value and its gate, and the modulation.
+        checkpoints (with its kernel also how a tile's tokens weigh), y and gate, the feed-forward's hidden layer and
+        its gate, the decay's hidden layer. NOTHING: besides, the first norm's output and the hidden layer that makes
+        the modulation of its five mixes. Where element-wise operators are not `fused` they keep more: the gated value
+        and its gate, and the modulation.
         """
         C, A, F = self.n_embd, self.dim_att, self.dim_ffn
         everything_again = 2 * C
         if recompute is Recompute.ALL:
             return everything_again
-        inputs_again = everything_again + 2 * ((2 if fused else 5) * C + 7 * A + F + self.decay_lora_width)
+        checkpoints = A + (self.n_head * wkv6_cuda.TILE_TOKENS if fused else 0)
+        inputs_again = everything_again + 2 * (
+            (2 if fused else 5) * C + 6 * A + F + self.decay_lora_width + checkpoints
+        )
         if recompute is Recompute.INPUTS:
             return inputs_again
         return inputs_again + 2 * ((1 if fused else 6) * C + 5 * self.mix_lora_width)

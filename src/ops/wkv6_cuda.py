@@ -12,7 +12,7 @@ from torch import Tensor
 from src.ops.kernels import Argument, Kernel, usable
 
 CUDA_HEAD_SIZE = 64
-_TILE_TOKENS = 16
+TILE_TOKENS = 16
 _CHUNK_TOKENS = 64
 _SHORTEST_SPAN = 2 * _CHUNK_TOKENS
 _THREADS = 128
@@ -172,10 +172,10 @@ class _Kept:
             chunks = tokens.sequences * _ceil_div(length, _CHUNK_TOKENS)
         else:
             chunks = length // _CHUNK_TOKENS + tokens.sequences
-        tiles = _CHUNK_TOKENS // _TILE_TOKENS
+        tiles = _CHUNK_TOKENS // TILE_TOKENS
         return cls(
             tokens.r.new_empty(chunks, heads, CUDA_HEAD_SIZE, CUDA_HEAD_SIZE),
-            tokens.r.new_empty(chunks, heads, tiles, _TILE_TOKENS, _TILE_TOKENS),
+            tokens.r.new_empty(chunks, heads, tiles, TILE_TOKENS, TILE_TOKENS),
         )
 
 

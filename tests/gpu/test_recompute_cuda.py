@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import pytest
 import torch
 from factories import ARCHITECTURES
 from kept_tensors import kept_and_estimated
-from recompute_cases import CASES, Gradients, model_of
+from recompute_cases import CASES, Gradients, another_draw, model_of
 
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
@@ -34,20 +35,27 @@ def test_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(
 ) -> None:
     """Against fp32 at most twice the error of plain torch operations in bf16, plus 2 % of the gradient's norm.
 
-    bf16 keeps 8 bits, so a gradient through three layers is off by some percent however it is computed, and two
-    ways of rounding differ by as much; the 2 % are for gradients that plain bf16 happens to hit.
+    bf16 keeps 8 bits, so a gradient through three layers is off by some percent however it is computed, and by how
+    many is chance, for some models and tokens from 5 to 35: compared are the means over several draws of tokens.
     """
-    exact = gradients(case, Recompute.NOTHING, quant_type, torch.float32, architecture)
-    with monkeypatch.context() as plain:
-        plain.setattr(elementwise, "fused_kernels", lambda: None)
-        plain.setattr(delta_rule_cuda, "can_take", lambda *_: False)
-        rounded = gradients(case, Recompute.NOTHING, quant_type, torch.bfloat16, architecture)
-    for mode in Recompute:
-        again = gradients(case, mode, quant_type, torch.bfloat16, architecture)
-        assert again.keys() == exact.keys()
-        for name, expected in exact.items():
-            allowed = 2 * (rounded[name] - expected).norm() + 0.02 * expected.norm()
-            assert (again[name] - expected).norm() <= allowed, (name, mode)
+    errors: dict[tuple[str, Recompute], float] = Counter()
+    allowed: dict[str, float] = Counter()
+    for draw in range(4):
+        with another_draw(draw):
+            exact = gradients(case, Recompute.NOTHING, quant_type, torch.float32, architecture)
+            with monkeypatch.context() as plain:
+                plain.setattr(elementwise, "fused_kernels", lambda: None)
+                plain.setattr(delta_rule_cuda, "can_take", lambda *_: False)
+                rounded = gradients(case, Recompute.NOTHING, quant_type, torch.bfloat16, architecture)
+            for name, expected in exact.items():
+                allowed[name] += float(2 * (rounded[name] - expected).norm() + 0.02 * expected.norm())
+            for mode in Recompute:
+                again = gradients(case, mode, quant_type, torch.bfloat16, architecture)
+                assert again.keys() == exact.keys()
+                for name, expected in exact.items():
+                    errors[name, mode] += float((again[name] - expected).norm())
+    over = {key: (error, allowed[key[0]]) for key, error in errors.items() if error > allowed[key[0]]}
+    assert not over
 
 
 @pytest.mark.parametrize("mode", list(Recompute))
@@ -69,4 +77,5 @@ def test_trained_time_and_norm_parameters_switch_no_kernel_off(
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kept_bytes_cover_what_kernels_keep(architecture: str, mode: Recompute, kind: str) -> None:
     kept, estimate = kept_and_estimated("cuda", torch.bfloat16, mode, kind, architecture)
-    assert 0.98 * estimate < kept <= 1.003 * estimate  # RWKV-6's leaves out the 16 bytes of its norms' statistics
+    # RWKV-6's estimate leaves out the 16 bytes of its norms' statistics.
+    assert 0.98 * estimate < kept <= 1.003 * estimate
