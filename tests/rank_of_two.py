@@ -27,8 +27,9 @@ from src.loading import build_model
 from src.training.engine import Hardware, deepspeed_config
 from src.training.folder import Places
 from src.training.module import TrainingModule
+from src.training.optimizers import GRADIENT_CLIP
 from src.training.resume import OptimizerMoments, RunWriter, SavedRun, TrainedTensors, saved_run
-from src.training.run import GRADIENT_CLIP, choose_recomputation, load_options
+from src.training.run import choose_recomputation, load_options
 from src.training.sharded import computable, gather_by_layer, is_sharded, readable
 from src.training.work import epochs_of, make_schedule, prepare_work
 

@@ -11,7 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ENTRY_SCRIPTS = ("train.py", "merge_state.py", "PrepareOrpoDataset.py", "rlhf_generate_reject.py")
 
 LEVELS = (
-    ("src.output", "src.system"),
+    ("src.output", "src.startup", "src.system"),
     ("src.errors",),
     ("src.archive", "src.compression"),
     (

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from src.adapters.method import Method
 from src.config import TrainConfig
@@ -11,16 +13,23 @@ from src.config.templates import TEMPLATE_NAMES
 from src.device import global_rank, memory_bytes
 from src.model.shape import ModelShape
 from src.schedule import Schedule
-from src.training.callbacks import TrainingMonitor
 from src.training.engine import Hardware
 from src.training.evaluation import HeldOut
 from src.training.work import Work, epochs_of
+
+if TYPE_CHECKING:
+    from src.training.callbacks import TrainingMonitor
 
 
 def say(text: str = "") -> None:
     """Prints on rank 0 only."""
     if global_rank() == 0:
         print(text, flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints to standard error, on every rank."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,11 @@ class RunResult:
     go_on: str = ""
     template: str | None = TEMPLATE_NAMES[0]
     merged_note: str = ""
+
+
+def beginning_of(config: TrainConfig) -> str:
+    """What a run begins with is called."""
+    return "loaded" if config.load_state or config.load_adapter else "untuned"
 
 
 def counted(parameters: int) -> str:

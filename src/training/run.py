@@ -7,13 +7,11 @@ import dataclasses
 import os
 import random
 import shutil
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
@@ -28,29 +26,19 @@ from src.config import TrainConfig, run_file
 from src.config.chunks import AS_MANY_AS_FIT
 from src.config.recognition import files_of
 from src.device import global_rank, spare_threads, without_memory
-from src.errors import CheckpointError, ConfigError, TrainingError
+from src.errors import CheckpointError, ConfigError
 from src.identity import FileIdentity
 from src.loading import LoadOptions, open_model
 from src.model.architectures import FRESH, named
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
-from src.schedule import Schedule
 from src.scratch import Scratch
-from src.training.callbacks import AtEnd, CheckpointSaver, NotFiniteError, StepControl, TrainingMonitor
-from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware, trainer_arguments
+from src.training import lightning
+from src.training.engine import Hardware, apply_hardware, resolve_hardware
 from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
-from src.training.exits import Stopper, unharmed_by_save_requests
-from src.training.folder import LOSS_PLOT, Places, clean, locked, new_run_id, refuse_results, spare_inputs
-from src.training.health import HealthWatch
-from src.training.logs import (
-    FileSink,
-    HttpSink,
-    ProgressSink,
-    Sink,
-    TensorBoardSink,
-    WandbSink,
-    require_tensorboard,
-)
+from src.training.exits import unharmed_by_save_requests
+from src.training.folder import Places, clean, locked, new_run_id, refuse_results, spare_inputs
+from src.training.logs import require_tensorboard
 from src.training.memory import (
     MemoryPlan,
     bytes_of_trained,
@@ -58,25 +46,17 @@ from src.training.memory import (
     plan_memory,
     require_memory_of_run,
 )
-from src.training.module import TrainingModule
 from src.training.objectives import PreferenceObjective
-from src.training.optimizers import GRADIENT_CLIP, can_be_resumed
-from src.training.plots import Course, PlotSink, can_draw
-from src.training.progress import BEGINNING, Start
+from src.training.optimizers import can_be_resumed
+from src.training.progress import Start
 from src.training.references import Reference
-from src.training.report import RunResult, memory_advice, plan_of, say, summary_of
+from src.training.report import RunResult, beginning_of, memory_advice, plan_of, say, summary_of, warn
 from src.training.results import Results
 from src.training.resume import (
     TRAINED,
-    AskedAnew,
-    OptimizerMoments,
-    Part,
-    RandomState,
-    RunSaver,
     RunWriter,
     SavedRun,
     Session,
-    TrainedTensors,
     check_flags,
     command_to_go_on,
     fingerprints,
@@ -84,12 +64,9 @@ from src.training.resume import (
     saved_run,
     values_of,
 )
-from src.training.samples import Sampler, SampleWatch, kept_answers, sampler_of
+from src.training.samples import Sampler, kept_answers, sampler_of
 from src.training.sharded import any_sharded, computable, readable
-from src.training.turns import Draws, TrainedInTurn
 from src.training.unpacked import measure_unpacked
-from src.training.updates import UpdateCount
-from src.training.watch import HeldOutWatch, log_held_out
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
 
 DATA_FLAGS = ("data_file", "val_file")
@@ -118,6 +95,7 @@ def train(config: TrainConfig) -> RunResult:
         # From here on the engine is the one that runs, not what was asked for: `auto` with several GPUs is DeepSpeed.
         config = dataclasses.replace(config, strategy=hardware.strategy)
         method = method_of(config)
+        lightning.begin()
         apply_hardware(hardware, config, small_messages=method.small)
         with without_memory(lambda: memory_advice(config, method, hardware)):
             return _train(config, method, hardware, saved, held)
@@ -186,6 +164,10 @@ def _train(
             f"--load_state {config.load_state} and --load_adapter {config.load_adapter} both hold states: leave the "
             "former out"
         )
+    lightning.ready()  # operators of bitsandbytes import what Lightning does, and two threads must not do that at once
+    from src.training.fitting import fit, trained_part
+    from src.training.module import TrainingModule
+
     base = base or fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
     model = open_model(base, options, state_file=state_file, start=origin, quiet=global_rank() != 0)
@@ -200,15 +182,15 @@ def _train(
     answers = _answered_before(sampler, model, saved)
     before: HeldOut | None
     if saved:
-        _trained(module).restore(saved.parts[TRAINED])
+        trained_part(module).restore(saved.parts[TRAINED])
         before = restored_held_out(saved.before)
     else:
-        before = _evaluate(_before_training(config), model, work)
+        before = _evaluate(beginning_of(config), model, work)
         if isinstance(work.objective, PreferenceObjective):
             say(_preference_share(model, work, work.objective))
     results = Results(method, config, identity)
     run = saved.run if saved else new_run_id()
-    places = Places(folder, run, _warn)
+    places = Places(folder, run, warn)
     session = Session(
         SavedRun(
             path=folder,
@@ -316,7 +298,7 @@ def _write_flags(config: TrainConfig, folder: Path) -> None:
         with storage.replacing(path) as file:
             file.write(run_file.as_toml(flags_of_run(config)).encode())
     except OSError as error:
-        _warn(f"{path} cannot be written ({error.strerror}); training goes on")
+        warn(f"{path} cannot be written ({error.strerror}); training goes on")
 
 
 def _check_room(folder: Path, needed_bytes: int) -> None:
@@ -415,7 +397,7 @@ def turns_of(
     """
     if not isinstance(method, Lisa):
         return None
-    return method.turns(model, base, config.quant_type if config.quantised else None, Scratch(folder, _warn))
+    return method.turns(model, base, config.quant_type if config.quantised else None, Scratch(folder, warn))
 
 
 def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, method: Method) -> None:
@@ -441,11 +423,6 @@ def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, 
     plan.apply(model)
     if config.grad_cp == 2:
         say(f"memory     {plan}")
-
-
-def _before_training(config: TrainConfig) -> str:
-    """What a run begins with is called."""
-    return "loaded" if config.load_state or config.load_adapter else "untuned"
 
 
 def _evaluate(label: str, model: LanguageModel, work: Work) -> HeldOut | None:
@@ -477,259 +454,3 @@ def _told_unpacked(measurement: HeldOut | str, config: TrainConfig, result: Path
         return None
     say(f"held out   unpacked: {measurement}")
     return measurement
-
-
-def fit(
-    module: TrainingModule,
-    work: Work,
-    schedule: Schedule,
-    hardware: Hardware,
-    config: TrainConfig,
-    folder: Path,
-    finish: Callable[[], HeldOut | None] = lambda: None,
-    results: Results | None = None,
-    session: Session | None = None,
-    start: Start = BEGINNING,
-    before: HeldOut | None = None,
-    sampling: tuple[Sampler | None, Sequence[str]] = (None, ()),
-    *,
-    quiet: bool = False,
-) -> tuple[list[Path], TrainingMonitor, Stopper]:
-    """Runs Lightning's loop; `finish` is called on rank 0 after the last step, before Lightning empties the GPU.
-
-    It returns what it measured on held-out data, if there are some.
-
-    Args:
-        session: the run that this is part of; without one nothing is kept to go on from.
-        start: where in the run this process begins.
-        before: what held-out data gave before the first step, if there are some.
-        quiet: whether no figures are shown or written.
-        sampling: prompts that are answered now and then, and what they were answered before the first step.
-
-    Raises:
-        TrainingError: when a loss or gradient is not finite; the last good state is saved.
-    """
-    results = results or Results(module.method, config)
-    epochs = epochs_of(config)
-    accumulate = config.accumulate_grad_batches
-    steps_per_epoch = work.batches_per_epoch // accumulate
-    trained_elements = sum(parameter.numel() for _, parameter in module.trained())
-    places = session.writer.places if session else Places(folder, new_run_id(), _warn)
-    control = StepControl(schedule, accumulate, work.describe, start)
-    monitor = TrainingMonitor(control, [], config.epoch_begin, start)
-    saver = CheckpointSaver(
-        lambda path: places.save(lambda place: results.save(module.model, place), path.name),
-        folder,
-        config.epoch_begin,
-        config.epoch_save,
-        start,
-    )
-    stopper = Stopper(schedule, accumulate, start)
-    draws = Draws(module, start) if module.turns else None
-    watch = None
-    if config.val_steps and work.measure is not None:
-        watch = HeldOutWatch(
-            work.measure,
-            lambda name: places.save(lambda place: results.save(module.model, place), name),
-            _warn,
-            every=config.val_steps,
-            patience=config.early_stop,
-            monitor=monitor,
-            accumulate=accumulate,
-            start=start,
-        )
-
-    samples = None
-    if sampling[0] is not None:
-        samples = SampleWatch(
-            *(sampling[0], sampling[1], _warn),
-            every=config.sample_steps,
-            monitor=monitor,
-            accumulate=accumulate,
-            start=start,
-        )
-
-    def parts(trainer: pl.Trainer) -> dict[str, Part]:
-        engine = hardware.strategy != "single"
-        gather = trainer.strategy.all_gather if trainer.world_size > 1 else None
-        return {
-            TRAINED: _trained(module),
-            "optimizer": AskedAnew(lambda: OptimizerMoments(module.trained(), trainer.optimizers[0], engine=engine)),
-            **({"parked": draws} if draws else {}),
-            **({"updates": UpdateCount(module.updates)} if module.updates else {}),
-            "random": RandomState(hardware.device, trainer.global_rank, gather),
-            "objective": work.objective,
-            "monitor": monitor,
-            **({"held_out": watch} if watch else {}),
-            **({"samples": samples} if samples else {}),
-        }
-
-    def is_complete(step: int) -> bool:
-        return step >= epochs * steps_per_epoch or schedule.exhausted(step) or bool(watch and watch.stopped)
-
-    def end(step: int) -> None:
-        measured = finish()
-        with readable(module):
-            if not (trainer.is_global_zero and is_complete(step)):
-                return
-            if samples:
-                samples.end(step, module.model)
-            if watch and measured is not None:
-                watch.end(step, measured)
-            elif measured is not None:
-                log_held_out(monitor, step, measured, "tuned")
-            if session:
-                session.writer.remove()
-
-    def sinks() -> list[Sink]:
-        return (
-            []
-            if quiet
-            else _sinks(
-                config, hardware, module, folder, steps_per_epoch * epochs, trained_elements, session, start, monitor
-            )
-        )
-
-    # The order matters: the run is saved after everything else has seen a step, and knows whether it is to stop.
-    callbacks: list[pl.Callback] = [*([draws] if draws else []), control, monitor]
-    way_out = f"Ctrl-C saves what there is; begin again with less than --lr_init {config.lr_init:g}"
-    health = None if quiet else HealthWatch(monitor, _warn, accumulate, way_out)
-    callbacks += [callback for callback in (health, watch, samples) if callback is not None]
-    callbacks += [saver, AtEnd(lambda: end(start.steps + trainer.global_step)), stopper]
-    if session and can_be_resumed(config, hardware.strategy):
-        random = bool(config.dropout or config.lora_dropout) and config.devices * config.num_nodes == 1
-        total_steps = epochs * steps_per_epoch
-        callbacks.append(
-            RunSaver(session, parts, stopper, start, steps_per_epoch, total_steps, remembers_random=random)
-        )
-        if start.steps and is_complete(start.steps):
-            monitor.restore(session.saved.parts["monitor"])
-            if watch and "held_out" in session.saved.parts:
-                watch.restore(session.saved.parts["held_out"])
-            monitor.sinks = sinks()
-            for sink in monitor.sinks:
-                sink.ended()
-            end(start.steps)
-            monitor.close()
-            return saver.files, monitor, stopper
-    trainer = pl.Trainer(
-        **trainer_arguments(hardware, config, trained_elements),
-        # A folder that is never made: Lightning takes up `hpc_ckpt_*.ckpt` that lie in its own.
-        default_root_dir=folder / "lightning",
-        max_epochs=epochs - start.epochs,
-        limit_train_batches=work.batches_per_epoch,
-        accumulate_grad_batches=accumulate,
-        gradient_clip_val=None if config.updates_by_tensor or module.clips else GRADIENT_CLIP,
-        callbacks=callbacks,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        use_distributed_sampler=False,
-        deterministic=hardware.device.type == "cpu",
-    )
-    monitor.sinks = sinks()
-    if before is not None and not start.steps:
-        log_held_out(monitor, 0, before, _before_training(config))
-    try:
-        trainer.fit(module)
-    except NotFiniteError as error:
-        saved = _save_last_good(module, control, error.step, places, results, session)
-        raise TrainingError(f"{error}; {saved}") from error
-    except SystemExit as end_of_process:  # how Lightning ends after the second Ctrl-C
-        raise KeyboardInterrupt from end_of_process
-    finally:
-        monitor.close()
-        if session:
-            session.writer.wait()
-            if sys.exc_info()[0] is not None and session.writer.folder:
-                say(f"go on      {command_to_go_on(session.writer.folder)}")
-    return saver.files, monitor, stopper
-
-
-def _trained(module: TrainingModule) -> Part:
-    return TrainedInTurn(module.turns) if module.turns else TrainedTensors(module.trained())
-
-
-def _save_last_good(
-    module: TrainingModule,
-    control: StepControl,
-    step: int,
-    places: Places,
-    results: Results,
-    session: Session | None,
-) -> str:
-    """Saves the newest weights from which a finite loss and gradient came; says what was saved, as half a sentence.
-
-    Args:
-        step: that was not taken: what the step before it made is what gave the bad number.
-    """
-    if step == 1:
-        return "it is the first, so that what was loaded gives it"
-    if any_sharded(module):
-        kept = session is not None and session.writer.folder is not None
-        return "a run with --resume 1 goes on from before it" if kept else "no weights from before it are at hand"
-    tensors: Mapping[str, Tensor] = control.good.tensors
-    good = step - 2
-    if session:
-        session.writer.wait()
-        if not tensors and session.writer.folder:
-            run = saved_run(session.writer.folder)
-            if run.steps < step - 1:
-                tensors, good = dict(run.parts[TRAINED]), run.steps
-    if not tensors:
-        return f"no weights from before step {step - 1}, whose result gave it, are at hand"
-    path = places.folder / "rwkv-last-good.pth"
-    if global_rank() == 0:
-        _trained(module).restore(tensors)
-        path = places.save(lambda place: results.save(module.model, place), path.name)
-    return f"the weights after step {good}, which gave a finite loss and gradient, are in {path}"
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
-
-
-def _title(config: TrainConfig) -> str:
-    """What stands above the picture of a run."""
-    what = {"states": "states", "full": "every weight", "parts": "parts of the weights"}.get(
-        config.method, config.method
-    )
-    data = config.rlhf_train_file if config.preference else config.data_file or "generated data"
-    loss = f" ({config.preference})" if config.preference else ""
-    return f"{what} of {Path(config.load_model).name or 'a fresh model'} on {Path(data).name}{loss}"
-
-
-def _sinks(
-    config: TrainConfig,
-    hardware: Hardware,
-    module: TrainingModule,
-    folder: Path,
-    steps: int,
-    trained_elements: int,
-    session: Session | None,
-    start: Start,
-    monitor: TrainingMonitor,
-) -> list[Sink]:
-    if global_rank() != 0:
-        return []
-    engine = None if hardware.strategy == "single" else deepspeed_config(hardware.strategy, config, trained_elements)
-    run = session.saved.run if session else ""
-    epoch = config.epoch_begin + start.epochs
-    sinks: list[Sink] = [FileSink(folder, config, engine, run, start.steps, epoch), ProgressSink(steps, start.steps)]
-    if config.wandb:
-        shape = module.model.shape
-        name = f"{shape.vocab_size} ctx{config.ctx_len} L{shape.n_layer} D{shape.n_embd}"
-        tokens = session.saved.parts["monitor"]["tokens"] if session and start.steps else 0
-        sinks.append(WandbSink(config, name, tokens))
-    if config.tensorboard:
-        sinks.append(TensorBoardSink(folder, run or "run", start.steps))
-    if config.plot and can_draw():
-        course = Course.of_run(folder / "metrics.jsonl", run) if start.steps else Course()
-        sinks.append(PlotSink(folder / LOSS_PLOT, _title(config), course, _warn, monitor.leave_out))
-    elif config.plot:
-        say(f"note: {folder / LOSS_PLOT} is drawn where matplotlib is installed: pip install matplotlib, or --plot 0")
-    if config.fapi_logging_callback:
-        sinks.append(HttpSink(config.fapi_logging_address))
-    return sinks

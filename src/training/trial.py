@@ -26,9 +26,9 @@ from src.model.language_model import LanguageModel
 from src.schedule import Schedule
 from src.system import process_bytes
 from src.training.engine import Hardware
+from src.training.fitting import fit
 from src.training.module import TrainingModule, records_steps
 from src.training.results import Results
-from src.training.run import fit
 from src.training.work import Work
 
 TRIED_BATCHES = 4

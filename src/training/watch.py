@@ -1,11 +1,14 @@
-"""Held-out data measured while a run goes on: the best result is kept, and a run that gets no better can end."""
+"""What is looked at while a run goes on.
+
+Held-out data are measured: the best result is kept, and a run that gets no better can end. And prompts are answered.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ from src.errors import CheckpointError
 from src.model.language_model import LanguageModel
 from src.training.callbacks import TrainingMonitor
 from src.training.evaluation import HeldOut
-from src.training.logs import HeldOutLog
+from src.training.logs import HeldOutLog, Sample, SamplesLog
 from src.training.module import TrainingModule
 from src.training.progress import BEGINNING, Start
+from src.training.samples import Sampler
 from src.training.sharded import any_sharded, computable, readable
 
 BEST = "rwkv-best.pth"
@@ -122,3 +126,72 @@ class HeldOutWatch(pl.Callback):
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `resume.Part`."""
         self._best, self._best_line, self._without = state["best"], state["best_line"], state["without"]
+
+
+class SampleWatch(pl.Callback):
+    """Answers the prompts every so many optimizer steps on rank 0, and changes no step by that.
+
+    Args:
+        sampler: has the prompts.
+        before: what was answered before training; of other ranks than 0 nothing.
+        warn: tells the user.
+        every: optimizer steps between two times; 0: after the last step only.
+        monitor: its sinks are told, and its clock does not count the time.
+        accumulate: micro-batches of an optimizer step.
+        start: where in the run this process begins.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        before: Sequence[str],
+        warn: Callable[[str], None],
+        *,
+        every: int,
+        monitor: TrainingMonitor,
+        accumulate: int,
+        start: Start = BEGINNING,
+    ) -> None:
+        self._sampler = sampler
+        self._before = list(before)
+        self._warn = warn
+        self._every = every
+        self._monitor = monitor
+        self._accumulate = accumulate
+        self._start = start
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Samples where a step closes whose number asks for it."""
+        assert isinstance(module, TrainingModule)
+        step = self._start.steps + trainer.global_step
+        if (batch_idx + 1) % self._accumulate or not self._every or step % self._every or not trainer.is_global_zero:
+            return
+        begin = time.perf_counter()
+        self.take(step, module.model)
+        self._monitor.leave_out(time.perf_counter() - begin)
+
+    def take(self, step: int, model: LanguageModel) -> None:
+        """Answers after so many steps, and hands on what came of it."""
+        try:
+            answers = self._sampler.answers(model)
+        except CheckpointError as problem:  # the next step says what is wrong
+            self._warn(f"no samples after step {step:,}: {problem}")
+            return
+        asked = zip(self._sampler.prompts, self._before, answers, strict=True)
+        log = SamplesLog(step, [Sample(prompt.shown, before, answer) for prompt, before, answer in asked])
+        for sink in self._monitor.sinks:
+            sink.samples(log)
+
+    def end(self, step: int, model: LanguageModel) -> None:
+        """Answers after the last step, unless that has been done."""
+        if not self._every or step % self._every:
+            self.take(step, model)
+
+    def state(self) -> dict[str, Any]:
+        """See `resume.Part`."""
+        return {"texts": [prompt.text for prompt in self._sampler.prompts], "before": self._before}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """See `resume.Part`; `kept_answers` has been asked before."""

@@ -145,9 +145,10 @@ def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: st
     from src.config import TrainConfig
     from src.loading import build_model
     from src.training.engine import apply_hardware, resolve_hardware
+    from src.training.fitting import fit
     from src.training.module import TrainingModule
     from src.training.references import Reference
-    from src.training.run import choose_recomputation, fit, load_options, turns_of
+    from src.training.run import choose_recomputation, load_options, turns_of
     from src.training.work import make_schedule, prepare_work
 
     shape = row.shape()

@@ -38,8 +38,9 @@ from src.config import TrainConfig
 from src.errors import TrainingError
 from src.loading import build_model
 from src.training.engine import apply_hardware, resolve_hardware
+from src.training.fitting import fit
 from src.training.module import TrainingModule
-from src.training.run import choose_recomputation, fit, load_options
+from src.training.run import choose_recomputation, load_options
 from src.training.work import Work, make_schedule, prepare_work
 
 pytest.importorskip("bitsandbytes")

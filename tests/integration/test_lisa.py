@@ -28,7 +28,7 @@ from torch import Tensor
 from src.adapters.lisa import Draw
 from src.data.pair_file import save_pairs
 from src.data.preferences import PreferencePair
-from src.training.resume import RunSaver
+from src.training.saver import RunSaver
 
 LENGTHS = [30, 12, 25, 18, 9, 33]
 LAYERS = 4

@@ -11,8 +11,8 @@ from factories import tiny_checkpoint, tiny_shape
 from running import after_step, assert_same_end, go_on, metrics, refusal, stopped, train, try_train, write_documents
 from torch import Tensor
 
-from src.training.exits import Stopper
-from src.training.resume import RunSaver
+from src.training.saver import RunSaver
+from src.training.stopper import Stopper
 
 LENGTHS = [30, 12, 25, 18, 9, 33]
 SHAPE = tiny_shape()

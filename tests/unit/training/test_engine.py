@@ -14,7 +14,8 @@ from src.adapters.method import method_of
 from src.config import TrainConfig
 from src.errors import ConfigError
 from src.training import engine
-from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware, trainer_arguments
+from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware
+from src.training.strategies import trainer_arguments
 
 
 def config(**flags: object) -> TrainConfig:

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from src.schedule import Schedule
-from src.training.exits import Stopper, unharmed_by_save_requests
+from src.training.exits import unharmed_by_save_requests
 from src.training.progress import Start
+from src.training.stopper import Stopper
 
 SCHEDULE = Schedule(lr_init=1.0, lr_final=0.1, warmup_steps=0, total_steps=10, weight_decay=0.5)
 TAKEN = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1]

@@ -12,14 +12,12 @@ from src import storage
 from src.config import TrainConfig
 from src.errors import CheckpointError, ConfigError
 from src.schedule import Schedule
-from src.training.exits import Stopper
 from src.training.folder import PREVIOUS, RESUME, Places
 from src.training.objectives import PreferenceObjective, SFTObjective
 from src.training.progress import Start
 from src.training.resume import (
     OptimizerMoments,
     RandomState,
-    RunSaver,
     RunWriter,
     SavedRun,
     Session,
@@ -30,6 +28,8 @@ from src.training.resume import (
     saved_run,
     values_of,
 )
+from src.training.saver import RunSaver
+from src.training.stopper import Stopper
 
 
 def named(seed: int) -> dict[str, nn.Parameter]:
