@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from factories import tiny_parameters, tiny_shape, tiny_states
+from factories import ARCHITECTURES, tiny_parameters, tiny_shape, tiny_states
 from torch import Tensor
 
 from src.adapters.plan import AdapterPlan
 from src.data.batches import Batch, packed_batch, padded_batch
 from src.data.preference_batches import PairForm, PreferenceDataset
 from src.data.preferences import PreferencePair
-from src.data.rounding import FEW_SHAPES
+from src.data.rounding import EXACT, FEW_SHAPES
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
@@ -29,22 +29,27 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU"),
 ]
 
-SHAPE = tiny_shape(n_layer=3, n_embd=256, head_size=64)
+SHAPES = {name: tiny_shape(n_layer=3, n_embd=256, head_size=64, architecture=name) for name in ARCHITECTURES}
 CHUNK = 64
 
 
 def model_of(
-    method: str, recompute: Recompute = Recompute.ALL, quant_type: str | None = "nf4", **options: Any
+    method: str,
+    recompute: Recompute = Recompute.ALL,
+    quant_type: str | None = "nf4",
+    architecture: str = "x060",
+    **options: Any,
 ) -> LanguageModel:
+    shape = SHAPES[architecture]
     plan = AdapterPlan(method, 32) if method in ("lora", "bone", "bat") else None
-    trained = [*SHAPE.state_shapes()] if method in ("states", "parts") else []
+    trained = [*shape.state_shapes()] if method in ("states", "parts") else []
     start: dict[str, Tensor] = {}
     if plan is not None:
         generator = torch.Generator().manual_seed(3)
-        sizes = plan.parameter_shapes(SHAPE)
+        sizes = plan.parameter_shapes(shape)
         start = {key: torch.randn(size, generator=generator) / 16 for key, size in sizes.items()}
     if method != "states":
-        trained += [name for name in SHAPE.parameter_shapes() if "time" in name or "ln" in name]
+        trained += [name for name in shape.parameter_shapes() if "time" in name or "ln" in name or ".att.x_" in name]
     if method == "parts":
         trained += ["emb.weight", "head.weight"]
     chosen = LoadOptions(
@@ -55,8 +60,8 @@ def model_of(
         adapters=plan,
         **options,
     )
-    made = build_model({**tiny_parameters(SHAPE), **tiny_states(SHAPE, seed=2), **start}, SHAPE, chosen)
-    made.set_recomputation([recompute] * SHAPE.n_layer, keep_dequantized=recompute is Recompute.ALL)
+    made = build_model({**tiny_parameters(shape), **tiny_states(shape, seed=2), **start}, shape, chosen)
+    made.set_recomputation([recompute] * shape.n_layer, keep_dequantized=recompute is Recompute.ALL)
     return made
 
 
@@ -80,15 +85,16 @@ def packs() -> list[Batch]:
 def after_prompts() -> list[Batch]:
     """The first chunks have no target."""
     tokens = documents(300, 290)
-    return [packed_batch([each], [np.arange(len(each) - 1) >= 200], [0]) for each in tokens]
+    return [packed_batch([each], [np.arange(len(each)) >= 200], [0]) for each in tokens]
 
 
-def pairs() -> list[Any]:
+def pairs(form: PairForm = PairForm.SHARED_PROMPT) -> list[Any]:
     rng = np.random.default_rng(1)
     made = [PreferencePair(*(rng.integers(1, 257, n).tolist() for n in (140 + i, 60, 61))) for i in range(6)]
-    data = PreferenceDataset(made, source="test", form=PairForm.SHARED_PROMPT, longest=160, micro_bsz=1, seed=1)
+    data = PreferenceDataset(made, source="test", form=form, longest=160, micro_bsz=1, seed=1)
     data.references = torch.tensor(rng.uniform(-350, -300, (len(made), 2)))
-    return [data.rounded(step, FEW_SHAPES) for step in range(6)]
+    # As released, the loss depends on what padding there is.
+    return [data.rounded(step, EXACT if form is PairForm.RELEASED else FEW_SHAPES) for step in range(6)]
 
 
 CASES: dict[str, tuple[Callable[[], Scored], Callable[[], list[Any]]]] = {
@@ -96,7 +102,7 @@ CASES: dict[str, tuple[Callable[[], Scored], Callable[[], list[Any]]]] = {
     "packs": (SFTObjective, packs),
     "after prompts": (SFTObjective, after_prompts),
     "orpo": (lambda: PreferenceObjective(0.3, 0), pairs),
-    "released": (lambda: PreferenceObjective(0.3, 1), pairs),
+    "released": (lambda: PreferenceObjective(0.3, 1), lambda: pairs(PairForm.RELEASED)),
     "dpo": (lambda: DPOObjective(0.1), pairs),
 }
 
@@ -130,17 +136,21 @@ def check(made: LanguageModel, case: str = "rows", **options: Any) -> ChunkRecor
     return recorder
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("recompute", list(Recompute))
 @pytest.mark.parametrize("case", CASES)
-def test_recorded_chunks_give_loss_and_gradients_of_issued_ones(case: str, recompute: Recompute) -> None:
-    check(model_of("states", recompute), case)
+def test_recorded_chunks_give_loss_and_gradients_of_issued_ones(
+    case: str, recompute: Recompute, architecture: str
+) -> None:
+    check(model_of("states", recompute, architecture=architecture), case)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("quant_type", [None, "nf4"])
 @pytest.mark.parametrize("recompute", list(Recompute))
 @pytest.mark.parametrize("method", ["lora", "bone", "bat", "parts"])
-def test_whatever_is_trained(method: str, recompute: Recompute, quant_type: str | None) -> None:
-    check(model_of(method, recompute, quant_type), "packs")
+def test_whatever_is_trained(method: str, recompute: Recompute, quant_type: str | None, architecture: str) -> None:
+    check(model_of(method, recompute, quant_type, architecture), "packs")
 
 
 @pytest.mark.parametrize("case", ["rows", "packs"])
