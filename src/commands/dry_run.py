@@ -27,6 +27,7 @@ from src.model.shape import ModelShape
 from src.system import process_bytes
 from src.training.engine import Hardware, apply_hardware, resolve_hardware
 from src.training.estimate import Largest, MemoryEstimate, estimate_memory, largest_that_fit, positions_of
+from src.training.graphs import may_record, may_record_chunks
 from src.training.memory import chunk_that_fits, require_memory_of_run
 from src.training.report import memory_advice, plan_of, say, several
 from src.training.run import choose_recomputation, fresh_base, load_options, model_shape, turns_of, with_seed
@@ -176,9 +177,8 @@ def _try(config: TrainConfig, method: Method, hardware: Hardware, shape: ModelSh
 
 def _may_record(config: TrainConfig, method: Method, hardware: Hardware) -> bool:
     """Whether steps will be recorded, as far as that can be said without the model."""
-    stays = config.cuda_graph and method.recordable and not (config.dropout or config.offload_activations)
     in_bf16 = hardware.on_gpu and hardware.compute_dtype is torch.bfloat16
-    return bool(stays and in_bf16 and not config.chunk_ctx)
+    return in_bf16 and (may_record_chunks if config.chunk_ctx else may_record)(config, method)
 
 
 def _limit_bytes(config: TrainConfig, hardware: Hardware) -> float:

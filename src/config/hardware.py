@@ -44,7 +44,7 @@ class HardwareFlags(Flags, group="hardware"):
         must=NOT_NEGATIVE, most=10**6, only_with=("grad_cp", 2),
     )  # fmt: skip
     cuda_graph: int = flag(
-        1, "1 records a step per shape and replays it, 2 chunks of rows as well, 0 issues every kernel", (0, 1, 2)
+        1, "1 records a step, or a chunk of rows, once per shape and replays it, 0 issues every kernel", (0, 1)
     )
     offload_activations: int = flag(
         0, "1 keeps what the backward needs in host memory; steps are then not recorded", (0, 1)

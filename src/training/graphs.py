@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
+from src.adapters.method import Method
+from src.config import TrainConfig
 from src.model.language_model import LanguageModel
 from src.training.objectives import Objective, Outcome, Staged, outcome_of
 from src.training.updates import UnitUpdates
@@ -36,6 +38,19 @@ Key = tuple[Any, ...]
 
 
 Recording = TypeVar("Recording")
+
+
+def may_record(config: TrainConfig, method: Method) -> bool:
+    """Whether steps may be recorded as CUDA graphs, as far as flags and method decide."""
+    wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
+    gathered_by_python = config.strategy.startswith("deepspeed_stage_3")
+    return bool(wanted) and not gathered_by_python
+
+
+def may_record_chunks(config: TrainConfig, method: Method) -> bool:
+    """The same for chunks, where rows have some: not layer by layer, nor where gradients are left in the parameters."""
+    by_layer = config.chunk_keep == "inputs"
+    return bool(config.chunk_ctx) and may_record(config, method) and not by_layer and not method.in_place
 
 
 class Recordings(Generic[Recording]):

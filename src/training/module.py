@@ -20,7 +20,7 @@ from src.ops import adam
 from src.training.chunk_graphs import ChunkRecorder
 from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.device_updates import DeviceUpdates
-from src.training.graphs import GraphedObjective
+from src.training.graphs import GraphedObjective, may_record, may_record_chunks
 from src.training.objectives import Objective, Outcome, Scored, Staged, outcome_of
 from src.training.offload import KeptOnHost
 from src.training.optimizers import GRADIENT_CLIP, make_optimizer
@@ -32,10 +32,8 @@ FP16_LOSS_SCALE = 4096.0
 
 
 def records_steps(config: TrainConfig, method: Method, model: LanguageModel) -> bool:
-    """Whether a run's steps, or their chunks, may be recorded as CUDA graphs."""
-    wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
-    gathered_by_python = config.strategy.startswith("deepspeed_stage_3")
-    return bool(wanted) and not gathered_by_python and model.can_be_recorded
+    """Whether a run's steps may be recorded as CUDA graphs."""
+    return may_record(config, method) and model.can_be_recorded
 
 
 class TrainingModule(pl.LightningModule):
@@ -77,8 +75,7 @@ class TrainingModule(pl.LightningModule):
         accumulated = config.accumulate_grad_batches
         self._alone = not config.uses_deepspeed and config.devices * config.num_nodes == 1
         recorder = None
-        records_chunks = config.cuda_graph == 2 and config.chunk_ctx and config.chunk_keep != "inputs"
-        if records and records_chunks and not method.in_place:
+        if records and may_record_chunks(config, method):
             recorder = ChunkRecorder(model, config.chunk_ctx, limit_gib, lends_gradients=accumulated == 1)
         self.objective: Objective = _in_chunks(objective, config, recorder)
         records = records and objective.recordable

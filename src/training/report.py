@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
 from src.adapters.method import Method
 from src.config import TrainConfig
 from src.config.templates import TEMPLATE_NAMES
@@ -15,6 +17,7 @@ from src.model.shape import ModelShape
 from src.schedule import Schedule
 from src.training.engine import Hardware
 from src.training.evaluation import HeldOut
+from src.training.graphs import may_record_chunks
 from src.training.work import Work, epochs_of
 
 if TYPE_CHECKING:
@@ -147,11 +150,7 @@ def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware) -> list[
     if hardware.on_gpu:
         ways = "--grad_cp 0 or 2 saves a forward pass if what the layers keep of a chunk fits"
         by_layer = config.chunk_keep == "inputs"
-        recorded = (
-            config.cuda_graph == 2
-            and method.recordable
-            and not (config.dropout or config.offload_activations or by_layer)
-        )
+        recorded = may_record_chunks(config, method) and hardware.compute_dtype is torch.bfloat16
         replayed = "of one shape are recorded once and replayed" if recorded else "are not recorded"
         lines.append(f"           chunks {replayed}{f'; {ways}' if config.grad_cp == 1 and not by_layer else ''}")
     return lines

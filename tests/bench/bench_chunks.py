@@ -107,7 +107,6 @@ def _config(folder: Path, row: Row, flags: list[str]) -> Any:
     given = [
         "--load_model", "random", "--proj_dir", str(folder), "--dataload", "pad", "--strategy", "auto",
         "--ctx_len", str(row.tokens), "--epoch_steps", "8", "--epoch_count", "1",
-        *([] if "--cuda_graph" in flags else ["--cuda_graph", "2"]),
         *_text_flags(data, row.tokens, 2), *row.flags.split(), *flags,
     ]  # fmt: skip
     return TrainConfig.from_flags(given_train_flags(given))

@@ -227,11 +227,11 @@ class TestChunks:
     @pytest.mark.parametrize(
         ("recordable", "flags", "chunks", "steps"),
         [
-            (True, {}, False, True),
-            (True, {"cuda_graph": 2}, True, True),
-            (True, {"cuda_graph": 2, "chunk_keep": "host"}, True, True),
-            (True, {"cuda_graph": 2, "chunk_keep": "inputs"}, False, True),
-            (False, {"cuda_graph": 2}, True, False),
+            (True, {}, True, True),
+            (True, {"chunk_keep": "host"}, True, True),
+            (True, {"chunk_keep": "inputs"}, False, True),
+            (True, {"peft": "lisa"}, False, True),
+            (False, {}, True, False),
             (True, {"cuda_graph": 0}, False, False),
         ],
     )
