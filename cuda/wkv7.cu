@@ -9,8 +9,8 @@
 //   dX = (T^T B) E^T + P^T dY           E' = (E + dX^T A + dY^T R) D
 // Both have one form, so one kernel is both (`scan_kernel`): what does not depend on the state is made ahead by
 // producer warps, a tile each, and handed over in slots of shared memory; four consumer warps walk over the tiles with
-// 16 value rows of the state each, which never mix. T comes from substitution: powers of Mab reach thousands in trained
-// models.
+// 16 value rows of the state each, which never mix. They may belong to two or four blocks, which then make all tiles
+// each. T comes from substitution: powers of Mab reach thousands in trained models.
 //
 // No decay is below exp(-exp(-1/2)) = 0.5452, so 1 / (q d) stays below 1.7e4.
 //
@@ -61,7 +61,7 @@ WKV7_DEVICE float log2_decay(float w_raw) {
 // product's column tile 2 j + i, and tokens 4 quad + 2 s + e its rows in step s.
 // ---------------------------------------------------------------------------------------------------------------------
 
-constexpr int kConsumers = 4;
+constexpr int kValueWarps = 4;  // consumers of all blocks of a head
 constexpr int kOperandBytes = kTile * kN * 4;
 constexpr int kSmallRow = 20;                       // floats, of a 16x16 matrix
 constexpr int kSmallBytes = kTile * kSmallRow * 4;  // M_ab, then T; M_qb, then P; M_ak
@@ -87,7 +87,7 @@ struct Slot {
 };
 
 // With 4 producers a block has the shared memory that sm_86, sm_89 and sm_120 allow it, and two of them share a
-// multiprocessor of Hopper or sm_100. With 8, a block that has one to itself makes tiles as fast.
+// multiprocessor of Hopper or sm_100. With more, a block that has one to itself makes tiles as fast.
 #if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
 constexpr int kProducersAtOnce = 8;
 #else
@@ -100,6 +100,7 @@ struct Ring {
 };
 static_assert(Ring<false, 4>::kSharedBytes == 90240 && Ring<true, 4>::kSharedBytes == 85888, "said in wkv7_cuda.py");
 static_assert(Ring<false, 8>::kSharedBytes == 180352 && Ring<true, 8>::kSharedBytes == 154496, "likewise");
+static_assert(Ring<false, 10>::kSharedBytes == 225408 && Ring<true, 10>::kSharedBytes == 188800, "likewise");
 
 // Shapes: B batch, T tokens, H heads, S sequences (B for a dense batch). States are [value, key].
 struct Scan {
@@ -113,17 +114,20 @@ struct Scan {
   int tokens, heads;  // tokens of one sequence; with borders: of all
   void* y;            // bf16 [B, T, H, 64]
   float* end;         // [S, H, 64, 64]: final states, or gradients of start states; may be null
-  void* checkpoints;  // bf16 [chunks, H, 64, 64]: states before chunks, or their gradients after; may be null
+  // bf16 [chunks, H, 64, 64]: states before chunks, or their gradients after; may be null. Values in eights, in these
+  // 16 keys after 16 keys, in these by value.
+  void* checkpoints;
   void* answers;      // bf16 [chunks, 2, H, 64 values, 16 tokens]: U, or dX; may be null
 };
 
-// Bytes from a by-key operand's start: four tokens from 4 piece on.
+// Bytes from a by-key operand's start: four tokens from 4 piece on. Keys that are 8 apart lie in different banks.
 WKV7_DEVICE uint32_t by_key(int key, int piece) {
-  return (key >> 1) * 128 + (((((key & 1) << 2) | piece) ^ ((key >> 1) & 7)) << 4);
+  return (key >> 1) * 128 + (((((key & 1) << 2) | piece) ^ (((key >> 3) & 3) << 1)) << 4);
 }
-// Likewise, of a by-token one: four keys from 16 j + 4 quad on.
+// Likewise, of a by-token one: four keys from 16 j + 4 quad on. Neighbouring tokens, tokens that are 2 apart with all j,
+// and all quads lie in different banks.
 WKV7_DEVICE uint32_t by_token(int token, int j, int quad) {
-  return token * (kN * 4) + (j >> 1) * 128 + ((((j & 1) ^ ((token ^ (token >> 1)) & 1)) << 2 | quad) << 4);
+  return token * (kN * 4) + (j >> 1) * 128 + ((((j ^ token ^ (token >> 1)) & 1) << 2 | (quad ^ j)) << 4);
 }
 // Of the bf16 tile: eight values from 8 piece on. Rows that one matrix load names differ in the bits 0, 2 and 3.
 WKV7_DEVICE uint32_t row_piece(int token, int piece) {
@@ -147,101 +151,121 @@ WKV7_DEVICE void prefetch_tile(const Scan& x, uint32_t token_row, int count) {
   bring(kBackward || second ? x.rows : x.k);
 }
 
-// One tile by one warp; `count` of its tokens exist.
-template <bool kBackward>
-WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int count) {
+// What a producer's thread reads of 32 keys: tokens 2 row + h, keys 8 quad + 0 to 7.
+struct Inputs {
+  uint4 w[2], b[2], k[2], r[2], a[2];
+};
+WKV7_DEVICE uint32_t word_of(const uint4& four, int index) {
+  return index == 0 ? four.x : index == 1 ? four.y : index == 2 ? four.z : four.w;
+}
+
+// One tile by one warp; `count` of its tokens exist. Of V or dY it brings the values of the block's kConsumers warps.
+// kAhead: there are registers for all inputs at once.
+template <bool kBackward, int kConsumers, bool kAhead>
+WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int count, int share) {
   using S = Slot<kBackward>;
   const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
-  const uint32_t words_per_token = x.heads * (kN / 2);
 
 #pragma unroll
-  for (int part = 0; part < 4; ++part) {
-    const int token = 4 * part + (lane >> 3), piece = lane & 7;
+  for (int part = 0; part < kConsumers; ++part) {
+    const int at = 32 * part + lane, token = at / (2 * kConsumers);
+    const int piece = 2 * kConsumers * share + at % (2 * kConsumers);
     const bool exists = token < count;
     const uint32_t from = (token_row + (exists ? token * x.heads : 0)) * 8 + piece;
     copy_async(slot + S::kRows + row_piece(token, piece), static_cast<const uint4*>(x.rows) + from, exists);
   }
 
-  uint32_t r[kTile], w[kTile], k[kTile], a[kTile], b[kTile];
-  auto load = [&](const void* tensor, uint32_t(&to)[kTile], uint32_t missing) {
-    const uint32_t* from = static_cast<const uint32_t*>(tensor) + token_row * (kN / 2) + lane;
-    if (count >= kTile) {
+  auto load = [&](Inputs& to, int half) {
 #pragma unroll
-      for (int t = 0; t < kTile; ++t) to[t] = from[t * words_per_token];
-    } else {
-#pragma unroll
-      for (int t = 0; t < kTile; ++t) to[t] = t < count ? from[t * words_per_token] : missing;
+    for (int h = 0; h < 2; ++h) {
+      const int token = 2 * row + h;
+      const uint32_t from = (token_row + token * x.heads) * 8 + 4 * half + quad;
+      const uint4 nothing = make_uint4(0, 0, 0, 0), kept = make_uint4(0xff80ff80u, 0xff80ff80u, 0xff80ff80u, 0xff80ff80u);
+      const bool exists = token < count;
+      to.w[h] = exists ? static_cast<const uint4*>(x.w_raw)[from] : kept;  // -inf: a decay of 1
+      to.b[h] = exists ? static_cast<const uint4*>(x.b)[from] : nothing;
+      if (!kBackward) to.k[h] = exists ? static_cast<const uint4*>(x.k)[from] : nothing;
+      to.r[h] = exists ? static_cast<const uint4*>(x.r)[from] : nothing;
+      to.a[h] = exists ? static_cast<const uint4*>(x.a)[from] : nothing;
     }
   };
-  load(x.w_raw, w, 0xff80ff80u);  // -inf twice: a decay of 1
-  load(x.b, b, 0u);
-  if (!kBackward) load(x.k, k, 0u);
-  load(x.r, r, 0u);
-  load(x.a, a, 0u);
-  float later[2] = {0.0f, 0.0f}, raised[2] = {tf32(1.0f), tf32(1.0f)};  // log2 of q, and 1 / q
-#pragma unroll
-  for (int piece = 3; piece >= 0; --piece) {
-    float of_a[2][4], of_r[2][4], of_b[2][4], of_k[2][4];
-#pragma unroll
-    for (int i = 3; i >= 0; --i) {
-      const int t = 4 * piece + i;
-#pragma unroll
-      for (int e = 0; e < 2; ++e) {
-        auto half = [&](uint32_t both) { return e ? high_half(both) : low_half(both); };
-        const float q = tf32(exp2_approximate(later[e]));
-        of_b[e][i] = half(b[t]) * q;
-        if (!kBackward) of_k[e][i] = half(k[t]) * q;
-        of_r[e][i] = half(r[t]) * raised[e];
-        later[e] += log2_decay(half(w[t]));
-        raised[e] = tf32(exp2_approximate(-later[e]));
-        of_a[e][i] = half(a[t]) * raised[e];
-      }
-    }
-#pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const uint32_t at = slot + by_key(2 * lane + e, piece);
-      store_shared(at + S::kA, of_a[e][0], of_a[e][1], of_a[e][2], of_a[e][3]);
-      store_shared(at + S::kR, of_r[e][0], of_r[e][1], of_r[e][2], of_r[e][3]);
-      store_shared(at + S::kB, of_b[e][0], of_b[e][1], of_b[e][2], of_b[e][3]);
-      if (!kBackward) store_shared(at + S::kK, of_k[e][0], of_k[e][1], of_k[e][2], of_k[e][3]);
-    }
-  }
-  store_shared(slot + S::kDecay + lane * 8, exp2_approximate(later[0]), exp2_approximate(later[1]));
-  __syncwarp();
 
-  // --- The four M. Of these, c[s][2 h + e] is row 2 row + h, column 4 quad + 2 e + s.
+  // --- The operands, and of these the four M: c[s][2 h + e] is row 2 row + h, column 4 quad + 2 e + s. A thread's own
+  // numbers are what its fragments consist of, its keys in the order 32 half + 8 quad + 2 pair + e.
   float mab[2][4] = {}, mqb[2][4] = {}, mak[2][4] = {}, mqk[2][4] = {};
-  float output[8][4];  // R, of tokens 2 row + h and the keys of a fragment
-  uint32_t own[2][2];       // where tokens 2 row and 2 row + 1 of keys 4 quad + 2 i + e are
+  float output[8][4];  // R, of tokens 2 row + h and keys 2 quad + e of column tile 4 half + pair
+  auto make = [&](const Inputs& from, int half) {
+    float decay[2][8], after[8];  // log2: of the thread's tokens; of all later rows' together
 #pragma unroll
-  for (int i = 0; i < 2; ++i)
+    for (int c = 0; c < 8; ++c) {
 #pragma unroll
-    for (int e = 0; e < 2; ++e) own[i][e] = slot + by_key(4 * quad + 2 * i + e, row >> 1) + (row & 1) * 8;
+      for (int h = 0; h < 2; ++h) {
+        const uint32_t both = word_of(from.w[h], c >> 1);
+        decay[h][c] = log2_decay(c & 1 ? high_half(both) : low_half(both));
+      }
+      const float own = decay[0][c] + decay[1][c];
+      float sum = own;
 #pragma unroll
-  for (int j = 0; j < 4; ++j)
+      for (int distance = 1; distance < 8; distance *= 2) {
+        const float next = shuffle_down(sum, 4 * distance);
+        if (row + distance < 8) sum += next;
+      }
+      after[c] = sum - own;
+    }
+    auto whole = [&](int c) { return exp2_approximate(after[c] + decay[1][c] + decay[0][c]); };
+    if (row == 0)
 #pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      float of_a[2][2], of_r[2][2], of_b[2][2], of_k[2][2];
+      for (int c = 0; c < 8; c += 4)
+        store_shared(slot + S::kDecay + (32 * half + 8 * quad + c) * 4, whole(c), whole(c + 1), whole(c + 2),
+                     whole(c + 3));
+#pragma unroll
+    for (int pair = 0; pair < 4; ++pair) {
+      float of_a[2][2], of_r[2][2], of_b[2][2], of_k[2][2];  // [h][e]
 #pragma unroll
       for (int e = 0; e < 2; ++e) {
-        const uint32_t at = own[i][e] + j * 1024;
-        load_shared(at + S::kA, of_a[e]);
-        load_shared(at + S::kR, of_r[e]);
-        load_shared(at + S::kB, of_b[e]);
-        if (!kBackward) load_shared(at + S::kK, of_k[e]);
+        const int c = 2 * pair + e;
+        float later = after[c], raised = tf32(exp2_approximate(-later));  // log2 of q, and 1 / q
+#pragma unroll
+        for (int h = 1; h >= 0; --h) {
+          auto half_of = [&](const uint4& four) {
+            const uint32_t both = word_of(four, pair);
+            return e ? high_half(both) : low_half(both);
+          };
+          const float q = tf32(exp2_approximate(later));
+          of_b[h][e] = half_of(from.b[h]) * q;
+          if (!kBackward) of_k[h][e] = half_of(from.k[h]) * q;
+          of_r[h][e] = half_of(from.r[h]) * raised;
+          later += decay[h][c];
+          raised = tf32(exp2_approximate(-later));
+          of_a[h][e] = half_of(from.a[h]) * raised;
+        }
+        const uint32_t at = slot + by_key(32 * half + 8 * quad + c, row >> 1) + (row & 1) * 8;
+        store_shared(at + S::kA, of_a[0][e], of_a[1][e]);
+        if (kBackward) store_shared(at + S::kR, of_r[0][e], of_r[1][e]);
+        store_shared(at + S::kB, of_b[0][e], of_b[1][e]);
+        if (!kBackward) store_shared(at + S::kK, of_k[0][e], of_k[1][e]);
       }
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
-        multiply_add(mab[s], of_a[0][0], of_a[0][1], of_a[1][0], of_a[1][1], of_b[0][s], of_b[1][s]);
-        multiply_add(mqb[s], of_r[0][0], of_r[0][1], of_r[1][0], of_r[1][1], of_b[0][s], of_b[1][s]);
+        multiply_add(mab[s], of_a[0][0], of_a[1][0], of_a[0][1], of_a[1][1], of_b[s][0], of_b[s][1]);
+        multiply_add(mqb[s], of_r[0][0], of_r[1][0], of_r[0][1], of_r[1][1], of_b[s][0], of_b[s][1]);
         if (!kBackward) {
-          multiply_add(mak[s], of_a[0][0], of_a[0][1], of_a[1][0], of_a[1][1], of_k[0][s], of_k[1][s]);
-          multiply_add(mqk[s], of_r[0][0], of_r[0][1], of_r[1][0], of_r[1][1], of_k[0][s], of_k[1][s]);
+          multiply_add(mak[s], of_a[0][0], of_a[1][0], of_a[0][1], of_a[1][1], of_k[s][0], of_k[s][1]);
+          multiply_add(mqk[s], of_r[0][0], of_r[1][0], of_r[0][1], of_r[1][1], of_k[s][0], of_k[s][1]);
         }
       }
 #pragma unroll
-      for (int e = 0; e < 2; ++e) output[2 * j + i][e] = of_r[e][0], output[2 * j + i][2 + e] = of_r[e][1];
+      for (int h = 0; h < 2; ++h)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) output[4 * half + pair][2 * h + e] = of_r[h][e];
     }
+  };
+  Inputs low, high;
+  load(low, 0);
+  if (kAhead) load(high, 1);
+  make(low, 0);
+  if (!kAhead) load(high, 1);
+  make(high, 1);
 #pragma unroll
   for (int s = 0; s < 2; ++s)
 #pragma unroll
@@ -331,38 +355,35 @@ WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int c
   }
   float reading[8][4] = {};
 #pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t column = slot + (kBackward ? S::kB : S::kA) + by_key(4 * (row >> 1) + 2 * i + (row & 1), quad);
+  for (int tile = 0; tile < 8; ++tile) {
+    const int key = 32 * (tile >> 2) + 8 * (row >> 1) + 2 * (tile & 3) + (row & 1);
+    float m[4];
+    load_shared(slot + (kBackward ? S::kB : S::kA) + by_key(key, quad), m);
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      float m[4];
-      load_shared(column + j * 1024, m);
-#pragma unroll
-      for (int step = 0; step < 4; step += 2) {
-        multiply_add(reading[2 * j + i], solve[0][step], solve[1][step], solve[0][step + 1], solve[1][step + 1],
+    for (int step = 0; step < 4; step += 2) {
+      multiply_add(reading[tile], solve[0][step], solve[1][step], solve[0][step + 1], solve[1][step + 1], m[step],
+                   m[step + 1]);
+      if (!kBackward)
+        multiply_add(output[tile], project[0][step], project[1][step], project[0][step + 1], project[1][step + 1],
                      m[step], m[step + 1]);
-        if (!kBackward)
-          multiply_add(output[2 * j + i], project[0][step], project[1][step], project[0][step + 1],
-                       project[1][step + 1], m[step], m[step + 1]);
-      }
     }
   }
   __syncwarp();  // all of A, R (or B), P and M_ak has been read
 #pragma unroll
-  for (int j = 0; j < 4; ++j) {
+  for (int four = 0; four < 4; ++four) {
+    // Keys 32 (four / 2) + 8 quad + 4 (four % 2) + 0 to 3.
+    const int j = 2 * (four >> 1) + (quad >> 1), piece = 2 * (quad & 1) + (four & 1);
     float decay[4] = {1.0f, 1.0f, 1.0f, 1.0f};
-    if (!kBackward) load_shared(slot + S::kDecay + (16 * j + 4 * quad) * 4, decay);
+    if (!kBackward) load_shared(slot + S::kDecay + (16 * j + 4 * piece) * 4, decay);
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const uint32_t at = slot + by_token(2 * row + h, j, quad);
-      const float(&low)[4] = reading[2 * j], (&high)[4] = reading[2 * j + 1];
-      store_rounded(at + S::kReading, low[2 * h] * decay[0], low[2 * h + 1] * decay[1], high[2 * h] * decay[2],
-                    high[2 * h + 1] * decay[3]);
-      if (!kBackward) {
-        const float(&low_r)[4] = output[2 * j], (&high_r)[4] = output[2 * j + 1];
-        store_rounded(at + S::kR, low_r[2 * h] * decay[0], low_r[2 * h + 1] * decay[1], high_r[2 * h] * decay[2],
-                      high_r[2 * h + 1] * decay[3]);
-      }
+      const uint32_t at = slot + by_token(2 * row + h, j, piece);
+      auto store = [&](uint32_t to, const float(&first)[4], const float(&second)[4]) {
+        store_rounded(to, first[2 * h] * decay[0], first[2 * h + 1] * decay[1], second[2 * h] * decay[2],
+                      second[2 * h + 1] * decay[3]);
+      };
+      store(at + S::kReading, reading[2 * four], reading[2 * four + 1]);
+      if (!kBackward) store(at + S::kR, output[2 * four], output[2 * four + 1]);
     }
   }
   if (!kBackward) {
@@ -378,6 +399,14 @@ WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int c
   __syncwarp();
 }
 
+// Eight neighbouring words of a row from the four threads of a quad, of which each has word `quad` of both halves.
+WKV7_DEVICE void store_words(uint32_t* row, uint32_t low, uint32_t high, bool exists) {
+  const int quad = threadIdx.x & 3;
+  const bool odd = quad & 1;
+  const uint32_t other = shuffle_xor(odd ? low : high, 1);
+  if (exists) *reinterpret_cast<uint2*>(row + quad + (odd ? 3 : 0)) = odd ? make_uint2(other, high) : make_uint2(low, other);
+}
+
 // A thread's parts of a state, four keys of one value each: column tiles 2 j and 2 j + 1, half h of the values, and where
 // that is from the thread's first one.
 template <class Action>
@@ -388,12 +417,13 @@ WKV7_DEVICE void for_each_piece(Action action) {
     for (int h = 0; h < 2; ++h) action(j, h, 16 * j + 8 * h * kN);
 }
 
-template <bool kBackward, int kProducers>
+template <bool kBackward, int kProducers, int kConsumers>
 __global__ void __launch_bounds__(32 * (kConsumers + kProducers), kProducers == 4 ? kProducersAtOnce / 4 : 1)
     scan_kernel(const Scan x) {
   using S = Slot<kBackward>;
-  constexpr int kSlots = Ring<kBackward, kProducers>::kSlots;
-  const int heads = x.heads, index = blockIdx.x / heads, head = blockIdx.x % heads;
+  constexpr int kSlots = Ring<kBackward, kProducers>::kSlots, kShares = kValueWarps / kConsumers;
+  const int share = blockIdx.x % kShares, item = blockIdx.x / kShares;
+  const int heads = x.heads, index = item / heads, head = item % heads;
   const Sequence sequence = sequence_at(index, x.borders, x.tokens);
   const int tiles = (sequence.length + kTile - 1) / kTile;
   const uint32_t full = shared_base(), empty = full + 8 * kSlots, first_slot = full + kBarrierBytes;
@@ -412,7 +442,8 @@ __global__ void __launch_bounds__(32 * (kConsumers + kProducers), kProducers == 
       const int tile = tile_of(step), next = tile_of(step + kProducers);
       if (step + kProducers < tiles) prefetch_tile<kBackward>(x, row_of(next), sequence.length - next * kTile);
       if (use > 0) wait_for_phase(empty + 8 * slot, (use - 1) & 1);
-      produce<kBackward>(x, first_slot + slot * S::kBytes, row_of(tile), sequence.length - tile * kTile);
+      produce<kBackward, kConsumers, (kProducers > 4)>(x, first_slot + slot * S::kBytes, row_of(tile),
+                                                       sequence.length - tile * kTile, share);
       if (lane == 0) arrive(full + 8 * slot);
       slot += kProducers;
       if (slot >= kSlots) slot -= kSlots, ++use;
@@ -420,9 +451,10 @@ __global__ void __launch_bounds__(32 * (kConsumers + kProducers), kProducers == 
     return;
   }
 
-  // state[2 j + i][2 h + e]: value 16 warp + row + 8 h, key 16 j + 4 quad + 2 i + e.
+  // state[2 j + i][2 h + e]: value 16 part + row + 8 h, key 16 j + 4 quad + 2 i + e.
+  const int part = kConsumers * share + warp;
   float state[8][4] = {};
-  const size_t within = static_cast<size_t>(head) * kStateValues + (16 * warp + row) * kN + 4 * quad;
+  const size_t within = static_cast<size_t>(head) * kStateValues + (16 * part + row) * kN + 4 * quad;
   auto add_state = [&](const float* states, int64_t of) {
     const float* from = states + of * heads * kStateValues + within;
     for_each_piece([&](int j, int h, int offset) {
@@ -439,7 +471,7 @@ __global__ void __launch_bounds__(32 * (kConsumers + kProducers), kProducers == 
   // Matrices (token pairs s, values): (0, low) (0, high) (1, low) (1, high).
   const int of_matrix = lane & 7;
   const uint32_t rows = S::kRows + row_piece(4 * (of_matrix >> 1) + 2 * (lane >> 4) + (of_matrix & 1),
-                                             2 * warp + ((lane >> 3) & 1));
+                                             2 * part + ((lane >> 3) & 1));
 
   int slot_index = 0, use = 0;
   for (int step = 0; step < tiles; ++step) {
@@ -451,11 +483,11 @@ __global__ void __launch_bounds__(32 * (kConsumers + kProducers), kProducers == 
 #pragma unroll
       for (int c = 0; c < 4; ++c) rounded[n][c] = tf32(state[n][c]);
     if (x.checkpoints != nullptr && (kBackward ? (tile & 1) != 0 || step == 0 : (tile & 1) == 0)) {
-      const size_t chunk = static_cast<size_t>(sequence.first_chunk + (tile >> 1)) * heads;
-      uint2* to = static_cast<uint2*>(x.checkpoints) + (chunk * kStateValues + within) / 4;
-      for_each_piece([&](int j, int h, int offset) {
-        to[offset / 4] = make_uint2(pack_bf16(state[2 * j][2 * h], state[2 * j][2 * h + 1]),
-                                    pack_bf16(state[2 * j + 1][2 * h], state[2 * j + 1][2 * h + 1]));
+      const size_t chunk = static_cast<size_t>(sequence.first_chunk + (tile >> 1)) * heads + head;
+      uint2* to = static_cast<uint2*>(x.checkpoints) + chunk * (kStateValues / 4) + 256 * part + lane;
+      for_each_piece([&](int j, int h, int) {
+        to[32 * (4 * h + j)] = make_uint2(pack_bf16(state[2 * j][2 * h], state[2 * j][2 * h + 1]),
+                                          pack_bf16(state[2 * j + 1][2 * h], state[2 * j + 1][2 * h + 1]));
       });
     }
 
@@ -570,19 +602,19 @@ __global__ void __launch_bounds__(32 * (kConsumers + kProducers), kProducers == 
       // y^T: values x tokens; its fragments turned are what memory wants.
       const int first = tile * kTile + row;
       uint32_t* to = static_cast<uint32_t*>(x.y) +
-                     (static_cast<uint32_t>(sequence.begin + first) * heads + head) * (kN / 2) + 8 * warp + quad;
+                     (static_cast<uint32_t>(sequence.begin + first) * heads + head) * (kN / 2) + 8 * part;
 #pragma unroll
       for (int s = 0; s < 2; ++s) {
         const uint32_t low = transpose(pack_bf16(y[s][0] + y[2 + s][0], y[s][1] + y[2 + s][1]));
         const uint32_t high = transpose(pack_bf16(y[s][2] + y[2 + s][2], y[s][3] + y[2 + s][3]));
         const uint32_t at = s * 8 * heads * (kN / 2);
-        if (first + 8 * s < sequence.length) to[at] = low, to[at + 4] = high;
+        store_words(to + at, low, high, first + 8 * s < sequence.length);
       }
     }
     if (x.answers != nullptr) {
       // By value, a tile's tokens side by side.
       const size_t at = static_cast<size_t>(2 * sequence.first_chunk + tile) * heads + head;
-      uint2* to = static_cast<uint2*>(x.answers) + (at * kN + 16 * warp + row) * (kTile / 4) + quad;
+      uint2* to = static_cast<uint2*>(x.answers) + (at * kN + 16 * part + row) * (kTile / 4) + quad;
 #pragma unroll
       for (int h = 0; h < 2; ++h)
         to[8 * h * (kTile / 4)] = make_uint2(pack_bf16(answer[0][2 * h], answer[0][2 * h + 1]),
@@ -719,8 +751,10 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
     const size_t state_at = (static_cast<size_t>(chunk) * heads + head) * (kStateValues / 8);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const int at = thread + i * kGradientThreads;
-      const uint32_t place = wide(at >> 3, at & 7);
+      // As `checkpoints` lie; eight threads in a row take every other value, whose places are in different banks.
+      const int of = thread + i * kGradientThreads;
+      const int value = ((of >> 1) & 3) * 2 + ((of >> 3) & 1), at = (of & ~15) + 2 * value + (of & 1);
+      const uint32_t place = wide(8 * (of >> 6) + value, 2 * ((of >> 4) & 3) + (of & 1));
       copy_async(state_before(0) + place, static_cast<const uint4*>(x.states) + state_at + at, true);
       copy_async(gradient_after(1) + place, static_cast<const uint4*>(x.gradients) + state_at + at, true);
     }
@@ -882,10 +916,12 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
   __syncthreads();
 
   const int first_token = tile * kTile + row;  // and + 8
-  const uint32_t first_word = (static_cast<uint32_t>(begin + first_token) * heads + head) * (kN / 2) + 8 * part + quad;
+  const uint32_t first_word = (static_cast<uint32_t>(begin + first_token) * heads + head) * (kN / 2) + 8 * part;
   const uint32_t words[2] = {first_word, first_word + 8 * heads * (kN / 2)};
-  auto store = [&](void* tensor, int h, int n, float low, float high) {
-    if (first_token + 8 * h < count) static_cast<uint32_t*>(tensor)[words[h] + 4 * n] = pack_bf16(low, high);
+  auto store = [&](void* tensor, const uint32_t(&packed)[2][2]) {
+#pragma unroll
+    for (int h = 0; h < 2; ++h)
+      store_words(static_cast<uint32_t*>(tensor) + words[h], packed[0][h], packed[1][h], first_token + 8 * h < count);
   };
 
   // --- dv, of 16 values.
@@ -907,10 +943,12 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
         multiply_add_both(dv, m, of);
       }
     }
+    uint32_t packed[2][2];
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) store(x.dv, h, n, dv[n][2 * h], dv[n][2 * h + 1]);
+      for (int h = 0; h < 2; ++h) packed[n][h] = pack_bf16(dv[n][2 * h], dv[n][2 * h + 1]);
+    store(x.dv, packed);
   }
 
   // --- The others, of 16 keys: first what comes through the states at the tile's ends.
@@ -982,6 +1020,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
   }
 
   // --- Of log decay; then all of them on their own scales.
+  uint32_t of_r[2][2], of_a[2][2], of_k[2][2], of_b[2][2], of_w[2][2];  // [n][h]
 #pragma unroll
   for (int n = 0; n < 2; ++n) {
     float dlog[2][2];  // [h][e]
@@ -1043,14 +1082,12 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
         q[e] = exp2_approximate(without[e]);
       }
       const int c = 2 * h;
-      if (x.dr != nullptr) store(x.dr, h, n, dr[n][c] * raised[0], dr[n][c + 1] * raised[1]);
-      if (x.da != nullptr) store(x.da, h, n, da[n][c] * raised_all[0], da[n][c + 1] * raised_all[1]);
-      if (x.dk != nullptr)
-        store(x.dk, h, n, (dk[n][c] + dk_in[n][c]) * q[0], (dk[n][c + 1] + dk_in[n][c + 1]) * q[1]);
-      if (x.db != nullptr)
-        store(x.db, h, n, (db[n][c] + db_in[n][c]) * q[0], (db[n][c + 1] + db_in[n][c + 1]) * q[1]);
+      of_r[n][h] = pack_bf16(dr[n][c] * raised[0], dr[n][c + 1] * raised[1]);
+      of_a[n][h] = pack_bf16(da[n][c] * raised_all[0], da[n][c + 1] * raised_all[1]);
+      of_k[n][h] = pack_bf16((dk[n][c] + dk_in[n][c]) * q[0], (dk[n][c + 1] + dk_in[n][c + 1]) * q[1]);
+      of_b[n][h] = pack_bf16((db[n][c] + db_in[n][c]) * q[0], (db[n][c + 1] + db_in[n][c + 1]) * q[1]);
       if (x.dw_raw != nullptr && first_token + 8 * h < count) {
-        const uint32_t both = static_cast<const uint32_t*>(x.w_raw)[words[h] + 4 * n];
+        const uint32_t both = static_cast<const uint32_t*>(x.w_raw)[words[h] + 4 * n + quad];
         float dw[2];
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
@@ -1059,10 +1096,15 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
           dw[e] = dlog[h][e] * kStrongestLogDecay * reciprocal_approximate(1.0f + exp2_approximate(-w)) *
                   reciprocal_approximate(1.0f + exp2_approximate(w));
         }
-        store(x.dw_raw, h, n, dw[0], dw[1]);
+        of_w[n][h] = pack_bf16(dw[0], dw[1]);
       }
     }
   }
+  if (x.dr != nullptr) store(x.dr, of_r);
+  if (x.da != nullptr) store(x.da, of_a);
+  if (x.dk != nullptr) store(x.dk, of_k);
+  if (x.db != nullptr) store(x.db, of_b);
+  if (x.dw_raw != nullptr) store(x.dw_raw, of_w);
 }
 
 }  // namespace wkv7

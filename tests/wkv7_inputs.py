@@ -153,22 +153,36 @@ def layer_inputs(weights: dict[str, Tensor], tokens: list[int]) -> tuple[list[di
     return met, linear(norm(x, "ln_out"), "head")
 
 
-def trained_inputs(folder: Path, size: int, digits: int = 60) -> list[dict[str, Tensor]]:
-    """What each layer of a model that reverses numbers gives to the operator while it reverses one, in float64.
+def trained_inputs(folder: Path, size: int, tokens: int | None = None) -> list[dict[str, Tensor]]:
+    """What each layer of a model that reverses numbers gives to the operator while it reverses them, in float64.
 
     Its memory does hard work: coarse products, or T as a sum of powers, are wrong here by factors.
 
     Args:
         folder: of the real inputs.
         size: N, 16 or 64.
-        digits: of the number, up to 60.
+        tokens: how many, of one number of 60 digits after the other, from a state that such a number left; None: a
+            single number from a state of zeros.
     """
-    number = torch.randint(0, 10, (digits,), generator=torch.Generator().manual_seed(5)).tolist()
-    comma, end = 10, 11
+    generator = torch.Generator().manual_seed(5)
+    digits, comma, end = 60, 10, 11
+    text: list[int] = []
+    while not text or tokens is not None and len(text) < 2 * digits + 2 + tokens:
+        number = torch.randint(0, 10, (digits,), generator=generator).tolist()
+        text += [*number, comma, *reversed(number), end]
     weights = torch.load(folder / f"tiny-rwkv7-reverse-n{size}.pth", weights_only=True)
-    layers, logits = layer_inputs(weights, [*number, comma, *reversed(number), end])
-    assert logits.argmax(-1)[digits : 2 * digits + 1].tolist() == [*reversed(number), end]
-    return layers
+    layers, logits = layer_inputs(weights, text)
+    first = text[: 2 * digits + 2]
+    assert logits.argmax(-1)[digits : 2 * digits + 1].tolist() == first[digits + 1 :]
+    if tokens is None:
+        return layers
+    later = []
+    for inputs in layers:
+        before = {name: inputs[name][:, : len(first)] for name in TOKEN_NAMES}
+        state = wkv7_reference(*before.values(), inputs["state"][None])[1][0]
+        own = {name: inputs[name][:, len(first) : len(first) + tokens] for name in TOKEN_NAMES}
+        later.append(own | {"state": state})
+    return later
 
 
 def assert_reverses(folder: Path, device: torch.device) -> None:

@@ -24,12 +24,59 @@ _MOST_ROWS = 2**27
 """The kernels number 4-byte words with 32 bits."""
 
 _SCAN = "(PPPPPP PPPPP iiii PPPP)"
-FORWARD = Kernel("wkv7.cu", "wkv7::scan_kernel<false, 4>", _SCAN, shared_bytes=90_240)
-BACKWARD = Kernel("wkv7.cu", "wkv7::scan_kernel<true, 4>", _SCAN, shared_bytes=85_888)
-WIDE_FORWARD = Kernel("wkv7.cu", "wkv7::scan_kernel<false, 8>", _SCAN, shared_bytes=180_352)
-WIDE_BACKWARD = Kernel("wkv7.cu", "wkv7::scan_kernel<true, 8>", _SCAN, shared_bytes=154_496)
+_VALUE_WARPS = 4
+
+
+@dataclass(frozen=True)
+class Form:
+    """One way of spreading a head's work.
+
+    Attributes:
+        forward, backward: the scans.
+        producers: warps of a block that make tiles.
+        consumers: warps of a block that walk over them, with a quarter of the values each.
+    """
+
+    forward: Kernel
+    backward: Kernel
+    producers: int
+    consumers: int
+
+    @classmethod
+    def of(cls, producers: int, consumers: int, *shared_bytes: int) -> Form:
+        """With the shared memory of the two scans' blocks."""
+        forward, backward = (
+            Kernel(
+                "wkv7.cu", f"wkv7::scan_kernel<{name}, {producers}, {consumers}>", _SCAN, shared_bytes=bytes_of_block
+            )
+            for name, bytes_of_block in zip(("false", "true"), shared_bytes, strict=True)
+        )
+        return cls(forward, backward, producers, consumers)
+
+    @property
+    def threads(self) -> int:
+        """Of a block."""
+        return 32 * (self.producers + self.consumers)
+
+    @property
+    def blocks(self) -> int:
+        """Of a head."""
+        return _VALUE_WARPS // self.consumers
+
+    def fits(self, shared_bytes: int) -> bool:
+        """Whether a GPU whose blocks may have so much shared memory can run it."""
+        return max(self.forward.shared_bytes, self.backward.shared_bytes) <= shared_bytes
+
+
+SHARED = Form.of(4, 4, 90_240, 85_888)
+"""Two blocks share one of Hopper's multiprocessors; the one that every GPU takes."""
+WIDE = Form.of(8, 4, 180_352, 154_496)
+"""Where blocks have multiprocessors of Hopper to themselves: more warps make tiles."""
+HALVES = Form.of(10, 2, 225_408, 188_800)
+"""Where there are two for each head, too: two blocks make the same tiles and walk over half of the values each."""
+FORMS = (HALVES, WIDE, SHARED)
 GRADIENTS = Kernel("wkv7.cu", "wkv7::gradients_kernel", "(PPPPPPP PPPP P iii PPPPPP)", shared_bytes=100_864)
-KERNELS = (FORWARD, BACKWARD, WIDE_FORWARD, WIDE_BACKWARD, GRADIENTS)
+KERNELS = (*(kernel for form in FORMS for kernel in (form.forward, form.backward)), GRADIENTS)
 
 
 def kernel_is_available(device: torch.device) -> bool:
@@ -39,8 +86,9 @@ def kernel_is_available(device: torch.device) -> bool:
 
 
 def kernels_for(device: torch.device) -> tuple[Kernel, ...]:
-    """Those of KERNELS for which a GPU has enough shared memory: the others are not used on it."""
-    return tuple(kernel for kernel in KERNELS if kernel.shared_bytes <= _limits(device)[1])
+    """Those of KERNELS that are used on a GPU: whose form its shared memory suffices for."""
+    forms = [form for form in FORMS if form.fits(_limits(device)[1])] or [SHARED]
+    return (*(kernel for form in forms for kernel in (form.forward, form.backward)), GRADIENTS)
 
 
 @dataclass(frozen=True)
@@ -143,13 +191,11 @@ def _prepared(tensor: Tensor) -> Tensor:
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
 
-def _scan(kernel: Kernel, wide: Kernel, like: Tensor, blocks: int, *arguments: Argument) -> None:
-    """Where blocks have multiprocessors of Hopper to themselves, the form with more warps that make tiles is faster."""
-    multiprocessors, shared_bytes = _limits(like.device)
-    if blocks <= multiprocessors and shared_bytes >= wide.shared_bytes:
-        wide(like, blocks, 384, *arguments)
-    else:
-        kernel(like, blocks, 256, *arguments)
+def _form_for(heads: int, device: torch.device) -> Form:
+    """The fastest for so many heads, those of all sequences together."""
+    multiprocessors, shared_bytes = _limits(device)
+    fitting = (form for form in FORMS[:-1] if form.fits(shared_bytes) and form.blocks * heads <= multiprocessors)
+    return next(fitting, SHARED)
 
 
 @functools.cache
@@ -172,8 +218,9 @@ def _run_forward(part: _Part, tokens: Sequence[Tensor], start: Tensor, y: Tensor
             y.new_empty((chunks, heads, size, size)),
             y.new_empty((chunks, _CHUNK_TOKENS // _TILE_TOKENS, heads, size, _TILE_TOKENS)),
         ]
-    _scan(
-        FORWARD, WIDE_FORWARD, y, sequences * heads, *(part.of(x) for x in tokens), start, part.parents, None, None,
+    form = _form_for(sequences * heads, y.device)
+    form.forward(
+        y, form.blocks * sequences * heads, form.threads, *(part.of(x) for x in tokens), start, part.parents, None, None,
         part.borders, int(start.dim() == 3), 0, part.count, heads, part.of(y), final, *(kept or (None, None)),
     )  # fmt: skip
     return [final, *kept]
@@ -202,8 +249,9 @@ def _run_backward(
         dstate = r.new_empty((sequences, heads, size, size), dtype=torch.float32)
     added, added_to = later or (None, None)
     r_of, w_of, a_of, b_of, dy_of = (part.of(x) for x in (r, w_raw, a, b, dy))
-    _scan(
-        BACKWARD, WIDE_BACKWARD, r, sequences * heads, r_of, w_of, None, dy_of, a_of, b_of, dfinal, None, added,
+    form = _form_for(sequences * heads, r.device)
+    form.backward(
+        r, form.blocks * sequences * heads, form.threads, r_of, w_of, None, dy_of, a_of, b_of, dfinal, None, added,
         added_to, part.borders, 0, 0 if added is None else added.shape[0], part.count, heads, None, dstate, gradients,
         answers,
     )  # fmt: skip

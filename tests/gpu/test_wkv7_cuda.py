@@ -59,8 +59,9 @@ def test_kinds_of_inputs(tokens: int, kind: str) -> None:
     check(draw_inputs(1, tokens, 4, 64, kind=kind))
 
 
-def test_activations_of_a_trained_model_in_the_kernels(real_inputs: Path) -> None:
-    for inputs in trained_inputs(real_inputs, 64):
+@pytest.mark.parametrize("tokens", [None, 1, 15, 16, 17, 60, 500, 4096])
+def test_activations_of_a_trained_model_in_the_kernels(tokens: int | None, real_inputs: Path) -> None:
+    for inputs in trained_inputs(real_inputs, 64, tokens=tokens):
         check(inputs)
 
 
@@ -125,12 +126,14 @@ def test_results_repeat_bit_for_bit(batch: int) -> None:
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_both_forms_of_the_scans_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_forms_of_the_scans_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     low, _ = as_kernels_take(draw_inputs(1, 700, 8, 64), "cuda")
-    first = run_with_gradients(wkv7, low, "cuda")
-    monkeypatch.setattr(kernels, "_limits", lambda device: (0, 0))
-    again = run_with_gradients(wkv7, low, "cuda")
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    results = []
+    for form in kernels.FORMS:
+        if form is kernels.SHARED or form.fits(kernels._limits(low["r"].device)[1]):
+            monkeypatch.setattr(kernels, "_form_for", lambda heads, device, form=form: form)
+            results.append(run_with_gradients(wkv7, low, "cuda"))
+    assert all(torch.equal(results[-1][name], other[name]) for other in results for name in other)
 
 
 def test_without_gradients_nothing_is_saved() -> None:

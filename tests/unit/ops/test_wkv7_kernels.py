@@ -33,13 +33,10 @@ from src.ops.wkv7_cuda import wkv7_branching_cuda, wkv7_cuda
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs g++")]
 
-LIMITS = {"4 producers": (0, 99 * 1024), "8 producers": (10**9, 227 * 1024)}
-"""Multiprocessors and bytes of shared memory for which `wkv7_cuda` chooses that form."""
 
-
-@pytest.fixture(params=LIMITS)
+@pytest.fixture(params=kernels.FORMS, ids=["halves", "wide", "shared"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(kernels, "_limits", lambda device: LIMITS[request.param])
+    monkeypatch.setattr(kernels, "_form_for", lambda heads, device: request.param)
     with emulated():
         yield
 
@@ -69,8 +66,9 @@ def test_kinds_of_inputs(form: None, kind: str) -> None:
     assert_accurate(*results_and_truth(draw_inputs(1, 256, 1, 64, kind=kind)))
 
 
-def test_activations_of_a_trained_model(form: None, real_inputs: Path) -> None:
-    for inputs in trained_inputs(real_inputs, 64):
+@pytest.mark.parametrize("tokens", [None, 1, 15, 16, 17, 400])
+def test_activations_of_a_trained_model(form: None, tokens: int | None, real_inputs: Path) -> None:
+    for inputs in trained_inputs(real_inputs, 64, tokens=tokens):
         assert_accurate(*results_and_truth(inputs))
 
 
@@ -111,12 +109,14 @@ def test_each_gradient_alone(form: None, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("order", range(1, 6))
-@pytest.mark.parametrize("form", LIMITS)
-def test_neither_form_nor_order_of_warps_changes_a_bit(form: str, order: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("form", kernels.FORMS, ids=["halves", "wide", "shared"])
+def test_neither_form_nor_order_of_warps_changes_a_bit(
+    form: kernels.Form, order: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     low, _ = as_kernels_take(draw_inputs(1, 150, 1, 64))
     runs = []
-    for limits, of_run in ((LIMITS["4 producers"], 0), (LIMITS[form], order)):
-        monkeypatch.setattr(kernels, "_limits", lambda device, limits=limits: limits)
+    for of_form, of_run in ((kernels.SHARED, 0), (form, order)):
+        monkeypatch.setattr(kernels, "_form_for", lambda heads, device, form=of_form: form)
         with emulated(order=of_run):
             runs.append(run_with_gradients(kernel, low, "cuda"))
     assert all(torch.equal(runs[0][name], runs[1][name]) for name in runs[0])
