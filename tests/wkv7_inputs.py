@@ -167,7 +167,7 @@ def trained_inputs(folder: Path, size: int, tokens: int | None = None) -> list[d
     generator = torch.Generator().manual_seed(5)
     digits, comma, end = 60, 10, 11
     text: list[int] = []
-    while not text or tokens is not None and len(text) < 2 * digits + 2 + tokens:
+    while len(text) < 2 * digits + 2 + (tokens or 0):
         number = torch.randint(0, 10, (digits,), generator=generator).tolist()
         text += [*number, comma, *reversed(number), end]
     weights = torch.load(folder / f"tiny-rwkv7-reverse-n{size}.pth", weights_only=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from src.ops.kernels import Argument, Kernel, usable
+from src.ops.kernels import Kernel, usable
 
 CUDA_HEAD_SIZE = 64
 _TILE_TOKENS = 16
@@ -220,8 +220,8 @@ def _run_forward(part: _Part, tokens: Sequence[Tensor], start: Tensor, y: Tensor
         ]
     form = _form_for(sequences * heads, y.device)
     form.forward(
-        y, form.blocks * sequences * heads, form.threads, *(part.of(x) for x in tokens), start, part.parents, None, None,
-        part.borders, int(start.dim() == 3), 0, part.count, heads, part.of(y), final, *(kept or (None, None)),
+        y, form.blocks * sequences * heads, form.threads, *(part.of(x) for x in tokens), start, part.parents, None,
+        None, part.borders, int(start.dim() == 3), 0, part.count, heads, part.of(y), final, *(kept or (None, None)),
     )  # fmt: skip
     return [final, *kept]
 
