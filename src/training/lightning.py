@@ -1,6 +1,6 @@
 """Lightning, imported while something else goes on.
 
-Its import takes longer than all else at a run's start: it brings torch's compiler and torchmetrics, and the latter every
+Its import takes longer than all else at a run's start: it brings torch's compiler, and torchmetrics, which brings every
 library of images, language and statistics that happens to be installed. So it begins in the background as soon as it is
 known that something is trained, while data are read, and it does without torchmetrics, of which Lightning itself needs
 two names. Modules that import Lightning are imported when it is `ready`.

@@ -163,9 +163,9 @@ def test_a_merged_adapter_gives_the_client_the_logits_that_training_has(
 def test_logits_of_the_reversal_models_are_those_of_a_float64_loop(size: int, real_inputs: Path) -> None:
     """In float64 to the last digits.
 
-    float32 cannot be at 1e-6 here, whoever computes: an embedding moved by half of its last bit moves logits by 1.4e-6
-    of the largest, and the recurrence alone, as a plain loop in float32 (everything else in float64), by 5.1e-6. Ours in
-    float32 is 5.6e-6 (N 16) and 7.9e-6 (N 64) off, the client up to 1.5e-5.
+    float32 cannot be at 1e-6 here, whoever computes: an embedding moved by half of its last bit moves logits by
+    1.4e-6 of the largest, and the recurrence alone, as a plain loop in float32 (everything else in float64), by
+    5.1e-6. Ours in float32 is 5.6e-6 (N 16) and 7.9e-6 (N 64) off, the client up to 1.5e-5.
     """
     checkpoint = open_checkpoint(real_inputs / f"tiny-rwkv7-reverse-n{size}.pth")
     digits = np.random.default_rng(5).integers(0, 10, size=40).tolist()
