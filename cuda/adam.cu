@@ -1,6 +1,6 @@
-// Adam on one tensor, in one pass: fp32 or bf16 weights with gradients of the same type, moments in fp32 or packed in
-// 8 bits, which may lie in pinned host memory. What a recorded step cannot have as a number is read from the device:
-// rates, the norm that clips, the number of the step, and whether an earlier tensor's gradient was not finite.
+// Adam on tensors of one kind, in one pass: fp32 or bf16 weights with gradients of the same type, moments in fp32 or
+// packed in 8 bits, which may lie in pinned host memory. What a recorded step cannot have as a number is read from the
+// device: rates, the norm that clips, the number of the step, and whether an earlier tensor's gradient was not finite.
 //
 // src/ops/adam.py has the definition and launches it.
 
@@ -155,63 +155,144 @@ __device__ __forceinline__ void pack(uint8_t* to, int begin, int count, bool who
   }
 }
 
-// Arguments: see src/ops/adam.py. `flags` is the number of the step and, if it is not 0, a reason to leave all as it
-// is; `aligned`: whether every pointer is a multiple of 32 bytes.
-template <bool kNarrow, bool kPacked>
-__global__ void step_kernel(void* weights, const void* gradients, void* first, void* second, float* first_scales,
-                            float* second_scales, const float* first_map, const float* second_map,
-                            const float* settings, const float* norm, const int* flags, int count, int group, int seed,
-                            int aligned, float beta1, float beta2, float eps, float clip) {
-  if (flags[1] != 0) return;
-  __shared__ float maps[2][kBlock];
-  if (kPacked) {
-    for (int i = threadIdx.x; i < kBlock; i += blockDim.x) {
-      maps[0][i] = first_map[i];
-      maps[1][i] = second_map[i];
-    }
-    __syncthreads();
+// A tensor and what belongs to it; `aligned`: whether every pointer is a multiple of 32 bytes.
+struct Tensor {
+  void* weights;
+  const void* gradient;
+  void* first;
+  void* second;
+  float* first_scales;
+  float* second_scales;
+  int64_t count;
+  int group, seed;
+
+  __device__ __forceinline__ bool aligned() const {
+    return (((uint64_t)weights | (uint64_t)gradient | (uint64_t)first | (uint64_t)second) & 31) == 0;
   }
-  const float rate = settings[4 * group], kept = 1.f - rate * settings[4 * group + 1];
-  const float step_size = rate * settings[4 * group + 2], correction = settings[4 * group + 3];
-  float factor = clip / (*norm + 1e-6f);
+};
+
+// What a step depends on besides its tensors, see src/ops/adam.py. `flags` is the number of the step and, if it is not
+// 0, a reason to leave all as it is.
+struct Step {
+  const float* first_map;
+  const float* second_map;
+  const float* settings;
+  const float* norm;
+  const int* flags;
+  float beta1, beta2, eps, clip;
+};
+
+struct Maps {
+  float first[kBlock], second[kBlock];
+};
+
+template <bool kPacked>
+__device__ __forceinline__ void fill(Maps& maps, const Step& a) {
+  if (!kPacked) return;
+  for (int i = threadIdx.x; i < kBlock; i += blockDim.x) {
+    maps.first[i] = a.first_map[i];
+    maps.second[i] = a.second_map[i];
+  }
+  __syncthreads();
+}
+
+// Every `stride`-th block of values from `block` to `end`, by this warp.
+template <bool kNarrow, bool kPacked>
+__device__ __forceinline__ void update(const Tensor& t, const Step& a, const Maps& maps, int block, int end,
+                                       int stride) {
+  const float* settings = a.settings + 4 * t.group;
+  const float rate = settings[0], kept = 1.f - rate * settings[1];
+  const float step_size = rate * settings[2], correction = settings[3];
+  float factor = a.clip / (*a.norm + 1e-6f);
   if (!(factor < 1.f)) factor = 1.f;  // also before the first norm, which is nan
-  const uint32_t noise_seed = mixed((uint32_t)seed + (uint32_t)flags[0] * 0x9e3779b9u);
-  const int warps = blockDim.x / 32, lane = threadIdx.x % 32;
-  const int blocks = (count + kBlock - 1) / kBlock;
-  for (int block = blockIdx.x * warps + threadIdx.x / 32; block < blocks; block += gridDim.x * warps) {
+  const uint32_t noise_seed = mixed((uint32_t)t.seed + (uint32_t)a.flags[0] * 0x9e3779b9u);
+  const int count = (int)t.count, lane = threadIdx.x % 32;
+  const bool aligned = t.aligned();
+  for (; block < end; block += stride) {
     const int begin = block * kBlock + lane * kValues;
     const bool whole = aligned && begin + kValues <= count;
     float w[kValues], g[kValues], m[kValues], v[kValues];
-    load<kNarrow>(weights, begin, count, whole, w);
-    load<kNarrow>(gradients, begin, count, whole, g);
+    load<kNarrow>(t.weights, begin, count, whole, w);
+    load<kNarrow>(t.gradient, begin, count, whole, g);
     if (kPacked) {
-      unpack(static_cast<const uint8_t*>(first), begin, count, whole, maps[0], first_scales[block], m);
-      unpack(static_cast<const uint8_t*>(second), begin, count, whole, maps[1], second_scales[block], v);
+      unpack(static_cast<const uint8_t*>(t.first), begin, count, whole, maps.first, t.first_scales[block], m);
+      unpack(static_cast<const uint8_t*>(t.second), begin, count, whole, maps.second, t.second_scales[block], v);
       __syncwarp();  // all have read the scales
     } else {
-      load<false>(first, begin, count, whole, m);
-      load<false>(second, begin, count, whole, v);
+      load<false>(t.first, begin, count, whole, m);
+      load<false>(t.second, begin, count, whole, v);
     }
 #pragma unroll
     for (int i = 0; i < kValues; ++i) {
       g[i] *= factor;
-      m[i] = beta1 * m[i] + (1.f - beta1) * g[i];
-      v[i] = beta2 * v[i] + (1.f - beta2) * g[i] * g[i];
-      w[i] = w[i] * kept - __fdividef(step_size * m[i], sqrtf(v[i]) * correction + eps);
+      m[i] = a.beta1 * m[i] + (1.f - a.beta1) * g[i];
+      v[i] = a.beta2 * v[i] + (1.f - a.beta2) * g[i] * g[i];
+      w[i] = w[i] * kept - __fdividef(step_size * m[i], sqrtf(v[i]) * correction + a.eps);
     }
     if (kNarrow) {
-      store_rounded(static_cast<uint16_t*>(weights), begin, count, whole, w, noise_seed);
+      store_rounded(static_cast<uint16_t*>(t.weights), begin, count, whole, w, noise_seed);
     } else {
-      store(static_cast<float*>(weights), begin, count, whole, w);
+      store(static_cast<float*>(t.weights), begin, count, whole, w);
     }
     if (kPacked) {
-      pack<true>(static_cast<uint8_t*>(first), begin, count, whole, first_scales + block, m);
-      pack<false>(static_cast<uint8_t*>(second), begin, count, whole, second_scales + block, v);
+      pack<true>(static_cast<uint8_t*>(t.first), begin, count, whole, t.first_scales + block, m);
+      pack<false>(static_cast<uint8_t*>(t.second), begin, count, whole, t.second_scales + block, v);
     } else {
-      store(static_cast<float*>(first), begin, count, whole, m);
-      store(static_cast<float*>(second), begin, count, whole, v);
+      store(static_cast<float*>(t.first), begin, count, whole, m);
+      store(static_cast<float*>(t.second), begin, count, whole, v);
     }
   }
+}
+
+template <bool kNarrow, bool kPacked>
+__global__ void step_kernel(Tensor t, Step a) {
+  if (a.flags[1] != 0) return;
+  __shared__ Maps maps;
+  fill<kPacked>(maps, a);
+  const int warps = blockDim.x / 32;
+  const int blocks = (int)((t.count + kBlock - 1) / kBlock);
+  update<kNarrow, kPacked>(t, a, maps, blockIdx.x * warps + threadIdx.x / 32, blocks, gridDim.x * warps);
+}
+
+// Many tensors, cut into pieces of so many blocks of values; `pieces` names tensor and first block of each.
+constexpr int kPieceBlocks = 32;
+
+template <bool kNarrow, bool kPacked>
+__global__ void steps_kernel(const Tensor* tensors, const int2* pieces, Step a) {
+  if (a.flags[1] != 0) return;
+  __shared__ Maps maps;
+  fill<kPacked>(maps, a);
+  const int2 piece = pieces[blockIdx.x];
+  const Tensor t = tensors[piece.x];
+  const int blocks = (int)((t.count + kBlock - 1) / kBlock);
+  update<kNarrow, kPacked>(t, a, maps, piece.y + threadIdx.x / 32, min(blocks, piece.y + kPieceBlocks),
+                           blockDim.x / 32);
+}
+
+// The norm of the gradient of each piece.
+template <bool kNarrow>
+__global__ void norms_kernel(const Tensor* tensors, const int2* pieces, float* norms) {
+  __shared__ float of_warp[32];
+  const int2 piece = pieces[blockIdx.x];
+  const Tensor& t = tensors[piece.x];
+  const int count = (int)t.count, lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  const int end = min((count + kBlock - 1) / kBlock, piece.y + kPieceBlocks);
+  const bool aligned = ((uint64_t)t.gradient & 31) == 0;
+  float sum = 0.f;
+  for (int block = piece.y + warp; block < end; block += warps) {
+    const int begin = block * kBlock + lane * kValues;
+    float g[kValues];
+    load<kNarrow>(t.gradient, begin, count, aligned && begin + kValues <= count, g);
+#pragma unroll
+    for (int i = 0; i < kValues; ++i) sum += g[i] * g[i];
+  }
+#pragma unroll
+  for (int lanes = 16; lanes; lanes /= 2) sum += __shfl_xor_sync(kAllLanes, sum, lanes);
+  if (lane == 0) of_warp[warp] = sum;
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  for (int other = 1; other < warps; ++other) sum += of_warp[other];
+  norms[blockIdx.x] = sqrtf(sum);
 }
 
 }  // namespace adam

@@ -1,4 +1,4 @@
-"""Adam's step on one tensor, without a number that only the host knows: it can be recorded and replayed.
+"""Adam's step on one tensor, or many at once, without a number that only the host knows: it can be recorded.
 
 Weights are fp32, or bf16 and then rounded stochastically (`src.ops.stochastic`); moments are fp32, or packed in 8 bits
 with a scale for every 256 values. On a GPU it is one kernel in one pass (`cuda/adam.cu`), which reads and writes packed
@@ -13,6 +13,8 @@ Source: Adam, arXiv 1412.6980; decoupled decay, arXiv 1711.05101; 8-bit moments,
 from __future__ import annotations
 
 import functools
+import struct
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +26,25 @@ from src.ops.kernels import Kernel, usable
 BLOCK_VALUES = 256
 _THREADS = 256
 _BLOCKS_OF_PROCESSOR = 8
-_ALIGNMENT_BYTES = 32
 
+_PIECE_VALUES = 32 * BLOCK_VALUES
+"""Of a tensor, that one block of threads updates where there are many."""
+
+_TENSOR, _STEP = struct.Struct("<6Q q ii"), "(PP PPP ffff)"
+_NARROW = {torch.float32: "false", torch.bfloat16: "true"}
+_CASES = [(dtype, packed) for dtype in _NARROW for packed in (False, True)]
 KERNELS = {
     (dtype, packed): Kernel(
-        "adam.cu", f"adam::step_kernel<{narrow}, {str(packed).lower()}>", "PP PP PP PP PPP iiii ffff"
+        "adam.cu", f"adam::step_kernel<{_NARROW[dtype]}, {str(packed).lower()}>", f"(PPPPPP q ii) {_STEP}"
     )
-    for dtype, narrow in ((torch.float32, "false"), (torch.bfloat16, "true"))
-    for packed in (False, True)
+    for dtype, packed in _CASES
 }
 """By dtype of the weights, and whether moments are packed."""
+KERNELS_OF_MANY = {
+    (dtype, packed): Kernel("adam.cu", f"adam::steps_kernel<{_NARROW[dtype]}, {str(packed).lower()}>", f"PP {_STEP}")
+    for dtype, packed in _CASES
+}
+NORMS = {dtype: Kernel("adam.cu", f"adam::norms_kernel<{narrow}>", "PPP") for dtype, narrow in _NARROW.items()}
 
 
 @dataclass(frozen=True)
@@ -116,6 +127,124 @@ def adam_step(
         _by_kernel(weights, gradient.contiguous(), moments, control, constants, group, seed)
     else:
         adam_step_torch(weights, gradient, moments, control, constants, group, seed)
+
+
+class ManySteps:
+    """`adam_step` on many tensors at once: of each dtype, and with either kind of moments, in one launch.
+
+    Args:
+        weights, moments: as for `adam_step`, on one device.
+        groups, seeds: of each tensor.
+    """
+
+    def __init__(
+        self, weights: Sequence[Tensor], moments: Sequence[Moments], groups: Sequence[int], seeds: Sequence[int]
+    ) -> None:
+        self._device = weights[0].device
+        kinds: dict[tuple[torch.dtype, bool], _OfOneKind] = {}
+        for number, (tensor, own) in enumerate(zip(weights, moments, strict=True)):
+            kind = kinds.setdefault((tensor.dtype, own.first_scales is not None), _OfOneKind())
+            kind.places.append(number)
+            kind.weights.append(tensor)
+            kind.moments.append(own)
+            kind.rows.append((groups[number], seeds[number]))
+        self._kinds = kinds
+
+    def gradient_norm(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        """Of all gradients together, fp32, 0-d; nothing waits for the device.
+
+        Args:
+            gradients: of each tensor, None where there is none.
+        """
+        norms = [kind.norms(dtype, gradients) for (dtype, _), kind in self._kinds.items()]
+        norm: Tensor = torch.linalg.vector_norm(torch.cat([torch.zeros(1, device=self._device), *norms]))
+        return norm
+
+    def step(self, gradients: Sequence[Tensor | None], control: Control, constants: Constants) -> None:
+        """Updates the tensors that have a gradient, as `adam_step` does."""
+        for (dtype, packed), kind in self._kinds.items():
+            kind.step(dtype, packed, gradients, control, constants)
+
+
+class _OfOneKind:
+    """Tensors that one launch updates.
+
+    What the kernels read of tensors is on the device, and is written anew when one of them, or its gradient, has moved.
+    """
+
+    def __init__(self) -> None:
+        self.places: list[int] = []
+        self.weights: list[Tensor] = []
+        self.moments: list[Moments] = []
+        self.rows: list[tuple[int, int]] = []
+        self._addresses: list[int] = []
+        self._tensors = self._pieces = torch.empty(0)
+        self._count = 0
+
+    @property
+    def by_kernels(self) -> bool:
+        """Whether they are on a GPU."""
+        return self.weights[0].is_cuda
+
+    def norms(self, dtype: torch.dtype, gradients: Sequence[Tensor | None]) -> Tensor:
+        """fp32, those of pieces of gradients."""
+        own = self._own(gradients)
+        if not self.by_kernels:
+            given = [gradient for gradient in own if gradient is not None]
+            return torch.stack([torch.zeros(()), *torch._foreach_norm(given, 2, torch.float32)])
+        self._describe(own)
+        norms = torch.empty(self._count, device=self.weights[0].device)
+        if self._count:
+            NORMS[dtype](norms, self._count, _THREADS, self._tensors, self._pieces, norms)
+        return norms
+
+    def step(
+        self,
+        dtype: torch.dtype,
+        packed: bool,
+        gradients: Sequence[Tensor | None],
+        control: Control,
+        constants: Constants,
+    ) -> None:
+        own = self._own(gradients)
+        if not self.by_kernels:
+            for tensor, gradient, moments, row in zip(self.weights, own, self.moments, self.rows, strict=True):
+                if gradient is not None:
+                    adam_step_torch(tensor, gradient, moments, control, constants, *row)
+            return
+        self._describe(own)
+        if self._count:
+            values = _values_of_step(self._tensors.device, packed, control, constants)
+            KERNELS_OF_MANY[dtype, packed](self._tensors, self._count, _THREADS, self._tensors, self._pieces, *values)
+
+    def _own(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        own = [gradients[place] for place in self.places]
+        return [None if gradient is None else gradient.contiguous() for gradient in own]
+
+    def _describe(self, gradients: Sequence[Tensor | None]) -> None:
+        """Sees to it that the device knows these gradients; they stay where they are until the kernels have run."""
+        addresses = [tensor.data_ptr() for tensor in self.weights]
+        addresses += [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        if addresses == self._addresses:
+            return
+        tensors, pieces = bytearray(), []
+        for weights, gradient, moments, row in zip(self.weights, gradients, self.moments, self.rows, strict=True):
+            if gradient is None:
+                continue
+            assert gradient.dtype == weights.dtype
+            assert gradient.shape == weights.shape
+            assert weights.is_contiguous()
+            assert weights.numel() < 2**31 - _PIECE_VALUES
+            number = len(tensors) // _TENSOR.size
+            tensors += _TENSOR.pack(*map(_address, _described(weights, gradient, moments)), weights.numel(), *row)
+            begins = range(0, weights.numel(), _PIECE_VALUES)
+            pieces += [part for begin in begins for part in (number, begin // BLOCK_VALUES)]
+        device = self.weights[0].device
+        self._count = len(pieces) // 2
+        if self._count:
+            self._tensors = torch.frombuffer(tensors, dtype=torch.uint8).to(device)
+            self._pieces = torch.tensor(pieces, dtype=torch.int32).to(device)
+        self._addresses = addresses
 
 
 @torch.no_grad()
@@ -207,11 +336,22 @@ def _packed(values: Tensor, *, signed: bool) -> tuple[Tensor, Tensor]:
     return places.view(-1)[: flat.numel()].view(values.shape).to(torch.uint8), scales
 
 
-def kernel_is_available(device: torch.device) -> bool:
-    """Whether the kernels can be compiled for this device; warns once, with the reason, when a GPU cannot have them."""
-    return device.type == "cuda" and usable(
-        tuple(KERNELS.values()), device, "Slower torch operations are used instead."
-    )
+def kernels_for(dtypes: Collection[torch.dtype], *, packed: bool, singly: bool) -> tuple[Kernel, ...]:
+    """The kernels that updates launch.
+
+    Args:
+        dtypes: of weights.
+        packed: whether moments are, but for small tensors.
+        singly: whether tensors are updated one by one, not many at once.
+    """
+    family = KERNELS if singly else KERNELS_OF_MANY
+    steps = [family[dtype, kind] for dtype in dtypes for kind in sorted({False, packed})]
+    return *steps, *(() if singly else (NORMS[dtype] for dtype in dtypes))
+
+
+def kernels_are_available(kernels: tuple[Kernel, ...], device: torch.device) -> bool:
+    """Whether they can be compiled for this device; warns once, with the reason, when a GPU cannot have them."""
+    return device.type == "cuda" and usable(kernels, device, "Slower torch operations are used instead.")
 
 
 @functools.cache
@@ -222,16 +362,27 @@ def _multiprocessors(index: int) -> int:
 def _by_kernel(
     weights: Tensor, gradient: Tensor, moments: Moments, control: Control, constants: Constants, group: int, seed: int
 ) -> None:
-    device = weights.device
     packed = moments.first_scales is not None
-    maps = [_map_on(device, signed=signed) for signed in (True, False)] if packed else [None, None]
-    tensors = [weights, gradient, moments.first, moments.second]
-    aligned = all(tensor.data_ptr() % _ALIGNMENT_BYTES == 0 for tensor in tensors)
     blocks = -(-weights.numel() // (BLOCK_VALUES * _THREADS // 32))
     grid = min(blocks, _BLOCKS_OF_PROCESSOR * _multiprocessors(weights.get_device()))
-    KERNELS[weights.dtype, packed](
-        weights, grid, _THREADS,
-        *tensors, moments.first_scales, moments.second_scales, *maps, control.settings, control.norm, control.flags,
-        weights.numel(), group, seed, int(aligned),
-        constants.beta1, constants.beta2, constants.eps, constants.clip,
-    )  # fmt: skip
+    described = _described(weights, gradient, moments)
+    values = _values_of_step(weights.device, packed, control, constants)
+    KERNELS[weights.dtype, packed](weights, grid, _THREADS, *described, weights.numel(), group, seed, *values)
+
+
+def _described(weights: Tensor, gradient: Tensor, moments: Moments) -> tuple[Tensor | None, ...]:
+    """The pointers of `adam::Tensor`."""
+    return weights, gradient, moments.first, moments.second, moments.first_scales, moments.second_scales
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _values_of_step(
+    device: torch.device, packed: bool, control: Control, constants: Constants
+) -> tuple[Tensor | float | None, ...]:
+    """The members of `adam::Step`."""
+    maps = [_map_on(device, signed=signed) for signed in (True, False)] if packed else [None, None]
+    on_device = (control.settings, control.norm, control.flags)
+    return *maps, *on_device, constants.beta1, constants.beta2, constants.eps, constants.clip

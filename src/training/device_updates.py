@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.ops.adam import Constants, Control, Moments, adam_step, dynamic_map
+from src.ops.adam import Constants, Control, ManySteps, Moments, adam_step, dynamic_map
 from src.ops.stochastic import seed_of
 from src.training.updates import Unit, UnitUpdates, stop_in_words
 
@@ -63,6 +63,12 @@ class DeviceUpdates(UnitUpdates):
         for parameter in self._keys:
             in_8_bits = packed and parameter.numel() >= _FEWEST_PACKED
             self._moments[parameter] = Moments.zeros(parameter, packed=in_8_bits, on_host=on_host)
+        self._many = ManySteps(
+            list(self._keys),
+            [self._moments[parameter] for parameter in self._keys],
+            [self._groups[parameter] for parameter in self._keys],
+            [self._seeds[parameter] for parameter in self._keys],
+        )
 
     @property
     def between_steps(self) -> bool:
@@ -109,10 +115,9 @@ class DeviceUpdates(UnitUpdates):
         if self._whole_norm is None:
             if self.in_backward:
                 self.finish_backward()
+                self._whole_norm = torch.linalg.vector_norm(self._unit_norms)
             else:
-                for name, unit in self._units.items():
-                    self._note_norm(name, [p.grad for p in unit.parameters if p.grad is not None])
-            self._whole_norm = torch.linalg.vector_norm(self._unit_norms)
+                self._whole_norm = self._many.gradient_norm([parameter.grad for parameter in self._keys])
         return self._whole_norm
 
     def describe_stop(self) -> str:
@@ -133,9 +138,7 @@ class DeviceUpdates(UnitUpdates):
         self._control.norm.copy_(norm)
         if not self.in_backward:
             self.begin()
-            for parameter in self._keys:
-                if parameter.grad is not None:
-                    self._update(parameter, parameter.grad)
+            self._many.step([parameter.grad for parameter in self._keys], self._control, self._constants)
         self.steps += 1
         self._within = False
         self._whole_norm = None

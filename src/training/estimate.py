@@ -21,6 +21,7 @@ from src.data.rounding import ceil_div
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
 from src.training.memory import MEMORIES_AT_HAND, bytes_of_trained, moment_bytes, packed_bytes, passing_bytes
+from src.training.updates import leaves_gradients
 
 EVALUATED_TOKENS = 4096
 """Positions of a batch of held-out texts (`evaluation._BATCH_TOKENS`)."""
@@ -147,7 +148,8 @@ def estimate_memory(
         beside = grows + parts[GRADIENTS] + parts[MOMENTS] + parts[MEMORIES]
         parts[EVALUATION] = max(at_evaluation - beside, 0.0)
     if on_gpu:
-        parts[RECORDINGS] = parts[GRADIENTS] if records and config.accumulate_grad_batches > 1 else 0.0
+        twice = records and config.accumulate_grad_batches > 1 and not leaves_gradients(config, method)
+        parts[RECORDINGS] = parts[GRADIENTS] if twice else 0.0
         allocated = sum(parts.values())
         parts |= {IDLE: _IDLE_BYTES + _IDLE_SHARE * allocated, CONTEXT: _CONTEXT_BYTES}
     else:

@@ -124,7 +124,8 @@ def fit(
             TRAINED: trained_part(module),
             "optimizer": AskedAnew(lambda: OptimizerMoments(module.trained(), trainer.optimizers[0], engine=engine)),
             **({"parked": draws} if draws else {}),
-            **({"updates": UpdateCount(module.updates)} if module.updates else {}),
+            # Those of all tensors at once count as any optimizer does, with their moments.
+            **({"updates": UpdateCount(module.updates)} if module.updates and config.updates_by_tensor else {}),
             "random": RandomState(hardware.device, trainer.global_rank, gather),
             "objective": work.objective,
             "monitor": monitor,
@@ -187,7 +188,7 @@ def fit(
         max_epochs=epochs - start.epochs,
         limit_train_batches=work.batches_per_epoch,
         accumulate_grad_batches=accumulate,
-        gradient_clip_val=None if config.updates_by_tensor or module.clips else GRADIENT_CLIP,
+        gradient_clip_val=None if module.updates_clip or module.clips else GRADIENT_CLIP,
         callbacks=callbacks,
         logger=False,
         enable_checkpointing=False,

@@ -25,7 +25,7 @@ from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
 from src.training.unpacked import free_bytes
-from src.training.updates import unit_of
+from src.training.updates import leaves_gradients, unit_of
 from src.training.work import Work
 
 _WORKING_BYTES = 700 * 2**20
@@ -193,7 +193,7 @@ def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> 
     width = 2 if narrow else 4
     ranks = config.devices * config.num_nodes
     if not config.uses_deepspeed and ranks == 1:
-        handed_out = 0 if method.in_place else 4
+        handed_out = 0 if leaves_gradients(config, method) and not config.chunk_ctx else 4
         return count * (width + 4 + moments + handed_out)
     offloaded = config.strategy.endswith("offload")
     shared = (0 if offloaded else 4 + moments) + 4

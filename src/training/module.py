@@ -25,7 +25,7 @@ from src.training.objectives import Objective, Outcome, Scored, Staged, outcome_
 from src.training.offload import KeptOnHost
 from src.training.optimizers import GRADIENT_CLIP, make_optimizer
 from src.training.sharded import gather_by_layer
-from src.training.updates import TensorUpdates, UnitUpdates
+from src.training.updates import TensorUpdates, UnitUpdates, leaves_gradients
 
 FP16_LOSS_SCALE = 4096.0
 """fp16 gradients of activations underflow near 6e-8; losses are scaled by this and gradients divided by it."""
@@ -79,6 +79,8 @@ class TrainingModule(pl.LightningModule):
             recorder = ChunkRecorder(model, config.chunk_ctx, limit_gib, lends_gradients=accumulated == 1)
         self.objective: Objective = _in_chunks(objective, config, recorder)
         records = records and objective.recordable
+        self._leaves_gradients = leaves_gradients(config, method)
+        self._at_once = self._leaves_gradients and _updates_at_once(config, method, model.device)
         if method.in_place:
             # An engine wants to be handed gradients; and updates that are the host's cannot be recorded.
             records = records and self._alone and not (config.fused_update and config.optim == "lion8bit")
@@ -88,7 +90,7 @@ class TrainingModule(pl.LightningModule):
                 model,
                 limit_gib,
                 lends_gradients=accumulated == 1,
-                share=1 / accumulated if method.in_place else None,
+                share=1 / accumulated if self._leaves_gradients else None,
             )
         # Filled up, a row that is a chunk must not become two.
         rounding = FEW_SHAPES if records and FEW_SHAPES.tokens(config.chunk_ctx) == config.chunk_ctx else EXACT
@@ -154,7 +156,12 @@ class TrainingModule(pl.LightningModule):
     @property
     def clips(self) -> bool:
         """Whether gradients are gigabytes, of which no further norm is formed: `clip` then is who clips."""
-        return self.graphed is not None and self.method.in_place and not self.config.updates_by_tensor
+        return self.graphed is not None and self._leaves_gradients and not self.updates_clip
+
+    @property
+    def updates_clip(self) -> bool:
+        """Whether the optimizer clips gradients as it reads them."""
+        return self.config.updates_by_tensor or self._at_once
 
     def clip(self, norm: float) -> None:
         """Scales gradients of this norm down to the largest there may be."""
@@ -191,10 +198,10 @@ class TrainingModule(pl.LightningModule):
             return make_optimizer(groups, self.config, on_gpu=self.model.device.type == "cuda")
 
         config = self.config
-        if not config.updates_by_tensor:
+        if not self.updates_clip:
             return make(groups)
         seed, in_backward, device = config.random_seed, bool(config.fused_update), self.model.device
-        if config.optim != "lion8bit" and adam.kernel_is_available(device):
+        if self._at_once or _adam_has_kernels(config, device, {p.dtype for _, p in named}, singly=in_backward):
             self.updates = DeviceUpdates(
                 groups,
                 named,
@@ -209,6 +216,24 @@ class TrainingModule(pl.LightningModule):
         if self.graphed:
             self.graphed.updates = self.updates if in_backward else None
         return self.updates
+
+
+def _updates_at_once(config: TrainConfig, method: Method, device: torch.device) -> bool:
+    """Whether Adam's kernel updates what adapters and parts train, all tensors in one launch.
+
+    Moments that move between GPU and host as memory allows are bitsandbytes'.
+    """
+    if method.in_place or config.optim == "paged_adamw8bit":
+        return False
+    return _adam_has_kernels(config, device, {torch.float32}, singly=False)
+
+
+def _adam_has_kernels(
+    config: TrainConfig, device: torch.device, dtypes: Collection[torch.dtype], *, singly: bool
+) -> bool:
+    packed = config.optim.endswith("8bit")
+    kernels = adam.kernels_for(dtypes, packed=packed, singly=singly)
+    return config.optim != "lion8bit" and adam.kernels_are_available(kernels, device)
 
 
 def _in_chunks(objective: Scored, config: TrainConfig, recorder: ChunkRecorder | None) -> Objective:

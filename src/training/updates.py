@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from src.adapters.method import Method
+from src.config import TrainConfig
 from src.model.shape import LAYER_KEY
 from src.ops.stochastic import round_stochastically, seed_of
 from src.training.optimizers import put_moments
@@ -282,6 +284,14 @@ class UpdateCount:
         """See Part."""
         self._updates.steps = state["steps"]
         self._updates.norm = float(state["norm"])
+
+
+def leaves_gradients(config: TrainConfig, method: Method) -> bool:
+    """Whether a recorded step leaves gradients where the optimizer reads them: of a large method, without an engine.
+
+    An engine wants to be handed gradients, and those of a small method are handed out as well.
+    """
+    return not (method.small or config.uses_deepspeed or config.devices * config.num_nodes > 1)
 
 
 def unit_of(name: str) -> str:

@@ -44,3 +44,42 @@ def test_it_is_the_definition(
         assert packed or not differ
     assert float((one.float() - other.float()).abs().max()) < (1e-2 if dtype == torch.bfloat16 else 1e-4)
     assert not torch.equal(one, start)
+
+
+def test_many_tensors_at_once_are_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of both dtypes, with either kind of moments, longer than a piece, odd, empty, and one without a gradient."""
+    monkeypatch.setattr(adam._OfOneKind, "by_kernels", True)
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(count: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(count, generator=generator).to(dtype)
+
+    kinds = [(dtype, packed) for dtype in (torch.float32, torch.bfloat16) for packed in (False, True)]
+    cases = [(count, *kind) for kind in kinds for count in (9000, 256, 77, 0)]
+    weights = [drawn(count, dtype) for count, dtype, _ in cases]
+    others = [tensor.clone() for tensor in weights]
+    moments, of_others = (
+        [Moments.zeros(tensor, packed=packed) for tensor, (_, _, packed) in zip(weights, cases, strict=True)]
+        for _ in range(2)
+    )
+    rows = torch.tensor([CONSTANTS.settings_row(rate, 0.1, 1) for rate in (1e-2, 1e-3)])
+    groups, seeds = [number % 2 for number in range(len(cases))], list(range(100, 100 + len(cases)))
+    many = adam.ManySteps(weights, moments, groups, seeds)
+    for number in range(3):
+        gradients = [None if place == 1 else drawn(count, dtype) for place, (count, dtype, _) in enumerate(cases)]
+        flags = torch.tensor([number, int(number == 1)], dtype=torch.int32)
+        with emulated():
+            norm = many.gradient_norm(gradients)
+            many.step(gradients, Control(rows, norm, flags), CONSTANTS)
+        given = [gradient for gradient in gradients if gradient is not None]
+        expected = torch.linalg.vector_norm(torch.cat([gradient.float() for gradient in given]))
+        assert float(norm) == pytest.approx(float(expected), rel=1e-5)
+        for place, gradient in enumerate(gradients):
+            if gradient is not None:
+                one = (others[place], gradient, of_others[place], Control(rows, norm, flags), CONSTANTS)
+                adam_step_torch(*one, groups[place], seeds[place])
+    for one, other, (_, dtype, _) in zip(weights, others, cases, strict=True):
+        differ = (one.float() - other.float()).abs()
+        assert float(differ.max() if one.numel() else 0) < (1e-2 if dtype == torch.bfloat16 else 1e-4)
+        assert float((one != other).float().mean() if dtype == torch.bfloat16 and one.numel() > 256 else 0) < 0.005
+    assert torch.equal(weights[1], others[1])

