@@ -63,11 +63,16 @@ class Parking:
         """Makes later work on the device wait for what is leaving it."""
         self._settle(0)
 
-    def fetch(self, on_host: Tensor) -> Coming:
-        """Begins to copy what `park` gave back to the device, as soon as what was issued so far is done."""
+    def fetch(self, on_host: Tensor, there: Tensor | None = None) -> Coming:
+        """Begins to copy what `park` gave back to the device, as soon as what was issued so far is done.
+
+        Args:
+            there: where it is to arrive; None: in memory of its own.
+        """
         if self._stream is None:
-            return Coming(on_host)
-        there = torch.empty(on_host.shape, dtype=on_host.dtype, device=self._device)
+            return Coming(on_host if there is None else there.copy_(on_host))
+        if there is None:
+            there = torch.empty(on_host.shape, dtype=on_host.dtype, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             there.copy_(on_host, non_blocking=True)

@@ -37,7 +37,7 @@ from src.model.parking import Coming, Parking
 from src.model.recompute import Draws
 from src.model.state import LayerState, by_layer, stacked
 from src.ops.token_logps import token_logps_gradient
-from src.training.chunk_graphs import ChunkRecorder, RecordedChunk
+from src.training.chunk_graphs import ChunkRecorder, RecordedChunk, RecordedLayers
 from src.training.objectives import Looker, Scored, Staged, TokensAlone
 
 
@@ -88,11 +88,11 @@ class ChunkedObjective:
     Args:
         objective: whose loss it is.
         options: how rows are cut.
-        recorder: replays chunks, unless layers' inputs are kept; None: all are issued.
+        recorder: replays chunks, by layer where these' inputs are kept; None: all are issued.
     """
 
     def __init__(self, objective: Scored, options: ChunkOptions, recorder: ChunkRecorder | None = None) -> None:
-        assert recorder is None or not options.with_inputs
+        assert recorder is None or recorder.by_layer == options.with_inputs
         self.objective = objective
         self.options = options
         self.recorder = recorder
@@ -118,16 +118,21 @@ class ChunkedObjective:
         parking = Parking(model.device)
         memories = Memories(model.device, parking if options.on_host else None)
         passed_by = [_PassedBy(model, parking if options.with_inputs else None) for _ in chunks]
-        recorded: list[RecordedChunk | None] = [None] * len(chunks)
+        recorded: list[RecordedChunk | RecordedLayers | None] = [None] * len(chunks)
         if self.recorder is not None:
             of_starts = options.bptt_chunks != 1 or any(name.endswith("time_state") for name in trained)
             recorded = self.recorder.of_chunks(chunks, staged.tokens, trained, of_starts=of_starts)
 
         def run(place: int, chunk: Chunk, start: LayerState | None) -> tuple[Tensor, LayerState | None]:
             watch = passed_by[place].begin()
-            if (replayed := recorded[place]) is not None:
-                return replayed.forward(model.look_up(chunk.of(staged.tokens)), chunk, start)
-            return run_chunk(model, staged.tokens, chunk, start, watch)
+            replayed = recorded[place]
+            if replayed is None:
+                return run_chunk(model, staged.tokens, chunk, start, watch)
+            inputs = model.look_up(chunk.of(staged.tokens))
+            if isinstance(replayed, RecordedChunk):
+                return replayed.forward(inputs, chunk, start)
+            assert watch is not None
+            return replayed.forward(inputs, chunk, start, parking, watch)
 
         sets = self.objective.target_sets(staged)
         scores = read_scores(model, staged.tokens, chunks, sets, memories, run)
@@ -271,10 +276,10 @@ class _SecondPass(nn.Module):
         self._memories = memories
         self._parking = parking
         self._passed_by = passed_by
-        self._recorded: list[RecordedChunk | None] = [None] * len(passed_by)
+        self._recorded: list[RecordedChunk | RecordedLayers | None] = [None] * len(passed_by)
         self._options = options
 
-    def replay(self, recorded: Sequence[RecordedChunk | None], recorder: ChunkRecorder) -> None:
+    def replay(self, recorded: Sequence[RecordedChunk | RecordedLayers | None], recorder: ChunkRecorder) -> None:
         """Takes the recordings of chunks for those that have one."""
         self._recorded = list(recorded)
         self.into, self.lends = recorder.gradients, recorder.lends_gradients
@@ -298,8 +303,10 @@ class _SecondPass(nn.Module):
                 if index:
                     self._memories.begin_to_fetch(chunks[index - 1])
                 with torch.enable_grad():
-                    if recorded is not None:
+                    if isinstance(recorded, RecordedChunk):
                         of_start = self._replayed(recorded, chunk, start, after, scale)
+                    elif recorded is not None:
+                        of_start = self._replayed_by_layer(recorded, chunk, passed_by, start, after, scale)
                     elif passed_by.inputs:
                         of_start = self._layer_by_layer(chunk, passed_by, start, after, scale)
                     else:
@@ -325,6 +332,26 @@ class _SecondPass(nn.Module):
         hidden = hidden.detach().requires_grad_()
         _backward_from(self._of_scores(chunk, hidden, scale))
         return recorded.backward(chunk, hidden.grad, after)
+
+    def _replayed_by_layer(
+        self,
+        recorded: RecordedLayers,
+        chunk: Chunk,
+        passed_by: _PassedBy,
+        start: LayerState | None,
+        after: LayerState | None,
+        scale: Tensor,
+    ) -> LayerState | None:
+        """`_layer_by_layer` of a recorded chunk."""
+
+        def gradient_of(entering: Tensor) -> Tensor | None:
+            last = entering.detach().requires_grad_(self._depends[-1] or self._goes_on(chunk))
+            _backward_from(self._of_scores(chunk, self.model.ln_out(last), scale))
+            return last.grad
+
+        inputs = self.model.look_up(chunk.of(self._staged.tokens))
+        parked = (passed_by.inputs, passed_by.handed)
+        return recorded.backward(inputs, chunk, start, after, self._parking, *parked, gradient_of)
 
     def _at_once(
         self, chunk: Chunk, passed_by: _PassedBy, start: LayerState | None, after: LayerState | None, scale: Tensor

@@ -48,9 +48,8 @@ def may_record(config: TrainConfig, method: Method) -> bool:
 
 
 def may_record_chunks(config: TrainConfig, method: Method) -> bool:
-    """The same for chunks, where rows have some: not layer by layer, nor where gradients are left in the parameters."""
-    by_layer = config.chunk_keep == "inputs"
-    return bool(config.chunk_ctx) and may_record(config, method) and not by_layer and not method.in_place
+    """The same for chunks, where rows have some: not where gradients are left in the parameters."""
+    return bool(config.chunk_ctx) and may_record(config, method) and not method.in_place
 
 
 class Recordings(Generic[Recording]):

@@ -76,7 +76,10 @@ class TrainingModule(pl.LightningModule):
         self._alone = not config.uses_deepspeed and config.devices * config.num_nodes == 1
         recorder = None
         if records and may_record_chunks(config, method):
-            recorder = ChunkRecorder(model, config.chunk_ctx, limit_gib, lends_gradients=accumulated == 1)
+            by_layer = config.chunk_keep == "inputs"
+            recorder = ChunkRecorder(
+                model, config.chunk_ctx, limit_gib, by_layer=by_layer, lends_gradients=accumulated == 1
+            )
         self.objective: Objective = _in_chunks(objective, config, recorder)
         records = records and objective.recordable
         self._leaves_gradients = leaves_gradients(config, method)

@@ -114,23 +114,30 @@ def step(made: LanguageModel, objective: Any, batch: Any) -> tuple[float, dict[s
     return outcome.loss.item(), {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
 
 
+# Where the last chunk is filled up to the full length its sums are rounded in another order: on an H100 (2026-11-26)
+# gradients of RWKV-6 stay within the first figure's share of their norm, those of RWKV-7's random models within 0.9 %.
+TOLERANCES = {"x060": (1e-4, 2e-3), "x070": (1e-3, 2e-2)}
+
+
 def check(made: LanguageModel, case: str = "rows", **options: Any) -> ChunkRecorder:
     """Every step of three passes over the batches, with recordings and without."""
     objective, batches = CASES[case][0](), CASES[case][1]()
     chosen = ChunkOptions(CHUNK, **options)
-    recorder = ChunkRecorder(made, CHUNK)
+    of_loss, of_gradient = TOLERANCES[made.shape.architecture]
+    recorder = ChunkRecorder(made, CHUNK, by_layer=chosen.with_inputs)
     recorded, issued = (ChunkedObjective(objective, chosen, each) for each in (recorder, None))
     replays = 0
     for batch in batches * 3:
         loss, gradients = step(made, recorded, batch)
         expected_loss, expected = step(made, issued, batch)
         replays += bool(recorder._graphs)
-        assert loss == pytest.approx(expected_loss, rel=1e-4)
+        assert loss == pytest.approx(expected_loss, rel=of_loss)
         assert gradients.keys() == expected.keys()
         largest = max(float(gradient.norm()) for gradient in expected.values())
         for name, gradient in expected.items():
             # A tensor whose gradient is next to nothing is noise of the others.
-            assert float((gradients[name] - gradient).norm()) <= 2e-3 * float(gradient.norm()) + 1e-4 * largest, name
+            allowed = of_gradient * (float(gradient.norm()) + 0.05 * largest)
+            assert float((gradients[name] - gradient).norm()) <= allowed, name
     assert recorder._works, "recordings were given up"
     assert replays > len(batches), "nothing was recorded"
     return recorder
@@ -143,6 +150,26 @@ def test_recorded_chunks_give_loss_and_gradients_of_issued_ones(
     case: str, recompute: Recompute, architecture: str
 ) -> None:
     check(model_of("states", recompute, architecture=architecture), case)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("case", CASES)
+def test_layer_by_layer(case: str, architecture: str) -> None:
+    check(model_of("states", architecture=architecture), case, on_host=True, with_inputs=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("method", ["lora", "bone", "bat", "parts"])
+def test_layer_by_layer_whatever_is_trained(method: str, quant_type: str | None, architecture: str) -> None:
+    check(model_of(method, quant_type=quant_type, architecture=architecture), "packs", with_inputs=True)
+
+
+@pytest.mark.parametrize("bptt_chunks", [1, 2])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("method", ["states", "lora"])
+def test_layer_by_layer_wherever_gradients_end(method: str, architecture: str, bptt_chunks: int) -> None:
+    check(model_of(method, architecture=architecture), "rows", with_inputs=True, bptt_chunks=bptt_chunks)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

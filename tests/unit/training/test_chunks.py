@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,10 +23,11 @@ from src.loading import LoadOptions, build_model
 from src.losses import sft_loss
 from src.model.chunks import Memories, read_scores
 from src.model.language_model import LanguageModel
+from src.model.parking import Parking
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
 from src.model.state import LayerState, by_layer
-from src.training import chunk_graphs
+from src.training import chunk_graphs, chunks
 from src.training.chunk_graphs import ChunkRecorder
 from src.training.chunks import ChunkedObjective, ChunkOptions, StagedChunks
 from src.training.objectives import (
@@ -360,8 +362,11 @@ class Rerun:
 
 
 @pytest.fixture
-def recorder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[LanguageModel, int], ChunkRecorder]:
-    """Makes recorders whose replays compute what was recorded once more, from and into the recording's tensors."""
+def recorder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ChunkRecorder]:
+    """Makes recorders whose replays compute what was recorded once more, from and into the recording's tensors.
+
+    What is parked is copied, as it is on a GPU.
+    """
 
     class Reran(chunk_graphs.RecordedChunk):
         def __init__(
@@ -392,39 +397,67 @@ def recorder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[[LanguageModel, int
 
             self._forward.replay, self._again.replay, self._backward.replay = forward, again, backward
 
+    class RerunLayers(chunk_graphs.RecordedLayers):
+        def __init__(
+            self, model: LanguageModel, chunk: Any, sample: Any, tokens: int, states: Any, into: Any, *rest: Any
+        ) -> None:
+            super().__init__(model, chunk, sample, tokens, states, into, *rest)
+
+            def again(layer: int) -> None:
+                aliases = chunk_graphs.aliases_of(states, into)
+                torch.func.functional_call(chunk_graphs._LayerAgain(model), aliases, (self, layer, self._layouts[1]))
+
+            for layer in range(len(model.blocks)):
+                self._forward[layer].replay = partial(self._pass_by, layer, self._layouts[0])
+                self._second[layer].replay = partial(again, layer)
+
     monkeypatch.setattr(chunk_graphs, "RecordedChunk", Reran)
+    monkeypatch.setattr(chunk_graphs, "RecordedLayers", RerunLayers)
+    monkeypatch.setattr(chunks, "RecordedChunk", Reran)
+    monkeypatch.setattr(Parking, "park", lambda self, tensor: tensor.clone())
     monkeypatch.setattr(chunk_graphs, "recording_of", lambda model: contextlib.nullcontext())
     monkeypatch.setattr(chunk_graphs, "capturing", lambda graph, pool: contextlib.nullcontext())
     monkeypatch.setattr(ChunkRecorder, "_make_room", lambda self: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Rerun)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
 
-    def made(model: LanguageModel, tokens: int) -> ChunkRecorder:
+    def made(model: LanguageModel, tokens: int, by_layer: bool = False) -> ChunkRecorder:
         with monkeypatch.context() as patch:
             patch.setattr(LanguageModel, "device", torch.device("cuda"))
-            return ChunkRecorder(model, tokens)
+            return ChunkRecorder(model, tokens, by_layer=by_layer)
 
     return made
 
 
+@pytest.mark.parametrize("with_inputs", [False, True])
 @pytest.mark.parametrize(
-    ("case", "method", "bptt_chunks"),
+    ("case", "method", "bptt_chunks", "shape"),
     [
-        *((case, "states", 0) for case in CASES),
-        ("sft, pad", "lora", 0),
-        ("orpo", "lora", 0),
-        ("sft, pack", "states", 1),
-        ("sft, pad", "lora", 1),
+        *((case, "states", 0, SHAPE) for case in CASES),
+        ("sft, pad", "lora", 0, SHAPE),
+        ("orpo", "lora", 0, SHAPE),
+        ("sft, pack", "full", 0, SHAPE),
+        ("sft, pack", "states", 1, SHAPE),
+        ("sft, pad", "lora", 1, SHAPE),
+        ("sft, pad", "states", 0, RWKV7),
+        ("orpo", "lora", 0, RWKV7),
+        ("sft, pack", "full", 2, RWKV7),
     ],
 )
 def test_replayed_chunks_give_the_gradient_of_whole_rows(
-    case: str, method: str, bptt_chunks: int, recorder_of: Callable[[LanguageModel, int], ChunkRecorder]
+    case: str,
+    method: str,
+    bptt_chunks: int,
+    shape: ModelShape,
+    with_inputs: bool,
+    recorder_of: Callable[..., ChunkRecorder],
 ) -> None:
     """Recording itself is tested on a GPU; here, what goes into a recording and comes out of it."""
     objective, made = CASES[case]
-    model, batch, options = model_of(method), made(), ChunkOptions(12, bptt_chunks)
+    model, batch = model_of(method, shape=shape), made()
+    options = ChunkOptions(12, bptt_chunks, with_inputs=with_inputs)
     loss, gradients = step(model, ChunkedObjective(objective, options), batch)
-    recorder = recorder_of(model, 12)
+    recorder = recorder_of(model, 12, with_inputs)
     chunked = ChunkedObjective(objective, options, recorder)
     for _ in range(2):
         replayed_loss, found = step(model, chunked, batch)
@@ -433,13 +466,15 @@ def test_replayed_chunks_give_the_gradient_of_whole_rows(
     assert recorder._graphs
 
 
+@pytest.mark.parametrize("with_inputs", [False, True])
 def test_one_recording_serves_all_chunks_of_rows_beside_each_other(
-    recorder_of: Callable[[LanguageModel, int], ChunkRecorder],
+    with_inputs: bool,
+    recorder_of: Callable[..., ChunkRecorder],
 ) -> None:
     """The first, which begins anew, the last, which is shorter, and those between; of rows of any length."""
     model = model_of("states")
-    recorder = recorder_of(model, 8)
-    objective = ChunkedObjective(SFTObjective(), ChunkOptions(8), recorder)
+    recorder = recorder_of(model, 8, with_inputs)
+    objective = ChunkedObjective(SFTObjective(), ChunkOptions(8, with_inputs=with_inputs), recorder)
     for size in (20, 33, 12):
         tokens = np.random.default_rng(size).integers(1, 61, (2, size))
         batch = padded_batch(list(tokens), [None, None], range(2))

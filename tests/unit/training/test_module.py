@@ -229,7 +229,7 @@ class TestChunks:
         [
             (True, {}, True, True),
             (True, {"chunk_keep": "host"}, True, True),
-            (True, {"chunk_keep": "inputs"}, False, True),
+            (True, {"chunk_keep": "inputs"}, True, True),
             (True, {"peft": "lisa"}, False, True),
             (False, {}, True, False),
             (True, {"cuda_graph": 0}, False, False),

@@ -231,7 +231,7 @@ class TestThePlanOfChunks:
             ({"grad_cp": 0, "chunk_keep": "host"}, True, False),
             ({"peft": "lora"}, True, True),
             ({"peft": "lisa"}, False, True),
-            ({"chunk_keep": "inputs"}, False, False),
+            ({"chunk_keep": "inputs"}, True, False),
             ({"cuda_graph": 0}, False, True),
             ({"peft": "lora", "lora_dropout": 0.1}, False, True),
         ],
