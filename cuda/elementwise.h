@@ -1,5 +1,6 @@
 // Arguments of the element-wise kernels.
 //
+// `wide`: parameters are stored in fp32, from which they are rounded as they are read; else in bf16.
 // All activations are bf16, contiguous, 16-byte aligned; channel counts are multiples of 8, tensors have fewer than
 // 2^32 vectors of 8. Arithmetic is fp32.
 #pragma once
@@ -34,6 +35,7 @@ struct ShiftMix {
   int rows;                 // sequences * tokens
   int tokens;               // per sequence
   int channels;
+  int wide;                 // whether maa is in fp32
 };
 
 constexpr int kMostNormChannels = 8192;

@@ -30,7 +30,7 @@ __device__ __forceinline__ float block_sum(float value, float (&of_warp)[kNormWa
 template <int kHeld, bool kAdds>
 __global__ void __launch_bounds__(kNormThreads)
     add_norm_forward_kernel(const void* x, const void* delta, const void* weight, const void* bias, float eps,
-                            void* sum, void* normed, float* statistics, int channels) {
+                            void* sum, void* normed, float* statistics, int channels, int wide) {
   __shared__ float of_warp[2][kNormWarps];
   const int row = blockIdx.x;
   const int64_t base = int64_t(row) * channels;
@@ -74,8 +74,8 @@ __global__ void __launch_bounds__(kNormThreads)
     const int channel = held_channel(i);
     if (channel >= channels) break;
     float scale[kVector], shift[kVector];
-    load(weight, channel, scale);
-    load(bias, channel, shift);
+    load_parameter(weight, channel, wide, scale);
+    load_parameter(bias, channel, wide, shift);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) scale[j] = fmaf(value[i][j] * inverse, scale[j], shift[j]);
     store(normed, base + channel, scale);
@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kNormThreads)
 template <int kHeld>
 __global__ void __launch_bounds__(kNormThreads)
     add_norm_backward_kernel(const void* sum, const float* statistics, const void* weight, const void* grad_normed,
-                             const void* grad_sum, void* grad_x, int channels) {
+                             const void* grad_sum, void* grad_x, int channels, int wide) {
   __shared__ float of_warp[2][kNormWarps];
   const int row = blockIdx.x;
   const int64_t base = int64_t(row) * channels;
@@ -99,7 +99,7 @@ __global__ void __launch_bounds__(kNormThreads)
     float scale[kVector];
     load(sum, base + channel, value[i]);
     load(grad_normed, base + channel, grad[i]);
-    load(weight, channel, scale);
+    load_parameter(weight, channel, wide, scale);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) {
       value[i][j] = (value[i][j] - mean) * inverse;

@@ -44,11 +44,12 @@ __device__ __forceinline__ float normalise(float (&y)[kVector], float eps, unsig
 template <int kLanes, int kTile>
 __global__ void __launch_bounds__(kThreads)
     group_norm_silu_gate_forward_kernel(const void* y, const void* gate, const void* weight, const void* bias,
-                                        float eps, void* output, int rows, int channels) {
+                                        float eps, void* output, int rows, int channels, int wide) {
   const unsigned mask = head_mask<kLanes>();
   int channel, first;
   if (!own_tile(rows, channels, kTile, channel, first)) return;
-  const Packed packed_weight = load(weight, channel), packed_bias = load(bias, channel);
+  const Packed packed_weight = load_parameter(weight, channel, wide);
+  const Packed packed_bias = load_parameter(bias, channel, wide);
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
     const int row = first + i;
@@ -70,12 +71,13 @@ template <int kLanes, int kTile>
 __global__ void __launch_bounds__(kThreads)
     group_norm_silu_gate_backward_kernel(const void* y, const void* gate, const void* weight, const void* bias,
                                          float eps, const void* grad_output, void* grad_y, void* grad_gate, int rows,
-                                         int channels) {
+                                         int channels, int wide) {
   constexpr float kShare = 1.0f / (kLanes * kVector);
   const unsigned mask = head_mask<kLanes>();
   int channel, first;
   if (!own_tile(rows, channels, kTile, channel, first)) return;
-  const Packed packed_weight = load(weight, channel), packed_bias = load(bias, channel);
+  const Packed packed_weight = load_parameter(weight, channel, wide);
+  const Packed packed_bias = load_parameter(bias, channel, wide);
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
     const int row = first + i;

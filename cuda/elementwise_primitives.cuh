@@ -29,6 +29,19 @@ __device__ __forceinline__ void load(const void* base, int64_t offset, float (&v
   unpack(load(base, offset), values);
 }
 
+// A parameter's values, which are used as bf16 has them; `wide`: they are stored in fp32.
+__device__ __forceinline__ Packed load_parameter(const void* base, int64_t offset, int wide) {
+  if (!wide) return load(base, offset);
+  const float4* four = reinterpret_cast<const float4*>(static_cast<const float*>(base) + offset);
+  const float4 one = four[0], other = four[1];
+  return {{pack_bf16(one.x, one.y), pack_bf16(one.z, one.w), pack_bf16(other.x, other.y),
+           pack_bf16(other.z, other.w)}};
+}
+
+__device__ __forceinline__ void load_parameter(const void* base, int64_t offset, int wide, float (&values)[kVector]) {
+  unpack(load_parameter(base, offset, wide), values);
+}
+
 // A plain load, for what the same kernel writes.
 __device__ __forceinline__ void load_written(const void* base, int64_t offset, float (&values)[kVector]) {
   const uint4 raw = *reinterpret_cast<const uint4*>(static_cast<const uint16_t*>(base) + offset);
@@ -69,6 +82,33 @@ __device__ __forceinline__ void store_norm_sums(const NormSums& sums, int tile, 
   const int64_t offset = tile * sums.stride + channel;
   if (sums.weight != nullptr) store_sums(sums.weight, offset, of_weight);
   if (sums.bias != nullptr) store_sums(sums.bias, offset, of_bias);
+}
+
+// Adds the sums over tiles up: total [count] of sums [tiles, count], `count` a multiple of 4. A warp takes every eighth
+// tile of 128 values.
+constexpr int kTotalWarps = 8;
+
+__global__ void __launch_bounds__(32 * kTotalWarps) total_kernel(const float* sums, float* total, int tiles, int count) {
+  __shared__ float of_warp[kTotalWarps][32][4];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = (blockIdx.x * 32 + lane) * 4;
+  float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  if (at < count) {
+#pragma unroll 4
+    for (int tile = warp; tile < tiles; tile += kTotalWarps) {
+      const float4 value = *reinterpret_cast<const float4*>(sums + int64_t(tile) * count + at);
+      sum[0] += value.x, sum[1] += value.y, sum[2] += value.z, sum[3] += value.w;
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) of_warp[warp][lane][i] = sum[i];
+  __syncthreads();
+  if (warp != 0 || at >= count) return;
+#pragma unroll
+  for (int other = 1; other < kTotalWarps; ++other) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[i] += of_warp[other][lane][i];
+  }
+  *reinterpret_cast<float4*>(total + at) = make_float4(sum[0], sum[1], sum[2], sum[3]);
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }

@@ -33,7 +33,7 @@ __global__ void __launch_bounds__(kThreads) shift_mix_forward_kernel(ShiftMix a,
   if (!own_tile(a.rows, a.channels, kTile, channel, first)) return;
   Packed maa[kMixes];
 #pragma unroll
-  for (int g = 0; g < kMixes; ++g) maa[g] = load(a.maa, int64_t(g) * a.channels + channel);
+  for (int g = 0; g < kMixes; ++g) maa[g] = load_parameter(a.maa, int64_t(g) * a.channels + channel, a.wide);
 #pragma unroll
   for (int i = 0; i < kTile; ++i) {
     const int row = first + i;
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads)
   if (!own_tile(a.rows, a.channels, kTile, channel, first)) return;
   Packed maa[kMixes];
 #pragma unroll
-  for (int g = 0; g < kMixes; ++g) maa[g] = load(a.maa, int64_t(g) * a.channels + channel);
+  for (int g = 0; g < kMixes; ++g) maa[g] = load_parameter(a.maa, int64_t(g) * a.channels + channel, a.wide);
   float from_next[kVector];
   clear(from_next);
   if (first + kTile < a.rows) {

@@ -131,11 +131,11 @@ class _RemovalAndReplacement(torch.autograd.Function):
         k, rate, key_scale, rate_scale = ctx.saved_tensors
         of_k, of_rate, *of_parameters = ctx.needs_input_grad
         arrived = [_arrived(grad, k, "the gradient of removal_and_replacement") for grad in grads]
-        inputs = k, rate, kept_parameter(ctx, "key_scale", key_scale)
+        inputs = k, rate, prepared_parameter(kept_parameter(ctx, "key_scale", key_scale), "key_scale")
         grad_k = grad_rate = None
         if of_k or of_rate:
             grad_k, grad_rate = _empty_like(k, of_k), _empty_like(rate, of_rate)
-            rate_scale = kept_parameter(ctx, "rate_scale", rate_scale)
+            rate_scale = prepared_parameter(kept_parameter(ctx, "rate_scale", rate_scale), "rate_scale")
             _over_rows(KEYS_BACKWARD, k, *inputs, rate_scale, *arrived, grad_k, grad_rate)
         return grad_k, grad_rate, *_sums(KEYS_SUMS, k, (*inputs, *arrived), of_parameters, ctx.shapes)
 
@@ -191,7 +191,7 @@ class _GroupNormBonusGate(torch.autograd.Function):
         if any(asked):
             grads = [_empty_like(tensor, wanted) for tensor, wanted in zip(inputs, asked, strict=True)]
             saved = {"bonus": bonus, "weight": weight, "bias": bias}
-            parameters = (kept_parameter(ctx, name, value) for name, value in saved.items())
+            parameters = (prepared_parameter(kept_parameter(ctx, name, value), name) for name, value in saved.items())
             _over_rows(READOUT_BACKWARD, y, *inputs, *parameters, ctx.eps, gradient, *grads)
         return *grads, *_sums(READOUT_SUMS, y, (*inputs, ctx.eps, gradient), of_parameters, ctx.shapes), None
 

@@ -26,6 +26,7 @@ from src.ops.rows import (
     parameter_tile,
     prepared,
     prepared_parameter,
+    read_parameter,
     records,
     refuse_double_backward,
     saved_parameter,
@@ -49,7 +50,7 @@ def _flag(value: bool) -> str:
     return "true" if value else "false"
 
 
-_SHIFT, _POINTERS, _SUMS = "(PPPPP iiii)", "(PPPPPP)", "(PPq)"
+_SHIFT, _POINTERS, _SUMS = "(PPPPP iiiii)", "(PPPPPP)", "(PPq)"
 _CASES = [(mixes, modulated) for mixes in MIXES for modulated in (False, True)]
 SHIFT_FORWARD = {
     (mixes, modulated): _kernel(
@@ -67,29 +68,30 @@ MAA_SUMS = {mixes: _kernel(f"shift_mix_maa_sums_kernel<{mixes}>", f"{_SHIFT} {_P
 GATE_FORWARD, GATE_BACKWARD, GATE_SUMS = (
     {size: _kernel(f"group_norm_silu_gate_{name}_kernel<{size // VECTOR}{tile}>", parameters) for size in HEAD_SIZES}
     for name, tile, parameters in (
-        ("forward", f", {_NORM_TILE}", "PPPP f P ii"),
-        ("backward", f", {_NORM_TILE}", "PPPP f PPP ii"),
+        ("forward", f", {_NORM_TILE}", "PPPP f P iii"),
+        ("backward", f", {_NORM_TILE}", "PPPP f PPP iii"),
         ("sums", "", f"PP f P iii {_SUMS}"),
     )
 )
 NORM_FORWARD = {
-    (held, adds): _kernel(f"add_norm_forward_kernel<{held}, {_flag(adds)}>", "PPPP f PPP i")
+    (held, adds): _kernel(f"add_norm_forward_kernel<{held}, {_flag(adds)}>", "PPPP f PPP ii")
     for held in (1, 2, 4)
     for adds in (False, True)
 }
-NORM_BACKWARD = {held: _kernel(f"add_norm_backward_kernel<{held}>", "PPPPPP i") for held in (1, 2, 4)}
+NORM_BACKWARD = {held: _kernel(f"add_norm_backward_kernel<{held}>", "PPPPPP ii") for held in (1, 2, 4)}
 NORM_SUMS = _kernel("add_norm_sums_kernel", f"PPP iii {_SUMS}")
 SQUARED_RELU = _kernel("each_vector_kernel<elementwise::SquaredRelu>", "q (PP)")
 SQUARED_RELU_GRADIENT = _kernel("each_vector_kernel<elementwise::SquaredReluGradient>", "q (PPP)")
 GATED_RESIDUAL = _kernel("each_vector_kernel<elementwise::SigmoidGatedResidual>", "q (PPPP)")
 GATED_RESIDUAL_GRADIENT = _kernel("each_vector_kernel<elementwise::SigmoidGatedResidualGradient>", "q (PPPPPP)")
+TOTAL = _kernel("total_kernel", "PPii")
 LOGIT_STATISTICS = _kernel("logit_statistics_kernel", "PPPPPP i")
 LOGIT_GRADIENT = _kernel("logit_gradient_kernel", "PPPPPP i")
 
 KERNELS = (
     *(*SHIFT_FORWARD.values(), *SHIFT_BACKWARD.values(), *MAA_SUMS.values()),
     *(*GATE_FORWARD.values(), *GATE_BACKWARD.values(), *GATE_SUMS.values()),
-    *(*NORM_FORWARD.values(), *NORM_BACKWARD.values(), NORM_SUMS),
+    *(*NORM_FORWARD.values(), *NORM_BACKWARD.values(), NORM_SUMS, TOTAL),
     *(SQUARED_RELU, SQUARED_RELU_GRADIENT, GATED_RESIDUAL, GATED_RESIDUAL_GRADIENT, LOGIT_STATISTICS, LOGIT_GRADIENT),
 )
 
@@ -115,7 +117,7 @@ def layer_kernels(
     if head_size in HEAD_SIZES:
         found += [GATE_FORWARD[head_size], GATE_BACKWARD[head_size]]
     if sums:
-        found += [NORM_SUMS, *(MAA_SUMS[count] for count in sorted({count for count, _ in mixes}))]
+        found += [NORM_SUMS, TOTAL, *(MAA_SUMS[count] for count in sorted({count for count, _ in mixes}))]
         found += [GATE_SUMS[head_size]] if head_size in HEAD_SIZES else []
     return tuple(found)
 
@@ -283,7 +285,8 @@ class _ShiftMix(torch.autograd.Function):
             return (None,) * 6
         z, carry, maa, modulation = ctx.saved_tensors
         needed = ctx.needs_input_grad
-        found = _shift_gradients(ctx, grads, z, carry, kept_parameter(ctx, "maa", maa), modulation, *needed[:4])
+        maa = read_parameter(kept_parameter(ctx, "maa", maa), "maa")
+        found = _shift_gradients(ctx, grads, z, carry, maa, modulation, *needed[:4])
         return *found, None, None
 
 
@@ -338,7 +341,8 @@ class _ModulatedShiftMix(torch.autograd.Function):
         if all(grad is None for grad in grads):
             return (None,) * 8
         z, carry, maa, modulation, hidden, up = ctx.saved_tensors
-        maa, up = kept_parameter(ctx, "maa", maa), kept_parameter(ctx, "up", up)
+        maa = read_parameter(kept_parameter(ctx, "maa", maa), "maa")
+        up = prepared_parameter(kept_parameter(ctx, "up", up), "up")
         of_z, of_carry, of_maa, of_hidden, of_up = ctx.needs_input_grad[:5]
         if modulation is None and (of_z or of_carry or of_hidden or of_up):
             modulation = torch.bmm(_by_mix(hidden, up), up)
@@ -381,10 +385,10 @@ class _GroupNormSiluGate(torch.autograd.Function):
         rows, channels, head_size = y.shape[0] * y.shape[1], gate.shape[2], y.shape[3]
         grad_y = grad_gate = None
         if of_y or of_gate:
-            weight, bias = kept_parameter(ctx, "weight", weight), kept_parameter(ctx, "bias", bias)
+            weight, bias, wide = _read_alike(kept_parameter(ctx, "weight", weight), kept_parameter(ctx, "bias", bias))
             grad_y, grad_gate = torch.empty_like(y), torch.empty_like(gate)
             if rows:
-                values = (y, gate, weight, bias, ctx.eps, grad, grad_y, grad_gate, rows, channels)
+                values = (y, gate, weight, bias, ctx.eps, grad, grad_y, grad_gate, rows, channels, wide)
                 GATE_BACKWARD[head_size](y, blocks_for(rows, channels, _NORM_TILE), THREADS, *values)
 
         def sums(tile: int, blocks: int, places: Sequence[Any]) -> None:
@@ -422,12 +426,13 @@ class _AddNorm(torch.autograd.Function):
         rows, channels = statistics.shape[1], total.shape[-1]
         grad_x = None
         if of_x or of_delta:
-            weight = kept_parameter(ctx, "weight", weight)
+            weight = read_parameter(kept_parameter(ctx, "weight", weight), "weight")
             if grad_sum is not None:
                 grad_sum = prepared(grad_sum, "the gradient of add_norm's sum")
             grad_x = torch.empty_like(total)
             if rows:
-                values = (total, statistics, weight, grad, grad_sum, grad_x, channels)
+                wide = weight.dtype is torch.float32
+                values = (total, statistics, weight, grad, grad_sum, grad_x, channels, wide)
                 NORM_BACKWARD[held_vectors(channels)](total, rows, _NORM_THREADS, *values)
 
         def sums(tile: int, blocks: int, places: Sequence[Any]) -> None:
@@ -475,7 +480,7 @@ class _ShiftInputs:
     def __init__(
         self, z: Tensor, carry: Tensor | None, maa: Tensor, previous: Tensor | None, children: Tensor | None
     ) -> None:
-        self.z, self.maa = prepared(z, "z"), prepared_parameter(maa, "maa")
+        self.z, self.maa = prepared(z, "z"), read_parameter(maa, "maa")
         if z.ndim != 3:
             raise RuntimeError(f"z has {z.ndim} dimensions, expected [batch, tokens, channels]")
         batch, tokens, channels = z.shape
@@ -508,7 +513,8 @@ class _ShiftInputs:
         rows = batch * tokens
         if rows:
             kernel = SHIFT_FORWARD[len(outputs), modulation is not None]
-            shift = (self.z, self.carry, self.maa, modulation, self.previous, len(outputs), rows, tokens, channels)
+            sizes = (len(outputs), rows, tokens, channels, self.maa.dtype is torch.float32)
+            shift = (self.z, self.carry, self.maa, modulation, self.previous, *sizes)
             kernel(self.z, blocks_for(rows, channels, _SHIFT_TILE), THREADS, *shift, *_all_mixes(outputs))
         return outputs
 
@@ -534,11 +540,11 @@ def _shift_gradients(
     grads = [None if grad is None else prepared(grad, "the gradient of shift_mix") for grad in gradients]
     batch, tokens, channels = ctx.shape
     rows, mixes = batch * tokens, len(grads)
-    shift = (z, carry, maa, modulation, ctx.previous, mixes, rows, tokens, channels)
+    shift = (z, carry, maa, modulation, ctx.previous, mixes, rows, tokens, channels, maa.dtype is torch.float32)
     grad_z = grad_carry = grad_maa = grad_modulation = None
     if of_z or of_carry or of_modulation:
-        grad_z = maa.new_empty(ctx.shape)
-        grad_carry = maa.new_empty(batch, channels) if of_carry else None
+        grad_z = maa.new_empty(ctx.shape, dtype=torch.bfloat16)
+        grad_carry = maa.new_empty(batch, channels, dtype=torch.bfloat16) if of_carry else None
         if of_modulation:
             assert modulation is not None
             grad_modulation = torch.empty_like(modulation)
@@ -551,7 +557,7 @@ def _shift_gradients(
         sums = maa.new_empty(-(-rows // tile), mixes, channels, dtype=torch.float32)
         if rows:
             MAA_SUMS[mixes](maa, blocks_for(rows, channels, tile), THREADS, *shift, *_all_mixes(grads), tile, sums)
-        grad_maa = sums.sum(0)
+        grad_maa = total_of_tiles(sums)
     return grad_z, grad_carry, grad_maa, grad_modulation
 
 
@@ -575,7 +581,7 @@ def _all_mixes(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
 
 
 def _gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    weight, bias = prepared_parameter(weight, "weight"), prepared_parameter(bias, "bias")
+    weight, bias, wide = _read_alike(weight, bias)
     if y.ndim != 4:
         raise RuntimeError(f"y has {y.ndim} dimensions, expected [batch, tokens, heads, head size]")
     batch, tokens, heads, head_size = y.shape
@@ -588,7 +594,7 @@ def _gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: floa
     check_shape(bias, (channels,), "bias")
     output = torch.empty_like(gate)
     if rows:
-        values = (y, gate, weight, bias, eps, output, rows, channels)
+        values = (y, gate, weight, bias, eps, output, rows, channels, wide)
         GATE_FORWARD[head_size](y, blocks_for(rows, channels, _NORM_TILE), THREADS, *values)
     return output
 
@@ -597,7 +603,8 @@ def _normed(
     x_given: Tensor, delta: Tensor | None, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x + delta, its layer norm, and [2, rows]: mean and inverse standard deviation of each row."""
-    x, weight, bias = prepared(x_given, "x"), prepared_parameter(weight, "weight"), prepared_parameter(bias, "bias")
+    x = prepared(x_given, "x")
+    weight, bias, wide = _read_alike(weight, bias)
     _require(x.ndim > 0, "x has no dimension, expected [..., channels]")
     channels = x.shape[-1]
     if not (0 < channels <= MOST_NORM_CHANNELS):
@@ -613,9 +620,17 @@ def _normed(
         total = torch.empty_like(x)
     normed, statistics = torch.empty_like(x), x.new_empty(2, rows, dtype=torch.float32)
     if rows:
-        values = (x, delta, weight, bias, eps, total, normed, statistics, channels)
+        values = (x, delta, weight, bias, eps, total, normed, statistics, channels, wide)
         NORM_FORWARD[held_vectors(channels), delta is not None](x, rows, _NORM_THREADS, *values)
     return x_given.detach() if total is None else total, normed, statistics
+
+
+def _read_alike(weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, bool]:
+    """A norm's parameters as the kernels read them, and whether both are in fp32."""
+    weight, bias = read_parameter(weight, "weight"), read_parameter(bias, "bias")
+    if weight.dtype is not bias.dtype:
+        weight, bias = weight.float(), bias.float()
+    return weight, bias, weight.dtype is torch.float32
 
 
 def _norm_gradients(
@@ -639,8 +654,18 @@ def _norm_gradients(
     places = (sums if of_weight else None, sums[:, asked - 1] if of_bias else None, asked * channels)
     if rows:
         launch(tile, blocks_for(rows, channels, tile), places)
-    total = sums.sum(0)
+    total = total_of_tiles(sums)
     return total[0] if of_weight else None, total[asked - 1] if of_bias else None
+
+
+def total_of_tiles(sums: Tensor) -> Tensor:
+    """fp32 [tiles, ...], contiguous, a multiple of 4 values each -> their sum [...]."""
+    if not sums.shape[0]:
+        return sums.sum(0)
+    total = sums.new_empty(sums.shape[1:])
+    count = total.numel()
+    TOTAL(sums, -(-count // 128), 256, sums, total, sums.shape[0], count)
+    return total
 
 
 def _squared(x: Tensor) -> Tensor:

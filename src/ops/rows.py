@@ -31,6 +31,13 @@ def prepared_parameter(parameter: Tensor, name: str) -> Tensor:
     return prepared(parameter if parameter.dtype is torch.bfloat16 else parameter.to(torch.bfloat16), name)
 
 
+def read_parameter(parameter: Tensor, name: str) -> Tensor:
+    """A parameter as kernels take it that round what is stored in fp32 as they read it."""
+    if parameter.dtype is torch.float32 and parameter.is_cuda and parameter.is_contiguous():
+        return parameter
+    return prepared_parameter(parameter, name)
+
+
 def check_shape(tensor: Tensor, shape: Sequence[int], name: str) -> None:
     if tensor.shape != shape:
         raise RuntimeError(f"{name} has shape {list(tensor.shape)}, expected {list(shape)}")
@@ -60,7 +67,9 @@ def saved_parameter(ctx: Any, name: str, parameter: Tensor, place: int) -> Tenso
 
 
 def kept_parameter(ctx: Any, name: str, saved: Tensor | None) -> Tensor:
-    return prepared_parameter(getattr(ctx, name) if saved is None else saved, name)
+    """What `saved_parameter` kept, as it was given."""
+    parameter: Tensor = getattr(ctx, name) if saved is None else saved
+    return parameter
 
 
 def refuse_double_backward() -> None:

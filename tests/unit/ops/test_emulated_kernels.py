@@ -137,6 +137,35 @@ def test_wkv6_branching(wanted: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
     )
 
 
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("operator", ["norm", "gate", "mix", "modulated"])
+def test_parameters_in_fp32_are_used_rounded(operator: str, frozen: bool) -> None:
+    """The same bits as with parameters in bf16, but for their gradients, which are not rounded."""
+    x, other = normal(1, 10, 128), normal(1, 10, 128, seed=1)
+
+    def run(first: Tensor, second: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        if operator == "norm":
+            return elementwise.add_norm(x, other, first[0], second[0], 1e-5)
+        if operator == "gate":
+            return (elementwise.group_norm_silu_gate(x.view(1, 10, 2, 64), other, first[0], second[0], EPS),)
+        if operator == "mix":
+            return elementwise.shift_mixes(x, None, first, None, None)
+        hidden = normal(1, 10, 2 * 16, seed=2)
+        return elementwise.modulated_shift_mixes(x, None, first, hidden, second.view(2, 16, -1), None)
+
+    drawn = [torch.randn(2, 16 * 128 if operator == "modulated" and seed == 4 else 128) for seed in (3, 4)]
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [tensor.detach().to(dtype).requires_grad_(not frozen) for tensor in drawn]
+        stream = x.clone().requires_grad_()
+        outputs = run(*leaves, stream)
+        torch.autograd.backward(outputs, [normal(*output.shape, seed=5) for output in outputs])
+        results.append((*outputs, stream.grad, *(leaf.grad for leaf in leaves)))
+    for wide, narrow in zip(*results, strict=True):
+        assert (wide is None) == (narrow is None)
+        assert wide is None or torch.equal(wide.to(narrow.dtype), narrow)
+
+
 LAYOUT = torch.tensor([-1, 0, 1, 2, 3, -1, 5, 6, 4, 8, 9, 10, 7, 12, 4, 14, 15, 7])
 
 
