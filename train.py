@@ -5,12 +5,13 @@ from functools import partial
 
 from src.cli import given_train_flags
 from src.errors import exit_on_user_error
-from src.startup import quick_imports
+from src.startup import keep_bytecode, quick_imports
 
 
 def main() -> int | None:
     """Flags -> configuration -> run. Without any flag: the bundled demonstration."""
     given = given_train_flags()
+    keep_bytecode()
     with quick_imports():
         command = _command(given)
     code = command()

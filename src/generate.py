@@ -116,14 +116,45 @@ def generate(
     """
     numbers = list(range(len(prompts)) if row_numbers is None else row_numbers)
     assert len(numbers) == len(prompts)
-    answers = [_Answer(tokenizer, settings) for _ in prompts]
     if not prompts:
         return []
-    encoded = [tokenizer.encode(prompt) or [tokenizer.end_of_document] for prompt in prompts]
     with inference(model):
-        logits, state = read_prompts(model, encoded)
-        sampler = _Sampler(settings, logits, numbers)
-        active = list(range(len(prompts)))
+        logits, state = read_prompts(model, [encoded_prompt(tokenizer, prompt) for prompt in prompts])
+    return continued(model, tokenizer, logits, state, settings, row_numbers=numbers, on_finished=on_finished)
+
+
+def encoded_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """A prompt's tokens, at least one."""
+    return tokenizer.encode(prompt) or [tokenizer.end_of_document]
+
+
+def continued(
+    model: LanguageModel,
+    tokenizer: Tokenizer,
+    logits: Tensor,
+    state: ModelState,
+    settings: SamplingSettings,
+    *,
+    row_numbers: Sequence[int],
+    on_finished: Callable[[int, int], None] = lambda row, tokens: None,
+) -> list[str]:
+    """What follows texts that were read.
+
+    Args:
+        model, tokenizer, settings, row_numbers, on_finished: see `generate`.
+        logits: [B, V] fp32, of every row's next token.
+        state: the memory of the B texts.
+
+    Returns:
+        B answers, see `generate`.
+
+    Raises:
+        CheckpointError: the model's output is not finite.
+    """
+    answers = [_Answer(tokenizer, settings) for _ in row_numbers]
+    with inference(model):
+        sampler = _Sampler(settings, logits, row_numbers)
+        active = list(range(len(row_numbers)))
         while True:
             tokens = sampler.sample(logits)
             running = []
@@ -253,8 +284,13 @@ def read_prompts(model: LanguageModel, prompts: Sequence[Sequence[int]]) -> tupl
             last, state = hidden[0, layout.last_positions.to(hidden.device)], packed_state
         logits.append(model.logits(last).float())
         states.append(state)
+    return torch.cat(logits), joined(states)
+
+
+def joined(states: Sequence[ModelState]) -> ModelState:
+    """The memory of all texts, in their order."""
     layers = zip(*states, strict=True)
-    return torch.cat(logits), [LayerState(*map(torch.cat, zip(*layer, strict=True))) for layer in layers]
+    return [LayerState(*map(torch.cat, zip(*layer, strict=True))) for layer in layers]
 
 
 def _read_in_pieces(

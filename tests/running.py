@@ -23,7 +23,7 @@ import torch
 from binidx_files import write_binidx
 from torch import Tensor
 
-from src.training import exits
+from src.training import stopper as stopping
 from src.training.objectives import Staged
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,19 +105,19 @@ def try_train(folder: Path, **flags: object) -> Ended:
 @contextlib.contextmanager
 def after_step(step: int, act: Callable[[Any], None]) -> Iterator[None]:
     """Does something once a step of a run is complete, before anybody asks whether to stop."""
-    ask = exits.Stopper.on_train_batch_end
+    ask = stopping.Stopper.on_train_batch_end
 
-    def acting(self: exits.Stopper, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+    def acting(self: stopping.Stopper, trainer: Any, module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         if (batch_idx + 1) % self.accumulate == 0 and self.start.steps + trainer.global_step == step:
             act(self)
         ask(self, trainer, module, outputs, batch, batch_idx)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exits.Stopper, "on_train_batch_end", acting)
+        patch.setattr(stopping.Stopper, "on_train_batch_end", acting)
         yield
 
 
-def interrupt(stopper: exits.Stopper) -> None:
+def interrupt(stopper: stopping.Stopper) -> None:
     os.kill(os.getpid(), signal.SIGINT)
 
 

@@ -31,6 +31,7 @@ LEVELS = (
 
 SIDEWAYS = {
     ("src.adapters", "src.checkpoint"),
+    ("src.startup", "src.system"),
     ("src.storage", "src.identity"),
     ("src.cutting", "src.layout"),
     ("src.streaming", "src.storage"),

@@ -14,13 +14,16 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from src.checkpoint import open_checkpoint
+import torch
+from torch import nn
+
+from src.checkpoint import load_state, open_checkpoint
 from src.commands.preparation import generate_rejects, prepare_pairs
 from src.config import PairConfig, RejectConfig, TrainConfig
 from src.data.preferences import TEMPLATES, read_rows
 from src.device import global_rank
 from src.errors import ConfigError
-from src.generate import SamplingSettings, generate
+from src.generate import SamplingSettings, continued, encoded_prompt, inference, joined, read_prompts
 from src.loading import LoadOptions, open_model
 from src.storage import refuse_overlap
 from src.tokenizer import tokenizer_for_vocabulary
@@ -122,7 +125,7 @@ def _train_and_compare(config: TrainConfig, prompts: Sequence[str], next_command
         next_command: shown at the end, with how to train a model of one's own.
     """
     result = train(config)
-    before, after = (_sampled(config, prompts, state_file, stop) for state_file in (None, result.final_file))
+    before, after = _sampled(config, prompts, result.final_file, stop)
     say(_samples(prompts, before, after))
     if isinstance(result.before, HeldOutLoss) and isinstance(result.after, HeldOutLoss):
         say(_loss_table(result.before, result.after))
@@ -174,21 +177,34 @@ def _writing(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def _sampled(config: TrainConfig, prompts: Sequence[str], state_file: Path | None, stop: str) -> list[str]:
-    """Continuations by the base model, with the state of a file if one is given; "" on other ranks than 0.
+def _sampled(
+    config: TrainConfig, prompts: Sequence[str], state_file: Path, stop: str
+) -> tuple[Sequence[str], Sequence[str]]:
+    """Continuations by the base model without and with a state; "" on other ranks than 0.
 
     The base is not quantised here, as in most clients, whatever it was while training. Sampling and random numbers are
-    the same with and without a state.
+    the same with and without the state.
     """
     if global_rank() != 0:
-        return ["" for _ in prompts]
+        return [""] * len(prompts), [""] * len(prompts)
     base = open_checkpoint(config.load_model)
+    shape = base.info.shape
     hardware = resolve_hardware(config)
     apply_hardware(hardware, config, small_messages=True)
     options = LoadOptions(hardware.device, hardware.compute_dtype, head_size_divisor=config.head_size_divisor)
-    model = open_model(base, options, state_file=state_file or "", quiet=True)
+    model = open_model(base, options, quiet=True)
+    tokenizer = tokenizer_for_vocabulary(shape.vocab_size)
+    encoded = [encoded_prompt(tokenizer, prompt) for prompt in prompts]
     settings = SamplingSettings(top_p=0.5, frequency_penalty=0.0, max_tokens=SAMPLE_TOKENS, stop=stop)
-    return generate(model, tokenizer_for_vocabulary(base.info.shape.vocab_size), prompts, settings)
+    with inference(model):
+        of_base, without = read_prompts(model, encoded)
+        for name, state in load_state(state_file, shape).items():
+            model.place(name, nn.Parameter(state.to(hardware.device, torch.float32), requires_grad=False))
+        of_tuned, with_state = read_prompts(model, encoded)
+    logits, numbers = torch.cat((of_base, of_tuned)), range(len(prompts))
+    memory = joined((without, with_state))
+    texts = continued(model, tokenizer, logits, memory, settings, row_numbers=[*numbers, *numbers])
+    return texts[: len(prompts)], texts[len(prompts) :]
 
 
 def _samples(prompts: Sequence[str], before: Sequence[str], after: Sequence[str]) -> str:

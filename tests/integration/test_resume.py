@@ -30,7 +30,7 @@ from running import (
 
 from src.data.pair_file import save_pairs
 from src.data.preferences import PreferencePair
-from src.training import exits
+from src.training import stopper as stopping
 from src.training.resume import RunWriter
 
 pytestmark = pytest.mark.usefixtures("architecture")
@@ -159,7 +159,7 @@ class TestSameBits:
         class KilledError(BaseException):
             pass
 
-        def kill(stopper: exits.Stopper) -> None:
+        def kill(stopper: stopping.Stopper) -> None:
             raise KilledError
 
         folder = tmp_path / "parts"
@@ -180,7 +180,7 @@ class TestSameBits:
         train(tmp_path / "whole", **flags)
         folder = tmp_path / "parts"
 
-        def fail(stopper: exits.Stopper) -> None:
+        def fail(stopper: stopping.Stopper) -> None:
             def broken(step: int) -> None:
                 raise OSError("the data are gone")
 

@@ -13,7 +13,7 @@ from torch import nn
 from src.adapters.method import method_of
 from src.config import TrainConfig
 from src.errors import ConfigError
-from src.training import engine
+from src.training import strategies
 from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware
 from src.training.strategies import trainer_arguments
 
@@ -253,6 +253,6 @@ class TestLaunchers:
     ) -> None:
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        cluster = engine._cluster()
+        cluster = strategies._cluster()
         assert type(cluster) is environment
         assert not getattr(cluster, "auto_requeue", False)

@@ -5,6 +5,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import pytorch_lightning as pl
 import torch
 from factories import tiny_checkpoint, tiny_parameters, tiny_shape
 from running import write_documents
@@ -152,7 +153,7 @@ class TestMemoryAdvice:
         assert advice == f"the GPU ran out of its 8.0 GiB; the cheapest ways out: {', or '.join(expected)}"
 
 
-@pytest.mark.parametrize("place", ["open_model", "_evaluate", "fit"])
+@pytest.mark.parametrize("place", ["run.open_model", "run._evaluate", "fitting.fit"])
 def test_memory_may_run_out_anywhere(place: str, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run_out(*arguments: object, **options: object) -> None:
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
@@ -161,7 +162,7 @@ def test_memory_may_run_out_anywhere(place: str, tmp_path: Path, data: Path, mon
     chosen = config(data, load_model=tmp_path / "base.pth", proj_dir=tmp_path / "out", accelerator="cpu", quant=0)
     properties = SimpleNamespace(total_memory=8 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
-    monkeypatch.setattr(run, place, run_out)
+    monkeypatch.setattr(f"src.training.{place}", run_out)
     with pytest.raises(TrainingError, match="the cheapest ways out"):
         run.train(chosen)
 
@@ -216,7 +217,7 @@ def test_an_interrupted_loop_is_an_interrupt(tmp_path: Path, data: Path, monkeyp
 
     tiny_checkpoint(tmp_path / "base.pth")
     chosen = config(data, load_model=tmp_path / "base.pth", proj_dir=tmp_path / "out", accelerator="cpu", quant=0)
-    monkeypatch.setattr(run.pl.Trainer, "fit", fit)
+    monkeypatch.setattr(pl.Trainer, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
         run.train(chosen)
 

@@ -1,0 +1,86 @@
+"""A start's imports: what is left out of them, and where their bytecode is kept."""
+
+import gc
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from src.startup import quick_imports
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def test_collection_rests_and_goes_on() -> None:
+    assert gc.isenabled()
+    with quick_imports(first=False):
+        assert not gc.isenabled()
+        with quick_imports(first=False):
+            pass
+        assert not gc.isenabled()
+    assert gc.isenabled()
+
+
+@pytest.fixture
+def libraries(tmp_path: Path) -> Path:
+    """A folder of libraries without bytecode, in which torch takes no time to import."""
+    package = tmp_path / "libraries" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("value = 1\n")
+    (package.parent / "torch-1.0.dist-info").mkdir()
+    return package.parent
+
+
+def start(libraries: Path, cache: Path, **variables: str) -> list[str]:
+    """What a program then has as (folder of bytecode, whether it writes none)."""
+    code = "import sys; from src.startup import keep_bytecode; keep_bytecode(); import torch; "
+    code += "print(sys.pycache_prefix, sys.dont_write_bytecode)"
+    own = {**os.environ, "PYTHONPATH": f"{libraries}{os.pathsep}{REPOSITORY}", "XDG_CACHE_HOME": str(cache)}
+    own.pop("PYTHONPYCACHEPREFIX", None)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**own, **variables}, capture_output=True, text=True, check=True
+    )
+    assert not done.stderr
+    return done.stdout.split()
+
+
+def kept(cache: Path) -> list[Path]:
+    return sorted(cache.glob("*/bytecode/*/**/torch/__init__.*.pyc"))
+
+
+def test_bytecode_is_kept_where_python_keeps_none(libraries: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    folder, writes_none = start(libraries, cache, PYTHONDONTWRITEBYTECODE="1")
+    assert (Path(folder).parents[1].parent, writes_none) == (cache, "False")
+    assert len(kept(cache)) == 1
+    assert not (libraries / "torch" / "__pycache__").exists()
+    (libraries / "torch-1.0.dist-info").rename(libraries / "torch-1.1.dist-info")
+    assert start(libraries, cache, PYTHONDONTWRITEBYTECODE="1")[0] != folder  # no bytecode of another version is read
+    for version in range(3):
+        (libraries / f"other-{version}.dist-info").mkdir()
+        start(libraries, cache, PYTHONDONTWRITEBYTECODE="1")
+    assert len(kept(cache)) == 2
+
+
+def test_python_keeps_its_own_where_it_can(libraries: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    assert start(libraries, cache, PYTHONDONTWRITEBYTECODE="") == ["None", "False"]
+    assert (libraries / "torch" / "__pycache__").exists()
+    assert start(libraries, cache, PYTHONDONTWRITEBYTECODE="1") == ["None", "True"]  # there is some now
+    assert not kept(cache)
+
+
+@pytest.mark.parametrize("obstacle", ["named by the user", "no home", "a file is in its place"])
+def test_it_never_fails(obstacle: str, libraries: Path, tmp_path: Path) -> None:
+    variables = {"PYTHONDONTWRITEBYTECODE": "1"}
+    expected = ["None", "True"]
+    if obstacle == "named by the user":
+        variables["PYTHONPYCACHEPREFIX"] = str(tmp_path / "own")
+        expected = [str(tmp_path / "own"), "True"]
+    elif obstacle == "no home":
+        variables |= {"XDG_CACHE_HOME": "relative"}
+    else:
+        (tmp_path / "cache").write_text("")
+    assert start(libraries, tmp_path / "cache", **variables) == expected
