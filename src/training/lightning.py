@@ -29,7 +29,7 @@ def begin() -> None:
     if _NAME in sys.modules or _background:
         return
     # Not a daemon: one that still imports when the process ends would end it badly.
-    thread = threading.Thread(target=_import, name="lightning")
+    thread = threading.Thread(target=_try_to_import, name="lightning")
     _background.append(thread)
     thread.start()
 
@@ -39,6 +39,11 @@ def ready() -> None:
     while _background:
         _background.pop().join()
     _import()
+
+
+def _try_to_import() -> None:
+    with contextlib.suppress(Exception):  # it comes again in the run
+        _import()
 
 
 def _import() -> None:

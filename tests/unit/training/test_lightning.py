@@ -19,7 +19,7 @@ def test_a_run_imports_only_what_it_needs() -> None:
     code = f"""
 import sys
 import src.training.run
-early = {UNWANTED + ("pytorch_lightning", "torch._dynamo", "bitsandbytes")}
+early = {(*UNWANTED, "pytorch_lightning", "torch._dynamo", "bitsandbytes")}
 assert not sys.modules.keys() & set(early), sys.modules.keys() & set(early)
 from src.training import lightning
 lightning.begin()
@@ -79,7 +79,10 @@ def test_metrics_that_are_there_are_used(packages: Path) -> None:
     assert sys.modules["own_lightning"].Metric.real
 
 
-def test_what_is_wrong_with_it_is_said_in_the_run(packages: Path) -> None:
+@pytest.mark.parametrize("ahead", [False, True])
+def test_what_is_wrong_with_it_is_said_in_the_run(packages: Path, ahead: bool) -> None:
     (packages / "own_lightning" / "__init__.py").write_text("raise ImportError('broken')\n")
+    if ahead:
+        lightning.begin()
     with pytest.raises(ImportError, match="broken"):
         lightning.ready()
