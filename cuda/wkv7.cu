@@ -86,13 +86,8 @@ struct Slot {
   static constexpr int kBytes = kRows + kTile * kN * 2;
 };
 
-// With 4 producers a block has the shared memory that sm_86, sm_89 and sm_120 allow it, and two of them share a
-// multiprocessor of Hopper or sm_100. With more, a block that has one to itself makes tiles as fast.
-#if __CUDA_ARCH__ >= 900 && __CUDA_ARCH__ < 1200
-constexpr int kProducersAtOnce = 8;
-#else
-constexpr int kProducersAtOnce = 4;
-#endif
+// With 4 producers a block has the shared memory that sm_86, sm_89 and sm_120 allow it, with more that of Hopper and
+// sm_100, whose multiprocessors make tiles faster with more warps.
 template <bool kBackward, int kProducers>
 struct Ring {
   static constexpr int kSlots = kProducers + (kBackward ? 1 : 0);
@@ -160,8 +155,7 @@ WKV7_DEVICE uint32_t word_of(const uint4& four, int index) {
 }
 
 // One tile by one warp; `count` of its tokens exist. Of V or dY it brings the values of the block's kConsumers warps.
-// kAhead: there are registers for all inputs at once.
-template <bool kBackward, int kConsumers, bool kAhead>
+template <bool kBackward, int kConsumers>
 WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int count, int share) {
   using S = Slot<kBackward>;
   const int lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
@@ -262,9 +256,8 @@ WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int c
   };
   Inputs low, high;
   load(low, 0);
-  if (kAhead) load(high, 1);
+  load(high, 1);
   make(low, 0);
-  if (!kAhead) load(high, 1);
   make(high, 1);
 #pragma unroll
   for (int s = 0; s < 2; ++s)
@@ -276,20 +269,20 @@ WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int c
         if (later_by <= 0) mab[s][2 * h + e] = 0.0f, mak[s][2 * h + e] = 0.0f;
         if (later_by < 0) mqb[s][2 * h + e] = 0.0f, mqk[s][2 * h + e] = 0.0f;
       }
-  // M_ab and M_ak by columns, M_qb by rows.
+  // M_ab and M_qb by rows, M_ak by columns.
 #pragma unroll
-  for (int s = 0; s < 2; ++s)
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t at = slot + ((2 * row + h) * kSmallRow + 4 * quad) * 4;
+    store_shared(at + S::kMab, mab[0][2 * h], mab[1][2 * h], mab[0][2 * h + 1], mab[1][2 * h + 1]);
+    store_shared(at + S::kMqb, mqb[0][2 * h], mqb[1][2 * h], mqb[0][2 * h + 1], mqb[1][2 * h + 1]);
+  }
+  if (!kBackward)
 #pragma unroll
-    for (int e = 0; e < 2; ++e) {
-      const int column = 4 * quad + 2 * e + s;
-      store_shared(slot + S::kMab + (column * kSmallRow + 2 * row) * 4, mab[s][e], mab[s][2 + e]);
-      if (!kBackward)
-        store_shared(slot + S::kMak + (column * kSmallRow + 2 * row) * 4, tf32(mak[s][e]), tf32(mak[s][2 + e]));
-    }
+    for (int s = 0; s < 2; ++s)
 #pragma unroll
-  for (int h = 0; h < 2; ++h)
-    store_shared(slot + S::kMqb + ((2 * row + h) * kSmallRow + 4 * quad) * 4, mqb[0][2 * h], mqb[1][2 * h],
-                 mqb[0][2 * h + 1], mqb[1][2 * h + 1]);
+      for (int e = 0; e < 2; ++e)
+        store_shared(slot + S::kMak + ((4 * quad + 2 * e + s) * kSmallRow + 2 * row) * 4, tf32(mak[s][e]),
+                     tf32(mak[s][2 + e]));
   __syncwarp();
 
   // --- T (I - M_ab) = I by the first half of the warp, P (I - M_ab) = M_qb by the second, a row each.
@@ -303,18 +296,17 @@ WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int c
 #pragma unroll
     for (int i = 0; i < 4; ++i) solved[4 * piece + i] = of_p ? right[i] : 4 * piece + i == own_row ? 1.0f : 0.0f;
   }
+  // What a column is, once known, goes to all before it at once: these do not wait for each other.
 #pragma unroll
-  for (int column = kTile - 2; column >= 0; --column) {
+  for (int known = kTile - 1; known > 0; --known)
 #pragma unroll
-    for (int piece = 3; piece >= 0; --piece) {
-      if (4 * piece + 3 <= column) continue;
+    for (int piece = (known - 1) / 4; piece >= 0; --piece) {
       float m[4];
-      load_shared(slot + S::kMab + (column * kSmallRow + 4 * piece) * 4, m);
+      load_shared(slot + S::kMab + (known * kSmallRow + 4 * piece) * 4, m);
 #pragma unroll
       for (int i = 3; i >= 0; --i)
-        if (4 * piece + i > column) solved[column] += solved[4 * piece + i] * m[i];
+        if (4 * piece + i < known) solved[4 * piece + i] += solved[known] * m[i];
     }
-  }
   __syncwarp();
   if (kBackward) {
     // Both transposed; that of P is what dY adds to dX.
@@ -418,8 +410,7 @@ WKV7_DEVICE void for_each_piece(Action action) {
 }
 
 template <bool kBackward, int kProducers, int kConsumers>
-__global__ void __launch_bounds__(32 * (kConsumers + kProducers), kProducers == 4 ? kProducersAtOnce / 4 : 1)
-    scan_kernel(const Scan x) {
+__global__ void __launch_bounds__(32 * (kConsumers + kProducers), 1) scan_kernel(const Scan x) {
   using S = Slot<kBackward>;
   constexpr int kSlots = Ring<kBackward, kProducers>::kSlots, kShares = kValueWarps / kConsumers;
   const int share = blockIdx.x % kShares, item = blockIdx.x / kShares;
@@ -442,8 +433,8 @@ __global__ void __launch_bounds__(32 * (kConsumers + kProducers), kProducers == 
       const int tile = tile_of(step), next = tile_of(step + kProducers);
       if (step + kProducers < tiles) prefetch_tile<kBackward>(x, row_of(next), sequence.length - next * kTile);
       if (use > 0) wait_for_phase(empty + 8 * slot, (use - 1) & 1);
-      produce<kBackward, kConsumers, (kProducers > 4)>(x, first_slot + slot * S::kBytes, row_of(tile),
-                                                       sequence.length - tile * kTile, share);
+      produce<kBackward, kConsumers>(x, first_slot + slot * S::kBytes, row_of(tile), sequence.length - tile * kTile,
+                                     share);
       if (lane == 0) arrive(full + 8 * slot);
       slot += kProducers;
       if (slot >= kSlots) slot -= kSlots, ++use;

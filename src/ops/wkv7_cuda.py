@@ -68,13 +68,15 @@ class Form:
         return max(self.forward.shared_bytes, self.backward.shared_bytes) <= shared_bytes
 
 
-SHARED = Form.of(4, 4, 90_240, 85_888)
-"""Two blocks share one of Hopper's multiprocessors; the one that every GPU takes."""
+SMALL = Form.of(4, 4, 90_240, 85_888)
+"""The one that every GPU has the shared memory for."""
 WIDE = Form.of(8, 4, 180_352, 154_496)
-"""Where blocks have multiprocessors of Hopper to themselves: more warps make tiles."""
+"""More warps make tiles. On an H100 faster than two small blocks on each multiprocessor, too."""
 HALVES = Form.of(10, 2, 225_408, 188_800)
 """Where there are two for each head, too: two blocks make the same tiles and walk over half of the values each."""
-FORMS = (HALVES, WIDE, SHARED)
+QUARTERS = Form.of(10, 1, 225_408, 188_800)
+"""Where there are four for each head."""
+FORMS = (QUARTERS, HALVES, WIDE, SMALL)
 GRADIENTS = Kernel("wkv7.cu", "wkv7::gradients_kernel", "(PPPPPPP PPPP P iii PPPPPP)", shared_bytes=100_864)
 KERNELS = (*(kernel for form in FORMS for kernel in (form.forward, form.backward)), GRADIENTS)
 
@@ -86,8 +88,8 @@ def kernel_is_available(device: torch.device) -> bool:
 
 
 def kernels_for(device: torch.device) -> tuple[Kernel, ...]:
-    """Those of KERNELS that are used on a GPU: whose form its shared memory suffices for."""
-    forms = [form for form in FORMS if form.fits(_limits(device)[1])] or [SHARED]
+    """Those of KERNELS that are used on a GPU: its shared memory suffices for their form, and for no better one."""
+    forms = [form for form in FORMS[:-1] if form.fits(_limits(device)[1])] or [SMALL]
     return (*(kernel for form in forms for kernel in (form.forward, form.backward)), GRADIENTS)
 
 
@@ -194,8 +196,10 @@ def _prepared(tensor: Tensor) -> Tensor:
 def _form_for(heads: int, device: torch.device) -> Form:
     """The fastest for so many heads, those of all sequences together."""
     multiprocessors, shared_bytes = _limits(device)
-    fitting = (form for form in FORMS[:-1] if form.fits(shared_bytes) and form.blocks * heads <= multiprocessors)
-    return next(fitting, SHARED)
+    if not WIDE.fits(shared_bytes):
+        return SMALL
+    spread = (form for form in (QUARTERS, HALVES) if form.fits(shared_bytes) and form.blocks * heads <= multiprocessors)
+    return next(spread, WIDE)
 
 
 @functools.cache

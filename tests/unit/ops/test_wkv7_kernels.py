@@ -34,7 +34,7 @@ from src.ops.wkv7_cuda import wkv7_branching_cuda, wkv7_cuda
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs g++")]
 
 
-@pytest.fixture(params=kernels.FORMS, ids=["halves", "wide", "shared"])
+@pytest.fixture(params=kernels.FORMS, ids=["quarters", "halves", "wide", "small"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "_form_for", lambda heads, device: request.param)
     with emulated():
@@ -109,13 +109,13 @@ def test_each_gradient_alone(form: None, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("order", range(1, 6))
-@pytest.mark.parametrize("form", kernels.FORMS, ids=["halves", "wide", "shared"])
+@pytest.mark.parametrize("form", kernels.FORMS, ids=["quarters", "halves", "wide", "small"])
 def test_neither_form_nor_order_of_warps_changes_a_bit(
     form: kernels.Form, order: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     low, _ = as_kernels_take(draw_inputs(1, 150, 1, 64))
     runs = []
-    for of_form, of_run in ((kernels.SHARED, 0), (form, order)):
+    for of_form, of_run in ((kernels.SMALL, 0), (form, order)):
         monkeypatch.setattr(kernels, "_form_for", lambda heads, device, form=of_form: form)
         with emulated(order=of_run):
             runs.append(run_with_gradients(kernel, low, "cuda"))
