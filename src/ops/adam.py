@@ -150,20 +150,21 @@ class ManySteps:
             kind.rows.append((groups[number], seeds[number]))
         self._kinds = kinds
 
-    def gradient_norm(self, gradients: Sequence[Tensor | None]) -> Tensor:
-        """Of all gradients together, fp32, 0-d; nothing waits for the device.
+    def look_at(self, gradients: Sequence[Tensor | None]) -> None:
+        """Takes note of each tensor's gradient, None where there is none, for what comes next."""
+        for kind in self._kinds.values():
+            kind.look_at(gradients)
 
-        Args:
-            gradients: of each tensor, None where there is none.
-        """
-        norms = [kind.norms(dtype, gradients) for (dtype, _), kind in self._kinds.items()]
+    def gradient_norm(self) -> Tensor:
+        """Of all gradients together, fp32, 0-d; nothing waits for the device."""
+        norms = [kind.norms(dtype) for (dtype, _), kind in self._kinds.items()]
         norm: Tensor = torch.linalg.vector_norm(torch.cat([torch.zeros(1, device=self._device), *norms]))
         return norm
 
-    def step(self, gradients: Sequence[Tensor | None], control: Control, constants: Constants) -> None:
-        """Updates the tensors that have a gradient, as `adam_step` does."""
+    def step(self, control: Control, constants: Constants) -> None:
+        """Updates the tensors that have a gradient, as `adam_step` does, and forgets the gradients."""
         for (dtype, packed), kind in self._kinds.items():
-            kind.step(dtype, packed, gradients, control, constants)
+            kind.step(dtype, packed, control, constants)
 
 
 class _OfOneKind:
@@ -177,6 +178,7 @@ class _OfOneKind:
         self.weights: list[Tensor] = []
         self.moments: list[Moments] = []
         self.rows: list[tuple[int, int]] = []
+        self._gradients: list[Tensor | None] = []
         self._addresses: list[int] = []
         self._tensors = self._pieces = torch.empty(0)
         self._count = 0
@@ -186,40 +188,33 @@ class _OfOneKind:
         """Whether they are on a GPU."""
         return self.weights[0].is_cuda
 
-    def norms(self, dtype: torch.dtype, gradients: Sequence[Tensor | None]) -> Tensor:
+    def look_at(self, gradients: Sequence[Tensor | None]) -> None:
+        own = [gradients[place] for place in self.places]
+        self._gradients = [None if gradient is None else gradient.contiguous() for gradient in own]
+        if self.by_kernels:
+            self._describe(self._gradients)
+
+    def norms(self, dtype: torch.dtype) -> Tensor:
         """fp32, those of pieces of gradients."""
-        own = self._own(gradients)
         if not self.by_kernels:
-            given = [gradient for gradient in own if gradient is not None]
+            given = [gradient for gradient in self._gradients if gradient is not None]
             return torch.stack([torch.zeros(()), *torch._foreach_norm(given, 2, torch.float32)])
-        self._describe(own)
         norms = torch.empty(self._count, device=self.weights[0].device)
         if self._count:
             NORMS[dtype](norms, self._count, _THREADS, self._tensors, self._pieces, norms)
         return norms
 
-    def step(
-        self,
-        dtype: torch.dtype,
-        packed: bool,
-        gradients: Sequence[Tensor | None],
-        control: Control,
-        constants: Constants,
-    ) -> None:
-        own = self._own(gradients)
+    def step(self, dtype: torch.dtype, packed: bool, control: Control, constants: Constants) -> None:
         if not self.by_kernels:
-            for tensor, gradient, moments, row in zip(self.weights, own, self.moments, self.rows, strict=True):
+            for tensor, gradient, moments, row in zip(
+                self.weights, self._gradients, self.moments, self.rows, strict=True
+            ):
                 if gradient is not None:
                     adam_step_torch(tensor, gradient, moments, control, constants, *row)
-            return
-        self._describe(own)
-        if self._count:
+        elif self._count:
             values = _values_of_step(self._tensors.device, packed, control, constants)
             KERNELS_OF_MANY[dtype, packed](self._tensors, self._count, _THREADS, self._tensors, self._pieces, *values)
-
-    def _own(self, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        own = [gradients[place] for place in self.places]
-        return [None if gradient is None else gradient.contiguous() for gradient in own]
+        self._gradients = []
 
     def _describe(self, gradients: Sequence[Tensor | None]) -> None:
         """Sees to it that the device knows these gradients; they stay where they are until the kernels have run."""

@@ -102,6 +102,11 @@ class DeviceUpdates(UnitUpdates):
         """See UnitUpdates."""
         self._within = self.in_backward
         self._whole_norm = None
+        if self.in_backward:
+            self._write_control()
+
+    def _write_control(self) -> None:
+        """Tells the device what only the host knows of a step."""
         rows = [
             self._constants.settings_row(group["lr"], group["weight_decay"], self.steps + 1)
             for group in self.param_groups
@@ -117,7 +122,11 @@ class DeviceUpdates(UnitUpdates):
                 self.finish_backward()
                 self._whole_norm = torch.linalg.vector_norm(self._unit_norms)
             else:
-                self._whole_norm = self._many.gradient_norm([parameter.grad for parameter in self._keys])
+                # All that a step needs, so that it can follow at once when the host has seen the norm.
+                self._write_control()
+                self._many.look_at([parameter.grad for parameter in self._keys])
+                self._whole_norm = self._many.gradient_norm()
+                self._control.norm.copy_(self._whole_norm)
         return self._whole_norm
 
     def describe_stop(self) -> str:
@@ -135,10 +144,10 @@ class DeviceUpdates(UnitUpdates):
             with torch.enable_grad():
                 result = closure()
         norm = self.gradient_norm()
-        self._control.norm.copy_(norm)
-        if not self.in_backward:
-            self.begin()
-            self._many.step([parameter.grad for parameter in self._keys], self._control, self._constants)
+        if self.in_backward:
+            self._control.norm.copy_(norm)
+        else:
+            self._many.step(self._control, self._constants)
         self.steps += 1
         self._within = False
         self._whole_norm = None

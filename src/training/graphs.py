@@ -134,7 +134,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         objective: computes.
         model, memory_gib, lends_gradients: see Recordings.
         share: of a micro-batch in a step's gradient. Gradients then are left in the parameters, whose `grad` is to be
-            None before a step's first micro-batch; None: autograd hands them out.
+            None before a step's first of several micro-batches; None: autograd hands them out.
 
     Attributes:
         updates: what uses gradients up in the backward, if something does.
@@ -162,7 +162,11 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         recorded = None if staged.in_chunks else self._recorded(staged, states)
         if recorded is None:
             self._make_room()
-        self._lend_gradients(states, cleared=recorded is None or self._adds)
+            if self.replaces_gradients:
+                for state in states.values():
+                    state.grad = None
+        if recorded is None or not self.replaces_gradients:
+            self._lend_gradients(states, cleared=recorded is None or self._adds)
         if recorded is None:
             return outcome_of(self.objective, self.model, staged)
         recorded.load(staged)
@@ -172,6 +176,9 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         else:
             recorded.replay()
             loss = recorded.loss.clone().requires_grad_()  # its backward has been
+            if self.replaces_gradients:
+                for name, gradient in self._gradients.items():  # while the device works
+                    states[name].grad = gradient
         return Outcome(loss, lambda: self.objective.logs(recorded.result))
 
     def look_again(self) -> None:
@@ -194,6 +201,11 @@ class GraphedObjective(Recordings["_RecordedStep"]):
             states[name].grad = gradient
         if fresh and cleared:
             torch._foreach_zero_(fresh)
+
+    @property
+    def replaces_gradients(self) -> bool:
+        """Whether what parameters have for gradients before a step is of no interest: nobody has to clear them."""
+        return self._share == 1
 
     @property
     def _adds(self) -> bool:

@@ -136,7 +136,8 @@ class TrainingModule(pl.LightningModule):
     def training_step(self, batch: Staged, batch_idx: int) -> Tensor:
         """Loss of one micro-batch; `outcome` keeps the numbers to log."""
         self.outcome = None  # what it would log belongs to a recording, which may have to go
-        if self._alone and batch_idx % self.config.accumulate_grad_batches == 0:
+        cleared = self.graphed is not None and self.graphed.replaces_gradients
+        if self._alone and not cleared and batch_idx % self.config.accumulate_grad_batches == 0:
             for _, parameter in self.trained():
                 parameter.grad = None  # before the forward, which then has their memory
         if self.updates:

@@ -269,4 +269,5 @@ def test_every_stage_takes_a_single_gpus_steps(kind: str, base: Path, data: Path
 
 
 def test_the_kernel_is_there() -> None:
-    assert adam.kernel_is_available(torch.device("cuda"))
+    kernels = adam.kernels_for((torch.float32, torch.bfloat16), packed=True, singly=True)
+    assert adam.kernels_are_available(kernels, torch.device("cuda"))

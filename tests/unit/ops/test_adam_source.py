@@ -69,8 +69,9 @@ def test_many_tensors_at_once_are_one_after_the_other(monkeypatch: pytest.Monkey
         gradients = [None if place == 1 else drawn(count, dtype) for place, (count, dtype, _) in enumerate(cases)]
         flags = torch.tensor([number, int(number == 1)], dtype=torch.int32)
         with emulated():
-            norm = many.gradient_norm(gradients)
-            many.step(gradients, Control(rows, norm, flags), CONSTANTS)
+            many.look_at(gradients)
+            norm = many.gradient_norm()
+            many.step(Control(rows, norm, flags), CONSTANTS)
         given = [gradient for gradient in gradients if gradient is not None]
         expected = torch.linalg.vector_norm(torch.cat([gradient.float() for gradient in given]))
         assert float(norm) == pytest.approx(float(expected), rel=1e-5)
