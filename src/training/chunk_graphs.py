@@ -303,6 +303,8 @@ class RecordedLayers(_Places):
         self._forward = [torch.cuda.CUDAGraph() for _ in range(layers)]
         self._second = [torch.cuda.CUDAGraph() for _ in range(layers)]
         again = _LayerAgain(model)
+        # Autograd's thread gets its CUDA context from its first kernel; a product that came before it would warn.
+        torch.ones((), device=model.device, requires_grad=True).mul(2).backward()
         for layer in range(layers):
             self._pass_by(layer, chunk.layout)
         for layer in reversed(range(layers)):

@@ -20,7 +20,14 @@ from src.config import TrainConfig
 from src.data.rounding import ceil_div
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
-from src.training.memory import MEMORIES_AT_HAND, bytes_of_trained, moment_bytes, packed_bytes, passing_bytes
+from src.training.memory import (
+    MEMORIES_AT_HAND,
+    bytes_of_trained,
+    moment_bytes,
+    packed_bytes,
+    passing_bytes,
+    recorded_bytes,
+)
 from src.training.updates import leaves_gradients
 
 EVALUATED_TOKENS = 4096
@@ -76,7 +83,7 @@ class MemoryEstimate:
 WEIGHTS, HEAD, VALUES, GRADIENTS, MOMENTS = "frozen weights", "head", "what is trained", "its gradients", "optimizer"
 WORKSPACE, ACTIVATIONS, PASSING, LOSS = "workspace", "activations kept", "activations of a layer", "logits"
 MEMORIES, EVALUATION = "memories of chunks", "held-out data beyond these"
-RECORDINGS, IDLE, CONTEXT = "recordings' gradients", "allocator and libraries", "CUDA context"
+RECORDINGS, IDLE, CONTEXT = "recordings' own", "allocator and libraries", "CUDA context"
 
 
 def estimate_memory(
@@ -150,6 +157,8 @@ def estimate_memory(
     if on_gpu:
         twice = records and config.accumulate_grad_batches > 1 and not leaves_gradients(config, method)
         parts[RECORDINGS] = parts[GRADIENTS] if twice else 0.0
+        if records and memories:
+            parts[RECORDINGS] += recorded_bytes(config, method, shape, positions // config.chunk_ctx, itemsize)
         allocated = sum(parts.values())
         parts |= {IDLE: _IDLE_BYTES + _IDLE_SHARE * allocated, CONTEXT: _CONTEXT_BYTES}
     else:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,7 @@ from src.errors import ConfigError
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
+from src.training.graphs import may_record_chunks
 from src.training.unpacked import free_bytes
 from src.training.updates import leaves_gradients, unit_of
 from src.training.work import Work
@@ -41,6 +42,9 @@ _SMALLEST_CHUNK, _EFFICIENT_CHUNK = 128, 2048
 """Tokens; packed weights are unpacked for every chunk, which below the second takes longer than recomputing layers."""
 MEMORIES_AT_HAND = 4
 """What a chunk begins from and leaves, and their gradients."""
+_STREAMS, _STREAMS_BY_LAYER = 4, 7
+"""Places [N, C] of a recording: what enters and leaves it in each pass, and a gradient; or what enters it and three
+layers, two gradients, and the result."""
 _TARGET_BYTES = 64
 """Of each position of a row in chunks: where its target is, its scores and their gradients."""
 _SHARE_OF_FREE = 0.95
@@ -220,14 +224,32 @@ def _stage(config: TrainConfig) -> int:
     return int(config.strategy.split("_")[2]) if config.uses_deepspeed else 1
 
 
+def recorded_bytes(config: TrainConfig, method: Method, shape: ModelShape, rows: int, itemsize: int) -> int:
+    """Of a recording of chunks what there is besides what it computes with: what it reads, and what it leaves.
+
+    Args:
+        config: final flags; without `--chunk_ctx` none is counted.
+        method: what is trained.
+        shape: of the model.
+        rows: beside each other in a chunk.
+        itemsize: bytes of an activation.
+    """
+    if not may_record_chunks(config, method):
+        return 0
+    streams = _STREAMS_BY_LAYER if config.chunk_keep == "inputs" else _STREAMS
+    of_tokens = streams * config.chunk_ctx * shape.n_embd * itemsize
+    return rows * (of_tokens + MEMORIES_AT_HAND * shape.memory_bytes(itemsize))
+
+
 def chunk_that_fits(
     config: TrainConfig, method: Method, shape: ModelShape, device: torch.device, compute_dtype: torch.dtype
 ) -> int:
     """What `--chunk_ctx auto` is: the most tokens of a chunk, a power of two, or 0 where whole rows fit.
 
     Counted are the weights, what is trained, the activations of a chunk as `--grad_cp` has them, what it begins from
-    and leaves, scores of all targets, and the memories that wait on the device. Under 2 activations are all, since a
-    chunk without recomputation saves a pass, or what enters the layers where no such chunk of an efficient size fits.
+    and leaves, scores of all targets, what a recording has for itself, and the memories that wait on the device.
+    Under 2 activations are all, since a chunk without recomputation saves a pass, or what enters the layers where no
+    such chunk of an efficient size fits.
 
     Args:
         config: the flags.
@@ -264,7 +286,10 @@ def chunk_that_fits(
     def needed(tokens: int, kept_bytes: int) -> int:
         of_position = (kept_bytes + passing_bytes(shape)) * compute_dtype.itemsize // 2
         of_chunks = MEMORIES_AT_HAND * of_memory + width * _TARGET_BYTES if tokens < width else 0
-        return model + rows * (tokens * of_position + of_chunks + (ceil_div(width, tokens) - 1) * waiting)
+        recorded = 0
+        if tokens < width and device.type == "cuda":
+            recorded = recorded_bytes(replace(config, chunk_ctx=tokens), method, shape, rows, compute_dtype.itemsize)
+        return model + recorded + rows * (tokens * of_position + of_chunks + (ceil_div(width, tokens) - 1) * waiting)
 
     sizes = [size for power in range(width.bit_length()) if _SMALLEST_CHUNK <= (size := 1 << power) < width]
     if needed(width, kept[config.grad_cp][-1]) <= free:

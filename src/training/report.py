@@ -148,7 +148,7 @@ def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware) -> list[
     }
     lines = [f"chunks     of {config.chunk_ctx:,} tokens where a row has more: {gradient}{places[config.chunk_keep]}"]
     if hardware.on_gpu:
-        ways = "--grad_cp 0 or 2 saves a forward pass if what the layers keep of a chunk fits"
+        ways = "--chunk_keep inputs saves a forward pass, or --grad_cp 0 or 2 if what the layers keep of a chunk fits"
         by_layer = config.chunk_keep == "inputs"
         recorded = may_record_chunks(config, method) and hardware.compute_dtype is torch.bfloat16
         replayed = "of one shape are recorded once and replayed" if recorded else "are not recorded"

@@ -44,6 +44,7 @@ from src.training.memory import (
     bytes_of_trained,
     chunk_that_fits,
     plan_memory,
+    recorded_bytes,
     require_memory_of_run,
 )
 from src.training.objectives import PreferenceObjective
@@ -416,6 +417,8 @@ def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, 
         plan = MemoryPlan(layers, keep_dequantized=True)
     elif model.device.type == "cuda":
         waiting = work.memories * model.shape.memory_bytes(2) if config.chunk_keep == "device" else 0
+        if work.memories:
+            waiting += recorded_bytes(config, method, model.shape, work.row_tokens // config.chunk_ctx, 2)
         trained = bytes_of_trained(config, method, model.shape)
         plan = plan_memory(model, work.row_tokens, config.memory_gib, waiting, trained)
     else:

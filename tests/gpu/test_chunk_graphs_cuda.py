@@ -114,9 +114,9 @@ def step(made: LanguageModel, objective: Any, batch: Any) -> tuple[float, dict[s
     return outcome.loss.item(), {name: p.grad.clone() for name, p in made.named_parameters() if p.grad is not None}
 
 
-# Where the last chunk is filled up to the full length its sums are rounded in another order: on an H100 (2026-11-26)
-# gradients of RWKV-6 stay within the first figure's share of their norm, those of RWKV-7's random models within 0.9 %.
-TOLERANCES = {"x060": (1e-4, 2e-3), "x070": (1e-3, 2e-2)}
+# Of losses and gradients. A last chunk that is filled up to the full length rounds its sums in another order, which
+# random models of RWKV-7 amplify: on an H100 (2026-11-26) to 1.1e-3 of DPO's loss and 0.9 % of a gradient's norm.
+TOLERANCES = {"x060": (1e-4, 2e-3), "x070": (4e-3, 2e-2)}
 
 
 def check(made: LanguageModel, case: str = "rows", **options: Any) -> ChunkRecorder:

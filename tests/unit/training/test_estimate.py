@@ -153,3 +153,19 @@ def test_recordings_hold_gradients_of_their_own_where_several_add_up() -> None:
     assert estimate.RECORDINGS not in on_gpu(config(), shape, 64, records=True).parts
     found = on_gpu(config(accumulate_grad_batches=2), shape, 64, records=True)
     assert found.parts[estimate.RECORDINGS] == found.parts[estimate.GRADIENTS]
+
+
+def test_recordings_of_chunks_hold_what_goes_in_and_comes_out() -> None:
+    """Of each row four memories, and four places for the tokens, or seven where layers are recorded one by one."""
+    shape = tiny_shape()
+    flags = {"chunk_ctx": 32, "ctx_len": 128, "dataload": "pad", "micro_bsz": 2}
+
+    def recordings(**more: object) -> float:
+        made = config(**{**flags, **more})
+        positions, memories = positions_of(made)
+        return on_gpu(made, shape, positions, memories=memories, records=True).parts.get(estimate.RECORDINGS, 0)
+
+    place, memory = 2 * shape.n_embd * 2 * 32, 2 * shape.memory_bytes(2)
+    assert recordings() == 4 * place + 4 * memory
+    assert recordings(chunk_keep="inputs") == 7 * place + 4 * memory
+    assert recordings(chunk_ctx=128) == recordings(peft="lisa") == 0
