@@ -9,8 +9,8 @@
 //   dX = (T^T B) E^T + P^T dY           E' = (E + dX^T A + dY^T R) D
 // Both have one form, so one kernel is both (`scan_kernel`): what does not depend on the state is made ahead by
 // producer warps, a tile each, and handed over in slots of shared memory; four consumer warps walk over the tiles with
-// 16 value rows of the state each, which never mix. They may belong to two or four blocks, which then make all tiles
-// each. T comes from substitution: powers of Mab reach thousands in trained models.
+// 16 value rows of the state each, which never mix. They may belong to two blocks, which then make all tiles each.
+// T comes from substitution: powers of Mab reach thousands in trained models.
 //
 // No decay is below exp(-exp(-1/2)) = 0.5452, so 1 / (q d) stays below 1.7e4.
 //

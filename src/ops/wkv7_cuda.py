@@ -74,9 +74,7 @@ WIDE = Form.of(8, 4, 180_352, 154_496)
 """More warps make tiles. On an H100 faster than two small blocks on each multiprocessor, too."""
 HALVES = Form.of(10, 2, 225_408, 188_800)
 """Where there are two for each head, too: two blocks make the same tiles and walk over half of the values each."""
-QUARTERS = Form.of(10, 1, 225_408, 188_800)
-"""Where there are four for each head."""
-FORMS = (QUARTERS, HALVES, WIDE, SMALL)
+FORMS = (HALVES, WIDE, SMALL)
 GRADIENTS = Kernel("wkv7.cu", "wkv7::gradients_kernel", "(PPPPPPP PPPP P iii PPPPPP)", shared_bytes=100_864)
 KERNELS = (*(kernel for form in FORMS for kernel in (form.forward, form.backward)), GRADIENTS)
 
@@ -196,10 +194,9 @@ def _prepared(tensor: Tensor) -> Tensor:
 def _form_for(heads: int, device: torch.device) -> Form:
     """The fastest for so many heads, those of all sequences together."""
     multiprocessors, shared_bytes = _limits(device)
-    if not WIDE.fits(shared_bytes):
-        return SMALL
-    spread = (form for form in (QUARTERS, HALVES) if form.fits(shared_bytes) and form.blocks * heads <= multiprocessors)
-    return next(spread, WIDE)
+    if HALVES.fits(shared_bytes) and HALVES.blocks * heads <= multiprocessors:
+        return HALVES
+    return WIDE if WIDE.fits(shared_bytes) else SMALL
 
 
 @functools.cache

@@ -34,7 +34,7 @@ from src.ops.wkv7_cuda import wkv7_branching_cuda, wkv7_cuda
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs g++")]
 
 
-@pytest.fixture(params=kernels.FORMS, ids=["quarters", "halves", "wide", "small"])
+@pytest.fixture(params=kernels.FORMS, ids=["halves", "wide", "small"])
 def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(kernels, "_form_for", lambda heads, device: request.param)
     with emulated():
@@ -109,7 +109,7 @@ def test_each_gradient_alone(form: None, wanted: str) -> None:
 
 
 @pytest.mark.parametrize("order", range(1, 6))
-@pytest.mark.parametrize("form", kernels.FORMS, ids=["quarters", "halves", "wide", "small"])
+@pytest.mark.parametrize("form", kernels.FORMS, ids=["halves", "wide", "small"])
 def test_neither_form_nor_order_of_warps_changes_a_bit(
     form: kernels.Form, order: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
