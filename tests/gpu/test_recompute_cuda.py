@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
+import statistics
+from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
@@ -36,25 +37,23 @@ def test_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(
     """Against fp32 at most twice the error of plain torch operations in bf16, plus 2 % of the gradient's norm.
 
     bf16 keeps 8 bits, so a gradient through three layers is off by some percent however it is computed, and by how
-    many is chance, for some models and tokens from 5 to 35: compared are the means over several draws of tokens.
+    many is chance, for some models and tokens 5, for others 35: it is the median over several draws of tokens.
     """
-    errors: dict[tuple[str, Recompute], float] = Counter()
-    allowed: dict[str, float] = Counter()
-    for draw in range(4):
+    ratios: dict[tuple[str, Recompute], list[float]] = defaultdict(list)
+    for draw in range(5):
         with another_draw(draw):
             exact = gradients(case, Recompute.NOTHING, quant_type, torch.float32, architecture)
             with monkeypatch.context() as plain:
                 plain.setattr(elementwise, "fused_kernels", lambda: None)
                 plain.setattr(delta_rule_cuda, "can_take", lambda *_: False)
                 rounded = gradients(case, Recompute.NOTHING, quant_type, torch.bfloat16, architecture)
-            for name, expected in exact.items():
-                allowed[name] += float(2 * (rounded[name] - expected).norm() + 0.02 * expected.norm())
             for mode in Recompute:
                 again = gradients(case, mode, quant_type, torch.bfloat16, architecture)
                 assert again.keys() == exact.keys()
                 for name, expected in exact.items():
-                    errors[name, mode] += float((again[name] - expected).norm())
-    over = {key: (error, allowed[key[0]]) for key, error in errors.items() if error > allowed[key[0]]}
+                    allowed = 2 * (rounded[name] - expected).norm() + 0.02 * expected.norm()
+                    ratios[name, mode].append(float((again[name] - expected).norm() / allowed))
+    over = {key: values for key, values in ratios.items() if statistics.median(values) > 1}
     assert not over
 
 
