@@ -10,6 +10,7 @@ from torch import Tensor
 from wkv7_inputs import INPUT_NAMES, KINDS, TOKEN_NAMES, draw_inputs, in_float32, trained_inputs
 
 from src.errors import KernelError
+from src.ops import wkv7_cuda as kernels
 from src.ops.sequences import check_branches
 from src.ops.wkv7 import wkv7, wkv7_branching
 from src.ops.wkv7_chunked import SPAN_TOKENS, TILE_TOKENS, wkv7_chunked
@@ -344,3 +345,20 @@ def test_reference_and_chunked_take_the_same_arguments() -> None:
     inputs = draw_inputs(1, 9, 2, 4, states=2)
     a, b = wkv7_reference(*inputs.values(), [4, 5]), wkv7_chunked(*inputs.values(), [4, 5])
     torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("card", "heads", "form"),
+    [
+        ((132, 227), 32, kernels.HALVES), ((132, 227), 66, kernels.HALVES), ((132, 227), 67, kernels.WIDE),
+        ((132, 227), 512, kernels.WIDE), ((108, 163), 32, kernels.SMALL), ((128, 99), 64, kernels.SMALL),
+    ],
+    ids=["H100, 32 heads", "66", "67", "512", "A100", "RTX 4090"],
+)  # fmt: skip
+def test_the_form_of_the_scans_follows_the_card(
+    card: tuple[int, int], heads: int, form: kernels.Form, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernels, "_limits", lambda device: (card[0], card[1] * 1024))
+    device = torch.device("cuda")
+    assert kernels._form_for(heads, device) is form
+    assert {form.forward, form.backward, kernels.GRADIENTS} <= set(kernels.kernels_for(device))
