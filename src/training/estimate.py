@@ -141,7 +141,8 @@ def estimate_memory(
     if config.offload_activations or (config.chunk_ctx and config.chunk_keep == "inputs"):
         kept = kept_bytes(Recompute.NOTHING) if config.chunk_ctx else 0
     wider = itemsize / 2
-    passing = passing_bytes(shape) * wider
+    by_layer = fused and memories > 0 and config.chunk_keep == "inputs"
+    passing = passing_bytes(shape, by_layer=by_layer) * wider
     parts |= {
         ACTIVATIONS: positions * kept * wider,
         PASSING: positions * passing * (_PASSING_SHARE if on_gpu else _PLAIN_PASSING_SHARE),
@@ -151,7 +152,9 @@ def estimate_memory(
     grows = parts[ACTIVATIONS] + parts[PASSING]
     if evaluates:
         # Before training there are no gradients and moments yet, and no row of its own.
-        at_evaluation = EVALUATED_TOKENS * passing * (_EVALUATING_SHARE if on_gpu else _PLAIN_EVALUATING_SHARE)
+        at_evaluation = (
+            EVALUATED_TOKENS * passing_bytes(shape) * wider * (_EVALUATING_SHARE if on_gpu else _PLAIN_EVALUATING_SHARE)
+        )
         beside = grows + parts[GRADIENTS] + parts[MOMENTS] + parts[MEMORIES]
         parts[EVALUATION] = max(at_evaluation - beside, 0.0)
     if on_gpu:

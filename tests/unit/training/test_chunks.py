@@ -177,7 +177,7 @@ def test_what_one_layer_hands_on_to_all_others_is_handed_on_in_chunks(
 
 
 @pytest.mark.parametrize("with_inputs", [False, True])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["states", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
 @pytest.mark.parametrize("case", ["sft, pad", "orpo"])
 def test_and_in_rows_and_pairs(case: str, method: str, with_inputs: bool) -> None:
     check(case, method, Recompute.ALL, 7, with_inputs=with_inputs, shape=RWKV7)
@@ -433,15 +433,21 @@ def recorder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ChunkRecorder]
 @pytest.mark.parametrize(
     ("case", "method", "bptt_chunks", "shape"),
     [
-        *((case, "states", 0, SHAPE) for case in CASES),
+        ("sft, pack", "states", 0, SHAPE),
         ("sft, pad", "lora", 0, SHAPE),
-        ("orpo", "lora", 0, SHAPE),
-        ("sft, pack", "full", 0, SHAPE),
-        ("sft, pack", "states", 1, SHAPE),
-        ("sft, pad", "lora", 1, SHAPE),
         ("sft, pad", "states", 0, RWKV7),
-        ("orpo", "lora", 0, RWKV7),
-        ("sft, pack", "full", 2, RWKV7),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in (
+                *((case, "states", 0, SHAPE) for case in CASES if case != "sft, pack"),
+                ("orpo", "lora", 0, SHAPE),
+                ("sft, pack", "full", 0, SHAPE),
+                ("sft, pack", "states", 1, SHAPE),
+                ("sft, pad", "lora", 1, SHAPE),
+                ("orpo", "lora", 0, RWKV7),
+                ("sft, pack", "full", 2, RWKV7),
+            )
+        ),
     ],
 )
 def test_replayed_chunks_give_the_gradient_of_whole_rows(

@@ -67,6 +67,35 @@ def test_it_is_what_runs_on_gpus_took(
         assert found.allocated / GIB == pytest.approx(peak, rel=0.03)
 
 
+IN_CHUNKS: list[tuple[str, int, dict[str, object], float, float]] = [
+    ("7b", 2048, {"chunk_keep": "host"}, 5.56, 6.35),
+    ("7b", 4096, {"chunk_keep": "host"}, 6.55, 7.44),
+    ("7b", 640, {"chunk_keep": "host", "grad_cp": 0}, 6.79, 7.60),
+    ("7b", 4096, {"chunk_keep": "inputs"}, 5.58, 6.45),
+    ("1.6b", 2048, {"chunk_keep": "host", "grad_cp": 0}, 3.93, 4.59),
+    ("1.6b", 4096, {"chunk_keep": "host"}, 1.96, 2.67),
+    ("1.6b", 2048, {**LORA, **DENSE, "grad_cp": 0}, 8.92, 9.67),
+    ("1.6b", 1024, {**LORA, **DENSE, "grad_cp": 0}, 6.20, 7.06),
+    ("1.6b", 4096, {**LORA, **DENSE}, 4.50, 5.29),
+    ("1.6b", 4096, {**LORA, **DENSE, "chunk_keep": "inputs"}, 4.14, 4.87),
+]
+"""Rows of 16,384 tokens in recorded chunks of so many, without an optimizer (bench_chunks.py, an H100, 2026-11-26)."""
+
+
+@pytest.mark.parametrize(("size", "tokens", "flags", "peak", "used"), IN_CHUNKS)
+def test_it_is_what_rows_in_chunks_took(
+    size: str, tokens: int, flags: dict[str, object], peak: float, used: float
+) -> None:
+    layers, channels = SIZES[size]
+    shape = RWKV6Shape.from_sizes(n_layer=layers, n_embd=channels, vocab_size=65536, double_extra_dim=channels == 4096)
+    made = config(ctx_len=16384, chunk_ctx=tokens, dataload="pad", **flags)
+    positions, memories = positions_of(made)
+    found = on_gpu(made, shape, positions, memories=memories, records=True)
+    moments = found.parts[estimate.MOMENTS]
+    assert (found.allocated - moments) / GIB == pytest.approx(peak, rel=0.05)
+    assert (found.total - moments) / GIB == pytest.approx(used, rel=0.05)
+
+
 @pytest.mark.parametrize("flags", [{}, {"quant_head": 1}, {"quant": 0}, {"peft": "lora", "lora_r": 4, "quant": 1}])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_stands_is_counted_to_the_byte(flags: dict[str, object], architecture: str) -> None:
