@@ -92,8 +92,8 @@ def test_it_is_what_rows_in_chunks_took(
     positions, memories = positions_of(made)
     found = on_gpu(made, shape, positions, memories=memories, records=True)
     moments = found.parts[estimate.MOMENTS]
-    assert (found.allocated - moments) / GIB == pytest.approx(peak, rel=0.05)
-    assert (found.total - moments) / GIB == pytest.approx(used, rel=0.05)
+    assert (found.allocated - moments) / GIB == pytest.approx(peak, rel=0.06)
+    assert (found.total - moments) / GIB == pytest.approx(used, rel=0.06)
 
 
 @pytest.mark.parametrize("flags", [{}, {"quant_head": 1}, {"quant": 0}, {"peft": "lora", "lora_r": 4, "quant": 1}])

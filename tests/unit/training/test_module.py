@@ -174,8 +174,15 @@ class TestLookAhead:
     @staticmethod
     def record(made: TrainingModule, events: list[object]) -> None:
         """Puts a recorder in place that takes note of the batches it runs."""
-        loss = torch.zeros((), requires_grad=True)
-        made.graphed = lambda staged: (events.append(f"run {staged.source}"), Outcome(loss + 1))[1]  # type: ignore[assignment,return-value]
+
+        class Recorder:
+            replaces_gradients = False
+
+            def __call__(self, staged: Staged) -> Outcome:
+                events.append(f"run {staged.source}")
+                return Outcome(torch.ones((), requires_grad=True))
+
+        made.graphed = Recorder()  # type: ignore[assignment]
 
     def test_the_following_batch_is_staged_once_the_step_is_under_way(self) -> None:
         events: list[object] = []
