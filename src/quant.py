@@ -19,7 +19,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -74,10 +74,13 @@ def _four_bit_code(name: str, device: torch.device) -> Tensor:
 
 @dataclass
 class _Held:
-    """One buffer of a workspace and the `contents` of the layer whose matrix it holds (None: nobody's)."""
+    """One buffer of a workspace, `contents` of the layer whose matrix it holds (None: nobody's), and views of it as
+    matrices [out, in].
+    """
 
     buffer: Tensor
     owner: object | None = None
+    views: dict[tuple[int, int], Tensor] = field(default_factory=dict)
 
 
 class DequantizationWorkspace:
@@ -139,15 +142,19 @@ class DequantizationWorkspace:
     def matrix(self, layer: FrozenLinear, fill: Callable[[Tensor], None]) -> Tensor:
         """The layer's dense matrix [out, in] in a shared buffer, filled by `fill` unless still there."""
         kind = layer.kind if self._keep_dequantized else ""
-        key = (layer.packed.device, layer.compute_dtype, kind)
+        device = layer.packed.device
+        key = (device, layer.compute_dtype, kind)
         held = self._held.get(key)
-        numel = layer.out_features * layer.in_features
-        if held is None or held.buffer.numel() < numel:
-            self._held.pop(key, None)
-            del held
-            held = _Held(torch.empty(numel, dtype=layer.compute_dtype, device=layer.packed.device))
-            self._held[key] = held
-        dense = held.buffer.as_strided((layer.out_features, layer.in_features), (layer.in_features, 1))
+        shape = layer.out_features, layer.in_features
+        dense = None if held is None else held.views.get(shape)
+        if held is None or dense is None:
+            numel = shape[0] * shape[1]
+            if held is None or held.buffer.numel() < numel:
+                self._held.pop(key, None)
+                del held
+                held = _Held(torch.empty(numel, dtype=layer.compute_dtype, device=device))
+                self._held[key] = held
+            dense = held.views[shape] = held.buffer.as_strided(shape, (shape[1], 1))
         owner = layer.contents()
         if held.owner != owner:
             held.owner = None

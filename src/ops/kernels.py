@@ -75,7 +75,10 @@ class Kernel:
             RuntimeError: it could not be launched.
         """
         index = like.get_device()
-        loaded = self._loaded.get(index) or self.load(index)
+        try:
+            loaded = self._loaded[index]
+        except KeyError:
+            loaded = self.load(index)
         loaded.launch(grid, block, arguments)
 
     def load(self, index: int) -> _Loaded:
@@ -124,6 +127,7 @@ class Layout:
 
     Attributes:
         values: how to pack all of them into one buffer.
+        pointers: which of the values are addresses.
         parameters: offset and size in bytes of each parameter.
     """
 
@@ -136,6 +140,8 @@ class Layout:
             end = _place(parameter, end, codes)
             self.parameters.append((begin, end - begin))
         self.values = struct.Struct("<" + "".join(codes))
+        letters = [letter for letter in description if letter not in "() "]
+        self.pointers = tuple(place for place, letter in enumerate(letters) if letter == "P")
 
 
 _Member = str | list[Any]
@@ -195,6 +201,7 @@ class _Loaded:
         self._function = function.value
         self._shared_bytes = kernel.shared_bytes
         self._pack_into = kernel.layout.values.pack_into
+        self._pointers = kernel.layout.pointers
         self._buffer = ctypes.create_string_buffer(max(kernel.layout.values.size, 1))
         start = ctypes.addressof(self._buffer)
         places = [start + offset for offset, _ in kernel.layout.parameters]
@@ -206,26 +213,22 @@ class _Loaded:
         if torch._C._cuda_getDevice() != self.index:
             with torch.cuda.device(self.index):
                 return self.launch(grid, block, arguments)
-        values = [
-            argument.data_ptr() if isinstance(argument, Tensor) else 0 if argument is None else argument
-            for argument in arguments
-        ]
+        values: list[Any] = list(arguments)
+        for place in self._pointers:
+            tensor = values[place]
+            values[place] = 0 if tensor is None else tensor.data_ptr()
         self._pack_into(self._buffer, 0, *values)
-        error = self._enqueue(grid, block)
+        stream = torch._C._cuda_getCurrentRawStream(self.index)
+        enqueued = (
+            *(self._function, *_three(grid), *_three(block)),
+            *(self._shared_bytes, stream, self._parameters, None),
+        )
+        error = self._launch(*enqueued)
         if error == _INVALID_CONTEXT:  # a thread that has not used CUDA before, such as autograd's at its first node
             _require(_driver().cuCtxSetCurrent(self._context), "its context to a thread")
-            error = self._enqueue(grid, block)
+            error = self._launch(*enqueued)
         if error:
             raise RuntimeError(f"the CUDA kernel {self.name} could not be launched: {_error_text(error)}")
-
-    def _enqueue(self, grid: Size, block: Size) -> int:
-        x, y, z = grid if isinstance(grid, tuple) and len(grid) == 3 else _three(grid)
-        threads, rows, layers = block if isinstance(block, tuple) and len(block) == 3 else _three(block)
-        stream = torch._C._cuda_getCurrentRawStream(self.index)
-        code: int = self._launch(
-            self._function, x, y, z, threads, rows, layers, self._shared_bytes, stream, self._parameters, None
-        )
-        return code
 
 
 def compile_ahead(kernels: Iterable[Kernel], device: torch.device) -> None:
@@ -349,6 +352,7 @@ def _error_text(code: int) -> str:
     return f"{(text.value or b'unknown error').decode()} ({code})"
 
 
+@functools.lru_cache(maxsize=4096)
 def _three(size: Size) -> tuple[int, int, int]:
     given = size if isinstance(size, tuple) else (size,)
     x, y, z = (*given, 1, 1)[:3]

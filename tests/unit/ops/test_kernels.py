@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import struct
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -227,3 +228,73 @@ def test_a_card_gets_its_own_code_or_that_of_its_generation_or_ptx(
 def test_first_error_is_the_compilers() -> None:
     log = 'wkv6.cu(3): warning: x\n\nwkv6.cu(12): error: identifier "foo" is undefined\n1 error detected\n\0'
     assert nvrtc.first_error(log) == 'wkv6.cu(12): error: identifier "foo" is undefined'
+
+
+class FakeDriver:
+    """A driver that takes notes of launches, and answers them with these codes."""
+
+    def __init__(self, *codes: int) -> None:
+        self.codes = list(codes)
+        self.contexts = 0
+        self.launches: list[tuple[object, ...]] = []
+
+    def cuLaunchKernel(self, function: object, *rest: int) -> int:
+        code = self.codes.pop(0) if self.codes else 0
+        if not code:
+            *sizes, shared, stream, places, extra = rest
+            first, second = (ctypes.c_void_p * 2).from_address(places)
+            pointer = ctypes.c_void_p.from_address(first).value
+            members = ctypes.c_int.from_address(second).value, ctypes.c_float.from_address(second + 4).value
+            self.launches.append((sizes, shared, stream, extra, pointer, *members))
+        return code
+
+    def cuCtxSetCurrent(self, context: object) -> int:
+        self.contexts += 1
+        return 0
+
+    def __getattr__(self, name: str) -> object:
+        return lambda *arguments: 0
+
+
+@pytest.fixture
+def launcher(monkeypatch: pytest.MonkeyPatch) -> tuple[Kernel, FakeDriver]:
+    driver = FakeDriver()
+    monkeypatch.setattr(kernels, "_driver", lambda: driver)
+    monkeypatch.setattr(kernels, "_check_layout", lambda *arguments: None)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0, raising=False)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 77, raising=False)
+    monkeypatch.setattr(torch.Tensor, "get_device", lambda self: 0)
+    kernel = Kernel("wkv6.cu", "f", "P (i f)", shared_bytes=64 * 1024)
+    monkeypatch.setattr(kernel, "compile", lambda index: SimpleNamespace(result=lambda: Compiled("f", b"")))
+    return kernel, driver
+
+
+def test_a_launch_hands_on_sizes_stream_and_every_argument(launcher: tuple[Kernel, FakeDriver]) -> None:
+    kernel, driver = launcher
+    tensor = torch.zeros(2)
+    for grid, sizes in ((3, [3, 1, 1]), ((3, 4), [3, 4, 1]), ((3, 4, 5), [3, 4, 5])):
+        kernel(tensor, grid, (128, 2), tensor, -7, 1.5)
+        expected = ([*sizes, 128, 2, 1], 64 * 1024, 77, None, tensor.data_ptr(), -7, 1.5)
+        assert driver.launches.pop() == expected
+    kernel(tensor, 1, 32, None, 2, 0.5)
+    assert driver.launches.pop()[4:] == (None, 2, 0.5)
+    with pytest.raises(struct.error):
+        kernel(tensor, 1, 32, tensor, 2)
+
+
+def test_a_thread_without_a_context_gets_it_and_other_errors_are_said(launcher: tuple[Kernel, FakeDriver]) -> None:
+    kernel, driver = launcher
+    tensor = torch.zeros(2)
+    kernel(tensor, 1, 32, tensor, 1, 1.0)
+    before = driver.contexts
+    driver.codes = [201]
+    kernel(tensor, 1, 32, tensor, 2, 1.0)
+    assert driver.contexts == before + 1
+    assert [launch[5] for launch in driver.launches] == [1, 2]
+    driver.codes = [1]
+    with pytest.raises(RuntimeError, match="kernel f could not be launched"):
+        kernel(tensor, 1, 32, tensor, 3, 1.0)
+
+
+def test_pointers_are_found_among_a_structs_members() -> None:
+    assert Layout("i ((iiPi) ? (i?) P f) f q P").pointers == (3, 8, 12)
