@@ -30,6 +30,7 @@ from torch.autograd.function import FunctionCtx
 from src.config.model import QUANT_TYPES
 from src.ops.dequantize_cuda import KERNELS, PackedMatrix
 from src.ops.kernels import Kernel, usable
+from src.startup import uncompiled_imports
 
 _FOUR_BIT_CODE = {"nf4": "nf4", "fp4": "fp4", "4bit": "fp4"}
 _FOUR_BIT_BLOCK = 64
@@ -38,10 +39,12 @@ _INT8_BLOCK = 256
 _HEAD_PART_VALUES = 1 << 24
 
 
+@functools.cache
 def _bitsandbytes_functional() -> Any:
     """Imports bitsandbytes on first use; silences its CPU backend's note on an optional package."""
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    import bitsandbytes.functional
+    with uncompiled_imports():
+        import bitsandbytes.functional
 
     return bitsandbytes.functional
 

@@ -37,6 +37,26 @@ def quick_imports(*, first: bool = True) -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def uncompiled_imports() -> Iterator[None]:
+    """Quick imports in which `torch.compile` leaves functions as they are.
+
+    bitsandbytes compiles some of its functions, which nothing here calls, when it is imported: that brings torch's
+    whole code generator, 600 modules.
+    """
+    variable = "TORCHDYNAMO_DISABLE"
+    before = os.environ.get(variable)
+    os.environ[variable] = "1"
+    try:
+        with quick_imports(first=False):
+            yield
+    finally:
+        if before is None:
+            del os.environ[variable]
+        else:
+            os.environ[variable] = before
+
+
 def keep_bytecode() -> None:
     """Has Python keep bytecode in the user's cache folder where the libraries have none and it keeps none elsewhere.
 

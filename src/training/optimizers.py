@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from src.config import TrainConfig
 from src.errors import ConfigError
+from src.startup import uncompiled_imports
 
 GRADIENT_CLIP = 1.0
 """Largest norm of a step's gradient."""
@@ -60,7 +61,8 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig, *, on_gpu:
     adam: dict[str, Any] = {"lr": config.lr_init, "betas": betas, "eps": config.adam_eps}
     if config.optim in _OF_BITSANDBYTES:
         logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # its note on an optional package
-        import bitsandbytes
+        with uncompiled_imports():
+            import bitsandbytes
 
         chosen: Any = getattr(bitsandbytes.optim, _OF_BITSANDBYTES[config.optim])
         options = {"lr": config.lr_init, "betas": betas} if config.optim == "lion8bit" else adam

@@ -84,3 +84,20 @@ def test_it_never_fails(obstacle: str, libraries: Path, tmp_path: Path) -> None:
     else:
         (tmp_path / "cache").write_text("")
     assert start(libraries, tmp_path / "cache", **variables) == expected
+
+
+def test_bitsandbytes_brings_no_code_generator() -> None:
+    code = """
+import os, sys
+import torch
+from src.model.shape import ModelShape
+from src.quant import DequantizationWorkspace, FrozenLinear
+weight = torch.randn(64, 64)
+FrozenLinear.from_weight(weight, "nf4", torch.float32, workspace=DequantizationWorkspace()).dequantized()
+assert "bitsandbytes" in sys.modules
+assert "torch._inductor.compile_fx" not in sys.modules
+assert "TORCHDYNAMO_DISABLE" not in os.environ
+assert torch.compile(lambda x: x + 1, backend="eager")(torch.zeros(1)).item() == 1
+"""
+    variables = {name: value for name, value in os.environ.items() if name != "TORCHDYNAMO_DISABLE"}
+    subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, env=variables, check=True)
