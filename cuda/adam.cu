@@ -81,6 +81,31 @@ __device__ __forceinline__ void load(const void* from, int begin, int count, boo
   }
 }
 
+// Eight values of a gradient that has memory for some of its table's rows only: `places` says which of them a row of the
+// table is, -1 that it is none of them and its gradient is 0.
+template <bool kNarrow>
+__device__ __forceinline__ void load_rows(const void* from, const int* places, int columns, int begin, int count,
+                                          bool whole, float* values) {
+#pragma unroll
+  for (int i = 0; i < kValues; ++i) values[i] = 0.f;
+  if (columns % kValues == 0) {  // all in one row
+    if (begin >= count) return;
+    const int row = begin / columns, place = places[row];
+    const int at = place * columns + (begin - row * columns);
+    if (place >= 0) load<kNarrow>(from, at, at + count - begin, whole, values);
+    return;
+  }
+  for (int i = 0; i < kValues && begin + i < count; ++i) {
+    const int row = (begin + i) / columns, place = places[row];
+    const int at = place * columns + (begin + i - row * columns);
+    float one[kValues];
+    if (place >= 0) {
+      load<kNarrow>(from, at, at + 1, false, one);
+      values[i] = one[0];
+    }
+  }
+}
+
 __device__ __forceinline__ void store(float* to, int begin, int count, bool whole, const float* values) {
   if (whole) {
     float4* four = reinterpret_cast<float4*>(to) + begin / 4;
@@ -196,10 +221,11 @@ __device__ __forceinline__ void fill(Maps& maps, const Step& a) {
   __syncthreads();
 }
 
-// Every `stride`-th block of values from `block` to `end`, by this warp.
+// Every `stride`-th block of values from `block` to `end`, by this warp. `places` is null where the gradient has all
+// rows, of `columns` values.
 template <bool kNarrow, bool kPacked>
 __device__ __forceinline__ void update(const Tensor& t, const Step& a, const Maps& maps, int block, int end,
-                                       int stride) {
+                                       int stride, const int* places = nullptr, int columns = 0) {
   const float* settings = a.settings + 4 * t.group;
   const float rate = settings[0], kept = 1.f - rate * settings[1];
   const float step_size = rate * settings[2], correction = settings[3];
@@ -213,7 +239,11 @@ __device__ __forceinline__ void update(const Tensor& t, const Step& a, const Map
     const bool whole = aligned && begin + kValues <= count;
     float w[kValues], g[kValues], m[kValues], v[kValues];
     load<kNarrow>(t.weights, begin, count, whole, w);
-    load<kNarrow>(t.gradient, begin, count, whole, g);
+    if (places) {
+      load_rows<kNarrow>(t.gradient, places, columns, begin, count, whole, g);
+    } else {
+      load<kNarrow>(t.gradient, begin, count, whole, g);
+    }
     if (kPacked) {
       unpack(static_cast<const uint8_t*>(t.first), begin, count, whole, maps.first, t.first_scales[block], m);
       unpack(static_cast<const uint8_t*>(t.second), begin, count, whole, maps.second, t.second_scales[block], v);
@@ -245,13 +275,14 @@ __device__ __forceinline__ void update(const Tensor& t, const Step& a, const Map
 }
 
 template <bool kNarrow, bool kPacked>
-__global__ void step_kernel(Tensor t, Step a) {
+__global__ void step_kernel(Tensor t, Step a, const int* places, int columns) {
   if (a.flags[1] != 0) return;
   __shared__ Maps maps;
   fill<kPacked>(maps, a);
   const int warps = blockDim.x / 32;
   const int blocks = (int)((t.count + kBlock - 1) / kBlock);
-  update<kNarrow, kPacked>(t, a, maps, blockIdx.x * warps + threadIdx.x / 32, blocks, gridDim.x * warps);
+  update<kNarrow, kPacked>(t, a, maps, blockIdx.x * warps + threadIdx.x / 32, blocks, gridDim.x * warps,
+                           places, columns);
 }
 
 // Many tensors, cut into pieces of so many blocks of values; `pieces` names tensor and first block of each.

@@ -34,7 +34,11 @@ class HardwareFlags(Flags, group="hardware"):
     accelerator: str = accelerator_flag()
     devices: int = flag(1, "GPUs per machine", must=AT_LEAST_1, most=1024)
     num_nodes: int = flag(1, "machines", must=AT_LEAST_1, most=10_000)
-    strategy: str = flag("auto", "auto: one device without DeepSpeed, several with stage 1", STRATEGIES)
+    strategy: str = flag(
+        "auto",
+        "auto: one device without DeepSpeed, several with stage 1; --peft lisa and --fused_update without it",
+        STRATEGIES,
+    )
     precision: str = precision_flag("bf16 (default on a GPU), fp32 (default on a CPU), fp16, tf32")
     grad_cp: int = flag(
         1, "1 recomputes each layer in the backward pass, 0 keeps everything, 2 keeps what fits into memory", (0, 1, 2)
@@ -55,6 +59,11 @@ class HardwareFlags(Flags, group="hardware"):
     def uses_deepspeed(self) -> bool:
         """Whether a DeepSpeed engine was asked for."""
         return self.strategy.startswith("deepspeed")
+
+    @property
+    def processes(self) -> int:
+        """That train together: one for each GPU of all machines."""
+        return self.devices * self.num_nodes
 
     def _contradictions(self, given: Given) -> Lines:
         if self.offload_activations and self.grad_cp == 2:

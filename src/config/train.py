@@ -97,10 +97,22 @@ class TrainConfig(
     def updates_by_tensor(self) -> bool:
         """Whether tensors are updated one by one: rounded stochastically, or in the backward.
 
-        A DeepSpeed engine, which several GPUs need, does not: beside bf16 weights it has fp32 masters of its own.
+        A DeepSpeed engine does not: beside bf16 weights it has fp32 masters of its own.
         """
-        has_engine = self.uses_deepspeed or self.devices * self.num_nodes > 1
-        return bool(self.fused_update) or (self.weights == "bf16" and not has_engine)
+        return bool(self.fused_update) or (self.weights == "bf16" and not self.has_engine)
+
+    @property
+    def one_backward(self) -> bool:
+        """Whether a step's gradient is that of one backward of one process, and no sum."""
+        return self.accumulate_grad_batches == 1 and not self.chunk_ctx and self.processes == 1
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether DeepSpeed trains: where it was asked for, and on several GPUs, unless it could not.
+
+        It keeps to the tensors that it was given first, which excludes layers by turns, and updates all as one.
+        """
+        return self.uses_deepspeed or (self.processes > 1 and self.method != "lisa" and not self.fused_update)
 
     def _completed(self) -> TrainConfig:
         chosen = dataclasses.replace(
@@ -119,7 +131,7 @@ class TrainConfig(
     def _contradictions(self, given: Given) -> Lines:
         if self.my_exit < self.epoch_begin < self.epoch_count:
             yield f"--my_exit {self.my_exit} lies before --epoch_begin {self.epoch_begin}: raise it"
-        if self.random_seed == -1 and self.devices * self.num_nodes > 1:
+        if self.random_seed == -1 and self.processes > 1:
             yield "--random_seed -1 would draw one for each GPU, and all need the same: give a number"
         if self.method == "full":
             yield from self._full_training_contradictions()

@@ -66,7 +66,12 @@ class Embedding(nn.Module):
 
     A frozen table is read only T rows at a time, so it can remain in host memory (`keep_on_host`);
     it is then not registered with the module and never copied whole.
+
+    Attributes:
+        gives_rows: whether the gradient of a trained table is sparse: of the rows that were read.
     """
+
+    gives_rows = False
 
     def __init__(self, vocab_size: int, channels: int) -> None:
         super().__init__()
@@ -90,7 +95,7 @@ class Embedding(nn.Module):
     def forward(self, tokens: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
         """tokens int64 [B, T], or what `look_up` made of them -> [B, T, C] on `device`."""
         if self.weight is not None:
-            return F.embedding(tokens.to(self.weight.device), self.weight).to(device, dtype)
+            return F.embedding(tokens.to(self.weight.device), self.weight, sparse=self.gives_rows).to(device, dtype)
         rows = tokens if tokens.is_floating_point() else self.look_up(tokens, pinned=device.type == "cuda")
         return rows.to(device, non_blocking=True).to(dtype)
 

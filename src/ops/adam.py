@@ -22,6 +22,9 @@ import torch
 from torch import Tensor
 
 from src.ops.kernels import Kernel, usable
+from src.ops.row_gradient import RowGradient, values_of
+
+Gradient = Tensor | RowGradient
 
 BLOCK_VALUES = 256
 _THREADS = 256
@@ -35,7 +38,7 @@ _NARROW = {torch.float32: "false", torch.bfloat16: "true"}
 _CASES = [(dtype, packed) for dtype in _NARROW for packed in (False, True)]
 KERNELS = {
     (dtype, packed): Kernel(
-        "adam.cu", f"adam::step_kernel<{_NARROW[dtype]}, {str(packed).lower()}>", f"(PPPPPP q ii) {_STEP}"
+        "adam.cu", f"adam::step_kernel<{_NARROW[dtype]}, {str(packed).lower()}>", f"(PPPPPP q ii) {_STEP} Pi"
     )
     for dtype, packed in _CASES
 }
@@ -106,25 +109,28 @@ class Constants:
 
 
 def adam_step(
-    weights: Tensor, gradient: Tensor, moments: Moments, control: Control, constants: Constants, group: int, seed: int
+    weights: Tensor, gradient: Gradient, moments: Moments, control: Control, constants: Constants, group: int, seed: int
 ) -> None:
     """Updates weights and moments in place; nothing waits for the device.
 
     Args:
         weights: fp32 or bf16, contiguous.
-        gradient: of their dtype and shape.
+        gradient: of their dtype and shape; or of rows of them, the others' being 0: they are updated, too.
         moments: theirs.
         control, constants: see there.
         group: row of the settings.
         seed: below 2^31, the tensor's; noise is a function of it, of the step and of a value's place.
     """
     assert weights.dtype in (torch.float32, torch.bfloat16)
-    assert gradient.dtype == weights.dtype
-    assert gradient.shape == weights.shape
+    assert values_of(gradient).dtype == weights.dtype
+    if isinstance(gradient, RowGradient):
+        assert (*gradient.places.shape, *gradient.values.shape[1:]) == weights.shape
+    else:
+        assert gradient.shape == weights.shape
     assert weights.is_contiguous()
     assert weights.numel() < 2**31 - BLOCK_VALUES
     if weights.is_cuda:
-        _by_kernel(weights, gradient.contiguous(), moments, control, constants, group, seed)
+        _by_kernel(weights, gradient, moments, control, constants, group, seed)
     else:
         adam_step_torch(weights, gradient, moments, control, constants, group, seed)
 
@@ -244,9 +250,11 @@ class _OfOneKind:
 
 @torch.no_grad()
 def adam_step_torch(
-    weights: Tensor, gradient: Tensor, moments: Moments, control: Control, constants: Constants, group: int, seed: int
+    weights: Tensor, gradient: Gradient, moments: Moments, control: Control, constants: Constants, group: int, seed: int
 ) -> None:
     """Definition of `adam_step`."""
+    if isinstance(gradient, RowGradient):
+        gradient = gradient.dense()
     stays = control.flags[1] != 0
     rate, decay, first_correction, second_correction = control.settings[group].unbind()
     factor = constants.clip / (control.norm + 1e-6)
@@ -355,14 +363,16 @@ def _multiprocessors(index: int) -> int:
 
 
 def _by_kernel(
-    weights: Tensor, gradient: Tensor, moments: Moments, control: Control, constants: Constants, group: int, seed: int
+    weights: Tensor, gradient: Gradient, moments: Moments, control: Control, constants: Constants, group: int, seed: int
 ) -> None:
+    given = values_of(gradient).contiguous()
+    rows = (gradient.places, given.shape[1]) if isinstance(gradient, RowGradient) else (None, 0)
     packed = moments.first_scales is not None
     blocks = -(-weights.numel() // (BLOCK_VALUES * _THREADS // 32))
     grid = min(blocks, _BLOCKS_OF_PROCESSOR * _multiprocessors(weights.get_device()))
-    described = _described(weights, gradient, moments)
+    described = _described(weights, given, moments)
     values = _values_of_step(weights.device, packed, control, constants)
-    KERNELS[weights.dtype, packed](weights, grid, _THREADS, *described, weights.numel(), group, seed, *values)
+    KERNELS[weights.dtype, packed](weights, grid, _THREADS, *described, weights.numel(), group, seed, *values, *rows)
 
 
 def _described(weights: Tensor, gradient: Tensor, moments: Moments) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from src.ops.adam import Constants, Control, ManySteps, Moments, adam_step, dynamic_map
+from src.ops.adam import Constants, Control, Gradient, ManySteps, Moments, adam_step, dynamic_map
+from src.ops.row_gradient import RowGradient, values_of
 from src.ops.stochastic import seed_of
 from src.training.updates import Unit, UnitUpdates, stop_in_words
 
@@ -23,6 +24,8 @@ _FEWEST_PACKED = 4096
 
 class DeviceUpdates(UnitUpdates):
     """See `TensorUpdates`; the same rules, with `ops.adam` for an optimizer.
+
+    In the backward it takes sparse gradients of tables, too.
 
     Args:
         groups, names, in_backward: see there.
@@ -195,7 +198,12 @@ class DeviceUpdates(UnitUpdates):
     @torch.no_grad()
     def _update_unit(self, unit: Unit) -> None:
         arrived = [(p, unit.arrived[p].grad) for p in unit.parameters if p in unit.arrived]
-        gradients = {parameter: gradient for parameter, gradient in arrived if gradient is not None}
+        self.average([gradient for _, gradient in arrived if gradient is not None])
+        gradients = {
+            parameter: RowGradient.of(gradient) if gradient.is_sparse else gradient
+            for parameter, gradient in arrived
+            if gradient is not None
+        }
         del arrived
         for holder in unit.arrived.values():
             holder.grad = None
@@ -210,15 +218,16 @@ class DeviceUpdates(UnitUpdates):
         for parameter in list(gradients):
             self._update(parameter, gradients.pop(parameter))  # and with it goes the memory
 
-    def _note_norm(self, unit: str, gradients: list[Tensor]) -> None:
+    def _note_norm(self, unit: str, gradients: list[Gradient]) -> None:
         norms: list[Tensor] = []
-        for dtype in dict.fromkeys(gradient.dtype for gradient in gradients):  # of one dtype they are one kernel's
-            same = [gradient for gradient in gradients if gradient.dtype == dtype]
+        values = list(map(values_of, gradients))
+        for dtype in dict.fromkeys(each.dtype for each in values):  # of one dtype they are one kernel's
+            same = [each for each in values if each.dtype == dtype]
             norms += torch._foreach_norm(same, 2, torch.float32)
         if norms:
             self._unit_norms[self._numbers[unit]].copy_(torch.linalg.vector_norm(torch.stack(norms)))
 
-    def _update(self, parameter: nn.Parameter, gradient: Tensor) -> None:
+    def _update(self, parameter: nn.Parameter, gradient: Gradient) -> None:
         adam_step(
             parameter.detach(),
             gradient,

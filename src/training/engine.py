@@ -12,6 +12,9 @@ from src.device import Device, apply_device, launched_by, refuse_other_ranks, re
 from src.errors import ConfigError
 from src.training.optimizers import check_optimizer
 
+REPLICAS = "replicas"
+"""Several processes without an engine."""
+
 _LIVE_WEIGHTS = 300_000_000
 """Weights that stage 3 lets wait on a device, gathered, for their next use: some layers of 3B, one of 7B."""
 
@@ -21,7 +24,7 @@ class Hardware(Device):
     """Where a run computes, and how its processes work together.
 
     Attributes:
-        strategy: "single" or a deepspeed_* name.
+        strategy: "single", "replicas" or a deepspeed_* name.
         notes: lines to print, about what was decided.
     """
 
@@ -30,8 +33,13 @@ class Hardware(Device):
 
     def describe(self) -> str:
         """One phrase for the plan."""
-        engine = "single device" if self.strategy == "single" else self.strategy
-        return f"{super().describe()}, {engine}"
+        words = {"single": "single device", REPLICAS: "every GPU with a copy of everything"}
+        return f"{super().describe()}, {words.get(self.strategy, self.strategy)}"
+
+    @property
+    def has_engine(self) -> bool:
+        """Whether it is DeepSpeed's."""
+        return self.strategy.startswith("deepspeed")
 
 
 def resolve_hardware(config: TrainConfig) -> Hardware:
@@ -40,7 +48,7 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
     Raises:
         ConfigError: if what was asked for does not exist here.
     """
-    processes = config.devices * config.num_nodes
+    processes = config.processes
     launcher, started = launched_by() or ("", processes)
     if started != processes:
         raise ConfigError(
@@ -51,15 +59,15 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
     on_gpu = uses_gpu(config.accelerator)
     if on_gpu and config.devices > (visible := torch.cuda.device_count()):
         raise ConfigError(f"--devices {config.devices} was asked for and {visible} GPU(s) are visible: lower --devices")
-    if on_gpu and config.method == "lisa" and (config.uses_deepspeed or processes > 1):
+    if on_gpu and config.method == "lisa" and config.uses_deepspeed:
         raise ConfigError(
-            "--peft lisa trains layers by turns, and DeepSpeed, which several GPUs need, keeps to the tensors that it "
-            "was given first: use one GPU and leave --strategy out, or train an adapter"
+            f"--peft lisa trains layers by turns, and DeepSpeed (--strategy {config.strategy}) keeps to the tensors "
+            "that it was given first: leave --strategy out, on any number of GPUs"
         )
-    if on_gpu and config.fused_update and (config.uses_deepspeed or processes > 1):
+    if on_gpu and config.fused_update and config.uses_deepspeed:
         raise ConfigError(
-            "--fused_update 1 updates tensor by tensor, and DeepSpeed, which several GPUs need, all tensors as one: "
-            "use one GPU without --strategy, or leave the flag out"
+            f"--fused_update 1 updates tensor by tensor, and DeepSpeed (--strategy {config.strategy}) all tensors as "
+            "one: leave --strategy out, on any number of GPUs, or --fused_update"
         )
     check_optimizer(config, on_gpu=on_gpu)
     chosen = resolve_device(config.accelerator, config.precision)
@@ -67,7 +75,7 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
     if on_gpu:
         strategy = config.strategy
         if strategy == "auto":
-            strategy = "deepspeed_stage_1" if several else "single"
+            strategy = "single" if not several else "deepspeed_stage_1" if config.has_engine else REPLICAS
         return Hardware(chosen.device, chosen.precision, strategy)
 
     if config.offload_activations:

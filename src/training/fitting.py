@@ -118,7 +118,7 @@ def fit(
         )
 
     def parts(trainer: pl.Trainer) -> dict[str, Part]:
-        engine = hardware.strategy != "single"
+        engine = hardware.has_engine
         gather = trainer.strategy.all_gather if trainer.world_size > 1 else None
         return {
             TRAINED: trained_part(module),
@@ -166,7 +166,7 @@ def fit(
     callbacks += [callback for callback in (health, watch, samples) if callback is not None]
     callbacks += [saver, AtEnd(lambda: end(start.steps + trainer.global_step)), stopper]
     if session and can_be_resumed(config, hardware.strategy):
-        random = bool(config.dropout or config.lora_dropout) and config.devices * config.num_nodes == 1
+        random = bool(config.dropout or config.lora_dropout) and config.processes == 1
         total_steps = epochs * steps_per_epoch
         callbacks.append(
             RunSaver(session, parts, stopper, start, steps_per_epoch, total_steps, remembers_random=random)
@@ -275,7 +275,7 @@ def _sinks(
 ) -> list[Sink]:
     if global_rank() != 0:
         return []
-    engine = None if hardware.strategy == "single" else deepspeed_config(hardware.strategy, config, trained_elements)
+    engine = deepspeed_config(hardware.strategy, config, trained_elements) if hardware.has_engine else None
     run = session.saved.run if session else ""
     epoch = config.epoch_begin + start.epochs
     sinks: list[Sink] = [FileSink(folder, config, engine, run, start.steps, epoch), ProgressSink(steps, start.steps)]

@@ -203,8 +203,8 @@ def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> 
         return _bytes_by_tensor(config, sizes, narrow, moments)
     count = value_count(sizes) + (method.layer_values(shape) if isinstance(method, Lisa) else 0)
     width = 2 if narrow else 4
-    ranks = config.devices * config.num_nodes
-    if not config.uses_deepspeed and ranks == 1:
+    ranks = config.processes
+    if not config.has_engine:
         handed_out = 0 if leaves_gradients(config, method) and not config.chunk_ctx else 4
         return count * (width + 4 + moments + handed_out)
     offloaded = config.strategy.endswith("offload")
@@ -332,4 +332,4 @@ def _model_bytes(config: TrainConfig, method: Method, shape: ModelShape, compute
         for name, size in sizes.items()
         if name != "emb.weight"
     )
-    return trained + int(frozen / (config.devices * config.num_nodes if _stage(config) == 3 else 1))
+    return trained + int(frozen / (config.processes if _stage(config) == 3 else 1))

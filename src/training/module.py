@@ -24,6 +24,7 @@ from src.training.graphs import GraphedObjective, may_record, may_record_chunks
 from src.training.objectives import Objective, Outcome, Scored, Staged, outcome_of
 from src.training.offload import KeptOnHost
 from src.training.optimizers import GRADIENT_CLIP, make_optimizer
+from src.training.replicas import average
 from src.training.sharded import gather_by_layer
 from src.training.updates import TensorUpdates, UnitUpdates, leaves_gradients
 
@@ -73,7 +74,8 @@ class TrainingModule(pl.LightningModule):
         records = records_steps(config, method, model)
         limit_gib = config.memory_gib if config.grad_cp == 2 else 0.0  # what the flag says it limits
         accumulated = config.accumulate_grad_batches
-        self._alone = not config.uses_deepspeed and config.devices * config.num_nodes == 1
+        self._without_engine = not config.has_engine
+        self._ends_step = False
         recorder = None
         if records and may_record_chunks(config, method):
             by_layer = config.chunk_keep == "inputs"
@@ -85,8 +87,10 @@ class TrainingModule(pl.LightningModule):
         self._leaves_gradients = leaves_gradients(config, method)
         self._at_once = self._leaves_gradients and _updates_at_once(config, method, model.device)
         if method.in_place:
-            # An engine wants to be handed gradients; and updates that are the host's cannot be recorded.
-            records = records and self._alone and not (config.fused_update and config.optim == "lion8bit")
+            # An engine wants to be handed gradients. Updates that are the host's cannot be recorded, nor can those
+            # that wait in mid-backward for other processes, which may be about to record something else.
+            by_host = config.optim == "lion8bit" or config.processes > 1
+            records = records and self._without_engine and not (config.fused_update and by_host)
         if records:
             self.graphed = GraphedObjective(
                 self.objective,
@@ -137,7 +141,9 @@ class TrainingModule(pl.LightningModule):
         """Loss of one micro-batch; `outcome` keeps the numbers to log."""
         self.outcome = None  # what it would log belongs to a recording, which may have to go
         cleared = self.graphed is not None and self.graphed.replaces_gradients
-        if self._alone and not cleared and batch_idx % self.config.accumulate_grad_batches == 0:
+        accumulated = self.config.accumulate_grad_batches
+        self._ends_step = (batch_idx + 1) % accumulated == 0
+        if self._without_engine and not cleared and batch_idx % accumulated == 0:
             for _, parameter in self.trained():
                 parameter.grad = None  # before the forward, which then has their memory
         if self.updates:
@@ -154,8 +160,13 @@ class TrainingModule(pl.LightningModule):
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Comes between forward and backward, where a recorded step's gradients are there already."""
-        if not self._alone:
+        if not self._without_engine:
             super().optimizer_zero_grad(epoch, batch_idx, optimizer)
+
+    def on_after_backward(self) -> None:
+        """Averages a step's gradients over processes that no engine joins; those used up in the backward have been."""
+        if self._ends_step and self._without_engine and not self.config.fused_update:
+            average([parameter.grad for _, parameter in self.trained() if parameter.grad is not None])
 
     @property
     def clips(self) -> bool:
@@ -215,8 +226,10 @@ class TrainingModule(pl.LightningModule):
                 on_host=config.optim == "paged_adamw8bit",
                 in_backward=in_backward,
             )
+            self.model.emb.gives_rows = in_backward and config.one_backward
         else:
             self.updates = TensorUpdates(groups, named, make, clip=GRADIENT_CLIP, seed=seed, in_backward=in_backward)
+        self.updates.average = average
         if self.graphed:
             self.graphed.updates = self.updates if in_backward else None
         return self.updates

@@ -46,7 +46,7 @@ def check_optimizer(config: TrainConfig, *, on_gpu: bool) -> None:
 
 def can_be_resumed(config: TrainConfig, strategy: str) -> bool:
     """Whether states can be saved by tensor: DeepSpeed flattens tensors, and states in 8 bits are then of many."""
-    return strategy == "single" or config.optim not in _OF_BITSANDBYTES
+    return not strategy.startswith("deepspeed") or config.optim not in _OF_BITSANDBYTES
 
 
 def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig, *, on_gpu: bool) -> torch.optim.Optimizer:

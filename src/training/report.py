@@ -93,7 +93,7 @@ def plan_of(
     rates = ", ".join(f"{schedule.learning_rate(step):.4g}" for step in (0, steps // 2, max(steps - 1, 0)))
     packed = "matrices and head" if config.quant_head else "matrices"
     weights = f"{config.quant_type} {packed}" if config.quantised else "unquantised"
-    batch = config.micro_bsz * config.accumulate_grad_batches * config.devices * config.num_nodes
+    batch = config.micro_bsz * config.accumulate_grad_batches * config.processes
     if config.preference:
         size = f"{several(batch, 'pair')} a step at most, longest text {config.rlhf_max_corpus_len}"
     elif config.dataload == "pack":

@@ -137,7 +137,7 @@ def _train(
     require_memory_of_run(config, hardware.device, shape, work)
     figures = {
         "steps_per_epoch": work.batches_per_epoch // config.accumulate_grad_batches,
-        "micro_batches_per_step": config.accumulate_grad_batches * config.devices * config.num_nodes,
+        "micro_batches_per_step": config.accumulate_grad_batches * config.processes,
     }
     if saved:
         for line in check_flags(config, hardware.precision, figures, saved):

@@ -21,6 +21,7 @@ from src.config import TrainConfig
 from src.device import launched_by
 from src.training import alone
 from src.training.engine import Hardware, deepspeed_config
+from src.training.replicas import Replicas
 
 
 class _UntouchedDeepSpeedPrecision(DeepSpeedPrecision):
@@ -58,6 +59,9 @@ def trainer_arguments(hardware: Hardware, config: TrainConfig, trained_elements:
     if hardware.strategy == "single":
         return {**arguments, "plugins": [Precision(), LightningEnvironment()]}
 
+    if not hardware.has_engine:
+        return {**arguments, "strategy": Replicas(), "plugins": [Precision(), _cluster()]}
+
     from pytorch_lightning.strategies import DeepSpeedStrategy
 
     os.environ.setdefault("DS_ACCELERATOR", "cuda")
@@ -65,7 +69,7 @@ def trainer_arguments(hardware: Hardware, config: TrainConfig, trained_elements:
     strategy = DeepSpeedStrategy(
         config=deepspeed_config(hardware.strategy, config, trained_elements),
         precision_plugin=_UntouchedDeepSpeedPrecision("32-true"),
-        process_group_backend=alone.register() if config.devices * config.num_nodes == 1 else None,
+        process_group_backend=alone.register() if config.processes == 1 else None,
     )
     return {**arguments, "strategy": strategy, "plugins": [_cluster()]}
 

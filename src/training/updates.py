@@ -8,7 +8,7 @@ there, which are then freed: no two layers' gradients exist together.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,6 +60,8 @@ class UnitUpdates(torch.optim.Optimizer):
 
     Attributes:
         steps: that were taken.
+        average: called with the gradients of a unit before they are used up, which it replaces by their means over all
+            processes.
     """
 
     norm: float
@@ -69,6 +71,7 @@ class UnitUpdates(torch.optim.Optimizer):
     ) -> None:
         super().__init__(groups, {})
         self.in_backward = in_backward
+        self.average: Callable[[Sequence[Tensor]], None] = lambda gradients: None
         self.steps = 0
         optimized = {parameter for group in self.param_groups for parameter in group["params"]}
         self._keys = {parameter: name for name, parameter in names if parameter in optimized}
@@ -228,6 +231,7 @@ class TensorUpdates(UnitUpdates):
     def _update_unit(self, unit: Unit) -> None:
         gradients = {p: p.grad for p in unit.parameters if p in unit.arrived and p.grad is not None}
         unit.arrived = {}
+        self.average(list(gradients.values()))
         norms = _norms(gradients)
         self._norms |= norms
         if self.stopped_at or not bool(_norm_of(list(norms.values())).isfinite()):
@@ -291,7 +295,7 @@ def leaves_gradients(config: TrainConfig, method: Method) -> bool:
 
     An engine wants to be handed gradients, and those of a small method are handed out as well.
     """
-    return not (method.small or config.uses_deepspeed or config.devices * config.num_nodes > 1)
+    return not (method.small or config.has_engine)
 
 
 def unit_of(name: str) -> str:

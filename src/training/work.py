@@ -181,7 +181,7 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         micro_bsz=config.micro_bsz,
         seed=config.order_seed,
         rank=global_rank(config.devices),
-        world_size=config.devices * config.num_nodes,
+        world_size=config.processes,
         epoch_steps=config.epoch_steps,
         accumulate=config.accumulate_grad_batches,
     )
@@ -300,7 +300,7 @@ def _pair_dataset(
         tokenizer=_pair_tokenizer(shape),
         compares=not config.orpo,
         rank=global_rank(config.devices),
-        world_size=config.devices * config.num_nodes,
+        world_size=config.processes,
         epoch_steps=0 if is_held_out else config.epoch_steps,
         accumulate=config.accumulate_grad_batches,
     )

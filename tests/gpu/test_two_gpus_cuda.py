@@ -21,8 +21,18 @@ SHARDED: dict[str, tuple[object, ...]] = {
     "lora and parts": ("--peft", "lora", "--train_parts", "time,ln", *WEIGHTS),
 }
 """What stage 3 takes: nothing packed."""
+REPLICATED: dict[str, tuple[object, ...]] = {
+    "lisa": ("--peft", "lisa", "--lisa_r", 2, "--lisa_k", 3, *WEIGHTS[:4], "--quant", 1),
+    "lisa, 8 bits, parked": (
+        *("--peft", "lisa", "--lisa_r", 1, "--lisa_k", 3, "--lisa_moments", "park", "--optim", "adamw8bit"),
+        *(*WEIGHTS[:4], "--quant", 1),
+    ),
+    "updates in the backward": ("--train_type", "none", "--weights", "bf16", "--fused_update", 1, *WEIGHTS),
+}
+"""What no engine takes: every GPU has a copy of everything."""
 METHODS: dict[str, tuple[object, ...]] = {
     **SHARDED,
+    **REPLICATED,
     "states": ("--lr_init", 0.1),
     "lora": ("--peft", "lora", "--lr_init", 1e-3, "--lr_final", 1e-3, "--quant", 1),
 }
@@ -37,9 +47,10 @@ def files(tmp_path: Path) -> Path:
 
 
 def words_of(files: Path, method: str, *words: object) -> list[object]:
+    engine = () if method in REPLICATED or "--strategy" in words else ("--strategy", "deepspeed_stage_1")
     return [
         *("--load_model", files / "base.pth", "--data_file", files / "documents", "--dataload", "pad"),
-        *("--micro_bsz", 2, *METHODS[method], *(() if "--strategy" in words else ("--strategy", "deepspeed_stage_1"))),
+        *("--micro_bsz", 2, *METHODS[method], *engine),
         *words,
     ]
 
@@ -71,7 +82,7 @@ def test_every_stage_gives_one_result(method: str, files: Path) -> None:
         assert (found[stage][0] - found["1"][0]).norm() < 0.01 * found["1"][0].norm(), stage
 
 
-@pytest.mark.parametrize("method", ["states", "lora"])
+@pytest.mark.parametrize("method", ["states", "lora", "lisa", "lisa, 8 bits, parked"])
 def test_two_devices_take_the_steps_of_one_that_accumulates(method: str, files: Path) -> None:
     one, one_lines, _ = run(files, "one", method, "--epoch_count", 3, "--accumulate_grad_batches", 2)
     two, two_lines, out = run(files, "two", method, "--epoch_count", 3, "--devices", 2)
@@ -86,10 +97,18 @@ def test_two_devices_take_the_steps_of_one_that_accumulates(method: str, files: 
 
 
 @pytest.mark.parametrize(
-    ("method", "stage"), [("states", "1"), ("lora", "1"), ("all weights", "3"), ("lora and parts", "3")]
+    ("method", "strategy"),
+    [
+        ("states", "deepspeed_stage_1"),
+        ("lora", "deepspeed_stage_1"),
+        ("all weights", "deepspeed_stage_3"),
+        ("lora and parts", "deepspeed_stage_3"),
+        ("lisa, 8 bits, parked", "auto"),
+        ("updates in the backward", "auto"),
+    ],
 )
-def test_a_stopped_run_goes_on_with_both(method: str, stage: str, files: Path) -> None:
-    length = ("--epoch_count", 60, "--epoch_save", 0, "--devices", 2, "--strategy", f"deepspeed_stage_{stage}")
+def test_a_stopped_run_goes_on_with_both(method: str, strategy: str, files: Path) -> None:
+    length = ("--epoch_count", 60, "--epoch_save", 0, "--devices", 2, "--strategy", strategy)
     _, whole, _ = run(files, "whole", method, *length)
     folder = files / "parts"
     with started("train.py", *words_of(files, method, "--proj_dir", folder, *length)) as process:

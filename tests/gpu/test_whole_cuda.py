@@ -16,6 +16,7 @@ from src.adapters import lisa
 from src.adapters.lisa import Draw
 from src.ops import adam
 from src.ops.adam import Constants, Control, Moments, adam_step, adam_step_torch
+from src.ops.row_gradient import RowGradient
 from src.ops.stochastic import round_stochastically
 from src.training.graphs import GraphedObjective
 
@@ -160,6 +161,34 @@ class TestKernel:
             for name in ("first", "second"):
                 places = [getattr(each, name).cuda().int() for each in moments]
                 assert float((places[0] - places[1]).abs().float().mean()) < 0.01
+
+    @pytest.mark.parametrize("count", [100, 5000])
+    @pytest.mark.parametrize("columns", [64, 132])
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_a_gradient_of_some_rows_is_the_dense_one(
+        self, dtype: torch.dtype, packed: bool, columns: int, count: int
+    ) -> None:
+        generator = torch.Generator().manual_seed(columns)
+        start = torch.randn(1000, columns, generator=generator).cuda().to(dtype)
+        tables = [start.clone() for _ in range(2)]
+        moments = [Moments.zeros(start, packed=packed) for _ in range(2)]
+        for step in range(3):
+            places = torch.randint(700, (count,), generator=generator).cuda()
+            upper = torch.randn(count, columns, generator=generator).cuda().to(dtype)
+            found = []
+            for sparse in (True, False):
+                table = torch.zeros_like(start, requires_grad=True)
+                torch.nn.functional.embedding(places, table, sparse=sparse).backward(upper)
+                assert table.grad is not None
+                found.append(table.grad)
+            rows = RowGradient.of(found[0])
+            torch.testing.assert_close(rows.dense(), found[1], rtol=2**-7, atol=1e-5)
+            for table, own, gradient in zip(tables, moments, (rows, rows.dense()), strict=True):
+                adam_step(table, gradient, own, self.control(step, 0.5), self.CONSTANTS, 1, 5)
+        assert torch.equal(tables[0], tables[1])
+        assert torch.equal(moments[0].first, moments[1].first)
+        assert torch.equal(moments[0].second, moments[1].second)
 
     def test_it_starts_where_memory_is_not_aligned(self) -> None:
         memory = torch.randn(5001, generator=torch.Generator().manual_seed(1)).cuda().bfloat16()

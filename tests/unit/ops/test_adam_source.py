@@ -10,6 +10,7 @@ from emulator.kernels import emulated, has_compiler
 
 from src.ops import adam
 from src.ops.adam import Constants, Control, Moments, adam_step_torch
+from src.ops.row_gradient import RowGradient
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs g++")]
 
@@ -84,3 +85,30 @@ def test_many_tensors_at_once_are_one_after_the_other(monkeypatch: pytest.Monkey
         assert float(differ.max() if one.numel() else 0) < (1e-2 if dtype == torch.bfloat16 else 1e-4)
         assert float((one != other).float().mean() if dtype == torch.bfloat16 and one.numel() > 256 else 0) < 0.005
     assert torch.equal(weights[1], others[1])
+
+
+@pytest.mark.parametrize("columns", [16, 20])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gradient_of_some_rows_is_the_dense_one(
+    dtype: torch.dtype, packed: bool, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit; also where a lane's eight values are of two rows."""
+    monkeypatch.setattr(adam, "_multiprocessors", lambda index: 1)
+    generator = torch.Generator().manual_seed(columns)
+    start = torch.randn(37, columns, generator=generator).to(dtype)
+    tables = [start.clone() for _ in range(2)]
+    moments = [Moments.zeros(start, packed=packed) for _ in range(2)]
+    for number in range(2):
+        places = torch.randint(37, (11,), generator=generator)
+        values = torch.randn(11, columns, generator=generator).to(dtype)
+        rows = RowGradient.of(torch.sparse_coo_tensor(places[None], values, start.shape, check_invariants=False))
+        settings = torch.tensor([CONSTANTS.settings_row(1e-2, 0.1, number + 1)])
+        given = Control(settings, torch.tensor(0.5), torch.tensor([number, 0], dtype=torch.int32))
+        with emulated():
+            for table, own, gradient in zip(tables, moments, (rows, rows.dense()), strict=True):
+                adam._by_kernel(table, gradient, own, given, CONSTANTS, 0, SEED)
+    assert not torch.equal(tables[0], start)
+    assert torch.equal(tables[0], tables[1])
+    assert torch.equal(moments[0].first, moments[1].first)
+    assert torch.equal(moments[0].second, moments[1].second)
