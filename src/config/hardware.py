@@ -36,7 +36,7 @@ class HardwareFlags(Flags, group="hardware"):
     num_nodes: int = flag(1, "machines", must=AT_LEAST_1, most=10_000)
     strategy: str = flag(
         "auto",
-        "auto: one device without DeepSpeed, several with stage 1; --peft lisa and --fused_update without it",
+        "auto: one device without DeepSpeed, several with stage 1, where it can be",
         STRATEGIES,
     )
     precision: str = precision_flag("bf16 (default on a GPU), fp32 (default on a CPU), fp16, tf32")

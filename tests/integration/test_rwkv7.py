@@ -27,6 +27,7 @@ from running import (
 )
 
 from src import safetensors
+from src.adapters.lisa import Draw
 from src.checkpoint import load_state, open_checkpoint, save_model, save_state
 from src.data.pair_file import save_pairs
 from src.data.preferences import PreferencePair
@@ -151,14 +152,60 @@ def test_orpo(base: Path, pairs: Path, shape: ModelShape, tmp_path: Path) -> Non
     assert load_state(tmp_path / "1" / "rwkv-final.pth", shape)
 
 
-def test_a_stopped_run_goes_on_to_the_same_bits(base: Path, data: Path, tmp_path: Path) -> None:
-    flags = {"load_model": base, "data_file": data, "epoch_count": 2, "peft": "bone", "bone_r": 8}
+RESUMED: dict[str, dict[str, object]] = {
+    "bone": {"peft": "bone", "bone_r": 8},
+    "LISA": {"peft": "lisa", "lisa_r": 1, "lisa_k": 2, "quant": 1, "optim": "adamw8bit", "lisa_moments": "park"},
+    "every weight": {"train_type": "none", "weights": "bf16", "fused_update": 1, "optim": "adamw8bit"},
+}
+
+
+@pytest.mark.parametrize(
+    "kind", ["bone", *(pytest.param(kind, marks=pytest.mark.slow) for kind in RESUMED if kind != "bone")]
+)
+def test_a_stopped_run_goes_on_to_the_same_bits(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
+    flags = {"load_model": base, "data_file": data, "epoch_count": 2, "dataload": "pad", "lr_init": 1e-3}
+    flags |= RESUMED[kind]
     train(tmp_path / "whole", **flags)
     stopped(5, tmp_path / "cut", **flags)
     go_on(tmp_path / "cut")
     whole, cut = (torch.load(tmp_path / name / "rwkv-final.pth", weights_only=True) for name in ("whole", "cut"))
     assert whole.keys() == cut.keys()
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_under_the_clip_updates_in_the_backward_are_the_ordinary_ones(
+    base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first layer's value goes to all later ones, so that its gradients come last."""
+    for module in ("module", "run"):
+        monkeypatch.setattr(f"src.training.{module}.GRADIENT_CLIP", 1e9)
+    flags = {"load_model": base, "data_file": data, "epoch_steps": 4, "epoch_count": 1, "lr_init": 1e-2}
+    for fused in (0, 1):
+        train(tmp_path / str(fused), train_type="none", weights="bf16", fused_update=fused, **flags)
+    one, other = (torch.load(tmp_path / str(fused) / "rwkv-final.pth", weights_only=True) for fused in (0, 1))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[key], other[key]) for key in one)
+    assert losses(tmp_path / "0") == losses(tmp_path / "1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("quant", [0, 1])
+def test_lisa_changes_what_has_its_turn(quant: int, base: Path, data: Path, shape: ModelShape, tmp_path: Path) -> None:
+    """What only the first layer has, and what it lacks, too."""
+    flags = {"peft": "lisa", "lisa_r": 1, "lisa_k": 3, "quant": quant, "lr_init": 1e-2, "warmup_steps": 0}
+    train(tmp_path, load_model=base, data_file=data, epoch_steps=3, epoch_count=4, **flags)
+    files = [torch.load(path, weights_only=True) for path in (base, *(tmp_path / f"rwkv-{n}.pth" for n in range(4)))]
+    places: tuple[int, ...] = ()
+    turns = set()
+    for period, (before, after) in enumerate(itertools.pairwise(files)):
+        places = Draw(1, 3, 42).after(places, period, shape.n_layer)
+        turns |= set(places)
+        changed = {name for name in after if not torch.equal(before[name], after[name])}
+        own = {name for name in after if name.startswith(f"blocks.{places[0]}.")}
+        assert changed <= own | {"emb.weight", "head.weight"}
+        assert own & set(shape.matrix_names()) <= changed
+    assert len(turns) > 1, "or this shows little"
 
 
 def test_rejects_from_a_tuned_state(base: Path, shape: ModelShape, tmp_path: Path) -> None:
