@@ -17,6 +17,9 @@ REPLICAS = "replicas"
 
 _LIVE_WEIGHTS = 300_000_000
 """Weights that stage 3 lets wait on a device, gathered, for their next use: some layers of 3B, one of 7B."""
+_VALUES_AT_A_TIME = 50_000_000
+"""Of a rank's share that stage 3 updates together: their gradients then exist in fp32, too, 0.3 GiB in all; by default
+they are a billion, and 5.6 GiB."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,7 @@ def deepspeed_config(strategy: str, config: TrainConfig, trained_elements: int) 
         # Weights are gathered when their layer comes, and the next ones meanwhile; those of earlier layers are not kept
         # for the backward.
         zero |= {"stage3_max_live_parameters": _LIVE_WEIGHTS, "stage3_max_reuse_distance": _LIVE_WEIGHTS}
+        zero["sub_group_size"] = _VALUES_AT_A_TIME
     if strategy.endswith("offload"):
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         if stage == 3:

@@ -189,9 +189,9 @@ def packed_bytes(quant_type: str) -> float:
 def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> int:
     """Of what is trained at a time: values, gradients, moments, and gradients that recordings keep for themselves.
 
-    An engine adds fp32 masters and gradients, of which each rank has its share, and shares more by its stage. Updates
-    tensor by tensor need in passing what one tensor does, unless a kernel makes them. Those in the backward have the
-    gradients of one layer at a time; of chunks, which add gradients up, those of all.
+    An engine adds fp32 masters and gradients, of which each rank has its share (in stage 3 a few at a time), and shares
+    more by its stage. Updates tensor by tensor need in passing what one tensor does, unless a kernel makes them. Those
+    in the backward have the gradients of one layer at a time; of chunks, which add gradients up, those of all.
     """
     moments = moment_bytes(config.optim)
     sizes = {**shape.parameter_shapes(), **shape.state_shapes()}
@@ -208,7 +208,7 @@ def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> 
         handed_out = 0 if leaves_gradients(config, method) and not config.chunk_ctx else 4
         return count * (width + 4 + moments + handed_out)
     offloaded = config.strategy.endswith("offload")
-    shared = (0 if offloaded else 4 + moments) + 4
+    shared = (0 if offloaded else 4 + moments) + (0 if _stage(config) == 3 else 4)
     gradients_by, weights_by = (ranks if stage <= _stage(config) else 1 for stage in (2, 3))
     return math.ceil(count * (width / weights_by + width / gradients_by + shared / ranks))
 
@@ -220,8 +220,8 @@ def _bytes_by_tensor(
     for name, size in sizes.items():
         unit = unit_of(name)
         units[unit] = units.get(unit, 0) + math.prod(size) * (2 if name in narrow else 4)
-    gradients = max(units.values()) if config.fused_update and not config.chunk_ctx else sum(units.values())
     by_kernel = config.accelerator != "cpu" and config.optim != "lion8bit"
+    gradients = max(units.values()) if config.fused_update and not config.chunk_ctx else sum(units.values())
     in_passing = 0 if by_kernel else _UPDATE_BYTES * max(map(math.prod, sizes.values()))
     on_host = by_kernel and config.optim == "paged_adamw8bit"
     return sum(units.values()) + gradients + (0 if on_host else value_count(sizes) * moments) + in_passing

@@ -15,6 +15,7 @@ from running import go_on, metrics, stopped, train, write_documents
 from torch import Tensor
 
 from src.config import TrainConfig
+from src.training import engine
 from src.training import run as run_module
 from src.training.engine import Hardware, resolve_hardware
 
@@ -92,6 +93,23 @@ def test_every_file_is_whole_and_steps_are_those_of_a_single_device(
             torch.testing.assert_close(
                 tensor, one[key], rtol=2**-5 if narrow else 2**-7, atol=5e-3 if narrow else 1e-5, msg=key
             )
+
+
+@pytest.mark.parametrize("optim", ["none", "adamw8bit"])
+def test_stage_3_updates_a_few_values_at_a_time(
+    optim: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if there were so many weights: the same steps, but for what moments in 8 bits share scales with."""
+    flags = {"load_model": base, "data_file": data, "strategy": "deepspeed_stage_3", "optim": optim}
+    for name in ("together", "apart"):
+        train(tmp_path / name, **flags, **COMMON, **KINDS["all weights"])
+        monkeypatch.setattr(engine, "_VALUES_AT_A_TIME", 5000)
+    expected, losses = (losses_of(tmp_path / name) for name in ("together", "apart"))
+    assert losses == pytest.approx(expected, rel=1e-6 if optim == "none" else 1e-3)
+    one, other = (tensors_in(tmp_path / name / "rwkv-final.pth") for name in ("together", "apart"))
+    assert one.keys() == other.keys()
+    if optim == "none":
+        assert all(torch.equal(one[key], other[key]) for key in one)
 
 
 @pytest.mark.parametrize("kind", ["all weights", "lora"])
