@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import gc
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(Path(__file__).parents[1] / "build" / "torch_extensions"))
 
 sys.path.insert(0, str(Path(__file__).parent))  # for `from factories import ...`
+
+
+def pytest_collection_finish() -> None:
+    """Modules and tests stay to the end: nobody looks for garbage among these million objects, again and again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", params=["x060", pytest.param("x070", marks=pytest.mark.slow)])

@@ -18,6 +18,7 @@ from running import (
     try_train,
     write_documents,
 )
+from tables import some
 
 from src.config import TrainConfig
 from src.data.pair_file import save_pairs
@@ -41,7 +42,7 @@ def given(files: Path, **flags: object) -> dict[str, object]:
     return {"load_model": files / "base.pth", "epoch_count": 1, "epoch_save": 0, **data, **flags}
 
 
-@pytest.mark.parametrize("flags", [{}, {"orpo": 1}, {"dpo": 1}])
+@pytest.mark.parametrize("flags", some([{}, {"orpo": 1}, {"dpo": 1}], {}, {"orpo": 1}))
 def test_a_share_is_held_out_and_stays_so(flags: dict[str, object], files: Path, tmp_path: Path) -> None:
     pairs = {"rlhf_train_file": files / "pairs.save"} if flags else {}
     all_flags = given(files, val_share=0.2, val_steps=5, **flags, **pairs)

@@ -149,7 +149,6 @@ KINDS: dict[str, dict[str, object]] = {
     ("kind", "step"),
     [
         ("8 bits, parked", 6),
-        ("nf4", 7),
         *(pytest.param(kind, step, marks=pytest.mark.slow) for kind in KINDS for step in (1, 6, 7)),
     ],
 )

@@ -13,6 +13,7 @@ from factories import tiny_checkpoint
 from original_commands import replaced, words
 from peft_commands import COMMANDS, PRETRAIN
 from running import metrics, run_script, write_documents
+from tables import some
 
 from src.cli import given_train_flags
 from src.config import TrainConfig, translated
@@ -96,12 +97,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] if name == "infctx, lora" else []) for name in COMMANDS]
+    "name", some(COMMANDS, "pissa", "bone of December 2024", "states, packed", "pretraining", "infctx", "answers")
 )
 def test_it_runs(name: str, workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With other paths, sizes and accelerator, and two steps of an epoch."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     sizes = {"n_layer": "2", "n_embd": "64", "epoch_steps": "2", "epoch_count": "1", "accelerator": "cpu"}
+    sizes["micro_bsz"] = "2"
     arguments = words(COMMANDS[name])
     if COMMANDS[name] == PRETRAIN:
         pytest.importorskip("pyrwkv_tokenizer")

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from factories import tiny_checkpoint, tiny_shape, tiny_state_file
 from running import ROOT, write_documents
+from tables import some
 
 NAMES = ["モデル", os.fsdecode(b"caf\xe9")]
 """A name that ASCII lacks, and one that is no UTF-8."""
@@ -30,12 +31,18 @@ def folder(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 @pytest.mark.parametrize("encoding", ["ascii", pytest.param("utf-8", marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "script",
-    [
-        "train", "merge_state", "PrepareOrpoDataset", "rlhf_generate_reject",
-        pytest.param("src.commands.chat", marks=pytest.mark.slow),
-        pytest.param("src.commands.state", marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
+    some(
+        [
+            "train",
+            "merge_state",
+            "PrepareOrpoDataset",
+            "rlhf_generate_reject",
+            "src.commands.chat",
+            "src.commands.state",
+        ],
+        "PrepareOrpoDataset",
+    ),
+)
 def test_a_script_prints_what_it_can(script: str, encoding: str, folder: Path) -> None:
     base, state = folder / f"{folder.name}.pth", folder / "state.pth"
     words = {

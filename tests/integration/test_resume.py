@@ -27,6 +27,7 @@ from running import (
     try_train,
     write_documents,
 )
+from tables import some
 
 from src.data.pair_file import save_pairs
 from src.data.preferences import PreferencePair
@@ -71,6 +72,18 @@ KINDS: dict[str, dict[str, object]] = {
     "nf4": {"quant": 1},
     "tokens": {"my_exit_tokens": 16 * 1024, "epoch_steps": 7},
     "mixed": {"dataload": "pack", "ctx_len": 40, "mix": "others:0.4"},
+    "together": {
+        "dataload": "pack",
+        "ctx_len": 40,
+        "mix": "others:0.4",
+        "accumulate_grad_batches": 2,
+        "epoch_steps": 10,
+        "dropout": 0.1,
+        "weight_decay": 0.1,
+        "weight_decay_final": 0.01,
+        "lr_schedule": "wsd",
+        "quant": 1,
+    },
     "in order": {"data_shuffle": 0, "lr_schedule": "cos"},
     "wsd": {"lr_schedule": "wsd", "optim": "adamw8bit"},
 }
@@ -78,11 +91,9 @@ KINDS: dict[str, dict[str, object]] = {
 
 class TestSameBits:
     @pytest.mark.parametrize(
-        "step",
-        [pytest.param(1, marks=pytest.mark.slow), pytest.param(5, marks=pytest.mark.slow), 8],
-        ids=["first step", "an epoch's end or inside", "inside an epoch"],
+        "step", some([1, 5, 8], 8), ids=["first step", "an epoch's end or inside", "inside an epoch"]
     )
-    @pytest.mark.parametrize("kind", KINDS)
+    @pytest.mark.parametrize("kind", some(KINDS, "together", "later epochs", "tokens"))
     def test_sft(self, kind: str, step: int, base: Path, data: Path, tmp_path: Path) -> None:
         flags = {"load_model": base, "data_file": data, "epoch_steps": 5, "epoch_count": 3, **KINDS[kind]}
         if "mix" in flags:
@@ -92,7 +103,7 @@ class TestSameBits:
         go_on(tmp_path / "parts")
         assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
-    @pytest.mark.parametrize("orpo_type", [0, 1])
+    @pytest.mark.parametrize("orpo_type", some([0, 1], 0))
     def test_orpo(self, orpo_type: int, base: Path, pairs: Path, tmp_path: Path) -> None:
         flags = {
             "load_model": base, "orpo": 1, "orpo_type": orpo_type, "rlhf_train_file": pairs, "val_file": pairs,
@@ -105,7 +116,7 @@ class TestSameBits:
         assert "pref_percentage" in metrics(tmp_path / "parts")[-1]
         assert "before: accuracy" in ended.out
 
-    @pytest.mark.parametrize("kind", ["dpo", "simpo"])
+    @pytest.mark.parametrize("kind", some(["dpo", "simpo"], "dpo"))
     def test_comparisons(self, kind: str, base: Path, pairs: Path, tmp_path: Path) -> None:
         """From a state, which is the reference of DPO, however far the run has come."""
         tiny_state_file(tmp_path / "start.pth", tiny_checkpoint(tmp_path / "same.pth", dtype=torch.bfloat16))
@@ -118,7 +129,7 @@ class TestSameBits:
         go_on(tmp_path / "parts")
         assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
-    @pytest.mark.parametrize("optim", ["adamw8bit", "lion8bit"])
+    @pytest.mark.parametrize("optim", some(["adamw8bit", "lion8bit"], "adamw8bit"))
     def test_states_in_8_bits(self, optim: str, base: Path, data: Path, tmp_path: Path) -> None:
         """The embedding is large enough for them."""
         flags = {
@@ -132,7 +143,7 @@ class TestSameBits:
         go_on(tmp_path / "parts")
         assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
-    @pytest.mark.parametrize("fresh", [True, False])
+    @pytest.mark.parametrize("fresh", some([True, False], True))
     def test_full_training(self, fresh: bool, base: Path, data: Path, tmp_path: Path) -> None:
         model: dict[str, object] = WHOLE if fresh else {"train_type": "none", "load_model": base, "ctx_len": 16}
         flags = {**model, "data_file": data, "epoch_steps": 4, "epoch_count": 2, "lr_init": 1e-2, "lr_final": 1e-3}

@@ -438,9 +438,11 @@ def write_pickle(path: Path, pickled: bytes) -> None:
 @pytest.mark.parametrize(
     "pickled",
     [
-        b"]" * 200_000 + b"a" * 199_999 + b".",  # lists in lists
-        b"}" + b"U\1a}" * 100_000 + b"s" * 100_000 + b".",  # dicts in dicts
-        b"N" + b"\x85" * 200_000 + b".",  # tuples in tuples
+        b"]" * 20_000 + b"a" * 19_999 + b".",  # lists in lists
+        b"}" + b"U\1a}" * 10_000 + b"s" * 10_000 + b".",  # dicts in dicts
+        b"N" + b"\x85" * 20_000 + b".",  # tuples in tuples
+        pytest.param(b"]" * 200_000 + b"a" * 199_999 + b".", marks=pytest.mark.slow),
+        pytest.param(b"}" + b"U\1a}" * 100_000 + b"s" * 100_000 + b".", marks=pytest.mark.slow),
         b"}N" + b"\x85" * 1_000_000 + b"K\1s.",  # as a key
         b"}q\0U\1aq\1h\0s.",  # a dict that holds itself
         b"]q\0" + b"".join(b"]q%c(h%ch%ce" % (n, n - 1, n - 1) for n in range(1, 100)) + b".",  # doubled 100 times

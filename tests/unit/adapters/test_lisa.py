@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
+from tables import covering
 from torch import Tensor
 
 from src.adapters.lisa import Draw, Lisa
@@ -98,18 +99,18 @@ class TestDraw:
         assert self.layers(Draw(4, 10, 1), 3, 4) == [(0, 1, 2, 3)] * 3
 
 
-@pytest.mark.parametrize("parts", ["emb,head", "[]", "emb,head,ln", "time", "blocks.2."])
 @pytest.mark.parametrize(
-    "kept",
-    [
-        {"quant": 0}, {"quant": 0, "precision": "bf16"}, {"quant": 1, "precision": "bf16"},
-        {"quant": 1, "quant_type": "int8"},
-    ],
-    ids=lambda flags: " ".join(map(str, flags.values())),
-)  # fmt: skip
+    ("parts", "kept"),
+    covering(
+        ["emb,head", "[]", "emb,head,ln", "time", "blocks.2."],
+        [{"quant": 0}, {"quant": 1, "precision": "bf16"}, {"quant": 1, "quant_type": "int8"}, {"precision": "bf16"}],
+    ),
+    ids=str,
+)
 def test_only_who_has_a_turn_changes_and_everybody_goes_on_from_his_training(
-    kept: dict[str, object], parts: str, tmp_path: Path
+    parts: str, kept: dict[str, object], tmp_path: Path
 ) -> None:
+    kept = {"quant": 0, **kept}
     if kept["quant"] and parts == "blocks.2.":
         pytest.skip("names packed matrices")
     method, model, turns = opened(tmp_path, lisa_r=2, train_parts=parts, **kept)

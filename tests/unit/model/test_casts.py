@@ -19,6 +19,7 @@ from recompute_cases import (
     tokens_of,
     two_chained_chunks,
 )
+from tables import covering
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -58,10 +59,13 @@ def move(model: LanguageModel) -> None:
                     parameter.data = parameter.data + step
 
 
-@pytest.mark.parametrize("quant_type", [None, "nf4"])
-@pytest.mark.parametrize("mode", Recompute)
 @pytest.mark.parametrize(
-    ("kind", "case"), [("lora", own_start), ("lora", two_chained_chunks), ("bone", packed_row), ("bat", branching_row)]
+    ("kind", "case", "mode", "quant_type"),
+    covering(
+        [("lora", own_start), ("lora", two_chained_chunks), ("bone", packed_row), ("bat", branching_row)],
+        Recompute,
+        ["nf4", None],
+    ),
 )
 def test_gradients_are_bitwise_those_of_casts_at_each_use(
     kind: str, case: Callable[[LanguageModel], Gradients], mode: Recompute, quant_type: str | None

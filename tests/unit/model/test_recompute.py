@@ -18,6 +18,7 @@ from recompute_cases import (
     the_other_choice,
     tokens_of,
 )
+from tables import covering
 from torch import Tensor, nn
 
 from src.model.language_model import LanguageModel
@@ -30,11 +31,12 @@ the others give the same bits), torch 2.13 on an x86-64 CPU; the rest is room fo
 
 
 @pytest.mark.parametrize(
-    ("architecture", "quant_type"),
-    [("x060", None), ("x060", "nf4"), ("x070", None), pytest.param("x070", "nf4", marks=pytest.mark.slow)],
+    ("case", "architecture", "mode", "quant_type"),
+    [
+        *covering(CASES, ["x060"], [Recompute.ALL, Recompute.INPUTS], [None, "nf4"]),
+        *covering(CASES, ["x070"], [Recompute.INPUTS, Recompute.ALL], [None, "nf4"]),
+    ],
 )
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.__name__)
-@pytest.mark.parametrize("mode", [Recompute.INPUTS, Recompute.ALL])
 def test_gradients_are_those_of_plain_autograd(
     architecture: str, mode: Recompute, case: Callable[[LanguageModel], Gradients], quant_type: str | None
 ) -> None:

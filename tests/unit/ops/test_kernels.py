@@ -123,6 +123,7 @@ def _write_many(folder: str) -> None:
             assert kernel_cache.read(f"key{other}") in (None, bytes([other]) * 10_000)
 
 
+@pytest.mark.slow
 def test_two_processes_at_once(cache: Path) -> None:
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_write_many, args=(str(cache.parent.parent),)) for _ in range(2)]

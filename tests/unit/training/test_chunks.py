@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from factories import tiny_parameters, tiny_shape, tiny_states
+from tables import covering
 from torch import Tensor
 
 from src.adapters.lora import LoRA
@@ -145,9 +146,7 @@ def check(case: str, method: str, recompute: Recompute, *sizes: int, with_inputs
         assert_same(found, gradients)
 
 
-@pytest.mark.parametrize("recompute", RECOMPUTED)
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "method", "recompute"), covering(CASES, METHODS, RECOMPUTED))
 def test_loss_and_gradient_do_not_depend_on_the_size_of_a_chunk(case: str, method: str, recompute: Recompute) -> None:
     check(case, method, recompute, 20, 64)
 
@@ -167,18 +166,17 @@ def test_nor_on_whether_what_enters_the_layers_was_kept(case: str, method: str) 
     check(case, method, Recompute.ALL, 20, with_inputs=True)
 
 
-@pytest.mark.parametrize("with_inputs", [False, True])
-@pytest.mark.parametrize("recompute", RECOMPUTED)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    ("method", "recompute", "with_inputs"),
+    [*covering(METHODS, RECOMPUTED, [False]), *covering(METHODS, reversed(RECOMPUTED), [True])],
+)
 def test_what_one_layer_hands_on_to_all_others_is_handed_on_in_chunks(
     method: str, recompute: Recompute, with_inputs: bool
 ) -> None:
     check("sft, pack", method, recompute, 20, with_inputs=with_inputs, shape=RWKV7)
 
 
-@pytest.mark.parametrize("with_inputs", [False, True])
-@pytest.mark.parametrize("method", ["states", *(pytest.param(name, marks=pytest.mark.slow) for name in METHODS[1:])])
-@pytest.mark.parametrize("case", ["sft, pad", "orpo"])
+@pytest.mark.parametrize(("case", "method", "with_inputs"), covering(["sft, pad", "orpo"], METHODS, [False, True]))
 def test_and_in_rows_and_pairs(case: str, method: str, with_inputs: bool) -> None:
     check(case, method, Recompute.ALL, 7, with_inputs=with_inputs, shape=RWKV7)
 
@@ -429,26 +427,22 @@ def recorder_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., ChunkRecorder]
     return made
 
 
-@pytest.mark.parametrize("with_inputs", [False, True])
 @pytest.mark.parametrize(
-    ("case", "method", "bptt_chunks", "shape"),
-    [
-        ("sft, pack", "states", 0, SHAPE),
-        ("sft, pad", "lora", 0, SHAPE),
-        ("sft, pad", "states", 0, RWKV7),
-        *(
-            pytest.param(*row, marks=pytest.mark.slow)
-            for row in (
-                *((case, "states", 0, SHAPE) for case in CASES if case != "sft, pack"),
-                ("orpo", "lora", 0, SHAPE),
-                ("sft, pack", "full", 0, SHAPE),
-                ("sft, pack", "states", 1, SHAPE),
-                ("sft, pad", "lora", 1, SHAPE),
-                ("orpo", "lora", 0, RWKV7),
-                ("sft, pack", "full", 2, RWKV7),
-            )
-        ),
-    ],
+    ("case", "method", "bptt_chunks", "shape", "with_inputs"),
+    covering(
+        [
+            *((case, "states", 0, SHAPE) for case in CASES),
+            ("sft, pack", "full", 0, SHAPE),
+            ("sft, pad", "lora", 1, SHAPE),
+            ("sft, pad", "states", 0, RWKV7),
+            ("orpo", "lora", 0, RWKV7),
+            ("sft, pack", "full", 2, RWKV7),
+            ("sft, pad", "lora", 0, SHAPE),
+            ("orpo", "lora", 0, SHAPE),
+            ("sft, pack", "states", 1, SHAPE),
+        ],
+        [False, True],
+    ),
 )
 def test_replayed_chunks_give_the_gradient_of_whole_rows(
     case: str,

@@ -10,6 +10,7 @@ import pytest
 import torch
 from factories import ARCHITECTURES, tiny_parameters, tiny_shape
 from kept_tensors import kept_and_estimated
+from tables import covering
 
 from src.adapters.method import method_of
 from src.adapters.plan import AdapterPlan
@@ -95,9 +96,10 @@ def test_kept_bytes_of_the_7b_shape() -> None:
     assert shape.kept_bytes(Recompute.NOTHING, fused=True) == 2 * (11 * 4096 + 64 * 16 + 14336 + 128 + 320)
 
 
-@pytest.mark.parametrize("kind", ["", "lora", "bone", "bat"])
-@pytest.mark.parametrize("recompute", [Recompute.INPUTS, Recompute.NOTHING])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("kind", "architecture", "recompute"),
+    covering(["", "lora", "bone", "bat"], ARCHITECTURES, [Recompute.INPUTS, Recompute.NOTHING]),
+)
 def test_kept_bytes_cover_what_torch_keeps(architecture: str, recompute: Recompute, kind: str) -> None:
     """In fp16, where nothing is fused."""
     kept, estimate = kept_and_estimated("cpu", torch.float16, recompute, kind, architecture)

@@ -1,0 +1,37 @@
+"""Tables of cases, of which the fast suite takes enough to see every value of every axis."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+
+def covering(*axes: Iterable[Any]) -> list[Any]:
+    """All combinations of the axes' values, as parameters of a test; those off a diagonal are slow.
+
+    Args:
+        axes: values; a tuple is one value, which stands for several parameters beside each other.
+    """
+    values = [list(axis) for axis in axes]
+    sizes = [len(axis) for axis in values]
+    # Axes of one size are shifted against each other whenever they begin anew.
+    diagonal = {
+        tuple((step + number * (step // size)) % size for number, size in enumerate(sizes))
+        for step in range(max(sizes))
+    }
+    made = []
+    for place in itertools.product(*map(range, sizes)):
+        chosen = [axis[index] for axis, index in zip(values, place, strict=True)]
+        flat = [part for value in chosen for part in (value if isinstance(value, tuple) else (value,))]
+        made.append(pytest.param(*flat, marks=() if place in diagonal else (pytest.mark.slow,)))
+    return made
+
+
+def some(values: Iterable[Any], *fast: Any) -> list[Any]:
+    """All values as parameters of a test, of which these are fast and the others slow."""
+    listed = list(values)
+    assert all(value in listed for value in fast)
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in listed]
