@@ -121,14 +121,3 @@ class _Adapted(torch.autograd.Function):
         gradients = of_parameters(ctx.saved_tensors) if any(ctx.needs_input_grad[2:]) else ()
         wanted = zip(ctx.needs_input_grad[2:], gradients or (None,) * len(ctx.adapter.names), strict=True)
         return grad_x.view(ctx.shape), None, *(gradient if need else None for need, gradient in wanted)
-
-
-def outer_sum(left: Tensor, right: Tensor) -> Tensor:
-    """Σ over n of left [.., n, a] and right [.., n, b] -> [.., a, b], summed in fp32 at least and not rounded."""
-    rows = left.transpose(-1, -2)
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        multiply = torch.bmm if left.ndim == 3 else torch.mm
-        return multiply(rows, right, out_dtype=torch.float32)
-    if left.dtype in (torch.bfloat16, torch.float16):
-        return rows.float() @ right.float()
-    return rows @ right

@@ -20,7 +20,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from src.adapters.adapter import Adapter, Kept, OfParameters, outer_sum
+from src.adapters.adapter import Adapter, Kept, OfParameters
+from src.model.casts import outer_sum
 from src.model.shape import Shape
 
 

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.adapters.adapter import Adapter, Kept, OfParameters, outer_sum
+from src.adapters.adapter import Adapter, Kept, OfParameters
+from src.model.casts import outer_sum
 from src.model.layers import Linear
 from src.model.shape import Shape
 from src.quant import FrozenLinear

@@ -6,11 +6,12 @@ model waits for that. Layers take turns with one buffer, which is as large as on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 _ALIGNMENT_VALUES = 64
 """Where a tensor begins in the buffer: 128 bytes in 16 bits, which matrix products like."""
@@ -92,3 +93,49 @@ class LayerCasts:
 
     def _tensors(self) -> list[Tensor]:
         return [tensor for owner in self._owners for tensor in owner.trained()]
+
+
+class WideProduct(torch.autograd.Function):
+    """x W + b with W [in, out] and b stored wider than x, whose gradients are summed in their own dtype.
+
+    Arguments: x [..., in], W, b [..., out] or None, and functions that give W and b in x's dtype: they are called in
+    the backward again, so that no cast lives until then.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        narrow_weight: Callable[[], Tensor],
+        narrow_bias: Callable[[], Tensor],
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        ctx.save_for_backward(rows)
+        ctx.shape, ctx.bias_shape, ctx.narrow_weight = x.shape, None if bias is None else bias.shape, narrow_weight
+        w = narrow_weight()
+        y = rows @ w if bias is None else torch.addmm(narrow_bias().view(-1), rows, w)
+        return y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (rows,) = ctx.saved_tensors
+        grad = grad.reshape(-1, grad.shape[-1])
+        of_x, of_weight, of_bias, *_ = ctx.needs_input_grad
+        grad_x = (grad @ ctx.narrow_weight().t()).view(ctx.shape) if of_x else None
+        grad_weight = outer_sum(rows, grad) if of_weight else None
+        grad_bias = grad.sum(0, dtype=torch.float32).view(ctx.bias_shape) if of_bias else None
+        return grad_x, grad_weight, grad_bias, None, None
+
+
+def outer_sum(left: Tensor, right: Tensor) -> Tensor:
+    """Σ over n of left [.., n, a] and right [.., n, b] -> [.., a, b], summed in fp32 at least and not rounded."""
+    rows = left.transpose(-1, -2)
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        multiply = torch.bmm if left.ndim == 3 else torch.mm
+        return multiply(rows, right, out_dtype=torch.float32)
+    if left.dtype in (torch.bfloat16, torch.float16):
+        return rows.float() @ right.float()
+    return rows @ right

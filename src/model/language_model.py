@@ -235,8 +235,10 @@ class LanguageModel(nn.Module):
         adapted = adapter(getattr(parent, child))
         setattr(parent, child, adapted)
         layer = ".".join(parent_name.split(".")[:2])
-        adapted.cast_with(self._casts_of_layers.setdefault(layer, LayerCasts(self.casts)))
         block: Any = self.get_submodule(layer)
+        casts = self._casts_of_layers.setdefault(layer, LayerCasts(self.casts))
+        adapted.cast_with(casts)
+        block.att.cast_with(casts)
         block.draws_random = block.draws_random or adapted.draws_random
         self._kept_by_adapters[name] = kept_values
 

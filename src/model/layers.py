@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from src.layout import SegmentLayout
+from src.model.casts import LayerCasts, WideProduct
 from src.model.shape import Shape, matrices_of
 from src.ops.elementwise import add_norm
 
@@ -105,7 +107,12 @@ class Mixer(nn.Module, ABC):
 
     A matrix `NAME.weight` becomes a `Linear`, any other name without a dot a parameter; what remains is the
     subclass's to make.
+
+    Attributes:
+        products: parameters that stand in products of their own beside the matrices.
     """
+
+    products: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         super().__init__()
@@ -116,6 +123,42 @@ class Mixer(nn.Module, ABC):
             if "." not in name:
                 self.register_parameter(name, nn.Parameter(torch.empty(shape)))
         self._stacks: dict[tuple[str, ...], tuple[list[Tensor], list[int], Tensor]] = {}
+        self._casts: LayerCasts | None = None
+        self._cast_names: tuple[str, ...] = ()
+        self._first_cast = 0
+
+    def cast_with(self, layer: LayerCasts) -> None:
+        """From now on, what `product` needs and is trained in fp32 is cast with others of its layer."""
+        if self._casts is None:
+            own = {name: getattr(self, name) for name in self.products}
+            self._cast_names = tuple(n for n, p in own.items() if p.requires_grad and p.dtype is torch.float32)
+            self._casts, self._first_cast = layer, layer.add(self)
+
+    def trained(self) -> list[Tensor]:
+        """What is cast together, see `casts.HasTrained`."""
+        return [getattr(self, name) for name in self._cast_names]
+
+    def narrow(self, name: str, dtype: torch.dtype) -> Callable[[], Tensor] | None:
+        """What gives a parameter in a narrower dtype, outside autograd; None where it is not cast with others."""
+        casts = self._casts
+        if casts is None or name not in self._cast_names or dtype is torch.float32:
+            return None
+        number = self._first_cast + self._cast_names.index(name)
+        return lambda: casts.cast(number, dtype)
+
+    def product(self, x: Tensor, name: str, bias: str = "") -> Tensor:
+        """x [..., in] @ the parameter [in, out], plus another one [..., out] if it is named, in x's dtype."""
+        weight: Tensor = getattr(self, name)
+        added: Tensor | None = getattr(self, bias) if bias else None
+        cast = self.narrow(name, x.dtype)
+        if cast is not None:
+            added_cast = (self.narrow(bias, x.dtype) if bias else None) or (lambda: getattr(self, bias).to(x.dtype))
+            wide: Tensor = WideProduct.apply(x, weight, added, cast, added_cast)
+            return wide
+        if added is None:
+            return x @ weight.to(x.dtype)
+        rows = x.reshape(-1, x.shape[-1])
+        return torch.addmm(added.to(x.dtype).view(-1), rows, weight.to(x.dtype)).view(*x.shape[:-1], -1)
 
     def stacked(self, names: tuple[str, ...], like: Tensor) -> Tensor:
         """The named [1, 1, C] vectors as one [G, C] tensor.

@@ -290,6 +290,7 @@ class RWKV6Shape(ModelShape):
 class TimeMix(TimeMixer):
     """Token shift, the recurrence, and its gate: z = ln1 x [B, T, C] -> what is added to x."""
 
+    products = ("time_maa_w1", "time_maa_w2", "time_decay", "time_decay_w1", "time_decay_w2")
     time_maa_w1: nn.Parameter
     time_maa_w2: nn.Parameter
     time_decay: nn.Parameter
@@ -322,10 +323,12 @@ class TimeMix(TimeMixer):
         """z [B, T, C] -> the inputs of decay, key, value, receptance and gate, [B, T, C] each; see TimeMixer."""
         previous = None if layout is None else layout.previous
         (base,) = shift_mixes(z, shift, self.stacked(("time_maa_x",), z), None, previous)
-        hidden = torch.tanh(base @ self.time_maa_w1.to(z.dtype))
+        hidden = torch.tanh(self.product(base, "time_maa_w1"))
         maa = self.stacked(("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"), z)
         return modulated_shift_mixes(
-            z, shift, maa, hidden, self.time_maa_w2, previous, keeps_modulation=keeps_modulation
+            *(z, shift, maa, hidden, self.time_maa_w2, previous),
+            keeps_modulation=keeps_modulation,
+            narrow_up=self.narrow("time_maa_w2", z.dtype),
         )
 
     def attend(
@@ -333,11 +336,9 @@ class TimeMix(TimeMixer):
     ) -> tuple[Tensor, Tensor, None]:
         """See TimeMixer."""
         z_w, z_k, z_v, z_r, z_g = inputs
-        dtype = z_w.dtype
         B, T, _ = z_w.shape
-        decay_hidden = torch.tanh(z_w @ self.time_decay_w1.to(dtype))
-        base = self.time_decay.to(dtype).view(-1)
-        w_raw = torch.addmm(base, decay_hidden.view(B * T, -1), self.time_decay_w2.to(dtype))
+        decay_hidden = torch.tanh(self.product(z_w, "time_decay_w1"))
+        w_raw = self.product(decay_hidden, "time_decay_w2", bias="time_decay")
         heads = (B, T, self.head_count, self.head_size)
         r, k, v = self.receptance(z_r).view(heads), self.key(z_k).view(heads), self.value(z_v).view(heads)
         y, final = self._recur(r, k, v, w_raw.view(heads), self.time_state if start is None else start, layout)

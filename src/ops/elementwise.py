@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import functools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ def modulated_shift_mixes(
     previous: Tensor | None,
     *,
     keeps_modulation: bool = False,
+    narrow_up: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """`shift_mixes` with modulation_g = hidden_g @ up_g.
 
@@ -95,6 +97,7 @@ def modulated_shift_mixes(
         up: [G, K, C].
         keeps_modulation: keeps G times the memory of z for the backward pass, which forms it again otherwise where
             this is fused.
+        narrow_up: gives up in z's dtype, outside autograd, to be used at once; None casts it.
 
     Returns:
         G tensors [B, T, C] in z's dtype.
@@ -103,7 +106,9 @@ def modulated_shift_mixes(
         children = None if previous is None else _children(previous)
         if carry is not None:
             carry = carry.to(z.dtype)
-        return tuple(kernels.modulated_shift_mixes(z, carry, maa, hidden, up, previous, children, keeps_modulation))
+        return tuple(
+            kernels.modulated_shift_mixes(z, carry, maa, hidden, up, previous, children, keeps_modulation, narrow_up)
+        )
     batch, tokens, _ = z.shape
     by_mix = hidden.view(batch * tokens, up.shape[0], up.shape[1]).transpose(0, 1)
     modulation = torch.bmm(by_mix, up.to(z.dtype)).view(-1, *z.shape)

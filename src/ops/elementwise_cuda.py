@@ -151,10 +151,11 @@ def modulated_shift_mixes(
     previous: Tensor | None,
     children: Tensor | None,
     keeps_modulation: bool,
+    narrow_up: Callable[[], Tensor] | None,
 ) -> tuple[Tensor, ...]:
     """See `elementwise.modulated_shift_mixes`."""
     run: Any = _ModulatedShiftMix.apply if records(z, carry, maa, hidden, up) else _ModulatedShiftMix.run
-    outputs: tuple[Tensor, ...] = run(z, carry, maa, hidden, up, previous, children, keeps_modulation)
+    outputs: tuple[Tensor, ...] = run(z, carry, maa, hidden, up, previous, children, keeps_modulation, narrow_up)
     return outputs
 
 
@@ -303,9 +304,10 @@ class _ModulatedShiftMix(torch.autograd.Function):
         previous: Tensor | None,
         children: Tensor | None,
         keeps_modulation: bool,
+        narrow_up: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
-        return inputs.mixed(_modulation(inputs, prepared(hidden, "hidden"), prepared_parameter(up, "up")))
+        return inputs.mixed(_modulation(inputs, prepared(hidden, "hidden"), _used_up(up, narrow_up)))
 
     @staticmethod
     def forward(
@@ -318,10 +320,11 @@ class _ModulatedShiftMix(torch.autograd.Function):
         previous: Tensor | None,
         children: Tensor | None,
         keeps_modulation: bool,
+        narrow_up: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
         hidden = prepared(hidden, "hidden")
-        modulation = _modulation(inputs, hidden, prepared_parameter(up, "up"))
+        modulation = _modulation(inputs, hidden, _used_up(up, narrow_up))
         outputs = inputs.mixed(modulation)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -333,16 +336,17 @@ class _ModulatedShiftMix(torch.autograd.Function):
             saved_parameter(ctx, "up", up, 4),
         )
         inputs.keep(ctx)
+        ctx.narrow_up = narrow_up
         return outputs
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if all(grad is None for grad in grads):
-            return (None,) * 8
+            return (None,) * 9
         z, carry, maa, modulation, hidden, up = ctx.saved_tensors
         maa = read_parameter(kept_parameter(ctx, "maa", maa), "maa")
-        up = prepared_parameter(kept_parameter(ctx, "up", up), "up")
+        up = _used_up(kept_parameter(ctx, "up", up), ctx.narrow_up)
         of_z, of_carry, of_maa, of_hidden, of_up = ctx.needs_input_grad[:5]
         if modulation is None and (of_z or of_carry or of_hidden or of_up):
             modulation = torch.bmm(_by_mix(hidden, up), up)
@@ -360,7 +364,7 @@ class _ModulatedShiftMix(torch.autograd.Function):
         if of_up:
             assert grad_modulation is not None
             grad_up = torch.bmm(_by_mix(hidden, up).transpose(1, 2), grad_modulation, out_dtype=torch.float32)
-        return grad_z, grad_carry, grad_maa, grad_hidden, grad_up, None, None, None
+        return grad_z, grad_carry, grad_maa, grad_hidden, grad_up, None, None, None, None
 
 
 class _GroupNormSiluGate(torch.autograd.Function):
@@ -569,6 +573,10 @@ def _modulation(inputs: _ShiftInputs, hidden: Tensor, up: Tensor) -> Tensor:
     check_shape(up, (len(inputs.maa), up.shape[1], z.shape[2]), "up")
     check_shape(hidden, (*z.shape[:2], up.shape[0] * up.shape[1]), "hidden")
     return torch.bmm(_by_mix(hidden, up), up)
+
+
+def _used_up(up: Tensor, narrow: Callable[[], Tensor] | None) -> Tensor:
+    return prepared_parameter(up, "up") if narrow is None else prepared(narrow(), "up")
 
 
 def _by_mix(hidden: Tensor, up: Tensor) -> Tensor:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
+from factories import tiny_parameters, tiny_states
 from recompute_cases import (
     SHAPE,
     Gradients,
@@ -25,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.adapters.adapter import Adapter
 from src.adapters.plan import KINDS
+from src.loading import LoadOptions, build_model
 from src.model.casts import CastBuffer, LayerCasts
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
@@ -83,12 +85,52 @@ def test_gradients_are_bitwise_those_of_casts_at_each_use(
                 model.get_parameter("blocks.1.att.time_state").requires_grad_(False)
 
 
+def with_trained_parts(mode: Recompute, dtype: torch.dtype, *, together: bool = True) -> LanguageModel:
+    """LoRA on all matrices, and everything of `time` trained in fp32."""
+    trained = [*SHAPE.part("time"), *SHAPE.state_shapes()]
+    options = LoadOptions(torch.device("cpu"), dtype, trained=trained)
+    model = build_model({**tiny_parameters(SHAPE, seed=1), **tiny_states(SHAPE, seed=2)}, SHAPE, options)
+    model.set_recomputation([mode] * SHAPE.n_layer)
+    adapt(model, "lora", SHAPE.matrix_names())
+    if not together:
+        for block in model.blocks:
+            block.att.narrow = lambda name, dtype: None  # type: ignore[union-attr, assignment]
+    return model
+
+
+@pytest.mark.parametrize("case", [packed_row, two_chained_chunks])
+@pytest.mark.parametrize("mode", Recompute)
+def test_maps_that_are_trained_are_cast_with_the_adapters(
+    mode: Recompute, case: Callable[[LanguageModel], Gradients]
+) -> None:
+    """Their gradients are as near to fp32's as those of casts at each use, and not rounded."""
+    together, apart = (case(with_trained_parts(mode, torch.bfloat16, together=kind)) for kind in (True, False))
+    exact = case(with_trained_parts(mode, torch.float32))
+    maps = [name for name in exact if ".time_maa_w" in name or ".time_decay" in name]
+    assert len(maps) > 4 * SHAPE.n_layer
+    assert together.keys() == exact.keys()
+    for name, expected in exact.items():
+        assert together[name].dtype == torch.float32
+        errors = [(found[name] - expected).norm() for found in (together, apart)]
+        assert errors[0] <= 1.05 * errors[1] + 1e-3 * expected.norm(), name
+    rounded = [name for name in maps if torch.equal(together[name], together[name].bfloat16().float())]
+    assert all("time_decay_w" not in name and "time_maa_w1" not in name for name in rounded)
+
+
+def test_casts_of_trained_maps_are_those_of_their_layer() -> None:
+    model = with_trained_parts(Recompute.ALL, torch.bfloat16)
+    with CountedCasts(model, also=[p for n, p in model.named_parameters() if ".time_maa_w1" in n or "decay" in n]) as c:
+        loss_of(model(tokens_of(11))[0]).backward()
+    assert (c.single, c.together) == (0, 2 * SHAPE.n_layer - 1)
+
+
 class CountedCasts(TorchDispatchMode):
     """Counts casts of single tensors that belong to adapters, and casts of many."""
 
-    def __init__(self, model: LanguageModel) -> None:
+    def __init__(self, model: LanguageModel, also: Sequence[Tensor] = ()) -> None:
         super().__init__()
         self.places = {p.data_ptr() for adapter in adapters_of(model) for p in adapter.trained()}
+        self.places |= {tensor.data_ptr() for tensor in also}
         self.single = self.together = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,5 +1,7 @@
 """What RWKV-6 alone has."""
 
+from typing import Any
+
 import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
@@ -17,9 +19,9 @@ def test_modulation_is_kept_for_no_longer_than_a_layers_backward(
     kept: set[bool] = set()
     mix = rwkv6.modulated_shift_mixes
 
-    def noting(*inputs: Tensor, keeps_modulation: bool) -> tuple[Tensor, ...]:
+    def noting(*inputs: Tensor, keeps_modulation: bool, **options: Any) -> tuple[Tensor, ...]:
         kept.add(keeps_modulation)
-        return mix(*inputs, keeps_modulation=keeps_modulation)
+        return mix(*inputs, keeps_modulation=keeps_modulation, **options)
 
     monkeypatch.setattr(rwkv6, "modulated_shift_mixes", noting)
     shape = tiny_shape()

@@ -138,7 +138,7 @@ def test_wkv6_branching(wanted: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("frozen", [False, True])
-@pytest.mark.parametrize("operator", ["norm", "gate", "mix", "modulated"])
+@pytest.mark.parametrize("operator", ["norm", "gate", "mix", "modulated", "cast before"])
 def test_parameters_in_fp32_are_used_rounded(operator: str, frozen: bool) -> None:
     """The same bits as with parameters in bf16, but for their gradients, which are not rounded."""
     x, other = normal(1, 10, 128), normal(1, 10, 128, seed=1)
@@ -151,9 +151,13 @@ def test_parameters_in_fp32_are_used_rounded(operator: str, frozen: bool) -> Non
         if operator == "mix":
             return elementwise.shift_mixes(x, None, first, None, None)
         hidden = normal(1, 10, 2 * 16, seed=2)
-        return elementwise.modulated_shift_mixes(x, None, first, hidden, second.view(2, 16, -1), None)
+        up = second.view(2, 16, -1)
+        narrow = (lambda: up.detach().bfloat16()) if operator == "cast before" else None
+        return elementwise.modulated_shift_mixes(x, None, first, hidden, up, None, narrow_up=narrow)
 
-    drawn = [torch.randn(2, 16 * 128 if operator == "modulated" and seed == 4 else 128) for seed in (3, 4)]
+    drawn = [
+        torch.randn(2, 16 * 128 if operator in ("modulated", "cast before") and seed == 4 else 128) for seed in (3, 4)
+    ]
     results = []
     for dtype in (torch.float32, torch.bfloat16):
         leaves = [tensor.detach().to(dtype).requires_grad_(not frozen) for tensor in drawn]
