@@ -18,7 +18,7 @@ from src.config import ChatConfig
 from src.config.templates import NO_THINK, TEXT, THINK
 from src.data.inputs import unix_lines
 from src.data.preferences import TEMPLATES, clean_prompt, in_template
-from src.data.templates import CHAT_TEMPLATES, WORLD_CHAT
+from src.data.templates import CHAT_TEMPLATES, WORLD_CHAT, Turn
 from src.device import Device, apply_device, resolve_device, without_memory
 from src.errors import DataError
 from src.generate import Conversation, SamplingSettings
@@ -275,7 +275,7 @@ def _rendered(template: str, prompt: str) -> str:
     if template == TEXT:
         return unix_lines(prompt)[0]
     if template not in TEMPLATES or template == "user":
-        return CHAT_TEMPLATES[template].asked(prompt)
+        return CHAT_TEMPLATES[template].asked(Turn("user", prompt))
     return in_template(template, clean_prompt(prompt))
 
 

@@ -31,7 +31,7 @@ from src.device import Device, memory_bytes, resolve_device
 from src.errors import EXIT_CODE, ConfigError, KernelError, UserError
 from src.model.shape import ModelShape
 from src.ops import delta_rule_cuda, dequantize_cuda, elementwise, elementwise_cuda, wkv6_cuda, wkv7_cuda
-from src.ops.kernels import Kernel
+from src.ops.kernels import Kernel, driver_cuda_version
 from src.ops.wkv6 import wkv6
 from src.ops.wkv7 import wkv7
 from src.quant import DequantizationWorkspace, FrozenLinear
@@ -78,8 +78,8 @@ class Finding:
 
     def lines(self) -> list[str]:
         """As printed."""
-        first = f"{self.mark:<5} {self.subject:<12} {self.seen}"
-        return [first, *([f"{'':<19}-> {self.advice}"] if self.advice else [])]
+        first = f"{self.mark:<5} {self.subject:<17} {self.seen}"
+        return [first, *([f"{'':<24}-> {self.advice}"] if self.advice else [])]
 
 
 def run_doctor(given: Mapping[str, str]) -> int:
@@ -202,7 +202,10 @@ def _gpu_finding(config: TrainConfig) -> tuple[Device | None, Finding]:
     if device.on_gpu:
         free, whole = (number / 2**30 for number in torch.cuda.mem_get_info(device.device))
         major, minor = torch.cuda.get_device_capability(device.device)
-        seen = f"{device.describe()}, compute capability {major}.{minor}, {free:.1f} of {whole:.1f} GiB free, {build}"
+        seen = f"{device.describe()}, compute capability {major}.{minor}, {free:.1f} of {whole:.1f} GiB free"
+        with contextlib.suppress(KernelError):  # kernels that cannot be loaded say why
+            build += ", driver for CUDA {}.{}".format(*driver_cuda_version())
+        seen += f", {build}"
         advice = "other programs hold half of its memory: end them (nvidia-smi names them)" if 2 * free < whole else ""
         return device, Finding("gpu", seen, advice, matters=False)
     if config.accelerator == "cpu":

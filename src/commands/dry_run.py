@@ -63,12 +63,14 @@ class Examined:
 
     Attributes:
         expected: its memory by part.
+        beside_bytes: on a CPU what Python and torch take besides.
         tried: what was measured; None where no memory was left for it.
         largest: sizes that would fit.
         limit_bytes: that the run may take.
     """
 
     expected: MemoryEstimate
+    beside_bytes: int
     tried: Tried | None
     largest: Largest
     limit_bytes: float
@@ -148,7 +150,7 @@ def examine(config: TrainConfig) -> Examined:
     if tried is not None:
         say("\n".join(_time_lines(config, work, tried)))
     say("nothing was trained or written: leave --dry_run out for that")
-    return Examined(expected, tried, largest, limit)
+    return Examined(expected, beside, tried, largest, limit)
 
 
 def _try(config: TrainConfig, method: Method, hardware: Hardware, shape: ModelShape, work: Work) -> Tried:

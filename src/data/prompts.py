@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.data.inputs import MalformedEntry, json_object, kind_of, numbered_lines, string_of, unix_lines
-from src.data.templates import WORLD_CHAT, Rendering, Turn
-from src.data.turns import is_formatted
+from src.data.templates import WORLD_CHAT, ChatTemplate, Turn
 from src.errors import DataError
 
 PROMPT_FORMS = '{"prompt": …}, {"messages": [{"role": …, "content": …}, …]} or {"text": …}'
@@ -28,7 +27,7 @@ class Prompt:
     is_turn: bool
 
 
-def read_sample_prompts(path: str, *, chats: bool) -> list[Prompt]:
+def read_sample_prompts(path: str, *, chats: bool, template: ChatTemplate = WORLD_CHAT) -> list[Prompt]:
     """Reads a file of prompts; blank lines are passed over.
 
     A line that is a JSON object is a question ("prompt", with "system" if there is one), a conversation up to its last
@@ -38,6 +37,7 @@ def read_sample_prompts(path: str, *, chats: bool) -> list[Prompt]:
     Args:
         path: the file.
         chats: whether the run trains on chats.
+        template: in which questions are written.
 
     Raises:
         DataError: the file is missing, empty or not UTF-8, or a line is malformed.
@@ -46,9 +46,9 @@ def read_sample_prompts(path: str, *, chats: bool) -> list[Prompt]:
     for number, line in numbered_lines(path):
         try:
             if line.lstrip().startswith("{"):
-                prompts.append(_of_entry(json_object(line)))
+                prompts.append(_of_entry(json_object(line), template))
             else:
-                prompts.append(_question(line.strip()) if chats else _text(line.rstrip("\r\n")))
+                prompts.append(_asked([("user", line)], template) if chats else _text(line.rstrip("\r\n")))
         except MalformedEntry as error:
             raise DataError(f"{path}, line {number}: {str(error).removesuffix('.')}.") from error
     if not prompts:
@@ -56,15 +56,13 @@ def read_sample_prompts(path: str, *, chats: bool) -> list[Prompt]:
     return prompts
 
 
-def _of_entry(entry: dict[str, Any]) -> Prompt:
+def _of_entry(entry: dict[str, Any], template: ChatTemplate) -> Prompt:
     if "messages" in entry:
         turns = _turns(entry["messages"])
     elif "prompt" in entry:
         question = string_of(entry, "prompt")
         if not question.strip():
             raise MalformedEntry('"prompt" is empty')
-        if is_formatted(unix_lines(question)[0]):
-            return _question(question.strip())
         turns = [("user", question)]
     elif "text" in entry:
         return _text(string_of(entry, "text"))
@@ -72,7 +70,7 @@ def _of_entry(entry: dict[str, Any]) -> Prompt:
         raise MalformedEntry(f"its keys are {', '.join(entry) or 'none'}, expected {PROMPT_FORMS}")
     if entry.get("system"):
         turns.insert(0, ("system", string_of(entry, "system")))
-    return _asked(turns)
+    return _asked(turns, template)
 
 
 def _turns(messages: object) -> list[tuple[str, str]]:
@@ -95,16 +93,9 @@ def _turns(messages: object) -> list[tuple[str, str]]:
     return turns
 
 
-def _question(text: str) -> Prompt:
-    """A question, unless it stands in a template already."""
-    unix = unix_lines(text)[0]
-    return Prompt(text, unix, is_turn=True) if is_formatted(unix) else _asked([("user", text)])
-
-
-def _asked(turns: list[tuple[str, str]]) -> Prompt:
-    spoken = [Turn(role, content) for role, content in (*turns, (WORLD_CHAT.answering, ""))]
-    parts = WORLD_CHAT.render(spoken, Rendering())
-    return Prompt(turns[-1][1].strip(), "".join(part.text for part in parts[:-1]), is_turn=True)
+def _asked(turns: list[tuple[str, str]], template: ChatTemplate) -> Prompt:
+    text = template.asked(*(Turn(role, content) for role, content in turns))
+    return Prompt(turns[-1][1].strip(), text, is_turn=True)
 
 
 def _text(text: str) -> Prompt:

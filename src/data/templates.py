@@ -121,10 +121,21 @@ class ChatTemplate:
             parts.append(Part(prompt, counted=False))
         return parts
 
-    def asked(self, question: str) -> str:
-        """A question as a model reads it before it answers, up to and with "Assistant:" and what opens the answer."""
-        prompt = self.render([Turn("user", question), Turn(self.answering, "")], Rendering())[0].text
+    def asked(self, *turns: Turn) -> str:
+        """A conversation as a model reads it before it answers, up to and with "Assistant:" and what opens the answer.
+
+        Args:
+            turns: the last one is a question.
+        """
+        parts = self.render([*turns, Turn(self.answering, "")], Rendering())
+        prompt = "".join(part.text for part in parts[:-1])
         return prompt.removesuffix(_NO_THINK_OPENING) + _THINK_OPENING if self.thinking == THINK else prompt
+
+    def said(self, answer: str) -> str:
+        """What a model wrote after that, for a reader: with the opening of reasoning, without the sign for none."""
+        if self.thinking == THINK:
+            return _THINK_OPENING.lstrip() + answer.rstrip()
+        return (answer.removeprefix(">") if self.thinking == NO_THINK else answer).strip()
 
     @property
     def shown(self) -> str:

@@ -318,6 +318,17 @@ def _driver() -> Any:
     return driver
 
 
+def driver_cuda_version() -> tuple[int, int]:
+    """Major and minor number of the newest CUDA that the driver knows.
+
+    Raises:
+        KernelError: there is no driver, or it does not say.
+    """
+    version = ctypes.c_int()
+    _require(_driver().cuDriverGetVersion(ctypes.byref(version)), "its version")
+    return version.value // 1000, version.value % 1000 // 10
+
+
 def _use_primary_context(index: int) -> ctypes.c_void_p:
     """Makes the context that torch uses on a GPU this thread's; it lives as long as the process."""
     driver = _driver()

@@ -8,7 +8,7 @@ from typing import Any
 
 from src.config import TrainConfig
 from src.data.prompts import Prompt, read_sample_prompts
-from src.data.templates import WORLD_CHAT
+from src.data.templates import CHAT_TEMPLATES, ChatTemplate
 from src.generate import SamplingSettings, generate
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
@@ -25,10 +25,14 @@ class Sampler:
         prompts: at least one.
         tokenizer: of the model's vocabulary.
         settings: for texts; answers end with a blank line, too.
+        template: in which questions are answered.
     """
 
-    def __init__(self, prompts: Sequence[Prompt], tokenizer: Tokenizer, settings: SamplingSettings) -> None:
+    def __init__(
+        self, prompts: Sequence[Prompt], tokenizer: Tokenizer, settings: SamplingSettings, template: ChatTemplate
+    ) -> None:
         self.prompts = prompts
+        self._template = template
         self._tokenizer = tokenizer
         self._settings = settings
 
@@ -41,12 +45,12 @@ class Sampler:
         answers = [""] * len(self.prompts)
         for is_turn in (False, True):
             numbers = [number for number, prompt in enumerate(self.prompts) if prompt.is_turn is is_turn]
-            stop = WORLD_CHAT.turn_end if is_turn else ""
+            stop = self._template.turn_end if is_turn else ""
             texts = [self.prompts[number].text for number in numbers]
             settings = replace(self._settings, stop=stop)
             found = generate(model, self._tokenizer, texts, settings, row_numbers=numbers)
             for number, answer in zip(numbers, found, strict=True):
-                answers[number] = answer.strip() if is_turn else answer
+                answers[number] = self._template.said(answer) if is_turn else answer
         return answers
 
 
@@ -63,11 +67,12 @@ def sampler_of(config: TrainConfig, shape: ModelShape, *, chats: bool) -> Sample
     """
     if not config.sample_prompts:
         return None
-    prompts = read_sample_prompts(config.sample_prompts, chats=chats)
+    template = CHAT_TEMPLATES[config.template]
+    prompts = read_sample_prompts(config.sample_prompts, chats=chats, template=template)
     # Bytes and the like have few tokens, and a penalty would soon forbid the common letters.
     penalty = _SETTINGS.frequency_penalty if shape.vocab_size == WORLD_VOCABULARY else 0.0
     settings = replace(_SETTINGS, frequency_penalty=penalty, seed=config.random_seed)
-    return Sampler(prompts, tokenizer_for_vocabulary(shape.vocab_size), settings)
+    return Sampler(prompts, tokenizer_for_vocabulary(shape.vocab_size), settings, template)
 
 
 def kept_answers(sampler: Sampler, kept: Mapping[str, Any] | None) -> list[str] | None:

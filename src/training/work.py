@@ -170,9 +170,9 @@ def _held_out_share(config: TrainConfig) -> str:
 
 
 def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
-    documents, held_out = _text_split(config, shape, _open_text(config, shape, config.data_file, config.lines_used))
-    assert documents is not None
-    documents, mixes = _with_mixes(config, shape, documents)
+    own, held_out = _text_split(config, shape, _open_text(config, shape, config.data_file, config.lines_used))
+    assert own is not None
+    documents, mixes = _with_mixes(config, shape, own)
     dataset = BatchDataset(
         documents,
         mixes=mixes,
@@ -211,8 +211,8 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         lines,
         memories=memories,
         all_tokens=dataset.most_positions,
-        chats=documents.stream_counted is not None and config.loss_mask != "se",
-        template=template_of(documents, shape.vocab_size, config.template),
+        chats=own.stream_counted is not None and config.loss_mask != "se",
+        template=template_of(own, shape.vocab_size, config.template),
     )
 
 

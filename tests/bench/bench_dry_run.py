@@ -68,7 +68,7 @@ def examine_row(row: Row, steps: int, strategy: str, extra: list[str]) -> dict[s
     assert found.tried is not None, "it does not fit"
     trial = found.tried.trial
     return {
-        "estimated_gib": found.expected.total / GIB,
+        "estimated_gib": (found.expected.total + found.beside_bytes) / GIB,
         "tried_gib": trial.used_bytes / GIB,
         "tried_peak_gib": trial.peak_bytes / GIB,
         "seconds": trial.step_seconds * trial.accumulation,
@@ -111,15 +111,16 @@ def main() -> None:
             else:
                 print(f"{name}: {work_name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}", file=sys.stderr)
         print(name, results.get(name), file=sys.stderr, flush=True)
-    print("| work | estimated GiB | tried GiB | run GiB | tried, of the run's | s/step: tried / run |")
-    print("|---|---|---|---|---|---|")
+    print("| work | estimated GiB | tried GiB | run GiB | s/step: tried / run |")
+    print("|---|---|---|---|---|")
     for name, both in results.items():
         if both.keys() == {"examine", "train"}:
             before, run = both["examine"], both["train"]
             print(
-                f"| {' '.join([ROWS[name].title, *extra])} | {before['estimated_gib']:.2f} | {before['tried_gib']:.2f} "
-                f"| {run['used_gib']:.2f} | {before['tried_gib'] / run['used_gib'] - 1:+.1%} "
-                f"| {before['seconds']:.3f} / {run['seconds']:.3f} |"
+                f"| {' '.join([ROWS[name].title, *extra])} "
+                f"| {before['estimated_gib']:.2f} ({before['estimated_gib'] / run['used_gib'] - 1:+.1%}) "
+                f"| {before['tried_gib']:.2f} ({before['tried_gib'] / run['used_gib'] - 1:+.1%}) "
+                f"| {run['used_gib']:.2f} | {before['seconds']:.3f} / {run['seconds']:.3f} |"
             )
     if options.json:
         Path(options.json).write_text(json.dumps(results))

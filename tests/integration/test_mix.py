@@ -41,6 +41,14 @@ def test_the_plan_says_what_is_mixed_in(flags: dict[str, object], tmp_path: Path
     assert "2 of 17 documents of a pass (11.8%; " in out
 
 
+def test_one_talks_as_in_the_own_data(flags: dict[str, object], tmp_path: Path) -> None:
+    """However much text is mixed in."""
+    Path("texts.jsonl").write_text('{"text": "some text"}\n' * 100)
+    changed = {"mix": "texts.jsonl:0.5", "template": "question", "epoch_steps": 1}
+    out = train(tmp_path / "out", **{**flags, **changed}).out
+    assert "rwkv-final.pth --template question\n" in out
+
+
 def test_a_run_goes_on_with_the_same_data_only(flags: dict[str, object], tmp_path: Path) -> None:
     stopped(2, tmp_path / "out", **flags)
     for changed in ({"mix": "general:0.3,texts.jsonl:0.1"}, {}):

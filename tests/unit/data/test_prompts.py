@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from src.data.prompts import Prompt, read_sample_prompts
+from src.data.templates import CHAT_TEMPLATES
 from src.errors import DataError
 
 
@@ -46,6 +48,45 @@ def test_json_lines(line: str, text: str, tmp_path: Path) -> None:
     (only,) = prompts(line, tmp_path)
     assert only.text == text
     assert only.is_turn == (text != "As it is: {")
+
+
+SYSTEM_AND_QUESTION = '{"system": "Be kind.", "prompt": "Hi"}'
+MANY_TURNS = (
+    '{"messages": [{"role": "user", "content": "A"}, {"role": "assistant", "content": "B"}, '
+    '{"role": "user", "content": "C"}]}'
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "line", "text"),
+    [
+        ("question", "Why?", "Question: Why?\n\nAnswer:"),
+        ("question", SYSTEM_AND_QUESTION, "System: Be kind.\n\nQuestion: Hi\n\nAnswer:"),
+        ("question", "User: Why?\n\nAssistant:", "User: Why?\n\nAssistant:"),
+        ("input", MANY_TURNS, "Input: A\n\nResponse: B\n\nInput: C\n\nResponse:"),
+        ("think", "Why?", "User: Why?\n\nAssistant: <think"),
+        ("no-think", "Why?", "User: Why?\n\nAssistant: <think>\n</think"),
+    ],
+)
+def test_other_templates(template: str, line: str, text: str, tmp_path: Path) -> None:
+    if "\n" in line:
+        line = json.dumps({"prompt": line})
+    path = tmp_path / "prompts"
+    path.write_text(line, encoding="utf-8")
+    (only,) = read_sample_prompts(str(path), chats=True, template=CHAT_TEMPLATES[template])
+    assert only == Prompt(only.shown, text, is_turn=True)
+
+
+@pytest.mark.parametrize(
+    ("template", "written", "shown"),
+    [
+        ("user", " Because.", "Because."),
+        ("think", ">\nHm.\n</think>\nBecause.\n", "<think>\nHm.\n</think>\nBecause."),
+        ("no-think", ">\nBecause.", "Because."),
+    ],
+)
+def test_what_a_reader_is_shown(template: str, written: str, shown: str) -> None:
+    assert CHAT_TEMPLATES[template].said(written) == shown
 
 
 @pytest.mark.parametrize(

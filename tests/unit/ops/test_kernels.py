@@ -6,6 +6,7 @@ import os
 import struct
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -299,3 +300,17 @@ def test_a_thread_without_a_context_gets_it_and_other_errors_are_said(launcher: 
 
 def test_pointers_are_found_among_a_structs_members() -> None:
     assert Layout("i ((iiPi) ? (i?) P f) f q P").pointers == (3, 8, 12)
+
+
+@pytest.mark.parametrize(("number", "version"), [(13000, (13, 0)), (12080, (12, 8))])
+def test_the_newest_cuda_that_a_driver_knows(
+    number: int, version: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Driver:
+        @staticmethod
+        def cuDriverGetVersion(place: Any) -> int:
+            place._obj.value = number
+            return 0
+
+    monkeypatch.setattr(kernels, "_driver", Driver)
+    assert kernels.driver_cuda_version() == version
