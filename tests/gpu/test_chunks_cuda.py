@@ -17,6 +17,7 @@ from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
 from src.model.parking import Parking
 from src.model.recompute import Recompute
+from src.training.chunk_graphs import ChunkRecorder
 from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.objectives import SFTObjective, outcome_of
 
@@ -81,10 +82,12 @@ def test_it_does_not_matter_where_memories_wait() -> None:
     assert all(torch.equal(on_device[name], on_host[name]) for name in on_device)
 
 
+@pytest.mark.parametrize("recorded", [False, True])
 @pytest.mark.parametrize("place", PLACES)
-def test_peak_memory_does_not_grow_with_the_row(place: str) -> None:
+def test_peak_memory_does_not_grow_with_the_row(place: str, recorded: bool) -> None:
     model = model_of(torch.bfloat16)
-    chunked = ChunkedObjective(SFTObjective(), ChunkOptions(1024, **PLACES[place]))
+    recorder = ChunkRecorder(model, 1024, by_layer=place == "inputs") if recorded else None
+    chunked = ChunkedObjective(SFTObjective(), ChunkOptions(1024, **PLACES[place]), recorder)
     peaks = []
     for tokens in (4096, 32768):
         gradients(model, chunked, documents(tokens))  # what is made once
