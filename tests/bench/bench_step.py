@@ -125,14 +125,16 @@ ROWS = {
 
 
 def flags_of(row: Row, folder: Path, steps: int, strategy: str, extra: list[str], documents: str = "") -> list[str]:
-    """A command line of train.py, for which data are made in `folder`."""
+    """A command line of train.py, for which data are made in `folder`; `extra` flags take the place of a row's own."""
     flags = [
         "--load_model", "random", "--proj_dir", str(folder), "--ctx_len", str(row.ctx_len),
         "--grad_cp", str(row.grad_cp), "--epoch_steps", str(steps), "--epoch_count", "1", "--epoch_save", "0",
         "--strategy", strategy, "--plot", "0",
         *([] if "--quant" in row.flags else ["--quant", "1", "--quant_type", "nf4"]), *row.flags,
-        *([] if row.preference else ["--dataload", "pad"]), *extra,
+        *([] if row.preference else ["--dataload", "pad"]),
     ]  # fmt: skip
+    pairs = zip(flags[::2], flags[1::2], strict=True)
+    flags = [word for flag, value in pairs if flag not in extra for word in (flag, value)] + extra
     if documents:
         return [*flags, "--data_file", documents, "--data_type", "jsonl"]
     if row.preference:
