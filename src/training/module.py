@@ -140,10 +140,10 @@ class TrainingModule(pl.LightningModule):
     def training_step(self, batch: Staged, batch_idx: int) -> Tensor:
         """Loss of one micro-batch; `outcome` keeps the numbers to log."""
         self.outcome = None  # what it would log belongs to a recording, which may have to go
-        cleared = self.graphed is not None and self.graphed.replaces_gradients
         accumulated = self.config.accumulate_grad_batches
+        replaced = self.graphed is not None and self._leaves_gradients and accumulated == 1  # by a recorded step's
         self._ends_step = (batch_idx + 1) % accumulated == 0
-        if self._without_engine and not cleared and batch_idx % accumulated == 0:
+        if self._without_engine and not replaced and batch_idx % accumulated == 0:
             for _, parameter in self.trained():
                 parameter.grad = None  # before the forward, which then has their memory
         if self.updates:
