@@ -17,6 +17,7 @@ from src.data.passes import Lookahead, PassDataset
 from src.data.rounding import EXACT, FEW_SHAPES
 from src.model.language_model import LanguageModel
 from src.ops import adam
+from src.ops.kernels import Kernel
 from src.training.chunk_graphs import ChunkRecorder
 from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.device_updates import DeviceUpdates
@@ -85,7 +86,8 @@ class TrainingModule(pl.LightningModule):
         self.objective: Objective = _in_chunks(objective, config, recorder)
         records = records and objective.recordable
         self._leaves_gradients = leaves_gradients(config, method)
-        self._at_once = self._leaves_gradients and _updates_at_once(config, method, model.device)
+        at_once = kernels_of_updates(config, method)
+        self._at_once = bool(at_once) and adam.kernels_are_available(at_once, model.device)
         if method.in_place:
             # An engine wants to be handed gradients. Updates that are the host's cannot be recorded, nor can those
             # that wait in mid-backward for other processes, which may be about to record something else.
@@ -235,14 +237,15 @@ class TrainingModule(pl.LightningModule):
         return self.updates
 
 
-def _updates_at_once(config: TrainConfig, method: Method, device: torch.device) -> bool:
-    """Whether Adam's kernel updates what adapters and parts train, all tensors in one launch.
+def kernels_of_updates(config: TrainConfig, method: Method) -> tuple[Kernel, ...]:
+    """What updates all tensors of adapters and parts in one launch, on a GPU; nothing where an optimizer does.
 
     Moments that move between GPU and host as memory allows are bitsandbytes'.
     """
-    if method.in_place or config.optim == "paged_adamw8bit":
-        return False
-    return _adam_has_kernels(config, device, {torch.float32}, singly=False)
+    by_library = config.optim in ("paged_adamw8bit", "lion8bit")
+    if by_library or method.in_place or not leaves_gradients(config, method):
+        return ()
+    return adam.kernels_for({torch.float32}, packed=config.optim.endswith("8bit"), singly=False)
 
 
 def _adam_has_kernels(

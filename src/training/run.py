@@ -32,6 +32,7 @@ from src.loading import LoadOptions, open_model
 from src.model.architectures import FRESH, named
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
+from src.ops.kernels import compile_ahead
 from src.scratch import Scratch
 from src.training import lightning
 from src.training.engine import Hardware, apply_hardware, resolve_hardware
@@ -167,10 +168,11 @@ def _train(
         )
     lightning.ready()  # operators of bitsandbytes import what Lightning does, and two threads must not do that at once
     from src.training.fitting import fit, trained_part
-    from src.training.module import TrainingModule
+    from src.training.module import TrainingModule, kernels_of_updates
 
     base = base or fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
+    compile_ahead(kernels_of_updates(config, method), hardware.device)
     model = open_model(base, options, state_file=state_file, start=origin, quiet=global_rank() != 0)
     if global_rank() == 0:
         method.begin(model, folder, identity, origin)

@@ -15,8 +15,9 @@ from src.errors import DataError
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
+from src.ops import adam
 from src.training.chunks import ChunkedObjective, ChunkOptions
-from src.training.module import FP16_LOSS_SCALE, TrainingModule
+from src.training.module import FP16_LOSS_SCALE, TrainingModule, kernels_of_updates
 from src.training.objectives import Outcome, Staged
 
 SHAPE = tiny_shape()
@@ -257,3 +258,22 @@ class TestChunks:
         monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
         made.release_recordings()
         assert made.objective.recorder is None
+
+
+@pytest.mark.parametrize(
+    ("flags", "packed"),
+    [
+        ({"peft": "lora"}, False),
+        ({"peft": "bone", "optim": "adamw8bit"}, True),
+        ({"peft": "lora", "optim": "lion8bit"}, None),
+        ({"peft": "lora", "optim": "paged_adamw8bit"}, None),
+        ({"peft": "lora", "devices": "2"}, None),
+        ({"train_type": "states"}, None),
+        ({"train_type": "none", "quant": "0"}, None),
+    ],
+)
+def test_what_is_updated_at_once(flags: dict[str, str], packed: bool | None) -> None:
+    chosen = config(**flags)
+    kernels = kernels_of_updates(chosen, method_of(chosen))
+    expected = [] if packed is None else [(torch.float32, False), *([(torch.float32, True)] if packed else [])]
+    assert [kind for kind, kernel in adam.KERNELS_OF_MANY.items() if kernel in kernels] == expected
