@@ -24,8 +24,8 @@ import train
 from src.config import TrainConfig
 from src.device import global_rank
 from src.errors import exit_on_user_error
+from src.training import fitting, run
 from src.training import module as training
-from src.training import run
 from src.training.engine import REPLICAS, Hardware
 from src.training.module import TrainingModule
 
@@ -50,7 +50,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     TrainingModule.on_train_end = end  # Lightning's hook, in every process
     run.resolve_hardware = on_cpu
-    run.GRADIENT_CLIP = training.GRADIENT_CLIP = float(os.environ.get("CLIP", run.GRADIENT_CLIP))
+    fitting.GRADIENT_CLIP = training.GRADIENT_CLIP = float(os.environ.get("CLIP", fitting.GRADIENT_CLIP))
     stop = int(os.environ.get("STOP_AFTER", "0"))
     with after_step(stop, interrupt) if stop and global_rank() == 0 else contextlib.nullcontext():
         try:

@@ -88,6 +88,7 @@ def _run(kernel: Kernel, architecture: int) -> Any:
 @functools.cache
 def _library(source: str, architecture: int) -> tuple[ctypes.CDLL, dict[str, str]]:
     """All kernels that exist of a source, and the names of the functions that run them."""
+    gc.unfreeze()  # what a run of the program in this process has hidden
     expressions = {kernel.expression for kernel in gc.get_objects() if _is_of(kernel, source)}
     names = {expression: f"run_{number}" for number, expression in enumerate(sorted(expressions))}
     functions = "".join(_FUNCTION.format(name=name, expression=expression) for expression, name in names.items())

@@ -105,7 +105,7 @@ def test_rounding_is_right_in_the_mean() -> None:
 def test_updates_in_the_backward_are_the_ordinary_ones(
     weights: str, optim: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("module", "run"):
+    for module in ("module", "fitting"):
         monkeypatch.setattr(f"src.training.{module}.GRADIENT_CLIP", 1e9)
     flags = {"load_model": base, "data_file": data, "epoch_steps": 6, "epoch_count": 1, "train_type": "none", **COMMON}
     for fused in (0, 1):

@@ -52,7 +52,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(GraphedObjective, "_make_room", lambda self: None)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: 0)
     monkeypatch.setattr(lisa, "FEWEST_RECORDED_STEPS", 2)
-    monkeypatch.setattr(adam, "kernel_is_available", lambda device: True)
+    monkeypatch.setattr(adam, "kernels_are_available", lambda kernels, device: True)
 
 
 @pytest.fixture(scope="module")
@@ -138,7 +138,7 @@ def test_on_the_device_they_are_what_they_are_on_the_host(
     for kind, more in {"fp32": {}, "8 bits": {"optim": "adamw8bit"}}.items():
         train(tmp_path / kind / "device", fused_update=1, **flags, **more)
         with monkeypatch.context() as patch:
-            patch.setattr(adam, "kernel_is_available", lambda device: False)
+            patch.setattr(adam, "kernels_are_available", lambda kernels, device: False)
             train(tmp_path / kind / "host", fused_update=1, cuda_graph=0, **flags, **more)
         one, other = (metrics(tmp_path / kind / name) for name in ("device", "host"))
         assert [row["loss"] for row in one] == pytest.approx([row["loss"] for row in other], rel=2e-3), kind

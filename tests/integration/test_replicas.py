@@ -74,7 +74,7 @@ def test_ranks_agree_and_take_the_steps_of_one_that_accumulates(
 ) -> None:
     """Updates in the backward cannot accumulate; under the clip they are the ordinary ones, which can."""
     monkeypatch.setenv("CLIP", "1e9")
-    for module in ("module", "run"):
+    for module in ("module", "fitting"):
         monkeypatch.setattr(f"src.training.{module}.GRADIENT_CLIP", 1e9)
     flags = {"load_model": base, "data_file": data, **COMMON, **KINDS[kind]}
     out = train_together(tmp_path / "two", devices=2, **flags)

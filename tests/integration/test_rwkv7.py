@@ -178,7 +178,7 @@ def test_under_the_clip_updates_in_the_backward_are_the_ordinary_ones(
     base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first layer's value goes to all later ones, so that its gradients come last."""
-    for module in ("module", "run"):
+    for module in ("module", "fitting"):
         monkeypatch.setattr(f"src.training.{module}.GRADIENT_CLIP", 1e9)
     flags = {"load_model": base, "data_file": data, "epoch_steps": 4, "epoch_count": 1, "lr_init": 1e-2}
     for fused in (0, 1):

@@ -38,7 +38,7 @@ def weights_in(path: Path) -> dict[str, Tensor]:
 
 @pytest.fixture
 def unclipped(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("module", "run"):
+    for module in ("module", "fitting"):
         monkeypatch.setattr(f"src.training.{module}.GRADIENT_CLIP", 1e9)
 
 
