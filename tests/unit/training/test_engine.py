@@ -14,7 +14,8 @@ from src.adapters.method import method_of
 from src.config import TrainConfig
 from src.errors import ConfigError
 from src.training import strategies
-from src.training.engine import Hardware, apply_hardware, deepspeed_config, resolve_hardware
+from src.training.engine import REPLICAS, Hardware, apply_hardware, deepspeed_config, resolve_hardware
+from src.training.replicas import Replicas
 from src.training.strategies import trainer_arguments
 
 
@@ -168,6 +169,14 @@ class TestTrainerArguments:
         made = trainer_arguments(Hardware(torch.device("cpu"), "fp32", "single"), config(), 1)
         assert (made["accelerator"], made["devices"], made["num_nodes"]) == ("cpu", 1, 1)
         assert "strategy" not in made
+
+    def test_replicas_wrap_nothing(self) -> None:
+        made = trainer_arguments(Hardware(torch.device("cuda"), "bf16", REPLICAS), config(peft="lisa", devices=2), 1)
+        strategy = made["strategy"]
+        assert isinstance(strategy, Replicas)
+        strategy.model = nn.Module()
+        strategy.configure_ddp()
+        assert type(strategy.model) is nn.Module
 
     def test_the_engines_precision_leaves_every_dtype(self) -> None:
         hardware = Hardware(torch.device("cuda"), "bf16", "deepspeed_stage_1")
