@@ -140,7 +140,7 @@ SMALLER = {
     "merge_state.py": [],
 }
 """What is put behind a command, so that it takes seconds."""
-SHORTER = {"65536": "512", "16384": "512", "2048": "128", "512": "64"}
+SHORTER = {"65536": "512", "16384": "512", "4096": "128", "2048": "128", "512": "64"}
 """In place of the lengths of long texts."""
 
 
