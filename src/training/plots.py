@@ -28,6 +28,8 @@ _MOST_POINTS = 1500
 _TRAINING, _HELD_OUT, _FAINT, _TEXT = "#1f5fa8", "#d1580b", "#9ab8d9", "#333333"
 _COMPARED = ("log_odds", "margin")
 """What preferences are measured by beside their accuracy: the first that is there."""
+_HIGH = 0.88
+"""Of a panel's height: from here on no number fits between a dot and the title."""
 _NAMES = {
     "loss": "loss",
     "log_odds": "log odds ratio, chosen : rejected",
@@ -192,7 +194,6 @@ def draw(course: Course, path: Path, title: str) -> None:
         accuracy = figure.add_subplot(grid[1, 1], sharex=loss)
         _panel(accuracy, course, "accuracy")
         accuracy.axhline(0.5, color=_TEXT, linewidth=0.8, alpha=0.5)
-        accuracy.set_ylim(-0.03, 1.03)
         accuracy.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
     with storage.replacing(path) as file:
         figure.savefig(file, format="png")
@@ -215,25 +216,27 @@ def _panel(axes: Any, course: Course, name: str) -> None:
         axes.plot(
             held_steps, held_values, line, color=_HELD_OUT, linewidth=2, marker="o", markersize=5, label="held out"
         )
-        for place in sorted({0, len(held_steps) - 1}):
-            _number(axes, held_steps[place], held_values[place], name, is_first=place == 0)
-    low, high = limits([*smooth.tolist(), *held_values], values)
+    low, high = (-0.03, 1.03) if name == "accuracy" else limits([*smooth.tolist(), *held_values], values)
     axes.set_ylim(low, high)
+    for place in sorted({0, len(held_steps) - 1}) if held_steps else ():
+        is_high = held_values[place] > low + _HIGH * (high - low)
+        _number(axes, held_steps[place], held_values[place], name, is_first=place == 0, is_high=is_high)
     _dress(axes, name, course)
     if len(steps) or held_steps:
         corner = "upper right" if name == "loss" else "lower right"
         axes.legend(loc=corner, fontsize=9, framealpha=0.9, edgecolor="none")
 
 
-def _number(axes: Any, step: int, value: float, name: str, *, is_first: bool) -> None:
-    """Writes a held-out number beside its dot, readable over any line."""
+def _number(axes: Any, step: int, value: float, name: str, *, is_first: bool, is_high: bool) -> None:
+    """Writes a held-out number beside its dot, readable over any line; under it where the panel ends above."""
     from matplotlib.patheffects import withStroke
 
     axes.annotate(
         f"{value:.1%}" if name == "accuracy" else f"{value:.4g}",
         (step, value),
-        (7 if is_first else -4, 8),
+        (7 if is_first else -4, -8 if is_high else 8),
         textcoords="offset points",
+        va="top" if is_high else "bottom",
         ha="left" if is_first else "right",
         color=_HELD_OUT,
         fontweight="bold",
