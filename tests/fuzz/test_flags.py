@@ -204,7 +204,7 @@ def fuzz_scripts(
         (pl.Trainer, "fit"),
         (src.commands.preparation, "generate"),
         (src.commands.preparation, "make_pairs"),
-        (src.commands.demo, "generate"),
+        (src.commands.demo, "joined"),
     ):
         monkeypatch.setattr(module, name, begin)
     monkeypatch.chdir(folder)
