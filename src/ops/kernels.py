@@ -181,7 +181,7 @@ def _place(member: _Member, end: int, codes: list[str]) -> int:
 class _Loaded:
     """A kernel on one GPU, with the buffer that its arguments are packed into.
 
-    The launch holds Python's lock: there is one buffer, and the driver has copied it when the call returns.
+    There is one buffer, which belongs to a launch until the driver has copied it, when its call returns.
     """
 
     def __init__(self, kernel: Kernel, compiled: Compiled, index: int) -> None:
@@ -203,6 +203,7 @@ class _Loaded:
         self._pack_into = kernel.layout.values.pack_into
         self._pointers = kernel.layout.pointers
         self._buffer = ctypes.create_string_buffer(max(kernel.layout.values.size, 1))
+        self._lock = threading.Lock()
         start = ctypes.addressof(self._buffer)
         places = [start + offset for offset, _ in kernel.layout.parameters]
         self._places = (ctypes.c_void_p * len(places))(*places)
@@ -217,16 +218,17 @@ class _Loaded:
         for place in self._pointers:
             tensor = values[place]
             values[place] = 0 if tensor is None else tensor.data_ptr()
-        self._pack_into(self._buffer, 0, *values)
         stream = torch._C._cuda_getCurrentRawStream(self.index)
         enqueued = (
             *(self._function, *_three(grid), *_three(block)),
             *(self._shared_bytes, stream, self._parameters, None),
         )
-        error = self._launch(*enqueued)
-        if error == _INVALID_CONTEXT:  # a thread that has not used CUDA before, such as autograd's at its first node
-            _require(_driver().cuCtxSetCurrent(self._context), "its context to a thread")
+        with self._lock:
+            self._pack_into(self._buffer, 0, *values)
             error = self._launch(*enqueued)
+            if error == _INVALID_CONTEXT:  # a thread new to CUDA, as autograd's at its first node
+                _require(_driver().cuCtxSetCurrent(self._context), "its context to a thread")
+                error = self._launch(*enqueued)
         if error:
             raise RuntimeError(f"the CUDA kernel {self.name} could not be launched: {_error_text(error)}")
 
