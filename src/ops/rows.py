@@ -78,7 +78,7 @@ def refuse_double_backward() -> None:
 
 
 def parameter_tile(rows: int, channels: int) -> int:
-    """Rows over which one thread sums the gradient of a parameter; the sum over tiles is torch's.
+    """Rows over which one thread sums the gradient of a parameter; another kernel adds these up over tiles.
 
     As many threads as two blocks on each multiprocessor of an H100 have, one for each vector and tile, keep its memory
     busy and the sums at 1 MiB for each parameter row; no tile is below 8 rows.
