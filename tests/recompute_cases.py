@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -88,6 +90,29 @@ def another_draw(number: int) -> Iterator[None]:
 
 def tokens_of(length: int, rows: int = 2) -> Tensor:
     return torch.randint(SHAPE.vocab_size, (rows, length), generator=torch.Generator().manual_seed(4 + _draw))
+
+
+def errors_of_allowed(found: Gradients, plain: Gradients, exact: Gradients) -> dict[str, float]:
+    """Errors by name, as parts of what is allowed: twice the error of plain torch, plus 2 % of the gradient's norm."""
+    assert found.keys() == exact.keys()
+    return {
+        name: float((found[name] - expected).norm() / (2 * (plain[name] - expected).norm() + 0.02 * expected.norm()))
+        for name, expected in exact.items()
+    }
+
+
+def medians(draws: int, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """What is measured, over several draws of tokens.
+
+    bf16 keeps 8 bits, so a gradient through three layers is off by some percent however it is computed, and by how
+    many is chance, for some models and tokens 5, for others 35.
+    """
+    values: dict[str, list[float]] = defaultdict(list)
+    for draw in range(draws):
+        with another_draw(draw):
+            for name, value in measure().items():
+                values[name].append(value)
+    return {name: statistics.median(each) for name, each in values.items()}
 
 
 def carried_state(model: LanguageModel, rows: int = 2) -> ModelState:

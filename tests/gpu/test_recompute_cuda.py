@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import statistics
-from collections import defaultdict
 from collections.abc import Callable
 
 import pytest
 import torch
 from factories import ARCHITECTURES
 from kept_tensors import kept_and_estimated
-from recompute_cases import CASES, Gradients, another_draw, model_of
+from recompute_cases import CASES, Gradients, errors_of_allowed, medians, model_of
 
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
@@ -34,27 +32,22 @@ def gradients(
 def test_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(
     architecture: str, case: Case, quant_type: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against fp32 at most twice the error of plain torch operations in bf16, plus 2 % of the gradient's norm.
+    """Against fp32 at most twice the error of plain torch operations in bf16, plus 2 % of the gradient's norm."""
 
-    bf16 keeps 8 bits, so a gradient through three layers is off by some percent however it is computed, and by how
-    many is chance, for some models and tokens 5, for others 35: it is the median over several draws of tokens.
-    """
-    ratios: dict[tuple[str, Recompute], list[float]] = defaultdict(list)
-    for draw in range(5):
-        with another_draw(draw):
-            exact = gradients(case, Recompute.NOTHING, quant_type, torch.float32, architecture)
-            with monkeypatch.context() as plain:
-                plain.setattr(elementwise, "fused_kernels", lambda: None)
-                plain.setattr(delta_rule_cuda, "can_take", lambda *_: False)
-                rounded = gradients(case, Recompute.NOTHING, quant_type, torch.bfloat16, architecture)
-            for mode in Recompute:
-                again = gradients(case, mode, quant_type, torch.bfloat16, architecture)
-                assert again.keys() == exact.keys()
-                for name, expected in exact.items():
-                    allowed = 2 * (rounded[name] - expected).norm() + 0.02 * expected.norm()
-                    ratios[name, mode].append(float((again[name] - expected).norm() / allowed))
-    over = {key: values for key, values in ratios.items() if statistics.median(values) > 1}
-    assert not over
+    def measured() -> dict[str, float]:
+        exact = gradients(case, Recompute.NOTHING, quant_type, torch.float32, architecture)
+        with monkeypatch.context() as plain:
+            plain.setattr(elementwise, "fused_kernels", lambda: None)
+            plain.setattr(delta_rule_cuda, "can_take", lambda *_: False)
+            rounded = gradients(case, Recompute.NOTHING, quant_type, torch.bfloat16, architecture)
+        found = {mode: gradients(case, mode, quant_type, torch.bfloat16, architecture) for mode in Recompute}
+        return {
+            f"{name}, {mode}": error
+            for mode, again in found.items()
+            for name, error in errors_of_allowed(again, rounded, exact).items()
+        }
+
+    assert {name: error for name, error in medians(5, measured).items() if error > 1} == {}
 
 
 @pytest.mark.parametrize("mode", list(Recompute))
