@@ -483,10 +483,14 @@ class TestOwnProcess:
     @pytest.mark.parametrize(
         ("words", "expected"),
         [
-            (("--load_model", "absent.pth", "--data_file", "absent"), "error: model file absent.pth does not exist"),
-            (("--quant_type", "nf5", "--ctx_len", "0"), "error: 4 problems:"),
+            pytest.param(
+                ("--load_model", "absent.pth", "--data_file", "absent"),
+                "error: model file absent.pth does not exist",
+                id="late",
+                marks=pytest.mark.slow,
+            ),
+            pytest.param(("--quant_type", "nf5", "--ctx_len", "0"), "error: 4 problems:", id="early"),
         ],
-        ids=["late", "early"],
     )
     def test_exit_code_and_stderr(
         self, words: tuple[str, ...], expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

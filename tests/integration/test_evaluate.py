@@ -47,7 +47,7 @@ def held_out_rows(folder: Path) -> list[dict[str, Any]]:
     return [row for row in records(folder) if "held_out" in row]
 
 
-@pytest.mark.parametrize("name", some(METHODS, "states, nf4", "pissa", "orpo", "dpo"))
+@pytest.mark.parametrize("name", some(METHODS, "states, nf4", "orpo", "dpo"))
 def test_its_numbers_are_those_of_a_run(name: str, files: Path, tmp_path: Path) -> None:
     flags = METHODS[name]
     pairs = bool({"orpo", "dpo"} & flags.keys())

@@ -173,7 +173,8 @@ def test_parked_moments_are_kept_with_the_run_and_used(base: Path, data: Path, t
     assert {int(key.split(".")[1]) for key in saved["parts"]["parked"]} == waiting
 
 
-@pytest.mark.parametrize("kind", ["dpo", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("orpo", "simpo"))])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["dpo", "orpo", "simpo"])
 def test_preferences(kind: str, base: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.save"
     save_pairs(pairs, [PreferencePair(list(range(n, 2 * n)), [60 + n] * n, [90 + n] * (n + 1)) for n in range(3, 9)])

@@ -73,6 +73,7 @@ def check_sft_runs(workplace: Path) -> None:
     assert "--load_partial 1 is not needed" in ended.out
 
 
+@pytest.mark.slow
 def test_sft_runs(workplace: Path) -> None:
     check_sft_runs(workplace)
 

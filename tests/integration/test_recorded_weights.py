@@ -91,7 +91,7 @@ KINDS: dict[str, dict[str, object]] = {
 }
 
 
-FAST = ("fp32, accumulated", "bf16, fused, 8 bits", "LISA, packed, accumulated")
+FAST = ("bf16, fused, 8 bits", "LISA, packed, accumulated")
 
 
 @pytest.mark.parametrize(

@@ -86,6 +86,7 @@ def test_it_never_fails(obstacle: str, libraries: Path, tmp_path: Path) -> None:
     assert start(libraries, tmp_path / "cache", **variables) == expected
 
 
+@pytest.mark.slow
 def test_bitsandbytes_brings_no_code_generator() -> None:
     code = """
 import os, sys

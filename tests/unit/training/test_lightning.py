@@ -15,6 +15,7 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 UNWANTED = ("torchmetrics", "transformers", "torchvision", "matplotlib", "deepspeed", "wandb", "tensorboard", "pandas")
 
 
+@pytest.mark.slow
 def test_a_run_imports_only_what_it_needs() -> None:
     code = f"""
 import sys
