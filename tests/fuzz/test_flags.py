@@ -31,7 +31,7 @@ from src.config.state import ExportConfig, StateFlags
 from src.errors import ConfigError
 
 SEED = 11
-SECONDS = 5
+SECONDS = 15
 
 NUMBERS = (
     "", " ", "\t", "0", "-0", "1", "-1", "2", "3", "7", "-2", "1.5", "-1.5", "1e-3", "1e-320", "5e-324", "1e308",
