@@ -251,10 +251,7 @@ class _ShiftMix(torch.autograd.Function):
         children: Tensor | None,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
-        if modulation is not None:
-            modulation = prepared(modulation, "modulation")
-            check_shape(modulation, (len(inputs.maa), *inputs.z.shape), "modulation")
-        return inputs.mixed(modulation)
+        return inputs.mixed(inputs.checked(modulation))
 
     @staticmethod
     def forward(
@@ -267,9 +264,7 @@ class _ShiftMix(torch.autograd.Function):
         children: Tensor | None,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
-        if modulation is not None:
-            modulation = prepared(modulation, "modulation")
-            check_shape(modulation, (len(inputs.maa), *inputs.z.shape), "modulation")
+        modulation = inputs.checked(modulation)
         outputs = inputs.mixed(modulation)
         ctx.set_materialize_grads(False)
         # Without modulation the proportions are constants: only the gradient of maa needs an input.
@@ -510,6 +505,13 @@ class _ShiftInputs:
                 if not tensor.is_contiguous():
                     raise RuntimeError(f"{name} must be contiguous")
         self.previous, self.children = previous, children
+
+    def checked(self, modulation: Tensor | None) -> Tensor | None:
+        if modulation is None:
+            return None
+        modulation = prepared(modulation, "modulation")
+        check_shape(modulation, (len(self.maa), *self.z.shape), "modulation")
+        return modulation
 
     def mixed(self, modulation: Tensor | None) -> tuple[Tensor, ...]:
         outputs = tuple(torch.empty_like(self.z) for _ in range(len(self.maa)))
