@@ -187,7 +187,11 @@ def _file_findings(config: TrainConfig, given: Mapping[str, str]) -> Iterator[Fi
     """The files that are named and not there."""
     for spec in dataclasses.fields(config):
         path = given.get(spec.name, "")
-        named = {INPUT: (path,), INPUTS: files_of(path)}.get(spec.metadata["path"], ()) if path else ()
+        try:
+            named = {INPUT: (path,), INPUTS: files_of(path)}.get(spec.metadata["path"], ()) if path else ()
+        except ConfigError as error:
+            yield Finding("files", f"--{spec.name}: {error}", "give the path of a file that is")
+            continue
         for file in named:
             if not any(map(os.path.exists, (file, f"{file}.idx"))):
                 yield Finding("files", f"--{spec.name} {file} is not there", "give the path of a file that is")

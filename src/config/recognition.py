@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from src.compression import DAMAGED, SUFFIXES, packed_by, unpacked
-from src.errors import DataError
+from src.errors import ConfigError, DataError
 
 DATA_TYPES = ("binidx", "jsonl", "utf-8", "dummy")
 LINES, ARRAY, TABLE, PARQUET = "JSON lines", "a JSON array", "a table", "Parquet"
@@ -23,6 +23,8 @@ QUESTION_ANSWER = (
 )  # fmt: skip
 """Fields of a question and its answer, the first that are there count."""
 
+MOST_IN_FOLDER = 20_000
+"""Entries of a folder of data and of all those in it; beyond, a folder was named that is more than that, as / is."""
 NEEDS_PYARROW = "needs a package: pip install pyarrow, or write it as JSON lines"
 PEEKED_BYTES = 1 << 20
 _PEEKED_LINES = 5
@@ -70,10 +72,32 @@ class Folder:
 
 
 def folder_of(path: str) -> Folder:
-    """What a folder holds."""
+    """What a folder holds; folders that are linked into it belong to it.
+
+    Raises:
+        ConfigError: there is more in it than a folder of data has, or a part of it cannot be listed.
+    """
+
+    def refuse(error: OSError) -> None:
+        if isinstance(error, FileNotFoundError):  # gone since its name was read
+            return
+        raise ConfigError(f"{error.filename} cannot be listed ({error.strerror}): name files or another folder")
+
     files, left_out = [], []
-    for place, folders, names in os.walk(path):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    seen = 0
+    places = set()  # a link may lead back
+    for place, folders, names in os.walk(path, onerror=refuse, followlinks=True):
+        places.add(os.path.realpath(place))
+        folders[:] = sorted(
+            name
+            for name in folders
+            if not name.startswith(".") and os.path.realpath(os.path.join(place, name)) not in places
+        )
+        seen += len(folders) + len(names)
+        if seen > MOST_IN_FOLDER:
+            raise ConfigError(
+                f"{path} holds more than {MOST_IN_FOLDER:,} files: name the folder, or the files, of the data alone"
+            )
         for name in sorted(name for name in names if not name.startswith(".")):
             whole = os.path.join(place, name)
             stem, suffix = os.path.splitext(whole)

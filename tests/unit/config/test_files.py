@@ -7,7 +7,7 @@ import pytest
 from binidx_files import write_binidx
 
 from src.config import TrainConfig
-from src.config.recognition import recognise
+from src.config.recognition import files_of, recognise
 from src.errors import ConfigError
 
 LINES = '{"text": "a"}\n{"text": "b"}\n'
@@ -94,3 +94,38 @@ def test_pipes_are_not_opened(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     assert recognise(str(tmp_path / "pipe")).data_type == "utf-8"
     assert recognise(str(tmp_path)).data_type == "utf-8"
+
+
+def test_a_folder_that_is_more_than_data_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("src.config.recognition.MOST_IN_FOLDER", 3)
+    for name in ("a.jsonl", "b/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(LINES)
+    assert recognise(str(tmp_path)).data_type == "jsonl"
+    (tmp_path / "b" / "notes").touch()
+    given = {"load_model": "m.pth", "data_file": f"x.jsonl,{tmp_path}"}
+    with pytest.raises(ConfigError, match=f"^{tmp_path} holds more than 3 files: name the folder, or the files, of"):
+        TrainConfig.from_flags(given)
+
+
+def test_folders_linked_into_a_folder_belong_to_it(tmp_path: Path) -> None:
+    for name in ("data", "elsewhere/deeper"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "elsewhere" / "deeper" / "a.jsonl").write_text(LINES)
+    (tmp_path / "data" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "data")  # a circle
+    assert files_of(str(tmp_path / "data")) == (str(tmp_path / "data" / "linked" / "deeper" / "a.jsonl"),)
+
+
+def test_a_folder_that_cannot_be_listed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "closed").mkdir()
+    listed = os.scandir
+
+    def refusing(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ConfigError, match=r"closed cannot be listed \(Permission denied\): name files"):
+        files_of(str(tmp_path))
