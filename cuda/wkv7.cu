@@ -65,7 +65,6 @@ constexpr int kValueWarps = 4;  // consumers of all blocks of a head
 constexpr int kOperandBytes = kTile * kN * 4;
 constexpr int kSmallRow = 20;                       // floats, of a 16x16 matrix
 constexpr int kSmallBytes = kTile * kSmallRow * 4;  // M_ab, then T; M_qb, then P; M_ak
-constexpr int kBarrierBytes = 128;                  // two barriers of 8 bytes for each slot
 
 template <bool kBackward>
 struct Slot {
@@ -91,11 +90,12 @@ struct Slot {
 template <bool kBackward, int kProducers>
 struct Ring {
   static constexpr int kSlots = kProducers + (kBackward ? 1 : 0);
+  static constexpr int kBarrierBytes = (2 * 8 * kSlots + 127) / 128 * 128;  // two for each slot, then whole lines
   static constexpr int kSharedBytes = kBarrierBytes + kSlots * Slot<kBackward>::kBytes;
 };
 static_assert(Ring<false, 4>::kSharedBytes == 90240 && Ring<true, 4>::kSharedBytes == 85888, "said in wkv7_cuda.py");
-static_assert(Ring<false, 8>::kSharedBytes == 180352 && Ring<true, 8>::kSharedBytes == 154496, "likewise");
-static_assert(Ring<false, 10>::kSharedBytes == 225408 && Ring<true, 10>::kSharedBytes == 188800, "likewise");
+static_assert(Ring<false, 8>::kSharedBytes == 180352 && Ring<true, 8>::kSharedBytes == 154624, "likewise");
+static_assert(Ring<false, 10>::kSharedBytes == 225536 && Ring<true, 10>::kSharedBytes == 188928, "likewise");
 
 // Shapes: B batch, T tokens, H heads, S sequences (B for a dense batch). States are [value, key].
 struct Scan {
@@ -412,12 +412,13 @@ WKV7_DEVICE void for_each_piece(Action action) {
 template <bool kBackward, int kProducers, int kConsumers>
 __global__ void __launch_bounds__(32 * (kConsumers + kProducers), 1) scan_kernel(const Scan x) {
   using S = Slot<kBackward>;
-  constexpr int kSlots = Ring<kBackward, kProducers>::kSlots, kShares = kValueWarps / kConsumers;
+  using R = Ring<kBackward, kProducers>;
+  constexpr int kSlots = R::kSlots, kShares = kValueWarps / kConsumers;
   const int share = blockIdx.x % kShares, item = blockIdx.x / kShares;
   const int heads = x.heads, index = item / heads, head = item % heads;
   const Sequence sequence = sequence_at(index, x.borders, x.tokens);
   const int tiles = (sequence.length + kTile - 1) / kTile;
-  const uint32_t full = shared_base(), empty = full + 8 * kSlots, first_slot = full + kBarrierBytes;
+  const uint32_t full = shared_base(), empty = full + 8 * kSlots, first_slot = full + R::kBarrierBytes;
   const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31, row = lane >> 2, quad = lane & 3;
   if (threadIdx.x < kSlots) {
     init_barrier(full + 8 * threadIdx.x, 1);

@@ -5,7 +5,8 @@
 // operands are cut or rounded as the tensor cores do.
 //
 // What is found: wrong indices, layouts and formulas, missing waits for copies (a copy is carried out when it is waited
-// for), barriers that not all threads reach, shared memory read before it is written (it holds NaN) or beyond its end.
+// for), barriers that not all threads reach or whose memory is used for something else, shared memory read before it is
+// written (it holds NaN) or beyond its end.
 // What is not: races that the order of the threads hides. `order` turns it round, or draws it at random, to see whether
 // anything depends on it.
 #ifndef EMULATOR_H
@@ -14,6 +15,7 @@
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstdio>
@@ -86,6 +88,7 @@ struct Warp {
   uint64_t taken[kLanes][8];
 };
 
+constexpr uint32_t kBarrierBytes = 8;
 struct Barrier {
   uint32_t expected = 0, pending = 0, phase = 0;
 };
@@ -97,6 +100,7 @@ struct Block {
   Meeting meeting;
   std::vector<uint8_t> shared;
   std::vector<std::pair<uint32_t, Barrier>> barriers;
+  uint32_t barriers_begin = UINT32_MAX, barriers_end = 0;  // all of them lie within
   int current = 0;
   uint64_t progress = 0;
   jmp_buf scheduler;
@@ -226,6 +230,10 @@ inline uint8_t* shared_at(uint32_t address, uint32_t bytes) {
   if (address % bytes) fail("shared memory: address " + std::to_string(address) + " is no multiple of " + std::to_string(bytes));
   if (address + bytes > b.shared.size())
     fail("shared memory: address " + std::to_string(address) + " is beyond " + std::to_string(b.shared.size()));
+  if (address < b.barriers_end && address + bytes > b.barriers_begin)
+    for (const auto& entry : b.barriers)
+      if (address < entry.first + kBarrierBytes && address + bytes > entry.first)
+        fail("shared memory: address " + std::to_string(address) + " is a barrier's");
   return b.shared.data() + address;
 }
 template <class T>
@@ -559,13 +567,11 @@ inline void ptx_cp_async_wait_all() { emulated::wait_copies(0, true); }
 inline void ptx_prefetch_global_L2(const void*) {}
 
 inline void ptx_mbarrier_init_shared_b64(uint32_t at, uint32_t count) {
-  emulated::shared_at(at, 8);
-  for (auto& entry : emulated::block()->barriers)
-    if (entry.first == at) {
-      entry.second = {count, count, 0};
-      return;
-    }
-  emulated::block()->barriers.push_back({at, {count, count, 0}});
+  emulated::shared_at(at, emulated::kBarrierBytes);
+  emulated::Block& block = *emulated::block();
+  block.barriers.push_back({at, {count, count, 0}});
+  block.barriers_begin = std::min(block.barriers_begin, at);
+  block.barriers_end = std::max(block.barriers_end, at + emulated::kBarrierBytes);
 }
 inline void ptx_mbarrier_arrive_shared_b64(uint32_t at) {
   emulated::Barrier& barrier = emulated::barrier_at(at);
