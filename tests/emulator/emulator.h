@@ -7,8 +7,9 @@
 // What is found: wrong indices, layouts and formulas, missing waits for copies (a copy is carried out when it is waited
 // for), barriers that not all threads reach or whose memory is used for something else, shared memory read before it is
 // written (it holds NaN) or beyond its end.
-// What is not: races that the order of the threads hides. `order` turns it round, or draws it at random, to see whether
-// anything depends on it.
+// Also shared memory that two threads use, one of them writing, with nothing that puts one after the other (`Races`).
+// What is not: races in global memory, and those in arrays that a kernel declares __shared__ with a size. `order` turns
+// the order of the threads round, or draws it at random, to see whether anything depends on it.
 #ifndef EMULATOR_H
 #define EMULATOR_H
 
@@ -88,9 +89,84 @@ struct Warp {
   uint64_t taken[kLanes][8];
 };
 
+// What is known to come before: of each warp, all that it did before its so-and-so-many-th synchronisation.
+using Known = std::vector<uint32_t>;
+inline void join(Known& into, const Known& other) {
+  for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], other[i]);
+}
+
 constexpr uint32_t kBarrierBytes = 8;
 struct Barrier {
   uint32_t expected = 0, pending = 0, phase = 0;
+  Known arriving, complete;  // of those that arrive in this phase; of all phases that have ended
+};
+
+// Who has written and read each two bytes of shared memory last, and when: synchronisations of its warp before.
+//
+// A lane may write what another lane of its warp has read before an instruction that they carry out together, such as a
+// matrix product. What one writes another may read after __syncwarp only.
+struct Races {
+  static constexpr int kNobody = -1, kMany = -2;
+  static constexpr uint32_t kInFlight = UINT32_MAX;
+  struct Access {
+    int thread = kNobody;
+    uint32_t time = 0, together = 0;
+  };
+  int warps = 0;
+  std::vector<Access> written;  // [places]
+  std::vector<Access> read;     // [places, warps]
+  std::vector<uint32_t> times;  // of each warp
+  std::vector<uint32_t> together;  // what its lanes have carried out together
+  std::vector<Known> known;     // by each thread
+
+  void watch(size_t bytes, int threads) {
+    warps = (threads + 31) / 32;
+    written.resize(bytes / 2);
+    read.resize(bytes / 2 * warps);
+    times.assign(warps, 1);
+    together.assign(warps, 0);
+    known.assign(threads, Known(warps, 1));
+    for (int thread = 0; thread < threads; ++thread)
+      for (int warp = 0; warp < warps; ++warp) known[thread][warp] = warp == thread / 32 ? 1 : 0;
+  }
+
+  // The threads from `first` to `last` go on after each other's past.
+  void synchronise(int first, int last) {
+    for (int warp = first / 32; 32 * warp < last; ++warp) ++times[warp];
+    Known all(warps, 0);
+    for (int thread = first; thread < last; ++thread) join(all, known[thread]);
+    for (int warp = first / 32; 32 * warp < last; ++warp) all[warp] = times[warp];
+    for (int thread = first; thread < last; ++thread) known[thread] = all;
+  }
+
+  // Null, or what it meets.
+  const char* touch(uint32_t address, uint32_t bytes, int thread, bool writes) {
+    const int warp = thread / 32;
+    for (uint32_t place = address / 2; place < (address + bytes + 1) / 2; ++place) {
+      const Access& last = written[place];
+      if (last.time == kInFlight) return "is being copied to";
+      if (last.thread != kNobody && last.thread != thread && last.time >= known[thread][last.thread / 32])
+        return writes ? "is written twice" : "is read while it is written";
+      Access* reads = &read[size_t(place) * warps];
+      if (writes) {
+        for (int other = 0; other < warps; ++other)
+          if (reads[other].thread != kNobody && reads[other].thread != thread &&
+              reads[other].time >= known[thread][other] &&
+              (other != warp || reads[other].together == together[warp]))
+            return "is written while it is read";
+        written[place] = {thread, times[warp]};
+      } else {
+        Access& own = reads[warp];
+        const bool alone = own.time < times[warp] || own.together < together[warp] || own.thread == thread;
+        own = {alone ? thread : kMany, times[warp], together[warp]};
+      }
+    }
+    return nullptr;
+  }
+
+  void copying(uint32_t address, uint32_t bytes, uint32_t time) {
+    for (uint32_t place = address / 2; place < (address + bytes) / 2; ++place) written[place].time = time;
+  }
 };
 
 struct Block {
@@ -101,6 +177,7 @@ struct Block {
   std::vector<uint8_t> shared;
   std::vector<std::pair<uint32_t, Barrier>> barriers;
   uint32_t barriers_begin = UINT32_MAX, barriers_end = 0;  // all of them lie within
+  Races races;
   int current = 0;
   uint64_t progress = 0;
   jmp_buf scheduler;
@@ -118,6 +195,10 @@ inline Warp& warp() { return block()->warps[self().number / kLanes]; }
 inline int lanes_of_warp() {
   const int first = self().number / kLanes * kLanes, all = int(block()->threads.size());
   return all - first < kLanes ? all - first : kLanes;
+}
+
+inline void together() {
+  ++block()->races.together[self().number / kLanes];
 }
 
 inline void yield() {
@@ -215,6 +296,7 @@ T exchange(uint32_t mask, T value, From source) {
   const int own = lane(), named = __builtin_popcount(mask);
   w.given[own][0] = to_bits(value);
   meet(w.meetings[mask], named < lanes_of_warp() ? named : lanes_of_warp(), [&] {
+    if (named >= lanes_of_warp()) together();
     for (int l = 0; l < kLanes; ++l)
       if (mask >> l & 1) w.taken[l][0] = w.given[l][0];
   });
@@ -236,20 +318,29 @@ inline uint8_t* shared_at(uint32_t address, uint32_t bytes) {
         fail("shared memory: address " + std::to_string(address) + " is a barrier's");
   return b.shared.data() + address;
 }
+inline void touch(uint32_t address, uint32_t bytes, int thread, bool writes) {
+  if (const char* met = block()->races.touch(address, bytes, thread, writes))
+    fail("shared memory: address " + std::to_string(address) + " " + met + ", seen by thread " + std::to_string(thread));
+}
+// By a thread: the one that runs, if none is named.
 template <class T>
-T read_shared(uint32_t address) {
+T read_shared(uint32_t address, int thread = block()->current) {
   T value;
   std::memcpy(&value, shared_at(address, sizeof(T)), sizeof(T));
+  touch(address, sizeof(T), thread, false);
   return value;
 }
 template <class T>
-void write_shared(uint32_t address, T value) {
+void write_shared(uint32_t address, T value, int thread = block()->current) {
   std::memcpy(shared_at(address, sizeof(T)), &value, sizeof(T));
+  touch(address, sizeof(T), thread, true);
 }
 
 inline void carry_out(const std::vector<Copy>& group) {
+  Races& races = block()->races;
   for (const Copy& copy : group) {
     uint8_t* to = shared_at(copy.address, 16);
+    races.copying(copy.address, 16, races.times[block()->current / kLanes]);
     if (copy.exists)
       std::memcpy(to, copy.source, 16);
     else
@@ -311,6 +402,7 @@ void launch(void (*kernel)(P...), const uint32_t* grid, const uint32_t* size, ui
         b.threads = std::vector<Thread>(size_t(size[0]) * size[1] * size[2]);
         b.warps = std::vector<Warp>((b.threads.size() + kLanes - 1) / kLanes);
         b.shared.assign(shared_bytes, 0xff);
+        b.races.watch(shared_bytes, int(b.threads.size()));
         b.body = [&] { std::apply(kernel, parameters); };
         run_block(b, order);
       }
@@ -366,9 +458,19 @@ inline uint32_t __cvta_generic_to_shared(const void* at) {
 }
 
 inline void __syncthreads() {
-  emulated::meet(emulated::block()->meeting, int(emulated::block()->threads.size()), [] {});
+  const int threads = int(emulated::block()->threads.size());
+  emulated::Races& races = emulated::block()->races;
+  emulated::meet(emulated::block()->meeting, threads, [&] {
+    races.synchronise(0, threads);
+  });
 }
-inline void __syncwarp(uint32_t = 0xffffffffu) { emulated::meet(emulated::warp().meeting, emulated::lanes_of_warp(), [] {}); }
+inline void __syncwarp(uint32_t = 0xffffffffu) {
+  const int first = emulated::self().number - emulated::lane(), lanes = emulated::lanes_of_warp();
+  emulated::Races& races = emulated::block()->races;
+  emulated::meet(emulated::warp().meeting, lanes, [&] {
+    races.synchronise(first, first + lanes);
+  });
+}
 template <class T> T __shfl_sync(uint32_t mask, T value, int from, int width = 32) {
   return emulated::exchange(mask, value, [=](int own) { return own / width * width + from % width; });
 }
@@ -427,10 +529,11 @@ namespace emulated {
 // Row `row` of 8x8 matrix `matrix` is at the address that lane 8 * matrix + row gave.
 inline void move_matrices(uint32_t (&m)[4], uint32_t at, bool transposed, bool stores) {
   Warp& w = warp();
-  const int own = lane();
+  const int own = lane(), own_first = self().number - own;
   w.given[own][0] = at;
   for (int i = 0; i < 4; ++i) w.given[own][1 + i] = m[i];
   meet(w.meeting, kLanes, [&] {
+    together();
     for (int l = 0; l < kLanes; ++l)
       for (int i = 0; i < 4; ++i) {
         uint32_t word = 0;
@@ -438,10 +541,11 @@ inline void move_matrices(uint32_t (&m)[4], uint32_t at, bool transposed, bool s
           const int row = transposed ? 2 * (l % 4) + half : l / 4, column = transposed ? l / 4 : 2 * (l % 4) + half;
           const uint32_t address = uint32_t(w.given[8 * i + row][0]);
           shared_at(address, 16);
+          const int thread = own_first + l;
           if (stores)
-            write_shared(address + 2 * column, uint16_t(w.given[l][1 + i] >> (16 * half)));
+            write_shared(address + 2 * column, uint16_t(w.given[l][1 + i] >> (16 * half)), thread);
           else
-            word |= uint32_t(read_shared<uint16_t>(address + 2 * column)) << (16 * half);
+            word |= uint32_t(read_shared<uint16_t>(address + 2 * column, thread)) << (16 * half);
         }
         w.taken[l][i] = word;
       }
@@ -458,6 +562,7 @@ void multiply(float (&c)[4], const uint32_t* operands, int count, int depth, InA
   for (int i = 0; i < count; ++i) w.given[own][i] = operands[i];
   float sums[4];
   meet(w.meeting, kLanes, [&] {
+    together();
     for (int l = 0; l < kLanes; ++l)
       for (int i = 0; i < count; ++i) w.taken[l][i] = w.given[l][i];
   });
@@ -499,6 +604,7 @@ inline void ptx_movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& result, uint32_t
   const int own = emulated::lane();
   w.given[own][0] = fragment;
   emulated::meet(w.meeting, 32, [&] {
+    emulated::together();
     for (int l = 0; l < 32; ++l) {
       uint32_t word = 0;
       for (int half = 0; half < 2; ++half) {
@@ -559,6 +665,9 @@ inline void ptx_mma_sync_aligned_m16n8k8_row_col_f32_tf32_tf32_f32(float& c0, fl
 }
 
 inline void ptx_cp_async_cg_shared_global(uint32_t at, const void* source, int bytes) {
+  emulated::shared_at(at, 16);
+  emulated::touch(at, 16, emulated::block()->current, true);
+  emulated::block()->races.copying(at, 16, emulated::Races::kInFlight);
   emulated::self().copies.back().push_back({at, source, bytes == 16});
 }
 inline void ptx_cp_async_commit_group() { emulated::self().copies.emplace_back(); }
@@ -569,18 +678,29 @@ inline void ptx_prefetch_global_L2(const void*) {}
 inline void ptx_mbarrier_init_shared_b64(uint32_t at, uint32_t count) {
   emulated::shared_at(at, emulated::kBarrierBytes);
   emulated::Block& block = *emulated::block();
-  block.barriers.push_back({at, {count, count, 0}});
+  const emulated::Known none(block.races.warps, 0);
+  block.barriers.push_back({at, {count, count, 0, none, none}});
   block.barriers_begin = std::min(block.barriers_begin, at);
   block.barriers_end = std::max(block.barriers_end, at + emulated::kBarrierBytes);
 }
 inline void ptx_mbarrier_arrive_shared_b64(uint32_t at) {
   emulated::Barrier& barrier = emulated::barrier_at(at);
   ++emulated::block()->progress;
-  if (--barrier.pending == 0) barrier.pending = barrier.expected, barrier.phase ^= 1;
+  const emulated::Races& races = emulated::block()->races;
+  emulated::join(barrier.arriving, races.known[emulated::block()->current]);
+  if (--barrier.pending == 0) {
+    barrier.pending = barrier.expected, barrier.phase ^= 1;
+    barrier.complete = barrier.arriving;
+  }
 }
 inline void ptx_mbarrier_try_wait_parity_shared_b64(uint32_t& done, uint32_t at, uint32_t parity) {
-  done = emulated::barrier_at(at).phase != (parity & 1);
-  if (!done) emulated::yield();
+  const emulated::Barrier& barrier = emulated::barrier_at(at);
+  emulated::Races& races = emulated::block()->races;
+  done = barrier.phase != (parity & 1);
+  if (done)
+    emulated::join(races.known[emulated::block()->current], barrier.complete);
+  else
+    emulated::yield();
 }
 inline void ptx_mbarrier_test_wait_parity_shared_b64(uint32_t& done, uint32_t at, uint32_t parity) {
   ptx_mbarrier_try_wait_parity_shared_b64(done, at, parity);
