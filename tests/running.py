@@ -23,8 +23,12 @@ import torch
 from binidx_files import write_binidx
 from torch import Tensor
 
-from src.training import stopper as stopping
-from src.training.objectives import Staged
+from src.training import lightning
+
+lightning.ready()  # as the program imports it, which takes half the time
+
+from src.training import stopper as stopping  # noqa: E402
+from src.training.objectives import Staged  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
 

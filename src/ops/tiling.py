@@ -3,8 +3,9 @@
 Shapes: B batch, T tokens, H heads, N head size, S sequences, L tokens of a tile, M tiles.
 """
 
+import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 
 import torch
@@ -77,6 +78,19 @@ def plan_tiles(
         tile_tokens: L.
         span_tokens: multiple of L, tokens of one sequence in a span.
     """
+    plan = _plan_on_cpu(tuple(lengths), batch, tile_tokens, span_tokens)
+    if device.type == "cpu":
+        return plan
+
+    def moved(index: Tensor | None) -> Tensor | None:
+        return None if index is None else index.to(device)
+
+    spans = [replace(span, tokens=moved(span.tokens), places=moved(span.places)) for span in plan.spans]
+    return replace(plan, spans=tuple(spans), order=plan.order.to(device))
+
+
+@functools.lru_cache(maxsize=16)  # a step's layers ask for the same again
+def _plan_on_cpu(lengths: tuple[int, ...], batch: int, tile_tokens: int, span_tokens: int) -> Tiling:
     ranks = sorted(range(len(lengths)), key=lambda sequence: -lengths[sequence])
     tile_counts = [-(-length // tile_tokens) for length in lengths]
     steps = max(tile_counts, default=0)
@@ -85,9 +99,7 @@ def plan_tiles(
 
     is_view = batch == len(lengths) and len(set(lengths)) == 1 and lengths[0] % tile_tokens == 0
     if not is_view:
-        places = _places(lengths, ranks, first_tiles, tile_tokens)
-        places, tokens = places.sort()
-        on_device = places.to(device), tokens.to(device)
+        places, tokens = _places(lengths, ranks, first_tiles, tile_tokens).sort()
 
     spans = []
     steps_of_span = span_tokens // tile_tokens
@@ -99,8 +111,8 @@ def plan_tiles(
         else:
             rows = torch.tensor((borders[0], borders[-1])) * tile_tokens
             of_span = slice(*torch.searchsorted(places, rows).tolist())
-            spans.append(Span(first, within, on_device[1][of_span], on_device[0][of_span] - int(rows[0])))
-    return Tiling(tile_tokens, tuple(spans), torch.tensor(ranks, dtype=torch.int64).to(device), batch)
+            spans.append(Span(first, within, tokens[of_span], places[of_span] - int(rows[0])))
+    return Tiling(tile_tokens, tuple(spans), torch.tensor(ranks, dtype=torch.int64), batch)
 
 
 def _places(lengths: Sequence[int], ranks: Sequence[int], first_tiles: Sequence[int], tile_tokens: int) -> Tensor:

@@ -19,7 +19,8 @@ Memory: the forward saves its inputs and one state per span of `SPAN_TOKENS` tok
 span at a time. Accumulation in float32 (float64 for float64 inputs).
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,16 +67,29 @@ def _decay_products(w_raw: Tensor, *, with_levels: bool) -> _Decays:
     return _Decays(tuple(levels), before, after, whole.reshape(*shape[:2], 1, shape[3]))
 
 
-def _level_masks(like: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _level_masks(like: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
     """For each level, [L, L]: 1 where (i, j) is a pair of it; 1 where i > t lie in one block."""
-    token = torch.arange(TILE_TOKENS, device=like.device)
+    if like.device.type == "cpu":
+        return _level_masks_on_cpu(like.dtype)
+    return _made_level_masks(like.dtype, like.device)
+
+
+@functools.cache
+def _level_masks_on_cpu(dtype: torch.dtype) -> tuple[tuple[Tensor, Tensor], ...]:
+    return _made_level_masks(dtype, torch.device("cpu"))
+
+
+def _made_level_masks(dtype: torch.dtype, device: torch.device) -> tuple[tuple[Tensor, Tensor], ...]:
+    token = torch.arange(TILE_TOKENS, device=device)
     row, column = token[:, None], token[None, :]
+    masks = []
     size = 1
     while size < TILE_TOKENS:
         pair = (row // (2 * size) == column // (2 * size)) & (row // size > column // size)
         later = (row // size == column // size) & (column > row)
-        yield pair.to(like.dtype), later.to(like.dtype)
+        masks.append((pair.to(dtype), later.to(dtype)))
         size *= 2
+    return tuple(masks)
 
 
 def _pair_weights(r: Tensor, k: Tensor, u: Tensor, decays: _Decays) -> Tensor:

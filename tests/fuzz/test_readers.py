@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from pathlib import Path
 from types import FrameType
@@ -23,9 +22,8 @@ class TooSlow(BaseException):
 
 
 @pytest.fixture
-def table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Reader]:
-    """The readers by name. Nothing waits for the disk."""
-    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
+def table(tmp_path: Path) -> dict[str, Reader]:
+    """The readers by name."""
     (tmp_path / "seeds").mkdir()
     return readers(tmp_path / "seeds")
 
