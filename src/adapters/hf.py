@@ -144,7 +144,7 @@ def _said_by(path: Path) -> dict[str, Any]:
     if start not in starts:
         raise CheckpointError(
             f"{path}: its weights were started as {json.dumps(start)}, which changes the base model or the formula: "
-            "save it in peft as plain LoRA, or merge it there"
+            f"{'save it in peft as plain LoRA, or ' if kind == 'LORA' else ''}merge it there"
         )
     r = config.get("r")
     if not isinstance(r, int) or r < 1:

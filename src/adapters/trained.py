@@ -137,7 +137,8 @@ class Trained:
     def describe(self) -> str:
         """One phrase for its adapters."""
         scale = f" (scale {self.scale:g})" if self.kind == "lora" else ""
-        return f"{_WORDS[self.kind]} r {self.r}{scale} on {len(self.adapters)} matrices"
+        matrices = "matrix" if len(self.adapters) == 1 else "matrices"
+        return f"{_WORDS[self.kind]} r {self.r}{scale} on {len(self.adapters)} {matrices}"
 
 
 def read_trained(path: PathLike, shape: ModelShape, told: Told = Told()) -> Trained:

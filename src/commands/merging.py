@@ -68,7 +68,13 @@ def _report(report: MergeReport, config: MergeConfig, quant: str) -> Iterator[st
     yield f"base     {shape.parameter_count:,} weights in {report.base_dtype}{rest}, copied bit for bit"
     yield f"written  {config.output} ({report.size_bytes:,} bytes)"
     yield from _notes(report, config)
-    yield "next     load it like the base model" + (f": {shape.merged_state}" if trained.states else "")
+    if config.output.endswith(".safetensors"):
+        yield (
+            "next     put the config.json and tokenizer of the base model in Hugging Face's form beside it;\n"
+            "         train.py --load_model takes it as it is"
+        )
+    else:
+        yield "next     load it like the base model" + (f": {shape.merged_state}" if trained.states else "")
 
 
 def _notes(report: MergeReport, config: MergeConfig) -> Iterator[str]:

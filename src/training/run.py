@@ -335,7 +335,11 @@ def model_shape(config: TrainConfig, base: Checkpoint | None) -> ModelShape:
         shape = base.info.shape
     problems = shape.contradictions({name: getattr(config, name) for name in SIZE_FLAGS})
     if config.my_testing not in ("", shape.architecture):
-        problems.insert(0, f"--my_testing {config.my_testing} contradicts the checkpoint, which is {shape.family}")
+        problems.insert(
+            0,
+            f"--my_testing {config.my_testing} contradicts the checkpoint, which is {shape.family}; leave the flag out "
+            f"or give {shape.architecture}",
+        )
     if problems:
         raise ConfigError("; ".join(problems))
     return shape

@@ -30,7 +30,8 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "src" / "demo"
 
-ADAPTER_RATES = ("2e-5", "2e-4", "1e-3", "3e-3", "1e-2")
+ADAPTER_RATES = ("2e-5", "2e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1")
+WHOLE_RATES = ("1e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
 R = "16"
 FLAGS = {
     "load_model": str(DEMO / "base.pth"), "data_file": str(DEMO / "sft.jsonl"),
@@ -52,13 +53,15 @@ class Way:
 
 METHODS = {
     "states": Way("states", {"train_type": "states"}, ("0.3", "1", "3", "10", "30", "100")),
-    "lora": Way("LoRA", {**LORA, **ALONE}, (*ADAPTER_RATES, "3e-2")),
+    "lora": Way("LoRA", {**LORA, **ALONE}),
     "pissa": Way("PiSSA", {"peft": "pissa", "pissa_r": R, **ALONE}),
     "bone": Way("Bone", {"peft": "bone", "bone_r": R, **ALONE}),
     "bat": Way("Bat", {"peft": "bat", "bone_r": R, **ALONE}),
     "states-lora": Way(
         "states (`--lr_state 10`) + LoRA", {**LORA, **ALONE, "train_type": "states", "lr_state": "10"}, ("3e-3", "1e-2")
     ),
+    "lisa": Way("LISA, 2 layers, others every 10 steps", {"peft": "lisa", "lisa_r": "2", "lisa_k": "10"}, WHOLE_RATES),
+    "none": Way("every weight", {"train_type": "none"}, WHOLE_RATES),
 }
 HELD_OUT = re.compile(r" (before|after): +loss ([\d.]+|nan|inf) ")
 

@@ -129,6 +129,8 @@ def test_a_merged_model_in_hugging_face_s_form(base: Path, shape: ModelShape, tm
     for name in ("merged.safetensors", "merged.pth"):
         ended = run_script("merge_state.py", base, tmp_path / "lora.pth", tmp_path / name, **flags)
         assert ended.code == 0, ended.err
+        assert ("config.json" in ended.out) == (name != "merged.pth")
+        assert ("like the base model" in ended.out) == (name == "merged.pth")
     hf, own = (open_checkpoint(tmp_path / name) for name in ("merged.safetensors", "merged.pth"))
     assert hf.keys() == own.keys() - shape.idle_names()
     assert all(torch.equal(tensor, own[key]) for key, tensor in hf.items())
@@ -227,7 +229,10 @@ def test_rejects_from_a_tuned_state(base: Path, shape: ModelShape, tmp_path: Pat
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"my_testing": "x060"}, "--my_testing x060 contradicts the checkpoint, which is RWKV-7 (x070)"),
+        (
+            {"my_testing": "x060"},
+            "--my_testing x060 contradicts the checkpoint, which is RWKV-7 (x070); leave the flag out or give x070",
+        ),
         ({"head_size_divisor": 4}, "--head_size_divisor 4 would change an eps that is 0.00064 in every RWKV-7 model"),
         ({"double_extra_dim": 1}, "--double_extra_dim 1 belongs to RWKV-6"),
         ({"peft": "lora", "targets": "gate"}, "--targets gate is no matrix of this model"),
