@@ -15,7 +15,7 @@ from src.config.fields import Fields
 from src.config.recognition import QUESTION_ANSWER
 from src.data.inputs import MalformedEntry, kind_of, listed_names, shown, string_of
 from src.data.templates import Turn
-from src.data.tools import call_text, result_text, tools_text
+from src.data.tools import call_text, joined_results, result_text, tools_text
 
 FORMS = (
     '{"messages": […]}, {"conversations": […]}, {"prompt": …, "response": …}, {"instruction": …, "output": …}, '
@@ -261,24 +261,30 @@ def turns_of(messages: object, unread: set[str], name: str = "messages") -> list
     if not isinstance(messages, list):
         raise MalformedEntry(f'"{name}" is {kind_of(messages)}, expected a list')
     turns: list[Turn] = []
+    before = ""
     for position, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise MalformedEntry(f"message {position} is {kind_of(message)}, expected an object")
-        turn, read = _turn(message, position)
+        role = _role(message, position)
+        turn, read = _turn(message, position, role)
         if turn.role == "system" and turns:
             raise MalformedEntry(f"message {position} is a system message; it may only come first")
-        if turns and turn.role == turns[-1].role:
+        if role == before == "tool":
+            turn = Turn(turn.role, joined_results(turns.pop().content, turn.content))
+        elif turns and turn.role == turns[-1].role:
+            what = " (a tool's result is one)" if "tool" in (role, before) else ""
             raise MalformedEntry(
-                f"message {position} is a second {turn.role} message in a row; join it to the one before"
+                f"message {position} is a second {turn.role} message{what} in a row; join it to the one before"
             )
         turns.append(turn)
+        before = role
         unread |= {f"messages: {key}" for key in message.keys() - read}
     return turns
 
 
-def _turn(message: dict[str, Any], position: int) -> tuple[Turn, set[str]]:
-    """A message as a turn, and the names of what was read of it."""
-    said_by, said = ("from", "value") if "from" in message else ("role", "content")
+def _role(message: dict[str, Any], position: int) -> str:
+    """Who says a message: a value of `_ROLES`."""
+    said_by = "from" if "from" in message else "role"
     if said_by not in message:
         raise MalformedEntry(f'message {position} has no "role"')
     named = string_of(message, said_by)
@@ -288,22 +294,41 @@ def _turn(message: dict[str, Any], position: int) -> tuple[Turn, set[str]]:
             "system, user, assistant, tool" if said_by == "role" else "system, human, gpt, function_call, observation"
         )
         raise MalformedEntry(f"message {position} has the role {shown(named)}; known are {known}")
-    calls = role == ANSWERING and message.get("tool_calls") is not None
-    if not calls and said not in message:
+    return role
+
+
+def _turn(message: dict[str, Any], position: int, role: str) -> tuple[Turn, set[str]]:
+    """A message as a turn, and the names of what was read of it."""
+    said_by, said = ("from", "value") if "from" in message else ("role", "content")
+    calls = message.get("tool_calls") if role == ANSWERING else None
+    if calls in (None, []) and said not in message:
         raise MalformedEntry(f'message {position} has no "{said}"')
     read = {said_by, said}
-    if calls:
-        return Turn(role, call_text(message, position)), {*read, "tool_calls"}
+    content = message.get(said)
     if role == "call":
-        return Turn(ANSWERING, call_text({"tool_calls": _listed_calls(message[said], position)}, position)), read
+        return Turn(ANSWERING, call_text(_listed_calls(content, position), "", position)), read
     if role == "tool":
-        return Turn("user", result_text({"content": message[said]}, position)), read
-    content = message[said]
-    text = _joined(content, position) if isinstance(content, list) else string_of(message, said)
+        return Turn("user", result_text(_joined(content, position) if _is_parts(content) else content, position)), read
+    if calls not in (None, []) and content is None:
+        text = ""
+    else:
+        text = _joined(content, position) if isinstance(content, list) else string_of(message, said)
+    if role == ANSWERING and "tool_calls" in message:
+        read.add("tool_calls")
+        text = text if calls in (None, []) else call_text(calls, text, position)
     apart = next((name for name in _REASONING if isinstance(message.get(name), str)), "")
     if role == ANSWERING and apart:
         return Turn(role, text, message[apart]), {*read, apart}
     return Turn(role, text), read
+
+
+def _is_parts(content: object) -> bool:
+    """Whether a tool's result is a text in parts, and not a list of its own."""
+    return (
+        isinstance(content, list)
+        and bool(content)
+        and all(isinstance(part, dict) and part.get("type") == "text" and "text" in part for part in content)
+    )
 
 
 def _joined(parts: list[Any], position: int) -> str:

@@ -7,11 +7,11 @@ user's. Source: `RWKV7-G1x-templates.txt` of RWKV-LM (2026-07).
 from __future__ import annotations
 
 import json
-from typing import Any
 
 from src.data.inputs import MalformedEntry, kind_of, string_of
 
 _INSTRUCTION = "Return only a JSON function call."
+_RESULT = "Function output:\n"
 
 
 def tools_text(tools: object) -> str:
@@ -31,26 +31,29 @@ def tools_text(tools: object) -> str:
     return f"Tools:\n{listed}\n{_INSTRUCTION}"
 
 
-def result_text(message: dict[str, Any], position: int) -> str:
-    """The user's turn that hands a tool's result back.
+def result_text(result: object, position: int) -> str:
+    """The user's turn that hands a tool's result back: a text as it is, all else as JSON.
 
     Raises:
         MalformedEntry: it is empty.
     """
-    content = message["content"]
-    text = string_of(message, "content").strip() if isinstance(content, str) else _json(content)
-    if not text or content is None:
+    text = string_of({"content": result}, "content").strip() if isinstance(result, str) else _json(result)
+    if not text or result is None:
         raise MalformedEntry(f"message {position}, a tool's result, is empty")
-    return f"Function output:\n{text}"
+    return f"{_RESULT}{text}"
 
 
-def call_text(message: dict[str, Any], position: int) -> str:
+def joined_results(first: str, second: str) -> str:
+    """Two of them as one turn: what several calls made at once give back."""
+    return f"{first}\n{second.removeprefix(_RESULT)}"
+
+
+def call_text(calls: object, said: str, position: int) -> str:
     """An answer that calls tools: its calls as a fenced JSON block, and after that what it says.
 
     Raises:
         MalformedEntry: a call has no name, or its arguments are no JSON.
     """
-    calls = message["tool_calls"]
     if not isinstance(calls, list) or not calls:
         raise MalformedEntry(f'message {position}: "tool_calls" is {kind_of(calls)}, expected a list, not empty')
     made = []
@@ -67,9 +70,8 @@ def call_text(message: dict[str, Any], position: int) -> str:
                     f"message {position}: the arguments of {function['name']} are a text that is no JSON"
                 ) from None
         made.append({"name": function["name"], "arguments": arguments})
-    said = "" if message.get("content") is None else string_of(message, "content").strip()
     block = f"```json\n{_json(made[0] if len(made) == 1 else made)}\n```"
-    return f"{block}\n{said}" if said else block
+    return f"{block}\n{said.strip()}" if said.strip() else block
 
 
 def _json(value: object) -> str:

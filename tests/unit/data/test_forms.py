@@ -332,6 +332,10 @@ class TestWhatIsSaid:
             ({"conversations": [], "chosen": {}, "rejected": {}}, "it is a preference pair"),
             ({"conversations": [{"from": "alien", "value": "a"}]}, "role 'alien'; known are system, human, gpt"),
             ({"conversations": [{"from": "human", "value": "a"}] * 2}, "a second user message in a row; join it"),
+            (
+                {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
+                r"message 2 is a second user message (a tool's result is one) in a row",
+            ),
             ({"conversations": "a"}, '"conversations" is a string, expected a list'),
             ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type 'image_url'; only text"),
             ({"messages": [{"role": "user", "content": ["a"]}]}, "message 1 holds a string; only text"),

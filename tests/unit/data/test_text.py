@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from src.config.fields import fields_in
+from src.data.forms import content_of_entry
 from src.data.sources import open_documents
-from src.data.templates import WORLD_CHAT, Part, Rendering, Turn
+from src.data.templates import CHAT_TEMPLATES, WORLD_CHAT, Part, Rendering, Turn
 from src.data.text import read_entries
 from src.errors import DataError
 from src.tokenizer import ByteTokenizer, WorldTokenizer
@@ -88,6 +89,40 @@ def test_tools_calls_and_results_as_g1_models_know_them(tmp_path):
     lines = "System: Tools:\n- weather(city: string)\n- time()\nReturn only a JSON function call.\n\n"
     assert text_and_counted(documents, 1)[0] == lines + "".join(turns)
     assert "Not read: 'messages: tool_call_id' (2 lines)." in documents.statements
+
+
+def test_several_calls_at_once_and_what_they_give_back(tmp_path):
+    """Results one after another are one turn; a list of texts in parts is their text, another list is JSON."""
+    calls = [{"function": {"name": "a", "arguments": "{}"}}, {"function": {"name": "b", "arguments": {"x": 1}}}]
+    documents = read_lines(
+        tmp_path,
+        {
+            "messages": [
+                {"role": "user", "content": "Both?"},
+                {"role": "assistant", "content": [{"type": "text", "text": "At once."}], "tool_calls": calls},
+                {"role": "tool", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": " more"}]},
+                {"role": "tool", "content": [1, 2]},
+                {"role": "assistant", "content": "Done.", "tool_calls": []},
+            ]
+        },
+    )
+    text, _ = text_and_counted(documents, 0)
+    made = '[{"name": "a", "arguments": {}}, {"name": "b", "arguments": {"x": 1}}]'
+    assert text == (
+        f"User: Both?\n\nAssistant: ```json\n{made}\n```\nAt once.\n\n"
+        "User: Function output:\none more\n[1, 2]\n\nAssistant: Done.\n\n∎"
+    )
+    assert not any("Not read" in statement for statement in documents.statements)
+
+
+def test_an_answer_that_calls_may_reason_before():
+    call = {"function": {"name": "a", "arguments": {}}}
+    answer = {"role": "assistant", "content": None, "reasoning_content": "hm", "tool_calls": [call]}
+    content = content_of_entry({"messages": [{"role": "user", "content": "Go."}, answer]})
+    assert content.unread == set()
+    parts = CHAT_TEMPLATES["think"].render(content.turns, Rendering())
+    block = '```json\n{"name": "a", "arguments": {}}\n```'
+    assert "".join(part.text for part in parts) == f"User: Go.\n\nAssistant: <think>\nhm\n</think>\n{block}\n\n"
 
 
 def test_a_conversation(tmp_path):
