@@ -304,7 +304,7 @@ def _turn(message: dict[str, Any], position: int, role: str) -> tuple[Turn, set[
     if calls in (None, []) and said not in message:
         raise MalformedEntry(f'message {position} has no "{said}"')
     read = {said_by, said}
-    content = message.get(said)
+    content: Any = message.get(said)
     if role == "call":
         return Turn(ANSWERING, call_text(_listed_calls(content, position), "", position)), read
     if role == "tool":
