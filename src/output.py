@@ -10,6 +10,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 
+def several(number: int, noun: str) -> str:
+    """So many of something, in words."""
+    one, plural = (noun[:-1] + "y", noun[:-1] + "ies") if noun.endswith("y") else (noun, f"{noun}s")
+    return f"{number:,} {one if number == 1 else plural}"
+
+
 class LastingStream:
     """A text stream that, once it cannot be written, takes everything and shows nothing.
 

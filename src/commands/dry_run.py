@@ -24,12 +24,13 @@ from src.errors import EXIT_CODE, TrainingError
 from src.identity import FileIdentity
 from src.loading import open_model
 from src.model.shape import ModelShape
+from src.output import several
 from src.system import process_bytes
 from src.training.engine import Hardware, apply_hardware, resolve_hardware
 from src.training.estimate import Largest, MemoryEstimate, estimate_memory, largest_that_fit, positions_of
 from src.training.graphs import may_record, may_record_chunks
 from src.training.memory import chunk_that_fits, require_memory_of_run
-from src.training.report import memory_advice, plan_of, say, several
+from src.training.report import memory_advice, plan_of, say
 from src.training.run import choose_recomputation, fresh_base, load_options, model_shape, turns_of, with_seed
 from src.training.trial import Trial, try_steps
 from src.training.unpacked import free_bytes

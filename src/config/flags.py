@@ -132,6 +132,7 @@ class Flags:
         """
         given, problems = cls._translated(given)
         values: dict[str, Any] = {}
+        refused: list[str] = []
         specs = {spec.name: spec for spec in dataclasses.fields(cls)}
         for name, text in given.items():
             if name in cls.unsupported:
@@ -142,9 +143,11 @@ class Flags:
             try:
                 values[name] = _typed(specs[name], text)
             except ConfigError as problem:
+                refused.append(name)
                 problems.append(str(problem))
         config = cls(**values)._completed()
-        problems += config._problems(given)
+        missing = tuple(f"--{name} is missing" for name in refused)
+        problems += [problem for problem in config._problems(given) if not problem.startswith(missing)]
         if problems:
             raise ConfigError(_together(problems))
         return config

@@ -62,9 +62,15 @@ def read_binidx(prefix: str, vocab_size: int) -> Documents:
     if Path(prefix).suffix in (".idx", ".bin"):
         prefix = prefix[: -len(".idx")]
     index_path, tokens_path = Path(f"{prefix}.idx"), Path(f"{prefix}.bin")
+    if not any(os.path.exists(path) for path in (prefix, index_path, tokens_path)):
+        raise DataError(
+            f"{prefix} does not exist, neither as a file or folder nor as binidx data ({index_path} is missing); "
+            f"check the path.{_hint(prefix)}"
+        )
+    how = " --data_file takes their common path without suffix."
     for path in (index_path, tokens_path):
         if not os.path.exists(path):
-            raise DataError(f"{path} is missing: binidx data is {index_path} and {tokens_path}.{_hint(prefix)}")
+            raise DataError(f"{path} is missing: binidx data is {index_path} and {tokens_path}.{_hint(prefix) or how}")
     dtype, sizes, offsets = _read_index(index_path)
 
     starts = np.concatenate((np.zeros(1, np.int64), np.cumsum(sizes, dtype=np.int64)))[:-1]
@@ -222,8 +228,8 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], Positions, Positions]:
 
 
 def _hint(prefix: str) -> str:
-    """What to do when `prefix` is a file of its own or stands beside one."""
+    """What to do when `prefix` is a file of its own or stands beside one; "" when it does not."""
     for path in (Path(prefix), Path(f"{prefix}.jsonl"), Path(f"{prefix}.txt")):
         if os.path.isfile(path):
             return f" For {path} use --data_type {recognise(str(path)).data_type} --data_file {path}."
-    return " --data_file takes their common path without suffix."
+    return ""

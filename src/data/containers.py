@@ -35,6 +35,7 @@ from src.errors import DataError
 
 UNITS = {LINES: "line", ARRAY: "entry", TABLE: "line", PARQUET: "row"}
 """What entries are counted by, from 1: lines of the file, or the entries themselves."""
+_PLURAL = {"line": "lines", "entry": "entries", "row": "rows"}
 
 _SHOWN_REASONS, _SHOWN_PLACES, _LONGEST_REASON = 5, 6, 250
 _CSV_FIELD_LIMIT = 2**31 - 1
@@ -42,6 +43,7 @@ _PIECE_BYTES = 1 << 20
 _BATCH_ROWS = 1024
 _STRUCTURE = re.compile(rb'["\[\]{},]')
 _UTF8_BOM = b"\xef\xbb\xbf"
+_OPENED_ALONE = re.compile(rb'(\xef\xbb\xbf)?\s*\{[ \t]*\r?\n\s*"')
 
 
 class Entry(NamedTuple):
@@ -77,6 +79,11 @@ class Entries:
         with content_of(path) as file:
             self.head = file.read(PEEKED_BYTES)
         self.container = container_of(self.head, path)
+        if self.container == LINES and _OPENED_ALONE.match(self.head):
+            raise DataError(
+                f"{path} begins with a JSON object that takes several lines: write an array of entries, [{{…}}, …], or "
+                "each entry on one line."
+            )
         self.unit = UNITS[self.container]
         self.columns: list[str] = []
 
@@ -100,7 +107,7 @@ class Entries:
                 try:
                     yield Entry(number, json_object(decoded(self.path, element, line)))
                 except MalformedEntry as error:
-                    yield Entry(number, MalformedEntry(f"{error}; it begins in line {line}"))
+                    yield Entry(number, MalformedEntry(f"{error.reason}; it begins in line {line}", error.expected))
 
     def _of_table(self) -> Iterator[Entry]:
         rows = self._rows()
@@ -166,42 +173,58 @@ class BadEntries:
 
     def __init__(self) -> None:
         self._places: dict[str, list[tuple[str, str, int]]] = {}
+        self._expected: dict[str, str] = {}
+        self._others: list[tuple[str, str, int]] = []
         self._counts: Counter[str] = Counter()
         self._total = 0
 
     def __bool__(self) -> bool:
         return self._total > 0
 
-    def add(self, file: str, unit: str, number: int, reason: str) -> None:
+    def add(self, file: str, unit: str, number: int, error: MalformedEntry) -> None:
         """Notes one; `unit` is what `number` counts in the file."""
         self._total += 1
-        reason = reason.removesuffix(".")
+        reason = error.reason.removesuffix(".")
+        self._expected[reason] = error.expected
         if reason in self._places or len(self._places) < _SHOWN_REASONS:
             self._counts[reason] += 1
             if self._counts[reason] <= _SHOWN_PLACES:
                 self._places.setdefault(reason, []).append((file, unit, number))
+        elif len(self._others) < _SHOWN_PLACES:
+            self._others.append((file, unit, number))
 
     def refuse(self) -> None:
         """Raises DataError, which names all of them, where there are any."""
         if not self._total:
             return
-        if self._total == 1:
-            ((reason, ((file, unit, number),)),) = self._places.items()
-            raise DataError(f"{file}, {unit} {number}: {reason}.")
-        files = {file for places in self._places.values() for file, _, _ in places}
+        files = {file for places in (*self._places.values(), self._others) for file, _, _ in places}
+        often = Counter(self._expected[reason] for reason in self._places)
         parts = []
         for reason, places in self._places.items():
-            first, unit, _ = places[0]
-            numbers = [f"{number}" if file == first else f"{file} {number}" for file, _, number in places]
             rest = self._counts[reason] - len(places)
             more = f" and {rest:,} more" if rest else ""
             words = reason if len(reason) <= _LONGEST_REASON else f"{reason[:_LONGEST_REASON]}…"
-            where = f"{first}, " if len(files) > 1 else ""
-            parts.append(f"{where}{unit}{'s' if len(numbers) > 1 else ''} {', '.join(numbers)}{more}: {words}")
+            expected = self._expected[reason]
+            once = f", expected {expected}" if expected and often[expected] == 1 else ""
+            parts.append(f"{_placed(places, with_file=len(files) > 1)}{more}: {words}{once}")
+        if self._total == 1:
+            raise DataError(f"{files.pop()}, {parts[0]}.")
         rest = self._total - self._counts.total()
-        others = f"; and {rest:,} more for other reasons" if rest else ""
+        if rest:
+            more = f" and {rest - len(self._others):,} more" if rest > len(self._others) else ""
+            parts.append(f"{_placed(self._others, with_file=len(files) > 1)}{more}: other reasons")
         beginning = f"{files.pop()}: " if len(files) == 1 else ""
-        raise DataError(f"{beginning}{self._total:,} entries cannot be read: {'; '.join(parts)}{others}.")
+        expected = " ".join(f"Expected are {text}." for text, times in often.items() if text and times > 1)
+        said = f"{beginning}{self._total:,} entries cannot be read: {'; '.join(parts)}."
+        raise DataError(f"{said} {expected}".rstrip())
+
+
+def _placed(places: list[tuple[str, str, int]], *, with_file: bool) -> str:
+    """Where entries stand: lines 2, 5."""
+    first, unit, _ = places[0]
+    numbers = [f"{number}" if file == first else f"{file} {number}" for file, _, number in places]
+    units = unit if len(numbers) == 1 else _PLURAL[unit]
+    return f"{f'{first}, ' if with_file else ''}{units} {', '.join(numbers)}"
 
 
 def _too_many(fields: list[str], columns: list[str]) -> MalformedEntry:

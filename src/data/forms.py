@@ -30,6 +30,7 @@ _ROLES = {
     "assistant": ANSWERING, "gpt": ANSWERING, "chatgpt": ANSWERING, "model": ANSWERING, "bot": ANSWERING,
     "tool": "tool", "function": "tool", "observation": "tool", "function_call": "call",
 }  # fmt: skip
+_CALLS = ("tool_calls", "function_call")
 _NAMES = {
     ("prompt", "response"): "prompt and response", ("prompt", "completion"): "prompt and completion",
     ("instruction", "output"): "Alpaca", ("instruction", "response"): "Dolly",
@@ -161,7 +162,20 @@ def content_of_entry(entry: Mapping[str, Any], fields: Fields | None = None) -> 
         raise MalformedEntry(
             "it is a preference pair; make pairs with PrepareOrpoDataset.py --input_csv FILE and train with --orpo 1"
         )
-    raise MalformedEntry(f"its keys are {reading.keys}, expected {FORMS}")
+    raise _unknown(reading)
+
+
+def _unknown(reading: Reading) -> MalformedEntry:
+    """Why an entry has none of the known forms."""
+    for name, value in reading.entry.items():
+        if isinstance(value, list) and value and all(isinstance(element, dict) for element in value):
+            inside = f"{shown(name)} is a list of objects: if those are the entries, make a file of that list alone"
+            return MalformedEntry(f"its keys are {reading.keys} ({inside})", FORMS)
+    asked = next((question for question, _ in QUESTION_ANSWER if reading.has(question)), None)
+    if asked is not None:
+        answers = " or ".join(f'"{answer}"' for question, answer in QUESTION_ANSWER if question == asked)
+        return MalformedEntry(f"it has {reading.keys}, but no {answers}", FORMS)
+    return MalformedEntry(f"its keys are {reading.keys}", FORMS)
 
 
 def _of_named(reading: Reading, fields: Fields) -> Content:
@@ -234,12 +248,14 @@ def _of_turns(reading: Reading, name: str) -> Content:
         if turns and turns[0].role == "system":
             raise MalformedEntry('there are a "system" and a system message; keep one')
         turns.insert(0, Turn("system", system))
-    tools = reading.take("tools")
+    tools = reading.take("tools" if reading.has("tools") else "functions")
     if tools not in (None, "", [], "[]"):
         told = [turns.pop(0).content.strip()] if turns and turns[0].role == "system" else []
         turns.insert(0, Turn("system", "\n".join([*filter(None, told), tools_text(listed_value(tools))])))
     if all(turn.role != ANSWERING for turn in turns):
         raise MalformedEntry(f'no message has the role "{ANSWERING}", so there is nothing to learn')
+    if not any(turn.counted for turn in turns if turn.role == ANSWERING):
+        raise MalformedEntry("every answer has the weight 0, so there is nothing to learn")
     for turn in turns:
         if turn.role != "system" and not turn.content.strip():
             raise EmptyTurn("answer" if turn.role == ANSWERING else "question")
@@ -270,7 +286,7 @@ def turns_of(messages: object, unread: set[str], name: str = "messages") -> list
         if turn.role == "system" and turns:
             raise MalformedEntry(f"message {position} is a system message; it may only come first")
         if role == before == "tool":
-            turn = Turn(turn.role, joined_results(turns.pop().content, turn.content))
+            turn = turn._replace(content=joined_results(turns.pop().content, turn.content))
         elif turns and turn.role == turns[-1].role:
             what = " (a tool's result is one)" if "tool" in (role, before) else ""
             raise MalformedEntry(
@@ -300,26 +316,34 @@ def _role(message: dict[str, Any], position: int) -> str:
 def _turn(message: dict[str, Any], position: int, role: str) -> tuple[Turn, set[str]]:
     """A message as a turn, and the names of what was read of it."""
     said_by, said = ("from", "value") if "from" in message else ("role", "content")
-    calls = message.get("tool_calls") if role == ANSWERING else None
-    if calls in (None, []) and said not in message:
+    calling = next((name for name in _CALLS if role == ANSWERING and message.get(name) not in (None, [])), "")
+    if not calling and said not in message:
         raise MalformedEntry(f'message {position} has no "{said}"')
     read = {said_by, said}
+    counted = True
+    if role in (ANSWERING, "call") and message.get("weight") is not None:
+        if message["weight"] not in (0, 1):
+            raise MalformedEntry(f"message {position} has the weight {message['weight']!r}; known are 0 and 1")
+        counted = bool(message["weight"])
+        read.add("weight")
     content: Any = message.get(said)
     if role == "call":
-        return Turn(ANSWERING, call_text(_listed_calls(content, position), "", position)), read
+        return Turn(ANSWERING, call_text(_listed_calls(content, position), "", position), counted=counted), read
     if role == "tool":
         return Turn("user", result_text(_joined(content, position) if _is_parts(content) else content, position)), read
-    if calls not in (None, []) and content is None:
+    if calling and content is None:
         text = ""
     else:
         text = _joined(content, position) if isinstance(content, list) else string_of(message, said)
-    if role == ANSWERING and "tool_calls" in message:
-        read.add("tool_calls")
-        text = text if calls in (None, []) else call_text(calls, text, position)
+    if role == ANSWERING:
+        read |= {name for name in _CALLS if name in message}
+    if calling:
+        calls = message[calling]
+        text = call_text([calls] if calling == "function_call" else calls, text, position)
     apart = next((name for name in _REASONING if isinstance(message.get(name), str)), "")
     if role == ANSWERING and apart:
-        return Turn(role, text, message[apart]), {*read, apart}
-    return Turn(role, text), read
+        return Turn(role, text, message[apart], counted), {*read, apart}
+    return Turn(role, text, counted=counted), read
 
 
 def _is_parts(content: object) -> bool:

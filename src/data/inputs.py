@@ -14,6 +14,7 @@ from typing import Any, BinaryIO
 from src.compression import DAMAGED, packed_by, unpacked
 from src.errors import DataError
 from src.identity import fingerprint
+from src.output import several
 from src.system import open_to_read
 
 _LINE_ENDS = re.compile(r"\r\n?")
@@ -24,7 +25,17 @@ _MIB = 1 << 20
 
 
 class MalformedEntry(Exception):
-    """Reason why an entry is none of the known forms."""
+    """Reason why an entry is none of the known forms.
+
+    Args:
+        reason: a sentence without its end.
+        expected: what should have been there, where that is too long to be said of every such entry.
+    """
+
+    def __init__(self, reason: str, expected: str = "") -> None:
+        super().__init__(f"{reason}, expected {expected}" if expected else reason)
+        self.reason = reason
+        self.expected = expected
 
 
 @contextmanager
@@ -199,7 +210,7 @@ def unread_keys(counts: Counter[str], unit: str = "line") -> list[str]:
     if not counts:
         return []
     commonest = sorted(counts.items(), key=lambda counted: (-counted[1], counted[0]))[:_SHOWN_KEYS]
-    named = [f"{shown(key)} ({times} {unit}{'' if times == 1 else 's'})" for key, times in commonest]
+    named = [f"{shown(key) if key else 'a column without a name'} ({several(times, unit)})" for key, times in commonest]
     more = f" and {len(counts) - _SHOWN_KEYS} more" if len(counts) > _SHOWN_KEYS else ""
     return [f"Not read: {', '.join(named)}{more}."]
 
@@ -225,6 +236,8 @@ def _ordinary(path: str, status: os.stat_result) -> os.stat_result:
 def _advice(path: str) -> str:
     if os.path.isfile(f"{path}.idx"):
         return f"for {path}.idx use --data_type binidx"
+    if os.path.islink(path):
+        return f"it is a link to {os.readlink(path)}, which is not there"
     if os.path.isfile(f"{path}.jsonl"):
         return f"there is {path}.jsonl"
     return "check the path"

@@ -1,19 +1,24 @@
 """The forms in which preference files keep a prompt with a better and a worse answer.
 
-Prompt and answers are texts or lists of messages; answers may be conversations that begin with the prompt, or bring it.
+Prompt and answers are texts or lists of messages; answers may be conversations that begin with the prompt, or bring it,
+as messages or as one text of "Human: …" and "Assistant: …".
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from src.data.forms import ANSWERING, INPUTS, MESSAGES, TURN_FIELDS, Reading, history_turns, listed_value, turns_of
-from src.data.inputs import MalformedEntry, shown
+from src.data.forms import ANSWERING, INPUTS, TURN_FIELDS, Reading, history_turns, listed_value, turns_of
+from src.data.inputs import MalformedEntry, shown, unix_lines
 from src.data.templates import WORLD_CHAT, Rendering, Turn
 
 PAIR = "preferences"
+OF_MESSAGES, OF_DIALOGUES = f"{PAIR} of messages", f'{PAIR} of dialogues, "Human: …" and "Assistant: …"'
+_PROMPTS = ("prompt", "question", "instruction")
+_SPEAKER = re.compile(r"(?:\A\s*|\n\n)(Human|User|Assistant):")
 
 
 @dataclass
@@ -70,9 +75,8 @@ def preference_of_entry(entry: Mapping[str, Any]) -> Preference:
     else:
         parts = WORLD_CHAT.render([*turns, Turn(ANSWERING, "")], Rendering())
         prompt = "".join(part.text for part in parts[:-1])
-    as_messages = bool(chosen.is_messages or form == MESSAGES)
     return Preference(
-        f"{PAIR} of messages" if as_messages else form,
+        chosen.form or form,
         prompt,
         chosen.text,
         worse.text if worse is not None else "",
@@ -82,11 +86,11 @@ def preference_of_entry(entry: Mapping[str, Any]) -> Preference:
 
 @dataclass
 class _Answer:
-    """An answer, and the turns before it where it is a conversation."""
+    """An answer, and the turns before it and the form it has where it is a conversation."""
 
     text: str
     before: list[Turn]
-    is_messages: bool = False
+    form: str = ""
 
 
 def _is_filled(reading: Reading, name: str) -> bool:
@@ -97,29 +101,57 @@ def _answer(reading: Reading, name: str, unread: set[str]) -> _Answer:
     value = listed_value(reading.take(name))
     if isinstance(value, dict):
         value = [value]
-    if not isinstance(value, list):
-        return _Answer(reading.needed_text(name, nul=name != "chosen"), [])
-    turns = turns_of(value, unread, name)
+    form = OF_MESSAGES
+    if isinstance(value, list):
+        turns = turns_of(value, unread, name)
+    else:
+        text = reading.needed_text(name, nul=name != "chosen")
+        brings_prompt = not any(reading.has(other) for other in (*_PROMPTS, *TURN_FIELDS))
+        turns, form = dialogue_turns(text) if brings_prompt else [], OF_DIALOGUES
+        if not turns:
+            return _Answer(text, [])
     if not turns or turns[-1].role != ANSWERING:
         raise MalformedEntry(f'"{name}" does not end with an answer')
-    return _Answer(turns[-1].content, turns[:-1], is_messages=True)
+    return _Answer(turns[-1].content, turns[:-1], form)
+
+
+def dialogue_turns(text: str) -> list[Turn]:
+    """The turns of a text that begins with who speaks and names them after each blank line; none of any other text.
+
+    Raises:
+        MalformedEntry: somebody speaks twice in a row.
+    """
+    text, _ = unix_lines(text)
+    labels = list(_SPEAKER.finditer(text))
+    if not labels or labels[0].start():
+        return []
+    turns: list[Turn] = []
+    for label, end in zip(labels, [*(label.start() for label in labels[1:]), len(text)], strict=True):
+        role = ANSWERING if label[1] == "Assistant" else "user"
+        if turns and turns[-1].role == role:
+            raise MalformedEntry(f"{label[1]} speaks twice in a row")
+        turns.append(Turn(role, text[label.end() : end].strip()))
+    return turns
 
 
 def _before(reading: Reading, unread: set[str]) -> tuple[list[Turn], str]:
     """What precedes the answers, and the form that it has."""
-    for name in ("prompt", "question", "instruction"):
+    for name in _PROMPTS:
         if not reading.has(name):
             continue
         value = listed_value(reading.take(name))
         if isinstance(value, list):
-            return turns_of(value, unread, name), MESSAGES
+            return turns_of(value, unread, name), OF_MESSAGES
         text = reading.needed_text(name)
+        if text.lstrip().startswith("Human:"):
+            turns = dialogue_turns(text)
+            return turns[:-1] if turns[-1] == Turn(ANSWERING, "") else turns, OF_DIALOGUES
         about = [reading.text(other) for other in INPUTS if name == "instruction" and reading.has(other)]
         asked = "\n".join([text, *(other for other in about if other.strip())])
         return [*history_turns(listed_value(reading.take("history") or [])), Turn("user", asked)], PAIR
     for name in TURN_FIELDS:
         if reading.has(name):
-            return turns_of(listed_value(reading.take(name)), unread, name), MESSAGES
+            return turns_of(listed_value(reading.take(name)), unread, name), OF_MESSAGES
     return [], PAIR
 
 

@@ -82,7 +82,7 @@ def read_rows(path: str, remark: Callable[[str], None] = lambda line: None) -> l
                 if (isinstance(entry, dict) and len(entry) < len(entries.columns))
                 else ""
             )
-            bad.add(path, entries.unit, number, f"{str(error).removesuffix('.')}{few}")
+            bad.add(path, entries.unit, number, MalformedEntry(f"{str(error).removesuffix('.')}{few}"))
     bad.refuse()
     if not rows:
         if entries.container == TABLE:

@@ -20,6 +20,7 @@ from src.data.templates import CHAT_TEMPLATES
 from src.data.text import generated_documents, read_entries, read_text
 from src.data.turns import answers_in, speakers_in
 from src.errors import DataError
+from src.output import several
 from src.tokenizer import Decoder, decoder_for_vocabulary, tokenizer_for_vocabulary
 
 _LOOKED_FOR = "files are taken whose names end in .jsonl, .json, .csv, .tsv, .parquet, .txt (packed or not) or .idx"
@@ -99,7 +100,7 @@ def _binidx(prefix: str, vocab_size: int, mask: LossMask) -> Documents:
 def _with_left_out(documents: Documents, path: str) -> Documents:
     """Says of which files the data are where a path names several, and what of its folders is not read."""
     files, left_out = files_of(path), left_out_of(path)
-    said = [f"{len(files):,} files: {_file_names(files)}."] if files != (path,) else []
+    said = [f"{several(len(files), 'file')}: {_file_names(files)}."] if files != (path,) else []
     if left_out:
         said.append(f"Not read, since their names say nothing of data: {_file_names(left_out)}.")
     return replace(documents, statements=(*said, *documents.statements))

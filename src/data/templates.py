@@ -24,11 +24,13 @@ class Turn(NamedTuple):
         role: system, user or assistant.
         content: of it.
         reasoning: that precedes an answer, where the data have it apart.
+        counted: whether an answer is one to learn from, and not only part of what precedes others.
     """
 
     role: str
     content: str
     reasoning: str = ""
+    counted: bool = True
 
 
 class Part(NamedTuple):
@@ -93,7 +95,7 @@ class ChatTemplate:
         parts: list[Part] = []
         prompt = ""
         ready = False
-        for place, (role, content, reasoning) in enumerate(turns):
+        for place, (role, content, reasoning, learnt) in enumerate(turns):
             text, line_ends = unix_lines(content)
             text = text.strip()
             met.line_ends += line_ends
@@ -108,7 +110,7 @@ class ChatTemplate:
                 answer = self._joined(answer, met)
                 met.named += answer.lstrip().startswith(f"{self.speakers[role]}:")
                 parts.append(Part((prompt if ready else f"{prompt}{self.speakers[role]}:") + opening, counted=False))
-                parts.append(Part(f"{answer}{self.turn_end}", counted=True))
+                parts.append(Part(f"{answer}{self.turn_end}", counted=learnt))
                 prompt, ready = "", False
                 continue
             turn = self._joined(text, met)

@@ -27,6 +27,7 @@ from src.data.masks import Marker
 from src.data.templates import WORLD_CHAT, ChatTemplate, Part, Rendering
 from src.data.turns import formatted_statement
 from src.errors import DataError
+from src.output import several
 from src.tokenizer import Tokenizer
 
 
@@ -60,10 +61,10 @@ class Findings(Rendering):
         """Entries with roles."""
         return self.forms.total() - self.plain
 
-    def statements(self, template: ChatTemplate, mask: LossMask = BY_DATA) -> list[str]:
-        """One sentence each."""
+    def statements(self, template: ChatTemplate, mask: LossMask = BY_DATA, unit: str = "line") -> list[str]:
+        """One sentence each; `unit` is what an entry is in the files."""
         named = [
-            f"{form}, {_several(count, 'text' if form == TEXT else 'conversation')}"
+            f"{form}, {several(count, 'text' if form == TEXT else 'conversation')}"
             for form, count in self.forms.most_common()
         ]
         said = [f"Recognised as {'; '.join(named)}."] if named else []
@@ -79,18 +80,18 @@ class Findings(Rendering):
             kinds = ", ".join(f"{count:,} with an empty {kind}" for kind, count in self.empty.most_common())
             said.append(f"Left out, having nothing to learn: {kinds} (first: {self.first_empty}).")
         if self.repeated:
-            verb = "repeats" if self.repeated == 1 else "repeat"
+            verbs = ("repeats", "counts", "it stands") if self.repeated == 1 else ("repeat", "count", "they stand")
             said.append(
-                f"{_several(self.repeated, 'document')} of {self.forms.total():,} {verb} an earlier one (first: "
-                f"{self.first_repeated}) and count as often as they stand there."
+                f"{several(self.repeated, 'document')} of {self.forms.total():,} {verbs[0]} an earlier one (first: "
+                f"{self.first_repeated}) and {verbs[1]} as often as {verbs[2]} there."
             )
-        return said + self._of_rendering(template) + unread_keys(self.unread)
+        return said + self._of_rendering(template) + unread_keys(self.unread, unit)
 
     def _of_rendering(self, template: ChatTemplate) -> list[str]:
         said = []
         if self.blank_lines:
             said.append(
-                f"{_several(self.blank_lines, 'run')} of blank lines inside turns replaced by a line break each: "
+                f"{several(self.blank_lines, 'run')} of blank lines inside turns replaced by a line break each: "
                 "a blank line ends a turn."
             )
         if self.line_ends:
@@ -99,18 +100,18 @@ class Findings(Rendering):
             said.append(formatted_statement(self.formatted))
         if self.named:
             said.append(
-                f"Trained with their speaker's name twice, since they begin with it: {_several(self.named, 'turn')}; "
+                f"Trained with their speaker's name twice, since they begin with it: {several(self.named, 'turn')}; "
                 "take the name out of the file."
             )
         if self.empty_systems:
-            said.append(f"{_several(self.empty_systems, 'empty system message')} left out.")
+            said.append(f"{several(self.empty_systems, 'empty system message')} left out.")
         if self.unthought:
             said.append(
-                f"{_several(self.unthought, 'answer')} without reasoning written as --template no-think has them."
+                f"{several(self.unthought, 'answer')} without reasoning written as --template no-think has them."
             )
         if self.reasoning_left_out:
             said.append(
-                f"The reasoning of {_several(self.reasoning_left_out, 'answer')} left out: --template think has it."
+                f"The reasoning of {several(self.reasoning_left_out, 'answer')} left out: --template think has it."
             )
         if self.thought and not template.thinking:
             said.append(
@@ -122,7 +123,7 @@ class Findings(Rendering):
 
 def line_ends_statement(count: int) -> str:
     """Says that CR LF and CR are not trained on."""
-    return f"{_several(count, 'line end')} CR LF or CR read as LF, as clients send them."
+    return f"{several(count, 'line end')} CR LF or CR read as LF, as clients send them."
 
 
 class Conversations:
@@ -164,7 +165,7 @@ class Conversations:
                     raise entry
                 parts = self._parts(entry)
             except MalformedEntry as error:
-                bad.add(self.paths[file], self.units[file], number, str(error))
+                bad.add(self.paths[file], self.units[file], number, error)
             except EmptyTurn as empty:
                 self.findings.empty[str(empty)] += 1
                 self.findings.first_empty = self.findings.first_empty or self._named(file, number)
@@ -178,9 +179,10 @@ class Conversations:
         bad.refuse()
         self._find_repeated()
         if self.findings.empty and not self.findings.forms:
+            amount = several(self.findings.empty.total(), "entry")
             raise DataError(
-                f"{', '.join(self.paths[:3])} cannot be used: in each of its {self.findings.empty.total():,} entries "
-                f"the question or the answer is empty (first: {self.findings.first_empty})."
+                f"{', '.join(self.paths[:3])} cannot be used: in each of its {amount} the question or the answer is "
+                f"empty (first: {self.findings.first_empty})."
             )
 
     @property
@@ -259,7 +261,7 @@ class _Collector:
     ) -> Documents:
         sizes = np.array(self._sizes, dtype=np.int64)
         if self._marker is not None and self._searched:
-            amount = _several(self._searched, "line")
+            amount = several(self._searched, "line")
             self._marker.refuse(source, amount, others=self._searched < len(sizes))
             statements = [*statements, *self._marker.statements(amount)]
         masked = self._marker is not None or (self._masked and not self._mask.takes_all)
@@ -309,7 +311,7 @@ def read_entries(
     conversations = Conversations(paths, template, fields=fields, part=part)
     for file, number, parts in conversations:
         collector.add(parts, file, number)
-    statements = conversations.findings.statements(template, mask)
+    statements = conversations.findings.statements(template, mask, conversations.unit)
     return collector.documents(source or paths[0], conversations, vocab_size, statements)
 
 
@@ -376,7 +378,3 @@ def generated_documents(vocab_size: int) -> Documents:
     return Documents.from_stream(
         "generated data", np.concatenate(pieces).astype(np.int64), np.cumsum(sizes) - sizes, sizes, vocab_size
     )
-
-
-def _several(number: int, noun: str) -> str:
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"

@@ -51,6 +51,11 @@ def joined_results(first: str, second: str) -> str:
 def call_text(calls: object, said: str, position: int) -> str:
     """An answer that calls tools: its calls as a fenced JSON block, and after that what it says.
 
+    Args:
+        calls: as `tool_calls` has them.
+        said: beside them.
+        position: of the message, for messages.
+
     Raises:
         MalformedEntry: a call has no name, or its arguments are no JSON.
     """

@@ -14,6 +14,7 @@ from src.config import TrainConfig
 from src.config.templates import TEMPLATE_NAMES
 from src.device import global_rank, memory_bytes
 from src.model.shape import ModelShape
+from src.output import several
 from src.schedule import Schedule
 from src.training.engine import Hardware
 from src.training.evaluation import HeldOut
@@ -71,11 +72,6 @@ def beginning_of(config: TrainConfig) -> str:
 def counted(parameters: int) -> str:
     """A number of weights in billions or millions."""
     return f"{parameters / 1e9:.3g} B" if parameters >= 10**8 else f"{parameters / 1e6:.3g} M"
-
-
-def several(number: int, noun: str) -> str:
-    """So many of something, in words."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 def plan_of(

@@ -31,6 +31,7 @@ from src.device import global_rank
 from src.errors import DataError
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
+from src.output import several
 from src.schedule import Schedule
 from src.tokenizer import Tokenizer, tokenizer_for_vocabulary
 from src.training.evaluation import HeldOut, held_out_comparison, held_out_loss, held_out_preference
@@ -154,7 +155,7 @@ def _text_measure(config: TrainConfig, held_out: Documents) -> Callable[[Languag
 
 
 def _text_held_out_lines(config: TrainConfig, held_out: Documents, training: Documents | None) -> list[str]:
-    amount = f"{len(held_out):,} documents, {held_out.total_tokens:,} tokens"
+    amount = f"{several(len(held_out), 'document')}, {several(held_out.total_tokens, 'token')}"
     if config.val_share:
         return [f"held out   {_held_out_share(config)}: {amount}, not trained on"]
     said = held_out.statements
@@ -187,8 +188,9 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
     )
     plan = dataset.plan
     lines = [
-        f"data       {config.data_file or 'generated'}: {_KINDS[config.data_type]}, {plan.documents:,} documents, "
-        f"{plan.tokens:,} tokens, {plan.counted_targets_per_pass:,} targets a pass, --dataload {plan.mode}",
+        f"data       {config.data_file or 'generated'}: {_KINDS[config.data_type]}, "
+        f"{several(plan.documents, 'document')}, {plan.tokens:,} tokens, {plan.counted_targets_per_pass:,} targets a "
+        f"pass, --dataload {plan.mode}",
         *(
             f"           {statement}"
             for statement in (*dataset.documents.statements, *plan.statements(), *dataset.statements())

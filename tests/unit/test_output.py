@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from running import ROOT
 
-from src.output import LastingStream, lasting_output
+from src.output import LastingStream, lasting_output, several
 
 PRINTS = "from src.output import lasting_output\nwith lasting_output():\n    for _ in range(3): print('x' * 9000)\n"
 
@@ -88,3 +88,9 @@ def test_what_the_encoding_lacks_is_written_as_escapes(tmp_path: Path) -> None:
     )
     assert (ended.returncode, ended.stdout) == (2, b"")
     assert ended.stderr.startswith(b"error: p\\xe4rchen.csv does not exist")
+
+
+def test_so_many_of_something() -> None:
+    assert [several(1, "entry"), several(1200, "entry"), several(1, "file"), several(0, "file")] == [
+        "1 entry", "1,200 entries", "1 file", "0 files",
+    ]  # fmt: skip

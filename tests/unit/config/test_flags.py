@@ -162,6 +162,13 @@ class TestPaths:
         with pytest.raises(ConfigError, match="is a pipe or a device"):
             PairConfig.from_flags({"input_csv": str(tmp_path / "pipe")})
 
+    @pytest.mark.parametrize("name", ["load_model", "data_file"])
+    def test_what_was_refused_is_not_missing_too(self, name: str) -> None:
+        flags = {"load_model": "m.pth", "data_file": "d", "peft": "lora"} | {name: "/dev/null"}
+        with pytest.raises(ConfigError) as refused:
+            TrainConfig.from_flags(flags)
+        assert str(refused.value) == f"--{name} '/dev/null' is a pipe or a device: name an ordinary file"
+
     @pytest.mark.parametrize(
         ("config_class", "name"), [(TrainConfig, "proj_dir"), (RejectConfig, "output_csv"), (PairConfig, "output_save")]
     )

@@ -107,6 +107,40 @@ FORMS: list[tuple[str, dict[str, Any], str]] = [
         {"conversation": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}], "model": "m"},
         "User: a\n\nAssistant:⟦ b\n\n∎⟧",
     ),
+    (
+        "messages",
+        {"messages": [
+            ASKED,
+            {"role": "assistant", "content": None, "tool_calls": [
+                {"id": id, "type": "function", "function": {"name": "f", "arguments": json.dumps({"x": id})}}
+                for id in "12"
+            ]},
+            {"role": "tool", "tool_call_id": "1", "content": "3"},
+            {"role": "tool", "tool_call_id": "2", "content": "4"},
+            {"role": "assistant", "content": "7"},
+        ]},
+        'User: a\n\nAssistant:⟦ ```json\n'
+        '[{"name": "f", "arguments": {"x": "1"}}, {"name": "f", "arguments": {"x": "2"}}]'
+        "\n```\n\n⟧User: Function output:\n3\n4\n\nAssistant:⟦ 7\n\n∎⟧",
+    ),
+    (
+        "messages",
+        {"messages": [
+            ASKED, {"role": "assistant", "content": None, "function_call": {"name": "f", "arguments": '{"x": 1}'}},
+            {"role": "function", "name": "f", "content": "3"}, {"role": "assistant", "content": "b"},
+        ], "functions": [{"name": "f"}]},
+        'System: Tools:\n[{"name": "f"}]\nReturn only a JSON function call.\n\nUser: a\n\nAssistant:'
+        '⟦ ```json\n{"name": "f", "arguments": {"x": 1}}\n```\n\n⟧'
+        "User: Function output:\n3\n\nAssistant:⟦ b\n\n∎⟧",
+    ),
+    (
+        "messages",
+        {"messages": [
+            ASKED, {"role": "assistant", "content": "b", "weight": 0}, ASKED,
+            {"role": "assistant", "content": "c", "weight": 1},
+        ]},
+        "User: a\n\nAssistant: b\n\nUser: a\n\nAssistant:⟦ c\n\n∎⟧",
+    ),
     ("prompt and response", {"prompt": "a", "response": "b"}, "User: a\n\nAssistant:⟦ b\n\n∎⟧"),
     ("prompt and completion", {"prompt": "a", "completion": " b"}, "User: a\n\nAssistant:⟦ b\n\n∎⟧"),
     (
@@ -130,7 +164,10 @@ def test_forms(tmp_path: Path, form: str, entry: dict[str, Any], text: str, cont
     assert found == [text, text]
     assert said[0] == f"Recognised as {form}, 2 {'texts' if form == 'plain text' else 'conversations'}."
     second = "entry" if container == "list" else "line"
-    assert f"1 document of 2 repeats an earlier one (first: {path}, {second} 2) and count as often" in " ".join(said)
+    assert (
+        f"1 document of 2 repeats an earlier one (first: {path}, {second} 2) and counts as often as it stands"
+        in " ".join(said)
+    )
 
 
 class TestTables:
@@ -178,7 +215,7 @@ class TestTables:
         [
             ('question,answer\na,b\nc,"d\n', 'line 3 has a quote that is never closed'),
             ("question,answer\na,b,c\n", "line 2: it has 3 fields, the header 2"),
-            ("question,answer\na\n", "line 2: its keys are 'question', expected"),
+            ("question,answer\na\n", "line 2: it has 'question', but no \"answer\", expected"),
             ("question,question\na,b\n", "has several columns 'question'"),
             ("question,answer\na,\xe9\n".encode("latin-1"), "line 2: not UTF-8"),
             ("question,answer\na,b\n".encode("utf-16"), "is UTF-16"),
@@ -204,7 +241,7 @@ def test_a_parquet_table(tmp_path: Path) -> None:
     found, said = texts(tmp_path / "train-00000-of-00001.parquet")
     assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"] * 2
     assert said[0] == "Recognised as messages, 2 conversations."
-    assert "Not read: 'source' (1 line)." in said
+    assert "Not read: 'source' (1 row)." in said
     content = (tmp_path / "train-00000-of-00001.parquet").read_bytes()
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"cut\.parquet is damaged, or no Parquet table"):
@@ -281,6 +318,18 @@ class TestLists:
             ('[{"text": "a"}}', "closed that was not opened"),
             ("[]", "a.json is empty"),
             ("{\n}\n", "2 entries cannot be read: line 1: not valid JSON"),
+            (
+                json.dumps({"data": [{"text": "a"}]}, indent=2),
+                r"a.json begins with a JSON object that takes several lines: write an array of entries, \[",
+            ),
+            (
+                json.dumps({"data": [{"text": "a"}]}),
+                "line 1: its keys are 'data' \\('data' is a list of objects: if those are the entries",
+            ),
+            (
+                '[{"txt": "a"}, {"txt": "a"}]',
+                "2 entries cannot be read: entries 1, 2: its keys are 'txt', expected",
+            ),
         ],
     )
     def test_wrong_ones(self, tmp_path: Path, content: str, reason: str) -> None:
@@ -305,7 +354,10 @@ class TestWhatIsSaid:
 
     def test_reasons_beyond_the_first_are_counted(self, tmp_path: Path) -> None:
         (tmp_path / "a.jsonl").write_text("\n".join(f'{{"k{n}": 1}}' for n in range(20)))
-        with pytest.raises(DataError, match=r"20 entries .* and 15 more for other reasons\.$"):
+        with pytest.raises(
+            DataError,
+            match=r"20 entries .*; lines 6, 7, 8, 9, 10, 11 and 9 more: other reasons\. Expected are \{.*field\.$",
+        ):
             texts(tmp_path / "a.jsonl")
 
     def test_what_has_nothing_to_learn_is_left_out(self, tmp_path: Path) -> None:
@@ -322,7 +374,7 @@ class TestWhatIsSaid:
             f"{tmp_path}/a.json, entry 2)."
         )
         (tmp_path / "a.json").write_text(json.dumps(entries[1:2]))
-        with pytest.raises(DataError, match=r"a\.json cannot be used: in each of its 1 entries the question"):
+        with pytest.raises(DataError, match=r"a\.json cannot be used: in each of its 1 entry the question"):
             texts(tmp_path / "a.json")
 
     @pytest.mark.parametrize(
@@ -345,6 +397,15 @@ class TestWhatIsSaid:
             ),
             ({"instruction": ["a"], "output": "b"}, '"instruction" is a list, expected a string'),
             ({"Question": "a", "Answer": 4}, '"Answer" is a number, expected a string'),
+            (
+                {"Prompt": "a", "answer": "b"},
+                "it has 'Prompt', 'answer', but no \"response\" or \"completion\", expected",
+            ),
+            ({"messages": [ASKED, {"role": "assistant", "content": "b", "weight": 2}]}, "has the weight 2; known are"),
+            (
+                {"messages": [ASKED, {"role": "assistant", "content": "b", "weight": 0}]},
+                "every answer has the weight 0",
+            ),
         ],
     )
     def test_wrong_ones_in_one_sentence(self, tmp_path: Path, entry: dict[str, Any], reason: str) -> None:

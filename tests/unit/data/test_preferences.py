@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,21 @@ class TestForms:
                 },
                 "p",
             ),
+            ({"chosen": "\n\nHuman: p\n\nAssistant: c", "rejected": "\n\nHuman: p\n\nAssistant: r"}, "p"),
+            (
+                {
+                    "chosen": "\n\nHuman: a\n\nAssistant: b\n\nHuman: p\n\nAssistant: c",
+                    "rejected": "\n\nHuman: a\n\nAssistant: b\n\nHuman: p\n\nAssistant: r",
+                },
+                LONG.removeprefix("System: S\n\n"),
+            ),
+            (
+                {
+                    "prompt": "\n\nHuman: a\n\nAssistant: b\n\nHuman: p\n\nAssistant:",
+                    "chosen": " c", "rejected": " r",
+                },
+                LONG.removeprefix("System: S\n\n"),
+            ),
         ],
     )  # fmt: skip
     @pytest.mark.parametrize("container", ["list", "lines"])
@@ -290,9 +306,12 @@ class TestForms:
         said: list[str] = []
         content = json.dumps([entry] * 2, indent=1) if container == "list" else f"{json.dumps(entry)}\n" * 2
         rows = read_rows(written(tmp_path, content, "pairs.json"), said.append)
+        rows = [replace(row, chosen=row.chosen.strip(), rejected=row.rejected.strip()) for row in rows]
         assert rows == [PreferenceRow(number, prompt, "c", "r") for number in (1, 2)]
         assert "1 of 2 rows equal an earlier one and count as often as they stand there." in said
-        if isinstance(entry["chosen"], str):
+        if "Human:" in json.dumps(entry):
+            assert 'Recognised as preferences of dialogues, "Human: …" and "Assistant: …", 2 rows.' in said
+        elif isinstance(entry["chosen"], str):
             prepared = make_pairs("pairs", rows, BYTES, 1, template="user")
             asked = prompt if "\n\nAssistant:" in prompt else f"User: {prompt}\n\nAssistant:"
             assert prepared.texts == [f"{asked} c\n\n"]
@@ -303,6 +322,13 @@ class TestForms:
         ("entry", "reason"),
         [
             ({"prompt": [], "chosen": "c"}, '"prompt" is missing'),
+            ({"chosen": "Human: p\n\nHuman: q\n\nAssistant: c"}, "Human speaks twice in a row"),
+            ({"chosen": "Human: p"}, '"chosen" does not end with an answer'),
+            ({"chosen": "Assistant: p"}, '"prompt" is missing'),
+            (
+                {"chosen": "Human: p\n\nAssistant: c", "rejected": "Human: q\n\nAssistant: r"},
+                "answers are to different questions",
+            ),
             ({"prompt": "p", "chosen": [USER]}, '"chosen" does not end with an answer'),
             ({"prompt": "x", "chosen": [USER, GOOD]}, "a conversation that does not begin with the prompt"),
             (

@@ -274,7 +274,7 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
         ("{}", "its keys are none"),
         (
             '{"content": "a", "prompt": "b"}',
-            r"its keys are 'content', 'prompt', expected \{\"messages\": \[…\]\}, .*--sft_field",
+            r"it has 'content', 'prompt', but no \"response\" or \"completion\", expected \{\"mess.*--sft_field",
         ),
         ('{"text": 5}', '"text" is a number, expected a string'),
         ('{"text": null}', '"text" is null'),
@@ -328,6 +328,10 @@ class TestFilesThatCannotBeRead:
 
     def test_missing(self, data_type, tmp_path):
         self.check_refused(data_type, tmp_path / "none", "none does not exist; check the path")
+        (tmp_path / "link").symlink_to("gone")
+        self.check_refused(
+            data_type, tmp_path / "link", "link does not exist; it is a link to gone, which is not there"
+        )
         (tmp_path / "none.idx").touch()
         self.check_refused(data_type, tmp_path / "none", "use --data_type binidx")
 
