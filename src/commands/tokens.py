@@ -102,7 +102,7 @@ class _Reader:
         findings = conversations.findings
         self.has_conversations = findings.conversations > 0
         self.said.append(f"read       {', '.join(files[:3])}{' …' if len(files) > 3 else ''}")
-        self.said += [f"           {line}" for line in findings.statements(template, _EVERY_TOKEN)]
+        self.said += [f"           {line}" for line in findings.statements(template, _EVERY_TOKEN, conversations.unit)]
         if empty:
             self.said.append(f"           {empty:,} {'text' if empty == 1 else 'texts'} without a character left out.")
 

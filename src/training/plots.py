@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +27,16 @@ _SHARE_OF_TIME = 100
 _SHORTEST_SECONDS = 15.0
 _MOST_POINTS = 1500
 _TRAINING, _HELD_OUT, _FAINT, _TEXT = "#1f5fa8", "#d1580b", "#9ab8d9", "#333333"
+_TITLE_CHARACTERS = (100, 135)
+"""On a line of the title, without and with preferences."""
 _COMPARED = ("log_odds", "margin")
 """What preferences are measured by beside their accuracy: the first that is there."""
-_HIGH = 0.88
-"""Of a panel's height: from here on no number fits between a dot and the title."""
+_EDGE = 0.1
+"""Of a panel's height: within it no number fits between a dot and the panel's end."""
+_ROOM = 0.16
+"""Of what a panel shows, beyond it on either side: for the numbers beside the outermost dots."""
+_WIDE = 20
+"""A loss whose largest value is so many times its smallest is drawn on a logarithmic scale."""
 _NAMES = {
     "loss": "loss",
     "log_odds": "log odds ratio, chosen : rejected",
@@ -178,13 +185,14 @@ def draw(course: Course, path: Path, title: str) -> None:
     compared = next((name for name in _COMPARED if name in course.values), None)
     figure = Figure(figsize=(12, 6.4) if compared else (9, 6.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    figure.suptitle(title, fontsize=12, color=_TEXT, x=0.01, ha="left")
+    lines = textwrap.wrap(title, _TITLE_CHARACTERS[bool(compared)])
+    figure.suptitle("\n".join(lines), fontsize=12, color=_TEXT, x=0.01, ha="left")
     columns = 2 if compared else 1
     grid = figure.add_gridspec(2, columns, height_ratios=[1, 1] if compared else [3, 1])
     loss = figure.add_subplot(grid[0, 0])
     _panel(loss, course, "loss")
     rate = figure.add_subplot(grid[1, 0], sharex=loss)
-    rate.plot(course.steps, course.values["lr"], color=_TRAINING, linewidth=1.5)
+    rate.plot(course.steps, course.values["lr"], color=_TRAINING, linewidth=1.5, **_dot(course.steps))
     _dress(rate, "lr", course)
     rate.set_ylim(bottom=0)
     if compared:
@@ -209,34 +217,63 @@ def _panel(axes: Any, course: Course, name: str) -> None:
     if len(steps):
         shown_steps, shown = thinned(steps, values)
         axes.plot(shown_steps, shown, color=_FAINT, linewidth=0.8, alpha=0.7)
-        axes.plot(*thinned(steps, smooth), color=_TRAINING, linewidth=2, label="training (running mean)")
+        axes.plot(*thinned(steps, smooth), color=_TRAINING, linewidth=2, label="training (running mean)", **_dot(steps))
     if held_steps:
         # Two measurements say nothing of what was between them.
         line = "-" if len(held_steps) > 2 else ":"
         axes.plot(
-            held_steps, held_values, line, color=_HELD_OUT, linewidth=2, marker="o", markersize=5, label="held out"
-        )
-    low, high = (-0.03, 1.03) if name == "accuracy" else limits([*smooth.tolist(), *held_values], values)
-    axes.set_ylim(low, high)
+            held_steps, held_values, line, color=_HELD_OUT, linewidth=2, marker="o", markersize=5, label="held out",
+            clip_on=False,
+        )  # fmt: skip
+    every = [*smooth.tolist(), *held_values]
+    is_wide = name == "loss" and min(every, default=0) > 0 and max(every) > _WIDE * min(every)
+    placed = math.log if is_wide else float
+    low, high = (-0.03, 1.03)
+    if is_wide:
+        axes.set_yscale("log")
+        low, high = limits(np.log(every).tolist(), np.empty(0))
+    elif name != "accuracy":
+        low, high = limits(every, values)
+    axes.set_ylim(*(np.exp((low, high)) if is_wide else (low, high)))
     for place in sorted({0, len(held_steps) - 1}) if held_steps else ():
-        is_high = held_values[place] > low + _HIGH * (high - low)
-        _number(axes, held_steps[place], held_values[place], name, is_first=place == 0, is_high=is_high)
+        beside = held_values[min(place + 1, len(held_values) - 1) if place == 0 else place - 1]
+        _number(
+            axes,
+            held_steps[place],
+            held_values[place],
+            name,
+            is_first=place == 0,
+            below=_is_below(placed(held_values[place]), placed(beside), low, high),
+        )
     _dress(axes, name, course)
-    if len(steps) or held_steps:
-        corner = "upper right" if name == "loss" else "lower right"
-        axes.legend(loc=corner, fontsize=9, framealpha=0.9, edgecolor="none")
+    if name == "loss" and (len(steps) or held_steps):
+        # Above the panel, where it hides nothing; it holds for all of them.
+        axes.legend(
+            loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9, frameon=False, borderaxespad=0, borderpad=0.3
+        )
 
 
-def _number(axes: Any, step: int, value: float, name: str, *, is_first: bool, is_high: bool) -> None:
-    """Writes a held-out number beside its dot, readable over any line; under it where the panel ends above."""
+def _dot(steps: Sequence[int] | np.ndarray[Any, Any]) -> dict[str, Any]:
+    """How a line is drawn that has but one point, and would not be seen."""
+    return {"marker": "o", "markersize": 4} if len(steps) == 1 else {}
+
+
+def _is_below(value: float, beside: float, low: float, high: float) -> bool:
+    """Whether a number stands under its dot: away from the line to the dot beside it, within the panel."""
+    place = (value - low) / (high - low)
+    return place > 1 - _EDGE or (value < beside and place > _EDGE)
+
+
+def _number(axes: Any, step: int, value: float, name: str, *, is_first: bool, below: bool) -> None:
+    """Writes a held-out number beside its dot, readable over any line."""
     from matplotlib.patheffects import withStroke
 
     axes.annotate(
-        f"{value:.1%}" if name == "accuracy" else f"{value:.4g}",
+        f"{value:.1%}" if name == "accuracy" else f"{value:#.4g}",
         (step, value),
-        (7 if is_first else -4, -8 if is_high else 8),
+        (7 if is_first else -4, -8 if below else 8),
         textcoords="offset points",
-        va="top" if is_high else "bottom",
+        va="top" if below else "bottom",
         ha="left" if is_first else "right",
         color=_HELD_OUT,
         fontweight="bold",
@@ -247,7 +284,9 @@ def _number(axes: Any, step: int, value: float, name: str, *, is_first: bool, is
 
 def _dress(axes: Any, name: str, course: Course) -> None:
     """Title, grid and frame of a panel."""
-    axes.set_title(_NAMES[name], fontsize=10, color=_TEXT, loc="left")
+    scale = " (logarithmic)" if axes.get_yscale() == "log" else ""
+    axes.set_title(f"{_NAMES[name]}{scale}", fontsize=10, color=_TEXT, loc="left")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("optimizer step", fontsize=9, color=_TEXT)
     axes.tick_params(labelsize=9, colors=_TEXT)
     axes.grid(visible=True, color="#dddddd", linewidth=0.6)
@@ -291,5 +330,5 @@ def limits(course: Sequence[float], values: np.ndarray[Any, Any]) -> tuple[float
     inner = np.quantile(values, [0.01, 0.99]).tolist() if len(values) else []
     every = [*course, *inner]
     low, high = (min(every), max(every)) if every else (0.0, 1.0)
-    room = 0.08 * (high - low) or 0.5
+    room = _ROOM * (high - low) or 0.5
     return low - room, high + room

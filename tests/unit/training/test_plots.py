@@ -6,6 +6,7 @@ import importlib.util
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -88,7 +89,7 @@ def test_a_spike_does_not_flatten_the_rest() -> None:
     low, high = limits(values[10:].tolist(), values)
     assert 0.8 < low < 1
     assert 2 < high < 2.2
-    assert limits([], np.array([])) == pytest.approx((-0.08, 1.08))
+    assert limits([], np.array([])) == pytest.approx((-0.16, 1.16))
     low, high = limits([1.0], np.array([1.0]))
     assert low < 1 < high
 
@@ -117,6 +118,48 @@ def test_one_step_and_nothing_else_is_a_picture_too(tmp_path: Path) -> None:
     course.add(1, {"loss": 2.0, "lr": 1.0, "accuracy": math.nan, "margin": math.nan})
     draw(course, tmp_path / "one.png", "")
     assert (tmp_path / "one.png").read_bytes().startswith(PNG)
+    dots = shown_in(tmp_path / "one.png", "#1f5fa8")
+    assert all(dots[part].sum() > 10 for part in (slice(0, 400), slice(450, 600)))  # of the loss and of the rate
+
+
+@has_matplotlib
+@pytest.mark.parametrize("ends_at", [1.0, 4.0])
+def test_what_was_measured_last_is_never_hidden(ends_at: float, tmp_path: Path) -> None:
+    course = Course()
+    for step in range(1, 31):
+        course.add(step, {"loss": 2 - step / 60, "lr": 1.0})
+    for step, value in ((0, 2.0), (10, 2.1), (30, ends_at)):
+        course.measured(step, {"overall": value})
+    draw(course, tmp_path / "held-out.png", "a long title " * 20)
+    held_out = shown_in(tmp_path / "held-out.png", "#d1580b")
+    columns = np.flatnonzero(held_out[110:400].any(axis=0))  # below the legend
+    assert columns.max() > 870
+
+
+@has_matplotlib
+def test_losses_of_many_sizes_are_drawn_by_their_logarithm(tmp_path: Path) -> None:
+    course = Course()
+    for step in range(1, 200):
+        course.add(step, {"loss": 2 + 1000 * math.exp(-step / 5), "lr": 1.0})
+    draw(course, tmp_path / "wide.png", "")
+    rows = np.flatnonzero(shown_in(tmp_path / "wide.png", "#1f5fa8")[60:400, 700:880].any(axis=1))
+    assert rows.max() < 335  # the long end does not lie on the axis
+
+
+def shown_in(picture: Path, colour: str) -> np.ndarray[Any, Any]:
+    """Which pixels have a colour."""
+    from matplotlib.colors import to_rgb
+    from matplotlib.image import imread
+
+    return np.abs(imread(picture)[..., :3] - np.array(to_rgb(colour))).max(axis=-1) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("value", "beside", "below"),
+    [(1.5, 1.2, False), (1.5, 1.8, True), (1.98, 1.2, True), (1.02, 1.5, False)],
+)
+def test_numbers_stand_away_from_the_line(value: float, beside: float, below: bool) -> None:
+    assert plots._is_below(value, beside, 1.0, 2.0) == below
 
 
 def test_it_is_redrawn_rarely_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
