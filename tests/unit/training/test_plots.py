@@ -119,7 +119,7 @@ def test_one_step_and_nothing_else_is_a_picture_too(tmp_path: Path) -> None:
     draw(course, tmp_path / "one.png", "")
     assert (tmp_path / "one.png").read_bytes().startswith(PNG)
     dots = shown_in(tmp_path / "one.png", "#1f5fa8")
-    assert all(dots[part].sum() > 10 for part in (slice(0, 400), slice(450, 600)))  # of the loss and of the rate
+    assert all(dots[part].sum() > 10 for part in (slice(40, 320), slice(320, 640)))  # of the loss and of the rate
 
 
 @has_matplotlib
