@@ -105,6 +105,7 @@ def fit(
             monitor=monitor,
             accumulate=accumulate,
             start=start,
+            before=before,
         )
 
     samples = None

@@ -17,6 +17,9 @@ WINDOW = 30
 """Steps that a mean of losses is over: single ones differ by their data."""
 _GROWTH, _MARGIN = 1.5, 0.2
 """A mean above so many times the smallest, and so much more, is no chance."""
+_FIRST = 10
+"""Steps after which a run that began by getting worse, before there is a mean, is told so: when every one of them is
+so much above the first, which the untrained model gave."""
 LOOKED_AT = 50
 """Steps between two looks at the states."""
 _LARGEST_RMS = 1000.0
@@ -30,12 +33,19 @@ class LossTrend:
     """Whether losses go up for good, by means over `WINDOW` steps."""
 
     def __init__(self) -> None:
+        self._first = float("nan")
         self._last: deque[float] = deque(maxlen=WINDOW)
         self._best = (float("inf"), 0)
 
     def take(self, step: int, loss: float) -> str:
         """Takes note of a step's loss; returns what is wrong, as the beginning of a sentence, or ""."""
+        if not self._last:
+            self._first = loss
         self._last.append(loss)
+        if len(self._last) == _FIRST + 1:
+            least = min(list(self._last)[1:])
+            if least > _GROWTH * self._first + _MARGIN:
+                return f"the loss has gone up: {self._first:.4f} at first, {least:.4f} or more in {_FIRST} steps since"
         if len(self._last) < WINDOW:
             return ""
         mean = sum(self._last) / WINDOW

@@ -90,6 +90,7 @@ class HeldOutLog:
         text: the measurement in words.
         best: whether it is the best so far.
         label: "untuned", "loaded" or "tuned" where the run says it itself; "" between its steps.
+        worse: whether it is worse than before training.
     """
 
     step: int
@@ -97,6 +98,7 @@ class HeldOutLog:
     text: str
     best: bool
     label: str = ""
+    worse: bool = False
 
 
 @dataclass(frozen=True)
@@ -170,7 +172,8 @@ class ProgressSink(Sink):
         if log.label:
             return
         best = ", the best so far" if log.best else ""
-        self._bar.write(f"step {log.step}: held out {log.text}{best}", file=sys.stderr)
+        worse = f", {'but ' if best else ''}worse than before training" if log.worse else ""
+        self._bar.write(f"step {log.step}: held out {log.text}{best}{worse}", file=sys.stderr)
 
     def samples(self, log: SamplesLog) -> None:
         for line in sample_lines(log):

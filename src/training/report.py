@@ -177,6 +177,8 @@ def summary_of(config: TrainConfig, method: Method, result: RunResult, monitor: 
         lines += [f"held out   before: {result.before}", f"           after:  {result.after}"]
     if result.unpacked is not None:
         lines.append(f"           after, on the unpacked base: {result.unpacked}")
+    if result.before is not None and result.after is not None and result.after.score > result.before.score:
+        lines.append(f"           worse than before training: begin again with less than --lr_init {config.lr_init:g}")
     lines.append(f"saved      {', '.join(str(path) for path in result.files)}")
     if result.go_on:
         lines += ["go on      with what is left of the run:", f"           {result.go_on}"]

@@ -28,10 +28,16 @@ BEST = "rwkv-best.pth"
 
 
 def log_held_out(
-    monitor: TrainingMonitor, step: int, measured: HeldOut, label: str = "", *, best: bool = False
+    monitor: TrainingMonitor,
+    step: int,
+    measured: HeldOut,
+    label: str = "",
+    *,
+    best: bool = False,
+    worse: bool = False,
 ) -> None:
     """Hands a measurement to the sinks."""
-    log = HeldOutLog(step, dataclasses.asdict(measured), str(measured), best, label)
+    log = HeldOutLog(step, dataclasses.asdict(measured), str(measured), best, label, worse)
     for sink in monitor.sinks:
         sink.held_out(log)
 
@@ -48,6 +54,7 @@ class HeldOutWatch(pl.Callback):
         monitor: its sinks are told, and its clock does not count the time.
         accumulate: micro-batches of an optimizer step.
         start: where in the run this process begins.
+        before: what was measured before the first step.
 
     Attributes:
         stopped: whether the run was ended because it got no better.
@@ -64,8 +71,10 @@ class HeldOutWatch(pl.Callback):
         monitor: TrainingMonitor,
         accumulate: int,
         start: Start = BEGINNING,
+        before: HeldOut | None = None,
     ) -> None:
         self.stopped = False
+        self._before = before
         self._measure = measure
         self._save_best = save_best
         self._warn = warn
@@ -110,7 +119,8 @@ class HeldOutWatch(pl.Callback):
             except CheckpointError as problem:
                 self._best_line = ""
                 self._warn(f"{problem}; training goes on")
-        log_held_out(self._monitor, step, measured, label, best=best)
+        worse = self._before is not None and measured.score > self._before.score
+        log_held_out(self._monitor, step, measured, label, best=best, worse=worse)
 
     def end(self, step: int, measured: HeldOut) -> None:
         """Says which result was the best, after a last measurement that is one of these if none was due then."""

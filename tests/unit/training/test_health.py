@@ -25,6 +25,14 @@ def test_a_loss_that_goes_up_is_said() -> None:
     assert text.endswith("2.1550 up to step 100")
 
 
+def test_a_loss_that_jumps_at_once_is_said_before_there_is_a_mean() -> None:
+    # of a LoRA at rate 0.3, which the untrained model's 1.98 is never reached again by
+    assert first_warning([1.98, 6.52, 6.68, 5.61, 4.08, 4.21, 3.59, 4.1, 3.66, 3.85, 3.48, 3.28]) == (
+        11, "the loss has gone up: 1.9800 at first, 3.4800 or more in 10 steps since",
+    )  # fmt: skip
+    assert first_warning([0.2, *[1.5] * 5, 0.4, *[1.5] * 30]) == (0, "")
+
+
 @pytest.mark.parametrize(
     "losses",
     [

@@ -234,11 +234,15 @@ def test_the_bar_leaves_to_the_run_what_it_says_itself(capsys: pytest.CaptureFix
     sink = ProgressSink(4)
     sink.held_out(HeldOutLog(0, {}, "loss 2", best=False, label="untuned"))
     sink.held_out(HeldOutLog(2, {}, "loss 1", best=True))
+    sink.held_out(HeldOutLog(3, {}, "loss 5", best=True, worse=True))
+    sink.held_out(HeldOutLog(3, {}, "loss 6", best=False, worse=True))
     sink.ended()
     sink.held_out(HeldOutLog(4, {}, "loss 3", best=False, label="tuned"))
     sink.close()
     said = capsys.readouterr().err
-    assert "step 2: held out loss 1, the best so far" in said
+    assert "step 2: held out loss 1, the best so far\n" in said
+    assert "step 3: held out loss 5, the best so far, but worse than before training\n" in said
+    assert "step 3: held out loss 6, worse than before training\n" in said
     assert "loss 2" not in said
     assert "loss 3" not in said
 
