@@ -14,6 +14,7 @@ from src.adapters.files import said_beside
 from src.adapters.trained import Told, Trained, read_trained
 from src.checkpoint import load_state, open_checkpoint
 from src.config import TrainConfig
+from src.config.model import METHOD_DEFAULTS
 from src.device import apply_device, resolve_device, without_memory
 from src.identity import FileIdentity
 from src.loading import LoadOptions
@@ -42,8 +43,9 @@ def evaluate(config: TrainConfig) -> tuple[HeldOut, HeldOut | None]:
     config = with_seed(config)
     base = open_checkpoint(config.load_model)
     shape = model_shape(config, base)
-    held_out = prepare_held_out(config, shape)
     trained = _trained(config, shape)
+    config = _packed_as_trained(config, trained)
+    held_out = prepare_held_out(config, shape)
     device = resolve_device(config.accelerator, config.precision)
     apply_device(device)
     packed = config.quant_type if config.quantised else None
@@ -55,7 +57,7 @@ def evaluate(config: TrainConfig) -> tuple[HeldOut, HeldOut | None]:
     if trained is not None:
         say(f"tuned      with {trained.path}")
         if trained.quant not in (None, "none" if packed is None else packed):
-            say(f"           which was trained on {trained.quant} weights")
+            say(f"           which was trained on {'unpacked' if trained.quant == 'none' else trained.quant} weights")
     say("\n".join(held_out.lines))
     options = LoadOptions(
         device.device, device.compute_dtype, packed, bool(config.quant_head), head_size_divisor=config.head_size_divisor
@@ -73,6 +75,17 @@ def evaluate(config: TrainConfig) -> tuple[HeldOut, HeldOut | None]:
         after = held_out.measure(tuned.model)
     say(f"held out   tuned: {after}")
     return before, after
+
+
+def _packed_as_trained(config: TrainConfig, trained: Trained | None) -> TrainConfig:
+    """With the quantisation that the result was trained on, or the method's, where no flag says one."""
+    if config.quant >= 0:
+        return config
+    if trained is None or trained.quant is None:
+        return dataclasses.replace(config, quant=METHOD_DEFAULTS[config.method]["quant"])
+    if trained.quant == "none":
+        return dataclasses.replace(config, quant=0)
+    return dataclasses.replace(config, quant=1, quant_type=trained.quant, quant_head=int(trained.quant_head))
 
 
 def _trained(config: TrainConfig, shape: ModelShape) -> Trained | None:

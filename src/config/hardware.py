@@ -56,6 +56,11 @@ class HardwareFlags(Flags, group="hardware"):
     ds_bucket_mb: int = flag(200, "upper limit of DeepSpeed's buckets, million bytes", must=AT_LEAST_1, most=10**6)
 
     @property
+    def strategy_flag(self) -> str:
+        """The strategy as a flag names it: what a run chose by itself, and no flag can ask for, is auto's choice."""
+        return self.strategy if self.strategy in STRATEGIES else "auto"
+
+    @property
     def uses_deepspeed(self) -> bool:
         """Whether a DeepSpeed engine was asked for."""
         return self.strategy.startswith("deepspeed")

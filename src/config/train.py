@@ -126,6 +126,8 @@ class TrainConfig(
             for name, value in METHOD_DEFAULTS[chosen.method].items()
             if getattr(chosen, name) == getattr(TrainConfig, name)
         }
+        if self.evaluate and (self.quant_type, self.quant_head) == (TrainConfig.quant_type, TrainConfig.quant_head):
+            filled.pop("quant", None)  # which the file that is measured says, too
         return dataclasses.replace(chosen, **filled)
 
     def _contradictions(self, given: Given) -> Lines:

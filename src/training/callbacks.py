@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from src.errors import CheckpointError, TrainingError
 from src.schedule import Schedule
+from src.training.console import warn
 from src.training.logs import EpochLog, Sink, StepLog
 from src.training.module import TrainingModule
 from src.training.objectives import Staged
@@ -324,7 +324,7 @@ class CheckpointSaver(pl.Callback):
                 with readable(module):
                     elsewhere = self.save(path) if trainer.is_global_zero else None
             except CheckpointError as problem:
-                print(f"warning: {problem}; training goes on", file=sys.stderr, flush=True)
+                warn(f"{problem}; training goes on")
             else:
                 self.files.append(elsewhere or path)
 

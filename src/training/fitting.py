@@ -14,6 +14,7 @@ from src.device import global_rank
 from src.errors import TrainingError
 from src.schedule import Schedule
 from src.training.callbacks import AtEnd, CheckpointSaver, NotFiniteError, StepControl, TrainingMonitor
+from src.training.console import warn
 from src.training.engine import Hardware, deepspeed_config
 from src.training.evaluation import HeldOut
 from src.training.folder import LOSS_PLOT, Places, new_run_id
@@ -23,7 +24,7 @@ from src.training.module import TrainingModule
 from src.training.optimizers import GRADIENT_CLIP, can_be_resumed
 from src.training.plots import Course, PlotSink, can_draw
 from src.training.progress import BEGINNING, Start
-from src.training.report import beginning_of, say, warn
+from src.training.report import beginning_of, say
 from src.training.results import Results
 from src.training.resume import (
     TRAINED,

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from src.config import TrainConfig
 from src.errors import ConfigError, TrainingError
+from src.training.console import warn
 from src.training.folder import SAMPLES, LineFile
 
 TIMESTAMP = "%Y-%m-%d-%H-%M-%S"
@@ -234,9 +235,9 @@ class FileSink(Sink):
             return bool(steps) and number.isdecimal() and int(number) >= epoch
 
         self._run = run
-        self._log = LineFile(folder / "train_log.txt", _warn, is_later_epoch)
-        self._metrics = LineFile(folder / "metrics.jsonl", _warn, is_later_step)
-        self._samples = LineFile(folder / SAMPLES, _warn, is_later_step) if config.sample_prompts else None
+        self._log = LineFile(folder / "train_log.txt", warn, is_later_epoch)
+        self._metrics = LineFile(folder / "metrics.jsonl", warn, is_later_step)
+        self._samples = LineFile(folder / SAMPLES, warn, is_later_step) if config.sample_prompts else None
         engine = f"{deepspeed_config}\n" if deepspeed_config else ""
         begins = f"RESUMED RUN at step {steps}," if steps else "NEW RUN"
         self._log.write(f"{begins} {datetime.now().strftime(TIMESTAMP)}\n{asdict(config)}\n{engine}")
@@ -286,7 +287,7 @@ class WandbSink(Sink):
         try:
             self._run = wandb.init(**options, settings=wandb.Settings(init_timeout=30))
         except wandb.errors.Error as error:
-            print(f"warning: wandb is not reachable ({error}); logging offline, see `wandb sync`", file=sys.stderr)
+            warn(f"wandb is not reachable ({error}); logging offline, see `wandb sync`")
             try:
                 self._run = wandb.init(**options, mode="offline")
             except wandb.errors.Error as error:
@@ -358,7 +359,7 @@ class TensorBoardSink(Sink):
         except OSError as error:
             self._writer = None
             if not self._warned:
-                _warn(f"TensorBoard's files cannot be written ({error.strerror or error}); training goes on")
+                warn(f"TensorBoard's files cannot be written ({error.strerror or error}); training goes on")
             self._warned = True
 
 
@@ -396,12 +397,8 @@ class HttpSink(Sink):
             urllib.request.urlopen(request, timeout=2).close()
         except (OSError, http.client.HTTPException) as error:
             if not self._warned:
-                print(f"warning: {self._url} does not answer ({error}); training goes on", file=sys.stderr)
+                warn(f"{self._url} does not answer ({error}); training goes on")
             self._warned = True
-
-
-def _warn(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def _exponential(loss: float) -> float:

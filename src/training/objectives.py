@@ -39,6 +39,7 @@ from src.losses import (
 from src.model.chunks import Scores, scores_in_chunks
 from src.model.language_model import LanguageModel
 from src.ops.token_logps import head_sft_loss, token_logps
+from src.training.console import tell
 
 
 @dataclass(frozen=True)
@@ -355,7 +356,7 @@ class PreferenceObjective(PairObjective):
         self._running_preference = running_preference(self._running_preference, float(result.preferred_share))
         if self.debug:
             terms = ", ".join(f"{self.alpha * term:.6f}" for term in result.odds_loss.tolist())
-            print(f"preference terms: {terms}", flush=True)
+            tell(f"preference terms: {terms}")
         return {**result.averages(), "pref_percentage": self._running_preference}
 
     def compares(self, batch: PreferenceBatch) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -16,6 +15,7 @@ from src.device import global_rank, memory_bytes
 from src.model.shape import ModelShape
 from src.output import several
 from src.schedule import Schedule
+from src.training.console import tell
 from src.training.engine import Hardware
 from src.training.evaluation import HeldOut
 from src.training.graphs import may_record_chunks
@@ -28,12 +28,7 @@ if TYPE_CHECKING:
 def say(text: str = "") -> None:
     """Prints on rank 0 only."""
     if global_rank() == 0:
-        print(text, flush=True)
-
-
-def warn(text: str) -> None:
-    """Prints to standard error, on every rank."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+        tell(text)
 
 
 @dataclass(frozen=True)

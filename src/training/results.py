@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from src.config import TrainConfig
 from src.errors import CheckpointError
 from src.identity import FileIdentity
 from src.model.language_model import LanguageModel
+from src.training.console import warn
 
 _LIBRARIES = ("torch", "pytorch-lightning", "bitsandbytes", "deepspeed")
 
@@ -57,7 +57,7 @@ class Results:
             "quant": config.quant_type if config.quantised else "none",
             "quant_head": bool(config.quant_head),
             "base": base,
-            "flags": dataclasses.asdict(config),
+            "flags": {**dataclasses.asdict(config), "strategy": config.strategy_flag},
             "versions": _versions(),
         }
 
@@ -65,7 +65,7 @@ class Results:
 @functools.cache
 def _warn_of_base(problem: str) -> None:
     """Says once why the base model's SHA-256 does not stand beside results."""
-    print(f"warning: --load_model {problem}; its SHA-256 is not noted", file=sys.stderr, flush=True)
+    warn(f"--load_model {problem}; its SHA-256 is not noted")
 
 
 @functools.cache

@@ -35,6 +35,7 @@ from src.model.shape import ModelShape
 from src.ops.kernels import compile_ahead
 from src.scratch import Scratch
 from src.training import lightning
+from src.training.console import warn
 from src.training.engine import Hardware, apply_hardware, resolve_hardware
 from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
 from src.training.exits import unharmed_by_save_requests
@@ -52,7 +53,7 @@ from src.training.objectives import PreferenceObjective
 from src.training.optimizers import can_be_resumed
 from src.training.progress import Start
 from src.training.references import Reference
-from src.training.report import RunResult, beginning_of, memory_advice, plan_of, say, summary_of, warn
+from src.training.report import RunResult, beginning_of, memory_advice, plan_of, say, summary_of
 from src.training.results import Results
 from src.training.resume import (
     TRAINED,

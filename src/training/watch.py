@@ -16,6 +16,7 @@ import pytorch_lightning as pl
 
 from src.errors import CheckpointError
 from src.model.language_model import LanguageModel
+from src.output import several
 from src.training.callbacks import TrainingMonitor
 from src.training.evaluation import HeldOut
 from src.training.logs import HeldOutLog, Sample, SamplesLog
@@ -126,7 +127,7 @@ class HeldOutWatch(pl.Callback):
         """Says which result was the best, after a last measurement that is one of these if none was due then."""
         if step % self._every:
             self.take(step, measured, "tuned")
-        ended = f"; ended after {self._without} measurements without a better one" if self.stopped else ""
+        ended = f"; ended after {several(self._without, 'measurement')} without a better one" if self.stopped else ""
         print(f"best       {self._best_line or 'could not be saved'}{ended}", flush=True)
 
     def state(self) -> dict[str, Any]:

@@ -111,3 +111,27 @@ def test_no_model_is_refused(tmp_path: Path) -> None:
     sizes = {"n_layer": 1, "n_embd": 64, "vocab_size": 257}
     said = refusal(try_train(tmp_path / "out", evaluate=1, val_file="x", train_type="none", **sizes), tmp_path / "out")
     assert "--evaluate 1 measures a model" in said
+
+
+@pytest.mark.parametrize("name", some(METHODS, "states, nf4", "lora, nf4"))
+def test_weights_are_packed_as_they_were_in_the_run_unless_told(
+    name: str, files: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = METHODS[name]
+    if {"orpo", "dpo"} & flags.keys():
+        pytest.skip("pairs are measured in the same way")
+    common = {"load_model": files / "base.pth", "val_file": files / "held-out"}
+    train(
+        tmp_path / "run",
+        **{**common, "data_file": files / "documents", "epoch_count": 1, "epoch_steps": 1, "quant": 0, **flags},
+    )
+    flag = "load_adapter" if "peft" in flags else "load_state"
+    given = {name: str(value) for name, value in {**common, flag: tmp_path / "run" / "rwkv-final.pth"}.items()}
+    _, after = evaluate(TrainConfig.from_flags({**given, "evaluate": "1", "grad_cp": "1"}))
+    assert after is not None
+    measured = held_out_rows(tmp_path / "run")[-1]["held_out"]["overall"]
+    assert dataclasses.asdict(after)["overall"] == pytest.approx(measured, rel=1e-5)  # the file is bf16
+    assert "which was trained on" not in capsys.readouterr().out
+    other = "0" if flags.get("quant") else "1"
+    evaluate(TrainConfig.from_flags({**given, "evaluate": "1", "quant": other}))
+    assert f"which was trained on {'nf4' if flags.get('quant') else 'unpacked'} weights" in capsys.readouterr().out

@@ -16,6 +16,7 @@ import pytest
 
 from src.config import TrainConfig
 from src.errors import ConfigError
+from src.training.console import warn
 from src.training.logs import (
     EpochLog,
     FileSink,
@@ -319,3 +320,11 @@ class TestHttp:
         sink.step(step_log(1))
         sink.step(step_log(2))
         assert capsys.readouterr().err.count("does not answer") == 1
+
+
+def test_warnings_stand_by_themselves_beside_a_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = ProgressSink(4)
+    sink.step(StepLog(1, 0, 2.5, lr=0.5, weight_decay=0.0, grad_norm=0.1, seconds=0.25, tokens=9, extra={}))
+    warn("the loss goes up")
+    sink.close()
+    assert "\rwarning: the loss goes up\n" in capsys.readouterr().err
