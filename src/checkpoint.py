@@ -28,6 +28,7 @@ FILE_VALUE_BYTES = 2
 """Checkpoints are written in bf16."""
 
 _STATE_SUFFIX = ".att.time_state"
+_ADAPTER_SUFFIXES = (".lora_A", ".bone", ".disha")
 
 
 @dataclass(frozen=True)
@@ -283,6 +284,8 @@ def _states_in(path: PathLike) -> tuple[storage.TensorFile, dict[str, Tensor]]:
     states = {key: value for key, value in content.items() if key.endswith(_STATE_SUFFIX)}
     if not states:
         whole = ", it is a whole model, which --load_model takes as it is" if "emb.weight" in content else ""
+        if any(key.endswith(_ADAPTER_SUFFIXES) for key in content):
+            whole = ", it is an adapter, for --load_adapter"
         raise CheckpointError(
             f"{path} holds no blocks.*.att.time_state{whole}; a state file written by this program, or a merged "
             "model, is needed here"

@@ -38,10 +38,20 @@ def read_flags(path: str) -> dict[str, str]:
         raise ConfigError(
             f"--config {path} is no TOML ({str(error).splitlines()[0]}): write a line as in lr_init = 1.0 for each flag"
         ) from error
-    return {name: _as_text(path, name, value) for name, value in values.items()}
+    flags, problems = {}, []
+    for name, value in values.items():
+        try:
+            flags[name] = _as_text(path, name, value)
+        except ConfigError as problem:
+            problems.append(str(problem))
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return flags
 
 
 def _as_text(path: str, name: str, value: Any) -> str:
+    if name == "config":
+        raise ConfigError(f"--config {path} names another file, config = {value!r}: put its flags here instead")
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, list) and all(isinstance(word, str) for word in value):

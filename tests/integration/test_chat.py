@@ -96,7 +96,7 @@ def test_packed_and_other_notes(folder: Path) -> None:
     [
         ({"load_model": "gone.pth"}, "model file gone.pth does not exist"),
         ({"load_model": "state.pth"}, "state.pth holds only the time_state of 2 layers"),
-        ({"load_state": "bone.pth"}, "bone.pth holds no blocks.*.att.time_state"),
+        ({"load_state": "bone.pth"}, "bone.pth holds no blocks.*.att.time_state, it is an adapter, for --load_adapter"),
         ({"load_adapter": "lora.pth"}, "give --type lora or --type pissa"),
         ({"load_adapter": "lora.pth", "type": "lora"}, "give --lora_alpha"),
         ({"load_state": "state.pth", "load_adapter": "bone.pth"}, "both name what was trained"),

@@ -51,6 +51,8 @@ def test_values_are_those_of_a_command_line(tmp_path: Path) -> None:
         (b"[model]\nquant = 1", "section 'model'"),
         (b"lr_init = 2026-11-26", "gives lr_init a date"),
         (b"targets = [1]", "gives targets a list"),
+        (b"targets = [1]\nlr_init = [2]", "gives targets a list: .*gives lr_init a list"),
+        (b'config = "other.toml"', "names another file, config = 'other.toml'"),
         (b"#" * (1 << 21), "more than 1,048,576 bytes"),
     ],
 )
