@@ -38,13 +38,26 @@ class KernelError(UserError):
     """The CUDA operator could not be built or launched."""
 
 
+_REQUIRED = ("torch", "pytorch_lightning", "bitsandbytes", "pyrwkv_tokenizer", "numpy", "tqdm")
+"""Packages of requirements.txt that no program here does without, by the names they are imported by."""
+
+
 def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
-    """Ends the process with what `main` returns; a UserError becomes one line on stderr and code 2."""
+    """Ends the process with what `main` returns; a UserError, or a package that is not there, is one line and code 2."""
     with lasting_output():
         try:
             code = main()
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
+            code = EXIT_CODE
+        except ModuleNotFoundError as error:
+            if error.name not in _REQUIRED:
+                raise
+            print(
+                f"error: {sys.executable} has no package {error.name}: activate the environment that holds them (as in "
+                ". .venv/bin/activate), or install them, pip install -r requirements.txt",
+                file=sys.stderr,
+            )
             code = EXIT_CODE
         except KeyboardInterrupt:
             print("interrupted", file=sys.stderr)

@@ -25,6 +25,24 @@ def test_the_code_is_what_main_returns(returned: int | None, code: int, capsys: 
     assert ending(lambda: returned, capsys) == (code, "")
 
 
+def test_a_package_that_is_not_installed_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> int:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    code, said = ending(main, capsys)
+    assert code == EXIT_CODE
+    assert said.startswith("error: ")
+    assert "has no package torch: activate the environment" in said
+
+
+def test_a_module_that_is_our_own_mistake_keeps_its_traceback() -> None:
+    def main() -> int:
+        raise ModuleNotFoundError("No module named 'src.nothing'", name="src.nothing")
+
+    with pytest.raises(ModuleNotFoundError):
+        exit_on_user_error(main)
+
+
 def test_an_interrupt_has_the_shells_code(capsys: pytest.CaptureFixture[str]) -> None:
     def main() -> int:
         raise KeyboardInterrupt
