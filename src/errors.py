@@ -43,7 +43,7 @@ _REQUIRED = ("torch", "pytorch_lightning", "bitsandbytes", "pyrwkv_tokenizer", "
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:
-    """Ends the process with what `main` returns; a UserError, or a package that is not there, is one line and code 2."""
+    """Ends the process with what `main` returns; a UserError, or a missing package, is one line and code 2."""
     with lasting_output():
         try:
             code = main()
