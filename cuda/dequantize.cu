@@ -26,6 +26,13 @@ constexpr int kVector = 8;
 constexpr int kUnroll = 4;
 constexpr int kBlocksPerMultiprocessor = 8;
 constexpr int kAbsmaxBlock = 256;
+constexpr int kMostMatrices = 5;
+
+// Matrices that one launch dequantises, each by the blocks of one blockIdx.y.
+struct Several {
+  Packed matrix[kMostMatrices];
+  uint4* output[kMostMatrices];
+};
 
 template <int kBits>
 struct Traits;
@@ -61,7 +68,7 @@ __device__ __forceinline__ int value_index(uint2 raw, int i) {
 }
 
 template <int kBits, bool kDouble>
-__global__ void __launch_bounds__(kThreads) to_bf16_kernel(Packed matrix, uint4* __restrict__ output) {
+__device__ __forceinline__ void to_bf16(const Packed& matrix, uint4* __restrict__ output) {
   using Raw = typename Traits<kBits>::Raw;
   using Scale = typename Absmax<kDouble>::Type;
   constexpr unsigned kVectorsPerBlock = Traits<kBits>::kBlock / kVector;
@@ -114,6 +121,16 @@ __global__ void __launch_bounds__(kThreads) to_bf16_kernel(Packed matrix, uint4*
       output[vector] = make_uint4(pair[0], pair[1], pair[2], pair[3]);
     }
   }
+}
+
+template <int kBits, bool kDouble>
+__global__ void __launch_bounds__(kThreads) to_bf16_kernel(Packed matrix, uint4* __restrict__ output) {
+  to_bf16<kBits, kDouble>(matrix, output);
+}
+
+template <int kBits, bool kDouble>
+__global__ void __launch_bounds__(kThreads) several_to_bf16_kernel(Several matrices) {
+  to_bf16<kBits, kDouble>(matrices.matrix[blockIdx.y], matrices.output[blockIdx.y]);
 }
 
 }  // namespace dequantize

@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
 from src.config.model import QUANT_TYPES
-from src.ops.dequantize_cuda import KERNELS, PackedMatrix
+from src.ops.dequantize_cuda import KERNELS, MOST_TOGETHER, OF_SEVERAL, PackedMatrix, filler
 from src.ops.kernels import Kernel, usable
 from src.startup import uncompiled_imports
 
@@ -51,12 +52,15 @@ def _bitsandbytes_functional() -> Any:
 
 def kernels_for(quant_type: str) -> tuple[Kernel, ...]:
     """The CUDA kernels that a type of packing needs, in double quantisation as far as it has one."""
-    return (KERNELS[8, False] if quant_type == "int8" else KERNELS[4, True],)
+    kind = (8, False) if quant_type == "int8" else (4, True)
+    return KERNELS[kind], OF_SEVERAL[kind]
 
 
 def dequantization_kernels(device: torch.device) -> bool:
     """Whether the kernels of `cuda/dequantize.cu` can be used on this GPU; one warning says why not."""
-    return usable(tuple(KERNELS.values()), device, "bitsandbytes dequantises instead, at half the speed.")
+    return usable(
+        (*KERNELS.values(), *OF_SEVERAL.values()), device, "bitsandbytes dequantises instead, at half the speed."
+    )
 
 
 @functools.cache
@@ -75,15 +79,35 @@ def _four_bit_code(name: str, device: torch.device) -> Tensor:
     return code
 
 
-@dataclass
+@dataclass(eq=False)
 class _Held:
-    """One buffer of a workspace, `contents` of the layer whose matrix it holds (None: nobody's), and views of it as
-    matrices [out, in].
+    """One buffer of a workspace.
+
+    Attributes:
+        owner: `FrozenLinear.identity` of the layer whose matrix it holds; None: nobody's.
+        version: of that layer's packed data.
+        places: of layers in it.
     """
 
     buffer: Tensor
     owner: object | None = None
-    views: dict[tuple[int, int], Tensor] = field(default_factory=dict)
+    version: int = 0
+    places: weakref.WeakSet[_Place] = field(default_factory=weakref.WeakSet)
+
+
+@dataclass(eq=False)
+class _Place:
+    """A layer's matrix in a workspace.
+
+    Attributes:
+        held: the buffer.
+        dense: a view of it, [out, in]; None where the buffer is gone.
+        fill: has the kernel write the matrix there; None where it does not.
+    """
+
+    held: _Held
+    dense: Tensor | None
+    fill: Callable[[], None] | None
 
 
 class DequantizationWorkspace:
@@ -115,7 +139,8 @@ class DequantizationWorkspace:
 
     def clear(self) -> None:
         """Frees every buffer; later calls allocate anew."""
-        self._held.clear()
+        for key in list(self._held):
+            self._free(key)
 
     def forget(self) -> None:
         """Takes every buffer's contents for unknown."""
@@ -142,28 +167,66 @@ class DequantizationWorkspace:
         """Pickles the setting, not the buffers."""
         return {"_keep_dequantized": self._keep_dequantized, "_held": {}}
 
-    def matrix(self, layer: FrozenLinear, fill: Callable[[Tensor], None]) -> Tensor:
-        """The layer's dense matrix [out, in] in a shared buffer, filled by `fill` unless still there."""
-        kind = layer.kind if self._keep_dequantized else ""
-        device = layer.packed.device
-        key = (device, layer.compute_dtype, kind)
-        held = self._held.get(key)
-        shape = layer.out_features, layer.in_features
-        dense = None if held is None else held.views.get(shape)
-        if held is None or dense is None:
-            numel = shape[0] * shape[1]
-            if held is None or held.buffer.numel() < numel:
-                self._held.pop(key, None)
-                del held
-                held = _Held(torch.empty(numel, dtype=layer.compute_dtype, device=device))
-                self._held[key] = held
-            dense = held.views[shape] = held.buffer.as_strided(shape, (shape[1], 1))
-        owner = layer.contents()
-        if held.owner != owner:
+    def matrix(self, layer: FrozenLinear) -> Tensor:
+        """The layer's dense matrix [out, in] in a shared buffer, written there unless it still is."""
+        place = layer.place
+        if place is None or (dense := place.dense) is None:
+            place, dense = self._place_for(layer)
+        held, version = place.held, layer.version()
+        if held.owner is not layer.identity or held.version != version:
             held.owner = None
-            fill(dense)
-            held.owner = owner
+            if place.fill is not None:
+                place.fill()
+            else:
+                layer.fill(dense)
+            held.owner, held.version = layer.identity, version
         return dense
+
+    def together(self, layers: Sequence[FrozenLinear]) -> Callable[[], None] | None:
+        """What writes the matrices of several layers into buffers of their own by one launch, at every call.
+
+        None where they share a buffer or there is no kernel. To be asked for again when `place` of a layer is another.
+        """
+        if not self._keep_dequantized or not 1 < len(layers) <= MOST_TOGETHER:
+            return None
+        matrices = [matrix for layer in layers if (matrix := layer.packed_matrix())]
+        places, dense = zip(*map(self._place_for, layers), strict=True)
+        if len(matrices) < len(layers) or len({place.held for place in places}) < len(layers):
+            return None
+        write = filler(matrices, dense)
+
+        def fill() -> None:
+            versions = [layer.version() for layer in layers]
+            for place in places:
+                place.held.owner = None
+            write()
+            for layer, place, version in zip(layers, places, versions, strict=True):
+                place.held.owner, place.held.version = layer.identity, version
+
+        return fill
+
+    def _place_for(self, layer: FrozenLinear) -> tuple[_Place, Tensor]:
+        """A layer's place and its matrix there, in a new buffer where there is none or one that is too small."""
+        if layer.place is not None and layer.place.dense is not None:
+            return layer.place, layer.place.dense
+        device = layer.packed.device
+        key = (device, layer.compute_dtype, layer.kind if self._keep_dequantized else "")
+        held = self._held.get(key)
+        rows, columns = layer.out_features, layer.in_features
+        if held is None or held.buffer.numel() < rows * columns:
+            del held
+            self._free(key)
+            held = self._held[key] = _Held(torch.empty(rows * columns, dtype=layer.compute_dtype, device=device))
+        dense = held.buffer.as_strided((rows, columns), (columns, 1))
+        matrix = layer.packed_matrix()
+        place = layer.place = _Place(held, dense, matrix.filler(dense) if matrix else None)
+        held.places.add(place)
+        return place, dense
+
+    def _free(self, key: tuple[torch.device, torch.dtype, str]) -> None:
+        held = self._held.pop(key, None)
+        for place in () if held is None else held.places:
+            place.dense = place.fill = None
 
 
 class FrozenLinear(nn.Module):
@@ -175,6 +238,8 @@ class FrozenLinear(nn.Module):
         absmax_scale: fp32 [blocks / 256], scales of the 8-bit absmax; None without double quantisation.
         absmax_offset: fp32 0-d, mean absmax, subtracted before quantising them; None without double quantisation.
         kind: e.g. "key": matrices of one kind share a buffer in `keep_dequantized` mode.
+        identity: of the packed data; another one when they are replaced.
+        place: where the dense matrix is written, once it has been.
     """
 
     packed: Tensor
@@ -201,7 +266,8 @@ class FrozenLinear(nn.Module):
         self.compute_dtype = compute_dtype
         self.kind = kind
         self.workspace = workspace
-        self._identity = object()
+        self.identity = object()
+        self.place: _Place | None = None
         self._data: tuple[Tensor, ...] | None = None
         self._packed_matrix: PackedMatrix | None = None
         self._kernel_sought = False
@@ -289,18 +355,21 @@ class FrozenLinear(nn.Module):
     def dequantized(self) -> Tensor:
         """The matrix [out, in] in `compute_dtype`, in memory of its own."""
         dense = torch.empty(self.out_features, self.in_features, dtype=self.compute_dtype, device=self.packed.device)
-        self._fill(dense)
+        self.fill(dense)
         return dense
 
-    def contents(self) -> object:
-        """Equal as long as the packed data are the same: changes when they are replaced or written in place."""
+    def version(self) -> int:
+        """Changes when the packed data are written in place."""
         if self._data is None:
             self._data = tuple(self.buffers())
-        return self._identity, sum([tensor._version for tensor in self._data])
+        version = 0
+        for tensor in self._data:
+            version += tensor._version
+        return version
 
     def shared_dense(self) -> Tensor:
         """The matrix [out, in] in the workspace: valid until the next dequantisation, never to be kept."""
-        return self.workspace.matrix(self, self._fill)
+        return self.workspace.matrix(self)
 
     def _product(self, x: Tensor) -> Tensor:
         if not (x.requires_grad and torch.is_grad_enabled()):
@@ -308,7 +377,7 @@ class FrozenLinear(nn.Module):
         result: Tensor = _FrozenProduct.apply(x, self)
         return result
 
-    def _for_kernel(self) -> PackedMatrix | None:
+    def packed_matrix(self) -> PackedMatrix | None:
         """This matrix as the kernel takes it where it can (GPU, bf16), None elsewhere."""
         if not self._kernel_sought:
             self._kernel_sought = True
@@ -337,9 +406,9 @@ class FrozenLinear(nn.Module):
         """Shape and storage, for `print(model)`."""
         return f"in={self.in_features}, out={self.out_features}, {self.quant_type}, {self.compute_dtype}"
 
-    def _fill(self, dense: Tensor) -> None:
+    def fill(self, dense: Tensor) -> None:
         """Writes the dense matrix into `dense`, [out, in] in `compute_dtype`, contiguous."""
-        if (matrix := self._for_kernel()) is not None:
+        if (matrix := self.packed_matrix()) is not None:
             matrix.fill(dense)
         else:
             self._fill_by_bitsandbytes(dense)
@@ -395,14 +464,14 @@ class FrozenLinear(nn.Module):
 
     def _forget_derived(self) -> None:
         """Drops what refers to the buffers as they were."""
-        self._identity = object()
-        self._data = self._packed_matrix = None
+        self.identity = object()
+        self.place = self._data = self._packed_matrix = None
         self._kernel_sought = False
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles without what refers to the buffers; the copy makes its own."""
-        derived = {"_identity": object(), "_data": None, "_packed_matrix": None, "_kernel_sought": False}
-        return {**self.__dict__, **derived}
+        derived = ("place", "_data", "_packed_matrix")
+        return {**self.__dict__, "identity": object(), "_kernel_sought": False, **dict.fromkeys(derived)}
 
 
 class FrozenHead(nn.Module):

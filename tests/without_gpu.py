@@ -1,4 +1,4 @@
-"""Steps issued as for a GPU by a machine that has none: everything above the driver is the program's, kernels do not run.
+"""Steps issued as for a GPU where there is none: everything above the driver is the program's, kernels do not run.
 
 Tensors lie on the CPU and are said to be on a GPU; what a kernel would have written is whatever memory holds.
 """
@@ -51,10 +51,7 @@ class Driver:
     """
 
     def __init__(self) -> None:
-        number, pointer = ctypes.c_uint, ctypes.c_void_p
-        take: Any = ctypes.PyDLL(None).PyErr_CheckSignals
-        take.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
-        self.cuLaunchKernel = take
+        self.cuLaunchKernel: Callable[..., int] = ctypes.PyDLL(None).PyErr_CheckSignals
 
     def __getattr__(self, name: str) -> Callable[..., int]:
         return lambda *arguments: 0

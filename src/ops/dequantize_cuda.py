@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,12 +17,22 @@ _ABSMAX_BLOCK = 256
 _MOST_VECTORS = 2**31
 """So many the kernels can number."""
 
-KERNELS = {
-    (bits, double): Kernel(
-        "dequantize.cu", f"dequantize::to_bf16_kernel<{bits}, {'true' if double else 'false'}>", "(PPPPPP i q) P"
+MOST_TOGETHER = 5
+"""Matrices of one launch."""
+
+_PACKED = "(PPPPPP i q)"
+KERNELS, OF_SEVERAL = (
+    {
+        (bits, double): Kernel(
+            "dequantize.cu", f"dequantize::{name}<{bits}, {'true' if double else 'false'}>", parameters
+        )
+        for bits, double in ((4, True), (4, False), (8, False))
+    }
+    for name, parameters in (
+        ("to_bf16_kernel", f"{_PACKED} P"),
+        ("several_to_bf16_kernel", f"({_PACKED * MOST_TOGETHER} {'P' * MOST_TOGETHER})"),
     )
-    for bits, double in ((4, True), (4, False), (8, False))
-}
+)
 """By bits of a value, and whether the scales of blocks are quantised themselves."""
 
 
@@ -77,9 +88,9 @@ class PackedMatrix:
                 on_device = tensor.is_contiguous() and tensor.device == packed.device
                 _require(on_device, f"{name} must be contiguous and on the device of packed")
                 _require(tensor.numel() == numel, f"{name} has {tensor.numel()} elements, expected {numel}")
-        self._tensors = tuple(tensor for _, tensor, _, _ in expected)
-        self._kernel = KERNELS[bits, double]
-        self._bits, self._count = bits, count
+        self._values = (*(tensor for _, tensor, _, _ in expected), bits, count)
+        self._kind = bits, double
+        self._count = count
         full_grid = _multiprocessors(packed.get_device()) * _BLOCKS_PER_MULTIPROCESSOR
         self._blocks = min(-(-count // (_VECTOR * _THREADS)), full_grid)
 
@@ -89,10 +100,40 @@ class PackedMatrix:
         bf16(code[value] * absmax) with absmax = absmax_code[q] * scale + offset, each operation rounded in fp32, as
         bitsandbytes does.
         """
+        self._check(dense)
+        if self._count:
+            KERNELS[self._kind](dense, self._blocks, _THREADS, *self._values, dense)
+
+    def filler(self, dense: Tensor) -> Callable[[], None]:
+        """What writes the values into `dense` at every call, as `fill` does."""
+        return filler([self], [dense])
+
+    def _check(self, dense: Tensor) -> None:
         if not (dense.dtype is torch.bfloat16 and dense.is_contiguous() and dense.numel() >= self._count):
             raise RuntimeError("the dense matrix must be contiguous bfloat16 on the packed data's device")
-        if self._count:
-            self._kernel(dense, self._blocks, _THREADS, *self._tensors, self._bits, self._count, dense)
+
+
+def filler(matrices: Sequence[PackedMatrix], dense: Sequence[Tensor]) -> Callable[[], None]:
+    """What writes the values of matrices into one dense tensor each at every call, by one launch.
+
+    Args:
+        matrices: of one kind, 1 to `MOST_TOGETHER`.
+        dense: as for `PackedMatrix.fill`.
+    """
+    assert len({matrix._kind for matrix in matrices}) == 1
+    assert len(matrices) <= MOST_TOGETHER
+    for matrix, values in zip(matrices, dense, strict=True):
+        matrix._check(values)
+    first = matrices[0]
+    blocks = max(matrix._blocks for matrix in matrices)
+    if not blocks:
+        return lambda: None
+    if len(matrices) == 1:
+        return KERNELS[first._kind].prepared(dense[0], blocks, _THREADS, *first._values, dense[0])
+    absent = MOST_TOGETHER - len(matrices)
+    described = [value for matrix in matrices for value in matrix._values] + absent * [*6 * [None], 0, 0]
+    grid = (blocks, len(matrices))
+    return OF_SEVERAL[first._kind].prepared(dense[0], grid, _THREADS, *described, *dense, *absent * [None])
 
 
 @functools.cache

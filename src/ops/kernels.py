@@ -5,7 +5,7 @@
 
 Each kernel is compiled by itself, so that a run waits only for those it uses, and `compile_ahead` compiles them side by
 side while something else goes on. A launch packs its arguments into one buffer that the kernel's description laid out
-before, and takes about 5 us; CUDA graphs record it like any other.
+before; one that comes again and again with the same tensors is prepared once. CUDA graphs record both like any other.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import struct
 import sys
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -74,12 +74,21 @@ class Kernel:
             KernelError: it could not be compiled or loaded.
             RuntimeError: it could not be launched.
         """
+        self._on(like).launch(grid, block, arguments)
+
+    def prepared(self, like: Tensor, grid: Size, block: Size, *arguments: Argument) -> Callable[[], None]:
+        """What enqueues the kernel with these arguments at every call, on the stream that is current then.
+
+        It keeps the tensors, whose values may change. Arguments and errors as for a call.
+        """
+        return self._on(like).prepared(grid, block, arguments)
+
+    def _on(self, like: Tensor) -> _Loaded:
         index = like.get_device()
         try:
-            loaded = self._loaded[index]
+            return self._loaded[index]
         except KeyError:
-            loaded = self.load(index)
-        loaded.launch(grid, block, arguments)
+            return self.load(index)
 
     def load(self, index: int) -> _Loaded:
         """The kernel on GPU number `index`, compiled and loaded if it was not.
@@ -178,10 +187,31 @@ def _place(member: _Member, end: int, codes: list[str]) -> int:
     return end + tail
 
 
-class _Loaded:
-    """A kernel on one GPU, with the buffer that its arguments are packed into.
+class _Arguments:
+    """Memory for the values of a kernel's parameters, and a list of where each lies, as the driver takes it."""
 
-    There is one buffer, which belongs to a launch until the driver has copied it, when its call returns.
+    def __init__(self, layout: Layout) -> None:
+        self._buffer = ctypes.create_string_buffer(max(layout.values.size, 1))
+        self._pack_into = layout.values.pack_into
+        self._pointers = layout.pointers
+        start = ctypes.addressof(self._buffer)
+        places = [start + offset for offset, _ in layout.parameters]
+        self._places = (ctypes.c_void_p * len(places))(*places)
+        self.list = ctypes.c_void_p(ctypes.addressof(self._places))
+
+    def hold(self, arguments: Sequence[Argument]) -> None:
+        """From now on these values."""
+        values: list[Any] = list(arguments)
+        for place in self._pointers:
+            tensor = values[place]
+            values[place] = 0 if tensor is None else tensor.data_ptr()
+        self._pack_into(self._buffer, 0, *values)
+
+
+class _Loaded:
+    """A kernel on one GPU, with the memory that its arguments are packed into.
+
+    That memory belongs to a launch until the driver has copied it, when its call returns.
     """
 
     def __init__(self, kernel: Kernel, compiled: Compiled, index: int) -> None:
@@ -198,37 +228,41 @@ class _Loaded:
             _require(allowed, f"{kernel.shared_bytes} bytes of shared memory to the kernel {self.name}")
         _check_layout(function, kernel)
         self._launch = driver.cuLaunchKernel
-        self._function = function.value
+        self._function = function
         self._shared_bytes = kernel.shared_bytes
-        self._pack_into = kernel.layout.values.pack_into
-        self._pointers = kernel.layout.pointers
-        self._buffer = ctypes.create_string_buffer(max(kernel.layout.values.size, 1))
+        self._layout = kernel.layout
+        self._arguments = _Arguments(kernel.layout)
         self._lock = threading.Lock()
-        start = ctypes.addressof(self._buffer)
-        places = [start + offset for offset, _ in kernel.layout.parameters]
-        self._places = (ctypes.c_void_p * len(places))(*places)
-        self._parameters = ctypes.addressof(self._places)
+        self._current_gpu: Callable[[], int] = torch._C._cuda_getDevice
+        self._current_stream: Callable[[int], int] = torch._C._cuda_getCurrentRawStream
 
     def launch(self, grid: Size, block: Size, arguments: Sequence[Argument]) -> None:
         """See `Kernel.__call__`."""
-        if torch._C._cuda_getDevice() != self.index:
-            with torch.cuda.device(self.index):
-                return self.launch(grid, block, arguments)
-        values: list[Any] = list(arguments)
-        for place in self._pointers:
-            tensor = values[place]
-            values[place] = 0 if tensor is None else tensor.data_ptr()
-        stream = torch._C._cuda_getCurrentRawStream(self.index)
-        enqueued = (
-            *(self._function, *_three(grid), *_three(block)),
-            *(self._shared_bytes, stream, self._parameters, None),
-        )
         with self._lock:
-            self._pack_into(self._buffer, 0, *values)
-            error = self._launch(*enqueued)
-            if error == _INVALID_CONTEXT:  # a thread new to CUDA, as autograd's at its first node
-                _require(_driver().cuCtxSetCurrent(self._context), "its context to a thread")
-                error = self._launch(*enqueued)
+            self._arguments.hold(arguments)
+            self._enqueue(_sizes(grid, block), self._arguments)
+
+    def prepared(self, grid: Size, block: Size, arguments: Sequence[Argument]) -> Callable[[], None]:
+        """See `Kernel.prepared`."""
+        own, sizes, enqueue = _Arguments(self._layout), _sizes(grid, block), self._enqueue
+        own.hold(arguments)
+
+        def launch(tensors: Sequence[Argument] = arguments) -> None:  # kept with it
+            enqueue(sizes, own)
+
+        return launch
+
+    def _enqueue(self, sizes: tuple[int, ...], arguments: _Arguments) -> None:
+        index = self.index
+        if self._current_gpu() != index:
+            with torch.cuda.device(index):
+                return self._enqueue(sizes, arguments)
+        # Without declared types integers go as they are; pointers have to be said to be such.
+        values = (self._function, *sizes, self._shared_bytes, _pointer(self._current_stream(index)), arguments.list)
+        error = self._launch(*values, None)
+        if error == _INVALID_CONTEXT:  # a thread new to CUDA, as autograd's at its first node
+            _require(_driver().cuCtxSetCurrent(self._context), "its context to a thread")
+            error = self._launch(*values, None)
         if error:
             raise RuntimeError(f"the CUDA kernel {self.name} could not be launched: {_error_text(error)}")
 
@@ -314,9 +348,7 @@ def _driver() -> Any:
         driver = ctypes.PyDLL(name)
     except OSError as error:
         raise KernelError(f"the NVIDIA driver's library {name} is not there ({error}): install the driver") from error
-    number, pointer = ctypes.c_uint, ctypes.c_void_p
-    driver.cuLaunchKernel.argtypes = [pointer, *[number] * 7, pointer, pointer, pointer]
-    driver.cuModuleLoadData.argtypes = [pointer, ctypes.c_char_p]
+    driver.cuModuleLoadData.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
     return driver
 
 
@@ -366,7 +398,16 @@ def _error_text(code: int) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
+def _sizes(grid: Size, block: Size) -> tuple[int, ...]:
+    return *_three(grid), *_three(block)
+
+
 def _three(size: Size) -> tuple[int, int, int]:
     given = size if isinstance(size, tuple) else (size,)
     x, y, z = (*given, 1, 1)[:3]
     return x, y, z
+
+
+@functools.lru_cache(maxsize=64)
+def _pointer(address: int) -> ctypes.c_void_p:
+    return ctypes.c_void_p(address)

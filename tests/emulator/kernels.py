@@ -18,7 +18,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ def emulated(*, architecture: int = 900, order: int = 0) -> Iterator[None]:
         order: 0 runs the threads of a block from first to last, 1 from last to first, higher numbers let warps take
             turns in orders drawn from them.
     """
-    before = Kernel.__call__
+    before = Kernel.__call__, Kernel.prepared
 
     def call(kernel: Kernel, like: Tensor, grid: Any, block: Any, *arguments: Any) -> None:
         values = [
@@ -57,11 +57,14 @@ def emulated(*, architecture: int = 900, order: int = 0) -> Iterator[None]:
         packed = kernel.layout.values.pack(*values)
         _run(kernel, architecture)(_three(grid), _three(block), kernel.shared_bytes, packed, order)
 
-    Kernel.__call__ = call  # type: ignore[method-assign]
+    def prepared(kernel: Kernel, like: Tensor, grid: Any, block: Any, *arguments: Any) -> Callable[[], None]:
+        return lambda: kernel(like, grid, block, *arguments)
+
+    Kernel.__call__, Kernel.prepared = call, prepared  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        Kernel.__call__ = before  # type: ignore[method-assign]
+        Kernel.__call__, Kernel.prepared = before  # type: ignore[method-assign]
 
 
 def _three(size: Any) -> Any:

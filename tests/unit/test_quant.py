@@ -179,10 +179,10 @@ def test_matrices_are_dequantised_once_until_another_takes_their_buffer(
         for seed, kind in enumerate(["key", "value", "key"])
     ]
     filled: list[int] = []
-    original = FrozenLinear._fill
+    original = FrozenLinear.fill
     monkeypatch.setattr(
         FrozenLinear,
-        "_fill",
+        "fill",
         lambda self, dense: (filled.append(layers.index(self)), original(self, dense))[1],
     )
     for index in (0, 1, 0, 1, 2, 2, 0):
@@ -205,7 +205,7 @@ def test_a_failed_dequantisation_is_not_taken_for_the_matrix(monkeypatch: pytest
     workspace = DequantizationWorkspace(keep_dequantized=True)
     layer = frozen(workspace=workspace)
     with monkeypatch.context() as broken:
-        broken.setattr(FrozenLinear, "_fill", lambda self, dense: 1 / 0)
+        broken.setattr(FrozenLinear, "fill", lambda self, dense: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             layer.shared_dense()
     assert torch.equal(layer.shared_dense(), layer.dequantized())

@@ -1,9 +1,14 @@
 """The launcher's description of arguments, its cache and its compiler; what needs a GPU is in tests/gpu."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import struct
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -240,14 +245,14 @@ class FakeDriver:
         self.contexts = 0
         self.launches: list[tuple[object, ...]] = []
 
-    def cuLaunchKernel(self, function: object, *rest: int) -> int:
+    def cuLaunchKernel(self, function: object, *rest: Any) -> int:
         code = self.codes.pop(0) if self.codes else 0
         if not code:
             *sizes, shared, stream, places, extra = rest
-            first, second = (ctypes.c_void_p * 2).from_address(places)
+            first, second = (ctypes.c_void_p * 2).from_address(places.value)
             pointer = ctypes.c_void_p.from_address(first).value
             members = ctypes.c_int.from_address(second).value, ctypes.c_float.from_address(second + 4).value
-            self.launches.append((sizes, shared, stream, extra, pointer, *members))
+            self.launches.append((sizes, shared, stream.value, extra, pointer, *members))
         return code
 
     def cuCtxSetCurrent(self, context: object) -> int:
@@ -296,6 +301,59 @@ def test_a_thread_without_a_context_gets_it_and_other_errors_are_said(launcher: 
     driver.codes = [1]
     with pytest.raises(RuntimeError, match="kernel f could not be launched"):
         kernel(tensor, 1, 32, tensor, 3, 1.0)
+
+
+def test_a_prepared_launch_has_memory_of_its_own_and_keeps_its_tensors(launcher: tuple[Kernel, FakeDriver]) -> None:
+    kernel, driver = launcher
+    tensor = torch.zeros(2)
+    again = kernel.prepared(tensor, (3, 4), 32, tensor, -7, 1.5)
+    assert not driver.launches
+    again()
+    kernel(tensor, 1, 32, None, 2, 0.5)
+    again()
+    first, other, last = driver.launches
+    assert first == last == ([3, 4, 1, 32, 1, 1], 64 * 1024, 77, None, tensor.data_ptr(), -7, 1.5)
+    assert other[4:] == (None, 2, 0.5)
+    kept = weakref.ref(tensor)
+    del tensor
+    gc.collect()
+    assert kept() is not None
+    driver.codes = [201]
+    again()
+    assert driver.launches[-1] == first
+    del again
+    gc.collect()
+    assert kept() is None
+
+
+@pytest.mark.parametrize("prepared", [False, True])
+def test_a_launch_goes_to_the_stream_that_is_current_then(
+    prepared: bool, launcher: tuple[Kernel, FakeDriver], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kernel, driver = launcher
+    tensor, current = torch.zeros(2), [1]
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: current[0])
+    arguments = (tensor, 1, 32, tensor, 1, 1.0)
+    launch = kernel.prepared(*arguments) if prepared else partial(kernel, *arguments)
+    for stream in (1, 2**40, 1):
+        current[0] = stream
+        launch()
+    assert [launched[2] for launched in driver.launches] == [1, 2**40, 1]
+
+
+def test_threads_that_launch_at_once_do_not_mix_their_arguments(launcher: tuple[Kernel, FakeDriver]) -> None:
+    kernel, driver = launcher
+    tensor = torch.zeros(2)
+    take = driver.cuLaunchKernel
+
+    def slowly(*arguments: Any) -> int:
+        time.sleep(0.001)
+        return take(*arguments)
+
+    driver.cuLaunchKernel = slowly  # type: ignore[method-assign]
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda number: kernel(tensor, number + 1, 32, tensor, number, 1.0), range(24)))
+    assert sorted((sizes[0] - 1, number) for sizes, *_, number, _ in driver.launches) == [(n, n) for n in range(24)]
 
 
 def test_pointers_are_found_among_a_structs_members() -> None:
