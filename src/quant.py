@@ -31,6 +31,7 @@ from torch.autograd.function import FunctionCtx
 from src.config.model import QUANT_TYPES
 from src.ops.dequantize_cuda import KERNELS, MOST_TOGETHER, OF_SEVERAL, PackedMatrix, filler
 from src.ops.kernels import Kernel, usable
+from src.ops.node import Node
 from src.startup import uncompiled_imports
 
 _FOUR_BIT_CODE = {"nf4": "nf4", "fp4": "fp4", "4bit": "fp4"}
@@ -103,11 +104,32 @@ class _Place:
         held: the buffer.
         dense: a view of it, [out, in]; None where the buffer is gone.
         fill: has the kernel write the matrix there; None where it does not.
+        together: of matrices of which this is the first.
     """
 
     held: _Held
     dense: Tensor | None
     fill: Callable[[], None] | None
+    together: _Together | None = None
+
+
+@dataclass(frozen=True)
+class _Together:
+    """Matrices that are written by one launch.
+
+    Attributes:
+        identities: of the layers.
+        held: the buffers.
+        fill: writes them; None where they have to be written one by one.
+    """
+
+    identities: list[object]
+    held: list[_Held]
+    fill: Callable[[], None] | None
+
+
+def _holds(held: _Held, identity: object, version: int) -> bool:
+    return held.owner is identity and held.version == version
 
 
 class DequantizationWorkspace:
@@ -173,7 +195,7 @@ class DequantizationWorkspace:
         if place is None or (dense := place.dense) is None:
             place, dense = self._place_for(layer)
         held, version = place.held, layer.version()
-        if held.owner is not layer.identity or held.version != version:
+        if not _holds(held, layer.identity, version):
             held.owner = None
             if place.fill is not None:
                 place.fill()
@@ -182,28 +204,37 @@ class DequantizationWorkspace:
             held.owner, held.version = layer.identity, version
         return dense
 
-    def together(self, layers: Sequence[FrozenLinear]) -> Callable[[], None] | None:
-        """What writes the matrices of several layers into buffers of their own by one launch, at every call.
+    def fill_together(self, layers: Sequence[FrozenLinear]) -> None:
+        """Dequantises several layers' matrices by one launch, where each has a buffer of its own.
 
-        None where they share a buffer or there is no kernel. To be asked for again when `place` of a layer is another.
+        It takes no more memory than to do so one by one, as these buffers outlast their use.
         """
         if not self._keep_dequantized or not 1 < len(layers) <= MOST_TOGETHER:
-            return None
-        matrices = [matrix for layer in layers if (matrix := layer.packed_matrix())]
+            return
+        first, identities = layers[0].place, [layer.identity for layer in layers]
+        known = None if first is None else first.together
+        if known is None or known.identities != identities:
+            known = self._together(layers, identities)
+        if known.fill is None:
+            return
+        versions = [layer.version() for layer in layers]
+        if all(map(_holds, known.held, identities, versions)):
+            return
+        for held in known.held:
+            held.owner = None
+        known.fill()
+        for held, identity, version in zip(known.held, identities, versions, strict=True):
+            held.owner, held.version = identity, version
+
+    def _together(self, layers: Sequence[FrozenLinear], identities: list[object]) -> _Together:
+        """Without `fill` where they share a buffer or there is no kernel."""
         places, dense = zip(*map(self._place_for, layers), strict=True)
-        if len(matrices) < len(layers) or len({place.held for place in places}) < len(layers):
-            return None
-        write = filler(matrices, dense)
-
-        def fill() -> None:
-            versions = [layer.version() for layer in layers]
-            for place in places:
-                place.held.owner = None
-            write()
-            for layer, place, version in zip(layers, places, versions, strict=True):
-                place.held.owner, place.held.version = layer.identity, version
-
-        return fill
+        matrices = [matrix for layer in layers if (matrix := layer.packed_matrix())]
+        held = [place.held for place in places]
+        one_by_one = len(matrices) < len(layers) or len(set(held)) < len(layers)
+        together = _Together(identities, held, None if one_by_one else filler(matrices, dense))
+        places[0].together = together
+        return together
 
     def _place_for(self, layer: FrozenLinear) -> tuple[_Place, Tensor]:
         """A layer's place and its matrix there, in a new buffer where there is none or one that is too small."""
@@ -224,9 +255,12 @@ class DequantizationWorkspace:
         return place, dense
 
     def _free(self, key: tuple[torch.device, torch.dtype, str]) -> None:
-        held = self._held.pop(key, None)
-        for place in () if held is None else held.places:
-            place.dense = place.fill = None
+        freed = self._held.pop(key, None)
+        for held in self._held.values():
+            for place in held.places:
+                place.together = None
+        for place in () if freed is None else freed.places:
+            place.dense = place.fill = place.together = None
 
 
 class FrozenLinear(nn.Module):
@@ -330,7 +364,7 @@ class FrozenLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype; the product runs in `compute_dtype`."""
-        if x.shape[-1] != self.in_features or x.device != self.packed.device:
+        if x.shape[-1] != self.in_features or x.device != self._buffers["packed"].device:  # type: ignore[union-attr]
             raise RuntimeError(
                 f"x has shape {list(x.shape)} and is on {x.device}, expected [..., {self.in_features}] on "
                 f"{self.packed.device}"
@@ -349,8 +383,10 @@ class FrozenLinear(nn.Module):
 
     def gradients(self, grad_output: Tensor) -> tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]:
         """The gradient of x [..., in] from that of the result [..., out], in its dtype; see `layers.Linear`."""
+        if grad_output.dtype is self.compute_dtype:
+            return grad_output @ self.shared_dense(), _nothing
         grad_x = (grad_output.to(self.compute_dtype) @ self.shared_dense()).to(grad_output.dtype)
-        return grad_x, lambda kept: ()
+        return grad_x, _nothing
 
     def dequantized(self) -> Tensor:
         """The matrix [out, in] in `compute_dtype`, in memory of its own."""
@@ -474,6 +510,11 @@ class FrozenLinear(nn.Module):
         return {**self.__dict__, "identity": object(), "_kernel_sought": False, **dict.fromkeys(derived)}
 
 
+def _nothing(kept: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The gradients of what a frozen matrix trains."""
+    return ()
+
+
 class FrozenHead(nn.Module):
     """y = x @ W.T with W [vocabulary, in] packed in parts of the vocabulary, so that no dense whole need exist.
 
@@ -502,7 +543,7 @@ class FrozenHead(nn.Module):
         return [part.shared_dense for part in self.parts if isinstance(part, FrozenLinear)]
 
 
-class _FrozenProduct(torch.autograd.Function):
+class _FrozenProduct(Node):
     """x @ W.T whose backward is dy @ W, with W dequantised in each of them; autograd keeps no tensor."""
 
     @staticmethod

@@ -15,11 +15,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from src.model.casts import LayerCasts
 from src.model.layers import Linear
 from src.model.shape import Shape
+from src.ops.node import Node, once
 from src.quant import FrozenLinear
 
 Kept = tuple[Tensor, ...]
@@ -83,7 +83,8 @@ class Adapter(nn.Module, ABC):
 
     def trained(self) -> list[nn.Parameter]:
         """The parameters, in the order of their gradients."""
-        return [getattr(self, name) for name in self.names]
+        own: Any = self._parameters  # an attribute of a module takes ten times as long
+        return [own[name] for name in self.names]
 
     def cast_with(self, layer: LayerCasts) -> None:
         """From now on, the parameters are cast with others of their layer."""
@@ -91,7 +92,8 @@ class Adapter(nn.Module, ABC):
 
     def used(self, name: str, dtype: torch.dtype) -> Tensor:
         """A parameter in the dtype of the activations, outside autograd; see `LayerCasts.cast`."""
-        parameter: nn.Parameter = getattr(self, name)
+        own: Any = self._parameters
+        parameter: nn.Parameter = own[name]
         if self._casts is None or parameter.dtype is dtype:
             return parameter.to(dtype)
         return self._casts.cast(self._first_cast + self.names.index(name), dtype)
@@ -106,7 +108,7 @@ class Adapter(nn.Module, ABC):
         return x.reshape(-1, x.shape[-1])
 
 
-class _Adapted(torch.autograd.Function):
+class _Adapted(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, adapter: Adapter, *parameters: Tensor) -> Tensor:
         y, kept = adapter.product(adapter.rows_of(x))
@@ -115,7 +117,7 @@ class _Adapted(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_x, of_parameters = ctx.adapter.gradients(ctx.adapter.rows_of(grad))
         gradients = of_parameters(ctx.saved_tensors) if any(ctx.needs_input_grad[2:]) else ()

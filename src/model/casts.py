@@ -11,7 +11,8 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from src.ops.node import Node, once
 
 _ALIGNMENT_VALUES = 64
 """Where a tensor begins in the buffer: 128 bytes in 16 bits, which matrix products like."""
@@ -95,7 +96,7 @@ class LayerCasts:
         return [tensor for owner in self._owners for tensor in owner.trained()]
 
 
-class WideProduct(torch.autograd.Function):
+class WideProduct(Node):
     """x W + b with W [in, out] and b stored wider than x, whose gradients are summed in their own dtype.
 
     Arguments: x [..., in], W, b [..., out] or None, and functions that give W and b in x's dtype: they are called in
@@ -119,7 +120,7 @@ class WideProduct(torch.autograd.Function):
         return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (rows,) = ctx.saved_tensors
         grad = grad.reshape(-1, grad.shape[-1])

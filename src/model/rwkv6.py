@@ -24,7 +24,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from src.errors import CheckpointError, ConfigError
 from src.layout import SegmentLayout
@@ -42,6 +41,7 @@ from src.ops.elementwise import (
     squared_relu_gradient,
 )
 from src.ops.kernels import Kernel
+from src.ops.node import Node, once
 from src.ops.wkv6 import wkv6, wkv6_branching
 from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available
 
@@ -290,6 +290,7 @@ class RWKV6Shape(ModelShape):
 class TimeMix(TimeMixer):
     """Token shift, the recurrence, and its gate: z = ln1 x [B, T, C] -> what is added to x."""
 
+    matrices = ("receptance", "key", "value", "gate", "output")
     products = ("time_maa_w1", "time_maa_w2", "time_decay", "time_decay_w1", "time_decay_w2")
     time_maa_w1: nn.Parameter
     time_maa_w2: nn.Parameter
@@ -335,14 +336,17 @@ class TimeMix(TimeMixer):
         self, inputs: tuple[Tensor, ...], start: Tensor | None, layout: SegmentLayout | None, handed: Tensor | None
     ) -> tuple[Tensor, Tensor, None]:
         """See TimeMixer."""
+        self.dequantize()
+        own: Any = self._modules  # an attribute of a module takes ten times as long
         z_w, z_k, z_v, z_r, z_g = inputs
         B, T, _ = z_w.shape
         decay_hidden = torch.tanh(self.product(z_w, "time_decay_w1"))
         w_raw = self.product(decay_hidden, "time_decay_w2", bias="time_decay")
         heads = (B, T, self.head_count, self.head_size)
-        r, k, v = self.receptance(z_r).view(heads), self.key(z_k).view(heads), self.value(z_v).view(heads)
+        r, k, v = own["receptance"](z_r).view(heads), own["key"](z_k).view(heads), own["value"](z_v).view(heads)
         y, final = self._recur(r, k, v, w_raw.view(heads), self.time_state if start is None else start, layout)
-        gated = group_norm_silu_gate(y, self.gate(z_g), self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
+        gate, norm = own["gate"](z_g), own["ln_x"]
+        gated = group_norm_silu_gate(y, gate, norm.weight, norm.bias, norm.eps)
         return gated, final, None
 
     def _recur(
@@ -400,7 +404,7 @@ class ChannelMix(ChannelMixer):
         return self.receptance, self.value, self.key
 
 
-class _FeedAgain(torch.autograd.Function):
+class _FeedAgain(Node):
     """The backward of `ChannelMix.feed` from what goes in and what came out.
 
     Two of three products are computed again, and every matrix is dequantised once: the gradient of the hidden layer
@@ -416,7 +420,7 @@ class _FeedAgain(torch.autograd.Function):
         return result.view_as(result)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, z_k, z_r, result = ctx.saved_tensors
         mixer: ChannelMix = ctx.mixer

@@ -27,7 +27,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from src.errors import CheckpointError, ConfigError
 from src.layout import SegmentLayout
@@ -38,6 +37,7 @@ from src.ops import delta_rule_cuda, elementwise_cuda, wkv7_cuda
 from src.ops.delta_rule import group_norm_bonus_gate, removal_and_replacement, value_residual
 from src.ops.elementwise import shift_mixes, squared_relu, squared_relu_gradient
 from src.ops.kernels import Kernel
+from src.ops.node import Node, once
 from src.ops.wkv7 import wkv7, wkv7_branching
 from src.ops.wkv7_cuda import CUDA_HEAD_SIZE, kernel_is_available
 
@@ -406,6 +406,7 @@ class TimeMix(TimeMixer):
     Layer 0 hands on its values, which the others take.
     """
 
+    matrices = ("receptance", "key", "value", "output")
     w0: nn.Parameter
     w1: nn.Parameter
     w2: nn.Parameter
@@ -455,21 +456,24 @@ class TimeMix(TimeMixer):
         self, inputs: tuple[Tensor, ...], start: Tensor | None, layout: SegmentLayout | None, handed: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """See TimeMixer."""
+        self.dequantize()
         assert self.hands_on == (handed is None)
+        parts: Any = {**self._modules, **self._parameters}  # an attribute of a module takes ten times as long
         z_r, z_w, z_k, z_v, z_a, z_g = inputs
         heads = (*z_r.shape[:2], self.head_count, self.head_size)
-        w_raw = _mapped(torch.tanh(z_w @ self.w1.to(z_w.dtype)), self.w2, self.w0)
-        rate = _mapped(z_a @ self.a1.to(z_a.dtype), self.a2, self.a0)
-        gate = torch.sigmoid(z_g @ self.g1.to(z_g.dtype)) @ self.g2.to(z_g.dtype)
-        r, k, own = self.receptance(z_r), self.key(z_k), self.value(z_v)
+        w_raw = _mapped(torch.tanh(_product(z_w, parts["w1"])), parts["w2"], parts["w0"])
+        rate = _mapped(_product(z_a, parts["a1"]), parts["a2"], parts["a0"])
+        gate = _product(torch.sigmoid(_product(z_g, parts["g1"])), parts["g2"])
+        r, k, own = parts["receptance"](z_r), parts["key"](z_k), parts["value"](z_v)
         v = own
         if handed is not None:
-            v = value_residual(own, handed, _mapped(z_v @ self.v1.to(z_v.dtype), self.v2, self.v0))
+            v = value_residual(own, handed, _mapped(_product(z_v, parts["v1"]), parts["v2"], parts["v0"]))
         r, v = r.view(heads), v.view(heads)
-        k, removal, written = removal_and_replacement(k.view(heads), rate.view(heads), self.k_k, self.k_a)
+        k, removal, written = removal_and_replacement(k.view(heads), rate.view(heads), parts["k_k"], parts["k_a"])
         tokens = (r, w_raw.view(heads), k, v, removal, written)
-        y, final = self._recur(tokens, self.time_state if start is None else start, layout)
-        gated = group_norm_bonus_gate(y, r, k, v, gate, self.r_k, self.ln_x.weight, self.ln_x.bias, self.ln_x.eps)
+        y, final = self._recur(tokens, parts["time_state"] if start is None else start, layout)
+        norm = parts["ln_x"]
+        gated = group_norm_bonus_gate(y, r, k, v, gate, parts["r_k"], norm.weight, norm.bias, norm.eps)
         return gated, final, own if self.hands_on else None
 
     def _recur(self, tokens: tuple[Tensor, ...], start: Tensor, layout: SegmentLayout | None) -> tuple[Tensor, Tensor]:
@@ -485,8 +489,18 @@ class TimeMix(TimeMixer):
 
 def _mapped(hidden: Tensor, up: Tensor, base: Tensor) -> Tensor:
     """base + hidden @ up: hidden [B, T, D], up [D, C], base [1, 1, C] -> [B, T, C]."""
-    rows = torch.addmm(base.to(hidden.dtype).view(-1), hidden.flatten(0, 1), up.to(hidden.dtype))
+    dtype = hidden.dtype
+    rows = torch.addmm(_cast(base, dtype).view(-1), hidden.flatten(0, 1), _cast(up, dtype))
     return rows.view(*hidden.shape[:2], -1)
+
+
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [..., in] @ weight [in, out] in x's dtype."""
+    return x @ _cast(weight, x.dtype)
+
+
+def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
+    return parameter if parameter.dtype is dtype else parameter.to(dtype)
 
 
 class ChannelMix(ChannelMixer):
@@ -528,7 +542,7 @@ class ChannelMix(ChannelMixer):
         return self.value, self.key
 
 
-class _FeedAgain(torch.autograd.Function):
+class _FeedAgain(Node):
     """The backward of `ChannelMix.feed` from what goes in: one product of two is computed again."""
 
     @staticmethod
@@ -538,7 +552,7 @@ class _FeedAgain(torch.autograd.Function):
         return result.view_as(result)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (z_k,) = ctx.saved_tensors
         mixer: ChannelMix = ctx.mixer

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from src.ops.kernels import Kernel, usable
+from src.ops.node import Node
 from src.ops.rows import (
     HEAD_SIZES,
     THREADS,
@@ -113,7 +114,7 @@ def group_norm_bonus_gate(
     return output
 
 
-class _RemovalAndReplacement(torch.autograd.Function):
+class _RemovalAndReplacement(Node):
     @staticmethod
     def forward(ctx: Any, k: Tensor, rate: Tensor, key_scale: Tensor, rate_scale: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
@@ -140,7 +141,7 @@ class _RemovalAndReplacement(torch.autograd.Function):
         return grad_k, grad_rate, *_sums(KEYS_SUMS, k, (*inputs, *arrived), of_parameters, ctx.shapes)
 
 
-class _ValueResidual(torch.autograd.Function):
+class _ValueResidual(Node):
     @staticmethod
     def forward(ctx: Any, v: Tensor, first: Tensor, amount: Tensor) -> Tensor:
         first, amount = prepared(first, "first"), prepared(amount, "amount")
@@ -158,7 +159,7 @@ class _ValueResidual(torch.autograd.Function):
         return grads
 
 
-class _GroupNormBonusGate(torch.autograd.Function):
+class _GroupNormBonusGate(Node):
     @staticmethod
     def forward(
         ctx: Any,

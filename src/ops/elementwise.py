@@ -284,8 +284,10 @@ def sigmoid_gated_residual_gradients_torch(x: Tensor, r: Tensor, result: Tensor,
 
 def _kernels_for(*tensors: Tensor) -> Any | None:
     """The kernels if they can work on these tensors as on rows of whole vectors."""
-    fit = all(t.is_cuda and t.dtype is torch.bfloat16 and t.shape[-1] % _VECTOR == 0 for t in tensors)
-    return fused_kernels() if fit else None
+    for tensor in tensors:
+        if not (tensor.is_cuda and tensor.dtype is torch.bfloat16 and tensor.shape[-1] % _VECTOR == 0):
+            return None
+    return fused_kernels()
 
 
 def _shift_kernels(z: Tensor, carry: Tensor | None, maa: Tensor, previous: Tensor | None) -> Any | None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from src.ops.kernels import Kernel
+from src.ops.node import Node
 from src.ops.rows import (
     HEAD_SIZES,
     THREADS,
@@ -240,7 +241,7 @@ def logit_gradient(
         LOGIT_GRADIENT(logits, rows, _ROW_THREADS, *arguments, vocabulary)
 
 
-class _ShiftMix(torch.autograd.Function):
+class _ShiftMix(Node):
     @staticmethod
     def run(
         z: Tensor,
@@ -286,7 +287,7 @@ class _ShiftMix(torch.autograd.Function):
         return *found, None, None
 
 
-class _ModulatedShiftMix(torch.autograd.Function):
+class _ModulatedShiftMix(Node):
     """A token shift whose modulation is hidden @ up for each mix; unless it is kept, it is formed again."""
 
     @staticmethod
@@ -362,7 +363,7 @@ class _ModulatedShiftMix(torch.autograd.Function):
         return grad_z, grad_carry, grad_maa, grad_hidden, grad_up, None, None, None, None
 
 
-class _GroupNormSiluGate(torch.autograd.Function):
+class _GroupNormSiluGate(Node):
     @staticmethod
     def run(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         return _gated_norm(prepared(y, "y"), prepared(gate, "gate"), weight, bias, eps)
@@ -397,7 +398,7 @@ class _GroupNormSiluGate(torch.autograd.Function):
         return grad_y, grad_gate, *of_parameters, None
 
 
-class _AddNorm(torch.autograd.Function):
+class _AddNorm(Node):
     """(x + delta, layer norm of that), so that the backward adds the residual stream's gradient in the same pass."""
 
     @staticmethod
@@ -441,7 +442,7 @@ class _AddNorm(torch.autograd.Function):
         return grad_x, grad_x if ctx.adds else None, *of_parameters, None
 
 
-class _SquaredRelu(torch.autograd.Function):
+class _SquaredRelu(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = _vectors(x, "x")
@@ -457,7 +458,7 @@ class _SquaredRelu(torch.autograd.Function):
         return grad_x
 
 
-class _SigmoidGatedResidual(torch.autograd.Function):
+class _SigmoidGatedResidual(Node):
     @staticmethod
     def forward(ctx: Any, x: Tensor, r: Tensor, value: Tensor) -> Tensor:
         x, r = prepared(x, "x"), prepared(r, "r")
@@ -484,7 +485,7 @@ class _ShiftInputs:
             raise RuntimeError(f"z has {z.ndim} dimensions, expected [batch, tokens, channels]")
         batch, tokens, channels = z.shape
         check_channels(channels, batch * tokens)
-        mixes = len(maa)
+        mixes = self.mixes = maa.shape[0]
         if mixes not in MIXES:
             raise RuntimeError(f"maa holds {mixes} mixes, expected 1, 2, 5 or 6")
         check_shape(maa, (mixes, channels), "maa")
@@ -510,11 +511,11 @@ class _ShiftInputs:
         if modulation is None:
             return None
         modulation = prepared(modulation, "modulation")
-        check_shape(modulation, (len(self.maa), *self.z.shape), "modulation")
+        check_shape(modulation, (self.mixes, *self.z.shape), "modulation")
         return modulation
 
     def mixed(self, modulation: Tensor | None) -> tuple[Tensor, ...]:
-        outputs = tuple(torch.empty_like(self.z) for _ in range(len(self.maa)))
+        outputs = tuple([torch.empty_like(self.z) for _ in range(self.mixes)])
         batch, tokens, channels = self.z.shape
         rows = batch * tokens
         if rows:
@@ -572,7 +573,7 @@ def _modulation(inputs: _ShiftInputs, hidden: Tensor, up: Tensor) -> Tensor:
     z = inputs.z
     if up.ndim != 3:
         raise RuntimeError(f"up has {up.ndim} dimensions, expected [mixes, width, channels]")
-    check_shape(up, (len(inputs.maa), up.shape[1], z.shape[2]), "up")
+    check_shape(up, (inputs.mixes, up.shape[1], z.shape[2]), "up")
     check_shape(hidden, (*z.shape[:2], up.shape[0] * up.shape[1]), "hidden")
     return torch.bmm(_by_mix(hidden, up), up)
 

@@ -52,7 +52,11 @@ def check_channels(channels: int, rows: int) -> None:
 
 def records(*tensors: Tensor | None) -> bool:
     """Whether autograd has to know."""
-    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if torch.is_grad_enabled():
+        for tensor in tensors:
+            if tensor is not None and tensor.requires_grad:
+                return True
+    return False
 
 
 def saved_parameter(ctx: Any, name: str, parameter: Tensor, place: int) -> Tensor | None:

@@ -19,10 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from src.losses import L2WRAP_FACTOR, sft_loss
 from src.ops.elementwise import fused_kernels
+from src.ops.node import Node, once
 
 HeadWeight = Tensor | Sequence[Callable[[], Tensor]]
 """[V, C]; or functions that give its rows anew at every call, a part [V_i, C] each, in order."""
@@ -117,7 +117,7 @@ def head_sft_loss(
     return loss
 
 
-class _HeadSftLoss(torch.autograd.Function):
+class _HeadSftLoss(Node):
     """Saves the gradient of hidden; the backward scales it, by a factor that is not rounded to hidden's dtype.
 
     In fp16 it is saved as that of the sum over the counted rows, because a mean's would underflow before the loss
@@ -148,7 +148,7 @@ class _HeadSftLoss(torch.autograd.Function):
         return loss * mean if is_sum else loss
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, None, None, None]:
         grad_hidden, mean = ctx.saved_tensors
         factor = grad_loss if mean is None else grad_loss * mean
@@ -157,7 +157,7 @@ class _HeadSftLoss(torch.autograd.Function):
         return scaled, None, None, None
 
 
-class _TokenLogps(torch.autograd.Function):
+class _TokenLogps(Node):
     """Saves hidden, targets, logsumexp and arg-max of each row; recomputes logits chunk by chunk."""
 
     @staticmethod
@@ -175,7 +175,7 @@ class _TokenLogps(torch.autograd.Function):
         return logp, max_logit
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(
         ctx: Any, grad_logp: Tensor, grad_max_logit: Tensor
     ) -> tuple[Tensor | None, Tensor | None, None, None]:
@@ -201,7 +201,7 @@ class _TokenLogps(torch.autograd.Function):
         return grad_hidden, None if grad_weight is None else grad_weight.to(dense.dtype), None, None
 
 
-class _TokenLogpsByParts(torch.autograd.Function):
+class _TokenLogpsByParts(Node):
     """`_TokenLogps` of a head in parts: running logsumexp and maximum over them, gradients added up in fp32."""
 
     @staticmethod
@@ -225,7 +225,7 @@ class _TokenLogpsByParts(torch.autograd.Function):
         return torch.where(counted, target_logit - logsumexp, 0.0), torch.where(counted, max_logit, 0.0)
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, grad_logp: Tensor, grad_max_logit: Tensor) -> tuple[Tensor | None, None, None, None]:
         hidden, targets, logsumexp, argmax = ctx.saved_tensors
         by_logp, by_max = (torch.where(targets >= 0, grad, 0.0) for grad in (grad_logp, grad_max_logit))

@@ -61,6 +61,12 @@ def wkv6(
         ValueError: an argument does not fit; the message names it.
         KernelError: the CUDA kernel was asked for and cannot be built, or cannot be launched.
     """
+    if backend is None and r.dim() == 4 and _takes_kernel(r):
+        try:
+            return wkv6_cuda(r, k, v, w_raw, u, state, cu_seqlens)
+        except RuntimeError:
+            _check_arguments(r, k, v, w_raw, u, state, cu_seqlens)  # says what does not fit, if that is why
+            raise
     sequences = _check_arguments(r, k, v, w_raw, u, state, cu_seqlens)
     if backend is None:
         backend = "cuda" if _takes_kernel(r) else "reference" if r.shape[1] == 1 else "chunked"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from src.ops.kernels import Argument, Kernel, usable
+from src.ops.node import Node
 
 CUDA_HEAD_SIZE = 64
 TILE_TOKENS = 16
@@ -196,7 +197,7 @@ class _Layout:
             raise RuntimeError(f"r has {batch * length * heads} rows of 64, expected fewer than {_MOST_ROWS}")
         if span_tokens == 0:
             span_tokens = _span_tokens_for(r, blocks)
-        if span_tokens <= 0 or span_tokens % _CHUNK_TOKENS:
+        elif span_tokens < 0 or span_tokens % _CHUNK_TOKENS:
             raise RuntimeError(f"span_tokens is {span_tokens}, expected a multiple of {_CHUNK_TOKENS}")
         span_tokens = min(span_tokens, _ceil_div(length, _CHUNK_TOKENS) * _CHUNK_TOKENS)
         sequences = tokens.sequences
@@ -277,7 +278,7 @@ def _run_backward(
     gradients.u = None if du is None else du.sum(0)
 
 
-class _Wkv6(torch.autograd.Function):
+class _Wkv6(Node):
     @staticmethod
     def forward(
         ctx: Any,
@@ -320,7 +321,7 @@ class _Wkv6(torch.autograd.Function):
         return *_input_gradients(gradients, u, ctx.state_is_shared), None, None
 
 
-class _Wkv6Branching(torch.autograd.Function):
+class _Wkv6Branching(Node):
     """Roots, then sequences that continue them: two passes over one row, so that nothing has to be cut or joined."""
 
     @staticmethod

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from src.ops.kernels import Kernel, usable
+from src.ops.node import Node, once
 
 CUDA_HEAD_SIZE = 64
 _TILE_TOKENS = 16
@@ -120,7 +120,7 @@ class _Part:
         return self.count // _CHUNK_TOKENS + self.sequences(batch)
 
 
-class _WKV7(torch.autograd.Function):
+class _WKV7(Node):
     """One part, or roots and then the sequences that continue them, over one row."""
 
     @staticmethod
@@ -158,7 +158,7 @@ class _WKV7(torch.autograd.Function):
         return y, finals[0]
 
     @staticmethod
-    @once_differentiable
+    @once
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         r, w_raw, a, b, *of_tokens = ctx.saved_tensors
         dy = torch.zeros_like(r) if dy is None else _prepared(dy)
