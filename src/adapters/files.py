@@ -159,6 +159,13 @@ def said_beside(path: PathLike) -> dict[str, Any] | None:
     return read_description(beside) if beside != Path(path) and os.path.exists(beside) else None
 
 
+def states_beside(said: Mapping[str, Any] | None) -> str:
+    """The file of states that a training had beside what it trained, by what `said_beside` gave; "" is none."""
+    if said is None or said.get("states") or not isinstance(flags := said.get("flags"), dict):
+        return ""
+    return str(flags.get("load_state") or "")
+
+
 def read_description(path: Path) -> dict[str, Any]:
     """What stands in such a JSON file.
 

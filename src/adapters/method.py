@@ -140,6 +140,7 @@ def method_of(config: TrainConfig) -> Method:
         rates=rates,
         load=config.load_adapter,
         pissa_init=config.pissa_init,
+        beside="" if config.trains_states else config.load_state,
     )
 
 

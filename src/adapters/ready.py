@@ -40,9 +40,9 @@ def chat_command(base: str, template: str | None, *, state: Path | None = None, 
     return shlex.join([*words, *(["--template", template] if template != TEMPLATE_NAMES[0] else [])])
 
 
-def merge_command(base: str, result: Path, folder: str) -> str:
+def merge_command(base: str, result: Path, folder: str, output: str = "merged.pth") -> str:
     """The model that contains a result."""
-    return shlex.join(["python", "merge_state.py", base, str(result), str(Path(folder) / "merged.pth")])
+    return shlex.join(["python", "merge_state.py", base, str(result), str(Path(folder) / output)])
 
 
 def export_command(result: Path, output: Path, client: str, base: str = "") -> str:

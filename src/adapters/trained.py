@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from src.adapters.files import (
     description_path,
     refuse_other_architecture,
     said_beside,
+    states_beside,
     with_own_names,
 )
 from src.adapters.hf import is_hf, read_hf
@@ -112,6 +113,7 @@ class Trained:
         quant: quantisation it was trained on, "none" for unpacked weights; None if nothing says it.
         quant_head: whether the head was packed, too.
         base: file, size_bytes and sha256 of the model it was trained on, as far as they are known.
+        beside: file of the states that it was trained beside and that it does not hold; "" is none.
     """
 
     path: Path
@@ -123,6 +125,7 @@ class Trained:
     quant: str | None = None
     quant_head: bool = False
     base: Mapping[str, Any] = field(default_factory=dict)
+    beside: str = ""
 
     @property
     def scale(self) -> float:
@@ -172,6 +175,32 @@ def read_trained(path: PathLike, shape: ModelShape, told: Told = Told()) -> Trai
     return _Reader(path, shape, told, tensors, said, from_hf).read()
 
 
+def read_tuned(state: str, adapter: str, shape: ModelShape, told: Told = Told()) -> Trained | None:
+    """Reads a state file, an adapter file, or both: an adapter and the states that it was trained beside.
+
+    Args:
+        state: file of `--load_state`; "" is none.
+        adapter: of `--load_adapter`, see `read_trained`; "" is none.
+        shape: of the base model.
+        told: what the user says of the adapter.
+
+    Raises:
+        CheckpointError: as `read_trained`, or both hold states.
+    """
+    if not state:
+        return read_trained(adapter, shape, told) if adapter else None
+    load_state(state, shape)  # whose sentences suit a file that should be a state
+    trained = read_trained(state, shape)
+    if not adapter:
+        return trained
+    both = read_trained(adapter, shape, told)
+    if both.states:
+        raise CheckpointError(
+            f"--load_state {state} and --load_adapter {adapter} both hold states: leave the former out"
+        )
+    return replace(both, states=trained.states, beside="")
+
+
 def base_device(base: Any) -> Any:
     """Where a matrix of a model lies, dense or packed."""
     return next(iter([*base.parameters(), *base.buffers()])).device
@@ -207,9 +236,10 @@ class _Reader:
         for key, tensor in {**others, **states}.items():
             self._check_shape(key, tensor, expected[key])
         base, packing = _base_in(self.said), _packing_in(self.path, self.said)
+        beside = "" if states else states_beside(self.said)
         if not by_matrix:
             self._refuse_flags()
-            return Trained(self.path, weights=others, states=states, **packing, base=base)
+            return Trained(self.path, weights=others, states=states, **packing, base=base, beside=beside)
         self._refuse_missing_layers(by_matrix)
         kind = self._kind(by_matrix)
         r = self._r(by_matrix, kind)
@@ -231,7 +261,7 @@ class _Reader:
             key: MatrixAdapter(kind, parameters, scale, first.get(key), by_output)
             for key, parameters in by_matrix.items()
         }
-        return Trained(self.path, kind, r, adapters, others, states, **packing, base=base)
+        return Trained(self.path, kind, r, adapters, others, states, **packing, base=base, beside=beside)
 
     def _sorted(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
         """Parameters of adapters by matrix and name, and all other tensors by key."""

@@ -55,6 +55,7 @@ class Tuning:
         rates: factors on rates.
         load: file of an earlier run to go on from; "" is none.
         pissa_init: file of PiSSA's first factors; "" means `init_pissa.pth` beside `load`, or in the run's folder.
+        beside: file of states that stay as they are; "" is none.
     """
 
     small = False
@@ -72,6 +73,7 @@ class Tuning:
         rates: Rates = Rates(),
         load: str = "",
         pissa_init: str = "",
+        beside: str = "",
     ) -> None:
         self.adapters = adapters
         self.recordable = adapters is None or adapters.kind != "lora" or not adapters.dropout
@@ -80,6 +82,7 @@ class Tuning:
         self._packed, self._packed_head = packed, packed_head
         self._rates = rates
         self._load, self._pissa_init = load, pissa_init
+        self._beside = beside
 
     def trained_names(self, shape: ModelShape) -> list[str]:
         """See Method."""
@@ -156,16 +159,27 @@ class Tuning:
 
     def next_steps(self, base: str, result: Path, folder: str, template: str | None, merged_note: str) -> list[str]:
         """See Method."""
-        note = merged_note if self._states else ""
-        lines = next_lines(
-            [
-                ("chat with it", chat_command(base, template, adapter=result)),
-                ("make a model that contains it", merge_command(base, result, folder)),
-            ],
-            "" if note else ", which every client takes",
-        )
+        note = merged_note if self._states or self._beside else ""
+        beside = Path(self._beside) if self._beside else None
+        tasks = [
+            ("chat with it", chat_command(base, template, state=beside, adapter=result)),
+            ("make a model that contains it", merge_command(base, result, folder)),
+        ]
+        if beside is not None:
+            merged = str(Path(folder) / "merged.pth")
+            tasks.append(
+                (
+                    "put the states in beside which it was trained",
+                    merge_command(merged, beside, folder, "merged-with-states.pth"),
+                )
+            )
+        lines = next_lines(tasks, "" if note else ", which every client takes")
         lines += [f"           {note}"] if note else []
-        if self.adapters is not None and self.adapters.kind != "bat" and not (self._parts or self._states):
+        if (
+            self.adapters is not None
+            and self.adapters.kind != "bat"
+            and not (self._parts or self._states or self._beside)
+        ):
             lines.append(f"           {export_command(result, Path(folder) / 'peft', 'hf', base)}")
         return lines
 

@@ -12,8 +12,8 @@ import unicodedata
 from collections.abc import Iterator
 from typing import Any
 
-from src.adapters.trained import Told, Trained, read_trained
-from src.checkpoint import Checkpoint, load_state, open_checkpoint
+from src.adapters.trained import Told, Trained, read_tuned
+from src.checkpoint import Checkpoint, open_checkpoint
 from src.config import ChatConfig
 from src.config.templates import NO_THINK, TEXT, THINK
 from src.data.inputs import unix_lines
@@ -242,11 +242,7 @@ class Talk:
 
 def _trained(config: ChatConfig, checkpoint: Checkpoint) -> Trained | None:
     """What is put into the model."""
-    shape = checkpoint.info.shape
-    if config.load_state:
-        load_state(config.load_state, shape)  # whose sentences suit a file that should be a state
-        return read_trained(config.load_state, shape)
-    return read_trained(config.load_adapter, shape, Told.by(config)) if config.load_adapter else None
+    return read_tuned(config.load_state, config.load_adapter, checkpoint.info.shape, Told.by(config))
 
 
 def _notes(config: ChatConfig, trained: Trained | None) -> Iterator[str]:
@@ -258,6 +254,8 @@ def _notes(config: ChatConfig, trained: Trained | None) -> Iterator[str]:
             f"note: {trained.path} was trained on {trained.quant} weights: --quant {trained.quant} has the model as it "
             "was trained"
         )
+    if trained.beside:
+        yield f"note: {trained.path} was trained beside the states of {trained.beside}: give them with --load_state"
     made_on = trained.base.get("size_bytes")
     if made_on not in (None, size_of_model(config.load_model)):
         yield f"note: {trained.path} was trained on {trained.base.get('file')} of {made_on} bytes, another model"
@@ -266,7 +264,7 @@ def _notes(config: ChatConfig, trained: Trained | None) -> Iterator[str]:
 def _introduction(config: ChatConfig, checkpoint: Checkpoint, trained: Trained | None, device: Device) -> Iterator[str]:
     yield f"{config.load_model}: {checkpoint.info.shape.parameter_count / 1e6:,.0f} M parameters, {device.describe()}"
     if trained is not None:
-        yield f"with {trained.path}"
+        yield f"with {' and '.join(filter(None, (config.load_state, config.load_adapter)))}"
     yield f"{', '.join(COMMANDS)}. {_KEYS}"
 
 

@@ -11,8 +11,8 @@ import tempfile
 from pathlib import Path
 
 from src.adapters.files import said_beside
-from src.adapters.trained import Told, Trained, read_trained
-from src.checkpoint import load_state, open_checkpoint
+from src.adapters.trained import Told, Trained, read_tuned
+from src.checkpoint import open_checkpoint
 from src.config import TrainConfig
 from src.config.model import METHOD_DEFAULTS
 from src.device import apply_device, resolve_device, without_memory
@@ -58,6 +58,8 @@ def evaluate(config: TrainConfig) -> tuple[HeldOut, HeldOut | None]:
         say(f"tuned      with {trained.path}")
         if trained.quant not in (None, "none" if packed is None else packed):
             say(f"           which was trained on {'unpacked' if trained.quant == 'none' else trained.quant} weights")
+        if trained.beside:
+            say(f"           which was trained beside the states of {trained.beside}: give them with --load_state")
     say("\n".join(held_out.lines))
     options = LoadOptions(
         device.device, device.compute_dtype, packed, bool(config.quant_head), head_size_divisor=config.head_size_divisor
@@ -90,16 +92,11 @@ def _packed_as_trained(config: TrainConfig, trained: Trained | None) -> TrainCon
 
 def _trained(config: TrainConfig, shape: ModelShape) -> Trained | None:
     """What is measured beside the base model."""
-    if config.load_state:
-        load_state(config.load_state, shape)  # whose sentences suit a file that should be a state
-        return read_trained(config.load_state, shape)
-    if not config.load_adapter:
-        return None
     told = Told(init=config.pissa_init)
-    if said_beside(Path(config.load_adapter)) is None:
+    if config.load_adapter and said_beside(Path(config.load_adapter)) is None:
         kind = "" if config.adapter in ("none", "lisa") else config.adapter
         told = Told(kind, config.lora_alpha if kind == "lora" else 0.0, config.pissa_init)
-    return read_trained(config.load_adapter, shape, told)
+    return read_tuned(config.load_state, config.load_adapter, shape, told)
 
 
 def _prepared(held_out: HeldOutWork, model: LanguageModel, config: TrainConfig) -> list[str]:

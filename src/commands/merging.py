@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -38,6 +39,8 @@ def run(config: MergeConfig) -> int:
         print(
             f"exported {exported.describe()}\nwritten  {config.output}/adapter_model.safetensors, adapter_config.json"
         )
+        if exported.beside:
+            print(f"note     it was trained beside {exported.beside}, whose states are not in it")
         return 0
     device = _device(config.device)
     tokens = compared_tokens(config.verify_text) if config.verify else None
@@ -91,6 +94,9 @@ def _notes(report: MergeReport, config: MergeConfig) -> Iterator[str]:
                 f"note     it was trained on {trained.quant} weights and merged into unpacked ones, which differ: "
                 f"--verify 1 says how far, --quant {trained.quant} merges it as it was trained"
             )
+    if trained.beside:
+        command = shlex.join(["python", "merge_state.py", config.output, trained.beside, "MERGED.pth"])
+        yield f"note     it was trained beside {trained.beside}, whose states are not in it; with them: {command}"
     made_on = trained.base.get("size_bytes")
     if made_on not in (None, size_of_model(config.base_model)):
         yield f"note     the state was trained on {trained.base.get('file')} of {made_on} bytes, which is another model"

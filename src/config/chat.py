@@ -13,14 +13,14 @@ from src.config.told import ToldFlags
 @dataclass(frozen=True)
 class _Files(Flags, group="files"):
     load_model: str = flag("", "base model (.pth), or a merged one", path=INPUT)
-    load_state: str = flag("", "chat with this tuned state", path=INPUT)
+    load_state: str = flag(
+        "", "chat with this tuned state; beside load_adapter: the one it was trained beside", path=INPUT
+    )
     load_adapter: str = flag("", "chat with this adapter, parts of the weights, or folder of HF's peft", path=INPUT)
 
     def _contradictions(self, given: Given) -> Lines:
         if not self.load_model:
             yield "--load_model is missing: name the model to chat with"
-        if self.load_state and self.load_adapter:
-            yield "--load_state and --load_adapter both name what was trained: give one of them"
 
 
 @dataclass(frozen=True)

@@ -219,11 +219,6 @@ class TrainConfig(
             yield "--evaluate 1 has nothing to measure: name held-out data with --val_file"
         if not self.load_model:
             yield "--evaluate 1 measures a model: name it with --load_model"
-        if self.load_state and self.load_adapter:
-            yield (
-                "--evaluate 1 measures one file beside the base model, and --load_state and --load_adapter are two: "
-                "leave one of them out"
-            )
 
     def _chunk_contradictions(self) -> Lines:
         if self.preference:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from src import storage
-from src.adapters.files import refuse_other_architecture
+from src.adapters.files import refuse_other_architecture, said_beside, states_beside
 from src.adapters.full import FullTraining
 from src.adapters.lisa import Lisa
 from src.adapters.method import Method, method_of
@@ -128,12 +128,16 @@ def _train(
         config = dataclasses.replace(config, chunk_ctx=tokens)
     for path in filter(None, (config.load_state, config.load_adapter)):
         refuse_other_architecture(path, shape)
-    # What a resumed run goes on from replaces the start, with which a reference is measured and samples are compared.
-    state_file = config.load_state if config.dpo or config.sample_prompts or not saved else ""
+    # What a resumed run goes on from replaces states that are trained, but for the start, with which a reference is
+    # measured and samples are compared; those that stay as they are stand in no other file.
+    wants_start = not saved or not config.trains_states or config.dpo or config.sample_prompts
+    state_file = config.load_state if wants_start else ""
     if state_file:
         load_state(state_file, shape)
     identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
     method.check_files(shape, identity)
+    if config.load_adapter and not config.load_state and (beside := states_beside(said_beside(config.load_adapter))):
+        say(f"note: {config.load_adapter} was trained beside the states of {beside}: give them with --load_state")
     work = prepare_work(config, shape)
     sampler = sampler_of(config, shape, chats=work.chats)
     require_memory_of_run(config, hardware.device, shape, work)

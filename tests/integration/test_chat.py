@@ -99,7 +99,7 @@ def test_packed_and_other_notes(folder: Path) -> None:
         ({"load_state": "bone.pth"}, "bone.pth holds no blocks.*.att.time_state, it is an adapter, for --load_adapter"),
         ({"load_adapter": "lora.pth"}, "give --type lora or --type pissa"),
         ({"load_adapter": "lora.pth", "type": "lora"}, "give --lora_alpha"),
-        ({"load_state": "state.pth", "load_adapter": "bone.pth"}, "both name what was trained"),
+        ({"load_state": "state.pth", "load_adapter": "state.pth"}, "both hold states: leave the former out"),
         ({"precision": "fp16"}, "--precision fp16 needs a GPU"),
     ],
 )

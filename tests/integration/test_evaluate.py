@@ -95,7 +95,6 @@ def test_the_file_of_a_run_is_enough(files: Path, tmp_path: Path) -> None:
     [
         ({}, "--evaluate 1 has nothing to measure"),
         ({"val_file": "/nowhere"}, "/nowhere"),
-        ({"val_file": "held-out", "load_state": "base.pth", "load_adapter": "base.pth"}, "are two: leave one"),
         ({"val_file": "held-out", "load_state": "base.pth"}, "base.pth"),
     ],
 )

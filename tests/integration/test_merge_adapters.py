@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from factories import tiny_adapter, tiny_checkpoint, tiny_shape
+from factories import tiny_adapter, tiny_checkpoint, tiny_shape, tiny_state_file
 from running import Ended, files_in, run_script, train, write_documents
 
 from src.adapters import trained
@@ -31,8 +31,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def merged(folder: Path, run: str, output: Path, **flags: object) -> Ended:
-    ended = run_script("merge_state.py", folder / "base.pth", folder / run / "rwkv-final.pth", output, **flags)
+def merged(folder: Path, run: str, output: Path, base: Path | None = None, **flags: object) -> Ended:
+    ended = run_script("merge_state.py", base or folder / "base.pth", folder / run / "rwkv-final.pth", output, **flags)
     assert ended.code == 0, ended.err
     return ended
 
@@ -99,6 +99,41 @@ def test_verifying_a_run_with_a_packed_head(method: str, quant_type: str, folder
         assert verified(again)[1] > 2e-3  # att.key alone was packed for it, and not what has no adapter
     # Measured, with either method: nf4 0.027 and 0.096, int8 0.0032 and 0.011.
     assert distances[1] > 2 * distances[0] > 2e-3
+
+
+def test_an_adapter_beside_states_that_it_does_not_hold(folder: Path, tmp_path: Path) -> None:
+    """Whoever uses it hears of them: its run's last lines, the chat, an evaluation, merging, and a run that goes on."""
+    base, data, state = folder / "base.pth", folder / "documents", tmp_path / "state.pth"
+    tiny_state_file(state, SHAPE)
+    run, plain = tmp_path / "run", {"load_model": base, "data_file": data, "epoch_steps": 2, "epoch_count": 1}
+    bone = {**plain, "peft": "bone", "bone_r": 8, "lr_init": 1e-2, "train_parts": "[]"}
+    ended = train(run, **bone, load_state=state, val_file=data)
+    both = {"load_state": state, "load_adapter": run / "rwkv-final.pth"}
+    assert f"--load_state {state} --load_adapter {run}/rwkv-final.pth" in ended.out
+    wanted = _held_out(ended)
+    measured = {"evaluate": 1, "val_file": data, "dataload": "pad", "quant": 0, "accelerator": "cpu"}
+    beside = run_script("train.py", **measured, load_model=base, **both)
+    assert _held_out(beside) == pytest.approx(wanted, abs=1e-3)
+    alone = run_script("train.py", **measured, load_model=base, load_adapter=run / "rwkv-final.pth")
+    assert abs(_held_out(alone) - wanted) > 2e-3
+    assert f"beside the states of {state}: give them with --load_state" in alone.out
+    again = train(tmp_path / "again", **bone, load_adapter=run / "rwkv-final.pth")
+    assert f"beside the states of {state}: give them with --load_state" in again.out
+
+    ended = merged(tmp_path, "run", tmp_path / "merged.pth", base=base)
+    assert f"it was trained beside {state}, whose states are not in it" in ended.out
+    command = re.search(r"merge_state\.py (\S+) (\S+)", ended.out)
+    assert command
+    assert command.groups() == (str(tmp_path / "merged.pth"), str(state))
+    assert run_script("merge_state.py", *command.groups(), tmp_path / "whole.pth").code == 0
+    whole = run_script("train.py", **measured, load_model=tmp_path / "whole.pth")
+    assert _held_out(whole) == pytest.approx(_held_out(beside), abs=1e-3)
+
+
+def _held_out(ended: Ended) -> float:
+    """The last loss on held-out data that was printed."""
+    assert ended.code == 0, ended.err
+    return float(re.findall(r"loss (\d\.\d+) over", ended.out)[-1])
 
 
 def test_a_packing_that_is_not_known(folder: Path, tmp_path: Path) -> None:

@@ -129,6 +129,20 @@ class TestSameBits:
         go_on(tmp_path / "parts")
         assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
+    @pytest.mark.parametrize("peft", some(["lora", "lisa"], "lora"))
+    def test_states_that_stay_as_they_are(self, peft: str, base: Path, data: Path, tmp_path: Path) -> None:
+        """They stand in the file alone that the run was given."""
+        tiny_state_file(tmp_path / "start.pth", tiny_checkpoint(tmp_path / "same.pth", dtype=torch.bfloat16))
+        sizes = {"lora_r": 4} if peft == "lora" else {"lisa_r": 1, "lisa_k": 2}
+        flags = {
+            "load_model": base, "data_file": data, "load_state": tmp_path / "start.pth", "peft": peft, "epoch_steps": 5,
+            "epoch_count": 1, "lr_init": 1e-3, **sizes,
+        }  # fmt: skip
+        train(tmp_path / "whole", **flags)
+        stopped(3, tmp_path / "parts", **flags)
+        go_on(tmp_path / "parts")
+        assert_same_end(tmp_path / "whole", tmp_path / "parts")
+
     @pytest.mark.parametrize("optim", some(["adamw8bit", "lion8bit"], "adamw8bit"))
     def test_states_in_8_bits(self, optim: str, base: Path, data: Path, tmp_path: Path) -> None:
         """The embedding is large enough for them."""

@@ -35,10 +35,6 @@ def test_sampling_suits_reading() -> None:
     [
         ({}, "--load_model is missing: name the model to chat with"),
         (
-            {"load_model": "m", "load_state": "s", "load_adapter": "a"},
-            "--load_state and --load_adapter both name what was trained: give one of them",
-        ),
-        (
             {"load_model": "m", "template": "mixed"},
             "--template mixed is unknown: use one of user, question, input, think, no-think, text",
         ),
