@@ -5,6 +5,7 @@ Flags of RWKV-PEFT keep their names; each of its JSON values also has a plain fl
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from src.config.flags import (
     Lines,
     Rule,
     flag,
+    limit_problem,
     names_in,
     shortened,
 )
@@ -147,7 +149,7 @@ class AdapterFlags(Flags, group="adapters"):
             twice = [flag for flag in self._said_by_json() if flag in given]
             for flag_name in twice:
                 yield f"--{flag_name} {shortened(given[flag_name])} and --{name} both say it: give it in one place"
-            if self.peft == "bat" and '"bone_mode"' in self.bone_config and self._json(name)[0]["bone_mode"] != "bat":
+            if self.peft == "bat" and self._json("bone_config")[0]["bone_mode"] != "bat":
                 yield "--peft bat and bone_mode in --bone_config name two methods: leave bone_mode out"
         if self.load_adapter and self.peft == "lisa":
             yield (
@@ -162,9 +164,9 @@ class AdapterFlags(Flags, group="adapters"):
             value = getattr(self, name)
             if value != getattr(AdapterFlags, name) and self.peft not in methods:
                 yield f"--{name} {shortened(str(value))} has no effect without --peft {' or '.join(methods)}"
-        if self.peft == "bone" and self.bone_config and '"bone_mode"' not in self.bone_config:
+        if self.peft == "bone" and self.bone_config and "bone_mode" not in _keys_in(self.bone_config):
             yield "--bone_config without bone_mode means bat, as where it comes from; bone is another method"
-        if self.peft == "disha" and '"mode"' not in self.disha_config:
+        if self.peft == "disha" and "mode" not in _keys_in(self.disha_config):
             yield "--peft disha without a mode means bone"
 
 
@@ -174,14 +176,15 @@ def _read_json(name: str, text: str) -> tuple[dict[str, Any], list[str]]:
     if not text:
         return dict(defaults), []
     try:
-        content = json.loads(text)
+        content, twice = _parsed(text)
     except (ValueError, RecursionError) as error:
         return dict(defaults), [
             f"--{name} {shortened(text)} is no JSON ({error}): write it as '{json.dumps(defaults)}'"
         ]
     if not isinstance(content, Mapping):
         return dict(defaults), [f"--{name} {shortened(text)} is no JSON object: write it as '{json.dumps(defaults)}'"]
-    values, problems = dict(defaults), []
+    values = dict(defaults)
+    problems = [f"--{name} has the key {shortened(key)!r} twice: leave one out" for key in twice]
     for key, value in content.items():
         if key not in defaults:
             problems.append(f"--{name} has the unknown key {shortened(key)!r}: it may have {', '.join(defaults)}")
@@ -192,6 +195,34 @@ def _read_json(name: str, text: str) -> tuple[dict[str, Any], list[str]]:
             problems.append(f"--{name}: {key} is {shortened(json.dumps(value))}, expected {named}")
         elif key in ("mode", "bone_mode") and value not in ("bone", "bat"):
             problems.append(f"--{name}: {key} {shortened(str(value))!r} is unknown: use one of bone, bat")
+        elif problem := _limit_problem(key, value):
+            problems.append(f"--{name}: {key} {shortened(json.dumps(value))} {problem}")
         else:
             values[key] = kind(value)
     return values, problems
+
+
+def _parsed(text: str) -> tuple[Any, list[str]]:
+    """What a JSON text holds, and the keys that it gives twice."""
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice.extend(key for key in dict(pairs) if keys.count(key) > 1)
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique), twice
+
+
+def _keys_in(text: str) -> set[str]:
+    """The keys of a JSON object, whose problems `_read_json` tells; none of anything else."""
+    with contextlib.suppress(ValueError, RecursionError):
+        content = json.loads(text)
+        return set(content) if isinstance(content, Mapping) else set()
+    return set()
+
+
+def _limit_problem(key: str, value: Any) -> str:
+    """What the plain flag of a JSON key would not take, as the end of a sentence."""
+    spec = AdapterFlags.__dataclass_fields__.get("load_adapter" if key == "pissa_init" else _PLAIN.get(key, key))
+    return "" if spec is None else limit_problem(spec, value)

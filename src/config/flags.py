@@ -39,7 +39,7 @@ class Rule:
 AT_LEAST_1 = Rule(lambda value: value >= 1, "must be at least 1")
 NOT_NEGATIVE = Rule(lambda value: value >= 0, "must not be negative")
 SHARE = Rule(lambda value: 0 <= value <= 1, "must lie between 0 and 1")
-SHARE_BELOW_1 = Rule(lambda value: 0 <= value < 1, SHARE.words)
+SHARE_BELOW_1 = Rule(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 LARGEST: dict[type, float] = {int: 2**31 - 1, float: 1e12}
 """Beyond these no number means anything, whatever its flag; most flags state less."""
 MOST_SEED = 2**32 - 1
@@ -212,7 +212,7 @@ def _typed(spec: Field[Any], text: str) -> Any:
 
 
 def _text(spec: Field[Any], text: str) -> str:
-    if problem := path_problem(text, spec.metadata["path"]):
+    if problem := limit_problem(spec, text):
         raise ConfigError(f"--{spec.name} {shortened(text)!r} {problem}")
     return text
 
@@ -229,12 +229,20 @@ def _number(spec: Field[Any], text: str) -> int | float:
             named = {int: "a whole number", float: "a number"}[kind]
             raise ConfigError(f"--{spec.name} {shortened(text)!r} is not {named}") from None
         value = math.inf  # more digits than Python reads
-    most = spec.metadata["most"] or LARGEST[kind]
-    if kind is float and not math.isfinite(value):
-        raise ConfigError(f"--{spec.name} {shortened(text)} is not a finite number")
-    if abs(value) > most:
-        raise ConfigError(f"--{spec.name} {shortened(text)} is too large: it takes at most {shown_number(most)}")
+    if problem := limit_problem(spec, value):
+        raise ConfigError(f"--{spec.name} {shortened(text)} {problem}")
     return value
+
+
+def limit_problem(spec: Field[Any], value: float | str) -> str:
+    """What is wrong with a value of the flag's type wherever it stands, as the end of a sentence; "" is nothing."""
+    if isinstance(value, str):
+        return path_problem(value, spec.metadata["path"])
+    kind = type(spec.default)
+    most = spec.metadata["most"] or LARGEST[kind]
+    if kind is float and isinstance(value, float) and not math.isfinite(value):
+        return "is not a finite number"
+    return f"is too large: it takes at most {shown_number(most)}" if abs(value) > most else ""
 
 
 def shown_number(value: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 
@@ -115,7 +116,30 @@ class TestRefusals:
             ({"peft": "lora", "lora_config": {"lora_r": True}}, "lora_r is true, expected a whole number"),
             ({"peft": "lora", "lora_config": {"lora_load": 1}}, "lora_load is 1, expected a text"),
             ({"peft": "lora", "lora_config": {"lora_dropout": "0"}}, 'lora_dropout is "0", expected a number'),
-            ({"peft": "lora", "lora_config": {"lora_dropout": 1}}, "--lora_dropout 1.0 must lie between 0 and 1"),
+            ({"peft": "lora", "lora_config": {"lora_dropout": 1}}, "--lora_dropout 1.0 must be at least 0 and below 1"),
+            ({"peft": "lora", "lora_config": {"lora_alpha": math.inf}}, "lora_alpha Infinity is not a finite number"),
+            ({"peft": "lora", "lora_config": {"lora_alpha": math.nan}}, "lora_alpha NaN is not a finite number"),
+            ({"peft": "lora", "lora_config": '{"lora_alpha": 1e400}'}, "lora_alpha Infinity is not a finite number"),
+            (
+                {"peft": "lora", "lora_config": {"lora_alpha": 1e300}},
+                "lora_alpha 1e+300 is too large: it takes at",
+            ),
+            ({"peft": "lora", "lora_config": {"lora_alpha": 10**400}}, "is too large: it takes at most 1e+12"),
+            (
+                {"peft": "lora", "lora_config": {"lora_r": 10**9}},
+                "lora_r 1000000000 is too large: it takes at most",
+            ),
+            (
+                {"peft": "pissa", "pissa_config": {"svd_niter": 10**5}},
+                "svd_niter 100000 is too large: it takes at",
+            ),
+            ({"peft": "lisa", "lisa_config": {"lisa_k": 10**12}}, "lisa_k 1000000000000 is too large: it takes at"),
+            ({"peft": "lora", "lora_config": {"lora_load": " "}}, 'lora_load " " is white space alone'),
+            ({"peft": "pissa", "pissa_config": {"pissa_init": "a\0"}}, "holds a NUL character"),
+            (
+                {"peft": "lora", "lora_config": '{"lora_r": 8, "lora_r": 4}'},
+                "has the key 'lora_r' twice: leave one",
+            ),
             ({"peft": "pissa", "pissa_config": {"pissa_r": 0}}, "--pissa_r 0 must be at least 1"),
             (
                 {"peft": "bone", "bone_config": {"bone_mode": "Bone"}},
