@@ -269,10 +269,10 @@ class PreferenceDataset(PassDataset[PreferenceBatch]):
         """Numbers of the pairs that are not left out."""
         return list(map(int, self._visited))
 
-    def seen_in(self, steps: int) -> list[int]:
-        """Numbers of the pairs in the first `steps` batches of this rank."""
+    def seen_in(self, steps: range) -> list[int]:
+        """Numbers of the pairs in these batches of this rank."""
         seen: set[int] = set()
-        for step in range(steps):
+        for step in steps:
             seen.update(self._indices(step * self._world_size + self._rank).tolist())
             if len(seen) == len(self._visited):
                 break

@@ -195,7 +195,7 @@ def _train(
     else:
         before = _evaluate(beginning_of(config), model, work)
         if isinstance(work.objective, PreferenceObjective):
-            say(_preference_share(model, work, work.objective))
+            say(_preference_share(model, work, work.objective, first_batch))
     results = Results(method, config, identity)
     run = saved.run if saved else new_run_id()
     places = Places(folder, run, warn)
@@ -359,11 +359,11 @@ def fresh_base(config: TrainConfig, hardware: Hardware, shape: ModelShape, folde
     return base
 
 
-def _preference_share(model: LanguageModel, work: Work, objective: PreferenceObjective) -> str:
+def _preference_share(model: LanguageModel, work: Work, objective: PreferenceObjective, first: int) -> str:
     """How much of a micro-batch's loss the preference term is: of the first in which a pair has a reject."""
     # An epoch may be any number of passes, and none of them has what the first lacks.
     batches = min(work.batches_per_epoch, work.dataset.batches_per_pass)
-    batch = next(filter(objective.compares, map(work.dataset.__getitem__, range(batches))), None)
+    batch = next(filter(objective.compares, map(work.dataset.__getitem__, range(first, first + batches))), None)
     if batch is None:
         return (
             "warning: no pair of the first epoch has a reject to compare with, which makes it plain SFT on the chosen "

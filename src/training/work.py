@@ -396,7 +396,8 @@ def _with_references(
     """The pairs that this rank will see, and on rank 0, which alone measures them, the held-out ones."""
     lines = []
     if dataset is not None:
-        seen = dataset.seen_in(len(dataset) * epochs_of(start.config))
+        epochs = range(start.config.epoch_begin, start.config.epoch_begin + epochs_of(start.config))
+        seen = dataset.seen_in(range(len(dataset) * epochs.start, len(dataset) * epochs.stop))
         lines.append(f"reference  {attach_references(model, dataset, seen, start, 'dpo-reference.pth')}")
     if held_out is not None and global_rank() == 0:
         name = "dpo-reference-held-out.pth"

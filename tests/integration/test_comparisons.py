@@ -213,6 +213,14 @@ class TestReference:
     def test_a_short_run_measures_what_it_sees(self, files: Path, tmp_path: Path) -> None:
         assert reference(run(tmp_path, files, dpo=1, micro_bsz=1)) == "measured over 2 pairs"
 
+    def test_a_run_that_begins_with_a_later_epoch_measures_the_pairs_of_that_one(
+        self, files: Path, tmp_path: Path
+    ) -> None:
+        """Its two are one that the first epoch has not and one that it has."""
+        ended = run(tmp_path, files, dpo=1, micro_bsz=1, epoch_begin=1, epoch_count=2, data_shuffle=0)
+        assert reference(ended) == "measured over 2 pairs"
+        assert metrics(tmp_path)[0]["loss"] == pytest.approx(LN_2, abs=1e-5)
+
     def test_large_sets_are_kept_for_the_next_run(
         self, files: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -294,10 +294,11 @@ class TestComparisons:
         assert made.describe(made.batch([2])) == "pair 3 of some.save"
 
     def test_which_pairs_a_rank_sees(self) -> None:
-        assert self.made().seen_in(0) == []
-        assert self.made().seen_in(1) == sorted(self.made()[0].sample_indices)
-        assert self.made().seen_in(1000) == self.made().visited
-        halves = [set(self.made(rank=rank, world_size=3).seen_in(1)) for rank in range(3)]
+        assert self.made().seen_in(range(0)) == []
+        assert self.made().seen_in(range(1)) == sorted(self.made()[0].sample_indices)
+        assert self.made().seen_in(range(1, 2)) == sorted(self.made()[1].sample_indices)
+        assert self.made().seen_in(range(1000)) == self.made().visited
+        halves = [set(self.made(rank=rank, world_size=3).seen_in(range(1))) for rank in range(3)]
         assert set.union(*halves) == set(self.made().visited)
         assert sum(map(len, halves)) == 5
 
