@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from torch import Tensor
 from src import storage
 from src.adapters.plan import AdapterPlan, init_key
 from src.checkpoint import read_tensors, save_tensors
+from src.config.flags import shortened
 from src.errors import CheckpointError
 from src.identity import FileIdentity
 from src.model.shape import ModelShape, Shape
@@ -24,6 +26,17 @@ from src.storage import PathLike
 
 INIT_FILE = "init_pissa.pth"
 
+_NUMBER = (int, float)
+_KINDS: dict[str, tuple[Any, str]] = {
+    **dict.fromkeys(("method", "architecture", "quant", "file", "sha256", "base_sha256"), (str, "a text")),
+    **dict.fromkeys(("r", "svd_niter", "size_bytes", "base_size_bytes"), (int, "a whole number")),
+    **dict.fromkeys(("alpha", "scale"), (_NUMBER, "a number")),
+    **dict.fromkeys(("states", "quant_head"), (bool, "true or false")),
+    "base": ((dict, type(None)), "an object or null"),
+    "flags": (dict, "an object"),
+    "load_state": (str, "a text"),
+}
+"""Of the values in such a file that somebody reads, what they are, and in words."""
 _SYNONYMS = {".disha": ".bone"}
 _Value = TypeVar("_Value")
 
@@ -150,20 +163,28 @@ def said_beside(path: PathLike) -> dict[str, Any] | None:
     """What the JSON file beside a file of tensors says; None where there is none.
 
     Raises:
-        CheckpointError: it cannot be read, or is no JSON object.
+        CheckpointError: it cannot be read, is no JSON object, or a value in it is not of its kind.
     """
     if not Path(path).name:  # "." or "/", which whoever reads it refuses
         return None
     beside = description_path(path)
     # Not Path.exists: a name that is too long with another suffix is no name of a file.
-    return read_description(beside) if beside != Path(path) and os.path.exists(beside) else None
+    if beside == Path(path) or not os.path.exists(beside):
+        return None
+    said = read_description(beside)
+    base, flags = said.get("base"), said.get("flags")
+    read = [*said.items(), *(base.items() if isinstance(base, dict) else ())]
+    read += [("load_state", flags.get("load_state", ""))] if isinstance(flags, dict) else []
+    for problem in filter(None, (_problem_of(name, value) for name, value in read)):
+        raise CheckpointError(f"{beside}: {problem}: correct it, or remove the file to go on without what it says")
+    return said
 
 
 def states_beside(said: Mapping[str, Any] | None) -> str:
     """The file of states that a training had beside what it trained, by what `said_beside` gave; "" is none."""
-    if said is None or said.get("states") or not isinstance(flags := said.get("flags"), dict):
+    if said is None or said.get("states"):
         return ""
-    return str(flags.get("load_state") or "")
+    return str(said.get("flags", {}).get("load_state", ""))
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -194,6 +215,15 @@ def write_description(path: Path, content: Mapping[str, Any]) -> None:
             file.write((json.dumps(content, indent=1) + "\n").encode())
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _problem_of(name: str, value: Any) -> str:
+    """What is wrong with a value of such a file; "" is nothing, as of what nobody reads."""
+    kind, words = _KINDS.get(name, (object, ""))
+    fits = isinstance(value, kind)
+    if kind in (int, _NUMBER):  # JSON's true is a whole number to Python, and its NaN is no scale
+        fits = fits and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return "" if fits else f"{name} is {shortened(json.dumps(value))}, expected {words}"
 
 
 def _origin(plan: AdapterPlan, base: FileIdentity) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from src.config.flags import (
+    ABOVE_0,
     AT_LEAST_1,
     INPUT,
     MOST_STEPS,
@@ -20,7 +21,6 @@ from src.config.flags import (
     Flags,
     Given,
     Lines,
-    Rule,
     flag,
     limit_problem,
     names_in,
@@ -68,12 +68,10 @@ class AdapterFlags(Flags, group="adapters"):
     disha_config: str = flag("", "JSON of RWKV-PEFT: load, mode (bone or bat), r (64)")
     lisa_config: str = flag("", "JSON of RWKV-PEFT: lisa_r (2), lisa_k (100)")
     lora_r: int = flag(64, "rank", must=AT_LEAST_1, most=2**14)
-    lora_alpha: float = flag(64.0, "what the adapter adds is scaled by alpha / r", must=NOT_NEGATIVE)
+    lora_alpha: float = flag(64.0, "what the adapter adds is scaled by alpha / r", must=ABOVE_0)
     lora_dropout: float = flag(0.0, "on the adapter's input; steps are then not recorded", must=SHARE_BELOW_1)
     lora_rslora: int = flag(0, "1 scales by alpha / sqrt(r)", (0, 1))
-    lora_plus: float = flag(
-        1.0, "learning rate of B is so many times A's (LoRA+)", must=Rule(lambda value: value > 0, "must be above 0")
-    )
+    lora_plus: float = flag(1.0, "learning rate of B is so many times A's (LoRA+)", must=ABOVE_0)
     pissa_r: int = flag(64, "rank", must=AT_LEAST_1, most=2**14)
     svd_niter: int = flag(4, "power iterations of the start's randomised SVD", must=NOT_NEGATIVE, most=1000)
     bone_r: int = flag(64, "block size of bone and bat", must=AT_LEAST_1, most=2**14)

@@ -38,6 +38,7 @@ class Rule:
 
 AT_LEAST_1 = Rule(lambda value: value >= 1, "must be at least 1")
 NOT_NEGATIVE = Rule(lambda value: value >= 0, "must not be negative")
+ABOVE_0 = Rule(lambda value: value > 0, "must be above 0")
 SHARE = Rule(lambda value: 0 <= value <= 1, "must lie between 0 and 1")
 SHARE_BELOW_1 = Rule(lambda value: 0 <= value < 1, "must be at least 0 and below 1")
 LARGEST: dict[type, float] = {int: 2**31 - 1, float: 1e12}

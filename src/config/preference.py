@@ -3,11 +3,10 @@
 import functools
 from dataclasses import dataclass
 
-from src.config.flags import AT_LEAST_1, INPUT, NOT_NEGATIVE, SHARE, Flags, Given, Lines, Rule, flag, shortened
+from src.config.flags import ABOVE_0, AT_LEAST_1, INPUT, NOT_NEGATIVE, SHARE, Flags, Given, Lines, flag, shortened
 
 _orpo_flag = functools.partial(flag, only_with=("orpo", 1))
 _LOSSES = ("orpo", "dpo", "simpo")
-_POSITIVE = Rule(lambda value: value > 0, "must be above 0")
 
 
 @dataclass(frozen=True)
@@ -19,11 +18,9 @@ class PreferenceFlags(Flags, group="preferences"):
     orpo_alpha: float = _orpo_flag(0.1, "weight of the preference term, the NLL has 1 - alpha", must=SHARE)
     orpo_debug: int = _orpo_flag(0, "1 prints the preference term of every pair", (0, 1))
     dpo: int = flag(0, "1 trains on preference pairs: against the run's start as reference", (0, 1))
-    dpo_beta: float = flag(
-        0.1, "the larger, the closer to the reference", must=_POSITIVE, most=1e6, only_with=("dpo", 1)
-    )
+    dpo_beta: float = flag(0.1, "the larger, the closer to the reference", must=ABOVE_0, most=1e6, only_with=("dpo", 1))
     simpo: int = flag(0, "1 trains on preference pairs: mean log-probabilities, no reference", (0, 1))
-    simpo_beta: float = flag(2.0, "factor on mean log-probabilities", must=_POSITIVE, most=1e6, only_with=("simpo", 1))
+    simpo_beta: float = flag(2.0, "factor on mean log-probabilities", must=ABOVE_0, most=1e6, only_with=("simpo", 1))
     simpo_gamma: float = flag(
         1.0,
         "margin that is aimed for, in units of beta times nats",

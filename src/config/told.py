@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from src.config.flags import BY_METHOD, INPUT, Flags, Rule, flag
+from src.config.flags import ABOVE_0, BY_METHOD, INPUT, Flags, flag
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class ToldFlags(Flags, group="adapter"):
     lora_alpha: float = flag(
         BY_METHOD,
         "LoRA's alpha, where no JSON says it",
-        must=Rule(lambda value: value > 0, "must be above 0"),
+        must=ABOVE_0,
         most=1e6,
     )
     lora_init: str = flag("", "PiSSA: init_pissa.pth, if it does not lie beside FILE", path=INPUT)
