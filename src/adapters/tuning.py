@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from src.adapters.files import (
@@ -217,10 +218,12 @@ class Tuning:
         else:
             return {}
         factors = load_first_factors(source, self.adapters, shape, base)
-        if own.exists() and not own.samefile(source):
-            raise CheckpointError(
-                f"--proj_dir {folder} holds the {INIT_FILE} of another training: choose another folder"
-            )
+        if own.exists() and not own.samefile(source):  # a run that was interrupted has left its copy
+            kept = load_first_factors(own, self.adapters, shape, base)
+            if not all(torch.equal(kept[key], factors[key]) for key in factors):
+                raise CheckpointError(
+                    f"--proj_dir {folder} holds the {INIT_FILE} of another training: choose another folder"
+                )
         return factors
 
     def _trained_shapes(self, shape: ModelShape) -> dict[str, Shape]:

@@ -24,6 +24,7 @@ from src.config.flags import (
     flag,
     limit_problem,
     names_in,
+    parsed_json,
     shortened,
 )
 
@@ -174,7 +175,7 @@ def _read_json(name: str, text: str) -> tuple[dict[str, Any], list[str]]:
     if not text:
         return dict(defaults), []
     try:
-        content, twice = _parsed(text)
+        content, twice = parsed_json(text)
     except (ValueError, RecursionError) as error:
         return dict(defaults), [
             f"--{name} {shortened(text)} is no JSON ({error}): write it as '{json.dumps(defaults)}'"
@@ -198,18 +199,6 @@ def _read_json(name: str, text: str) -> tuple[dict[str, Any], list[str]]:
         else:
             values[key] = kind(value)
     return values, problems
-
-
-def _parsed(text: str) -> tuple[Any, list[str]]:
-    """What a JSON text holds, and the keys that it gives twice."""
-    twice: list[str] = []
-
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice.extend(key for key in dict(pairs) if keys.count(key) > 1)
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=unique), twice
 
 
 def _keys_in(text: str) -> set[str]:

@@ -5,7 +5,19 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from src.config.flags import AT_LEAST_1, MOST_SEED, MOST_STEPS, NOT_NEGATIVE, Flags, Given, Lines, Rule, flag, shortened
+from src.config.flags import (
+    AT_LEAST_1,
+    MOST_SEED,
+    MOST_STEPS,
+    NOT_NEGATIVE,
+    Flags,
+    Given,
+    Lines,
+    Rule,
+    flag,
+    parsed_json,
+    shortened,
+)
 
 DATALOAD_MODES = ("pack", "pad", "only", "get")
 MASK_KINDS = ("none", "pad", "qa", "se")
@@ -122,12 +134,13 @@ class DataFlags(Flags, group="data"):
 def _mask_texts(text: str) -> tuple[dict[str, str], list[str]]:
     """The texts of `--mask_id` by key, and a sentence for everything that is wrong with it."""
     try:
-        content = json.loads(text)
+        content, twice = parsed_json(text)
     except (ValueError, RecursionError) as error:
         return {}, [f"--mask_id {shortened(text)} is no JSON ({error}): write it as '{_MASK_EXAMPLE}'"]
     if not isinstance(content, dict):
         return {}, [f"--mask_id {shortened(text)} is no JSON object: write it as '{_MASK_EXAMPLE}'"]
-    problems = [
+    problems = [f"--mask_id has the key {shortened(key)!r} twice: leave one out" for key in twice]
+    problems += [
         f"--mask_id has the unknown key {shortened(key)!r}: it has {' and '.join(_MASK_KEYS)}"
         for key in content
         if key not in _MASK_KEYS

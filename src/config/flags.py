@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -282,6 +283,23 @@ def path_problem(text: str, path: str) -> str:
     if path == INPUT and os.path.exists(text) and not os.path.isfile(text) and not os.path.isdir(text):
         return "is a pipe or a device: name an ordinary file"
     return ""
+
+
+def parsed_json(text: str) -> tuple[Any, list[str]]:
+    """What a JSON text holds, and the keys that it gives twice.
+
+    Raises:
+        ValueError: it is no JSON.
+        RecursionError: it is nested too deeply.
+    """
+    twice: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        twice.extend(key for key in dict(pairs) if keys.count(key) > 1)
+        return dict(pairs)
+
+    return json.loads(text, object_pairs_hook=unique), twice
 
 
 def shortened(text: str) -> str:

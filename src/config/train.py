@@ -57,6 +57,8 @@ class TrainConfig(
         made = translated(given)
         if made.given.get("chunk_ctx") == AUTO:
             made.given["chunk_ctx"] = str(AS_MANY_AS_FIT)
+        elif made.given.get("chunk_ctx", "").strip() == str(AS_MANY_AS_FIT):
+            made.problems.append(f"--chunk_ctx {AS_MANY_AS_FIT} must be at least 1, or {AUTO}")
         return made.given, made.problems
 
     def told_apart(self) -> dict[str, Any]:

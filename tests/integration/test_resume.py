@@ -143,6 +143,26 @@ class TestSameBits:
         go_on(tmp_path / "parts")
         assert_same_end(tmp_path / "whole", tmp_path / "parts")
 
+    def test_pissa_that_went_on_from_a_file(self, base: Path, data: Path, tmp_path: Path) -> None:
+        """Its folder holds a copy of the factors that the file's training began with."""
+        flags = {
+            "load_model": base, "data_file": data, "peft": "pissa", "pissa_r": 4, "epoch_steps": 3, "epoch_count": 1,
+            "lr_init": 1e-3,
+        }  # fmt: skip
+        train(tmp_path / "first", **flags)
+        flags["load_adapter"] = tmp_path / "first" / "rwkv-final.pth"
+        train(tmp_path / "whole", **flags)
+        stopped(2, tmp_path / "parts", **flags)
+        go_on(tmp_path / "parts")
+        assert_same_end(tmp_path / "whole", tmp_path / "parts")
+        train(tmp_path / "other", **{**flags, "load_adapter": "", "random_seed": 7})
+        (tmp_path / "mixed").mkdir()
+        for name in ("init_pissa.pth", "init_pissa.json"):
+            (tmp_path / "mixed" / name).write_bytes((tmp_path / "other" / name).read_bytes())
+        ended = try_train(tmp_path / "mixed", **flags)
+        assert ended.code == 2
+        assert "holds the init_pissa.pth of another training" in ended.err
+
     @pytest.mark.parametrize("optim", some(["adamw8bit", "lion8bit"], "adamw8bit"))
     def test_states_in_8_bits(self, optim: str, base: Path, data: Path, tmp_path: Path) -> None:
         """The embedding is large enough for them."""

@@ -147,6 +147,7 @@ class TestRefusals:
             ({"grad_cp": "2", "offload_activations": "1"}, "use --grad_cp 1 or 0 with it"),
             ({"chunk_ctx": "0"}, "--chunk_ctx 0 must be at least 1: leave it out to compute rows whole"),
             ({"chunk_ctx": "-2"}, "--chunk_ctx -2 must be at least 1, or auto"),
+            ({"chunk_ctx": "-1"}, "--chunk_ctx -1 must be at least 1, or auto"),
             ({"chunk_ctx": "half"}, "--chunk_ctx 'half' is not a whole number"),
             ({"chunk_ctx": "1025"}, "--chunk_ctx 1025 is more than a row of --ctx_len 1024, so it cuts nothing"),
             (
@@ -220,6 +221,10 @@ class TestRefusals:
             (
                 {"loss_mask": "se", "mask_id": '{"mask0":"a","mask1":"b","mask01":"c"}'},
                 "--mask_id has the unknown key 'mask01': it has mask0 and mask1",
+            ),
+            (
+                {"loss_mask": "se", "mask_id": '{"mask0":"a","mask0":"c","mask1":"b"}'},
+                "--mask_id has the key 'mask0' twice: leave one out",
             ),
             ({"loss_mask": "se", "mask_id": '{"mask0":"a"}'}, '--mask_id {"mask0":"a"} lacks mask1: write it as'),
             ({"loss_mask": "se", "mask_id": '{"mask0":0,"mask1":"1"}'}, "--mask_id: mask0 is 0, expected a text"),
