@@ -310,9 +310,11 @@ def _opened(path: PathLike, role: str) -> tuple[storage.TensorFile, dict[str, An
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, not a {role}'s dict of names and tensors")
+        raise CheckpointError(
+            f"{path} holds a {type(content).__name__}, not {storage.one(role)}'s dict of names and tensors"
+        )
     if not content:
-        raise CheckpointError(f"{path} is an empty dict, not a {role}")
+        raise CheckpointError(f"{path} is an empty dict, not {storage.one(role)}")
     stripped: dict[str, Any] = {}
     for key, value in content.items():
         name = _strip_prefix(key)

@@ -50,6 +50,11 @@ _DEEP_TUPLES = re.compile(rb"(?:N?[\x85-\x87]){5000}")
 """The pickle of what Python cannot hash without the end of its stack, and so of the process."""
 
 
+def one(role: str) -> str:
+    """A role with its article: "a model file", "an adapter file"."""
+    return f"{'an' if role[0] in 'aeiou' else 'a'} {role}"
+
+
 class TensorFile:
     """An open file written by `torch.save`.
 
@@ -467,7 +472,7 @@ def _refuse_other_formats(file: BinaryIO, path: str, role: str, writer: str) -> 
             "trust its origin, because loading this format can run code, convert it once with "
             f"{conversion(weights_only=False)}"
         )
-    raise CheckpointError(f"{path} is {_describe(head)}, not a {role} written by {writer}")
+    raise CheckpointError(f"{path} is {_describe(head)}, not {one(role)} written by {writer}")
 
 
 def _describe(head: bytes) -> str:

@@ -97,6 +97,11 @@ def check_description(path: PathLike, method: str, properties: Mapping[str, Any]
             f"{path} was made on {made_on.get('file')} of {made_on['size_bytes']} bytes ({beside.name}), and "
             f"--load_model has {base.size_bytes}: it only fits the model it was trained on"
         )
+    if "sha256" in made_on and made_on["sha256"] != base.sha256:
+        raise CheckpointError(
+            f"{path} was made on {made_on.get('file')} with SHA-256 {made_on['sha256'][:12]}… ({beside.name}), and "
+            f"--load_model has {base.sha256[:12]}…: it only fits the model it was trained on"
+        )
 
 
 def refuse_other_architecture(path: PathLike, shape: ModelShape) -> None:

@@ -136,6 +136,10 @@ def _train(
         load_state(state_file, shape)
     identity = FileIdentity(config.load_model, at_once=global_rank() == 0) if config.load_model else None
     method.check_files(shape, identity)
+    made_on = (said_beside(config.load_state) or {}).get("base") if config.load_state else None
+    if made_on and identity and made_on.get("size_bytes", identity.size_bytes) != identity.size_bytes:
+        size = made_on["size_bytes"]
+        say(f"note: {config.load_state} was trained on {made_on.get('file')} of {size} bytes, another model")
     if config.load_adapter and not config.load_state and (beside := states_beside(said_beside(config.load_adapter))):
         say(f"note: {config.load_adapter} was trained beside the states of {beside}: give them with --load_state")
     work = prepare_work(config, shape)

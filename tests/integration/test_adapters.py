@@ -305,7 +305,11 @@ class TestRefusals:
         file = tmp_path / "made" / "rwkv-final.pth"
         other = tmp_path / "other.pth"
         tiny_checkpoint(other, n_layer=3)
+        same_size = tmp_path / "same-size.pth"
+        tiny_checkpoint(same_size, dtype=torch.bfloat16, seed=5)
+        assert same_size.stat().st_size == base.stat().st_size
         for flags, expected in (
+            ({"load_model": same_size, **sized("lora")}, "was made on base.pth with SHA-256 "),
             ({"load_model": base, **sized("pissa")}, "was made with --peft lora (rwkv-final.json), not pissa"),
             ({"load_model": base, **sized("lora"), "lora_alpha": 8}, "was made with alpha 64.0"),
             ({"load_model": other, **sized("lora")}, "it only fits the model it was trained on"),

@@ -308,6 +308,13 @@ class TestStarts:
         kept = states_in(tmp_path / "still" / "rwkv-final.pth")
         assert largest_difference(kept, states_in(tmp_path / "start.pth")) == 0
 
+    def test_a_state_of_another_model_is_mentioned(self, base: Path, data: Path, tmp_path: Path) -> None:
+        tiny_state_file(tmp_path / "start.pth", SHAPE, seed=9)
+        (tmp_path / "start.json").write_text('{"base": {"file": "x", "size_bytes": 5}}')
+        common = {"load_model": base, "data_file": data, "epoch_steps": 1, "epoch_count": 1}
+        ended = train(tmp_path / "out", load_state=tmp_path / "start.pth", **common)
+        assert f"note: {tmp_path}/start.pth was trained on x of 5 bytes, another model" in ended.out
+
     def test_a_merged_base_continues_from_its_state(self, base: Path, data: Path, tmp_path: Path) -> None:
         tiny_state_file(tmp_path / "start.pth", SHAPE, seed=9)
         assert run_script("merge_state.py", base, tmp_path / "start.pth", tmp_path / "merged.pth").code == 0
