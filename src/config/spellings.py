@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 
-from src.config.flags import Given
+from src.config.flags import Given, shortened
 from src.config.model import QUANT_TYPES
 from src.config.recognition import files_of
 
@@ -101,6 +101,10 @@ def _translate_quantisation(given: Given, made: Translation) -> None:
             made.problems.append(f"--quant {text} and --quant_type {given['quant_type']} name two types: leave one out")
         made.given |= {"quant": "1", "quant_type": text}
         made.notes.append(f"--quant {text} is --quant 1 --quant_type {text}")
+    elif text.strip() not in ("0", "1", "-1") and "quant" in given:
+        del made.given["quant"]
+        shown = shortened(text) if text.isprintable() else repr(shortened(text))
+        made.problems.append(f"--quant {shown} is unknown: use one of {', '.join(('0', '1', 'none', *QUANT_TYPES))}")
     elif given.get("resume") == "1":
         return  # the flags not given are those that the run was begun with
     elif not {"quant", "quant_type"} & given.keys() and given.get("peft", "none") == "none":

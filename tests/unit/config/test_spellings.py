@@ -54,9 +54,10 @@ class TestQuantisation:
     @pytest.mark.parametrize(
         ("flags", "expected"),
         [
+            ({"quant": "NF4"}, "--quant NF4 is unknown: use one of 0, 1, none, nf4, fp4, 4bit, int8"),
             ({"quant": "fp8"}, "--quant fp8 is a cast without scales, which in as many bytes loses more than int8"),
             ({"quant": "int8", "quant_type": "nf4"}, "--quant int8 and --quant_type nf4 name two types: leave one out"),
-            ({"quant": "int4"}, "--quant 'int4' is not a whole number"),
+            ({"quant": "int4"}, "--quant int4 is unknown: use one of 0, 1, none, nf4"),
             ({"quant": "2"}, "--quant 2 is unknown: use one of 0, 1"),
         ],
     )

@@ -131,7 +131,7 @@ class TestRefusals:
             ({"strategy": "ddp"}, "--strategy ddp is unknown"),
             ({"precision": "bf17"}, "--precision bf17 is unknown"),
             ({"dataload": "all"}, "--dataload all is unknown"),
-            ({"quant": "2"}, "--quant 2 is unknown: use one of 0, 1"),
+            ({"quant": "2"}, "--quant 2 is unknown: use one of 0, 1, none, nf4, fp4, 4bit, int8"),
             ({"ctx_len": "1k"}, "--ctx_len '1k' is not a whole number"),
             ({"micro_bsz": "1.5"}, "--micro_bsz '1.5' is not a whole number"),
             ({"lr_init": "high"}, "--lr_init 'high' is not a number"),
