@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import shlex
 import sys
 import threading
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import IO
 
 CACHE_NAME = "rwkv-state-tuning"
+_PROGRAM = Path(__file__).resolve().parents[1]
 _POSITION = threading.Lock()
 """Where there are no reads at a position, one thread moves a file's own at a time."""
 
@@ -22,6 +24,23 @@ def cache_folder() -> Path | None:
     base = os.environ.get("LOCALAPPDATA" if sys.platform == "win32" else "XDG_CACHE_HOME", "")
     base = base or os.path.expanduser("~/.cache")
     return Path(base, CACHE_NAME) if os.path.isabs(base) else None
+
+
+def command_here(*words: str) -> str:
+    """A command of this program, ready to be copied to where the user stands.
+
+    Args:
+        words: of the command behind `python`, as they are in the program's own folder: a script, or -m and a module.
+    """
+    try:
+        here = Path.cwd()
+    except OSError:  # a folder that is gone
+        here = Path(os.sep)
+    if here == _PROGRAM or sys.platform == "win32":
+        return shlex.join(["python", *words])
+    if words[0] == "-m":
+        return shlex.join(["env", f"PYTHONPATH={_PROGRAM}", "python", *words])
+    return shlex.join(["python", str(_PROGRAM / words[0]), *words[1:]])
 
 
 def open_to_read(path: str | os.PathLike[str]) -> int:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from src.config.templates import TEMPLATE_NAMES
+from src.system import command_here
 
 
 def next_lines(tasks: Sequence[tuple[str, str]], ending: str = "") -> list[str]:
@@ -34,18 +34,18 @@ def chat_command(base: str, template: str | None, *, state: Path | None = None, 
     """
     if template is None:
         return ""
-    words = ["python", "-m", "src.commands.chat", "--load_model", base]
+    words = ["-m", "src.commands.chat", "--load_model", base]
     words += [] if state is None else ["--load_state", str(state)]
     words += [] if adapter is None else ["--load_adapter", str(adapter)]
-    return shlex.join([*words, *(["--template", template] if template != TEMPLATE_NAMES[0] else [])])
+    return command_here(*words, *(["--template", template] if template != TEMPLATE_NAMES[0] else []))
 
 
 def merge_command(base: str, result: Path, folder: str, output: str = "merged.pth") -> str:
     """The model that contains a result."""
-    return shlex.join(["python", "merge_state.py", base, str(result), str(Path(folder) / output)])
+    return command_here("merge_state.py", base, str(result), str(Path(folder) / output))
 
 
 def export_command(result: Path, output: Path, client: str, base: str = "") -> str:
     """A file for a client; `base` where it is needed."""
-    words = ["python", "-m", "src.commands.state", "export", str(result), str(output), "--to", client]
-    return shlex.join([*words, *(["--base", base] if base else [])])
+    words = ["-m", "src.commands.state", "export", str(result), str(output), "--to", client]
+    return command_here(*words, *(["--base", base] if base else []))

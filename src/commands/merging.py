@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from src.errors import CheckpointError, ConfigError
 from src.identity import size_of_model
 from src.loading import LoadOptions, build_model
 from src.merge import Apart, Merged, MergeReport, export_hf, merge
+from src.system import command_here
 
 _WIDE_LIMIT, _NARROW_LIMIT = 1e-5, 1e-2
 """Relative errors of logits that rounding explains, in fp32 and in 16 bits."""
@@ -95,7 +95,7 @@ def _notes(report: MergeReport, config: MergeConfig) -> Iterator[str]:
                 f"--verify 1 says how far, --quant {trained.quant} merges it as it was trained"
             )
     if trained.beside:
-        command = shlex.join(["python", "merge_state.py", config.output, trained.beside, "MERGED.pth"])
+        command = command_here("merge_state.py", config.output, trained.beside, "MERGED.pth")
         yield f"note     it was trained beside {trained.beside}, whose states are not in it; with them: {command}"
     made_on = trained.base.get("size_bytes")
     if made_on not in (None, size_of_model(config.base_model)):

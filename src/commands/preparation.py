@@ -8,7 +8,6 @@ import hashlib
 import http.client
 import json
 import os
-import shlex
 import urllib.request
 from collections.abc import Callable, Sequence
 
@@ -29,6 +28,7 @@ from src.generate import SamplingSettings, answer_logps, generate
 from src.identity import files_of_model
 from src.loading import LoadOptions, open_model
 from src.storage import refuse_overlap, replacing
+from src.system import command_here
 from src.tokenizer import WORLD_VOCABULARY, Tokenizer, tokenizer_for_vocabulary
 
 _POST_TIMEOUT_SECONDS = 2.0
@@ -89,10 +89,9 @@ def generate_rejects(config: RejectConfig) -> None:
                     answers = sample(prompts, group.generated, lambda *_: bar.update())
                 file.append(group, dict(zip(group.generated, answers, strict=True)))
     print(f"written    {config.output_csv}: {len(rows):,} rows, {total:,} with a new reject")
-    print(
-        f"next       python PrepareOrpoDataset.py --load_model {shlex.quote(config.load_model)} "
-        f"--input_csv {shlex.quote(config.output_csv)} --output_save pairs.save --target_pair_count 1000"
-    )
+    flags = ("--output_save", "pairs.save", "--target_pair_count", "1000")
+    words = ("PrepareOrpoDataset.py", "--load_model", config.load_model, "--input_csv", config.output_csv, *flags)
+    print(f"next       {command_here(*words)}")
 
 
 def _sampler(
@@ -173,9 +172,9 @@ def prepare_pairs(config: PairConfig) -> PreparedPairs:
     for line in prepared.summary():
         print(line)
     print(f"written    {config.output_save} and {config.text_file}")
-    model, pairs = shlex.quote(config.load_model or "MODEL.pth"), shlex.quote(config.output_save)
-    loss = "dpo" if config.base_logp else "orpo"
-    print(f"next       python train.py --{loss} 1 --load_model {model} --rlhf_train_file {pairs}")
+    model, loss = config.load_model or "MODEL.pth", "dpo" if config.base_logp else "orpo"
+    command = command_here("train.py", f"--{loss}", "1", "--load_model", model, "--rlhf_train_file", config.output_save)
+    print(f"next       {command}")
     return prepared
 
 

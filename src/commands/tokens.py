@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from collections.abc import Iterator
 
 from tqdm import tqdm
@@ -18,6 +17,7 @@ from src.data.templates import CHAT_TEMPLATES
 from src.data.text import Conversations, line_ends_statement
 from src.errors import DataError
 from src.storage import refuse_overlap
+from src.system import command_here
 from src.tokenizer import tokenizer_for_vocabulary
 
 _EVERY_TOKEN = LossMask("pad")
@@ -57,7 +57,7 @@ def write_tokens(config: BinidxConfig) -> None:
     if config.ctx_len:
         print(_pretraining_line(written, config.ctx_len))
     mask = ["--loss_mask", "qa"] if reader.has_conversations else []
-    command = shlex.join(["python", "train.py", "--load_model", "MODEL.pth", "--data_file", config.prefix, *mask])
+    command = command_here("train.py", "--load_model", "MODEL.pth", "--data_file", config.prefix, *mask)
     print(f"next       {command}")
     if mask:
         print("           --loss_mask qa: the loss on answers only, which are found in the text; roles are not kept")

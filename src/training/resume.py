@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +24,7 @@ from src.config import TrainConfig
 from src.config.recognition import files_of
 from src.errors import CheckpointError, ConfigError
 from src.identity import files_of_model
+from src.system import command_here
 from src.training.folder import PREVIOUS, RESUME, Places
 from src.training.sharded import is_sharded, values_on_host
 
@@ -390,7 +390,7 @@ def _fingerprint(path: Path) -> str:
 
 def command_to_go_on(folder: Path) -> str:
     """The command that continues a run, ready to copy."""
-    return shlex.join(["python", "train.py", "--proj_dir", str(folder), "--resume", "1"])
+    return command_here("train.py", "--proj_dir", str(folder), "--resume", "1")
 
 
 def seconds_between_saves(size_bytes: int, writing_seconds: float) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from binidx_files import write_binidx
 from factories import tiny_checkpoint
-from running import Ended, run_script, train
+from running import ROOT, Ended, run_script, train
 
 from src.data.binidx import read_binidx
 from src.data.sources import open_documents
@@ -70,7 +70,7 @@ def test_documents_are_those_of_training(tokenizer: str) -> None:
     assert "Recognised as Alpaca, 5 conversations." in ended.out
     assert '"User: …\\n\\nAssistant: …\\n\\n".\n' in ended.out
     assert "loss is on answers only" not in ended.out
-    assert "next       python train.py --load_model MODEL.pth --data_file out --loss_mask qa\n" in ended.out
+    assert f"next       python {ROOT}/train.py --load_model MODEL.pth --data_file out --loss_mask qa\n" in ended.out
     assert f"written    out.bin and out.idx: 5 documents, {sum(map(len, expected))} tokens (uint16)" in ended.out
 
 

@@ -1,10 +1,13 @@
 """What stands in where a system lacks a call must do the same."""
 
 import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from running import ROOT
 
 from src import system
 
@@ -69,3 +72,18 @@ def test_the_cache_lies_where_the_user_says(monkeypatch: pytest.MonkeyPatch, tmp
     assert system.cache_folder() == tmp_path / system.CACHE_NAME
     monkeypatch.setenv(name, "relative")
     assert system.cache_folder() is None
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+def test_commands_to_copy_work_where_the_user_stands(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    assert system.command_here("train.py", "--proj_dir", "a b") == "python train.py --proj_dir 'a b'"
+    assert system.command_here("-m", "src.commands.chat") == "python -m src.commands.chat"
+    elsewhere = tmp_path / "my data"
+    elsewhere.mkdir()
+    monkeypatch.chdir(elsewhere)
+    assert system.command_here("train.py", "--resume", "1") == f"python {ROOT}/train.py --resume 1"
+    command = system.command_here("-m", "src.commands.state", "-h").replace("python", sys.executable, 1)
+    assert subprocess.run(["sh", "-c", command], capture_output=True, check=False).returncode == 0
+    elsewhere.rmdir()
+    assert system.command_here("train.py") == f"python {ROOT}/train.py"
