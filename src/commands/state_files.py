@@ -47,6 +47,7 @@ from src.loading import LoadOptions
 from src.merge import export_hf, merge
 from src.model.shape import state_key
 from src.storage import refuse_overlap
+from src.system import command_here
 from src.tuned import Tuned
 
 _DIGEST_SHOWN = 12
@@ -214,7 +215,7 @@ def _export_adapter(config: ExportConfig, content: Content) -> Iterator[str]:
     if config.to != "hf":
         raise CheckpointError(
             f"{config.file} is {_KIND_WORDS[content.kind]}, and {CLIENTS[config.to].title} takes models: merge it "
-            f"({shlex.join(['python', 'merge_state.py', config.base or 'BASE.pth', config.file, 'merged.pth'])})"
+            f"({command_here('merge_state.py', config.base or 'BASE.pth', config.file, 'merged.pth')})"
         )
     if not config.base:
         raise ConfigError("--base is missing: an adapter is written for the model it was trained on")

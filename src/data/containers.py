@@ -18,6 +18,7 @@ from src.config.recognition import (
     NEEDS_PYARROW,
     PARQUET,
     PEEKED_BYTES,
+    QUESTION_ANSWER,
     TABLE,
     container_of,
     delimiter_of,
@@ -162,7 +163,7 @@ class Entries:
                 for batch in table.iter_batches(batch_size=_BATCH_ROWS):
                     for row in batch.to_pylist():
                         number += 1
-                        yield Entry(number, _filled(row))
+                        yield Entry(number, _with_empty_half(_filled(row), row))
             except (pyarrow.ArrowException, OSError) as error:
                 reason = str(error).splitlines()[0][:200]
                 raise DataError(f"{self.path} is damaged, or no Parquet table ({reason}): make it again.") from error
@@ -241,6 +242,16 @@ def _texts(path: str, file: BinaryIO) -> Iterator[str]:
         for line in stretch.splitlines(keepends=True):
             number += 1
             yield decoded(path, line, number, nul=True)
+
+
+def _with_empty_half(filled: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """A row in which an empty cell beside a question, or an answer, is an empty text, as it is in a CSV."""
+    if "text" in filled or any({question, answer} <= filled.keys() for question, answer in QUESTION_ANSWER):
+        return filled
+    for pair in QUESTION_ANSWER:
+        if row.keys() >= set(pair) and filled.keys() & set(pair):
+            return dict.fromkeys(pair, "") | filled
+    return filled
 
 
 def _filled(value: Any) -> Any:

@@ -31,6 +31,7 @@ _ROLES = {
     "tool": "tool", "function": "tool", "observation": "tool", "function_call": "call",
 }  # fmt: skip
 _CALLS = ("tool_calls", "function_call")
+_TEXT_PARTS = ("text", "input_text", "output_text")
 _NAMES = {
     ("prompt", "response"): "prompt and response", ("prompt", "completion"): "prompt and completion",
     ("instruction", "output"): "Alpaca", ("instruction", "response"): "Dolly",
@@ -116,11 +117,11 @@ class Reading:
 
         Raises:
             MalformedEntry: it is missing or no text.
-            EmptyTurn: it is empty.
+            EmptyTurn: it is empty, or null.
         """
         actual = self._names.get(name, name)
         self.read.add(actual)
-        value = string_of(self.entry, actual)
+        value = "" if self.entry.get(actual, "") is None else string_of(self.entry, actual)
         if not value.strip():
             raise EmptyTurn(kind)
         return value
@@ -351,7 +352,7 @@ def _is_parts(content: object) -> bool:
     return (
         isinstance(content, list)
         and bool(content)
-        and all(isinstance(part, dict) and part.get("type") == "text" and "text" in part for part in content)
+        and all(isinstance(part, dict) and part.get("type") in _TEXT_PARTS and "text" in part for part in content)
     )
 
 
@@ -360,7 +361,7 @@ def _joined(parts: list[Any], position: int) -> str:
     texts = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
-        if not isinstance(part, dict) or kind != "text":
+        if not isinstance(part, dict) or kind not in _TEXT_PARTS:
             what = f"a part of the type {shown(str(kind))}" if kind else kind_of(part)
             raise MalformedEntry(f"message {position} holds {what}; only text can be trained on")
         texts.append(string_of(part, "text"))

@@ -190,7 +190,14 @@ def string_of(entry: dict[str, Any], key: str, *, nul: bool = False) -> str:
 
 def kind_of(value: object) -> str:
     """What a JSON value is, in words."""
-    kinds = {dict: "an object", list: "a list", str: "a string", bool: "true or false", type(None): "null"}
+    kinds = {
+        dict: "an object",
+        list: "a list",
+        str: "a string",
+        bool: "true or false",
+        type(None): "null",
+        bytes: "bytes",
+    }
     return kinds.get(type(value), "a number" if isinstance(value, (int, float)) else "a value of another kind")
 
 

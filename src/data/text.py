@@ -179,9 +179,10 @@ class Conversations:
         bad.refuse()
         self._find_repeated()
         if self.findings.empty and not self.findings.forms:
-            amount = several(self.findings.empty.total(), "entry")
+            left_out = self.findings.empty.total()
+            where = "its only entry" if left_out == 1 else f"each of its {left_out:,} entries"
             raise DataError(
-                f"{', '.join(self.paths[:3])} cannot be used: in each of its {amount} the question or the answer is "
+                f"{', '.join(self.paths[:3])} cannot be used: in {where} the question or the answer is "
                 f"empty (first: {self.findings.first_empty})."
             )
 

@@ -176,7 +176,7 @@ class TestExport:
         assert (folder / "out.bin").stat().st_size == 2 * (2 * 32 + 32 * 8) * 4
 
     def test_adapters(self, folder: Path) -> None:
-        assert "merge it (python merge_state.py BASE.pth bone.pth merged.pth)" in refused(
+        assert f"merge it (python {ROOT}/merge_state.py BASE.pth bone.pth merged.pth)" in refused(
             "export", "bone.pth", "out.pth", "--to", "runner"
         )
         assert "--base is missing: an adapter is written for" in refused("export", "bone.pth", "out", "--to", "hf")

@@ -98,7 +98,7 @@ FORMS: list[tuple[str, dict[str, Any], str]] = [
         "messages",
         {"messages": [
             {"role": "developer", "content": "S"}, {"role": "user", "content": [{"type": "text", "text": "a"}]},
-            {"role": "assistant", "content": "b"},
+            {"role": "assistant", "content": [{"type": "output_text", "text": "b"}]},
         ]},
         "System: S\n\nUser: a\n\nAssistant:⟦ b\n\n∎⟧",
     ),
@@ -243,6 +243,14 @@ def test_a_parquet_table(tmp_path: Path) -> None:
     assert said[0] == "Recognised as messages, 2 conversations."
     assert "Not read: 'source' (1 row)." in said
     content = (tmp_path / "train-00000-of-00001.parquet").read_bytes()
+    rows = [{"prompt": "a", "response": "b"}, {"prompt": "c", "response": None}, {"prompt": None, "response": "d"}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "empty-cells.parquet")
+    found, said = texts(tmp_path / "empty-cells.parquet")
+    assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"]
+    assert "Left out, having nothing to learn: 1 with an empty answer, 1 with an empty question" in said[2]
+    parquet.write_table(pyarrow.Table.from_pylist([{"text": b"a"}]), tmp_path / "bytes.parquet")
+    with pytest.raises(DataError, match='row 1: "text" is bytes, expected a string'):
+        texts(tmp_path / "bytes.parquet")
     (tmp_path / "cut.parquet").write_bytes(content[: len(content) // 2])
     with pytest.raises(DataError, match=r"cut\.parquet is damaged, or no Parquet table"):
         texts(tmp_path / "cut.parquet")
@@ -365,16 +373,17 @@ class TestWhatIsSaid:
             {"instruction": "a", "output": "b"}, {"instruction": "a", "output": " "},
             {"instruction": "", "output": "b"},
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+            {"prompt": "a", "response": None},
         ]  # fmt: skip
         (tmp_path / "a.json").write_text(json.dumps(entries))
         found, said = texts(tmp_path / "a.json")
         assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"]
         assert said[2] == (
-            "Left out, having nothing to learn: 2 with an empty answer, 1 with an empty question (first: "
+            "Left out, having nothing to learn: 3 with an empty answer, 1 with an empty question (first: "
             f"{tmp_path}/a.json, entry 2)."
         )
         (tmp_path / "a.json").write_text(json.dumps(entries[1:2]))
-        with pytest.raises(DataError, match=r"a\.json cannot be used: in each of its 1 entry the question"):
+        with pytest.raises(DataError, match=r"a\.json cannot be used: in its only entry the question"):
             texts(tmp_path / "a.json")
 
     @pytest.mark.parametrize(
