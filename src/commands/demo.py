@@ -160,9 +160,9 @@ def _make_pairs(config: TrainConfig, source: str, pairs_file: str, most: int) ->
         common["precision"] = config.precision
     say(f"{len(rows)} prompts of {source}: rejects by the base model, then pairs of tokens")
     rejecting = {"input_csv": prompts, "output_csv": complete}
-    generate_rejects(RejectConfig.from_flags({**common, **REJECT_FLAGS, **rejecting}))
+    generate_rejects(RejectConfig.from_flags({**common, **REJECT_FLAGS, **rejecting}), alone=False)
     pairing = {"input_csv": complete, "output_save": pairs_file, "target_pair_count": str(len(rows))}
-    prepare_pairs(PairConfig.from_flags({**common, **pairing}))
+    prepare_pairs(PairConfig.from_flags({**common, **pairing}), alone=False)
     say()
 
 

@@ -39,12 +39,16 @@ _PAIR_BYTES = 150
 """Of a pair's objects in memory, beside its text; tokens are shared by the pairs of a row."""
 
 
-def generate_rejects(config: RejectConfig) -> None:
+def generate_rejects(config: RejectConfig, *, alone: bool = True) -> None:
     """Fills the reject column of a preference file by sampling from a model; see `RejectConfig`.
 
     Rows are written in input order, a group at a time. Started again with the same flags, it goes on where the
     output ends, and the file comes out the same as from one run: random numbers belong to (seed, row), and groups
     are the same whatever was done before.
+
+    Args:
+        config: the flags.
+        alone: whether the user takes the next step, which is said then.
 
     Raises:
         UserError: for everything the user can put right.
@@ -91,7 +95,8 @@ def generate_rejects(config: RejectConfig) -> None:
     print(f"written    {config.output_csv}: {len(rows):,} rows, {total:,} with a new reject")
     flags = ("--output_save", "pairs.save", "--target_pair_count", "1000")
     words = ("PrepareOrpoDataset.py", "--load_model", config.load_model, "--input_csv", config.output_csv, *flags)
-    print(f"next       {command_here(*words)}")
+    if alone:
+        print(f"next       {command_here(*words)}")
 
 
 def _sampler(
@@ -120,8 +125,12 @@ def sampling_settings(config: RejectConfig) -> SamplingSettings:
     return SamplingSettings.by(config, stop=config.stop.replace("\\n", "\n"), may_end=bool(config.allow_end))
 
 
-def prepare_pairs(config: PairConfig) -> PreparedPairs:
+def prepare_pairs(config: PairConfig, *, alone: bool = True) -> PreparedPairs:
     """Turns a preference file into the `.save` file that train.py reads; see `PairConfig`.
+
+    Args:
+        config: the flags.
+        alone: whether the user takes the next step, which is said then.
 
     Raises:
         UserError: for everything the user can put right; nothing is written then.
@@ -174,7 +183,8 @@ def prepare_pairs(config: PairConfig) -> PreparedPairs:
     print(f"written    {config.output_save} and {config.text_file}")
     model, loss = config.load_model or "MODEL.pth", "dpo" if config.base_logp else "orpo"
     command = command_here("train.py", f"--{loss}", "1", "--load_model", model, "--rlhf_train_file", config.output_save)
-    print(f"next       {command}")
+    if alone:
+        print(f"next       {command}")
     return prepared
 
 
