@@ -122,7 +122,7 @@ def examine(config: TrainConfig) -> Examined:
             itemsize=hardware.compute_dtype.itemsize,
             positions=positions,
             memories=memories,
-            evaluates=config.holds_out and not config.preference,
+            evaluates=work.held_out_positions,
             records=_may_record(config, method, hardware),
         )
 

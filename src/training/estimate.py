@@ -95,7 +95,7 @@ def estimate_memory(
     itemsize: int,
     positions: int,
     memories: int = 0,
-    evaluates: bool = False,
+    evaluates: int = 0,
     records: bool = False,
 ) -> MemoryEstimate:
     """What a run takes on its device.
@@ -108,7 +108,7 @@ def estimate_memory(
         itemsize: bytes of an activation.
         positions: that are computed at a time, at most.
         memories: that wait on the device between chunks.
-        evaluates: whether held-out texts are measured, in batches of their own.
+        evaluates: positions of the held-out texts, which are measured in batches of EVALUATED_TOKENS at most; 0: none.
         records: whether steps are recorded.
     """
     fused = on_gpu and itemsize == 2
@@ -153,7 +153,10 @@ def estimate_memory(
     if evaluates:
         # Before training there are no gradients and moments yet, and no row of its own.
         at_evaluation = (
-            EVALUATED_TOKENS * passing_bytes(shape) * wider * (_EVALUATING_SHARE if on_gpu else _PLAIN_EVALUATING_SHARE)
+            min(evaluates, EVALUATED_TOKENS)
+            * passing_bytes(shape)
+            * wider
+            * (_EVALUATING_SHARE if on_gpu else _PLAIN_EVALUATING_SHARE)
         )
         beside = grows + parts[GRADIENTS] + parts[MOMENTS] + parts[MEMORIES]
         parts[EVALUATION] = max(at_evaluation - beside, 0.0)

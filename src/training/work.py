@@ -67,6 +67,7 @@ class Work:
         chats: whether it is known that a question is followed by an answer.
         prepare: measures what the loss needs of the model that the run starts from, and says what it did.
         template: in which one talks to a model that was trained on the data; None if one cannot.
+        held_out_positions: of the held-out texts, each as long as the longest; 0 of pairs.
     """
 
     dataset: PassDataset[Any]
@@ -81,6 +82,7 @@ class Work:
     chats: bool = False
     prepare: Callable[[LanguageModel, Reference], list[str]] = lambda model, start: []
     template: str | None = TEMPLATE_NAMES[0]
+    held_out_positions: int = 0
 
 
 def prepare_work(config: TrainConfig, shape: ModelShape) -> Work:
@@ -215,7 +217,12 @@ def _text_work(config: TrainConfig, shape: ModelShape) -> Work:
         all_tokens=dataset.most_positions,
         chats=own.stream_counted is not None and config.loss_mask != "se",
         template=template_of(own, shape.vocab_size, config.template),
+        held_out_positions=_held_out_positions(config, held_out),
     )
+
+
+def _held_out_positions(config: TrainConfig, held_out: Documents | None) -> int:
+    return 0 if held_out is None else len(held_out) * min(int(held_out.sizes.max()), config.ctx_len)
 
 
 def _with_mixes(config: TrainConfig, shape: ModelShape, documents: Documents) -> tuple[Documents, tuple[MixedIn, ...]]:

@@ -139,7 +139,14 @@ def test_every_method_has_parts_that_grow_with_the_rows(flags: dict[str, object]
     def total(of: TrainConfig) -> float:
         positions, memories = positions_of(of)
         found = estimate_memory(
-            of, method, shape, on_gpu=gpu, itemsize=2, positions=positions, memories=memories, evaluates=True
+            of,
+            method,
+            shape,
+            on_gpu=gpu,
+            itemsize=2,
+            positions=positions,
+            memories=memories,
+            evaluates=estimate.EVALUATED_TOKENS,
         )
         assert all(part > 0 and math.isfinite(part) for part in found.parts.values())
         return found.total
@@ -171,10 +178,13 @@ def test_positions_of_full_rows() -> None:
 def test_held_out_texts_count_where_rows_are_short() -> None:
     shape = RWKV6Shape.from_sizes(n_layer=24, n_embd=2048, vocab_size=65536)
     made = config()
-    without, beside = (on_gpu(made, shape, 64, evaluates=evaluates) for evaluates in (False, True))
+    without, beside = (on_gpu(made, shape, 64, evaluates=evaluates) for evaluates in (0, estimate.EVALUATED_TOKENS))
     assert beside.parts[estimate.EVALUATION] > 0
     assert beside.total > without.total
-    assert estimate.EVALUATION not in on_gpu(made, shape, 16384, evaluates=True).parts
+    few = on_gpu(made, shape, 64, evaluates=estimate.EVALUATED_TOKENS // 2)
+    assert without.total < few.total < beside.total
+    assert on_gpu(made, shape, 64, evaluates=10**6).total == beside.total
+    assert estimate.EVALUATION not in on_gpu(made, shape, 16384, evaluates=estimate.EVALUATED_TOKENS).parts
 
 
 def test_recordings_hold_gradients_of_their_own_where_several_add_up() -> None:
