@@ -4,20 +4,23 @@ An adapter takes the place of the matrix in its mixer, so that its parameters ha
 `blocks.0.att.key.lora_A`. They are stored in fp32 and used in the dtype of the activations; their gradients are summed
 in fp32 and not rounded. What is kept for the backward is what `kept` names: never a matrix, never its product.
 
+Adapters of matrices that take different mixes of one tensor compute at once, which is what methods named `joint_` do
+for one or more of them: their small products are batched where operands lie side by side (`ops.products`).
+
 Shape legend: n positions, in and out features of the matrix, r rank.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from src.model.casts import LayerCasts
-from src.model.layers import Linear
+from src.model.layers import Joint, Linear
 from src.model.shape import Shape
 from src.ops.node import Node, once
 from src.quant import FrozenLinear
@@ -25,11 +28,11 @@ from src.quant import FrozenLinear
 Kept = tuple[Tensor, ...]
 """What an adapter's parameters need of its input for their gradients."""
 
-OfParameters = Callable[[Kept], tuple[Tensor, ...]]
-"""From that to the gradients of the parameters, in their order."""
+OfParameters = Callable[[Sequence[Kept]], list[tuple[Tensor, ...]]]
+"""From that of each adapter to the gradients of its parameters, in their order."""
 
 
-class Adapter(nn.Module, ABC):
+class Adapter(nn.Module, Joint):
     """y = W x + what the trained tensors add.
 
     Args:
@@ -61,20 +64,47 @@ class Adapter(nn.Module, ABC):
     def kept_values(r: int, in_features: int) -> int:
         """Values per position that are kept between forward and backward."""
 
+    @classmethod
     @abstractmethod
-    def product(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """x [n, in] -> (y [n, out], what is kept), outside autograd."""
+    def joint_kept(cls, adapters: Sequence[Any], inputs: Sequence[Tensor]) -> list[Kept]:
+        """What is kept of each adapter's input [n, in], outside autograd."""
 
+    @classmethod
     @abstractmethod
-    def kept(self, x: Tensor) -> Kept:
-        """What is kept of x [n, in], without y."""
+    def joint_products(cls, adapters: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
+        """y [n, out] of each adapter's input [n, in] and of what is kept of it, outside autograd."""
 
+    @classmethod
     @abstractmethod
-    def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfParameters]:
-        """From the gradient of y [n, out]: that of x [n, in], and a function that gives those of the parameters.
+    def joint_gradients(cls, adapters: Sequence[Any], grads: Sequence[Tensor]) -> tuple[list[Tensor], OfParameters]:
+        """From the gradients of y [n, out]: those of x [n, in], and a function that gives those of all parameters.
 
         It needs not x but what was kept of it, so that x can be computed between the two. Outside autograd.
         """
+
+    def joins(self, others: Sequence[object]) -> bool:
+        """Of one kind, and outside of a training that draws random numbers."""
+        return all(type(other) is type(self) for other in others) and not (self.training and self.draws_random)
+
+    @classmethod
+    def joint(cls, matrices: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """See Joint."""
+        parameters = [parameter for adapter in matrices for parameter in adapter.trained()]
+        results: tuple[Tensor, ...] = _Adapted.apply(tuple(matrices), *inputs, *parameters)
+        return results
+
+    def kept(self, x: Tensor) -> Kept:
+        """What is kept of x [n, in], without y."""
+        return self.joint_kept([self], [x])[0]
+
+    def product(self, x: Tensor, kept: Kept) -> Tensor:
+        """y [n, out] of x [n, in] and of what is kept of it, outside autograd."""
+        return self.joint_products([self], [x], [kept])[0]
+
+    def gradients(self, grad_output: Tensor) -> tuple[Tensor, Callable[[Kept], tuple[Tensor, ...]]]:
+        """See `joint_gradients`; what the function takes is what `kept` gave."""
+        (grad_x,), of_parameters = self.joint_gradients([self], [grad_output])
+        return grad_x, lambda kept: of_parameters([kept])[0]
 
     @property
     def draws_random(self) -> bool:
@@ -100,26 +130,39 @@ class Adapter(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out] in x's dtype."""
-        y: Tensor = _Adapted.apply(x, self, *self.trained())
+        (y,) = self.joint([self], [x])
         return y
-
-    def rows_of(self, x: Tensor) -> Tensor:
-        """[..., features] as [n, features]."""
-        return x.reshape(-1, x.shape[-1])
 
 
 class _Adapted(Node):
+    """y of adapters that join, from their inputs and the parameters of all."""
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, adapter: Adapter, *parameters: Tensor) -> Tensor:
-        y, kept = adapter.product(adapter.rows_of(x))
-        ctx.adapter, ctx.shape = adapter, x.shape
-        ctx.save_for_backward(*kept)
-        return y.view(*x.shape[:-1], -1)
+    def forward(ctx: Any, adapters: tuple[Adapter, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
+        kind, inputs = type(adapters[0]), tensors[: len(adapters)]
+        rows = [_rows_of(x) for x in inputs]
+        kept = kind.joint_kept(adapters, rows)
+        ctx.adapters, ctx.shapes = adapters, [x.shape for x in inputs]
+        ctx.save_for_backward(*(tensor for each in kept for tensor in each))
+        results = kind.joint_products(adapters, rows, kept)
+        return tuple(y.view(*x.shape[:-1], -1) for y, x in zip(results, inputs, strict=True))
 
     @staticmethod
     @once
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        grad_x, of_parameters = ctx.adapter.gradients(ctx.adapter.rows_of(grad))
-        gradients = of_parameters(ctx.saved_tensors) if any(ctx.needs_input_grad[2:]) else ()
-        wanted = zip(ctx.needs_input_grad[2:], gradients or (None,) * len(ctx.adapter.names), strict=True)
-        return grad_x.view(ctx.shape), None, *(gradient if need else None for need, gradient in wanted)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        adapters, count = ctx.adapters, len(ctx.adapters)
+        grad_inputs, of_parameters = type(adapters[0]).joint_gradients(adapters, [_rows_of(grad) for grad in grads])
+        grad_inputs = [grad.view(shape) for grad, shape in zip(grad_inputs, ctx.shapes, strict=True)]
+        needed = ctx.needs_input_grad[1 + count :]
+        if not any(needed):
+            return None, *grad_inputs, *(None for _ in needed)
+        saved = ctx.saved_tensors
+        each = len(saved) // count
+        found = of_parameters([saved[begin : begin + each] for begin in range(0, len(saved), each)])
+        gradients = (gradient for of_adapter in found for gradient in of_adapter)
+        return None, *grad_inputs, *(g if need else None for g, need in zip(gradients, needed, strict=True))
+
+
+def _rows_of(x: Tensor) -> Tensor:
+    """[..., features] as [n, features]."""
+    return x.reshape(-1, x.shape[-1])

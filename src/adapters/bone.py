@@ -15,17 +15,19 @@ Source: Bone, arXiv 2409.15371; the formulas are those of RWKV-PEFT (modes "bone
 from __future__ import annotations
 
 import functools
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from src.adapters.adapter import Adapter, Kept, OfParameters
-from src.model.casts import outer_sum
+from src.adapters.low_rank import LowRank
 from src.model.shape import Shape
+from src.ops.products import outer_sum, outer_sums
 
 
-class Bone(Adapter):
+class Bone(LowRank):
     """See the module."""
 
     names: ClassVar[tuple[str, ...]] = ("bone",)
@@ -41,22 +43,30 @@ class Bone(Adapter):
         """See Adapter."""
         return r
 
-    def product(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """See Adapter."""
-        kept = self.kept(x)
-        y: Tensor = self.base(x)
-        return y.addmm_(kept[0], self.used("bone", x.dtype)), kept
+    @property
+    def rank(self) -> int:
+        """See LowRank."""
+        return self.bone.shape[0]
 
-    def kept(self, x: Tensor) -> Kept:
-        """See Adapter."""
-        return (x @ _identities(self.bone.shape[0], x).t(),)
+    def down(self, dtype: torch.dtype) -> Tensor:
+        """See LowRank: what sums blocks."""
+        return _identity(self.rank, self.base.in_features, dtype, self.bone.device)
 
-    def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfParameters]:
-        """See Adapter."""
-        grad_folded = grad_output @ self.used("bone", grad_output.dtype).t()
-        grad_x, _ = self.base.gradients(grad_output)
-        grad_x.addmm_(grad_folded, _identities(self.bone.shape[0], grad_x))
-        return grad_x, lambda kept: (outer_sum(kept[0], grad_output),)
+    def up(self, dtype: torch.dtype) -> Tensor:
+        """See LowRank."""
+        return self.used("bone", dtype).t()
+
+    @staticmethod
+    def kept_of(x: Tensor, hidden: Tensor) -> Kept:
+        """See LowRank."""
+        return (hidden,)
+
+    @staticmethod
+    def parameter_gradients(
+        kept: Sequence[Kept], grads: Sequence[Tensor], grads_hidden: Sequence[Tensor]
+    ) -> list[tuple[Tensor, ...]]:
+        """See LowRank."""
+        return [(gradient,) for gradient in outer_sums([summed for (summed,) in kept], grads)]
 
 
 class Bat(Adapter):
@@ -75,28 +85,43 @@ class Bat(Adapter):
         """See Adapter."""
         return in_features
 
-    def product(self, x: Tensor) -> tuple[Tensor, Kept]:
+    @classmethod
+    def joint_kept(cls, adapters: Sequence[Any], inputs: Sequence[Tensor]) -> list[Kept]:
         """See Adapter."""
+        return [(x,) for x in inputs]
+
+    @classmethod
+    def joint_products(cls, adapters: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
+        """See Adapter."""
+        return [adapter._product(x) for adapter, x in zip(adapters, inputs, strict=True)]
+
+    @classmethod
+    def joint_gradients(cls, adapters: Sequence[Any], grads: Sequence[Tensor]) -> tuple[list[Tensor], OfParameters]:
+        """See Adapter."""
+        pairs = [adapter._gradients(grad) for adapter, grad in zip(adapters, grads, strict=True)]
+        results, functions = zip(*pairs, strict=True)
+
+        def of_parameters(kept: Sequence[Kept]) -> list[tuple[Tensor, ...]]:
+            return [function(x) for function, (x,) in zip(functions, kept, strict=True)]
+
+        return list(results), of_parameters
+
+    def _product(self, x: Tensor) -> Tensor:
         blocks = self.used("bone", x.dtype).transpose(1, 2)
         summed = x @ blocks.reshape(x.shape[1], -1)
         moved = x.clone()
         self._by_block(moved).baddbmm_(self._by_block(x), blocks)
         y: Tensor = self.base(moved)
-        return y.addmm_(summed, _identities(self.bone.shape[1], y)), self.kept(x)
+        return y.addmm_(summed, _identities(self.bone.shape[1], y))
 
-    def kept(self, x: Tensor) -> Kept:
-        """See Adapter."""
-        return (x,)
-
-    def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfParameters]:
-        """See Adapter."""
+    def _gradients(self, grad_output: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
         r = self.bone.shape[1]
         grad_summed = grad_output @ _identities(r, grad_output).t()
         blocks = self.used("bone", grad_output.dtype)
         grad_x, _ = self.base.gradients(grad_output)
         grad_added = self._by_block(torch.addmm(grad_x, grad_summed, _identities(r, grad_x)))
         self._by_block(grad_x).baddbmm_(grad_added, blocks)
-        return grad_x, lambda kept: (outer_sum(grad_added, self._by_block(kept[0])),)
+        return grad_x, lambda x: (outer_sum(grad_added, self._by_block(x)),)
 
     def _by_block(self, x: Tensor) -> Tensor:
         """[n, in] as [in/r, n, r], a view."""

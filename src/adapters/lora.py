@@ -8,17 +8,18 @@ Source: LoRA, arXiv 2106.09685; rsLoRA's scale, arXiv 2312.03732; PiSSA, arXiv 2
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from src.adapters.adapter import Adapter, Kept, OfParameters
-from src.model.casts import outer_sum
+from src.adapters.adapter import Kept
+from src.adapters.low_rank import LowRank
 from src.model.layers import Linear
 from src.model.shape import Shape
+from src.ops.products import outer_sums
 from src.quant import FrozenLinear
 
 _OVERSAMPLING = 8
@@ -26,7 +27,7 @@ _LEAST_PIVOT = 1e-4
 """Of the largest: fp64's precision, which loses twice as many digits, is still better than fp32's then."""
 
 
-class LoRA(Adapter):
+class LoRA(LowRank):
     """See the module.
 
     Args:
@@ -74,31 +75,32 @@ class LoRA(Adapter):
             return added
         return super().forward(x)
 
-    def product(self, x: Tensor) -> tuple[Tensor, Kept]:
-        """See Adapter."""
-        kept = self.kept(x)
-        y: Tensor = self.base(x)
-        return y.addmm_(kept[1], self.used("lora_B", x.dtype).t(), alpha=self.scale), kept
+    @property
+    def rank(self) -> int:
+        """See LowRank."""
+        return self.lora_A.shape[0]
 
-    def kept(self, x: Tensor) -> Kept:
-        """See Adapter."""
-        return x, x @ self.used("lora_A", x.dtype).t()
+    def down(self, dtype: torch.dtype) -> Tensor:
+        """See LowRank."""
+        return self.used("lora_A", dtype)
 
-    def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfParameters]:
-        """See Adapter."""
-        dtype = grad_output.dtype
-        grad_hidden = grad_output @ self.used("lora_B", dtype)
-        if self.scale != 1.0:
-            grad_hidden = grad_hidden * self.scale
-        grad_x, _ = self.base.gradients(grad_output)
-        grad_x.addmm_(grad_hidden, self.used("lora_A", dtype))
+    def up(self, dtype: torch.dtype) -> Tensor:
+        """See LowRank."""
+        return self.used("lora_B", dtype)
 
-        def of_parameters(kept: Kept) -> tuple[Tensor, ...]:
-            x, hidden = kept
-            grad_b = outer_sum(grad_output, hidden)
-            return outer_sum(grad_hidden, x), grad_b if self.scale == 1.0 else grad_b.mul_(self.scale)
+    @staticmethod
+    def kept_of(x: Tensor, hidden: Tensor) -> Kept:
+        """See LowRank."""
+        return x, hidden
 
-        return grad_x, of_parameters
+    @staticmethod
+    def parameter_gradients(
+        kept: Sequence[Kept], grads: Sequence[Tensor], grads_hidden: Sequence[Tensor]
+    ) -> list[tuple[Tensor, ...]]:
+        """See LowRank."""
+        inputs, hidden = zip(*kept, strict=True)
+        of_a, of_b = outer_sums(grads_hidden, inputs), outer_sums(grads, hidden)
+        return list(zip(of_a, of_b, strict=True))
 
 
 def lora_weight(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scale: float = 1.0) -> Tensor:

@@ -133,9 +133,11 @@ class AdapterPlan:
         options: dict[str, Any] = {}
         if kind is LoRA:
             options = {"scale": self.scale, "dropout": self.dropout if self.kind == "lora" else 0.0}
-        for key, kept in self.kept_values(model.shape).items():
+        kept_values = self.kept_values(model.shape)
+        # What computes at once is cast side by side: the matrix that does not comes last.
+        for key in sorted(kept_values, key=lambda key: key.endswith(".output.weight")):
             own = {name: values[f"{module_of(key)}.{name}"] for name in kind.names}
-            model.adapt(key, lambda base, own=own: kind(base, own, **options), kept)  # type: ignore[misc]
+            model.adapt(key, lambda base, own=own: kind(base, own, **options), kept_values[key])  # type: ignore[misc]
 
     def properties(self) -> dict[str, Any]:
         """What a reader of the files must know."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from src.ops.node import Node, once
+from src.ops.products import outer_sum
 
 _ALIGNMENT_VALUES = 64
 """Where a tensor begins in the buffer: 128 bytes in 16 bits, which matrix products like."""
@@ -129,14 +130,3 @@ class WideProduct(Node):
         grad_weight = outer_sum(rows, grad) if of_weight else None
         grad_bias = grad.sum(0, dtype=torch.float32).view(ctx.bias_shape) if of_bias else None
         return grad_x, grad_weight, grad_bias, None, None
-
-
-def outer_sum(left: Tensor, right: Tensor) -> Tensor:
-    """Σ over n of left [.., n, a] and right [.., n, b] -> [.., a, b], summed in fp32 at least and not rounded."""
-    rows = left.transpose(-1, -2)
-    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
-        multiply = torch.bmm if left.ndim == 3 else torch.mm
-        return multiply(rows, right, out_dtype=torch.float32)
-    if left.dtype in (torch.bfloat16, torch.float16):
-        return rows.float() @ right.float()
-    return rows @ right

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,6 +32,16 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
 
+    @property
+    def in_features(self) -> int:
+        """Width of x."""
+        return self.weight.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        """Width of y."""
+        return self.weight.shape[0]
+
     def forward(self, x: Tensor) -> Tensor:
         weight: Any = self._parameters["weight"]
         return F.linear(x, weight if weight.dtype is x.dtype else weight.to(x.dtype))
@@ -44,12 +54,69 @@ class Linear(nn.Module):
         """What the gradients of the trained parameters need of x."""
         return ()
 
+    def product(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
+        """y of x and of what was kept of it, outside autograd."""
+        return self(x)  # type: ignore[no-any-return]
+
+    def product_into(self, x: Tensor, y: Tensor) -> None:
+        """x [n, in] -> y [n, out], in memory that is there, outside autograd."""
+        torch.mm(x, self.weight.to(x.dtype).t(), out=y)
+
+    def gradient_into(self, grad_output: Tensor, grad_x: Tensor) -> None:
+        """From the gradient of y [n, out] to that of x [n, in], in memory that is there, outside autograd."""
+        torch.mm(grad_output, self.weight.to(grad_output.dtype), out=grad_x)
+
     def gradients(self, grad_output: Tensor) -> tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]:
         """From the gradient of y: that of x, and a function from what was kept to those of `trained`.
 
         Outside autograd. An adapter in this matrix's place answers the same questions.
         """
         return grad_output @ self.weight.to(grad_output.dtype), lambda kept: ()
+
+
+class Joint(ABC):
+    """A matrix that computes with others at once, in fewer launches, if they are alike: see `together`."""
+
+    @abstractmethod
+    def joins(self, others: Sequence[object]) -> bool:
+        """Whether these are alike."""
+
+    @classmethod
+    @abstractmethod
+    def joint(cls, matrices: Sequence[Any], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """The product of each with its input [..., in]."""
+
+    @classmethod
+    @abstractmethod
+    def joint_kept(cls, matrices: Sequence[Any], inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+        """`kept` of each, outside autograd; inputs are [n, in]."""
+
+
+def join(matrices: Sequence[object]) -> bool:
+    """Whether matrices, all with an input of the same width, compute at once."""
+    first, *others = matrices
+    return isinstance(first, Joint) and first.joins(others)
+
+
+def together(matrices: Sequence[Linear], inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """The product of each matrix with its input [..., in], at once where they join.
+
+    That is the better the more of the inputs lie side by side, see `ops.products`.
+    """
+    kind: Any = type(matrices[0])
+    if join(matrices):
+        products: tuple[Tensor, ...] = kind.joint(matrices, inputs)
+        return products
+    return tuple(matrix(x) for matrix, x in zip(matrices, inputs, strict=True))
+
+
+def kept_together(matrices: Sequence[Linear], inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """`kept` of each matrix, at once where they join; inputs are [n, in]."""
+    kind: Any = type(matrices[0])
+    if join(matrices):
+        kept: list[tuple[Tensor, ...]] = kind.joint_kept(matrices, inputs)
+        return kept
+    return [matrix.kept(x) for matrix, x in zip(matrices, inputs, strict=True)]
 
 
 class Norm(nn.LayerNorm):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from src.errors import CheckpointError, ConfigError
 from src.layout import SegmentLayout
-from src.model.layers import ChannelMixer, Linear, TimeMixer
+from src.model.layers import ChannelMixer, Linear, TimeMixer, join, kept_together, together
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape, Shape, axes_of, count_layers, orthogonal, uniform
 from src.ops import elementwise_cuda, wkv6_cuda
@@ -328,6 +328,7 @@ class TimeMix(TimeMixer):
         maa = self.stacked(("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"), z)
         return modulated_shift_mixes(
             *(z, shift, maa, hidden, self.time_maa_w2, previous),
+            joined=(3, 1, 2, 4) if join(self._mixed) else (),
             keeps_modulation=keeps_modulation,
             narrow_up=self.narrow("time_maa_w2", z.dtype),
         )
@@ -343,11 +344,18 @@ class TimeMix(TimeMixer):
         decay_hidden = torch.tanh(self.product(z_w, "time_decay_w1"))
         w_raw = self.product(decay_hidden, "time_decay_w2", bias="time_decay")
         heads = (B, T, self.head_count, self.head_size)
-        r, k, v = own["receptance"](z_r).view(heads), own["key"](z_k).view(heads), own["value"](z_v).view(heads)
+        *tokens, gate = together(self._mixed, (z_r, z_k, z_v, z_g))
+        r, k, v = [each.view(heads) for each in tokens]
         y, final = self._recur(r, k, v, w_raw.view(heads), self.time_state if start is None else start, layout)
-        gate, norm = own["gate"](z_g), own["ln_x"]
+        norm = own["ln_x"]
         gated = group_norm_silu_gate(y, gate, norm.weight, norm.bias, norm.eps)
         return gated, final, None
+
+    @property
+    def _mixed(self) -> tuple[Linear, ...]:
+        """Those that are applied to mixes of z."""
+        own: Any = self._modules
+        return own["receptance"], own["key"], own["value"], own["gate"]
 
     def _recur(
         self, r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, start: Tensor, layout: SegmentLayout | None
@@ -379,14 +387,14 @@ class ChannelMix(ChannelMixer):
     def mixed_inputs(self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the inputs of key and receptance, [B, T, C] each; see ChannelMixer."""
         previous = None if layout is None else layout.previous
-        return shift_mixes(z, shift, self.stacked(("time_maa_k", "time_maa_r"), z), None, previous)
+        joined = (0, 1) if join(self._mixed) else ()
+        return shift_mixes(z, shift, self.stacked(("time_maa_k", "time_maa_r"), z), None, previous, joined=joined)
 
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """See ChannelMixer."""
-        z_k, z_r = inputs
-        receptance = self.receptance(z_r)
+        key, receptance = together(self._mixed, inputs)
         # Last, because a backward that follows at once begins with this matrix: it finds it still dequantised.
-        value = self.value(squared_relu(self.key(z_k)))
+        value = self.value(squared_relu(key))
         return sigmoid_gated_residual(x, receptance, value)
 
     def feed_again(self, x: Tensor, inputs: tuple[Tensor, ...], result: Tensor) -> Tensor:
@@ -398,6 +406,11 @@ class ChannelMix(ChannelMixer):
     def can_feed_again(self) -> bool:
         """See ChannelMixer."""
         return not any(isinstance(matrix, Linear) and matrix.weight.requires_grad for matrix in self._matrices)
+
+    @property
+    def _mixed(self) -> tuple[Linear, Linear]:
+        """Those that are applied to mixes of z."""
+        return self.key, self.receptance
 
     @property
     def _matrices(self) -> tuple[Linear, Linear, Linear]:
@@ -425,15 +438,18 @@ class _FeedAgain(Node):
         x, z_k, z_r, result = ctx.saved_tensors
         mixer: ChannelMix = ctx.mixer
         rows_k, rows_r = z_k.flatten(0, 1), z_r.flatten(0, 1)
-        grad_r, grad_value = sigmoid_gated_residual_gradients(x, mixer.receptance(z_r), result, grad)
+        kept_k, kept_r = kept_together(mixer._mixed, (rows_k, rows_r))
+        r = mixer.receptance.product(rows_r, kept_r).view_as(x)
+        grad_r, grad_value = sigmoid_gated_residual_gradients(x, r, result, grad)
+        del r
         grad_z_r, of_receptance = mixer.receptance.gradients(grad_r.flatten(0, 1))
-        of_trained = of_receptance(mixer.receptance.kept(rows_r))
+        of_trained = of_receptance(kept_r)
         grad_hidden, of_value = mixer.value.gradients(grad_value.flatten(0, 1))
         del grad_r, grad_value, of_receptance
-        key = mixer.key(rows_k)
+        key = mixer.key.product(rows_k, kept_k)
         if mixer.value.trained():
             of_trained += of_value(mixer.value.kept(squared_relu(key)))
         del of_value
         grad_z_k, of_key = mixer.key.gradients(squared_relu_gradient(key, grad_hidden))
-        of_trained += of_key(mixer.key.kept(rows_k))
+        of_trained += of_key(kept_k)
         return None, grad, grad_z_k.view_as(z_k), grad_z_r.view_as(z_r), None, *of_trained

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from src.errors import CheckpointError, ConfigError
 from src.layout import SegmentLayout
-from src.model.layers import ChannelMixer, Linear, TimeMixer
+from src.model.layers import ChannelMixer, Linear, TimeMixer, join, together
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape, Shape, axes_of, count_layers, orthogonal, uniform
 from src.ops import delta_rule_cuda, elementwise_cuda, wkv7_cuda
@@ -450,7 +450,8 @@ class TimeMix(TimeMixer):
     ) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the inputs of receptance, decay, key, value, rate and gate; see TimeMixer."""
         previous = None if layout is None else layout.previous
-        return shift_mixes(z, shift, self.stacked(_MIXES, z), None, previous)
+        joined = (0, 2, 3) if join(self._mixed) else ()
+        return shift_mixes(z, shift, self.stacked(_MIXES, z), None, previous, joined=joined)
 
     def attend(
         self, inputs: tuple[Tensor, ...], start: Tensor | None, layout: SegmentLayout | None, handed: Tensor | None
@@ -464,7 +465,7 @@ class TimeMix(TimeMixer):
         w_raw = _mapped(torch.tanh(_product(z_w, parts["w1"])), parts["w2"], parts["w0"])
         rate = _mapped(_product(z_a, parts["a1"]), parts["a2"], parts["a0"])
         gate = _product(torch.sigmoid(_product(z_g, parts["g1"])), parts["g2"])
-        r, k, own = parts["receptance"](z_r), parts["key"](z_k), parts["value"](z_v)
+        r, k, own = together(self._mixed, (z_r, z_k, z_v))
         v = own
         if handed is not None:
             v = value_residual(own, handed, _mapped(_product(z_v, parts["v1"]), parts["v2"], parts["v0"]))
@@ -475,6 +476,12 @@ class TimeMix(TimeMixer):
         norm = parts["ln_x"]
         gated = group_norm_bonus_gate(y, r, k, v, gate, parts["r_k"], norm.weight, norm.bias, norm.eps)
         return gated, final, own if self.hands_on else None
+
+    @property
+    def _mixed(self) -> tuple[Linear, ...]:
+        """Those that are applied to mixes of z."""
+        own: Any = self._modules
+        return own["receptance"], own["key"], own["value"]
 
     def _recur(self, tokens: tuple[Tensor, ...], start: Tensor, layout: SegmentLayout | None) -> tuple[Tensor, Tensor]:
         """The recurrence over rows, packed roots, or roots and then the segments that continue them."""
@@ -558,8 +565,9 @@ class _FeedAgain(Node):
         mixer: ChannelMix = ctx.mixer
         rows = z_k.flatten(0, 1)
         grad_hidden, of_value = mixer.value.gradients(grad.flatten(0, 1))
-        key = mixer.key(rows)
+        kept = mixer.key.kept(rows)
+        key = mixer.key.product(rows, kept)
         of_trained = of_value(mixer.value.kept(squared_relu(key))) if mixer.value.trained() else ()
         grad_z_k, of_key = mixer.key.gradients(squared_relu_gradient(key, grad_hidden))
-        of_trained += of_key(mixer.key.kept(rows))
+        of_trained += of_key(kept)
         return None, grad, grad_z_k.view_as(z_k), None, *of_trained

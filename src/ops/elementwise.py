@@ -41,7 +41,13 @@ def fused_kernels() -> Any | None:
 
 
 def shift_mixes(
-    z: Tensor, carry: Tensor | None, maa: Tensor, modulation: Tensor | None, previous: Tensor | None
+    z: Tensor,
+    carry: Tensor | None,
+    maa: Tensor,
+    modulation: Tensor | None,
+    previous: Tensor | None,
+    *,
+    joined: tuple[int, ...] = (),
 ) -> tuple[Tensor, ...]:
     """Mixes each token with the one before it, in G proportions: z + (shifted - z) * (maa_g + modulation_g).
 
@@ -53,6 +59,7 @@ def shift_mixes(
         modulation: [G, B, T, C], data-dependent part of the proportions; None is zero.
         previous: int64 [T], position of the token before each token, -1 where there is none; needs B == 1. None
             is t - 1. Not to be changed in place after its first use.
+        joined: numbers of results that lie in one piece of memory in this order, where this is fused.
 
     Returns:
         G tensors [B, T, C] in z's dtype.
@@ -63,7 +70,7 @@ def shift_mixes(
         children = None if previous is None else _children(previous)
         if carry is not None:
             carry = carry.to(z.dtype)
-        return tuple(kernels.shift_mixes(z, carry, maa, modulation, previous, children))
+        return tuple(kernels.shift_mixes(z, carry, maa, modulation, previous, children, joined))
     return shift_mixes_torch(z, carry, maa, modulation, previous)
 
 
@@ -86,13 +93,14 @@ def modulated_shift_mixes(
     up: Tensor,
     previous: Tensor | None,
     *,
+    joined: tuple[int, ...] = (),
     keeps_modulation: bool = False,
     narrow_up: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """`shift_mixes` with modulation_g = hidden_g @ up_g.
 
     Args:
-        z, carry, maa, previous: as for `shift_mixes`.
+        z, carry, maa, previous, joined: as for `shift_mixes`.
         hidden: [B, T, G * K], the K values of each mix side by side.
         up: [G, K, C].
         keeps_modulation: keeps G times the memory of z for the backward pass, which forms it again otherwise where
@@ -106,9 +114,8 @@ def modulated_shift_mixes(
         children = None if previous is None else _children(previous)
         if carry is not None:
             carry = carry.to(z.dtype)
-        return tuple(
-            kernels.modulated_shift_mixes(z, carry, maa, hidden, up, previous, children, keeps_modulation, narrow_up)
-        )
+        options = (joined, keeps_modulation, narrow_up)
+        return tuple(kernels.modulated_shift_mixes(z, carry, maa, hidden, up, previous, children, *options))
     batch, tokens, _ = z.shape
     by_mix = hidden.view(batch * tokens, up.shape[0], up.shape[1]).transpose(0, 1)
     modulation = torch.bmm(by_mix, up.to(z.dtype)).view(-1, *z.shape)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from src.ops.kernels import Kernel
 from src.ops.node import Node
+from src.ops.products import side_by_side
 from src.ops.rows import (
     HEAD_SIZES,
     THREADS,
@@ -136,10 +137,11 @@ def shift_mixes(
     modulation: Tensor | None,
     previous: Tensor | None,
     children: Tensor | None,
+    joined: tuple[int, ...] = (),
 ) -> tuple[Tensor, ...]:
     """See `elementwise.shift_mixes`; `children` are `continuations` of `previous`."""
     run: Any = _ShiftMix.apply if records(z, carry, maa, modulation) else _ShiftMix.run
-    outputs: tuple[Tensor, ...] = run(z, carry, maa, modulation, previous, children)
+    outputs: tuple[Tensor, ...] = run(z, carry, maa, modulation, previous, children, joined)
     return outputs
 
 
@@ -151,12 +153,14 @@ def modulated_shift_mixes(
     up: Tensor,
     previous: Tensor | None,
     children: Tensor | None,
+    joined: tuple[int, ...],
     keeps_modulation: bool,
     narrow_up: Callable[[], Tensor] | None,
 ) -> tuple[Tensor, ...]:
     """See `elementwise.modulated_shift_mixes`."""
     run: Any = _ModulatedShiftMix.apply if records(z, carry, maa, hidden, up) else _ModulatedShiftMix.run
-    outputs: tuple[Tensor, ...] = run(z, carry, maa, hidden, up, previous, children, keeps_modulation, narrow_up)
+    options = (joined, keeps_modulation, narrow_up)
+    outputs: tuple[Tensor, ...] = run(z, carry, maa, hidden, up, previous, children, *options)
     return outputs
 
 
@@ -250,9 +254,10 @@ class _ShiftMix(Node):
         modulation: Tensor | None,
         previous: Tensor | None,
         children: Tensor | None,
+        joined: tuple[int, ...],
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
-        return inputs.mixed(inputs.checked(modulation))
+        return inputs.mixed(inputs.checked(modulation), joined)
 
     @staticmethod
     def forward(
@@ -263,10 +268,11 @@ class _ShiftMix(Node):
         modulation: Tensor | None,
         previous: Tensor | None,
         children: Tensor | None,
+        joined: tuple[int, ...],
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
         modulation = inputs.checked(modulation)
-        outputs = inputs.mixed(modulation)
+        outputs = inputs.mixed(modulation, joined)
         ctx.set_materialize_grads(False)
         # Without modulation the proportions are constants: only the gradient of maa needs an input.
         needs_inputs = modulation is not None or ctx.needs_input_grad[2]
@@ -279,12 +285,12 @@ class _ShiftMix(Node):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if all(grad is None for grad in grads):
-            return (None,) * 6
+            return (None,) * 7
         z, carry, maa, modulation = ctx.saved_tensors
         needed = ctx.needs_input_grad
         maa = read_parameter(kept_parameter(ctx, "maa", maa), "maa")
         found = _shift_gradients(ctx, grads, z, carry, maa, modulation, *needed[:4])
-        return *found, None, None
+        return *found, None, None, None
 
 
 class _ModulatedShiftMix(Node):
@@ -299,11 +305,12 @@ class _ModulatedShiftMix(Node):
         up: Tensor,
         previous: Tensor | None,
         children: Tensor | None,
+        joined: tuple[int, ...],
         keeps_modulation: bool,
         narrow_up: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
-        return inputs.mixed(_modulation(inputs, prepared(hidden, "hidden"), _used_up(up, narrow_up)))
+        return inputs.mixed(_modulation(inputs, prepared(hidden, "hidden"), _used_up(up, narrow_up)), joined)
 
     @staticmethod
     def forward(
@@ -315,13 +322,14 @@ class _ModulatedShiftMix(Node):
         up: Tensor,
         previous: Tensor | None,
         children: Tensor | None,
+        joined: tuple[int, ...],
         keeps_modulation: bool,
         narrow_up: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
         hidden = prepared(hidden, "hidden")
         modulation = _modulation(inputs, hidden, _used_up(up, narrow_up))
-        outputs = inputs.mixed(modulation)
+        outputs = inputs.mixed(modulation, joined)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             inputs.z,
@@ -339,7 +347,7 @@ class _ModulatedShiftMix(Node):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         if all(grad is None for grad in grads):
-            return (None,) * 9
+            return (None,) * 10
         z, carry, maa, modulation, hidden, up = ctx.saved_tensors
         maa = read_parameter(kept_parameter(ctx, "maa", maa), "maa")
         up = _used_up(kept_parameter(ctx, "up", up), ctx.narrow_up)
@@ -360,7 +368,7 @@ class _ModulatedShiftMix(Node):
         if of_up:
             assert grad_modulation is not None
             grad_up = torch.bmm(_by_mix(hidden, up).transpose(1, 2), grad_modulation, out_dtype=torch.float32)
-        return grad_z, grad_carry, grad_maa, grad_hidden, grad_up, None, None, None, None
+        return grad_z, grad_carry, grad_maa, grad_hidden, grad_up, None, None, None, None, None
 
 
 class _GroupNormSiluGate(Node):
@@ -514,8 +522,9 @@ class _ShiftInputs:
         check_shape(modulation, (self.mixes, *self.z.shape), "modulation")
         return modulation
 
-    def mixed(self, modulation: Tensor | None) -> tuple[Tensor, ...]:
-        outputs = tuple([torch.empty_like(self.z) for _ in range(self.mixes)])
+    def mixed(self, modulation: Tensor | None, joined: tuple[int, ...]) -> tuple[Tensor, ...]:
+        side = dict(zip(joined, side_by_side([self.z.shape] * len(joined), self.z), strict=True))
+        outputs = tuple(side[mix] if mix in side else torch.empty_like(self.z) for mix in range(self.mixes))
         batch, tokens, channels = self.z.shape
         rows = batch * tokens
         if rows:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from src.ops.kernels import Argument, Kernel, usable
 from src.ops.node import Node
+from src.ops.products import side_by_side
 
 CUDA_HEAD_SIZE = 64
 TILE_TOKENS = 16
@@ -156,7 +157,9 @@ class _Tokens:
 
     @classmethod
     def empty_like(cls, r: Tensor) -> _Tokens:
-        return cls(*(torch.empty_like(r) for _ in range(4)))
+        """r, k and v side by side, for those who take the gradients of all three (`ops.products`)."""
+        of_r, of_k, of_v = side_by_side([r.shape] * 3, r)
+        return cls(of_r, of_k, of_v, torch.empty_like(r))
 
 
 @dataclass

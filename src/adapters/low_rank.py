@@ -1,0 +1,88 @@
+"""Adapters of the form y = W x + U (scale · D x), with narrow matrices D [r, in] and U [out, r].
+
+Their four small products, two forward and two backward, and the gradients of what is trained are those of several
+adapters at once (`ops.products`).
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from src.adapters.adapter import Adapter, Kept, OfParameters
+from src.ops.products import add_products, products, side_by_side
+
+
+class LowRank(Adapter):
+    """See the module.
+
+    Attributes:
+        scale: factor on what is added.
+    """
+
+    scale: float = 1.0
+
+    @property
+    @abstractmethod
+    def rank(self) -> int:
+        """r."""
+
+    @abstractmethod
+    def down(self, dtype: torch.dtype) -> Tensor:
+        """D [r, in], outside autograd."""
+
+    @abstractmethod
+    def up(self, dtype: torch.dtype) -> Tensor:
+        """U [out, r], outside autograd."""
+
+    @staticmethod
+    @abstractmethod
+    def kept_of(x: Tensor, hidden: Tensor) -> Kept:
+        """What is kept of x [n, in] and scale · D x [n, r]; the latter stands last."""
+
+    @staticmethod
+    @abstractmethod
+    def parameter_gradients(
+        kept: Sequence[Kept], grads: Sequence[Tensor], grads_hidden: Sequence[Tensor]
+    ) -> list[tuple[Tensor, ...]]:
+        """Of each adapter, from the gradients of y [n, out] and of D x [n, r]."""
+
+    def joins(self, others: Sequence[object]) -> bool:
+        """See Adapter; of equal ranks and scales, too."""
+
+        def alike(other: object) -> bool:
+            return isinstance(other, LowRank) and (other.rank, other.scale) == (self.rank, self.scale)
+
+        return super().joins(others) and all(map(alike, others))
+
+    @classmethod
+    def joint_kept(cls, adapters: Sequence[Any], inputs: Sequence[Tensor]) -> list[Kept]:
+        """See Adapter."""
+        downs = [adapter.down(inputs[0].dtype).t() for adapter in adapters]
+        hidden = products(inputs, downs, adapters[0].scale)
+        return [cls.kept_of(*pair) for pair in zip(inputs, hidden, strict=True)]
+
+    @classmethod
+    def joint_products(cls, adapters: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
+        """See Adapter."""
+        rows, like = inputs[0].shape[0], inputs[0]
+        results = side_by_side([(rows, adapter.base.out_features) for adapter in adapters], like)
+        for adapter, x, y in zip(adapters, inputs, results, strict=True):
+            adapter.base.product_into(x, y)
+        add_products(results, [each[-1] for each in kept], [adapter.up(like.dtype).t() for adapter in adapters])
+        return results
+
+    @classmethod
+    def joint_gradients(cls, adapters: Sequence[Any], grads: Sequence[Tensor]) -> tuple[list[Tensor], OfParameters]:
+        """See Adapter."""
+        rows, like = grads[0].shape[0], grads[0]
+        grads_hidden = products(grads, [adapter.up(like.dtype) for adapter in adapters], adapters[0].scale)
+        results = side_by_side([(rows, adapter.base.in_features) for adapter in adapters], like)
+        for adapter, grad, grad_x in zip(adapters, grads, results, strict=True):
+            adapter.base.gradient_into(grad, grad_x)
+        add_products(results, grads_hidden, [adapter.down(like.dtype) for adapter in adapters])
+        return results, lambda kept: cls.parameter_gradients(kept, grads, grads_hidden)

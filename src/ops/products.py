@@ -1,0 +1,100 @@
+"""Several matrix products in as few launches as the places of their operands allow.
+
+A product of a few columns is over before its launch has filled a GPU. Those whose left sides, right sides and results
+each lie at equal distances in memory are one batched product; the others are computed one by one, with the same results
+but for the order of sums.
+
+Legend: left [n, k] and right [k, m] of each pair; sizes may differ among pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+
+def side_by_side(shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor]:
+    """Empty tensors, in one piece of memory, one after the other, if their shapes are equal."""
+    if len(shapes) > 1 and len(set(shapes)) == 1:
+        return list(like.new_empty(len(shapes), *shapes[0]).unbind())
+    return [like.new_empty(shape) for shape in shapes]
+
+
+def products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float = 1.0) -> list[Tensor]:
+    """scale · left @ right of each pair, side by side; outside autograd, as all functions here."""
+    results = side_by_side(
+        [(left.shape[0], right.shape[1]) for left, right in zip(lefts, rights, strict=True)], lefts[0]
+    )
+    for part in _runs(lefts, rights, results):
+        left, right, result = (_stack(operand[part]) for operand in (lefts, rights, results))
+        if scale != 1.0:
+            _add_product(result, left, right, scale, beta=0.0)
+        elif result.ndim == 3:
+            torch.bmm(left, right, out=result)
+        else:
+            torch.mm(left, right, out=result)
+    return results
+
+
+def add_products(sums: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
+    """Adds left @ right to each of the sums [n, m], in place."""
+    for part in _runs(sums, lefts, rights):
+        _add_product(_stack(sums[part]), _stack(lefts[part]), _stack(rights[part]))
+
+
+def outer_sums(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Tensor]:
+    """`outer_sum` of each pair."""
+    found: list[Tensor] = []
+    for part in _runs(lefts, rights):
+        left, right = _stack(lefts[part]), _stack(rights[part])
+        total = outer_sum(left, right)
+        found += [total] if part.stop - part.start == 1 else total.unbind()
+    return found
+
+
+def outer_sum(left: Tensor, right: Tensor) -> Tensor:
+    """Σ over n of left [.., n, a] and right [.., n, b] -> [.., a, b], summed in fp32 at least and not rounded."""
+    rows = left.transpose(-1, -2)
+    if left.is_cuda and left.dtype in (torch.bfloat16, torch.float16):
+        multiply = torch.bmm if left.ndim == 3 else torch.mm
+        return multiply(rows, right, out_dtype=torch.float32)
+    if left.dtype in (torch.bfloat16, torch.float16):
+        return rows.float() @ right.float()
+    return rows @ right
+
+
+def _add_product(result: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, beta: float = 1.0) -> None:
+    """result = beta · result + scale · left @ right."""
+    add = result.baddbmm_ if result.ndim == 3 else result.addmm_
+    add(left, right, beta=beta, alpha=scale)
+
+
+def _runs(*operands: Sequence[Tensor]) -> Iterator[slice]:
+    """The longest parts in which each operand's tensors lie at equal distances; what is no matrix is alone."""
+    count = len(operands[0])
+    begin = 0
+    for end in range(1, count + 1):
+        if end == count or not all(_goes_on(operand[begin : end + 1]) for operand in operands):
+            yield slice(begin, end)
+            begin = end
+
+
+def _goes_on(tensors: Sequence[Tensor]) -> bool:
+    """Whether the last of two or more lies as far behind the one before it as the second behind the first."""
+    first, last = tensors[0], tensors[-1]
+    alike = last.shape == first.shape and last.stride() == first.stride() and last.dtype is first.dtype
+    if first.ndim != 2 or not alike or last.untyped_storage().data_ptr() != first.untyped_storage().data_ptr():
+        return False
+    step = tensors[1].storage_offset() - first.storage_offset()
+    return step >= 0 and last.storage_offset() - tensors[-2].storage_offset() == step
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """Those of a run as one view [count, ...]; a single one as it is."""
+    first = tensors[0]
+    if len(tensors) == 1:
+        return first
+    step = tensors[1].storage_offset() - first.storage_offset()
+    return first.as_strided((len(tensors), *first.shape), (step, *first.stride()))
