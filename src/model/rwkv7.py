@@ -450,7 +450,7 @@ class TimeMix(TimeMixer):
     ) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the inputs of receptance, decay, key, value, rate and gate; see TimeMixer."""
         previous = None if layout is None else layout.previous
-        joined = (0, 2, 3) if join(self._mixed) else ()
+        joined = (0, 2) if join(self._mixed) else ()
         return shift_mixes(z, shift, self.stacked(_MIXES, z), None, previous, joined=joined)
 
     def attend(
@@ -465,7 +465,8 @@ class TimeMix(TimeMixer):
         w_raw = _mapped(torch.tanh(_product(z_w, parts["w1"])), parts["w2"], parts["w0"])
         rate = _mapped(_product(z_a, parts["a1"]), parts["a2"], parts["a0"])
         gate = _product(torch.sigmoid(_product(z_g, parts["g1"])), parts["g2"])
-        r, k, own = together(self._mixed, (z_r, z_k, z_v))
+        r, k = together(self._mixed, (z_r, z_k))
+        own = parts["value"](z_v)
         v = own
         if handed is not None:
             v = value_residual(own, handed, _mapped(_product(z_v, parts["v1"]), parts["v2"], parts["v0"]))
@@ -479,9 +480,9 @@ class TimeMix(TimeMixer):
 
     @property
     def _mixed(self) -> tuple[Linear, ...]:
-        """Those that are applied to mixes of z."""
+        """Those that are applied to mixes of z and whose results are kept for equally long; not value."""
         own: Any = self._modules
-        return own["receptance"], own["key"], own["value"]
+        return own["receptance"], own["key"]
 
     def _recur(self, tokens: tuple[Tensor, ...], start: Tensor, layout: SegmentLayout | None) -> tuple[Tensor, Tensor]:
         """The recurrence over rows, packed roots, or roots and then the segments that continue them."""
