@@ -237,8 +237,8 @@ class LanguageModel(nn.Module):
         layer = ".".join(parent_name.split(".")[:2])
         block: Any = self.get_submodule(layer)
         casts = self._casts_of_layers.setdefault(layer, LayerCasts(self.casts))
+        block.att.cast_with(casts)  # first: those of adapters are to follow each other
         adapted.cast_with(casts)
-        block.att.cast_with(casts)
         block.draws_random = block.draws_random or adapted.draws_random
         self._kept_by_adapters[name] = kept_values
 

@@ -203,8 +203,10 @@ class Mixer(nn.Module, ABC):
     def cast_with(self, layer: LayerCasts) -> None:
         """From now on, what `product` needs and is trained in fp32 is cast with others of its layer."""
         if self._casts is None:
-            own = {name: getattr(self, name) for name in self.products}
-            self._cast_names = tuple(n for n, p in own.items() if p.requires_grad and p.dtype is torch.float32)
+            own = {name: parameter for name, parameter in self._parameters.items() if name in self.products}
+            self._cast_names = tuple(
+                n for n, p in own.items() if p is not None and p.requires_grad and p.dtype is torch.float32
+            )
             self._casts, self._first_cast = layer, layer.add(self)
 
     def trained(self) -> list[Tensor]:
@@ -243,6 +245,8 @@ class Mixer(nn.Module, ABC):
         """
         own: Any = self._parameters
         vectors: list[Tensor] = [own[name] for name in names]
+        if len(names) == 1:
+            return vectors[0].view(1, -1)
         for vector in vectors:
             if vector.requires_grad:
                 return torch.cat(vectors).view(len(names), -1)

@@ -407,6 +407,7 @@ class TimeMix(TimeMixer):
     """
 
     matrices = ("receptance", "key", "value", "output")
+    products = ("w0", "w1", "w2", "a0", "a1", "a2", "v0", "v1", "v2", "g1", "g2")
     w0: nn.Parameter
     w1: nn.Parameter
     w2: nn.Parameter
@@ -462,14 +463,14 @@ class TimeMix(TimeMixer):
         parts: Any = {**self._modules, **self._parameters}  # an attribute of a module takes ten times as long
         z_r, z_w, z_k, z_v, z_a, z_g = inputs
         heads = (*z_r.shape[:2], self.head_count, self.head_size)
-        w_raw = _mapped(torch.tanh(_product(z_w, parts["w1"])), parts["w2"], parts["w0"])
-        rate = _mapped(_product(z_a, parts["a1"]), parts["a2"], parts["a0"])
-        gate = _product(torch.sigmoid(_product(z_g, parts["g1"])), parts["g2"])
+        w_raw = self.product(torch.tanh(self.product(z_w, "w1")), "w2", bias="w0")
+        rate = self.product(self.product(z_a, "a1"), "a2", bias="a0")
+        gate = self.product(torch.sigmoid(self.product(z_g, "g1")), "g2")
         r, k = together(self._mixed, (z_r, z_k))
         own = parts["value"](z_v)
         v = own
         if handed is not None:
-            v = value_residual(own, handed, _mapped(_product(z_v, parts["v1"]), parts["v2"], parts["v0"]))
+            v = value_residual(own, handed, self.product(self.product(z_v, "v1"), "v2", bias="v0"))
         r, v = r.view(heads), v.view(heads)
         k, removal, written = removal_and_replacement(k.view(heads), rate.view(heads), parts["k_k"], parts["k_a"])
         tokens = (r, w_raw.view(heads), k, v, removal, written)
@@ -493,22 +494,6 @@ class TimeMix(TimeMixer):
             return wkv7(r, w_raw, k, v, a, b, start, layout.root_borders)
         borders = (layout.root_borders, layout.child_borders)
         return wkv7_branching(r, w_raw, k, v, a, b, start, *borders, layout.parents, layout.root_tokens)
-
-
-def _mapped(hidden: Tensor, up: Tensor, base: Tensor) -> Tensor:
-    """base + hidden @ up: hidden [B, T, D], up [D, C], base [1, 1, C] -> [B, T, C]."""
-    dtype = hidden.dtype
-    rows = torch.addmm(_cast(base, dtype).view(-1), hidden.flatten(0, 1), _cast(up, dtype))
-    return rows.view(*hidden.shape[:2], -1)
-
-
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x [..., in] @ weight [in, out] in x's dtype."""
-    return x @ _cast(weight, x.dtype)
-
-
-def _cast(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    return parameter if parameter.dtype is dtype else parameter.to(dtype)
 
 
 class ChannelMix(ChannelMixer):

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from factories import tiny_parameters
 from recompute_cases import (
     Gradients,
     adapt,
@@ -24,6 +25,7 @@ from src.adapters.adapter import Adapter
 from src.adapters.bone import Bone
 from src.adapters.lora import LoRA
 from src.adapters.plan import AdapterPlan
+from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
 from src.model.layers import Linear, join
 from src.model.recompute import Recompute
@@ -113,11 +115,12 @@ def test_those_join_that_are_alike(matrices: list[Any], joins: bool) -> None:
 
 @pytest.mark.parametrize("kind", ["lora", "bone"])
 def test_what_joins_is_cast_side_by_side(kind: str) -> None:
-    """As it lies then, its products are batched (`ops.products`)."""
+    """As it lies then, its products are batched (`ops.products`); maps that are trained, too, do not stand between."""
     shape = shape_of("x060")
     plan = AdapterPlan(kind, r=16)
-    model = model_of(Recompute.ALL, None, dtype=torch.bfloat16)
-    plan.attach(model, plan.start_values(shape, {}, torch.device("cpu")))
+    options = LoadOptions(torch.device("cpu"), torch.bfloat16, trained=list(shape.part("time")), adapters=plan)
+    model = build_model(tiny_parameters(shape), shape, options)
+    assert model.blocks[0].att.narrow("time_maa_w1", torch.bfloat16) is not None  # type: ignore[union-attr, operator]
     for block in model.blocks:
         joined: list[Any] = [getattr(block.att, name) for name in ATTENTION]
         for name in joined[0].names:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from recompute_cases import (
     model_of,
     own_start,
     packed_row,
+    shape_of,
     tokens_of,
     two_chained_chunks,
 )
@@ -85,28 +88,38 @@ def test_gradients_are_bitwise_those_of_casts_at_each_use(
                 model.get_parameter("blocks.1.att.time_state").requires_grad_(False)
 
 
-def with_trained_parts(mode: Recompute, dtype: torch.dtype, *, together: bool = True) -> LanguageModel:
+def with_trained_parts(
+    mode: Recompute, dtype: torch.dtype, architecture: str = "x060", *, together: bool = True
+) -> LanguageModel:
     """LoRA on all matrices, and everything of `time` trained in fp32."""
-    trained = [*SHAPE.part("time"), *SHAPE.state_shapes()]
+    shape = shape_of(architecture)
+    trained = [*shape.part("time"), *shape.state_shapes()]
     options = LoadOptions(torch.device("cpu"), dtype, trained=trained)
-    model = build_model({**tiny_parameters(SHAPE, seed=1), **tiny_states(SHAPE, seed=2)}, SHAPE, options)
-    model.set_recomputation([mode] * SHAPE.n_layer)
-    adapt(model, "lora", SHAPE.matrix_names())
+    model = build_model({**tiny_parameters(shape, seed=1), **tiny_states(shape, seed=2)}, shape, options)
+    model.set_recomputation([mode] * shape.n_layer)
+    adapt(model, "lora", shape.matrix_names())
     if not together:
         for block in model.blocks:
             block.att.narrow = lambda name, dtype: None  # type: ignore[union-attr, assignment]
     return model
 
 
-@pytest.mark.parametrize("case", [packed_row, two_chained_chunks])
-@pytest.mark.parametrize("mode", Recompute)
+NARROW = re.compile(r"\.(time_(maa|decay)_w1|time_decay_w2|[wavg][12])$")
+"""Maps whose gradients are products."""
+MAPS = re.compile(r"\.(time_maa_w[12]|time_decay|time_decay_w[12]|[wav][012]|g[12])$")
+
+
+@pytest.mark.parametrize(
+    ("case", "mode", "architecture"), covering([packed_row, two_chained_chunks], Recompute, ["x060", "x070"])
+)
 def test_maps_that_are_trained_are_cast_with_the_adapters(
-    mode: Recompute, case: Callable[[LanguageModel], Gradients]
+    case: Callable[[LanguageModel], Gradients], mode: Recompute, architecture: str
 ) -> None:
     """Their gradients are as near to fp32's as those of casts at each use, and not rounded."""
-    together, apart = (case(with_trained_parts(mode, torch.bfloat16, together=kind)) for kind in (True, False))
-    exact = case(with_trained_parts(mode, torch.float32))
-    maps = [name for name in exact if ".time_maa_w" in name or ".time_decay" in name]
+    made = partial(with_trained_parts, mode, architecture=architecture)
+    together, apart = (case(made(torch.bfloat16, together=kind)) for kind in (True, False))
+    exact = case(made(torch.float32))
+    maps = [name for name in exact if MAPS.search(name)]
     assert len(maps) > 4 * SHAPE.n_layer
     assert together.keys() == exact.keys()
     for name, expected in exact.items():
@@ -114,12 +127,15 @@ def test_maps_that_are_trained_are_cast_with_the_adapters(
         errors = [(found[name] - expected).norm() for found in (together, apart)]
         assert errors[0] <= 1.05 * errors[1] + 1e-3 * expected.norm(), name
     rounded = [name for name in maps if torch.equal(together[name], together[name].bfloat16().float())]
-    assert all("time_decay_w" not in name and "time_maa_w1" not in name for name in rounded)
+    assert not any(map(NARROW.search, rounded))
 
 
-def test_casts_of_trained_maps_are_those_of_their_layer() -> None:
-    model = with_trained_parts(Recompute.ALL, torch.bfloat16)
-    with CountedCasts(model, also=[p for n, p in model.named_parameters() if ".time_maa_w1" in n or "decay" in n]) as c:
+@pytest.mark.parametrize("architecture", ["x060", "x070"])
+def test_casts_of_trained_maps_are_those_of_their_layer(architecture: str) -> None:
+    """But for one that only the fused operator takes narrow."""
+    model = with_trained_parts(Recompute.ALL, torch.bfloat16, architecture)
+    maps = [p for n, p in model.named_parameters() if MAPS.search(n) and not n.endswith("time_maa_w2")]
+    with CountedCasts(model, also=maps) as c:
         loss_of(model(tokens_of(11))[0]).backward()
     assert (c.single, c.together) == (0, 2 * SHAPE.n_layer - 1)
 
