@@ -130,7 +130,9 @@ def build_model(
     head = {"head.weight"} if options.quant_type and options.quant_head else set()
     if options.compute_dtype is torch.bfloat16:
         kernels = shape.kernels(trains_weights=not shape.state_shapes().keys() >= set(trained))
-        compile_ahead([*kernels, *(kernels_for(options.quant_type) if options.quant_type else ())], options.device)
+        kernels += kernels_for(options.quant_type) if options.quant_type else ()
+        kernels += options.adapters.kernels() if options.adapters is not None else ()
+        compile_ahead(kernels, options.device)
     stays = {"emb.weight"}.difference(trained)
     with torch.device("meta"):
         model = LanguageModel(

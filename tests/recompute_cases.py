@@ -232,7 +232,7 @@ def bone_on_every_matrix(model: LanguageModel) -> Gradients:
 
 
 def bat_on_every_matrix(model: LanguageModel) -> Gradients:
-    adapt(model, "bat", model.shape.matrix_names())
+    adapt(model, "bat", model.shape.matrix_names(), r=32)  # which its kernels take
     return branching_row(model)
 
 
@@ -243,7 +243,7 @@ def adapters_on_some_matrices(model: LanguageModel) -> Gradients:
         ("bone", ("blocks.1.att.output.weight", "blocks.2.ffn.receptance.weight", "blocks.1.att.value.weight")),
         ("bat", ("blocks.2.ffn.key.weight", "blocks.2.att.gate.weight", "blocks.0.att.value.weight")),
     ):
-        adapt(model, kind, [key for key in keys if key in matrices])
+        adapt(model, kind, [key for key in keys if key in matrices], r=32 if kind == "bat" else 16)
     return two_chained_chunks(model)
 
 

@@ -15,7 +15,7 @@ Source: Bone, arXiv 2409.15371; the formulas are those of RWKV-PEFT (modes "bone
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -24,7 +24,8 @@ from torch import Tensor
 from src.adapters.adapter import Adapter, Kept, OfParameters
 from src.adapters.low_rank import LowRank
 from src.model.shape import Shape
-from src.ops.products import outer_sum, outer_sums
+from src.ops.block_diagonal import add_block_products, add_block_products_gradients, by_block
+from src.ops.products import add_products, outer_sum, outer_sums, products, side_by_side
 
 
 class Bone(LowRank):
@@ -93,53 +94,47 @@ class Bat(Adapter):
     @classmethod
     def joint_products(cls, adapters: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
         """See Adapter."""
-        return [adapter._product(x) for adapter, x in zip(adapters, inputs, strict=True)]
+        rows, like = inputs[0].shape[0], inputs[0]
+        results = side_by_side([(rows, adapter.base.out_features) for adapter in adapters], like)
+        sums = []
+        for adapter, x, y in zip(adapters, inputs, results, strict=True):
+            moved, summed = add_block_products(x, adapter.used("bone", x.dtype))
+            adapter.base.product_into(moved, y)
+            sums.append(summed)
+        repeats = [adapter._repeat(summed.shape[1], like.dtype) for adapter, summed in zip(adapters, sums, strict=True)]
+        add_products(results, sums, repeats)
+        return results
 
     @classmethod
     def joint_gradients(cls, adapters: Sequence[Any], grads: Sequence[Tensor]) -> tuple[list[Tensor], OfParameters]:
         """See Adapter."""
-        pairs = [adapter._gradients(grad) for adapter, grad in zip(adapters, grads, strict=True)]
-        results, functions = zip(*pairs, strict=True)
+        rows, like = grads[0].shape[0], grads[0]
+        grads_summed = products(grads, [adapter._repeat(adapter.bone.shape[1], like.dtype).t() for adapter in adapters])
+        results = side_by_side([(rows, adapter.base.in_features) for adapter in adapters], like)
+        grads_added = []
+        for adapter, grad, grad_summed, grad_x in zip(adapters, grads, grads_summed, results, strict=True):
+            adapter.base.gradient_into(grad, grad_x)
+            grads_added.append(add_block_products_gradients(grad_x, grad_summed, adapter.used("bone", like.dtype)))
 
         def of_parameters(kept: Sequence[Kept]) -> list[tuple[Tensor, ...]]:
-            return [function(x) for function, (x,) in zip(functions, kept, strict=True)]
+            triples = zip(adapters, grads_added, kept, strict=True)
+            return [(outer_sum(by_block(grad, own.bone), by_block(x, own.bone)),) for own, grad, (x,) in triples]
 
-        return list(results), of_parameters
+        return results, of_parameters
 
-    def _product(self, x: Tensor) -> Tensor:
-        blocks = self.used("bone", x.dtype).transpose(1, 2)
-        summed = x @ blocks.reshape(x.shape[1], -1)
-        moved = x.clone()
-        self._by_block(moved).baddbmm_(self._by_block(x), blocks)
-        y: Tensor = self.base(moved)
-        return y.addmm_(summed, _identities(self.bone.shape[1], y))
-
-    def _gradients(self, grad_output: Tensor) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, ...]]]:
-        r = self.bone.shape[1]
-        grad_summed = grad_output @ _identities(r, grad_output).t()
-        blocks = self.used("bone", grad_output.dtype)
-        grad_x, _ = self.base.gradients(grad_output)
-        grad_added = self._by_block(torch.addmm(grad_x, grad_summed, _identities(r, grad_x)))
-        self._by_block(grad_x).baddbmm_(grad_added, blocks)
-        return grad_x, lambda x: (outer_sum(grad_added, self._by_block(x)),)
-
-    def _by_block(self, x: Tensor) -> Tensor:
-        """[n, in] as [in/r, n, r], a view."""
-        return x.view(x.shape[0], -1, self.bone.shape[1]).transpose(0, 1)
+    def _repeat(self, sums: int, dtype: torch.dtype) -> Tensor:
+        """What repeats sums of blocks [n, sums] for each block of y; its transpose sums the blocks of y."""
+        return _identity(self.bone.shape[1], self.base.out_features, dtype, self.bone.device, sums)
 
 
 @functools.cache
-def _identity(r: int, features: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    identity = torch.eye(r, dtype=dtype, device=device)
-    return identity.repeat(1, -(-features // r))[:, :features].contiguous()
-
-
-def _identities(r: int, like: Tensor) -> Tensor:
-    """The identity of size r side by side [r, features] for x or y [n, features], cut at its last column.
+def _identity(r: int, features: int, dtype: torch.dtype, device: torch.device, rows: int = 0) -> Tensor:
+    """The identity of size r side by side, cut at its last column [r, features], and again below it up to `rows`.
 
     The first step, which is never a recorded one, makes it.
     """
-    return _identity(r, like.shape[1], like.dtype, like.device)
+    identity = torch.eye(r, dtype=dtype, device=device)
+    return identity.repeat(max(rows // r, 1), -(-features // r))[:, :features].contiguous()
 
 
 def bone_weight(weight: Tensor, block: Tensor) -> Tensor:

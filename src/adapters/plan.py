@@ -17,6 +17,8 @@ from src.adapters.lora import LoRA, fresh_factors, lora_weight, principal_factor
 from src.errors import ConfigError
 from src.model.language_model import LanguageModel
 from src.model.shape import LAYER_KEY, ModelShape, Shape
+from src.ops.block_diagonal import kernels_for
+from src.ops.kernels import Kernel
 
 KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "pissa": LoRA, "bone": Bone, "bat": Bat}
 
@@ -76,6 +78,10 @@ class AdapterPlan:
             for key in self.matrices(shape)
             for name, size in KINDS[self.kind].parameter_shapes(self.r, *sizes[key]).items()
         }
+
+    def kernels(self) -> tuple[Kernel, ...]:
+        """CUDA kernels that a step in bf16 launches for them, to be compiled before it comes."""
+        return kernels_for(self.r) if self.kind == "bat" else ()
 
     def kept_values(self, shape: ModelShape) -> dict[str, int]:
         """Key of each matrix -> values per position that its adapter keeps between forward and backward."""

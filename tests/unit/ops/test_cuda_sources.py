@@ -10,11 +10,21 @@ from pathlib import Path
 
 import pytest
 
-from src.ops import adam, delta_rule_cuda, dequantize_cuda, elementwise_cuda, nvrtc, wkv6_cuda, wkv7_cuda
+from src.ops import (
+    adam,
+    block_diagonal,
+    delta_rule_cuda,
+    dequantize_cuda,
+    elementwise_cuda,
+    nvrtc,
+    wkv6_cuda,
+    wkv7_cuda,
+)
 from src.ops.kernels import Kernel
 
 KERNELS: dict[str, Sequence[Kernel]] = {
     "adam.cu": tuple(adam.KERNELS.values()),
+    "block_diagonal.cu": block_diagonal.KERNELS,
     "dequantize.cu": tuple(dequantize_cuda.KERNELS.values()),
     "elementwise.cu": elementwise_cuda.KERNELS,
     "elementwise_delta_rule.cu": delta_rule_cuda.KERNELS,

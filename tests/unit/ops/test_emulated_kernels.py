@@ -15,7 +15,7 @@ from src import quant
 from src.model import rwkv6
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
-from src.ops import dequantize_cuda, elementwise, elementwise_cuda, wkv6, wkv6_cuda
+from src.ops import block_diagonal, dequantize_cuda, elementwise, elementwise_cuda, wkv6, wkv6_cuda
 from src.ops.kernels import Kernel
 from src.ops.rows import HEAD_SIZES
 from src.ops.sequences import start_states
@@ -42,6 +42,7 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     for module in (wkv6, rwkv6):
         monkeypatch.setattr(module, "kernel_is_available", lambda device: True)
     monkeypatch.setattr(quant, "dequantization_kernels", lambda device: True)
+    monkeypatch.setattr(block_diagonal, "_have_kernels", lambda size: True)
     torch.use_deterministic_algorithms(True)
     with emulated():
         yield
