@@ -12,6 +12,7 @@ from recompute_cases import CASES, Gradients, model_of, shape_of
 from torch import Tensor
 
 from src import quant
+from src.adapters.plan import AdapterPlan
 from src.model import rwkv6
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
@@ -321,5 +322,6 @@ def test_a_model_on_the_kernels(
         allowed = 2 * (rounded[name] - expected).norm() + 0.02 * expected.norm()
         assert (ours[name] - expected).norm() <= allowed, name
     ready = {*shape_of("x060").kernels(trains_weights=True), *shape_of("x060").kernels(trains_weights=False)}
+    ready |= {kernel for size in block_diagonal.SIZES for kernel in AdapterPlan("bat", size).kernels()}
     assert wkv6_cuda.FORWARD in launched
     assert launched <= ready | set(quant.kernels_for("nf4"))
