@@ -3,13 +3,15 @@
     python tests/bench/bench_step.py                       every row
     python tests/bench/bench_step.py --rows sft-7b-1024,orpo-14b --steps 8
     python tests/bench/bench_step.py --rows sft-7b-1024 --devices 2
+    python tests/bench/bench_step.py --rows adapters --strategy auto,deepspeed_stage_1 --json figures.json
     python tests/bench/bench_step.py --rows sft-1.6b-1024 --steps 200 --documents demo.jsonl --dataload pack
 
 Each row runs in a process of its own, so that its memory is its own. Time is the median of the steps
 after the first two; tokens/s are those of the second half of the steps, without padding, all GPUs together;
-"peak" is torch's allocator, "used" what the device reports at the end, CUDA context included. With --json also
-"load_seconds": what PiSSA's exceed LoRA's by is its start. Flags of train.py go at the end of the command. Nothing is
-printed when gradients disagree with the plain fp32 path on a small model.
+"peak" is torch's allocator, "used" what the device reports at the end, CUDA context included; "load s" is how long the
+model took to be made: what PiSSA's exceeds LoRA's by is its start. A name in --rows may be that of a set of rows
+(SETS); each row runs with every --strategy. --json is written anew after every row. Flags of train.py go at the end of
+the command. Nothing is printed when gradients disagree with the plain fp32 path on a small model.
 """
 
 from __future__ import annotations
@@ -73,6 +75,7 @@ class Row:
         return RWKV7Shape(layers, channels, channels, 4 * channels, 65536, channels // 64, 64, *widths)
 
 
+DENSE, EIGHT_BITS = ("--quant", "0"), ("--optim", "adamw8bit")
 WHOLE = ("--train_type", "none", "--quant", "0")
 IN_16_BITS = ("--weights", "bf16", "--fused_update", "1")
 ROWS = {
@@ -100,6 +103,20 @@ ROWS = {
     "bone-7b": Row("7b", 1024, flags=("--peft", "bone", "--quant", "0")),
     "qbone-7b": Row("7b", 1024, flags=("--peft", "bone")),
     "qbat-7b": Row("7b", 1024, flags=("--peft", "bat")),
+    "pissa-7b": Row("7b", 1024, flags=("--peft", "pissa", *DENSE)),
+    "lora-7b-8rows": Row("7b", 1024, flags=("--peft", "lora", *DENSE, *EIGHT_BITS, "--micro_bsz", "8")),
+    "qlora-7b-8rows": Row("7b", 1024, flags=("--peft", "lora", "--micro_bsz", "8")),
+    "lora-7b-8bit": Row("7b", 1024, flags=("--peft", "lora", *DENSE, *EIGHT_BITS)),
+    "qlora-7b-8bit": Row("7b", 1024, flags=("--peft", "lora", *EIGHT_BITS)),
+    "qlora-14b-8bit": Row("14b", 1024, flags=("--peft", "lora", *EIGHT_BITS)),
+    "bone-7b-8bit": Row("7b", 1024, flags=("--peft", "bone", *DENSE, *EIGHT_BITS)),
+    "qbone-7b-8bit": Row("7b", 1024, flags=("--peft", "bone", *EIGHT_BITS)),
+    "qbat-7b-8bit": Row("7b", 1024, flags=("--peft", "bat", *EIGHT_BITS)),
+    **{
+        f"sft-{size}-{kind}": Row(size, 1024, flags=("--quant", "1", "--quant_type", kind))
+        for kind in ("int8", "fp4")
+        for size in ("1.6b", "3b", "7b", "14b")
+    },
     "full-1.6b": Row("1.6b", 1024, flags=WHOLE),
     "full16-1.6b": Row("1.6b", 1024, flags=(*WHOLE, *IN_16_BITS, "--optim", "adamw8bit")),
     "full16-3b": Row("3b", 1024, flags=(*WHOLE, *IN_16_BITS, "--optim", "adamw8bit")),
@@ -122,6 +139,31 @@ ROWS = {
     "orpo-13.3b": Row("13.3b", 1024, preference="orpo"),
     "full16-1.5b": Row("1.5b", 1024, flags=(*WHOLE, *IN_16_BITS, "--optim", "adamw8bit")),
 }
+
+
+SETS = {
+    "adapters": (
+        *("lora-1.6b", "pissa-1.6b", "lora-3b", "qlora-3b", "lora-7b", "pissa-7b", "qlora-7b"),
+        *("bone-7b", "qbone-7b", "qbat-7b", "qlora-14b", "lora-7b-8rows", "qlora-7b-8rows"),
+    ),
+    "adapters-8bit": tuple(name for name, row in ROWS.items() if "-8bit" in name and "--peft" in row.flags[:1]),
+    "packed-states": tuple(name for name in ROWS if name.endswith(("-int8", "-fp4"))),
+    "pairs": ("orpo-7b", "dpo-7b", "simpo-7b"),
+}
+"""Rows that are read together; in ten minutes an H100 does any one set."""
+
+
+def names_of(rows: str) -> list[str]:
+    """Names of rows, those of sets among them replaced, each once, in order.
+
+    Raises:
+        argparse.ArgumentTypeError: one is neither.
+    """
+    names = [name for given in rows.split(",") for name in SETS.get(given, (given,))]
+    for name in names:
+        if name not in ROWS:
+            raise argparse.ArgumentTypeError(f"{name} is no row and no set; there are {', '.join([*SETS, *ROWS])}")
+    return list(dict.fromkeys(names))
 
 
 def flags_of(row: Row, folder: Path, steps: int, strategy: str, extra: list[str], documents: str = "") -> list[str]:
@@ -299,9 +341,10 @@ def _agree(shape: ModelShape) -> bool:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default=",".join(name for name in ROWS if name != "sft-0.1b-128"))
+    everything = ",".join(name for name in ROWS if name != "sft-0.1b-128")
+    parser.add_argument("--rows", type=names_of, default=everything, help="names of rows or sets, with commas")
     parser.add_argument("--steps", type=int, default=8)
-    parser.add_argument("--strategy", default="deepspeed_stage_1")
+    parser.add_argument("--strategy", default="deepspeed_stage_1", help="one or several, with commas")
     parser.add_argument("--documents", default="", help="a JSONL file to train on instead of random text")
     parser.add_argument("--json", help="also write the figures here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -315,38 +358,41 @@ def main() -> None:
             print("RESULT " + json.dumps(result))
         return
 
-    rows = options.rows.split(",")
     if options.check:
-        sys.exit(0 if gradients_agree({ROWS[name].size for name in rows}) else "the fast path's gradients are wrong")
+        agree = gradients_agree({ROWS[name].size for name in options.rows})
+        sys.exit(0 if agree else "the fast path's gradients are wrong")
     # In a process of its own: what it leaves on the GPU must not count as a row's memory.
-    check = [sys.executable, __file__, "--check", "--rows", options.rows]
+    check = [sys.executable, __file__, "--check", "--rows", ",".join(options.rows)]
     if subprocess.run(check, cwd=REPOSITORY, check=False).returncode:
         sys.exit("nothing is timed")
-    results = {}
-    for name in rows:
-        command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps)]
-        command += ["--strategy", options.strategy, "--documents", options.documents, *extra]
-        done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if not lines:
-            print(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}", file=sys.stderr)
-            continue
-        results[name] = json.loads(lines[0][7:])
-        print(name, results[name], file=sys.stderr, flush=True)
+    import torch
+
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True, check=False
     ).stdout.strip()
-    import torch
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit or 'unknown'}")
+    results: dict[str, dict[str, dict[str, float]]] = {}
+    for strategy in options.strategy.split(","):
+        print(f"\n{strategy}, nf4, bf16, median of {options.steps - 2} steps after 2\n", flush=True)
+        print("| work | s/step | tokens/s | peak GiB | used GiB | load s |\n|---|---|---|---|---|---|", flush=True)
+        for name in options.rows:
+            command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps)]
+            command += ["--strategy", strategy, "--documents", options.documents, *extra]
+            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+            if not lines:
+                print(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}", file=sys.stderr)
+                continue
+            row = results.setdefault(strategy, {})[name] = json.loads(lines[0][7:])
+            print(name, row, file=sys.stderr, flush=True)
+            print(_line(" ".join([ROWS[name].title, *extra]), row), flush=True)
+            if options.json:
+                Path(options.json).write_text(json.dumps(results))
 
-    print(f"\n{torch.cuda.get_device_name()}, torch {torch.__version__}, commit {commit or 'unknown'}")
-    print(f"{options.strategy}, nf4, bf16, median of {options.steps - 2} steps after 2\n")
-    print("| work | s/step | tokens/s | peak GiB | used GiB |\n|---|---|---|---|---|")
-    for name, row in results.items():
-        title = " ".join([ROWS[name].title, *extra])
-        memory = f"{row['peak_gib']:.2f} | {row['used_gib']:.2f}"
-        print(f"| {title} | {row['seconds']:.3f} | {row['tokens_per_s']:,.0f} | {memory} |")
-    if options.json:
-        Path(options.json).write_text(json.dumps(results))
+
+def _line(title: str, row: Mapping[str, float]) -> str:
+    memory = f"{row['peak_gib']:.2f} | {row['used_gib']:.2f}"
+    return f"| {title} | {row['seconds']:.4f} | {row['tokens_per_s']:,.0f} | {memory} | {row['load_seconds']:.1f} |"
 
 
 if __name__ == "__main__":
