@@ -393,7 +393,6 @@ def test_a_state_teaches_the_reversal_model_to_copy(
     if steps == 800:
         states = load_state(tmp_path / "out" / "rwkv-final.pth", open_checkpoint(base).info.shape)
         untuned, tuned = (loss_and_share_right(base, of, 8) for of in ({}, states))
-        print(untuned, tuned, before, after)
         assert untuned == (pytest.approx(10.28, abs=0.2), pytest.approx(0.30, abs=0.02))
         assert tuned[0] < 0.6
         assert tuned[1] > 0.82
@@ -427,12 +426,14 @@ def bytes_of_chats(source: Path, folder: Path) -> dict[str, Path]:
             {"peft": "lora", "lora_r": 16, "lora_alpha": 32, "lr_init": 1e-2, "lr_final": 1e-3, "ctx_len": 256},
             0.3,
         ),
-        ({"orpo": 1, "orpo_alpha": 0.5, "rlhf_max_corpus_len": 64, "micro_bsz": 8}, 0.003),
+        ({"orpo": 1, "orpo_alpha": 0.5, "rlhf_max_corpus_len": 64, "micro_bsz": 8}, 0.002),
     ],
     ids=["states", "lora", "orpo"],
 )
 def test_the_text_model_learns(flags: dict[str, object], gain: float, real_inputs: Path, tmp_path: Path) -> None:
-    """Measured, held-out loss before and after 30 steps, torch 2.13 on a CPU: MEASURED."""
+    """Measured, held-out loss before and after 30 steps, torch 2.13 on a CPU: states 3.6182, 3.5997; LoRA 3.6228,
+    3.1069; ORPO on states 3.7518, 3.7479 (nll of the chosen answers).
+    """
     paths = bytes_of_chats(real_inputs / "demo.jsonl", tmp_path)
     pairs = "orpo" in flags
     given = {"rlhf_train_file": "train pairs", "val_file": "held-out pairs"}
@@ -441,7 +442,6 @@ def test_the_text_model_learns(flags: dict[str, object], gain: float, real_input
         tmp_path / "out", load_model=real_inputs / "tiny-rwkv7-834k-bytes.pth", grad_cp=0, epoch_steps=30,
         epoch_count=1, **{flag: paths[name] for flag, name in files.items()}, **flags,
     )  # fmt: skip
-    print([line for line in ended.out.splitlines() if "tuned:" in line])
     before, after = (
         float(loss) for loss in re.findall(r"held out   (?:un)?tuned: .*?(?:loss|nll) (\d+\.\d+)", ended.out)
     )
