@@ -31,8 +31,8 @@ USUAL_RATES: dict[str, tuple[float, float]] = {
     "full": (1e-7, 1e-3),
 }
 """By method, between which rates runs learn without falling apart: README's sweep ("Methods": states 0.3 to 30,
-adapters 2e-5 to 1e-2, of small models), and what others publish for 1.6B and more (states 1 to 1e-2, adapters 2e-5 to
-2e-4)."""
+adapters 2e-5 to 1e-2, of small models; one that is barely trained learns at more), and what others publish for 1.6B
+and more (states 1 to 1e-2, adapters 2e-5 to 2e-4)."""
 
 
 def quant_type_flag(text: str = "4bit means fp4; int8 is blockwise 8-bit") -> Any:

@@ -31,7 +31,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 DEMO = REPOSITORY / "src" / "demo"
 
 ADAPTER_RATES = ("2e-5", "2e-4", "1e-3", "3e-3", "1e-2", "3e-2", "1e-1")
-WHOLE_RATES = ("1e-5", "1e-4", "3e-4", "1e-3", "3e-3", "1e-2")
+WHOLE_RATES = ("1e-4", "3e-4", "1e-3", "3e-3", "1e-2", "3e-2")
 R = "16"
 FLAGS = {
     "load_model": str(DEMO / "base.pth"), "data_file": str(DEMO / "sft.jsonl"),

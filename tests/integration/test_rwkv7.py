@@ -370,17 +370,17 @@ def loss_and_share_right(base: Path, states: dict[str, Tensor], digits: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("steps", "digits"), [(150, (4, 12)), (800, (8, 8))])
+@pytest.mark.parametrize(("size", "steps", "digits"), [(16, 150, (4, 12)), (64, 800, (8, 8))])
 def test_a_state_teaches_the_reversal_model_to_copy(
-    steps: int, digits: tuple[int, int], real_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int, steps: int, digits: tuple[int, int], real_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Measured, held-out loss of answers with their end, torch 2.13 on a CPU: 9.78 before, 1.42 after; 9.89, 0.42.
+    """Measured, held-out loss of answers with their end, torch 2.13 on a CPU: 9.78 before, 1.42 after; 9.89, 0.26.
 
-    Digits alone, of numbers of 8: 10.28 before and 30 % right.
+    Of the digits alone in numbers of 8: 10.26 and 30 % right before, 0.29 and 90 % after.
     """
     for module in ("src.data.sources", "src.training.work"):
         monkeypatch.setattr(f"{module}.tokenizer_for_vocabulary", lambda vocab_size: DigitTokenizer())
-    base = real_inputs / "tiny-rwkv7-reverse-n16.pth"
+    base = real_inputs / f"tiny-rwkv7-reverse-n{size}.pth"
     train_file = copies(tmp_path / "train.jsonl", 32 * steps, 1, digits)
     ended = train(
         tmp_path / "out", load_model=base, grad_cp=0, ctx_len=32, micro_bsz=32, data_file=train_file,
@@ -389,12 +389,12 @@ def test_a_state_teaches_the_reversal_model_to_copy(
     )  # fmt: skip
     before, after = (float(loss) for loss in re.findall(r"held out   (?:un)?tuned: loss (\d+\.\d+)", ended.out))
     assert before > 9
-    assert after < (1.7 if steps == 150 else 0.55)
+    assert after < (1.7 if steps == 150 else 0.4)
     if steps == 800:
         states = load_state(tmp_path / "out" / "rwkv-final.pth", open_checkpoint(base).info.shape)
         untuned, tuned = (loss_and_share_right(base, of, 8) for of in ({}, states))
         assert untuned == (pytest.approx(10.28, abs=0.2), pytest.approx(0.30, abs=0.02))
-        assert tuned[0] < 0.6
+        assert tuned[0] < 0.5
         assert tuned[1] > 0.82
 
 
