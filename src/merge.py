@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -210,10 +211,23 @@ def merge(
     )
 
 
-def export_hf(base_path: PathLike, file_path: PathLike, output_path: PathLike, told: Told | None = None) -> Trained:
+class Exported(NamedTuple):
+    """What was written for `peft`.
+
+    Attributes:
+        trained: what it was made of.
+        names: what a model that takes it calls its matrices.
+    """
+
+    trained: Trained
+    names: str
+
+
+def export_hf(base_path: PathLike, file_path: PathLike, output_path: PathLike, told: Told | None = None) -> Exported:
     """Writes an adapter as a folder that Hugging Face's `peft` reads.
 
-    PiSSA becomes a LoRA of twice the rank, beside the whole base model.
+    PiSSA becomes a LoRA of twice the rank, beside the whole base model. Names are those of Hugging Face's form of
+    RWKV-7, and RWKV's own for RWKV-6, which has no such form here.
 
     Args:
         base_path: the base model.
@@ -224,7 +238,8 @@ def export_hf(base_path: PathLike, file_path: PathLike, output_path: PathLike, t
     Raises:
         CheckpointError: as `merge`; or the file holds what such a folder has no place for.
     """
-    _, trained = open_inputs(base_path, file_path, output_path, told)
+    base, trained = open_inputs(base_path, file_path, output_path, told)
+    in_hf_form = base.info.shape.architecture == "x070"
     beside = [*trained.weights, *trained.states]
     if not trained.adapters or trained.kind == "bat":
         what = "a Bat, which peft computes otherwise" if trained.adapters else "no adapter"
@@ -244,10 +259,12 @@ def export_hf(base_path: PathLike, file_path: PathLike, output_path: PathLike, t
             a, b = adapter.first
             parameters["lora_A"] = torch.cat([parameters["lora_A"].float(), a.float()])
             parameters["lora_B"] = torch.cat([parameters["lora_B"].float(), -b.float()], dim=1)
-        tensors |= {f"{module}.{name}": tensor.contiguous() for name, tensor in parameters.items()}
+        for name, tensor in parameters.items():
+            own = f"{module}.{name}"
+            tensors[hf_name(own) if in_hf_form else own] = tensor.contiguous()
     r = trained.r * (2 if trained.kind == "pissa" else 1)
     write_hf(Path(output_path), tensors, r=r, alpha=trained.scale * r, base=Path(base_path).name)
-    return trained
+    return Exported(trained, "names of Hugging Face's form (fla, rwkv7-hf)" if in_hf_form else "RWKV's own names")
 
 
 def open_inputs(

@@ -1,6 +1,6 @@
-"""Folders of Hugging Face's `peft`: `adapter_model.safetensors` beside `adapter_config.json`, with RWKV's own names.
+"""Folders of Hugging Face's `peft`: `adapter_model.safetensors` beside `adapter_config.json`.
 
-Read are also those on an RWKV-7 model in Hugging Face's form (`layers.0.attn.k_proj`).
+Names are RWKV's own, or those of an RWKV-7 model in Hugging Face's form (`layers.0.attn.k_proj`).
 
 What stands there under LORA is LoRA, and under MISS is Bone, in the same orientation: `lora_A.weight` [r, in],
 `lora_B.weight` [out, r], `miss_block` [r, out].
@@ -91,7 +91,8 @@ def write_hf(folder: Path, tensors: Mapping[str, Tensor], *, r: int, alpha: floa
 
     Args:
         folder: created where it is missing.
-        tensors: parameters of LoRA or Bone by their keys here, contiguous, on the CPU.
+        tensors: parameters of LoRA or Bone, contiguous, on the CPU, by `blocks.0.att.key.lora_A` or, in Hugging
+            Face's form, `model.layers.0.attn.k_proj.lora_A`.
         r: rank.
         alpha: of LoRA, whose scale is alpha / r.
         base: name of the base model.
@@ -107,7 +108,7 @@ def write_hf(folder: Path, tensors: Mapping[str, Tensor], *, r: int, alpha: floa
     for key, tensor in tensors.items():
         module, _, name = key.rpartition(".")
         named[f"{_PREFIX}{module}.{_HF_NAMES[name]}"] = tensor
-    modules = {".".join(key.split(".")[2:-1]): None for key in tensors}
+    modules = {".".join(key.split(".")[-3:-1]): None for key in tensors}
     common = {
         "auto_mapping": None, "base_model_name_or_path": base, "bias": "none", "exclude_modules": None,
         "inference_mode": True, "layers_pattern": None, "layers_to_transform": None, "modules_to_save": None, "r": r,

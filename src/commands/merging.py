@@ -35,9 +35,10 @@ def run(config: MergeConfig) -> int:
     """
     told = Told.by(config)
     if config.export:
-        exported = export_hf(config.base_model, config.file, config.output, told)
+        exported, names = export_hf(config.base_model, config.file, config.output, told)
         print(
-            f"exported {exported.describe()}\nwritten  {config.output}/adapter_model.safetensors, adapter_config.json"
+            f"exported {exported.describe()}\nwritten  {config.output}/adapter_model.safetensors, adapter_config.json\n"
+            f"next     peft.PeftModel.from_pretrained takes the folder, on a model with {names}"
         )
         if exported.beside:
             print(f"note     it was trained beside {exported.beside}, whose states are not in it")

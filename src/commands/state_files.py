@@ -219,10 +219,10 @@ def _export_adapter(config: ExportConfig, content: Content) -> Iterator[str]:
         )
     if not config.base:
         raise ConfigError("--base is missing: an adapter is written for the model it was trained on")
-    exported = export_hf(config.base, config.file, config.output, Told.by(config))
+    exported, names = export_hf(config.base, config.file, config.output, Told.by(config))
     yield f"exported   {exported.describe()}"
     yield f"written    {config.output}/adapter_model.safetensors, adapter_config.json"
-    yield "next       peft.PeftModel.from_pretrained takes the folder, on a model with RWKV's own names"
+    yield f"next       peft.PeftModel.from_pretrained takes the folder, on a model with {names}"
 
 
 def _export_merged(config: ExportConfig, client: Client, architecture: str) -> Iterator[str]:

@@ -180,6 +180,25 @@ class TestExport:
         if kind == "lora":
             assert config["lora_alpha"] == 16
 
+    @pytest.mark.parametrize("kind", ["lora", "pissa", "bone"])
+    def test_rwkv7_s_has_the_names_of_its_hugging_face_form(self, kind: str, tmp_path: Path) -> None:
+        shape = tiny_shape(architecture="x070")
+        tiny_checkpoint(tmp_path / "base.pth", architecture="x070", dtype=torch.bfloat16)
+        tiny_adapter(tmp_path / "own.pth", shape, kind)
+        exported = export_hf(tmp_path / "base.pth", tmp_path / "own.pth", tmp_path / "hf", told(kind))
+        assert "rwkv7-hf" in exported.names
+        last = "miss_block" if kind == "bone" else "lora_A.weight"
+        held = safetensors.load(tmp_path / "hf" / "adapter_model.safetensors", "adapter file")
+        modules = (*(f"attn.{letter}_proj" for letter in "rkvo"), "ffn.key", "ffn.value")
+        expected = {f"base_model.model.model.layers.{n}.{module}.{last}" for n in range(2) for module in modules}
+        assert {key for key in held if not key.endswith("lora_B.weight")} == expected
+        config = json.loads((tmp_path / "hf" / "adapter_config.json").read_text())
+        assert sorted(config["target_modules"]) == sorted(modules)
+        merge(tmp_path / "base.pth", tmp_path / "own.pth", tmp_path / "a.pth", told(kind))
+        merge(tmp_path / "base.pth", tmp_path / "hf", tmp_path / "b.pth")
+        a, b = (torch.load(tmp_path / f"{name}.pth", weights_only=True) for name in "ab")
+        assert all(torch.allclose(a[key].float(), b[key].float(), atol=1e-6, rtol=1e-2) for key in a)
+
     @pytest.mark.parametrize("kind", ["lora", "bone", "pissa"])
     def test_the_folder_merges_like_the_file(self, kind: str, tmp_path: Path) -> None:
         self.exported(tmp_path, kind)
