@@ -7,7 +7,7 @@ it is not installed (tests/requirements.txt).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from src.adapters.lora import LoRA, lora_weight, principal_factors
 from src.adapters.trained import Told, read_trained
 from src.merge import export_hf, merge
 from src.model.layers import Linear
+from src.model.rwkv7 import hf_name
 from src.quant import DequantizationWorkspace, FrozenLinear
 
 pytestmark = pytest.mark.slow
@@ -202,9 +203,9 @@ def test_their_bat_belongs_to_rows_of_tiles(peft: Any) -> None:
 class Model(nn.Module):
     """The matrices of a model under RWKV's names, for their loader."""
 
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
+    def __init__(self, tensors: dict[str, Tensor], names: Iterable[str] = SHAPE.matrix_names()) -> None:
         super().__init__()
-        for key in SHAPE.matrix_names():
+        for key in names:
             *path, name, _ = key.split(".")
             module: nn.Module = self
             for part in path:
@@ -229,6 +230,26 @@ def test_their_loader_reads_what_export_writes(kind: str, peft: Any, tmp_path: P
     assert found.keys() == set(SHAPE.matrix_names())
     for key, weight in found.items():
         assert relative(weight, expected[key]) < TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["lora", "pissa", "bone"])
+def test_their_loader_reads_it_on_rwkv7_in_hugging_face_s_form(kind: str, peft: Any, tmp_path: Path) -> None:
+    shape = tiny_shape(architecture="x070")
+    tiny_checkpoint(tmp_path / "base.pth", architecture="x070")
+    tiny_adapter(tmp_path / "own.pth", shape, kind)
+    told = Told(kind, alpha=4.0 if kind == "lora" else 0.0)
+    export_hf(tmp_path / "base.pth", tmp_path / "own.pth", tmp_path / "hf", told)
+    base, merged = {}, {}
+    merge(tmp_path / "base.pth", tmp_path / "own.pth", tmp_path / "merged.pth", told)
+    for path, held in (("base.pth", base), ("merged.pth", merged)):
+        held |= {hf_name(key): tensor for key, tensor in torch.load(tmp_path / path, weights_only=True).items()}
+    names = [hf_name(key) for key in shape.matrix_names()]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = peft.PeftModel.from_pretrained(Model(base, names), str(tmp_path / "hf")).merge_and_unload()
+    for key, weight in model.state_dict().items():
+        assert relative(weight, merged[key]) < TOLERANCE
+        assert relative(weight, base[key]) > 100 * TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["lora", "bone", "bat"])
