@@ -131,13 +131,14 @@ def save_whole(model: LanguageModel, weights: Mapping[str, Tensor], path: Path) 
     save_model(path, {**weights, **(states if any(state.any() for state in states.values()) else {})}, torch.bfloat16)
 
 
-def steps_after_whole(result: Path, folder: str, template: str | None) -> list[str]:
-    """Lines that say what to do with a file that is a model."""
+def steps_after_whole(result: Path, folder: str, template: str | None, note: str = "") -> list[str]:
+    """Lines that say what to do with a file that is a model, and what clients leave out of it."""
     training = ["python", "train.py", "--load_model", str(result), "--data_file", "YOUR.jsonl"]
-    return next_lines(
+    lines = next_lines(
         [
             ("chat with it", chat_command(str(result), template)),
             ("tune a state on it", shlex.join([*training, "--proj_dir", folder.rstrip("/") + "-state"])),
         ],
-        "; clients take it as it is",
+        "" if note else "; clients take it as it is",
     )
+    return [*lines, *([f"           {note}"] if note else [])]

@@ -64,6 +64,7 @@ class Lisa:
         draw: which layers are trained when.
         parts: of the names of weights that are trained throughout.
         states: whether states are.
+        loads_states: whether states come from a file, which the result holds, too.
         packed: whether the matrices of waiting layers are packed.
         packed_head: whether the head is.
         parks_moments: whether an optimizer's moments wait with their layer, or are dropped.
@@ -81,6 +82,7 @@ class Lisa:
         *,
         parts: tuple[str, ...] = (),
         states: bool = False,
+        loads_states: bool = False,
         packed: bool = False,
         packed_head: bool = False,
         parks_moments: bool = False,
@@ -90,7 +92,7 @@ class Lisa:
         self.recordable = draw.steps >= FEWEST_RECORDED_STEPS
         self.parks_moments = parks_moments
         self._parts = parts
-        self._states = states
+        self._states, self._loads_states = states, loads_states
         self._packed, self._packed_head = packed, packed_head
         self._rates = rates
         self._turns: LayerTurns | None = None
@@ -167,7 +169,7 @@ class Lisa:
 
     def next_steps(self, base: str, result: Path, folder: str, template: str | None, merged_note: str) -> list[str]:
         """See Method."""
-        return steps_after_whole(result, folder, template)
+        return steps_after_whole(result, folder, template, merged_note if self._states or self._loads_states else "")
 
     def _trained_states(self, shape: ModelShape) -> list[str]:
         return list(shape.state_shapes()) if self._states else []

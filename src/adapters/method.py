@@ -126,6 +126,7 @@ def method_of(config: TrainConfig) -> Method:
             Draw(config.lisa_r, config.lisa_k, config.random_seed),
             parts=config.parts,
             states=config.trains_states,
+            loads_states=bool(config.load_state),
             packed=config.quantised,
             packed_head=bool(config.quant_head),
             parks_moments=config.lisa_moments == "park",

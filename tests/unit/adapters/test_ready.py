@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from src.adapters.full import FullTraining
+from src.adapters.lisa import Draw, Lisa
 from src.adapters.method import Method
 from src.adapters.plan import AdapterPlan
 from src.adapters.ready import chat_command, export_command, merge_command
 from src.adapters.states import StateTuning
-from src.adapters.tuning import Tuning
+from src.adapters.tuning import Rates, Tuning
 from src.cli import given_flags, given_merge_flags, given_state_flags, given_train_flags
 from src.config import STATE_COMMANDS, ChatConfig, MergeConfig, TrainConfig
 
@@ -26,8 +27,16 @@ METHODS: dict[str, tuple[Method, list[str]]] = {
     "bone and parts": (Tuning(AdapterPlan("bone", 8), parts=("ln",)), ["src.commands.chat", "merge_state.py"]),
     "lora and states": (Tuning(AdapterPlan("lora", 8), states=True), ["src.commands.chat", "merge_state.py"]),
     "parts": (Tuning(None, parts=("ln",)), ["src.commands.chat", "merge_state.py"]),
+    "lora beside states": (
+        Tuning(AdapterPlan("lora", 8), beside="the state.pth"),
+        ["src.commands.chat", "merge_state.py", "merge_state.py"],
+    ),
     "full": (FullTraining(layerwise_rates=True), ["src.commands.chat", "train.py"]),
+    "lisa": (Lisa(Draw(1, 2, 3), rates=Rates()), ["src.commands.chat", "train.py"]),
+    "lisa and states": (Lisa(Draw(1, 2, 3), states=True, rates=Rates()), ["src.commands.chat", "train.py"]),
+    "lisa beside states": (Lisa(Draw(1, 2, 3), loads_states=True, rates=Rates()), ["src.commands.chat", "train.py"]),
 }
+WHOLE = ("full", "lisa", "lisa and states", "lisa beside states")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -45,14 +54,17 @@ def test_every_command_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -
                 monkeypatch.setattr("sys.argv", ["chat", *given])
                 config = ChatConfig.from_flags(given_flags(ChatConfig, "chat", ""))
                 assert config.template == "text"
-                assert config.load_model == (str(RESULT) if name == "full" else "the base.pth")
-                named = {"states": config.load_state, "full": str(RESULT)}.get(name, config.load_adapter)
-                assert named == str(RESULT)
+                assert config.load_model == (str(RESULT) if name in WHOLE else "the base.pth")
+                if name not in WHOLE:
+                    assert (config.load_state if name == "states" else config.load_adapter) == str(RESULT)
+                assert name != "lora beside states" or config.load_state == "the state.pth"
             case "src.commands.state":
                 command, flags = given_state_flags(given)
                 assert STATE_COMMANDS[command].from_flags(flags).file == str(RESULT)  # type: ignore[attr-defined]
             case "merge_state.py":
-                assert MergeConfig.from_flags(given_merge_flags(given)).file == str(RESULT)
+                merging = MergeConfig.from_flags(given_merge_flags(given))
+                second = ("my folder/merged.pth", "the state.pth")
+                assert (merging.base_model, merging.file) in (("the base.pth", str(RESULT)), second)
             case _:
                 TrainConfig.from_flags(given_train_flags(given))
 
@@ -71,7 +83,8 @@ def test_there_is_no_chat_where_no_text_becomes_tokens(name: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_what_clients_leave_out_of_a_merged_model_is_said_where_there_is_a_state(name: str) -> None:
     said = "\n".join(METHODS[name][0].next_steps("b.pth", RESULT, "f", "user", "They ignore it."))
-    assert ("They ignore it." in said) == (name in ("states", "lora and states"))
+    assert ("They ignore it." in said) == ("states" in name)
+    assert ("clients take it as it is" in said) == (name in ("full", "lisa"))
     assert ("which every client takes" in said) == (name in ("lora", "bat", "bone and parts", "parts"))
 
 
