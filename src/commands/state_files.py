@@ -181,6 +181,8 @@ def verify(config: VerifyConfig) -> Iterator[str]:
     trained = read_trained(config.file, shape, Told.by(config))
     yield f"fits       {config.base}: {_held(trained)}"
     yield from _same_base(config, trained)
+    if trained.beside:
+        yield f"note       it was trained beside the states of {trained.beside}, which are not in it"
     chosen = resolve_device(config.accelerator, config.precision)
     apply_device(chosen)
     quant = None if config.quant == "none" else config.quant

@@ -117,6 +117,8 @@ def test_an_adapter_beside_states_that_it_does_not_hold(folder: Path, tmp_path: 
     alone = run_script("train.py", **measured, load_model=base, load_adapter=run / "rwkv-final.pth")
     assert abs(_held_out(alone) - wanted) > 2e-3
     assert f"beside the states of {state}: give them with --load_state" in alone.out
+    checked = run_script("src/commands/state.py", "verify", run / "rwkv-final.pth", base=base, accelerator="cpu")
+    assert f"note       it was trained beside the states of {state}, which are not in it" in checked.out
     again = train(tmp_path / "again", **bone, load_adapter=run / "rwkv-final.pth")
     assert f"beside the states of {state}: give them with --load_state" in again.out
 
