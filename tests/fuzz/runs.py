@@ -179,6 +179,8 @@ def _draw_data(hand: _Hand, places: Places) -> None:
         alike = name == "roles.jsonl" or "loss_mask" in flags or hand.chance() < 0.5
         flags["val_file"] = places.folder / (name if alike else "held-out")
         maybe(0.2, data_shuffle=0)
+        if name == "documents":
+            maybe(0.2, mix=f"{places.folder / 'held-out'}:0.3")
     else:
         longest = {"rlhf_max_corpus_len": pick((6, 20, 20)), "micro_bsz": pick((1, 2, 3))}
         flags |= {loss: 1, "rlhf_train_file": places.pairs, "val_file": places.pairs, **longest}
@@ -235,6 +237,11 @@ def check_run(drawn: Drawn, folder: Path, places: Places, generator: random.Rand
     seen = ["trained"]
     if generator.random() < 0.35:
         seen.append(_check_resumed(flags, out, folder / "resumed", generator))
+    if generator.random() < 0.2:
+        again = run_script("train.py", config=out / "run.toml", proj_dir=folder / "again")
+        assert again.code == 0, again.err
+        assert_same_end(out, folder / "again")
+        seen.append("again by run.toml")
     if generator.random() < 0.5:
         seen.append(_check_twin(drawn, flags, values, folder / "twin", places, generator))
     seen.append(_check_files(drawn, flags, out, folder, generator, ended))
