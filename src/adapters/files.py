@@ -180,7 +180,7 @@ def said_beside(path: PathLike) -> dict[str, Any] | None:
     base, flags = said.get("base"), said.get("flags")
     read = [*said.items(), *(base.items() if isinstance(base, dict) else ())]
     read += [("load_state", flags.get("load_state", ""))] if isinstance(flags, dict) else []
-    for problem in filter(None, (_problem_of(name, value) for name, value in read)):
+    for problem in filter(None, (problem_of(name, value) for name, value in read)):
         raise CheckpointError(f"{beside}: {problem}: correct it, or remove the file to go on without what it says")
     return said
 
@@ -222,7 +222,7 @@ def write_description(path: Path, content: Mapping[str, Any]) -> None:
         raise CheckpointError(f"{path} cannot be written: {error.strerror}") from error
 
 
-def _problem_of(name: str, value: Any) -> str:
+def problem_of(name: str, value: Any) -> str:
     """What is wrong with a value of such a file; "" is nothing, as of what nobody reads."""
     kind, words = _KINDS.get(name, (object, ""))
     fits = isinstance(value, kind)

@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor
 
 from src import safetensors
-from src.adapters.files import read_description, write_description
+from src.adapters.files import problem_of, read_description, write_description
 from src.errors import CheckpointError
 from src.model.rwkv7 import own_name
 
@@ -148,14 +148,17 @@ def _said_by(path: Path) -> dict[str, Any]:
             f"{'save it in peft as plain LoRA, or ' if kind == 'LORA' else ''}merge it there"
         )
     r = config.get("r")
-    if not isinstance(r, int) or r < 1:
+    if not isinstance(r, int) or problem_of("r", r) or r < 1:
         raise CheckpointError(f"{path}: r is {json.dumps(r)}, expected a whole number from 1")
     said: dict[str, Any] = {"method": "lora" if kind == "LORA" else "bat" if start == "bat" else "bone", "r": r}
     if kind == "LORA":
         alpha = config.get("lora_alpha")
-        if not isinstance(alpha, (int, float)):
+        if not isinstance(alpha, int | float) or problem_of("alpha", alpha):
             raise CheckpointError(f"{path}: lora_alpha is {json.dumps(alpha)}, expected a number")
-        said |= {"alpha": alpha, "scale": alpha / (r**0.5 if config.get("use_rslora") else r)}
+        by_root = config.get("use_rslora", False)
+        if by_root not in (True, False, None):
+            raise CheckpointError(f"{path}: use_rslora is {json.dumps(by_root)}, expected true or false")
+        said |= {"alpha": alpha, "scale": alpha / (r**0.5 if by_root else r)}
     if config.get("layers_to_transform") is not None:
         said["layers"] = config["layers_to_transform"]
     return said

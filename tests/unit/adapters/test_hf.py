@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -145,7 +146,12 @@ class TestBat:
         ({**LORA, "init_lora_weights": "pissa"}, 'started as "pissa", which changes the base model'),
         ({**MISS, "init_weights": "mini"}, 'started as "mini"'),
         ({**LORA, "r": 0}, "r is 0, expected a whole number from 1"),
+        ({**LORA, "r": True}, "r is true, expected a whole number from 1"),
         ({**LORA, "lora_alpha": None}, "lora_alpha is null, expected a number"),
+        ({**LORA, "lora_alpha": math.nan}, "lora_alpha is NaN, expected a number"),
+        ({**LORA, "lora_alpha": math.inf}, "lora_alpha is Infinity, expected a number"),
+        ({**LORA, "lora_alpha": True}, "lora_alpha is true, expected a number"),
+        ({**LORA, "use_rslora": "yes"}, 'use_rslora is "yes", expected true or false'),
         ({**LORA, "r": 4}, "r 8, and what stands beside it says r 4"),
         ({**MISS}, "holds LoRA tensors, not bone (what stands beside it)"),
     ],
