@@ -77,7 +77,9 @@ class FileFlags(Flags, group="files"):
         "the largest ctx_len and micro_bsz that fit", (0, 1),
     )  # fmt: skip
     evaluate: int = flag(
-        0, "1 trains nothing: measures held-out data with the base model, and with load_state or load_adapter", (0, 1)
+        0,
+        "1 trains nothing: measures held-out data with the base model, and with load_state, load_adapter or both",
+        (0, 1),
     )
     doctor: int = flag(0, "1 trains nothing: looks at packages, GPU, operators, disk and the flags beside it", (0, 1))
 
