@@ -244,7 +244,7 @@ class TrainingMonitor(pl.Callback):
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See `resume.Part`."""
-        self.losses = state["losses"].tolist()
+        self.losses[:] = state["losses"].tolist()  # whose list it is, sees them, too
         self.tokens = state["tokens"]
         of_this_epoch = self.start.batches // self.control.accumulate
         self._epoch_losses = self.losses[len(self.losses) - of_this_epoch :]

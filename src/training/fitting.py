@@ -86,6 +86,7 @@ def fit(
     places = session.writer.places if session else Places(folder, new_run_id(), warn)
     control = StepControl(schedule, accumulate, work.describe, start)
     monitor = TrainingMonitor(control, [], config.epoch_begin, start)
+    monitor.losses = results.losses
     saver = CheckpointSaver(
         lambda path: places.save(lambda place: results.save(module.model, place), path.name),
         folder,

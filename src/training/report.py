@@ -19,6 +19,7 @@ from src.training.console import tell
 from src.training.engine import Hardware
 from src.training.evaluation import HeldOut
 from src.training.graphs import may_record_chunks
+from src.training.results import ends_of
 from src.training.work import Work, epochs_of
 
 if TYPE_CHECKING:
@@ -148,11 +149,10 @@ def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware) -> list[
 
 
 def _course(losses: list[float]) -> str:
-    """Training loss at both ends of the run, each over a tenth of it: single steps differ by their data."""
-    tenth = max(len(losses) // 10, 1)
-    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
-    scope = f" (means of the first and last {tenth} steps)" if tenth > 1 else ""
-    return f"loss {first:.4f} -> {last:.4f}{scope}"
+    """Training loss at both ends of the run, in words."""
+    ends = ends_of(losses)
+    scope = f" (means of the first and last {ends['over']} steps)" if ends["over"] > 1 else ""
+    return f"loss {ends['first']:.4f} -> {ends['last']:.4f}{scope}"
 
 
 def summary_of(config: TrainConfig, method: Method, result: RunResult, monitor: TrainingMonitor) -> str:

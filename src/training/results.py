@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib.metadata
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,13 @@ class Results:
         method: what is trained.
         config: the flags.
         base: which file the base model is; None for a fresh one.
+        losses: training loss of every optimizer step so far; whoever trains adds to them.
     """
 
     method: Method
     config: TrainConfig
     base: FileIdentity | None = None
+    losses: list[float] = dataclasses.field(default_factory=list)
 
     def save(self, model: LanguageModel, path: Path) -> None:
         """Writes a checkpoint, and a JSON file of its name that says how it was made.
@@ -57,9 +60,20 @@ class Results:
             "quant": config.quant_type if config.quantised else "none",
             "quant_head": bool(config.quant_head),
             "base": base,
+            "losses": {"steps": len(self.losses), **(ends_of(self.losses) if self.losses else {})},
             "flags": {**dataclasses.asdict(config), "strategy": config.strategy_flag},
             "versions": _versions(),
         }
+
+
+def ends_of(losses: Sequence[float]) -> dict[str, float]:
+    """Training loss at both ends of a run, `first` and `last`: means over `over` steps, a tenth of it.
+
+    Single steps differ by their data.
+    """
+    tenth = max(len(losses) // 10, 1)
+    first, last = (sum(part) / tenth for part in (losses[:tenth], losses[-tenth:]))
+    return {"first": first, "last": last, "over": tenth}
 
 
 @functools.cache

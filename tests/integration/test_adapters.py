@@ -1,8 +1,8 @@
 """Whole runs of train.py with adapters: every method, packed and not, however much is computed again."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,8 +46,8 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
     return tensors
 
 
-def described(folder: Path) -> Mapping[str, object]:
-    content: Mapping[str, object] = json.loads((folder / "rwkv-final.json").read_text(encoding="utf-8"))
+def described(folder: Path) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((folder / "rwkv-final.json").read_text(encoding="utf-8"))
     return content
 
 
@@ -115,6 +115,20 @@ def test_training_lowers_the_loss_and_the_file_goes_on_where_it_ended(
     if peft == "pissa":
         one, other = (tensors_in(tmp_path / name / "init_pissa.pth") for name in ("first", "again"))
         assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_losses_stand_beside_what_they_led_to(base: Path, data: Path, tmp_path: Path) -> None:
+    """Of all steps up to the file, those before an interruption included."""
+    flags = {"load_model": base, "data_file": data, "epoch_steps": 15, "epoch_count": 2, "lr_init": 1e-2}
+    stopped(20, tmp_path, **flags, **sized("bone"))
+    assert described(tmp_path)["losses"]["steps"] == 20
+    go_on(tmp_path)
+    values = losses(tmp_path)
+    for name, steps in (("rwkv-0", 15), ("rwkv-1", 30), ("rwkv-final", 30)):
+        said = json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["losses"]
+        over = steps // 10
+        first, last = sum(values[:over]) / over, sum(values[steps - over : steps]) / over
+        assert said == {"steps": steps, "first": pytest.approx(first), "last": pytest.approx(last), "over": over}
 
 
 @pytest.mark.parametrize("peft", some(METHODS, "bat"))
