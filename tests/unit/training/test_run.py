@@ -66,7 +66,20 @@ def test_rejects_are_looked_for_in_one_pass_however_long_an_epoch_is(tmp_path: P
     work = prepare_work(chosen, SHAPE)
     model = build_model(tiny_parameters(SHAPE), SHAPE, LoadOptions(torch.device("cpu"), torch.float32))
     assert isinstance(work.objective, PreferenceObjective)
-    assert "has a reject to compare with" in run._preference_share(model, work, work.objective)
+    assert "has a reject to compare with" in run._preference_share(model, work, work.objective, 0)
+
+
+def test_and_in_the_pass_that_a_run_begins_with(tmp_path: Path) -> None:
+    """Epochs of one pair: the second one's has a reject, the first one's not."""
+    save_pairs(tmp_path / "pairs.save", [PreferencePair([5, 6], [7, 8], []), PreferencePair([5], [7], [9])])
+    chosen = config(
+        Path(), data_file="", orpo=1, rlhf_train_file=tmp_path / "pairs.save", epoch_steps=1, micro_bsz=1, random_seed=1
+    )
+    work = prepare_work(chosen, SHAPE)
+    model = build_model(tiny_parameters(SHAPE), SHAPE, LoadOptions(torch.device("cpu"), torch.float32))
+    assert isinstance(work.objective, PreferenceObjective)
+    said = [run._preference_share(model, work, work.objective, first) for first in (0, 1)]
+    assert sorted("is the preference term" in line for line in said) == [False, True]
 
 
 class TestSchedule:
