@@ -259,8 +259,10 @@ class DequantizationWorkspace:
         for held in self._held.values():
             for place in held.places:
                 place.together = None
-        for place in () if freed is None else freed.places:
-            place.dense = place.fill = place.together = None
+        if freed is not None:
+            freed.buffer = freed.buffer.new_empty(0)  # layers still know their places in it
+            for place in freed.places:
+                place.dense = place.fill = place.together = None
 
 
 class FrozenLinear(nn.Module):

@@ -1,6 +1,9 @@
 """Frozen quantised linears: accuracy, gradients, what is kept, where it lives."""
 
 import copy
+import weakref
+from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -209,6 +212,127 @@ def test_a_failed_dequantisation_is_not_taken_for_the_matrix(monkeypatch: pytest
         with pytest.raises(ZeroDivisionError):
             layer.shared_dense()
     assert torch.equal(layer.shared_dense(), layer.dequantized())
+
+
+class Filled:
+    """Takes the kernels' place: notes whose matrices are written by a launch, and writes them."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, layers: list[FrozenLinear]) -> None:
+        self.launches: list[list[int]] = []
+        self.fails = False
+
+        def described(layer: FrozenLinear) -> SimpleNamespace:
+            return SimpleNamespace(layer=layer, filler=lambda dense: filler([described(layer)], [dense]))
+
+        def filler(matrices: list[SimpleNamespace], dense: list[Tensor]) -> Callable[[], None]:
+            numbers = [layers.index(matrix.layer) for matrix in matrices]
+
+            def fill() -> None:
+                self.launches.append(numbers)
+                for matrix, values in zip(matrices, dense, strict=True):
+                    if self.fails:
+                        raise RuntimeError("a launch failed")
+                    FrozenLinear._fill_by_bitsandbytes(matrix.layer, values)
+
+            return fill
+
+        monkeypatch.setattr(FrozenLinear, "packed_matrix", described)
+        monkeypatch.setattr(quant, "filler", filler)
+
+
+def time_mix(workspace: DequantizationWorkspace, kinds: tuple[str, ...], seed: int) -> list[FrozenLinear]:
+    return [
+        FrozenLinear.from_weight(random_weight(seed=seed + i), "nf4", torch.float32, workspace=workspace, kind=kind)
+        for i, kind in enumerate(kinds)
+    ]
+
+
+def dense_of(layer: FrozenLinear) -> Tensor:
+    dense = torch.empty(layer.out_features, layer.in_features, dtype=layer.compute_dtype)
+    layer._fill_by_bitsandbytes(dense)
+    return dense
+
+
+def test_matrices_with_buffers_of_their_own_are_dequantised_by_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = DequantizationWorkspace(keep_dequantized=True)
+    layers = time_mix(workspace, ("r", "k", "v"), 0) + time_mix(workspace, ("r", "k", "v"), 3)
+    filled = Filled(monkeypatch, layers)
+    first, second = layers[:3], layers[3:]
+
+    def used(group: list[FrozenLinear]) -> None:
+        workspace.fill_together(group)
+        for layer in group:
+            assert torch.equal(layer.shared_dense(), dense_of(layer))
+
+    for group in (first, first, second, first):
+        used(group)
+    assert filled.launches == [[0, 1, 2], [3, 4, 5], [0, 1, 2]]
+    assert len(workspace.buffers()) == 3
+
+    filled.launches.clear()
+    layers[4].shared_dense()  # one of them has another's place
+    used(first)
+    layers[1].packed.add_(1)
+    used(first)
+    workspace.forget()
+    used(first)
+    assert filled.launches == [[4], [0, 1, 2], [0, 1, 2], [0, 1, 2]]
+    workspace.clear()
+    assert not workspace.buffers()
+    used(first)
+    assert len(workspace.buffers()) == 3
+
+
+def test_a_failed_launch_of_several_leaves_nothing_to_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = DequantizationWorkspace(keep_dequantized=True)
+    layers = time_mix(workspace, ("r", "k"), 0)
+    filled = Filled(monkeypatch, layers)
+    workspace.fill_together(layers)
+    workspace.forget()
+    filled.fails = True
+    with pytest.raises(RuntimeError, match="a launch failed"):
+        workspace.fill_together(layers)
+    filled.fails = False
+    filled.launches.clear()
+    for layer in layers:
+        assert torch.equal(layer.shared_dense(), dense_of(layer))
+    assert filled.launches == [[0], [1]]
+
+
+@pytest.mark.parametrize("case", ["one buffer", "one kind", "no kernel", "too many"])
+def test_what_shares_a_buffer_or_has_no_kernel_is_dequantised_one_by_one(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    workspace = DequantizationWorkspace(keep_dequantized=case != "one buffer")
+    kinds = {"one kind": ("r", "r"), "too many": tuple("abcdef")}.get(case, ("r", "k"))
+    layers = time_mix(workspace, kinds, 0)
+    filled = Filled(monkeypatch, layers)
+    if case == "no kernel":
+        monkeypatch.setattr(FrozenLinear, "packed_matrix", lambda self: None)
+    workspace.fill_together(layers)
+    assert filled.launches == []
+    for layer in layers:
+        assert torch.equal(layer.shared_dense(), dense_of(layer))
+    assert filled.launches == ([] if case == "no kernel" else [[i] for i in range(len(layers))])
+
+
+def test_what_a_workspace_frees_is_free_though_layers_know_their_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    workspace = DequantizationWorkspace(keep_dequantized=True)
+    layers = time_mix(workspace, ("r", "k"), 0)
+    Filled(monkeypatch, layers)
+    workspace.fill_together(layers)
+    kept = [weakref.ref(buffer) for buffer in workspace.buffers()]
+    workspace.clear()
+    assert [reference() for reference in kept] == [None, None]
+
+
+def test_a_layer_that_is_replaced_gives_its_memory_back_at_once() -> None:
+    layer = frozen(workspace=(workspace := DequantizationWorkspace()))
+    layer.shared_dense()
+    gone = weakref.ref(layer.packed)
+    del layer
+    assert gone() is None
+    assert len(workspace.buffers()) == 1
 
 
 @pytest.mark.parametrize("keep", [False, True])

@@ -280,9 +280,22 @@ def test_every_dequantised_bit_is_as_the_format_says(bits: int, double: bool, co
 
     nested = (quantised, scale, offset) if double else (absmax, None, None)
     matrix = dequantize_cuda.PackedMatrix(packed, *nested, absmax_code, value_code, bits, count)
-    ours = torch.full((count,), torch.nan, dtype=torch.bfloat16)
-    matrix.fill(ours)
-    assert torch.equal(ours.view(torch.int16), expected.view(torch.int16))
+    part = dequantize_cuda.PackedMatrix(
+        packed[: 8 * bits // 8], nested[0][:1], *nested[1:], absmax_code, value_code, bits, 8
+    )
+    whole, *others = (torch.full((size,), torch.nan, dtype=torch.bfloat16) for size in (count, 8, count, 8))
+    for fill in (
+        lambda: matrix.fill(whole),
+        dequantize_cuda.filler([matrix], [whole]),
+        dequantize_cuda.filler([part, matrix, part], [others[0], whole, others[2]]),
+        dequantize_cuda.filler([matrix, part, matrix, part, part], [whole, others[0], others[1], others[2], others[0]]),
+    ):
+        for values in (whole, *others):
+            values.fill_(torch.nan)
+        fill()
+        assert torch.equal(whole.view(torch.int16), expected.view(torch.int16))
+    for values in others:
+        assert torch.equal(values.view(torch.int16), expected[: len(values)].view(torch.int16))
 
 
 MODES = [(None, Recompute.NOTHING), (None, Recompute.ALL), ("nf4", Recompute.NOTHING), ("nf4", Recompute.ALL)]
