@@ -248,13 +248,13 @@ class Stopwatch:
         return watched
 
     def start(self) -> None:
-        self._last = time.perf_counter()
+        self._last = time.process_time()
 
     def stop(self) -> None:
         self._turn()
 
     def _turn(self) -> None:
-        now = time.perf_counter()
+        now = time.process_time()
         self.seconds[self._stack[-1]] += now - self._last
         self._last = now
 
