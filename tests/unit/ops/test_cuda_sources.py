@@ -25,7 +25,7 @@ from src.ops.kernels import Kernel
 KERNELS: dict[str, Sequence[Kernel]] = {
     "adam.cu": tuple(adam.KERNELS.values()),
     "block_diagonal.cu": block_diagonal.KERNELS,
-    "dequantize.cu": tuple(dequantize_cuda.KERNELS.values()),
+    "dequantize.cu": (*dequantize_cuda.KERNELS.values(), *dequantize_cuda.OF_SEVERAL.values()),
     "elementwise.cu": elementwise_cuda.KERNELS,
     "elementwise_delta_rule.cu": delta_rule_cuda.KERNELS,
     "wkv6.cu": wkv6_cuda.KERNELS,
