@@ -115,7 +115,7 @@ def refuse_name(client: Client, path: str) -> None:
     if client.suffixes and Path(path).suffix not in client.suffixes:
         endings = " or ".join(client.suffixes)
         raise ConfigError(
-            f"OUTPUT {path}: {client.title} takes names that end in {endings}; call it "
+            f"OUTPUT {path}: names for {client.title} end in {endings}; call it "
             f"{Path(path).with_suffix(client.suffixes[0])}"
         )
 

@@ -191,7 +191,7 @@ class TestExport:
             (("a.pth", "b/../a.pth", "--to", "runner"), "would be written over"),
             (("a.pth", "base.pth", "--to", "runner", "--base", "base.pth"), "--base base.pth would be written over"),
             (("a.pth", "a.json", "--to", "rwkvcpp"), "the JSON beside it a.json would be written over"),
-            (("a.pth", "out.pth", "--to", "ai00"), "Ai00 takes names that end in .state or .st; call it out.state"),
+            (("a.pth", "out.pth", "--to", "ai00"), "names for Ai00 end in .state or .st; call it out.state"),
             (("a.pth", "no/out.st", "--to", "ai00"), "no; create it first"),
             (("a.pth", "out.st", "--to", "all"), "error: --to all is unknown: use one of runner, ai00"),
             (("base.pth", "out.pth", "--to", "runner"), "base.pth holds no blocks.*.att.time_state"),
