@@ -1,5 +1,6 @@
 """The CUDA kernels as they are launched, run on the CPU by the emulator: results and gradients against definitions."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import pairwise
@@ -8,11 +9,14 @@ from typing import Any
 import pytest
 import torch
 from emulator.kernels import emulated, has_compiler
+from factories import tiny_parameters, tiny_shape, tiny_states
 from recompute_cases import CASES, Gradients, model_of, shape_of
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from src import quant
 from src.adapters.plan import AdapterPlan
+from src.loading import LoadOptions, build_model
 from src.model import rwkv6
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
@@ -338,3 +342,36 @@ def test_a_model_on_the_kernels(
     ready |= {kernel for size in block_diagonal.SIZES for kernel in AdapterPlan("bat", size).kernels()}
     assert wkv6_cuda.FORWARD in launched
     assert launched <= ready | set(quant.kernels_for("nf4"))
+
+
+class Products(TorchDispatchMode):
+    """Counts what is a matrix product's launch on a GPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in ("mm", "bmm", "addmm", "addmm_", "baddbmm_"):
+            self.count["batched" if "bmm" in name else "single"] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "single", "batched"), [("", 35, 4), ("lora", 64, 14), ("bone", 60, 13), ("bat", 55, 13)]
+)
+def test_products_of_a_layer_in_a_step(kind: str, single: int, batched: int) -> None:
+    """With `time` and `ln` trained and each layer computed again; of adapters those of four or two matrices are one."""
+    counts = []
+    for layers in (2, 3):
+        shape = tiny_shape(n_layer=layers, n_embd=128, head_size=64)
+        trained = [*shape.part("time"), *shape.part("ln")]
+        adapters = AdapterPlan(kind, r=32) if kind else None
+        options = LoadOptions(torch.device("cpu"), torch.bfloat16, trained=trained, adapters=adapters)
+        model = build_model({**tiny_parameters(shape), **tiny_states(shape)}, shape, options)
+        model.set_recomputation([Recompute.ALL] * layers)
+        with Products() as products:
+            model(torch.arange(32)[None])[0].float().square().mean().backward()
+        counts.append(products.count)
+    assert counts[1] - counts[0] == {"single": single, "batched": batched}
