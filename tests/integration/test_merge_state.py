@@ -131,6 +131,7 @@ def test_a_missing_argument_is_code_2(inputs: Path) -> None:
     assert "OUTPUT missing" in run.err
 
 
+@pytest.mark.slow
 def test_a_file_that_may_not_grow_so_large_leaves_nothing(inputs: Path) -> None:
     """A real limit of the system, where the tests of `save_state` only pretend one."""
     (inputs / "merged.pth").write_bytes(b"old")

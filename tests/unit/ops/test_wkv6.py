@@ -225,6 +225,7 @@ def test_automatic_choice_on_cpu_is_chunked() -> None:
     torch.testing.assert_close(wkv6(*inputs.values())[0], wkv6(*inputs.values(), backend="chunked")[0], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_chunked_is_five_times_faster_than_the_loop() -> None:
     inputs = {name: tensor.float().requires_grad_() for name, tensor in draw_inputs(1, 512, 8, 64).items()}
 
