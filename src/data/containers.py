@@ -131,8 +131,8 @@ class Entries:
         """
         text = self.head.decode("utf-8-sig", errors="replace").lstrip()
         delimiter = delimiter_of(next(iter(text.splitlines()), ""), self.path)
-        # The limit is the whole program's, but nothing else in it reads CSV.
-        limit_before = csv.field_size_limit(_CSV_FIELD_LIMIT)
+        # The limit is the whole program's, in which nothing else reads CSV; it stays, since files may be read by turns.
+        csv.field_size_limit(_CSV_FIELD_LIMIT)
         line = 1
         try:
             with content_of(self.path) as file:
@@ -147,8 +147,6 @@ class Entries:
                 f"{self.path} line {line} {reason}: put fields with quotes, commas or line breaks in quotes, "
                 "and write each quote inside twice."
             ) from error
-        finally:
-            csv.field_size_limit(limit_before)
 
     def _of_parquet(self) -> Iterator[Entry]:
         try:
