@@ -253,9 +253,11 @@ def _with_empty_half(filled: dict[str, Any], row: dict[str, Any]) -> dict[str, A
 
 
 def _filled(value: Any) -> Any:
-    """A row without what is null in it; tables have every field in every row."""
+    """A row without what is null in it; tables have every field in every row. What a message says stays, if empty."""
     if isinstance(value, dict):
-        return {key: _filled(inner) for key, inner in value.items() if inner is not None}
+        filled = {key: _filled(inner) for key, inner in value.items() if inner is not None}
+        said = "value" if "from" in filled else "content" if "role" in filled else ""
+        return {**filled, said: None} if said in value and said not in filled else filled
     return [_filled(inner) for inner in value] if isinstance(value, list) else value
 
 

@@ -15,7 +15,7 @@ from src.config.fields import Fields
 from src.config.recognition import QUESTION_ANSWER
 from src.data.inputs import MalformedEntry, kind_of, listed_names, shown, string_of
 from src.data.templates import Turn
-from src.data.tools import call_text, joined_results, result_text, tools_text
+from src.data.tools import CALL, call_text, joined_results, result_text, tools_text
 
 FORMS = (
     '{"messages": […]}, {"conversations": […]}, {"prompt": …, "response": …}, {"instruction": …, "output": …}, '
@@ -235,6 +235,7 @@ def _dialogue(reading: Reading, question: str, answer: str) -> list[Turn] | None
         return None
     unread: set[str] = set()
     turns = turns_of([*asked, *answered], unread)
+    _refuse_unlearnable(turns)
     reading.entry |= dict.fromkeys(unread)
     return turns
 
@@ -253,6 +254,13 @@ def _of_turns(reading: Reading, name: str) -> Content:
     if tools not in (None, "", [], "[]"):
         told = [turns.pop(0).content.strip()] if turns and turns[0].role == "system" else []
         turns.insert(0, Turn("system", "\n".join([*filter(None, told), tools_text(listed_value(tools))])))
+    _refuse_unlearnable(turns)
+    is_sharegpt = any(isinstance(message, dict) and "from" in message for message in messages)
+    return Content(SHAREGPT if is_sharegpt else MESSAGES, turns, unread=reading.unread | unread)
+
+
+def _refuse_unlearnable(turns: list[Turn]) -> None:
+    """Raises MalformedEntry or EmptyTurn where messages hold nothing that could be learned."""
     if all(turn.role != ANSWERING for turn in turns):
         raise MalformedEntry(f'no message has the role "{ANSWERING}", so there is nothing to learn')
     if not any(turn.counted for turn in turns if turn.role == ANSWERING):
@@ -260,8 +268,6 @@ def _of_turns(reading: Reading, name: str) -> Content:
     for turn in turns:
         if turn.role != "system" and not turn.content.strip():
             raise EmptyTurn("answer" if turn.role == ANSWERING else "question")
-    is_sharegpt = any(isinstance(message, dict) and "from" in message for message in messages)
-    return Content(SHAREGPT if is_sharegpt else MESSAGES, turns, unread=reading.unread | unread)
 
 
 def turns_of(messages: object, unread: set[str], name: str = "messages") -> list[Turn]:
@@ -317,7 +323,7 @@ def _role(message: dict[str, Any], position: int) -> str:
 def _turn(message: dict[str, Any], position: int, role: str) -> tuple[Turn, set[str]]:
     """A message as a turn, and the names of what was read of it."""
     said_by, said = ("from", "value") if "from" in message else ("role", "content")
-    calling = next((name for name in _CALLS if role == ANSWERING and message.get(name) not in (None, [])), "")
+    calling = next((name for name in _CALLS if role == ANSWERING and message.get(name)), "")
     if not calling and said not in message:
         raise MalformedEntry(f'message {position} has no "{said}"')
     read = {said_by, said}
@@ -332,12 +338,12 @@ def _turn(message: dict[str, Any], position: int, role: str) -> tuple[Turn, set[
         return Turn(ANSWERING, call_text(_listed_calls(content, position), "", position), counted=counted), read
     if role == "tool":
         return Turn("user", result_text(_joined(content, position) if _is_parts(content) else content, position)), read
-    if calling and content is None:
+    if content is None:  # beside calls nothing, elsewhere an empty turn
         text = ""
     else:
         text = _joined(content, position) if isinstance(content, list) else string_of(message, said)
     if role == ANSWERING:
-        read |= {name for name in _CALLS if name in message}
+        read |= {name for name in _CALLS if name == calling or not message.get(name)}
     if calling:
         calls = message[calling]
         text = call_text([calls] if calling == "function_call" else calls, text, position)
@@ -373,7 +379,7 @@ def _listed_calls(value: object, position: int) -> list[Any]:
     try:
         calls = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
-        raise MalformedEntry(f"message {position} is a function call that is no JSON") from None
+        raise MalformedEntry(f"message {position} is a function call that is no JSON", CALL) from None
     return calls if isinstance(calls, list) else [calls]
 
 

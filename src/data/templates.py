@@ -53,6 +53,7 @@ class Rendering:
         thought: answers with reasoning.
         unthought: answers without, in the template think.
         reasoning_left_out: answers whose reasoning the template has no place for.
+        uncounted: answers that only precede others.
     """
 
     blank_lines: int = 0
@@ -63,6 +64,7 @@ class Rendering:
     thought: int = 0
     unthought: int = 0
     reasoning_left_out: int = 0
+    uncounted: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,7 @@ class ChatTemplate:
                 met.named += answer.lstrip().startswith(f"{self.speakers[role]}:")
                 parts.append(Part((prompt if ready else f"{prompt}{self.speakers[role]}:") + opening, counted=False))
                 parts.append(Part(f"{answer}{self.turn_end}", counted=learnt))
+                met.uncounted += not learnt
                 prompt, ready = "", False
                 continue
             turn = self._joined(text, met)

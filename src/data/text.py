@@ -85,6 +85,10 @@ class Findings(Rendering):
                 f"{several(self.repeated, 'document')} of {self.forms.total():,} {verbs[0]} an earlier one (first: "
                 f"{self.first_repeated}) and {verbs[1]} as often as {verbs[2]} there."
             )
+        if self.uncounted:
+            of_these = f"{several(self.uncounted, 'answer')} of the weight 0"
+            kept = mask.kind in ("", "qa")
+            said.append(f"{of_these}, read and not learnt." if kept else f"{of_these}, learnt as all others are.")
         return said + self._of_rendering(template) + unread_keys(self.unread, unit)
 
     def _of_rendering(self, template: ChatTemplate) -> list[str]:

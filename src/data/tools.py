@@ -12,6 +12,8 @@ from src.data.inputs import MalformedEntry, kind_of, string_of
 
 _INSTRUCTION = "Return only a JSON function call."
 _RESULT = "Function output:\n"
+CALL = '{"name": …, "arguments": {…}}'
+"""How a call stands in data, for messages."""
 
 
 def tools_text(tools: object) -> str:
@@ -65,7 +67,7 @@ def call_text(calls: object, said: str, position: int) -> str:
     for call in calls:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise MalformedEntry(f"message {position}: a call in its tool_calls has no name of a function")
+            raise MalformedEntry(f"message {position}: a call has no name of a function", CALL)
         arguments = function.get("arguments", {})
         if isinstance(arguments, str):
             try:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from src.config import TrainConfig
+from src.config.data import LossMask
 from src.config.fields import fields_in
 from src.config.recognition import recognise
 from src.data.sources import open_documents, template_of
@@ -248,6 +249,11 @@ def test_a_parquet_table(tmp_path: Path) -> None:
     found, said = texts(tmp_path / "empty-cells.parquet")
     assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"]
     assert "Left out, having nothing to learn: 1 with an empty answer, 1 with an empty question" in said[2]
+    rows = [{"messages": messages}, {"messages": [messages[0], {"role": "assistant", "content": None}]}]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "empty-message.parquet")
+    found, said = texts(tmp_path / "empty-message.parquet")
+    assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"]
+    assert "Left out, having nothing to learn: 1 with an empty answer" in said[2]
     parquet.write_table(pyarrow.Table.from_pylist([{"text": b"a"}]), tmp_path / "bytes.parquet")
     with pytest.raises(DataError, match='row 1: "text" is bytes, expected a string'):
         texts(tmp_path / "bytes.parquet")
@@ -373,18 +379,33 @@ class TestWhatIsSaid:
             {"instruction": "a", "output": "b"}, {"instruction": "a", "output": " "},
             {"instruction": "", "output": "b"},
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": ""}]},
+            {"messages": [ASKED, {"role": "assistant", "content": None, "tool_calls": [], "function_call": None}]},
+            {"prompt": [ASKED], "completion": [{"role": "assistant", "content": " "}]},
             {"prompt": "a", "response": None},
         ]  # fmt: skip
         (tmp_path / "a.json").write_text(json.dumps(entries))
         found, said = texts(tmp_path / "a.json")
         assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"]
         assert said[2] == (
-            "Left out, having nothing to learn: 3 with an empty answer, 1 with an empty question (first: "
+            "Left out, having nothing to learn: 5 with an empty answer, 1 with an empty question (first: "
             f"{tmp_path}/a.json, entry 2)."
         )
         (tmp_path / "a.json").write_text(json.dumps(entries[1:2]))
         with pytest.raises(DataError, match=r"a\.json cannot be used: in its only entry the question"):
             texts(tmp_path / "a.json")
+
+    def test_a_second_kind_of_calls_and_weights_without_effect_are_said(self, tmp_path: Path) -> None:
+        call = {"name": "f", "arguments": "{}"}
+        answers = [
+            {"role": "assistant", "content": None, "tool_calls": [{"function": call}], "function_call": call},
+            {"role": "assistant", "content": "b", "weight": 0},
+        ]
+        (tmp_path / "a.json").write_text(json.dumps([{"messages": [ASKED, answers[0], ASKED, answers[1]]}]))
+        _, said = texts(tmp_path / "a.json")
+        assert "Not read: 'messages: function_call' (1 entry)." in said
+        assert "1 answer of the weight 0, read and not learnt." in said
+        _, said = texts(tmp_path / "a.json", mask=LossMask("pad"))
+        assert "1 answer of the weight 0, learnt as all others are." in said
 
     @pytest.mark.parametrize(
         ("entry", "reason"),
@@ -414,6 +435,14 @@ class TestWhatIsSaid:
             (
                 {"messages": [ASKED, {"role": "assistant", "content": "b", "weight": 0}]},
                 "every answer has the weight 0",
+            ),
+            (
+                {"prompt": [ASKED], "completion": [{"role": "assistant", "content": "b", "weight": 0}]},
+                "every answer has the weight 0",
+            ),
+            (
+                {"messages": [ASKED, {"role": "assistant", "content": None, "function_call": {"arguments": "{}"}}]},
+                'message 2: a call has no name of a function, expected {"name": …, "arguments": {…}}',
             ),
         ],
     )

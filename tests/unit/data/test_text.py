@@ -298,7 +298,7 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
         ('{"messages": [{"role": "assistant", "content": "a"}], "tools": {}}', '"tools" is an object, expected'),
         (
             '{"messages": [{"role": "assistant", "tool_calls": [{"arguments": {}}]}]}',
-            "message 1: a call in its tool_calls has no name of a function",
+            "message 1: a call has no name of a function",
         ),
         (
             '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}',
