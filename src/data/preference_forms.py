@@ -103,11 +103,11 @@ def _answer(reading: Reading, name: str, unread: set[str]) -> _Answer:
         value = [value]
     form = OF_MESSAGES
     if isinstance(value, list):
-        turns = turns_of(value, unread, name)
+        turns = _messages(value, unread, name)
     else:
         text = reading.needed_text(name, nul=name != "chosen")
         brings_prompt = not any(reading.has(other) for other in (*_PROMPTS, *TURN_FIELDS))
-        turns, form = dialogue_turns(text) if brings_prompt else [], OF_DIALOGUES
+        turns, form = _dialogue_turns(text) if brings_prompt else [], OF_DIALOGUES
         if not turns:
             return _Answer(text, [])
     if not turns or turns[-1].role != ANSWERING:
@@ -115,7 +115,17 @@ def _answer(reading: Reading, name: str, unread: set[str]) -> _Answer:
     return _Answer(turns[-1].content, turns[:-1], form)
 
 
-def dialogue_turns(text: str) -> list[Turn]:
+def _messages(messages: object, unread: set[str], name: str) -> list[Turn]:
+    """See `turns_of`; what pairs have no place for is not read."""
+    turns = turns_of(messages, unread, name)
+    if any(turn.reasoning.strip() for turn in turns):
+        unread.add("messages: reasoning")
+    if not all(turn.counted for turn in turns):
+        unread.add("messages: weight 0")
+    return turns
+
+
+def _dialogue_turns(text: str) -> list[Turn]:
     """The turns of a text that begins with who speaks and names them after each blank line; none of any other text.
 
     Raises:
@@ -129,7 +139,7 @@ def dialogue_turns(text: str) -> list[Turn]:
     for label, end in zip(labels, [*(label.start() for label in labels[1:]), len(text)], strict=True):
         role = ANSWERING if label[1] == "Assistant" else "user"
         if turns and turns[-1].role == role:
-            raise MalformedEntry(f"{label[1]} speaks twice in a row")
+            raise MalformedEntry(f"{label[1]} speaks twice in a row; join what is said")
         turns.append(Turn(role, text[label.end() : end].strip()))
     return turns
 
@@ -141,17 +151,17 @@ def _before(reading: Reading, unread: set[str]) -> tuple[list[Turn], str]:
             continue
         value = listed_value(reading.take(name))
         if isinstance(value, list):
-            return turns_of(value, unread, name), OF_MESSAGES
+            return _messages(value, unread, name), OF_MESSAGES
         text = reading.needed_text(name)
         if text.lstrip().startswith("Human:"):
-            turns = dialogue_turns(text)
+            turns = _dialogue_turns(text)
             return turns[:-1] if turns[-1] == Turn(ANSWERING, "") else turns, OF_DIALOGUES
         about = [reading.text(other) for other in INPUTS if name == "instruction" and reading.has(other)]
         asked = "\n".join([text, *(other for other in about if other.strip())])
         return [*history_turns(listed_value(reading.take("history") or [])), Turn("user", asked)], PAIR
     for name in TURN_FIELDS:
         if reading.has(name):
-            return turns_of(listed_value(reading.take(name)), unread, name), OF_MESSAGES
+            return _messages(listed_value(reading.take(name)), unread, name), OF_MESSAGES
     return [], PAIR
 
 

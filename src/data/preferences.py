@@ -20,6 +20,7 @@ from src.data.preference_forms import PAIR, preference_of_entry
 from src.data.templates import CHAT_TEMPLATES
 from src.data.turns import formatted_statement, is_formatted
 from src.errors import ConfigError, DataError
+from src.output import several
 from src.tokenizer import Tokenizer
 
 PLACEHOLDER_LOGP = 0.5
@@ -67,16 +68,16 @@ def read_rows(path: str, remark: Callable[[str], None] = lambda line: None) -> l
     bad = BadEntries()
     rows: list[PreferenceRow] = []
     for number, entry in entries:
-        if entries.container == TABLE and not rows and not bad:
-            _check_columns(path, entries.columns)
         try:
             if isinstance(entry, MalformedEntry):
                 raise entry
             made = preference_of_entry(entry)
             rows.append(PreferenceRow(number, made.prompt, made.chosen, made.rejected))
             forms[made.form] += 1
-            unread.update(name for name in made.unread if entries.container != TABLE or entry[name].strip())
+            unread.update(name for name in made.unread if entries.container != TABLE or entry.get(name, name).strip())
         except MalformedEntry as error:
+            if entries.container == TABLE and not rows and not bad:
+                _check_columns(path, entries.columns)
             few = (
                 f" (it has {len(entry)} of the {len(entries.columns)} fields of the header)"
                 if (isinstance(entry, dict) and len(entry) < len(entries.columns))
@@ -89,7 +90,8 @@ def read_rows(path: str, remark: Callable[[str], None] = lambda line: None) -> l
             _check_columns(path, entries.columns)
         raise DataError(f"{path} holds no rows: write at least one prompt with a chosen answer below the header.")
     if forms.keys() != {PAIR}:
-        remark(f"Recognised as {'; '.join(f'{form}, {count:,} rows' for form, count in forms.most_common())}.")
+        named = [f"{form}, {several(count, 'row')}" for form, count in forms.most_common()]
+        remark(f"Recognised as {'; '.join(named)}.")
     repeated = len(rows) - len({(row.prompt, row.chosen, row.rejected) for row in rows})
     if repeated:
         remark(f"{repeated:,} of {len(rows):,} rows equal an earlier one and count as often as they stand there.")
@@ -202,6 +204,7 @@ class PreparedPairs:
     Attributes:
         pairs: shuffled.
         texts: prompt and chosen answer of every pair as text, in the order of the rows.
+        rows: that there are to make pairs of.
         unusable_lines: lines of rows left out because prompt or chosen answer is blank.
         shortened: pairs of which something was cut.
         empty_rejects: pairs without a rejected answer.
@@ -211,6 +214,7 @@ class PreparedPairs:
 
     pairs: list[PreferencePair]
     texts: list[str]
+    rows: int
     unusable_lines: list[int]
     shortened: int
     empty_rejects: int
@@ -220,7 +224,11 @@ class PreparedPairs:
     def summary(self) -> list[str]:
         """The counts, a line each."""
         pairs, empty, shortened = len(self.pairs), self.empty_rejects, self.shortened
-        lines = [f"{pairs:,} pairs, {empty:,} without a reject, {shortened:,} shortened"]
+        lines = [f"{several(pairs, 'pair')}, {empty:,} without a reject, {shortened:,} shortened"]
+        if self.rows < pairs:
+            lines.append(f"{several(self.rows, 'row')}, taken again from the first until there were as many pairs")
+        elif self.rows > pairs:
+            lines.append(f"the first of {self.rows:,} rows: --target_pair_count {self.rows} takes all of them")
         for name in ("prompt", "chosen", "rejected"):
             sizes = [len(getattr(pair, name)) for pair in self.pairs]
             middle = statistics.median_low(sizes)
@@ -309,7 +317,7 @@ def make_pairs(
         on_pair(made + 1)
     generator.shuffle(pairs)
     unusable_lines = [row.line for row in cleaned if not (row.prompt and row.chosen)]
-    return PreparedPairs(pairs, texts, unusable_lines, shortened, empty_rejects, equal_rejects, formatted)
+    return PreparedPairs(pairs, texts, len(usable), unusable_lines, shortened, empty_rejects, equal_rejects, formatted)
 
 
 def _drawn_template(number: float) -> str:

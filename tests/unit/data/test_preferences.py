@@ -136,6 +136,18 @@ def test_what_is_not_read_is_named_once(tmp_path: Path) -> None:
     said.clear()
     read_rows(written(tmp_path, '{"prompt": "p", "chosen": "c", "score": []}\n', "a.jsonl"), said.append)
     assert said == ["Not read: 'score' (1 row)."]
+    said.clear()
+    asked = {"role": "user", "content": "p", "id": 1}
+    answers = [
+        json.dumps([asked, {"role": "assistant", "content": text, **more}])
+        for text, more in (("c", {"thinking": "hm"}), ("r", {"weight": 0}))
+    ]
+    with (tmp_path / "messages.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("chosen", "rejected"), answers])
+    assert read_rows(str(tmp_path / "messages.csv"), said.append) == [PreferenceRow(2, "p", "c", "r")]
+    assert said[1:] == [
+        "Not read: 'messages: id' (1 row), 'messages: reasoning' (1 row), 'messages: weight 0' (1 row)."
+    ]
 
 
 def test_carriage_returns_alone_end_lines(tmp_path: Path) -> None:
@@ -220,6 +232,10 @@ def test_rows_without_prompt_or_chosen_answer_are_left_out_and_counted() -> None
     ]
     prepared = make_pairs("f", rows, BYTES, 2, template="user")
     assert prepared.texts == ["User: p\n\nAssistant: c\n\n"] * 2
+    assert prepared.summary()[1] == "1 row, taken again from the first until there were as many pairs"
+    others = [PreferenceRow(number, "p", f"c{number}", "r") for number in range(4)]
+    assert "the first of 4 rows: --target_pair_count 4 takes all" in make_pairs("f", others, BYTES, 2).summary()[1]
+    assert "row" not in " ".join(make_pairs("f", others, BYTES, 4).summary())
     assert prepared.summary()[-1] == "2 rows left out, prompt or chosen is blank (first: line 2)"
     with pytest.raises(DataError, match="none of the 2 rows"):
         make_pairs("f", rows[:2], BYTES, 2)
@@ -322,7 +338,7 @@ class TestForms:
         ("entry", "reason"),
         [
             ({"prompt": [], "chosen": "c"}, '"prompt" is missing'),
-            ({"chosen": "Human: p\n\nHuman: q\n\nAssistant: c"}, "Human speaks twice in a row"),
+            ({"chosen": "Human: p\n\nHuman: q\n\nAssistant: c"}, "Human speaks twice in a row; join what is said"),
             ({"chosen": "Human: p"}, '"chosen" does not end with an answer'),
             ({"chosen": "Assistant: p"}, '"prompt" is missing'),
             (
