@@ -222,6 +222,14 @@ class Exported(NamedTuple):
     trained: Trained
     names: str
 
+    def lines(self, folder: str) -> Iterator[tuple[str, str]]:
+        """(subject, sentence) of what the user should know."""
+        yield "exported", self.trained.describe()
+        yield "written", f"{folder}/adapter_model.safetensors, adapter_config.json"
+        yield "next", f"peft.PeftModel.from_pretrained takes the folder, on a model with {self.names}"
+        if self.trained.beside:
+            yield "note", f"it was trained beside {self.trained.beside}, whose states are not in it"
+
 
 def export_hf(base_path: PathLike, file_path: PathLike, output_path: PathLike, told: Told | None = None) -> Exported:
     """Writes an adapter as a folder that Hugging Face's `peft` reads.

@@ -12,8 +12,12 @@ from typing import Any, TextIO
 
 def several(number: int, noun: str) -> str:
     """So many of something, in words."""
-    one, plural = (noun[:-1] + "y", noun[:-1] + "ies") if noun.endswith("y") else (noun, f"{noun}s")
-    return f"{number:,} {one if number == 1 else plural}"
+    return f"{number:,} {noun if number == 1 else plural_of(noun)}"
+
+
+def plural_of(noun: str) -> str:
+    """More than one of it."""
+    return f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
 
 
 class LastingStream:

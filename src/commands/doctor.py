@@ -190,7 +190,8 @@ def _file_findings(config: TrainConfig, given: Mapping[str, str]) -> Iterator[Fi
         try:
             named = {INPUT: (path,), INPUTS: files_of(path)}.get(spec.metadata["path"], ()) if path else ()
         except ConfigError as error:
-            yield Finding("files", f"--{spec.name}: {error}", "give the path of a file that is")
+            seen, _, advice = str(error).partition(": ")
+            yield Finding("files", f"--{spec.name}: {seen}", advice)
             continue
         for file in named:
             if not any(map(os.path.exists, (file, f"{file}.idx"))):

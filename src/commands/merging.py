@@ -16,6 +16,7 @@ from src.errors import CheckpointError, ConfigError
 from src.identity import size_of_model
 from src.loading import LoadOptions, build_model
 from src.merge import Apart, Merged, MergeReport, export_hf, merge
+from src.output import several
 from src.system import command_here
 
 _WIDE_LIMIT, _NARROW_LIMIT = 1e-5, 1e-2
@@ -35,13 +36,8 @@ def run(config: MergeConfig) -> int:
     """
     told = Told.by(config)
     if config.export:
-        exported, names = export_hf(config.base_model, config.file, config.output, told)
-        print(
-            f"exported {exported.describe()}\nwritten  {config.output}/adapter_model.safetensors, adapter_config.json\n"
-            f"next     peft.PeftModel.from_pretrained takes the folder, on a model with {names}"
-        )
-        if exported.beside:
-            print(f"note     it was trained beside {exported.beside}, whose states are not in it")
+        for subject, said in export_hf(config.base_model, config.file, config.output, told).lines(config.output):
+            print(f"{subject:<8} {said}")
         return 0
     device = _device(config.device)
     tokens = compared_tokens(config.verify_text) if config.verify else None
@@ -60,8 +56,8 @@ def _report(report: MergeReport, config: MergeConfig, quant: str) -> Iterator[st
         packed = f", after packing and unpacking as {quant}" if quant != "none" else ""
         yield f"merged   {trained.describe()}, computed in fp32 and rounded once{packed}"
     if trained.weights:
-        first = next(iter(trained.weights))
-        yield f"merged   {len(trained.weights)} further weights in place of the base model's, {first} among them"
+        weights, first = several(len(trained.weights), "further weight"), next(iter(trained.weights))
+        yield f"merged   {weights} in place of the base model's, {first} among them"
     if trained.states:
         yield (
             f"merged   {shape.n_layer} layers of state [{shape.n_head}, {shape.head_size}, {shape.head_size}] "

@@ -46,6 +46,7 @@ from src.inspection import (
 from src.loading import LoadOptions
 from src.merge import export_hf, merge
 from src.model.shape import state_key
+from src.output import several
 from src.storage import refuse_overlap
 from src.system import command_here
 from src.tuned import Tuned
@@ -221,10 +222,9 @@ def _export_adapter(config: ExportConfig, content: Content) -> Iterator[str]:
         )
     if not config.base:
         raise ConfigError("--base is missing: an adapter is written for the model it was trained on")
-    exported, names = export_hf(config.base, config.file, config.output, Told.by(config))
-    yield f"exported   {exported.describe()}"
-    yield f"written    {config.output}/adapter_model.safetensors, adapter_config.json"
-    yield f"next       peft.PeftModel.from_pretrained takes the folder, on a model with {names}"
+    exported = export_hf(config.base, config.file, config.output, Told.by(config))
+    for subject, said in exported.lines(config.output):
+        yield f"{subject:<10} {said}"
 
 
 def _export_merged(config: ExportConfig, client: Client, architecture: str) -> Iterator[str]:
@@ -287,7 +287,7 @@ def _described(content: Content) -> str:
         )
     adapted = [key for key in content.tensors if key.endswith((".lora_A", ".lora_B", ".bone"))]
     others = len(content.tensors) - len(adapted) - len(states)
-    further = [f"{others} further {'weight' if others == 1 else 'weights'}"] if others else []
+    further = [several(others, "further weight")] if others else []
     further += [f"the states of {len(states)} layers"] if states else []
     if not adapted:
         return f"weights of a model: {' and '.join(further)}, {dtype}"

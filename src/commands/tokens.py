@@ -16,6 +16,7 @@ from src.data.inputs import decoded, read_whole, unix_lines
 from src.data.templates import CHAT_TEMPLATES
 from src.data.text import Conversations, line_ends_statement
 from src.errors import DataError
+from src.output import several
 from src.storage import refuse_overlap
 from src.system import command_here
 from src.tokenizer import tokenizer_for_vocabulary
@@ -104,7 +105,7 @@ class _Reader:
         self.said.append(f"read       {', '.join(files[:3])}{' …' if len(files) > 3 else ''}")
         self.said += [f"           {line}" for line in findings.statements(template, _EVERY_TOKEN, conversations.unit)]
         if empty:
-            self.said.append(f"           {empty:,} {'text' if empty == 1 else 'texts'} without a character left out.")
+            self.said.append(f"           {several(empty, 'text')} without a character left out.")
 
     def _of_text(self, file: str) -> Iterator[list[int]]:
         text, line_ends = unix_lines(decoded(file, read_whole(file, packed=True)))

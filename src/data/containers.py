@@ -33,10 +33,10 @@ from src.data.inputs import (
     shown,
 )
 from src.errors import DataError
+from src.output import plural_of
 
 UNITS = {LINES: "line", ARRAY: "entry", TABLE: "line", PARQUET: "row"}
 """What entries are counted by, from 1: lines of the file, or the entries themselves."""
-_PLURAL = {"line": "lines", "entry": "entries", "row": "rows"}
 
 _SHOWN_REASONS, _SHOWN_PLACES, _LONGEST_REASON = 5, 6, 250
 _CSV_FIELD_LIMIT = 2**31 - 1
@@ -222,7 +222,7 @@ def _placed(places: list[tuple[str, str, int]], *, with_file: bool) -> str:
     """Where entries stand: lines 2, 5."""
     first, unit, _ = places[0]
     numbers = [f"{number}" if file == first else f"{file} {number}" for file, _, number in places]
-    units = unit if len(numbers) == 1 else _PLURAL[unit]
+    units = unit if len(numbers) == 1 else plural_of(unit)
     return f"{f'{first}, ' if with_file else ''}{units} {', '.join(numbers)}"
 
 

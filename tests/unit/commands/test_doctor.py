@@ -129,7 +129,9 @@ def test_what_fails_is_a_finding(monkeypatch: pytest.MonkeyPatch, no_gpu: None) 
     assert (found.mark, found.seen) == ("BAD", "fails: no kernel image is available")
 
 
-def test_flags_and_files_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], no_gpu: None) -> None:
+def test_flags_and_files_of_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, no_gpu: None
+) -> None:
     base = tmp_path / "base.pth"
     shape = tiny_checkpoint(base, n_layer=1)
     given = {"doctor": "1", "load_model": str(base), "proj_dir": str(tmp_path / "out" / "deeper"), "ctx_len": "16"}
@@ -141,6 +143,10 @@ def test_flags_and_files_of_the_run(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "--data_file nowhere.jsonl is not there" in printed
     assert "--lr_init 'x' is not a number" in printed
     assert "2 to change" in printed
+    with monkeypatch.context() as patched:
+        patched.setattr("src.config.recognition.MOST_IN_FOLDER", 0)
+        assert run_doctor({**given, "data_file": str(tmp_path)}) == EXIT_CODE
+    assert "-> name the folder, or the files, of the data alone" in capsys.readouterr().out
     assert run_doctor({**given, "load_model": "nowhere.pth"}) == EXIT_CODE
     assert "1 to change" in capsys.readouterr().out
 
