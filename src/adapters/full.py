@@ -5,7 +5,6 @@ Weights are fp32; or the large ones bf16 (`narrow`), which an optimizer has to r
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from src.checkpoint import FILE_VALUE_BYTES, save_model
 from src.identity import FileIdentity
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
+from src.system import command_here
 
 
 class FullTraining:
@@ -133,11 +133,11 @@ def save_whole(model: LanguageModel, weights: Mapping[str, Tensor], path: Path) 
 
 def steps_after_whole(result: Path, folder: str, template: str | None, note: str = "") -> list[str]:
     """Lines that say what to do with a file that is a model, and what clients leave out of it."""
-    training = ["python", "train.py", "--load_model", str(result), "--data_file", "YOUR.jsonl"]
+    training = ["train.py", "--load_model", str(result), "--data_file", "YOUR.jsonl"]
     lines = next_lines(
         [
             ("chat with it", chat_command(str(result), template)),
-            ("tune a state on it", shlex.join([*training, "--proj_dir", folder.rstrip("/") + "-state"])),
+            ("tune a state on it", command_here(*training, "--proj_dir", folder.rstrip("/") + "-state")),
         ],
         "" if note else "; clients take it as it is",
     )

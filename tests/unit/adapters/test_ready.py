@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,16 @@ def test_every_command_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -
                 assert (merging.base_model, merging.file) in (("the base.pth", str(RESULT)), second)
             case _:
                 TrainConfig.from_flags(given_train_flags(given))
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a shell of POSIX")
+@pytest.mark.parametrize("name", METHODS)
+def test_every_command_works_where_the_user_stands(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    method, programs = METHODS[name]
+    monkeypatch.chdir(tmp_path)
+    lines = [line for line in method.next_steps("b.pth", RESULT, "f", "user", "") if "python " in line]
+    assert len(lines) == len(programs)
+    assert all(str(Path(__file__).parents[3]) in line for line in lines)
 
 
 def test_a_chat_needs_no_flag_for_the_template_of_chats() -> None:
