@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field
 from typing import Any, ClassVar, TypeVar
@@ -295,9 +296,10 @@ def parsed_json(text: str) -> tuple[Any, list[str]]:
     twice: list[str] = []
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        twice.extend(key for key in dict(pairs) if keys.count(key) > 1)
-        return dict(pairs)
+        content = dict(pairs)
+        if len(content) < len(pairs):
+            twice.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
+        return content
 
     return json.loads(text, object_pairs_hook=unique), twice
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from src.compression import DAMAGED, packed_by, unpacked
+from src.config.flags import parsed_json
 from src.errors import DataError
 from src.identity import fingerprint
 from src.output import several
@@ -154,13 +155,15 @@ def json_object(line: str) -> dict[str, Any]:
         MalformedEntry: anything else.
     """
     try:
-        entry = json.loads(line.rstrip(), object_pairs_hook=_unrepeated)
+        entry, twice = parsed_json(line.rstrip())
     except json.JSONDecodeError as error:
         raise MalformedEntry(f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from error
     except RecursionError as error:
         raise MalformedEntry("nested too deeply") from error
     except ValueError as error:
         raise MalformedEntry("it holds a number of thousands of digits") from error
+    if twice:  # one of the two values would be lost
+        raise MalformedEntry(f"it has the key {shown(twice[0])} twice")
     if isinstance(entry, list):
         raise MalformedEntry("it is a list, expected an object")
     if not isinstance(entry, dict):
@@ -220,15 +223,6 @@ def unread_keys(counts: Counter[str], unit: str = "line") -> list[str]:
     named = [f"{shown(key) if key else 'a column without a name'} ({several(times, unit)})" for key, times in commonest]
     more = f" and {len(counts) - _SHOWN_KEYS} more" if len(counts) > _SHOWN_KEYS else ""
     return [f"Not read: {', '.join(named)}{more}."]
-
-
-def _unrepeated(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object, in which no key may stand twice: one of the two values would be lost."""
-    entry = dict(pairs)
-    if len(entry) < len(pairs):
-        ((key, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise MalformedEntry(f"it has the key {shown(key)} twice")
-    return entry
 
 
 def _ordinary(path: str, status: os.stat_result) -> os.stat_result:
