@@ -168,12 +168,8 @@ class Tuning:
         ]
         if beside is not None:
             merged = str(Path(folder) / "merged.pth")
-            tasks.append(
-                (
-                    "put the states in beside which it was trained",
-                    merge_command(merged, beside, folder, "merged-with-states.pth"),
-                )
-            )
+            command = merge_command(merged, beside, folder, "merged-with-states.pth")
+            tasks.append(("put the states that it was trained beside into that", command))
         lines = next_lines(tasks, "" if note else ", which every client takes")
         lines += [f"           {note}"] if note else []
         if (

@@ -55,7 +55,7 @@ def evaluate(config: TrainConfig) -> tuple[HeldOut, HeldOut | None]:
     )
     say(f"hardware   {device.describe()}")
     if trained is not None:
-        say(f"tuned      with {trained.path}")
+        say(f"tuned      with {' and '.join(filter(None, (config.load_state, config.load_adapter)))}")
         if trained.quant not in (None, "none" if packed is None else packed):
             say(f"           which was trained on {'unpacked' if trained.quant == 'none' else trained.quant} weights")
         if trained.beside:

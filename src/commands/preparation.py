@@ -27,6 +27,7 @@ from src.errors import ConfigError, DataError
 from src.generate import SamplingSettings, answer_logps, generate
 from src.identity import files_of_model
 from src.loading import LoadOptions, open_model
+from src.output import several
 from src.storage import refuse_overlap, replacing
 from src.system import command_here
 from src.tokenizer import WORLD_VOCABULARY, Tokenizer, tokenizer_for_vocabulary
@@ -85,15 +86,18 @@ def generate_rejects(config: RejectConfig, *, alone: bool = True) -> None:
         if file.rows_done:
             print(f"{config.output_csv} has {file.rows_done:,} of {len(rows):,} rows, going on from there")
         sample = _sampler(config, checkpoint, options, tokenizer) if to_generate else None
-        with tqdm(total=total, initial=total - to_generate, desc="rejects", unit="row", dynamic_ncols=True) as bar:
+        bar = tqdm(
+            total=total, initial=total - to_generate, desc="rejects", unit="row", dynamic_ncols=True, disable=not total
+        )
+        with bar:
             for group in left:
                 answers: list[str] = []
                 if sample and group.generated:
                     prompts = [rows[number].prompt for number in group.generated]
                     answers = sample(prompts, group.generated, lambda *_: bar.update())
                 file.append(group, dict(zip(group.generated, answers, strict=True)))
-    print(f"written    {config.output_csv}: {len(rows):,} rows, {total:,} with a new reject")
-    flags = ("--output_save", "pairs.save", "--target_pair_count", "1000")
+    print(f"written    {config.output_csv}: {several(len(rows), 'row')}, {total:,} with a new reject")
+    flags = ("--output_save", "pairs.save", "--target_pair_count", str(len(rows)))
     words = ("PrepareOrpoDataset.py", "--load_model", config.load_model, "--input_csv", config.output_csv, *flags)
     if alone:
         print(f"next       {command_here(*words)}")

@@ -52,7 +52,7 @@ def write_tokens(config: BinidxConfig) -> None:
         print(line)
     passes = f" in {config.repeat:,} passes" if config.repeat > 1 else ""
     print(
-        f"written    {config.prefix}.bin and {config.prefix}.idx: {writer.documents:,} documents{passes}, "
+        f"written    {config.prefix}.bin and {config.prefix}.idx: {several(writer.documents, 'document')}{passes}, "
         f"{written:,} tokens (uint16)"
     )
     if config.ctx_len:

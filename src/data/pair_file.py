@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from src import storage
@@ -10,6 +11,8 @@ from src.errors import CheckpointError, DataError
 from src.storage import PathLike
 
 _ROLE, _WRITER = "pair file", "PrepareOrpoDataset.py"
+_ENTRIES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")
+"""How files end that it makes pairs of."""
 
 
 def load_pairs(path: PathLike, vocab_size: int) -> list[PreferencePair]:
@@ -23,7 +26,15 @@ def load_pairs(path: PathLike, vocab_size: int) -> list[PreferencePair]:
         raise CheckpointError(
             f"{_ROLE} {path} does not exist; make it with {_WRITER} --output_save, and give it as --rlhf_train_file"
         )
-    return pairs_from_tuples(str(path), storage.load(path, _ROLE, _WRITER), vocab_size)
+    try:
+        content = storage.load(path, _ROLE, _WRITER)
+    except CheckpointError as error:
+        if Path(path).suffix in _ENTRIES:
+            raise CheckpointError(
+                f"{path} is no {_ROLE}: make one of it with {_WRITER} --input_csv {path} --output_save pairs.save"
+            ) from error
+        raise
+    return pairs_from_tuples(str(path), content, vocab_size)
 
 
 def save_pairs(path: PathLike, pairs: Sequence[PreferencePair]) -> None:

@@ -60,6 +60,7 @@ def test_rejects_are_filled_in_and_all_else_is_kept(folder: Path, capsys: pytest
     assert sorted(path.name for path in folder.iterdir()) == ["base.pth", "in.csv", "out.csv", "out.csv.run.json"]
     output = capsys.readouterr()
     assert "8 rows, 6 with a new reject" in output.out
+    assert "--target_pair_count 8" in output.out
     assert "row/s" in output.err
 
 

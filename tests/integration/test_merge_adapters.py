@@ -114,6 +114,7 @@ def test_an_adapter_beside_states_that_it_does_not_hold(folder: Path, tmp_path: 
     measured = {"evaluate": 1, "val_file": data, "dataload": "pad", "quant": 0, "accelerator": "cpu"}
     beside = run_script("train.py", **measured, load_model=base, **both)
     assert _held_out(beside) == pytest.approx(wanted, abs=1e-3)
+    assert f"tuned      with {state} and {run}/rwkv-final.pth" in beside.out
     alone = run_script("train.py", **measured, load_model=base, load_adapter=run / "rwkv-final.pth")
     assert abs(_held_out(alone) - wanted) > 2e-3
     assert f"beside the states of {state}: give them with --load_state" in alone.out

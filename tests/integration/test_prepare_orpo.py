@@ -95,6 +95,8 @@ def test_without_a_model_the_world_vocabulary_is_used(folder: Path) -> None:
     assert [3336] in [pair.rejected for pair in pairs]
     with pytest.raises(UserError, match="but the model knows 0 to 256"):
         load_pairs("out.save", 257)
+    with pytest.raises(UserError, match=r"in\.csv is no pair file: make one of it with PrepareOrpoDataset\.py --input"):
+        load_pairs("in.csv", 257)
 
 
 def test_base_log_probabilities_come_from_the_model(folder: Path) -> None:
