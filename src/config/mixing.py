@@ -29,7 +29,7 @@ def mixes_in(text: str) -> tuple[tuple[MixedShare, ...], str]:
     mixes = tuple(MixedShare(match["path"], float(match["share"])) for match in found)
     wrong = next((mix for mix in mixes if not 0 < mix.share < 1), None)
     if wrong is not None:
-        return (), f"gives {shortened(wrong.path)} the share {wrong.share:g}: it must lie between 0 and 1"
+        return (), f"gives {shortened(wrong.path)} the share {wrong.share:g}: it must be above 0 and below 1"
     total = sum(mix.share for mix in mixes)
     if total > _MOST:
         return (), f"leaves {1 - total:.3g} of the documents to the training data: lower the shares"

@@ -165,7 +165,7 @@ class TestRefusals:
             ({"lr_schedule": "linear"}, "--lr_schedule linear is unknown: use one of exp, cos, wsd"),
             ({"data_shuffle": "0", "dataload": "get"}, "--data_shuffle 0 has no meaning with --dataload get"),
             ({"mix": "a.jsonl"}, "--mix a.jsonl is not understood: write FILE:SHARE for each, as in other.jsonl:0.2"),
-            ({"mix": "a.jsonl:1.5"}, "--mix a.jsonl:1.5 gives a.jsonl the share 1.5: it must lie between 0 and 1"),
+            ({"mix": "a.jsonl:1"}, "--mix a.jsonl:1 gives a.jsonl the share 1: it must be above 0 and below 1"),
             ({"mix": "a:0.5,b:0.5"}, "leaves 0 of the documents to the training data: lower the shares"),
             ({"mix": "a.jsonl:0.2", "dataload": "get"}, "--mix has no meaning with --dataload get"),
             ({"mix": "a.jsonl:0.2", "data_type": "dummy"}, "--mix has no meaning with --data_type dummy"),
