@@ -262,9 +262,9 @@ def _of_turns(reading: Reading, name: str) -> Content:
 def _refuse_unlearnable(turns: list[Turn]) -> None:
     """Raises MalformedEntry or EmptyTurn where messages hold nothing that could be learned."""
     if all(turn.role != ANSWERING for turn in turns):
-        raise MalformedEntry(f'no message has the role "{ANSWERING}", so there is nothing to learn')
+        raise MalformedEntry(f'no message has the role "{ANSWERING}", so there is nothing to learn; remove the entry')
     if not any(turn.counted for turn in turns if turn.role == ANSWERING):
-        raise MalformedEntry("every answer has the weight 0, so there is nothing to learn")
+        raise MalformedEntry("every answer has the weight 0, so there is nothing to learn; remove the entry")
     for turn in turns:
         if turn.role != "system" and not turn.content.strip():
             raise EmptyTurn("answer" if turn.role == ANSWERING else "question")

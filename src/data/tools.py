@@ -41,7 +41,7 @@ def result_text(result: object, position: int) -> str:
     """
     text = string_of({"content": result}, "content").strip() if isinstance(result, str) else _json(result)
     if not text or result is None:
-        raise MalformedEntry(f"message {position}, a tool's result, is empty")
+        raise MalformedEntry(f"message {position}, a tool's result, is empty; write what stands for nothing there")
     return f"{_RESULT}{text}"
 
 

@@ -304,7 +304,10 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
             '{"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}]}',
             "message 1: the arguments of f are a text that is no JSON",
         ),
-        ('{"messages": [{"role": "tool", "content": " "}]}', "message 1, a tool's result, is empty"),
+        (
+            '{"messages": [{"role": "tool", "content": " "}]}',
+            "message 1, a tool's result, is empty; write what stands for nothing there",
+        ),
         (
             '{"system": "s", "messages": [{"role": "system", "content": "a"}, {"role": "assistant", "content": "a"}]}',
             'a "system" and a system message',
