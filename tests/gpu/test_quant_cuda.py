@@ -44,7 +44,7 @@ def by_bitsandbytes(layer: FrozenLinear) -> Tensor:
 @pytest.mark.parametrize("quant_type", QUANT_TYPES)
 def test_every_bit_is_bitsandbytes(quant_type: str, double_quantization: bool, shape: tuple[int, int]) -> None:
     layer = frozen(*shape, quant_type, double_quantization=double_quantization)
-    matrix = layer._for_kernel()
+    matrix = layer.packed_matrix()
     assert matrix is not None
     ours = torch.full(shape, torch.nan, dtype=torch.bfloat16, device="cuda")
     matrix.fill(ours)
@@ -61,7 +61,7 @@ def test_every_code_is_bitsandbytes() -> None:
 
 def test_sizes_that_are_no_whole_vectors_take_bitsandbytes() -> None:
     layer = frozen(3, 5)
-    assert layer._for_kernel() is None
+    assert layer.packed_matrix() is None
     x = torch.randn(2, 5, device="cuda", dtype=torch.bfloat16)
     torch.testing.assert_close(layer(x), x @ layer.dequantized().t())
 
@@ -222,5 +222,5 @@ def test_without_the_kernel_bitsandbytes_does_it(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(quant, "dequantization_kernels", lambda device: False)
     layer = frozen()
     assert torch.equal(layer.dequantized(), expected)
-    assert layer._for_kernel() is None
+    assert layer.packed_matrix() is None
     assert torch.equal(layer.shared_dense(), expected)
