@@ -231,7 +231,8 @@ class DequantizationWorkspace:
         places, dense = zip(*map(self._place_for, layers), strict=True)
         matrices = [matrix for layer in layers if (matrix := layer.packed_matrix())]
         held = [place.held for place in places]
-        one_by_one = len(matrices) < len(layers) or len(set(held)) < len(layers)
+        gone = any(place.dense is None for place in places)  # one's buffer, for a larger one of its kind
+        one_by_one = len(matrices) < len(layers) or len(set(held)) < len(layers) or gone
         together = _Together(identities, held, None if one_by_one else filler(matrices, dense))
         places[0].together = together
         return together

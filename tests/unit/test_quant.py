@@ -299,13 +299,16 @@ def test_a_failed_launch_of_several_leaves_nothing_to_be_found(monkeypatch: pyte
     assert filled.launches == [[0], [1]]
 
 
-@pytest.mark.parametrize("case", ["one buffer", "one kind", "no kernel", "too many"])
+@pytest.mark.parametrize("case", ["one buffer", "one kind", "one kind that grows", "no kernel", "too many"])
 def test_what_shares_a_buffer_or_has_no_kernel_is_dequantised_one_by_one(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     workspace = DequantizationWorkspace(keep_dequantized=case != "one buffer")
     kinds = {"one kind": ("r", "r"), "too many": tuple("abcdef")}.get(case, ("r", "k"))
     layers = time_mix(workspace, kinds, 0)
+    if case == "one kind that grows":  # the first one's buffer is given up for the second one's
+        larger = random_weight(192, 128, seed=1)
+        layers[1] = FrozenLinear.from_weight(larger, "nf4", torch.float32, workspace=workspace, kind="r")
     filled = Filled(monkeypatch, layers)
     if case == "no kernel":
         monkeypatch.setattr(FrozenLinear, "packed_matrix", lambda self: None)
