@@ -18,6 +18,7 @@ from torch import Tensor
 from src.model import language_model
 from src.ops import (
     adam,
+    block_diagonal,
     delta_rule_cuda,
     dequantize_cuda,
     elementwise,
@@ -85,7 +86,7 @@ def issued(launch: Callable[..., int] | None = None) -> Iterator[None]:
 
 def forget_launches() -> None:
     """Kernels have been loaded nowhere."""
-    for module in (adam, delta_rule_cuda, dequantize_cuda, elementwise_cuda, wkv6_cuda, wkv7_cuda):
+    for module in (adam, block_diagonal, delta_rule_cuda, dequantize_cuda, elementwise_cuda, wkv6_cuda, wkv7_cuda):
         for value in vars(module).values():
             members = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
             for kernel in members:
