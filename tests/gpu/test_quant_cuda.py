@@ -142,6 +142,31 @@ def test_layers_that_share_buffers(checkpointed: bool, keep: bool) -> None:
     assert sum(buffer.nbytes for buffer in workspace.buffers()) == 96 * 128 * 2 * (1 if keep else 2)
 
 
+@pytest.mark.parametrize("count", [2, 5])
+@pytest.mark.parametrize("double_quantization", [True, False])
+@pytest.mark.parametrize("quant_type", QUANT_TYPES)
+def test_several_at_once_are_what_each_is_alone(quant_type: str, double_quantization: bool, count: int) -> None:
+    workspace = DequantizationWorkspace(keep_dequantized=True)
+    options = {"workspace": workspace, "double_quantization": double_quantization}
+    layers = [frozen(96 + 40 * i, 1024, quant_type, seed=i, kind=str(i), **options) for i in range(count)]
+    exact = [layer.dequantized() for layer in layers]
+
+    def places() -> list[Tensor]:
+        return [layer.place.dense for layer in layers]
+
+    workspace.fill_together(layers)
+    for recorded in (False, True):
+        if recorded:
+            workspace.forget()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                workspace.fill_together(layers)
+            for dense in places():
+                dense.fill_(torch.nan)
+            graph.replay()
+        assert all(torch.equal(dense, expected) for dense, expected in zip(places(), exact, strict=True))
+
+
 @pytest.mark.parametrize("keep", [False, True])
 def test_a_cuda_graph_replays_forward_and_backward(keep: bool) -> None:
     """The workspace is cleared before the capture, so that the graph holds every dequantisation it needs."""
