@@ -26,6 +26,7 @@ from src.errors import ConfigError
 from src.generate import SamplingSettings, continued, encoded_prompt, inference, joined, read_prompts
 from src.loading import LoadOptions, open_model
 from src.storage import refuse_overlap
+from src.system import command_here
 from src.tokenizer import tokenizer_for_vocabulary
 from src.training.engine import apply_hardware, resolve_hardware
 from src.training.evaluation import START_POSITIONS, HeldOutLoss, HeldOutPreference
@@ -93,7 +94,7 @@ def _sft_demo(given: Mapping[str, str]) -> RunResult:
         "A demonstration: a small model of bytes, raised on novels and dictionaries, learns the style of biblical\n"
         "poetry, of which it has never seen a line. Only its initial state is trained.\n"
     )
-    return _train_and_compare(config, SAMPLE_PROMPTS, "python train.py --demo orpo")
+    return _train_and_compare(config, SAMPLE_PROMPTS, command_here("train.py", "--demo", "orpo"))
 
 
 def _orpo_demo(given: Mapping[str, str]) -> RunResult:
@@ -115,7 +116,7 @@ def _orpo_demo(given: Mapping[str, str]) -> RunResult:
         _make_pairs(config, "orpo-held-out.csv", config.val_file, most=0)
     rows = read_rows(_bundled("orpo-held-out.csv"))[:SAMPLED_PAIRS]
     prompts = [TEMPLATES[TEMPLATE].prompt(row.prompt) for row in rows]
-    return _train_and_compare(config, prompts, "python rlhf_generate_reject.py -h", stop=TURN_END)
+    return _train_and_compare(config, prompts, command_here("rlhf_generate_reject.py", "-h"), stop=TURN_END)
 
 
 def _train_and_compare(config: TrainConfig, prompts: Sequence[str], next_command: str, stop: str = "") -> RunResult:
@@ -247,7 +248,8 @@ def _preference_table(before: HeldOutPreference, after: HeldOutPreference) -> st
 def _closing(config: TrainConfig, other_command: str) -> str:
     folder = Path(config.proj_dir)
     files = [f"  {path} ({path.stat().st_size:,} bytes)" for path in sorted(folder.iterdir()) if path.is_file()]
-    own = "python train.py --load_model MODEL.pth --data_file YOUR.jsonl --val_file HELD-OUT.jsonl"
+    flags = ("--load_model", "MODEL.pth", "--data_file", "YOUR.jsonl", "--val_file", "HELD-OUT.jsonl")
+    own = command_here("train.py", *flags)
     return "\n".join(["\nfiles", *files, "then", f"  {other_command}", f"  {own}"])
 
 

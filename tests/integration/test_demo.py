@@ -77,13 +77,14 @@ def test_text_demo_in_a_process_of_its_own(tmp_path: Path) -> None:
         assert f"results/{name} (" in ended.stdout
     shape = open_checkpoint(BUNDLE / "base.pth").info.shape
     assert len(load_state(tmp_path / "results" / "rwkv-final.pth", shape)) == shape.n_layer
-    (merge,) = set(re.findall(r"python merge_state\.py (.*)", ended.stdout))
+    script = re.escape(str(ROOT / "merge_state.py"))
+    (merge,) = set(re.findall(rf"python {script} (.*)", ended.stdout))
     base, state, merged = merge.split()
     assert (tmp_path / base).samefile(BUNDLE / "base.pth")
     assert (state, merged) == ("results/rwkv-final.pth", "results/merged.pth")
-    next_commands = re.findall(r"^ +(python .*)", ended.stdout, re.MULTILINE)
+    next_commands = re.findall(r"^ +((?:env PYTHONPATH=\S+ )?python .*)", ended.stdout, re.MULTILINE)
     assert len(next_commands) == len(set(next_commands)) == 5
-    assert next_commands[3] == "python train.py --demo orpo"
+    assert next_commands[3] == f"python {ROOT / 'train.py'} --demo orpo"
 
 
 @pytest.mark.slow
