@@ -127,10 +127,12 @@ def test_weights_are_packed_as_they_were_in_the_run_unless_told(
     flag = "load_adapter" if "peft" in flags else "load_state"
     given = {name: str(value) for name, value in {**common, flag: tmp_path / "run" / "rwkv-final.pth"}.items()}
     _, after = evaluate(TrainConfig.from_flags({**given, "evaluate": "1", "grad_cp": "1"}))
-    assert after is not None
-    measured = held_out_rows(tmp_path / "run")[-1]["held_out"]["overall"]
-    assert dataclasses.asdict(after)["overall"] == pytest.approx(measured, rel=1e-5)  # the file is bf16
     assert "which was trained on" not in capsys.readouterr().out
     other = "0" if flags.get("quant") else "1"
-    evaluate(TrainConfig.from_flags({**given, "evaluate": "1", "quant": other}))
+    _, otherwise = evaluate(TrainConfig.from_flags({**given, "evaluate": "1", "quant": other}))
     assert f"which was trained on {'nf4' if flags.get('quant') else 'unpacked'} weights" in capsys.readouterr().out
+    assert after is not None
+    assert otherwise is not None
+    measured = held_out_rows(tmp_path / "run")[-1]["held_out"]["overall"]
+    away, further = (abs(dataclasses.asdict(found)["overall"] - measured) for found in (after, otherwise))
+    assert away < 0.3 * further  # not 0: the file is bf16
