@@ -323,7 +323,9 @@ def test_a_full_disk(
     folder = small_disk / "out"
     end = DISKS[number % len(DISKS)]
     with Run(folder, number, **inputs) as run:
+        run.process.send_signal(signal.SIGSTOP)  # or it may be through before the disk is full
         fill(small_disk / "filler")
+        run.process.send_signal(signal.SIGCONT)
         time.sleep(0.1)
         if end == "SIGKILL":
             run.process.kill()
@@ -337,7 +339,9 @@ def test_a_full_disk(
     if end == "SIGKILL":  # what was saved elsewhere is newer, what is here is enough
         ledger.note(kind, lost=goes_on(folder, undisturbed))
         return
-    (saved,) = set(re.findall(r"No space left on device; .*; saved as (\S+/rwkv-final\.pth)", err))
+    places = set(re.findall(r"No space left on device; .*; saved as (\S+/rwkv-final\.pth)", err))
+    assert len(places) == 1, err
+    (saved,) = places
     assert saved in out
     if end == "SIGTERM":
         words = command_to_go_on(out)
