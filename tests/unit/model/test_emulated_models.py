@@ -45,7 +45,7 @@ def every_kernel() -> Iterator[tuple[list[str], set[Kernel]]]:
     """
     used: list[str] = []
     launched: set[Kernel] = set()
-    with pytest.MonkeyPatch.context() as patch, emulated():
+    with emulated(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.Tensor, "is_cuda", True)
         for name in ("mm", "bmm"):
             patch.setattr(torch, name, widened(getattr(torch, name)))
