@@ -162,9 +162,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         recorded = None if staged.in_chunks else self._recorded(staged, states)
         if recorded is None:
             self._make_room()
-            if self.replaces_gradients:
-                for state in states.values():
-                    state.grad = None
+            self._drop_replaced(states)
         if recorded is None or not self.replaces_gradients:
             self._lend_gradients(states, cleared=recorded is None or self._adds)
         if recorded is None:
@@ -213,10 +211,17 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         return self._share is not None and self._share != 1
 
     def _recorded(self, staged: Staged, states: Mapping[str, nn.Parameter]) -> _RecordedStep | None:
-        key = (staged.key, *states, *(state.data_ptr() for state in states.values()))
-        return self._found(
-            key, lambda pool: _RecordedStep(self.objective, self.model, self._sink(states), staged, pool)
-        )
+        def record(pool: Any) -> _RecordedStep:
+            self._drop_replaced(states)  # a recording has gradients of its own, and need not find room beside these
+            return _RecordedStep(self.objective, self.model, self._sink(states), staged, pool)
+
+        return self._found((staged.key, *states, *(state.data_ptr() for state in states.values())), record)
+
+    def _drop_replaced(self, states: Mapping[str, nn.Parameter]) -> None:
+        """Lets go of gradients of the step before that nobody adds to."""
+        if self.replaces_gradients:
+            for state in states.values():
+                state.grad = None
 
     def _sink(self, states: Mapping[str, nn.Parameter]) -> _Sink:
         """What a recording that trains these does with their gradients: what earlier ones do, if there are any."""

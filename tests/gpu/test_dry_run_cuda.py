@@ -63,4 +63,5 @@ def test_it_is_within_a_tenth_of_what_the_run_takes(name: str, tmp_path: Path) -
     ran = re.search(r"allocator peak ([\d.]+) GiB, device used ([\d.]+) GiB", after)
     assert ran is not None
     said = [float(number.replace(",", "")) / scale for number in (peak, used[1])]
-    assert said == [pytest.approx(float(number), rel=0.1, abs=0.02) for number in ran.groups()]
+    compared = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2  # what a device uses in all is other tests', too
+    assert said[:compared] == [pytest.approx(float(number), rel=0.1, abs=0.02) for number in ran.groups()[:compared]]

@@ -188,3 +188,24 @@ class TestTrainedParameters:
         if not lends:
             graphed(Staged({"x": torch.zeros(3)}, None)).loss.mul(2).backward()
             assert all((state.grad == 5).all() for state in states.values() if state.grad is not None)
+
+    @pytest.mark.parametrize("share", [1.0, 0.5])
+    def test_a_recording_finds_no_gradients_that_it_replaces(
+        self, graphed: GraphedObjective, share: float, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Or both would need memory at once: its own, and those of the step before."""
+        found: list[bool] = []
+
+        class Left(FakeRecording):
+            def __init__(self, objective: Any, model: Any, sink: Any, *rest: Any) -> None:
+                found.append(any(state.grad is not None for state in sink.states.values()))
+                self.sink = type("Sink", (), {"states": sink.states, "gradients": {}})()
+                super().__init__(objective, model, self.sink, *rest)
+
+        monkeypatch.setattr(graphs, "_RecordedStep", Left)
+        graphed._share = share
+        for _ in range(2):
+            for _, state in graphed.model.named_parameters():
+                state.grad = torch.ones_like(state) if state.requires_grad else None
+            graphed(Staged({"x": torch.zeros(3)}, None))
+        assert found == [share != 1]
