@@ -229,7 +229,10 @@ class GraphedObjective(Recordings["_RecordedStep"]):
             return _UsedUp(states, self.updates)
         if self._share is not None:
             if self._adds and not self._gradients:
-                self._gradients.update((name, torch.zeros_like(state)) for name, state in states.items())
+                # Those of micro-batches before this one are added to, and need no copy.
+                self._gradients.update(
+                    (n, torch.zeros_like(s) if s.grad is None else s.grad) for n, s in states.items()
+                )
             return _Left(states, self._gradients, self._share)
         for graph in self._graphs.values():
             if isinstance(graph.sink, _HandedOut) and graph.sink.states.keys() == states.keys():

@@ -209,3 +209,25 @@ class TestTrainedParameters:
                 state.grad = torch.ones_like(state) if state.requires_grad else None
             graphed(Staged({"x": torch.zeros(3)}, None))
         assert found == [share != 1]
+
+    def test_gradients_that_are_added_to_are_those_of_the_micro_batches_before(
+        self, graphed: GraphedObjective, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        class Adding(FakeRecording):
+            def __init__(self, objective: Any, model: Any, sink: Any, *rest: Any) -> None:
+                sink.gradients = sink._gradients
+                super().__init__(objective, model, sink, *rest)
+
+        monkeypatch.setattr(graphs, "_RecordedStep", Adding)
+        graphed._share = 0.5
+        states = {name: state for name, state in graphed.model.named_parameters() if state.requires_grad}
+        first, *others = states
+        graphed(Staged({"x": torch.zeros(3)}, None))
+        before = {name: torch.full_like(states[name], 3.0) for name in others}
+        for name in others:
+            states[name].grad = before[name]
+        monkeypatch.setattr(FakeRecording, "replay", lambda self: None)
+        graphed(Staged({"x": torch.zeros(3)}, None))
+        assert all(graphed._gradients[name] is states[name].grad is before[name] for name in others)
+        assert all((gradient == 3).all() for gradient in before.values())
+        assert not graphed._gradients[first].any()
