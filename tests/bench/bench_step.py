@@ -5,8 +5,10 @@
     python tests/bench/bench_step.py --rows sft-7b-1024 --devices 2
     python tests/bench/bench_step.py --rows adapters --strategy auto,deepspeed_stage_1 --json figures.json
     python tests/bench/bench_step.py --rows sft-1.6b-1024 --steps 200 --documents demo.jsonl --dataload pack
+    python tests/bench/bench_step.py --rows sft-7b-1024,lora-7b --apart --cuda_graph 0
 
-Each row runs in a process of its own, so that its memory is its own. Time is the median of the steps
+Each row runs in a process of its own, so that its memory is its own; while one has the GPU, the next imports. With
+--apart it does not: for steps that are not recorded, which wait for the host. Time is the median of the steps
 after the first two; tokens/s are those of the second half of the steps, without padding, all GPUs together;
 "peak" is torch's allocator, "used" what the device reports at the end, CUDA context included; "load s" is how long the
 model took to be made: what PiSSA's exceeds LoRA's by is its start. A name in --rows may be that of a set of rows
@@ -19,12 +21,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -347,12 +350,16 @@ def main() -> None:
     parser.add_argument("--strategy", default="deepspeed_stage_1", help="one or several, with commas")
     parser.add_argument("--documents", default="", help="a JSONL file to train on instead of random text")
     parser.add_argument("--json", help="also write the figures here")
+    parser.add_argument("--apart", action="store_true", help="start no row before the one before has ended")
     parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--waits", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--check", action="store_true", help="only compare gradients")
     options, extra = parser.parse_known_args()
     if options.one:
         from src.device import global_rank
 
+        if options.waits and "LOCAL_RANK" not in os.environ:  # other ranks are started when it is their turn
+            wait_for_turn()
         result = run_row(ROWS[options.one], options.steps, options.strategy, extra, options.documents)
         if global_rank() == 0:
             print("RESULT " + json.dumps(result))
@@ -375,19 +382,47 @@ def main() -> None:
     for strategy in options.strategy.split(","):
         print(f"\n{strategy}, nf4, bf16, median of {options.steps - 2} steps after 2\n", flush=True)
         print("| work | s/step | tokens/s | peak GiB | used GiB | load s |\n|---|---|---|---|---|---|", flush=True)
-        for name in options.rows:
-            command = [sys.executable, __file__, "--one", name, "--steps", str(options.steps)]
-            command += ["--strategy", strategy, "--documents", options.documents, *extra]
-            done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
-            lines = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
+        tail = ["--steps", str(options.steps), "--strategy", strategy, "--documents", options.documents, *extra]
+        commands = [[sys.executable, __file__, "--one", name, *tail] for name in options.rows]
+        for name, (out, err) in zip(options.rows, in_turn(commands, apart=options.apart), strict=True):
+            lines = [line for line in out.splitlines() if line.startswith("RESULT ")]
             if not lines:
-                print(f"{name} failed:\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}", file=sys.stderr)
+                print(f"{name} failed:\n{out[-2000:]}\n{err[-3000:]}", file=sys.stderr)
                 continue
             row = results.setdefault(strategy, {})[name] = json.loads(lines[0][7:])
             print(name, row, file=sys.stderr, flush=True)
             print(_line(" ".join([ROWS[name].title, *extra]), row), flush=True)
             if options.json:
                 Path(options.json).write_text(json.dumps(results))
+
+
+def in_turn(commands: Sequence[Sequence[str]], *, apart: bool) -> Iterator[tuple[str, str]]:
+    """Standard output and error of each command of this script, which has the GPU to itself.
+
+    Args:
+        commands: with `--one`.
+        apart: not to start any before the one before it has ended; else one imports meanwhile, and waits.
+    """
+    ahead: list[subprocess.Popen[str]] = []
+    try:
+        for number in range(len(commands)):
+            for command in commands[number + len(ahead) : number + (1 if apart else 2)]:
+                pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+                ahead.append(subprocess.Popen([*command, "--waits"], cwd=REPOSITORY, text=True, **pipes))  # type: ignore[call-overload]
+            yield ahead[0].communicate("\n")
+            del ahead[0]
+    finally:
+        for process in ahead:
+            process.kill()
+
+
+def wait_for_turn() -> None:
+    """Imports what a row needs but what looks at GPUs, then waits for a line."""
+    import src.training.fitting
+    import src.training.run  # noqa: F401
+
+    if not sys.stdin.readline():
+        sys.exit("nobody waits for this row any more")
 
 
 def _line(title: str, row: Mapping[str, float]) -> str:

@@ -1,10 +1,11 @@
 """Rows of `tests/bench/bench_step.py`, which only a GPU can time: each is a command that the program takes."""
 
 import argparse
+import sys
 from pathlib import Path
 
 import pytest
-from bench.bench_step import ROWS, SETS, flags_of, names_of
+from bench.bench_step import ROWS, SETS, flags_of, in_turn, names_of
 
 from src.adapters.method import method_of
 from src.cli import given_train_flags
@@ -38,3 +39,19 @@ def test_other_flags_take_the_place_of_a_row_s(tmp_path: Path) -> None:
     flags = flags_of(ROWS["lora-7b-8bit"], tmp_path, 3, "auto", ["--optim", "adam"])
     assert flags[-4:-2] == ["--optim", "adam"]
     assert flags.count("--optim") == 1
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_one_row_has_the_gpu_at_a_time(apart: bool, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    script = (
+        "import sys; name = sys.argv[1]; say = lambda word: print(word, name, file=open(sys.argv[2], 'a', 1)); "
+        "say('begins'); sys.stdin.readline(); say('turn'); print(name); say('ends')"
+    )
+    commands = [[sys.executable, "-c", script, name, str(log)] for name in "abc"]
+    assert [out.strip() for out, _ in in_turn(commands, apart=apart)] == ["a", "b", "c"]
+    events = log.read_text().splitlines()
+    if not apart:
+        events = [event for event in events if not event.startswith("begins")]
+    of_each = ("begins", "turn", "ends") if apart else ("turn", "ends")
+    assert events == [f"{event} {name}" for name in "abc" for event in of_each]
