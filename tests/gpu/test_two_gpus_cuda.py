@@ -1,6 +1,7 @@
 """Two GPUs of one machine against one that accumulates: the same steps, each rank with packed weights of its own."""
 
 import signal
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -68,10 +69,13 @@ def run(files: Path, name: str, method: str, *words: object) -> tuple[torch.Tens
 def test_every_stage_gives_one_result(method: str, files: Path) -> None:
     """The saved files key by key: names, dtypes, values."""
     stages = ("1", "2", "2_offload", "3", "3_offload")
-    found = {
-        stage: run(files, stage, method, "--epoch_count", 3, "--devices", 2, "--strategy", f"deepspeed_stage_{stage}")
-        for stage in stages
-    }
+
+    def of_stage(stage: str) -> tuple[torch.Tensor, list[dict[str, float]], str]:
+        words = ("--epoch_count", 3, "--devices", 2, "--strategy", f"deepspeed_stage_{stage}")
+        return run(files, stage, method, *words)
+
+    with ThreadPoolExecutor() as pool:  # a run is ten seconds of imports and one of steps
+        found = dict(zip(stages, pool.map(of_stage, stages), strict=True))
     one = torch.load(files / "1" / "rwkv-final.pth", weights_only=True)
     for stage in stages[1:]:
         other = torch.load(files / stage / "rwkv-final.pth", weights_only=True)
@@ -84,8 +88,10 @@ def test_every_stage_gives_one_result(method: str, files: Path) -> None:
 
 @pytest.mark.parametrize("method", ["states", "lora", "lisa", "lisa, 8 bits, parked"])
 def test_two_devices_take_the_steps_of_one_that_accumulates(method: str, files: Path) -> None:
-    one, one_lines, _ = run(files, "one", method, "--epoch_count", 3, "--accumulate_grad_batches", 2)
-    two, two_lines, out = run(files, "two", method, "--epoch_count", 3, "--devices", 2)
+    with ThreadPoolExecutor() as pool:
+        of_one = pool.submit(run, files, "one", method, "--epoch_count", 3, "--accumulate_grad_batches", 2)
+        two, two_lines, out = run(files, "two", method, "--epoch_count", 3, "--devices", 2)
+        one, one_lines, _ = of_one.result()
     assert [line["lr"] for line in two_lines] == [line["lr"] for line in one_lines]
     for name in ("loss", "grad_norm"):
         values, expected = ([line[name] for line in lines] for lines in (two_lines, one_lines))
