@@ -190,8 +190,9 @@ def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> 
     """Of what is trained at a time: values, gradients, moments, and gradients that recordings keep for themselves.
 
     An engine adds fp32 masters and gradients, of which each rank has its share (in stage 3 a few at a time), and shares
-    more by its stage. Updates tensor by tensor need in passing what one tensor does, unless a kernel makes them. Those
-    in the backward have the gradients of one layer at a time; of chunks, which add gradients up, those of all.
+    more by its stage; unless it is stage 3, it strings 16-bit gradients of a share together before it widens them.
+    Updates tensor by tensor need in passing what one tensor does, unless a kernel makes them. Those in the backward
+    have the gradients of one layer at a time; of chunks, which add gradients up, those of all.
     """
     moments = moment_bytes(config.optim)
     sizes = {**shape.parameter_shapes(), **shape.state_shapes()}
@@ -208,7 +209,8 @@ def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> 
         handed_out = 0 if leaves_gradients(config, method) and not config.chunk_ctx else 4
         return count * (width + 4 + moments + handed_out)
     offloaded = config.strategy.endswith("offload")
-    shared = (0 if offloaded else 4 + moments) + (0 if _stage(config) == 3 else 4)
+    strung = 2 if narrow and not offloaded else 0
+    shared = (0 if offloaded else 4 + moments) + (0 if _stage(config) == 3 else 4 + strung)
     gradients_by, weights_by = (ranks if stage <= _stage(config) else 1 for stage in (2, 3))
     return math.ceil(count * (width / weights_by + width / gradients_by + shared / ranks))
 
