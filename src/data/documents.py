@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from src.errors import DataError
+from src.output import plural_of
 
 Tokens = npt.NDArray[np.integer[Any]]
 Positions = npt.NDArray[np.int64]
@@ -130,7 +131,8 @@ class Documents:
             )
         chosen = replace(self, stream_counted=stream_counted)
         without = int((chosen.counted_targets(int(self.sizes.max())) == 0).sum())
-        said = [f"{without} of {len(self)} {self.unit}s hold nothing that the loss is taken on."] if without else []
+        units = plural_of(self.unit)
+        said = [f"{without} of {len(self)} {units} hold nothing that the loss is taken on."] if without else []
         return replace(chosen, statements=(*self.statements, *statements, *said))
 
     def __len__(self) -> int:

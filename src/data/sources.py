@@ -20,7 +20,7 @@ from src.data.templates import CHAT_TEMPLATES
 from src.data.text import generated_documents, read_entries, read_text
 from src.data.turns import answers_in, speakers_in
 from src.errors import DataError
-from src.output import several
+from src.output import plural_of, several
 from src.tokenizer import Decoder, decoder_for_vocabulary, tokenizer_for_vocabulary
 
 _LOOKED_FOR = "files are taken whose names end in .jsonl, .json, .csv, .tsv, .parquet, .txt (packed or not) or .idx"
@@ -162,8 +162,8 @@ def _unmasked_answers(documents: Documents, vocab_size: int) -> list[str]:
     if answered < _LEAST_ANSWERED * len(probed):
         return []
     return [
-        f"{answered} of {len(probed)} {documents.unit}s looked at are conversations: --loss_mask qa takes the loss on "
-        "their answers only."
+        f"{answered} of {len(probed)} {plural_of(documents.unit)} looked at are conversations: --loss_mask qa takes "
+        "the loss on their answers only."
     ]
 
 

@@ -31,7 +31,7 @@ from src.device import global_rank
 from src.errors import DataError
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
-from src.output import several
+from src.output import plural_of, several
 from src.schedule import Schedule
 from src.tokenizer import Tokenizer, tokenizer_for_vocabulary
 from src.training.evaluation import HeldOut, held_out_comparison, held_out_loss, held_out_preference
@@ -164,7 +164,7 @@ def _text_held_out_lines(config: TrainConfig, held_out: Documents, training: Doc
     if training is not None:
         shared = shared_documents(held_out, training)
         where = f"in --data_file {config.data_file}"
-        said = (*said, *overlap_statements(shared, len(held_out), f"{held_out.unit}s", where))
+        said = (*said, *overlap_statements(shared, len(held_out), plural_of(held_out.unit), where))
     return [f"held out   {config.val_file}: {amount}", *(f"           {statement}" for statement in said)]
 
 

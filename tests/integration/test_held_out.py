@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def test_overlaps_are_said(files: Path, tmp_path: Path) -> None:
     assert "warning: 3 of 5 held-out documents are in --data_file" in ended.out
     others = write_documents(tmp_path / "others", [10, 11, 12], seed=1)
     assert "too: of these" not in train(tmp_path / "none", **given(files, val_file=others, epoch_steps=1)).out
+    entries = tmp_path / "entries.json"
+    entries.write_text(json.dumps([{"prompt": f"{n}", "response": f"{n + 1}"} for n in range(4)]), encoding="utf-8")
+    tiny_checkpoint(tmp_path / "bytes.pth", vocab_size=257)
+    own = {"load_model": tmp_path / "bytes.pth", "data_file": entries, "val_file": entries}
+    ended = train(tmp_path / "entries", **{**given(files, epoch_steps=1), **own})
+    assert "warning: 4 of 4 held-out entries are in --data_file" in ended.out
     pairs = files / "pairs.save"
     ended = train(tmp_path / "pairs", **given(files, orpo=1, rlhf_train_file=pairs, val_file=pairs, epoch_steps=1))
     assert "warning: 20 of 20 held-out pairs are on prompts of --rlhf_train_file" in ended.out
