@@ -31,7 +31,15 @@ from src.training.estimate import Largest, MemoryEstimate, estimate_memory, larg
 from src.training.graphs import may_record, may_record_chunks
 from src.training.memory import chunk_that_fits, require_memory_of_run
 from src.training.report import memory_advice, plan_of, say
-from src.training.run import choose_recomputation, fresh_base, load_options, model_shape, turns_of, with_seed
+from src.training.run import (
+    choose_recomputation,
+    chunk_instead,
+    fresh_base,
+    load_options,
+    model_shape,
+    turns_of,
+    with_seed,
+)
 from src.training.trial import Trial, try_steps
 from src.training.unpacked import free_bytes
 from src.training.work import Work, epochs_of, make_schedule, prepare_work
@@ -132,7 +140,7 @@ def examine(config: TrainConfig) -> Examined:
     problem = ""
     say()
     try:
-        with without_memory(lambda: memory_advice(config, method, hardware)):
+        with without_memory(lambda: memory_advice(config, method, hardware, chunk_instead(config, method, hardware))):
             tried = _try(config, method, hardware, shape, work)
     except TrainingError as error:
         problem = str(error)

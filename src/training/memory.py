@@ -252,7 +252,12 @@ def recorded_bytes(config: TrainConfig, method: Method, shape: ModelShape, rows:
 
 
 def chunk_that_fits(
-    config: TrainConfig, method: Method, shape: ModelShape, device: torch.device, compute_dtype: torch.dtype
+    config: TrainConfig,
+    method: Method,
+    shape: ModelShape,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    own_bytes: int = 0,
 ) -> int:
     """What `--chunk_ctx auto` is: the most tokens of a chunk, a power of two, or 0 where whole rows fit.
 
@@ -267,6 +272,7 @@ def chunk_that_fits(
         shape: of the model, which is not loaded yet.
         device: where the run computes.
         compute_dtype: of activations and frozen weights.
+        own_bytes: taken by a run of these flags that is over, and free for the next one.
 
     Raises:
         ConfigError: not even the smallest chunk fits.
@@ -288,7 +294,7 @@ def chunk_that_fits(
     of_chunk = [nothing] if config.chunk_keep == "inputs" else kept[config.grad_cp]
     of_memory = shape.memory_bytes(compute_dtype.itemsize)
     waiting = of_memory if config.chunk_keep == "device" else 0
-    free = _SHARE_OF_FREE * free_bytes(device)
+    free = _SHARE_OF_FREE * (free_bytes(device) + own_bytes)
     if device.type == "cuda" and config.memory_gib:
         free = min(free, config.memory_gib * 2**30)
     model = _model_bytes(config, method, shape, compute_dtype) + _WORKING_BYTES

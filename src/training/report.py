@@ -182,8 +182,15 @@ def summary_of(config: TrainConfig, method: Method, result: RunResult, monitor: 
     return "\n".join(lines)
 
 
-def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> str:
-    """One sentence for a device that is full: its size and the three cheapest changes, in order."""
+def memory_advice(config: TrainConfig, method: Method, hardware: Hardware, fitting_chunk: int = 0) -> str:
+    """One sentence for a device that is full: its size and the three cheapest changes, in order.
+
+    Args:
+        config: the flags that were too much for it.
+        method: what is trained.
+        hardware: the device.
+        fitting_chunk: tokens of a chunk that fits by the estimate; 0: not known, half of what did not fit is named.
+    """
     total_bytes = memory_bytes(hardware.device)
     whose = "memory" if total_bytes is None else f"its {total_bytes / 2**30:.1f} GiB"
     name = "GPU" if hardware.on_gpu else "machine"
@@ -208,7 +215,8 @@ def memory_advice(config: TrainConfig, method: Method, hardware: Hardware) -> st
         changes.append("--quant_head 1")
     longest = 2 * config.rlhf_max_corpus_len if config.preference else config.ctx_len
     if not config.offload_activations and config.chunk_ctx >= 0 and (config.chunk_ctx or longest) > 1:
-        changes.append(f"--chunk_ctx {(config.chunk_ctx or longest) // 2}")
+        half = (config.chunk_ctx or longest) // 2
+        changes.append(f"--chunk_ctx {min(fitting_chunk or half, half)}")
     if config.chunk_ctx and config.chunk_keep == "device" and hardware.on_gpu:
         changes.append("--chunk_keep host")
     if config.grad_cp == 1 and not (config.offload_activations or config.chunk_ctx) and hardware.on_gpu:

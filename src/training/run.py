@@ -26,7 +26,7 @@ from src.config import TrainConfig, run_file
 from src.config.chunks import AS_MANY_AS_FIT
 from src.config.recognition import files_of
 from src.device import global_rank, spare_threads, without_memory
-from src.errors import CheckpointError, ConfigError
+from src.errors import CheckpointError, ConfigError, UserError
 from src.identity import FileIdentity
 from src.loading import LoadOptions, open_model
 from src.model.architectures import FRESH, named
@@ -34,6 +34,7 @@ from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
 from src.ops.kernels import compile_ahead
 from src.scratch import Scratch
+from src.system import process_bytes
 from src.training import lightning
 from src.training.console import warn
 from src.training.engine import Hardware, apply_hardware, resolve_hardware
@@ -100,7 +101,7 @@ def train(config: TrainConfig) -> RunResult:
         method = method_of(config)
         lightning.begin()
         apply_hardware(hardware, config, small_messages=method.small)
-        with without_memory(lambda: memory_advice(config, method, hardware)):
+        with without_memory(lambda: memory_advice(config, method, hardware, chunk_instead(config, method, hardware))):
             return _train(config, method, hardware, saved, held)
 
 
@@ -325,6 +326,15 @@ def _check_room(folder: Path, needed_bytes: int) -> None:
             f"--proj_dir {folder} has {free_bytes / 2**20:.2f} MiB free and one checkpoint takes "
             f"{needed_bytes / 2**20:.2f}: choose another folder or free some space"
         )
+
+
+def chunk_instead(config: TrainConfig, method: Method, hardware: Hardware) -> int:
+    """The `--chunk_ctx` with which a run would have fitted that ran out of memory; 0 where that cannot be said."""
+    with contextlib.suppress(UserError, RuntimeError):  # of a device that answers nothing any more
+        shape = model_shape(config, open_checkpoint(config.load_model) if config.load_model else None)
+        own = torch.cuda.memory_allocated(hardware.device) if hardware.on_gpu else process_bytes()[0]
+        return chunk_that_fits(config, method, shape, hardware.device, hardware.compute_dtype, own)
+    return 0
 
 
 def model_shape(config: TrainConfig, base: Checkpoint | None) -> ModelShape:

@@ -17,7 +17,7 @@ from src.data.preferences import PreferencePair
 from src.errors import ConfigError, TrainingError
 from src.loading import LoadOptions, build_model
 from src.model.recompute import Recompute
-from src.training import run
+from src.training import memory, run
 from src.training.engine import Hardware
 from src.training.objectives import PreferenceObjective
 from src.training.report import _course, _in_chunks, memory_advice
@@ -164,6 +164,23 @@ class TestMemoryAdvice:
         chosen = config(data, **flags)
         advice = memory_advice(chosen, method_of(chosen), hardware)
         assert advice == f"the GPU ran out of its 8.0 GiB; the cheapest ways out: {', or '.join(expected)}"
+
+    def test_a_chunk_that_is_named_fits(self, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By the estimate of `--chunk_ctx auto`, with what the run that ran out had taken."""
+        tiny_checkpoint(tmp_path / "base.pth")
+        hardware = Hardware(torch.device("cpu"), "fp32", "single")
+        chosen = config(data, load_model=tmp_path / "base.pth", ctx_len=2**20, quant=0, accelerator="cpu")
+        method = method_of(chosen)
+        found = []
+        for free, taken in ((1.0, 0), (0.75, 2**28), (1.0, 2**30)):
+            monkeypatch.setattr(memory, "free_bytes", lambda device, free=free: free * 2**30)
+            monkeypatch.setattr(run, "process_bytes", lambda taken=taken: (taken, taken))
+            found.append(run.chunk_instead(chosen, method, hardware))
+        assert 128 <= found[0] == found[1] < found[2] < 2**19
+        assert f"--chunk_ctx {found[0]}, or" in memory_advice(chosen, method, hardware, found[0])
+        assert f"--chunk_ctx {2**19}, or" in memory_advice(chosen, method, hardware, 2**20), "less than did not fit"
+        absent = config(data, load_model=tmp_path / "absent.pth")
+        assert run.chunk_instead(absent, method, hardware) == 0
 
 
 @pytest.mark.parametrize("place", ["run.open_model", "run._evaluate", "fitting.fit"])
