@@ -35,6 +35,7 @@ _SIZES = {"P": 8, "Q": 8, "q": 8, "d": 8, "i": 4, "I": 4, "f": 4, "?": 1}
 _SHARED_WITHOUT_ASKING = 48 * 1024
 _MAX_DYNAMIC_SHARED_SIZE_BYTES = 8  # of CUfunction_attribute
 _INVALID_CONTEXT = 201
+SLOWER = "a step of a 1.6B model took 1.05 s on an H200 before there were kernels, and takes 0.026 s with all of them."
 
 Argument = Tensor | int | float | bool | None
 Size = int | tuple[int, int] | tuple[int, int, int]
@@ -282,6 +283,8 @@ def compile_ahead(kernels: Iterable[Kernel], device: torch.device) -> None:
 def usable(kernels: tuple[Kernel, ...], device: torch.device, instead: str) -> bool:
     """Whether these kernels can be called on this GPU; where they cannot, one warning says why.
 
+    What keeps all kernels from being compiled is said once, whoever asks.
+
     Args:
         kernels: all are compiled and loaded now.
         device: a GPU.
@@ -295,12 +298,21 @@ def _usable(kernels: tuple[Kernel, ...], index: int, instead: str) -> bool:
     try:
         for kernel in kernels:
             kernel.compile(index)
+    except KernelError as error:
+        _warn_of_all(str(error))
+        return False
+    try:
         for kernel in kernels:
             kernel.load(index)
     except KernelError as error:
         warnings.warn(f"{error}. {instead}", stacklevel=5)
         return False
     return True
+
+
+@functools.cache
+def _warn_of_all(reason: str) -> None:
+    warnings.warn(f"{reason}. Torch's own operations are used instead, which are slower: {SLOWER}", stacklevel=7)
 
 
 def _index_of(device: torch.device) -> int:
