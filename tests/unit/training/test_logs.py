@@ -196,6 +196,16 @@ class TestWandb:
         assert second["kt/s"] == pytest.approx(100 / 0.25 / 1000)
         assert reachable.finished == 1
 
+    def test_what_is_measured_on_held_out_data(self, reachable: FakeWandb) -> None:
+        sink = WandbSink(config(wandb="p"), "run")
+        sink.held_out(HeldOutLog(0, {"overall": 2.0}, "", best=False, label="untuned"))
+        sink.step(step_log(1))
+        sink.held_out(HeldOutLog(1, {"overall": 1.5, "accuracy": 0.75}, "", best=True))
+        sink.close()
+        first, _, last = reachable.logged
+        assert first == ({"held_out/overall": 2.0}, 0)
+        assert last == ({"held_out/overall": 1.5, "held_out/accuracy": 0.75}, 1)
+
     def test_a_project_of_an_entity(self, reachable: FakeWandb) -> None:
         WandbSink(config(wandb="me/mine"), "run").close()
         (options,) = reachable.started
