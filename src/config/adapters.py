@@ -21,8 +21,10 @@ from src.config.flags import (
     Flags,
     Given,
     Lines,
+    WrittenNumber,
     flag,
     limit_problem,
+    lost_number,
     names_in,
     parsed_json,
     shortened,
@@ -175,7 +177,7 @@ def _read_json(name: str, text: str) -> tuple[dict[str, Any], list[str]]:
     if not text:
         return dict(defaults), []
     try:
-        content, twice = parsed_json(text)
+        content, twice = parsed_json(text, as_written=True)
     except (ValueError, RecursionError) as error:
         return dict(defaults), [
             f"--{name} {shortened(text)} is no JSON ({error}): write it as '{json.dumps(defaults)}'"
@@ -191,11 +193,11 @@ def _read_json(name: str, text: str) -> tuple[dict[str, Any], list[str]]:
         kind: Any = type(defaults[key])
         if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else kind):
             named = {str: "a text", int: "a whole number", float: "a number"}[kind]
-            problems.append(f"--{name}: {key} is {shortened(json.dumps(value))}, expected {named}")
+            problems.append(f"--{name}: {key} is {_shown(value)}, expected {named}")
         elif key in ("mode", "bone_mode") and value not in ("bone", "bat"):
             problems.append(f"--{name}: {key} {shortened(str(value))!r} is unknown: use one of bone, bat")
         elif problem := _limit_problem(key, value):
-            problems.append(f"--{name}: {key} {shortened(json.dumps(value))} {problem}")
+            problems.append(f"--{name}: {key} {_shown(value)} {problem}")
         else:
             values[key] = kind(value)
     return values, problems
@@ -209,7 +211,19 @@ def _keys_in(text: str) -> set[str]:
     return set()
 
 
+def _shown(value: Any) -> str:
+    """A value of a JSON object, as it was written there."""
+    return shortened(value.text if isinstance(value, WrittenNumber) else json.dumps(value))
+
+
 def _limit_problem(key: str, value: Any) -> str:
     """What the plain flag of a JSON key would not take, as the end of a sentence."""
     spec = AdapterFlags.__dataclass_fields__.get("load_adapter" if key == "pissa_init" else _PLAIN.get(key, key))
-    return "" if spec is None else limit_problem(spec, value)
+    if spec is None:
+        return ""
+    if problem := limit_problem(spec, value):
+        return problem
+    if isinstance(value, WrittenNumber) and not value and (problem := lost_number(value.text)):
+        return problem
+    rule = spec.metadata["must"]
+    return rule.words if rule and not rule.holds(value) else ""

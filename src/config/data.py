@@ -118,13 +118,13 @@ class DataFlags(Flags, group="data"):
             yield f"--loss_mask se needs --mask_id, the two texts it takes the loss between: '{_MASK_EXAMPLE}'"
         if self.epoch_begin >= self.epoch_count:
             yield (
-                f"--epoch_begin {self.epoch_begin} leaves nothing to train with --epoch_count {self.epoch_count}: "
+                f"{self._seen('epoch_begin', given)} leaves nothing to train with {self._seen('epoch_count', given)}: "
                 "epochs are numbered from epoch_begin to epoch_count - 1"
             )
         if self.dataload == "get" and not self.data_shuffle:
             yield "--data_shuffle 0 has no meaning with --dataload get, which takes windows anywhere: use pad or pack"
         if self.dataload == "only" and self.micro_bsz > 1:
-            yield f"--dataload only gives rows of unequal length: --micro_bsz {self.micro_bsz} must be 1"
+            yield f"--dataload only gives rows of unequal length: {self._seen('micro_bsz', given)} must be 1"
 
     def _remarks(self) -> Lines:
         if self.mask_id and self.loss_mask != "se":

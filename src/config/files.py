@@ -107,7 +107,7 @@ class FileFlags(Flags, group="files"):
         if self.data_type == "dummy" and self.val_file:
             yield "--val_file has no meaning with --data_type dummy: leave one of them out"
         if self.val_file and self.val_share:
-            yield f"--val_file and --val_share {self.val_share:g} both say what is held out: leave one of them out"
+            yield f"--val_file and {self._seen('val_share', given)} both say what is held out: leave one of them out"
         if problem := mixes_in(self.mix)[1]:
             yield f"--mix {shortened(self.mix)} {problem}"
         if self.mix and self.data_type == "dummy":

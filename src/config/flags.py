@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import Field, dataclass, field
@@ -163,7 +165,7 @@ class Flags:
             if spec.metadata["only_with"] and value != spec.default:
                 switch, on = spec.metadata["only_with"]
                 if getattr(self, switch) != on:
-                    lines.append(f"--{spec.name} {value} has no effect without --{switch} {on}")
+                    lines.append(f"{self._seen(spec.name, {})} has no effect without --{switch} {on}")
         return lines
 
     @classmethod
@@ -176,13 +178,19 @@ class Flags:
         return self
 
     def _problems(self, given: Given) -> list[str]:
-        ruled = [(spec.name, getattr(self, spec.name), spec.metadata["must"]) for spec in dataclasses.fields(self)]
+        ruled = [(spec.name, spec.metadata["must"]) for spec in dataclasses.fields(self)]
         lines = [
-            f"--{name} {shortened(str(value))} {rule.words}"
-            for name, value, rule in ruled
-            if rule and not rule.holds(value)
+            f"{self._seen(name, given)} {rule.words}"
+            for name, rule in ruled
+            if rule and not rule.holds(getattr(self, name))
         ]
         return lines + self._asked_of_all("_contradictions", given)
+
+    def _seen(self, name: str, given: Given) -> str:
+        """A flag with its value for a sentence: as it was typed, or as other flags or the defaults say it."""
+        value = getattr(self, name)
+        plain = f"{value:g}" if isinstance(value, float) else f"{value}"
+        return f"--{name} {shortened(given[name].strip() if name in given else plain)}"
 
     def _asked_of_all(self, question: str, *arguments: Any) -> list[str]:
         """The lines that every subject, and at last the configuration, has to a question."""
@@ -208,7 +216,7 @@ def _typed(spec: Field[Any], text: str) -> Any:
     choices = spec.metadata["choices"]
     if choices and value not in choices:
         allowed = ", ".join(str(choice) for choice in choices if choice != -1)
-        shown = shortened(str(value))
+        shown = shortened(text)
         shown = shown if shown.isprintable() else repr(shown)  # a line break would tear the sentence
         raise ConfigError(f"--{spec.name} {shown} is unknown: use one of {allowed}")
     return value
@@ -230,11 +238,28 @@ def _number(spec: Field[Any], text: str) -> int | float:
         digits = text.strip().lstrip("+-")
         if not (digits.isascii() and digits.isdecimal()):
             named = {int: "a whole number", float: "a number"}[kind]
-            raise ConfigError(f"--{spec.name} {shortened(text)!r} is not {named}") from None
+            raise ConfigError(f"--{spec.name} {shortened(text)!r} is not {named}{_whole(text)}") from None
         value = math.inf  # more digits than Python reads
-    if problem := limit_problem(spec, value):
-        raise ConfigError(f"--{spec.name} {shortened(text)} {problem}")
+    problem = limit_problem(spec, value) or ("" if value else lost_number(text))
+    if problem:
+        raise ConfigError(f"--{spec.name} {shortened(text.strip())} {problem}")
     return value
+
+
+def _whole(text: str) -> str:
+    """How a whole number that is written as another kind of number has to be written, as the end of a sentence."""
+    for kind, argument in ((float, ()), (int, (0,))):
+        with contextlib.suppress(ValueError, OverflowError):
+            number = kind(text, *argument)
+            if text.isascii() and number == int(number) and abs(number) <= LARGEST[int]:
+                return f": write {int(number)}"
+    return ""
+
+
+def lost_number(text: str) -> str:
+    """What is wrong with a text that was read as 0, as the end of a sentence; "" if it says 0."""
+    mantissa = re.split("[eE]", text, maxsplit=1)[0]
+    return "is too close to 0: take 0, or a larger number" if re.search("[1-9]", mantissa) else ""
 
 
 def limit_problem(spec: Field[Any], value: float | str) -> str:
@@ -286,8 +311,23 @@ def path_problem(text: str, path: str) -> str:
     return ""
 
 
-def parsed_json(text: str) -> tuple[Any, list[str]]:
+class WrittenNumber(float):
+    """A number of a JSON text that knows how it was written there."""
+
+    def __new__(cls, text: str) -> WrittenNumber:
+        number = super().__new__(cls, text)
+        number.text = text
+        return number
+
+    text: str
+
+
+def parsed_json(text: str, *, as_written: bool = False) -> tuple[Any, list[str]]:
     """What a JSON text holds, and the keys that it gives twice.
+
+    Args:
+        text: JSON.
+        as_written: numbers that are no whole ones are `WrittenNumber`s.
 
     Raises:
         ValueError: it is no JSON.
@@ -301,7 +341,8 @@ def parsed_json(text: str) -> tuple[Any, list[str]]:
             twice.extend(key for key, times in Counter(key for key, _ in pairs).items() if times > 1)
         return content
 
-    return json.loads(text, object_pairs_hook=unique), twice
+    kind = WrittenNumber if as_written else None
+    return json.loads(text, object_pairs_hook=unique, parse_float=kind, parse_constant=kind), twice
 
 
 def shortened(text: str) -> str:

@@ -26,10 +26,11 @@ def mixes_in(text: str) -> tuple[tuple[MixedShare, ...], str]:
     found = list(_matches(text))
     if not found or found[-1].end() != len(text):
         return (), "is not understood: write FILE:SHARE for each, as in other.jsonl:0.2"
+    for match in found:
+        if not 0 < float(match["share"]) < 1:
+            given = f"gives {shortened(match['path'])} the share {shortened(match['share'])}"
+            return (), f"{given}: it must be above 0 and below 1"
     mixes = tuple(MixedShare(match["path"], float(match["share"])) for match in found)
-    wrong = next((mix for mix in mixes if not 0 < mix.share < 1), None)
-    if wrong is not None:
-        return (), f"gives {shortened(wrong.path)} the share {wrong.share:g}: it must be above 0 and below 1"
     total = sum(mix.share for mix in mixes)
     if total > _MOST:
         return (), f"leaves {1 - total:.3g} of the documents to the training data: lower the shares"

@@ -53,10 +53,10 @@ class OptimizerFlags(Flags, group="optimizer"):
 
     def _contradictions(self, given: Given) -> Lines:
         if self.optim == "adam" and self.weight_decay:
-            yield f"--weight_decay {self.weight_decay:g} is AdamW's: use --optim adamw, or leave --optim out"
+            yield f"{self._seen('weight_decay', given)} is AdamW's: use --optim adamw, or leave --optim out"
         if self.my_exit_tokens and self.lr_schedule != "exp":
             yield (
-                f"--my_exit_tokens {self.my_exit_tokens} brings a cosine of its own: leave --lr_schedule "
+                f"{self._seen('my_exit_tokens', given)} brings a cosine of its own: leave --lr_schedule "
                 f"{self.lr_schedule} out"
             )
 

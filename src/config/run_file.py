@@ -30,7 +30,7 @@ def read_flags(path: str) -> dict[str, str]:
             content = file.read(_LARGEST_BYTES + 1)
         if len(content) > _LARGEST_BYTES:
             raise ConfigError(f"--config {path} has more than {_LARGEST_BYTES:,} bytes: name a file of flags")
-        values = tomllib.loads(content.decode("utf-8"))
+        values = tomllib.loads(content.decode("utf-8"), parse_float=str)
     except OSError as error:
         raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
     # Too many digits and too many brackets are failures of Python's, not TOML's.

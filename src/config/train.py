@@ -134,7 +134,7 @@ class TrainConfig(
 
     def _contradictions(self, given: Given) -> Lines:
         if self.my_exit < self.epoch_begin < self.epoch_count:
-            yield f"--my_exit {self.my_exit} lies before --epoch_begin {self.epoch_begin}: raise it"
+            yield f"{self._seen('my_exit', given)} lies before {self._seen('epoch_begin', given)}: raise it"
         if self.random_seed == -1 and self.processes > 1:
             yield "--random_seed -1 would draw one for each GPU, and all need the same: give a number"
         if self.method == "full":
@@ -148,25 +148,25 @@ class TrainConfig(
             yield f"--load_model is missing: {what} needs a base model (.pth)"
         if self.fused_update and self.accumulate_grad_batches > 1:
             yield (
-                "--fused_update 1 uses each gradient up at once, and --accumulate_grad_batches "
-                f"{self.accumulate_grad_batches} adds several: use --micro_bsz, or --fused_update 0"
+                "--fused_update 1 uses each gradient up at once, and "
+                f"{self._seen('accumulate_grad_batches', given)} adds several: use --micro_bsz, or --fused_update 0"
             )
         if self._has_two_rates and self.lr_state and not self.lr_init:
-            yield f"--lr_state {self.lr_state:g} moves as the other rate does, and --lr_init is 0: raise it"
+            yield f"{self._seen('lr_state', given)} moves as the other rate does, and --lr_init is 0: raise it"
         if self.val_steps and not self.holds_out:
             yield (
-                f"--val_steps {self.val_steps} has nothing to measure: give held-out data with --val_file, or hold "
+                f"{self._seen('val_steps', given)} has nothing to measure: give held-out data with --val_file, or hold "
                 "some out with --val_share 0.05"
             )
         if self.val_share and self.dataload == "get":
             yield (
-                f"--val_share {self.val_share:g} holds documents out, and --dataload get takes windows anywhere: "
+                f"{self._seen('val_share', given)} holds documents out, and --dataload get takes windows anywhere: "
                 "use pack or pad"
             )
         if self.early_stop and not self.val_steps:
-            yield f"--early_stop {self.early_stop} counts measurements of --val_steps, which is 0: give it, too"
+            yield f"{self._seen('early_stop', given)} counts measurements of --val_steps, which is 0: give it, too"
         if self.sample_steps and not self.sample_prompts:
-            yield f"--sample_steps {self.sample_steps} has nothing to answer: give a file of prompts, --sample_prompts"
+            yield f"{self._seen('sample_steps', given)} has nothing to answer: give a file of prompts, --sample_prompts"
         if self.preference and "dataload" in given:
             yield f"--dataload has no meaning with --{self.preference} 1: pairs are packed on their own"
         for name in ("loss_mask", "mask_id", "preview", "template", "mix"):
@@ -191,7 +191,7 @@ class TrainConfig(
                 f"--{name} belongs to entries, and --data_file {shortened(self.data_file)} is {self.data_type}: "
                 "leave it out"
             )
-        yield from self._chunk_contradictions()
+        yield from self._chunk_contradictions(given)
         if self.strategy.startswith("deepspeed_stage_3") and self.quantised:
             yield (
                 f"--strategy {self.strategy} shards every weight, which packed weights cannot take: use "
@@ -200,7 +200,7 @@ class TrainConfig(
 
         if self.strategy.startswith("deepspeed_stage_3") and self.chunk_ctx:
             yield (
-                f"--chunk_ctx {self.chunk_ctx} computes layers again apart from the calls around which --strategy "
+                f"{self._seen('chunk_ctx', given)} computes layers again apart from the calls around which --strategy "
                 f"{self.strategy} gathers their weights: use deepspeed_stage_2"
             )
         if self.strategy.startswith("deepspeed_stage_3") and self.offload_activations:
@@ -222,14 +222,14 @@ class TrainConfig(
         if not self.load_model:
             yield "--evaluate 1 measures a model: name it with --load_model"
 
-    def _chunk_contradictions(self) -> Lines:
+    def _chunk_contradictions(self, given: Given) -> Lines:
         if self.preference:
             longest, what = 2 * self.rlhf_max_corpus_len, "prompt and answer of --rlhf_max_corpus_len"
             limit = self.rlhf_max_corpus_len
         else:
             longest, what, limit = self.ctx_len, "a row of --ctx_len", self.ctx_len
         if self.chunk_ctx > longest:
-            yield f"--chunk_ctx {self.chunk_ctx} is more than {what} {limit}, so it cuts nothing: lower it"
+            yield f"{self._seen('chunk_ctx', given)} is more than {what} {limit}, so it cuts nothing: lower it"
         if self.chunk_ctx and self.offload_activations:
             yield (
                 "--offload_activations 1 has no use with --chunk_ctx, which keeps the activations of one chunk only: "

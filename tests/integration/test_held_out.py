@@ -94,7 +94,7 @@ def test_overlaps_are_said(files: Path, tmp_path: Path) -> None:
     ("flags", "said"),
     [
         ({"val_share": 0.1, "val_file": "x"}, "--val_file and --val_share 0.1 both say what is held out"),
-        ({"val_share": 1}, "--val_share 1.0 must be at least 0 and below 1"),
+        ({"val_share": 1}, "--val_share 1 must be at least 0 and below 1"),
         ({"val_share": 0.1, "dataload": "get"}, "--val_share 0.1 holds documents out, and --dataload get"),
     ],
 )

@@ -38,7 +38,7 @@ def test_sampling_suits_reading() -> None:
             {"load_model": "m", "template": "mixed"},
             "--template mixed is unknown: use one of user, question, input, think, no-think, text",
         ),
-        ({"load_model": "m", "top_p": "2"}, "--top_p 2.0 must lie between 0 and 1"),
+        ({"load_model": "m", "top_p": "2"}, "--top_p 2 must lie between 0 and 1"),
         ({"load_model": "m", "quant": "fp8"}, "--quant fp8 is unknown: use one of none, nf4, fp4, 4bit, int8"),
     ],
 )

@@ -83,7 +83,7 @@ def test_all_problems_are_told_together_those_of_every_subject_and_of_the_whole(
     assert problem(apples="4", kind="green", bake="1", sugar="-1", minutes="x") == (
         "4 problems:\n"
         "  - --minutes 'x' is not a whole number\n"
-        "  - --sugar -1.0 must lie between 0 and 1\n"
+        "  - --sugar -1 must lie between 0 and 1\n"
         "  - --apples: too many green ones\n"
         "  - --kind is not seen with --bake 1"
     )
@@ -127,6 +127,31 @@ class TestNumbers:
     def test_what_is_no_number_of_this_world_is_refused_shortly(self, given: dict[str, str], message: str) -> None:
         assert message in problem(**given)
         assert len(problem(**given)) < 200
+
+    @pytest.mark.parametrize(
+        ("given", "message"),
+        [
+            ({"apples": "1e3"}, "--apples '1e3' is not a whole number: write 1000"),
+            ({"apples": "2.0"}, "--apples '2.0' is not a whole number: write 2"),
+            ({"apples": "0x10"}, "--apples '0x10' is not a whole number: write 16"),
+            ({"sugar": "0x1"}, "--sugar '0x1' is not a number: write 1"),
+            ({"apples": "1.5"}, "--apples '1.5' is not a whole number"),
+            ({"apples": "1e30"}, "--apples '1e30' is not a whole number"),
+            ({"apples": "inf"}, "--apples 'inf' is not a whole number"),
+            ({"apples": "-00_7"}, "--apples -00_7 must be at least 1"),
+            ({"sugar": "1.50"}, "--sugar 1.50 must lie between 0 and 1"),
+            ({"sugar": " 2 "}, "--sugar 2 must lie between 0 and 1"),
+            ({"sugar": "1.0000001"}, "--sugar 1.0000001 must lie between 0 and 1"),
+            ({"sugar": "1e-400"}, "--sugar 1e-400 is too close to 0: take 0, or a larger number"),
+            ({"bake": "002"}, "--bake 002 is unknown: use one of 0, 1"),
+        ],
+    )
+    def test_it_is_shown_as_it_was_typed(self, given: dict[str, str], message: str) -> None:
+        assert problem(**given) == message
+
+    @pytest.mark.parametrize("zero", ["0", "-0.0", "0e5", "0.000E-9"])
+    def test_nothing_is_nothing(self, zero: str) -> None:
+        assert Kitchen.from_flags({"sugar": zero}).sugar == 0
 
     @pytest.mark.parametrize("config_class", [TrainConfig, RejectConfig, PairConfig])
     def test_every_number_has_a_largest(self, config_class: type[Flags]) -> None:

@@ -36,7 +36,7 @@ def test_the_file_by_any_name(name: str) -> None:
         ({"base_model": "a", "peft_checkpoint": "b"}, "OUTPUT missing"),
         ({**THREE, "lora_checkpoint": "d"}, "--lora_checkpoint and --peft_checkpoint both name FILE"),
         ({**THREE, "type": "dora"}, "--type dora is unknown: use one of lora, pissa, bone, bat, disha"),
-        ({**THREE, "lora_alpha": "-1"}, "--lora_alpha -1.0 must be above 0"),
+        ({**THREE, "lora_alpha": "-1"}, "--lora_alpha -1 must be above 0"),
         ({**THREE, "quant": "fp8"}, "--quant fp8 is unknown"),
         ({**THREE, "export": "hf", "verify": "1"}, "leave one out"),
         (

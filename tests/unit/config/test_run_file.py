@@ -41,6 +41,12 @@ def test_values_are_those_of_a_command_line(tmp_path: Path) -> None:
     }  # fmt: skip
 
 
+def test_numbers_are_as_they_were_written(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("lr_init = 1e-400\nlr_final = 1.50\nbeta1 = nan\n")
+    assert read_flags(str(path)) == {"lr_init": "1e-400", "lr_final": "1.50", "beta1": "nan"}
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [

@@ -133,3 +133,8 @@ def test_nothing_to_draw_is_refused() -> None:
 )
 def test_what_a_flag_names(text: str, mixes: tuple[MixedShare, ...]) -> None:
     assert mixes_in(text) == (mixes, "")
+
+
+@pytest.mark.parametrize("share", ["1e-400", "0.00", "1.0000001", "1e400"])
+def test_a_share_is_shown_as_it_was_typed(share: str) -> None:
+    assert mixes_in(f"a:0.2 b:{share}") == ((), f"gives b the share {share}: it must be above 0 and below 1")
