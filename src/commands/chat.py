@@ -1,5 +1,12 @@
 """A chat with a model and what was trained on it: python -m src.commands.chat --load_model MODEL; -h lists flags."""
 
+import sys
+from importlib.util import find_spec
+
+if find_spec("src") is None:
+    print("error: a module is started by name, python -m src.commands.chat, in the folder of train.py", file=sys.stderr)
+    sys.exit(2)
+
 from src.cli import given_flags
 from src.config import ChatConfig
 from src.errors import exit_on_user_error

@@ -8,6 +8,13 @@ for as long as the decays let it live.
 from __future__ import annotations
 
 import sys
+from importlib.util import find_spec
+
+if find_spec("src") is None:
+    print(
+        "error: a module is started by name, python -m src.demo.make_start, in the folder of train.py", file=sys.stderr
+    )
+    sys.exit(2)
 
 import torch
 

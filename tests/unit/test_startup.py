@@ -23,6 +23,15 @@ def test_collection_rests_and_goes_on() -> None:
     assert gc.isenabled()
 
 
+@pytest.mark.parametrize("module", ["src.commands.chat", "src.commands.state", "src.commands.binidx"])
+def test_a_module_that_is_started_as_a_file_says_how_it_is_started(module: str, tmp_path: Path) -> None:
+    file = REPOSITORY / f"{module.replace('.', '/')}.py"
+    alone = {name: text for name, text in os.environ.items() if name != "PYTHONPATH"}
+    ended = subprocess.run([sys.executable, file], cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 2
+    assert ended.stderr == f"error: a module is started by name, python -m {module}, in the folder of train.py\n"
+
+
 @pytest.fixture
 def libraries(tmp_path: Path) -> Path:
     """A folder of libraries without bytecode, in which torch takes no time to import."""

@@ -122,7 +122,7 @@ class TestRefusals:
             ),
             ({"peft": "lora", "lora_config": {"lora_alpha": math.inf}}, "lora_alpha Infinity is not a finite number"),
             ({"peft": "lora", "lora_config": {"lora_alpha": math.nan}}, "lora_alpha NaN is not a finite number"),
-            ({"peft": "lora", "lora_config": '{"lora_alpha": 1e400}'}, "lora_alpha Infinity is not a finite number"),
+            ({"peft": "lora", "lora_config": '{"lora_alpha": 1e400}'}, "lora_alpha 1e400 is not a finite number"),
             (
                 {"peft": "lora", "lora_config": {"lora_alpha": 1e300}},
                 "lora_alpha 1e+300 is too large: it takes at",
