@@ -13,7 +13,7 @@ from typing import Any
 
 from src.config.fields import Fields
 from src.config.recognition import QUESTION_ANSWER
-from src.data.inputs import MalformedEntry, kind_of, listed_names, shown, string_of
+from src.data.inputs import LeftOut, MalformedEntry, kind_of, listed_names, shown, string_of
 from src.data.templates import Turn
 from src.data.tools import CALL, call_text, joined_results, result_text, tools_text
 
@@ -41,8 +41,17 @@ _NAMES = {
 TEXT, MESSAGES, SHAREGPT, NAMED = "plain text", "messages", "ShareGPT", "the fields of --sft_field"
 
 
-class EmptyTurn(Exception):
-    """An entry in which a question or an answer is empty: there is nothing to learn from it."""
+@dataclass
+class Notes:
+    """What the user should know of the messages of an entry.
+
+    Attributes:
+        unread: names of what was not read.
+        joined: messages joined to the one before, of the same speaker.
+    """
+
+    unread: set[str] = field(default_factory=set)
+    joined: int = 0
 
 
 @dataclass
@@ -54,12 +63,14 @@ class Content:
         turns: of a conversation; none of a text.
         text: of an entry that is one.
         unread: names of what was not read.
+        joined: see `Notes`.
     """
 
     form: str
     turns: list[Turn] = field(default_factory=list)
     text: str = ""
     unread: set[str] = field(default_factory=set)
+    joined: int = 0
 
 
 class Reading:
@@ -117,13 +128,13 @@ class Reading:
 
         Raises:
             MalformedEntry: it is missing or no text.
-            EmptyTurn: it is empty, or null.
+            LeftOut: it is empty, or null.
         """
         actual = self._names.get(name, name)
         self.read.add(actual)
         value = "" if self.entry.get(actual, "") is None else string_of(self.entry, actual)
         if not value.strip():
-            raise EmptyTurn(kind)
+            raise LeftOut(f"an empty {kind}")
         return value
 
     @property
@@ -146,7 +157,7 @@ def content_of_entry(entry: Mapping[str, Any], fields: Fields | None = None) -> 
 
     Raises:
         MalformedEntry: it is none of the known forms.
-        EmptyTurn: it holds nothing that could be learned.
+        LeftOut: it holds nothing that could be learned, or messages that cannot be written.
     """
     reading = Reading(entry)
     if fields is not None:
@@ -209,12 +220,12 @@ def _of_named(reading: Reading, fields: Fields) -> Content:
 
 def _of_question(reading: Reading, question: str, answer: str) -> Content:
     """A question, what it is about, and the answer; with what was said before."""
-    turns = []
+    turns, notes = [], Notes()
     system = reading.text("system")
     if system:
         turns.append(Turn("system", system))
     turns += history_turns(listed_value(reading.take("history") or []))
-    ends = _dialogue(reading, question, answer)
+    ends = _dialogue(reading, question, answer, notes)
     if ends is None:
         asked = reading.filled(question, "question")
         about = [reading.text(name) for name in INPUTS if name != question and reading.has(name)]
@@ -225,26 +236,27 @@ def _of_question(reading: Reading, question: str, answer: str) -> Content:
         ]
         if not any(text.strip() for text in about):
             ends[0] = Turn("user", asked)
-    return Content(_NAMES.get((question, answer), NAMED), [*turns, *ends], unread=reading.unread)
+    if turns and ends[0].role == "system":
+        raise LeftOut("a system message behind others")
+    name = _NAMES.get((question, answer), NAMED)
+    return Content(name, [*turns, *ends], unread=reading.unread | notes.unread, joined=notes.joined)
 
 
-def _dialogue(reading: Reading, question: str, answer: str) -> list[Turn] | None:
+def _dialogue(reading: Reading, question: str, answer: str, notes: Notes) -> list[Turn] | None:
     """The turns of a prompt and an answer that are both lists of messages; None if they are texts."""
     asked, answered = (reading.take(name) for name in (question, answer))
     if not (isinstance(asked, list) and isinstance(answered, list)):
         return None
-    unread: set[str] = set()
-    turns = turns_of([*asked, *answered], unread)
-    _refuse_unlearnable(turns)
-    reading.entry |= dict.fromkeys(unread)
+    turns = turns_of([*asked, *answered], notes)
+    _leave_out_unlearnable(turns)
     return turns
 
 
 def _of_turns(reading: Reading, name: str) -> Content:
     """A list of messages, with tools and a system message beside it or in it."""
     messages = listed_value(reading.take(name))
-    unread: set[str] = set()
-    turns = turns_of(messages, unread, name)
+    notes = Notes()
+    turns = turns_of(messages, notes, name)
     system = reading.text("system")
     if system:
         if turns and turns[0].role == "system":
@@ -254,55 +266,71 @@ def _of_turns(reading: Reading, name: str) -> Content:
     if tools not in (None, "", [], "[]"):
         told = [turns.pop(0).content.strip()] if turns and turns[0].role == "system" else []
         turns.insert(0, Turn("system", "\n".join([*filter(None, told), tools_text(listed_value(tools))])))
-    _refuse_unlearnable(turns)
+    _leave_out_unlearnable(turns)
     is_sharegpt = any(isinstance(message, dict) and "from" in message for message in messages)
-    return Content(SHAREGPT if is_sharegpt else MESSAGES, turns, unread=reading.unread | unread)
+    form = SHAREGPT if is_sharegpt else MESSAGES
+    return Content(form, turns, unread=reading.unread | notes.unread, joined=notes.joined)
 
 
-def _refuse_unlearnable(turns: list[Turn]) -> None:
-    """Raises MalformedEntry or EmptyTurn where messages hold nothing that could be learned."""
+def _leave_out_unlearnable(turns: list[Turn]) -> None:
+    """Raises LeftOut where messages hold nothing that could be learned."""
     if all(turn.role != ANSWERING for turn in turns):
-        raise MalformedEntry(f'no message has the role "{ANSWERING}", so there is nothing to learn; remove the entry')
+        raise LeftOut("no answer")
     if not any(turn.counted for turn in turns if turn.role == ANSWERING):
-        raise MalformedEntry("every answer has the weight 0, so there is nothing to learn; remove the entry")
+        raise LeftOut("answers of the weight 0 alone")
     for turn in turns:
         if turn.role != "system" and not turn.content.strip():
-            raise EmptyTurn("answer" if turn.role == ANSWERING else "question")
+            raise LeftOut(f"an empty {'answer' if turn.role == ANSWERING else 'question'}")
 
 
-def turns_of(messages: object, unread: set[str], name: str = "messages") -> list[Turn]:
+def turns_of(messages: object, notes: Notes, name: str = "messages") -> list[Turn]:
     """The turns of a list of messages: role and content, or from and value.
+
+    Words of one speaker in several messages in a row become one turn, a line break between them, and so do results of
+    tools.
 
     Args:
         messages: the list.
-        unread: to which names of what is not read are added.
+        notes: to which is added what the user should know.
         name: of the list.
 
     Raises:
-        MalformedEntry: it is none; a role is unknown; a speaker follows themselves.
+        MalformedEntry: it is none, or a role is unknown.
+        LeftOut: they cannot be written as turns that take turns.
     """
     if not isinstance(messages, list):
         raise MalformedEntry(f'"{name}" is {kind_of(messages)}, expected a list')
     turns: list[Turn] = []
     before = ""
+    words_before = False
     for position, message in enumerate(messages, start=1):
         if not isinstance(message, dict):
             raise MalformedEntry(f"message {position} is {kind_of(message)}, expected an object")
         role = _role(message, position)
         turn, read = _turn(message, position, role)
-        if turn.role == "system" and turns:
-            raise MalformedEntry(f"message {position} is a system message; it may only come first")
+        words = role not in ("tool", "call") and not any(message.get(name) for name in _CALLS)
+        if turn.role == "system" and before not in ("", "system"):
+            raise LeftOut("a system message behind others")
         if role == before == "tool":
             turn = turn._replace(content=joined_results(turns.pop().content, turn.content))
         elif turns and turn.role == turns[-1].role:
-            what = " (a tool's result is one)" if "tool" in (role, before) else ""
-            raise MalformedEntry(
-                f"message {position} is a second {turn.role} message{what} in a row; join it to the one before"
-            )
+            turn = joined_turn(turns.pop(), turn, are_words=words and words_before)
+            notes.joined += 1
         turns.append(turn)
-        before = role
-        unread |= {f"messages: {key}" for key in message.keys() - read}
+        before, words_before = role, words
+        notes.unread |= {f"messages: {key}" for key in message.keys() - read}
     return turns
+
+
+def joined_turn(first: Turn, second: Turn, *, are_words: bool = True) -> Turn:
+    """Two turns of one speaker as one.
+
+    Raises:
+        LeftOut: one of them is more than words, they differ in weight, or the second begins with reasoning.
+    """
+    if not are_words or first.counted != second.counted or second.reasoning.strip():
+        raise LeftOut("messages of one speaker in a row that cannot be joined")
+    return first._replace(content="\n".join(filter(None, (first.content.strip(), second.content.strip()))))
 
 
 def _role(message: dict[str, Any], position: int) -> str:
@@ -337,7 +365,7 @@ def _turn(message: dict[str, Any], position: int, role: str) -> tuple[Turn, set[
     if role == "call":
         return Turn(ANSWERING, call_text(_listed_calls(content, position), "", position), counted=counted), read
     if role == "tool":
-        return Turn("user", result_text(_joined(content, position) if _is_parts(content) else content, position)), read
+        return Turn("user", result_text(_joined(content, position) if _is_parts(content) else content)), read
     if content is None:  # beside calls nothing, elsewhere an empty turn
         text = ""
     else:
@@ -367,9 +395,10 @@ def _joined(parts: list[Any], position: int) -> str:
     texts = []
     for part in parts:
         kind = part.get("type", "text") if isinstance(part, dict) else None
-        if not isinstance(part, dict) or kind not in _TEXT_PARTS:
-            what = f"a part of the type {shown(str(kind))}" if kind else kind_of(part)
-            raise MalformedEntry(f"message {position} holds {what}; only text can be trained on")
+        if not isinstance(part, dict):
+            raise MalformedEntry(f"message {position} holds {kind_of(part)}; only text can be trained on")
+        if kind not in _TEXT_PARTS:
+            raise LeftOut(f"a part of the type {shown(str(kind))}, which is no text")
         texts.append(string_of(part, "text"))
     return "".join(texts)
 
@@ -408,6 +437,6 @@ def history_turns(history: object) -> list[Turn]:
         for role, kind, value in zip(("user", ANSWERING), ("question", "answer"), pair, strict=True):
             text = string_of({"history": value}, "history")
             if not text.strip():
-                raise EmptyTurn(kind)
+                raise LeftOut(f"an empty {kind}")
             turns.append(Turn(role, text))
     return turns

@@ -39,6 +39,14 @@ class MalformedEntry(Exception):
         self.expected = expected
 
 
+class LeftOut(Exception):
+    """Why an entry of a known form is counted and left out: nothing in it can be learned, or it cannot be written.
+
+    Args:
+        reason: what it has, as in "an empty answer".
+    """
+
+
 @contextmanager
 def opened(path: str) -> Iterator[BinaryIO]:
     """An ordinary file to read, which has to stay as it is until the block ends.
@@ -213,6 +221,12 @@ def listed_names(names: Sequence[str], joint: str = ", ") -> str:
     """Names from a file for a message, the first of them if there are many."""
     more = f"{joint}{len(names) - _SHOWN_KEYS} more" if len(names) > _SHOWN_KEYS else ""
     return joint.join(map(shown, names[:_SHOWN_KEYS])) + more
+
+
+def counted_reasons(counts: Counter[str], first: str) -> str:
+    """Why entries were left out, how many for each reason, the commonest first, and where the first of them stands."""
+    commonest = sorted(counts.items(), key=lambda counted: (-counted[1], counted[0]))
+    return f"{', '.join(f'{times:,} with {reason}' for reason, times in commonest)} (first: {first})"
 
 
 def unread_keys(counts: Counter[str], unit: str = "line") -> list[str]:

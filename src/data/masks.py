@@ -56,23 +56,25 @@ class _Answers:
     def find(self, text: str, number: int) -> list[Stretch]:
         """See Finder."""
         answers = answers_in(text)
-        self._found += len(answers.stretches)
-        self._in_lines += answers.in_lines
-        self._blank += answers.blank
-        self._unmarked += not answers.stretches and any(f"{speakers.answering}:" in text for speakers in SPEAKERS)
         if answers.repeated is not None:
             place, name = answers.repeated
             self._repeating += 1
             if not self._first_repeated:
                 self._first_repeated = f"first in number {number}: {name}: after {name}: at character {place}"
+            return []
+        self._found += len(answers.stretches)
+        self._in_lines += answers.in_lines
+        self._blank += answers.blank
+        self._unmarked += not answers.stretches and any(f"{speakers.answering}:" in text for speakers in SPEAKERS)
         return list(answers.stretches)
 
     def refuse(self, source: str, documents: str, *, others: bool = False) -> None:
         """See Finder."""
-        if self._repeating:
+        if not self._found and not others and self._repeating:
             raise DataError(
                 f"{source} cannot be used with --loss_mask qa: in {self._repeating} of {documents} a speaker follows "
-                f"themselves ({self._first_repeated}); join such turns, or take out what only looks like one."
+                f"themselves ({self._first_repeated}), and no other holds an answer; join such turns, or take out what "
+                "only looks like one."
             )
         if not self._found and not others:
             labels = " or ".join(f"{speakers.answering}:" for speakers in SPEAKERS)
@@ -85,6 +87,11 @@ class _Answers:
     def statements(self, documents: str) -> list[str]:
         """See Finder."""
         said = []
+        if self._repeating:
+            said.append(
+                f"Not learnt from, since a speaker follows themselves there: {self._repeating} of {documents} "
+                f"({self._first_repeated})."
+            )
         if self._in_lines:
             said.append(
                 f"Turns are told apart by line ends alone, for want of blank lines, in {self._in_lines} of {documents}."

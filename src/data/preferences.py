@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 from src.config.recognition import TABLE
 from src.config.templates import MIXED, TEMPLATE_NAMES
 from src.data.containers import BadEntries, Entries
-from src.data.inputs import MalformedEntry, listed_names, unix_lines, unread_keys
+from src.data.inputs import LeftOut, MalformedEntry, counted_reasons, listed_names, unix_lines, unread_keys
 from src.data.preference_forms import PAIR, preference_of_entry
 from src.data.templates import CHAT_TEMPLATES
-from src.data.turns import formatted_statement, is_formatted
+from src.data.turns import formatted_statement, is_formatted, joined_statement
 from src.errors import ConfigError, DataError
 from src.output import several
 from src.tokenizer import Tokenizer
@@ -65,6 +65,9 @@ def read_rows(path: str, remark: Callable[[str], None] = lambda line: None) -> l
         raise DataError(f"{path} is empty: expected the columns prompt,chosen,reject and at least one row.")
     unread: Counter[str] = Counter()
     forms: Counter[str] = Counter()
+    left_out: Counter[str] = Counter()
+    first_left_out = ""
+    joined = 0
     bad = BadEntries()
     rows: list[PreferenceRow] = []
     for number, entry in entries:
@@ -74,7 +77,12 @@ def read_rows(path: str, remark: Callable[[str], None] = lambda line: None) -> l
             made = preference_of_entry(entry)
             rows.append(PreferenceRow(number, made.prompt, made.chosen, made.rejected))
             forms[made.form] += 1
-            unread.update(name for name in made.unread if entries.container != TABLE or entry.get(name, name).strip())
+            names = made.notes.unread
+            unread.update(name for name in names if entries.container != TABLE or entry.get(name, name).strip())
+            joined += made.notes.joined
+        except LeftOut as reason:
+            left_out[str(reason)] += 1
+            first_left_out = first_left_out or f"{entries.unit} {number}"
         except MalformedEntry as error:
             if entries.container == TABLE and not rows and not bad:
                 _check_columns(path, entries.columns)
@@ -85,6 +93,10 @@ def read_rows(path: str, remark: Callable[[str], None] = lambda line: None) -> l
             )
             bad.add(path, entries.unit, number, MalformedEntry(f"{str(error).removesuffix('.')}{few}"))
     bad.refuse()
+    if left_out and not rows:
+        raise DataError(
+            f"{path} cannot be used, because every row is left out: {counted_reasons(left_out, first_left_out)}."
+        )
     if not rows:
         if entries.container == TABLE:
             _check_columns(path, entries.columns)
@@ -95,6 +107,10 @@ def read_rows(path: str, remark: Callable[[str], None] = lambda line: None) -> l
     repeated = len(rows) - len({(row.prompt, row.chosen, row.rejected) for row in rows})
     if repeated:
         remark(f"{repeated:,} of {len(rows):,} rows equal an earlier one and count as often as they stand there.")
+    if left_out:
+        remark(f"Left out: {counted_reasons(left_out, first_left_out)}.")
+    if joined:
+        remark(joined_statement(joined))
     for line in unread_keys(unread, unit="row"):
         remark(line)
     return rows

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from src.data.inputs import MalformedEntry, json_object, kind_of, numbered_lines, string_of, unix_lines
+from src.data.forms import Notes, turns_of
+from src.data.inputs import LeftOut, MalformedEntry, json_object, numbered_lines, string_of, unix_lines
 from src.data.templates import WORLD_CHAT, ChatTemplate, Turn
 from src.errors import DataError
 
@@ -31,8 +32,8 @@ def read_sample_prompts(path: str, *, chats: bool, template: ChatTemplate = WORL
     """Reads a file of prompts; blank lines are passed over.
 
     A line that is a JSON object is a question ("prompt", with "system" if there is one), a conversation up to its last
-    question ("messages"; an answer at its end is left out), or a text to go on with ("text"). Any other line is a
-    question if the run trains on chats, and else a text to go on with.
+    question ("messages", as in training data; answers at its end are left out), or a text to go on with ("text"). Any
+    other line is a question if the run trains on chats, and else a text to go on with.
 
     Args:
         path: the file.
@@ -48,9 +49,11 @@ def read_sample_prompts(path: str, *, chats: bool, template: ChatTemplate = WORL
             if line.lstrip().startswith("{"):
                 prompts.append(_of_entry(json_object(line), template))
             else:
-                prompts.append(_asked([("user", line)], template) if chats else _text(line.rstrip("\r\n")))
+                prompts.append(_asked([Turn("user", line)], template) if chats else _text(line.rstrip("\r\n")))
         except MalformedEntry as error:
             raise DataError(f"{path}, line {number}: {str(error).removesuffix('.')}.") from error
+        except LeftOut as reason:
+            raise DataError(f"{path}, line {number}: it has {reason}, which cannot be asked.") from reason
     if not prompts:
         raise DataError(f"{path} holds no prompt: write one a line.")
     return prompts
@@ -63,39 +66,28 @@ def _of_entry(entry: dict[str, Any], template: ChatTemplate) -> Prompt:
         question = string_of(entry, "prompt")
         if not question.strip():
             raise MalformedEntry('"prompt" is empty')
-        turns = [("user", question)]
+        turns = [Turn("user", question)]
     elif "text" in entry:
         return _text(string_of(entry, "text"))
     else:
         raise MalformedEntry(f"its keys are {', '.join(entry) or 'none'}, expected {PROMPT_FORMS}")
     if entry.get("system"):
-        turns.insert(0, ("system", string_of(entry, "system")))
+        turns.insert(0, Turn("system", string_of(entry, "system")))
     return _asked(turns, template)
 
 
-def _turns(messages: object) -> list[tuple[str, str]]:
-    """(role, content) up to the last question."""
-    if not isinstance(messages, list):
-        raise MalformedEntry(f'"messages" is {kind_of(messages)}, expected a list')
-    turns = []
-    for position, message in enumerate(messages, start=1):
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise MalformedEntry(f'message {position} is no object with "role" and "content"')
-        role = string_of(message, "role")
-        if role not in WORLD_CHAT.speakers:
-            known = ", ".join(WORLD_CHAT.speakers)
-            raise MalformedEntry(f"message {position} has the role {role!r}; known are {known}")
-        turns.append((role, string_of(message, "content")))
-    while turns and turns[-1][0] == WORLD_CHAT.answering:
+def _turns(messages: object) -> list[Turn]:
+    """The turns up to the last question."""
+    turns = turns_of(messages, Notes())
+    while turns and turns[-1].role == WORLD_CHAT.answering:
         turns.pop()
-    if not turns or turns[-1][0] != "user":
+    if not turns or turns[-1].role != "user":
         raise MalformedEntry("no message is a question (role user) that could be answered")
     return turns
 
 
-def _asked(turns: list[tuple[str, str]], template: ChatTemplate) -> Prompt:
-    text = template.asked(*(Turn(role, content) for role, content in turns))
-    return Prompt(turns[-1][1].strip(), text, is_turn=True)
+def _asked(turns: list[Turn], template: ChatTemplate) -> Prompt:
+    return Prompt(turns[-1].content.strip(), template.asked(*turns), is_turn=True)
 
 
 def _text(text: str) -> Prompt:

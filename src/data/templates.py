@@ -54,6 +54,8 @@ class Rendering:
         unthought: answers without, in the template think.
         reasoning_left_out: answers whose reasoning the template has no place for.
         uncounted: answers that only precede others.
+        unanswered: conversations that end in a question.
+        unasked: conversations that begin with an answer.
     """
 
     blank_lines: int = 0
@@ -65,6 +67,8 @@ class Rendering:
     unthought: int = 0
     reasoning_left_out: int = 0
     uncounted: int = 0
+    unanswered: int = 0
+    unasked: int = 0
 
 
 @dataclass(frozen=True)
@@ -124,6 +128,9 @@ class ChatTemplate:
                 prompt += f"{self.speakers[role]}: {turn}{self.turn_end}"
         if prompt:
             parts.append(Part(prompt, counted=False))
+            met.unanswered += 1
+        said = next((turn.role for turn in turns if turn.role != "system"), "")
+        met.unasked += said == self.answering
         return parts
 
     def asked(self, *turns: Turn) -> str:

@@ -21,11 +21,11 @@ from src.config.fields import Fields
 from src.config.templates import THINK
 from src.data.containers import BadEntries, Entries
 from src.data.documents import Documents
-from src.data.forms import TEXT, EmptyTurn, content_of_entry
-from src.data.inputs import MalformedEntry, decoded, read_whole, unix_lines, unread_keys
+from src.data.forms import TEXT, content_of_entry
+from src.data.inputs import LeftOut, MalformedEntry, counted_reasons, decoded, read_whole, unix_lines, unread_keys
 from src.data.masks import Marker
 from src.data.templates import WORLD_CHAT, ChatTemplate, Part, Rendering
-from src.data.turns import formatted_statement
+from src.data.turns import formatted_statement, joined_statement
 from src.errors import DataError
 from src.output import several
 from src.tokenizer import Tokenizer
@@ -37,16 +37,18 @@ class Findings(Rendering):
 
     Attributes:
         forms: entries by the form they were recognised as.
-        empty: entries without a question or an answer, left out, by which of the two.
-        first_empty: where the first of them stands.
+        left_out: entries that were, by what they have.
+        first_left_out: where the first of them stands.
+        joined: messages joined to the one before, of the same speaker.
         repeated: documents that equal an earlier one.
         first_repeated: where the first of them stands.
         unread: keys of entries and messages that have no meaning here.
     """
 
     forms: Counter[str] = field(default_factory=Counter)
-    empty: Counter[str] = field(default_factory=Counter)
-    first_empty: str = ""
+    left_out: Counter[str] = field(default_factory=Counter)
+    first_left_out: str = ""
+    joined: int = 0
     repeated: int = 0
     first_repeated: str = ""
     unread: Counter[str] = field(default_factory=Counter)
@@ -76,19 +78,26 @@ class Findings(Rendering):
         elif self.conversations:
             chosen = "; the loss is on answers only" if mask.kind in ("", "qa") else ""
             said.append(f"Conversations are {written}{chosen}.")
-        if self.empty:
-            kinds = ", ".join(f"{count:,} with an empty {kind}" for kind, count in self.empty.most_common())
-            said.append(f"Left out, having nothing to learn: {kinds} (first: {self.first_empty}).")
+        if self.left_out:
+            said.append(f"Left out: {counted_reasons(self.left_out, self.first_left_out)}.")
         if self.repeated:
             verbs = ("repeats", "counts", "it stands") if self.repeated == 1 else ("repeat", "count", "they stand")
             said.append(
                 f"{several(self.repeated, 'document')} of {self.forms.total():,} {verbs[0]} an earlier one (first: "
                 f"{self.first_repeated}) and {verbs[1]} as often as {verbs[2]} there."
             )
+        if self.joined:
+            said.append(joined_statement(self.joined))
+        learnt = "not learnt" if mask.kind in ("", "qa") else "learnt as all others are"
+        if self.unanswered:
+            said.append(f"{several(self.unanswered, 'conversation')} with a question at the end, which is {learnt}.")
+        if self.unasked:
+            said.append(
+                f"Taken as they are: {several(self.unasked, 'conversation')} with an answer before any question."
+            )
         if self.uncounted:
             of_these = f"{several(self.uncounted, 'answer')} of the weight 0"
-            kept = mask.kind in ("", "qa")
-            said.append(f"{of_these}, read and not learnt." if kept else f"{of_these}, learnt as all others are.")
+            said.append(f"{of_these}, read and {learnt}.")
         return said + self._of_rendering(template) + unread_keys(self.unread, unit)
 
     def _of_rendering(self, template: ChatTemplate) -> list[str]:
@@ -170,9 +179,9 @@ class Conversations:
                 parts = self._parts(entry)
             except MalformedEntry as error:
                 bad.add(self.paths[file], self.units[file], number, error)
-            except EmptyTurn as empty:
-                self.findings.empty[str(empty)] += 1
-                self.findings.first_empty = self.findings.first_empty or self._named(file, number)
+            except LeftOut as reason:
+                self.findings.left_out[str(reason)] += 1
+                self.findings.first_left_out = self.findings.first_left_out or self._named(file, number)
             else:
                 digest = hashlib.blake2b("\0".join(text for text, _ in parts).encode(), digest_size=8)
                 self._digests.append(int.from_bytes(digest.digest(), "little"))
@@ -182,12 +191,10 @@ class Conversations:
                     yield file, number, parts
         bad.refuse()
         self._find_repeated()
-        if self.findings.empty and not self.findings.forms:
-            left_out = self.findings.empty.total()
-            where = "its only entry" if left_out == 1 else f"each of its {left_out:,} entries"
+        if self.findings.left_out and not self.findings.forms:
             raise DataError(
-                f"{', '.join(self.paths[:3])} cannot be used: in {where} the question or the answer is "
-                f"empty (first: {self.findings.first_empty})."
+                f"{', '.join(self.paths[:3])} cannot be used, because every entry is left out: "
+                f"{counted_reasons(self.findings.left_out, self.findings.first_left_out)}."
             )
 
     @property
@@ -207,6 +214,7 @@ class Conversations:
         content = content_of_entry(entry, self._fields)
         self.findings.forms[content.form] += 1
         self.findings.unread.update(content.unread)
+        self.findings.joined += content.joined
         if content.turns:
             return self._template.render(content.turns, self.findings)
         text, line_ends = unix_lines(content.text)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 
-from src.data.inputs import MalformedEntry, kind_of, string_of
+from src.data.inputs import LeftOut, MalformedEntry, kind_of, string_of
 
 _INSTRUCTION = "Return only a JSON function call."
 _RESULT = "Function output:\n"
@@ -33,15 +33,15 @@ def tools_text(tools: object) -> str:
     return f"Tools:\n{listed}\n{_INSTRUCTION}"
 
 
-def result_text(result: object, position: int) -> str:
+def result_text(result: object) -> str:
     """The user's turn that hands a tool's result back: a text as it is, all else as JSON.
 
     Raises:
-        MalformedEntry: it is empty.
+        LeftOut: it is empty.
     """
     text = string_of({"content": result}, "content").strip() if isinstance(result, str) else _json(result)
     if not text or result is None:
-        raise MalformedEntry(f"message {position}, a tool's result, is empty; write what stands for nothing there")
+        raise LeftOut("an empty result of a tool")
     return f"{_RESULT}{text}"
 
 
@@ -59,7 +59,8 @@ def call_text(calls: object, said: str, position: int) -> str:
         position: of the message, for messages.
 
     Raises:
-        MalformedEntry: a call has no name, or its arguments are no JSON.
+        MalformedEntry: a call has no name.
+        LeftOut: its arguments are no JSON.
     """
     if not isinstance(calls, list) or not calls:
         raise MalformedEntry(f'message {position}: "tool_calls" is {kind_of(calls)}, expected a list, not empty')
@@ -72,10 +73,8 @@ def call_text(calls: object, said: str, position: int) -> str:
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments or "{}")
-            except ValueError:
-                raise MalformedEntry(
-                    f"message {position}: the arguments of {function['name']} are a text that is no JSON"
-                ) from None
+            except (ValueError, RecursionError):
+                raise LeftOut("a call whose arguments are a text that is no JSON") from None
         made.append({"name": function["name"], "arguments": arguments})
     block = f"```json\n{_json(made[0] if len(made) == 1 else made)}\n```"
     return f"{block}\n{said.strip()}" if said.strip() else block

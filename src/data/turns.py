@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from src.output import several
+
 SYSTEM = "System"
 
 
@@ -108,6 +110,11 @@ def _answers(text: str, turns: list[re.Match[str]], answering: str, *, in_lines:
 def is_formatted(prompt: str) -> bool:
     """Whether a prompt, with Unix lines, stands in a template: `User: hi`, a blank line, `Assistant:`."""
     return _FORMATTED.fullmatch(prompt.strip()) is not None
+
+
+def joined_statement(count: int) -> str:
+    """Says that what a speaker says in several messages in a row became one turn."""
+    return f"{several(count, 'message')} joined to the one before, of the same speaker."
 
 
 def formatted_statement(count: int) -> str:

@@ -290,7 +290,6 @@ class TestText:
             ('{"txt": "a"}', "text"),
             ('{"text": 5}', "text"),
             ('{"prompt": "a"}', "response"),
-            ('{"messages": []}', "no message has the role"),
             ('{"messages": [{"role": "robot", "content": "a"}]}', "robot"),
             ('{"messages": [{"role": "user"}]}', "content"),
         ],

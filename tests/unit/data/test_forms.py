@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import lzma
+import re
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,32 @@ from src.tokenizer import ByteTokenizer
 BYTES = ByteTokenizer()
 ASKED = {"role": "user", "content": "a"}
 CALL = {"name": "weather", "arguments": {"city": "Kyoto"}}
+SAID = {"role": "assistant", "content": "b"}
+APART = "messages of one speaker in a row that cannot be joined"
+UNLEARNABLE: list[tuple[dict[str, Any], str]] = [
+    ({"messages": []}, "no answer"),
+    ({"messages": [ASKED]}, "no answer"),
+    ({"conversations": [{"from": "human", "value": "a"}] * 2}, "no answer"),
+    ({"messages": [ASKED, {**SAID, "weight": 0}]}, "answers of the weight 0 alone"),
+    ({"prompt": [ASKED], "completion": [{**SAID, "weight": 0}]}, "answers of the weight 0 alone"),
+    ({"messages": [ASKED, {**SAID, "content": None}]}, "an empty answer"),
+    ({"prompt": "a", "response": "b", "history": [["", "c"]]}, "an empty question"),
+    ({"messages": [ASKED, SAID, {"role": "system", "content": "s"}, ASKED, SAID]}, "a system message behind others"),
+    ({"system": "s", "prompt": [{"role": "system", "content": "t"}, ASKED], "response": [SAID]},
+     "a system message behind others"),
+    ({"messages": [ASKED, {"role": "tool", "content": "r"}, SAID]}, APART),
+    ({"messages": [ASKED, SAID, {**SAID, "weight": 0}]}, APART),
+    ({"messages": [ASKED, SAID, {**SAID, "reasoning": "r"}]}, APART),
+    ({"messages": [ASKED, SAID, {**SAID, "tool_calls": [{"function": CALL}]}]}, APART),
+    ({"messages": [ASKED, {**SAID, "tool_calls": [{"function": CALL}]}, SAID]}, APART),
+    ({"messages": [ASKED, SAID, {"role": "tool", "content": " "}, SAID]}, "an empty result of a tool"),
+    ({"messages": [ASKED, SAID, {"role": "tool", "content": None}, SAID]}, "an empty result of a tool"),
+    ({"messages": [ASKED, {**SAID, "tool_calls": [{"name": "f", "arguments": "{"}]}]},
+     "a call whose arguments are a text that is no JSON"),
+    ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, SAID]},
+     "a part of the type 'image_url', which is no text"),
+]  # fmt: skip
+"""Entries of known forms that have nothing to learn or cannot be written, and what they have."""
 
 
 def texts(path: Path | str, **options: Any) -> tuple[list[str], tuple[str, ...]]:
@@ -200,7 +227,7 @@ class TestTables:
         (tmp_path / "a.csv").write_text("Frage Text,id,Antwort\na,1,b\n,2,c\n", encoding="utf-8")
         found, said = texts(tmp_path / "a.csv", fields='["Frage Text", "Antwort"]')
         assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"]
-        assert "Left out, having nothing to learn: 1 with an empty question" in said[2]
+        assert "Left out: 1 with an empty question" in said[2]
         assert said[-1] == "Not read: 'id' (1 line)."
         with pytest.raises(DataError, match=r"2 entries .*lines 2, 3: its keys are 'Frage Text', 'id', 'Antwort'"):
             texts(tmp_path / "a.csv")
@@ -248,12 +275,12 @@ def test_a_parquet_table(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "empty-cells.parquet")
     found, said = texts(tmp_path / "empty-cells.parquet")
     assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"]
-    assert "Left out, having nothing to learn: 1 with an empty answer, 1 with an empty question" in said[2]
+    assert "Left out: 1 with an empty answer, 1 with an empty question" in said[2]
     rows = [{"messages": messages}, {"messages": [messages[0], {"role": "assistant", "content": None}]}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "empty-message.parquet")
     found, said = texts(tmp_path / "empty-message.parquet")
     assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"]
-    assert "Left out, having nothing to learn: 1 with an empty answer" in said[2]
+    assert "Left out: 1 with an empty answer" in said[2]
     parquet.write_table(pyarrow.Table.from_pylist([{"text": b"a"}]), tmp_path / "bytes.parquet")
     with pytest.raises(DataError, match='row 1: "text" is bytes, expected a string'):
         texts(tmp_path / "bytes.parquet")
@@ -387,11 +414,12 @@ class TestWhatIsSaid:
         found, said = texts(tmp_path / "a.json")
         assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"]
         assert said[2] == (
-            "Left out, having nothing to learn: 5 with an empty answer, 1 with an empty question (first: "
-            f"{tmp_path}/a.json, entry 2)."
+            f"Left out: 5 with an empty answer, 1 with an empty question (first: {tmp_path}/a.json, entry 2)."
         )
         (tmp_path / "a.json").write_text(json.dumps(entries[1:2]))
-        with pytest.raises(DataError, match=r"a\.json cannot be used: in its only entry the question"):
+        with pytest.raises(
+            DataError, match=r"a\.json cannot be used, because every entry is left out: 1 with an empty"
+        ):
             texts(tmp_path / "a.json")
 
     def test_a_second_kind_of_calls_and_weights_without_effect_are_said(self, tmp_path: Path) -> None:
@@ -405,7 +433,44 @@ class TestWhatIsSaid:
         assert "Not read: 'messages: function_call' (1 entry)." in said
         assert "1 answer of the weight 0, read and not learnt." in said
         _, said = texts(tmp_path / "a.json", mask=LossMask("pad"))
-        assert "1 answer of the weight 0, learnt as all others are." in said
+        assert "1 answer of the weight 0, read and learnt as all others are." in said
+
+    @pytest.mark.parametrize(("entry", "reason"), UNLEARNABLE)
+    def test_an_entry_that_cannot_be_learned_is_left_out_and_counted(
+        self, tmp_path: Path, entry: dict[str, Any], reason: str
+    ) -> None:
+        (tmp_path / "data.json").write_text(json.dumps([entry, {"prompt": "a", "response": "b"}, entry]))
+        found, said = texts(tmp_path / "data.json")
+        assert found == ["User: a\n\nAssistant:⟦ b\n\n∎⟧"]
+        assert said[0] == "Recognised as prompt and response, 1 conversation."
+        assert f"Left out: 2 with {reason} (first: {tmp_path}/data.json, entry 1)." in said
+        (tmp_path / "data.json").write_text(json.dumps([entry] * 2))
+        every = f"data.json cannot be used, because every entry is left out: 2 with {reason} (first: "
+        with pytest.raises(DataError, match=re.escape(every)):
+            texts(tmp_path / "data.json")
+
+    def test_messages_of_one_speaker_in_a_row_become_a_turn(self, tmp_path: Path) -> None:
+        said_by = {"s": "system", "u": "user", "a": "assistant"}
+        words = ("s1", "s2", "u1", "u2", "u3", "a1", "a2", "u4", "a3")
+        messages = [{"role": said_by[word[0]], "content": word} for word in words]
+        (tmp_path / "data.json").write_text(json.dumps({"messages": messages}))
+        found, said = texts(tmp_path / "data.json")
+        assert found == [
+            "System: s1\ns2\n\nUser: u1\nu2\nu3\n\nAssistant:⟦ a1\na2\n\n⟧User: u4\n\nAssistant:⟦ a3\n\n∎⟧"
+        ]
+        assert "4 messages joined to the one before, of the same speaker." in said
+        messages[5] |= {"reasoning_content": "r"}
+        (tmp_path / "data.json").write_text(json.dumps({"messages": messages}))
+        assert "Assistant: <think⟦>\nr\n</think>\na1\na2" in texts(tmp_path / "data.json", template="think")[0][0]
+
+    @pytest.mark.parametrize(("mask", "learnt"), [("", "not learnt"), ("pad", "learnt as all others are")])
+    def test_questions_and_answers_at_the_wrong_end_are_said(self, tmp_path: Path, mask: str, learnt: str) -> None:
+        turns = [{"from": "gpt", "value": "hi"}, {"from": "human", "value": "a"}]
+        (tmp_path / "data.json").write_text(json.dumps({"conversations": turns}))
+        found, said = texts(tmp_path / "data.json", mask=LossMask(mask))
+        assert found[0].translate({ord(mark): None for mark in "⟦⟧"}) == "Assistant: hi\n\nUser: a\n\n∎"
+        assert f"1 conversation with a question at the end, which is {learnt}." in said
+        assert "Taken as they are: 1 conversation with an answer before any question." in said
 
     @pytest.mark.parametrize(
         ("entry", "reason"),
@@ -413,13 +478,7 @@ class TestWhatIsSaid:
             ({"prompt": "p", "chosen": "c", "rejected": "r"}, "it is a preference pair; make pairs with PrepareOrpo"),
             ({"conversations": [], "chosen": {}, "rejected": {}}, "it is a preference pair"),
             ({"conversations": [{"from": "alien", "value": "a"}]}, "role 'alien'; known are system, human, gpt"),
-            ({"conversations": [{"from": "human", "value": "a"}] * 2}, "a second user message in a row; join it"),
-            (
-                {"messages": [{"role": "user", "content": "a"}, {"role": "tool", "content": "b"}]},
-                r"message 2 is a second user message (a tool's result is one) in a row",
-            ),
             ({"conversations": "a"}, '"conversations" is a string, expected a list'),
-            ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "type 'image_url'; only text"),
             ({"messages": [{"role": "user", "content": ["a"]}]}, "message 1 holds a string; only text"),
             (
                 {"conversations": [{"from": "function_call", "value": "x"}]},
@@ -432,14 +491,6 @@ class TestWhatIsSaid:
                 "it has 'Prompt', 'answer', but no \"response\" or \"completion\", expected",
             ),
             ({"messages": [ASKED, {"role": "assistant", "content": "b", "weight": 2}]}, "has the weight 2; known are"),
-            (
-                {"messages": [ASKED, {"role": "assistant", "content": "b", "weight": 0}]},
-                "every answer has the weight 0",
-            ),
-            (
-                {"prompt": [ASKED], "completion": [{"role": "assistant", "content": "b", "weight": 0}]},
-                "every answer has the weight 0",
-            ),
             (
                 {"messages": [ASKED, {"role": "assistant", "content": None, "function_call": {"arguments": "{}"}}]},
                 'message 2: a call has no name of a function, expected {"name": …, "arguments": {…}}',

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -171,6 +172,9 @@ def answer_characters(text: str) -> list[bool]:
             family = next((f for f in FAMILIES if name in f[0] or name == f[1]), None)
             if family and family[1] in names:
                 found = [label for label in found if label[2] in {*family[0], family[1], "System"}]
+                speakers = [label for _, _, label in found]
+                if any(first == second != "System" for first, second in pairwise(speakers)):
+                    return flags
                 for number, (_, end, label) in enumerate(found):
                     until = found[number + 1][0] if number + 1 < len(found) else len(text) + 1
                     if label == family[1] and text[end:until].strip():
@@ -368,8 +372,8 @@ class TestReaders:
             ),
             (
                 QA,
-                [TURNS, CHAT, {"text": "User: a\n\nUser: b\n\nAssistant: c"}],
-                r"in 1 of 2 lines a speaker follows themselves \(first in number 3: User: after User: at character 9\)",
+                [PROSE, {"text": "User: a\n\nUser: b\n\nAssistant: c"}],
+                r"in 1 of 2 lines a speaker follows themselves \(first in number 2: User: after User: at character 9\)",
             ),
             (QA, [{"text": "Assistant: a\n\nAssistant: b"}], r"Assistant: after Assistant: at character 14\)"),
             (between("<a>", "</a>"), [PROSE], "of 1 line none holds '<a>' or '</a>' of --mask_id; compare with"),
@@ -388,13 +392,14 @@ class TestReaders:
             self.lines(tmp_path, *entries, mask=mask)
         assert f"cannot be used with --loss_mask {mask.kind}: " in str(refused.value)
 
-    @pytest.mark.parametrize("role", ["user", "assistant"])
-    def test_two_messages_of_one_role_are_refused(self, role: str, tmp_path: Path) -> None:
-        roles = {"user": ["user", "user", "assistant"], "assistant": ["user", "assistant", "assistant"]}[role]
-        messages = [{"role": name, "content": "a"} for name in roles]
-        place = roles.index(role) + 2
-        with pytest.raises(DataError, match=f"line 1: message {place} is a second {role} message in a row; join it"):
-            self.lines(tmp_path, {"messages": messages}, mask=BY_DATA)
+    def test_a_text_in_which_a_speaker_follows_themselves_is_not_learnt_from(self, tmp_path: Path) -> None:
+        documents = self.lines(tmp_path, CHAT, {"text": "User: a\n\nUser: b\n\nAssistant: c"}, mask=QA)
+        learnt = [documents.counted(index) for index in range(2)]
+        assert [bool(counted is None or counted.any()) for counted in learnt] == [True, False]
+        assert (
+            "Not learnt from, since a speaker follows themselves there: 1 of 1 line (first in number 2: User: after "
+            "User: at character 9)."
+        ) in documents.statements
 
     def test_a_text_file_is_one_conversation(self, tmp_path: Path) -> None:
         path = tmp_path / "talk.txt"

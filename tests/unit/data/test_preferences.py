@@ -79,7 +79,6 @@ def test_jsonl_takes_reject_and_rejected(tmp_path: Path) -> None:
         ("a.jsonl", '{"prompt": "p"}\n' + "[" * 100_000 + "\n", "line 2: nested too deeply"),
         ("a.jsonl", "[1]\n", "entry 1: it is a number, expected an object"),
         ("a.jsonl", '{"prompt": "p"}\n', 'line 1: "chosen" is missing'),
-        ("a.jsonl", '{"prompt": "p", "chosen": []}\n', '"chosen" does not end with an answer'),
         ("a.jsonl", '{"prompt": "p", "chosen": "\\ud83d"}\n', "half of a surrogate pair"),
         ("a.jsonl", '{"prompt": "p", "chosen": "\\u0000"}\n', '"chosen" holds a NUL character'),
         ("a.jsonl", '{"prompt": "p", "prompt": "q", "chosen": "c"}\n', "it has the key 'prompt' twice"),
@@ -337,25 +336,40 @@ class TestForms:
     @pytest.mark.parametrize(
         ("entry", "reason"),
         [
-            ({"prompt": [], "chosen": "c"}, '"prompt" is missing'),
-            ({"chosen": "Human: p\n\nHuman: q\n\nAssistant: c"}, "Human speaks twice in a row; join what is said"),
-            ({"chosen": "Human: p"}, '"chosen" does not end with an answer'),
-            ({"chosen": "Assistant: p"}, '"prompt" is missing'),
+            ({"prompt": [], "chosen": "c"}, "no question before the answers"),
+            ({"chosen": "Human: p"}, 'a "chosen" that does not end with an answer'),
+            ({"chosen": "Assistant: p"}, "no question before the answers"),
             (
                 {"chosen": "Human: p\n\nAssistant: c", "rejected": "Human: q\n\nAssistant: r"},
-                "answers are to different questions",
+                "two answers to different questions",
             ),
-            ({"prompt": "p", "chosen": [USER]}, '"chosen" does not end with an answer'),
-            ({"prompt": "x", "chosen": [USER, GOOD]}, "a conversation that does not begin with the prompt"),
+            ({"prompt": "p", "chosen": [USER]}, 'a "chosen" that does not end with an answer'),
+            ({"prompt": "p", "chosen": []}, 'a "chosen" that does not end with an answer'),
+            ({"prompt": "x", "chosen": [USER, GOOD]}, "a chosen answer to another prompt"),
             (
                 {"chosen": [USER, GOOD], "rejected": [{**USER, "content": "y"}, BAD]},
-                "answers are to different questions",
+                "two answers to different questions",
             ),
+            ({"prompt": [USER, GOOD], "chosen": "c"}, "an answer where the question should be"),
+            ({"prompt": "p", "history": [["", "c"]], "chosen": "c"}, "an empty question"),
         ],
     )
-    def test_wrong_ones(self, tmp_path: Path, entry: dict[str, Any], reason: str) -> None:
-        with pytest.raises(DataError, match=rf"pairs\.json, line 1: .*{reason}"):
+    def test_those_that_cannot_be_used_are_left_out(self, tmp_path: Path, entry: dict[str, Any], reason: str) -> None:
+        said: list[str] = []
+        usable = {"prompt": "p", "chosen": "c", "rejected": "r"}
+        rows = read_rows(written(tmp_path, json.dumps([entry, usable, entry]), "pairs.json"), said.append)
+        assert rows == [PreferenceRow(2, "p", "c", "r")]
+        assert said == [f"Left out: 2 with {reason} (first: entry 1)."]
+        with pytest.raises(DataError, match=rf"because every row is left out: 1 with {reason} \(first: line 1\)"):
             read_rows(written(tmp_path, json.dumps(entry), "pairs.json"))
+
+    def test_a_speaker_who_comes_twice_in_a_row_said_both_in_one_turn(self, tmp_path: Path) -> None:
+        begun = "\n\nHuman: p\n\nHuman: q\n\nAssistant:"
+        entry = {"chosen": f"{begun} c\n\nAssistant: d", "rejected": f"{begun} r"}
+        said: list[str] = []
+        path = written(tmp_path, json.dumps(entry), "pairs.json")
+        assert read_rows(path, said.append) == [PreferenceRow(1, "p\nq", "c\nd", "r")]
+        assert "3 messages joined to the one before, of the same speaker." in said
 
     def test_all_bad_lines_at_once(self, tmp_path: Path) -> None:
         with pytest.raises(

@@ -98,9 +98,13 @@ def test_what_a_reader_is_shown(template: str, written: str, shown: str) -> None
         ('{"prompt": " "}', 'line 1: "prompt" is empty'),
         ('{"prompt": 3}', "line 1: "),
         ('{"messages": "x"}', '"messages" is'),
-        ('{"messages": [{"role": "user"}]}', "message 1 is no object with"),
+        ('{"messages": [{"role": "user"}]}', 'message 1 has no "content"'),
         ('{"messages": [{"role": "me", "content": "x"}]}', "message 1 has the role 'me'; known are"),
         ('{"messages": [{"role": "assistant", "content": "x"}]}', "no message is a question"),
+        (
+            '{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "y"}]}',
+            "line 1: it has a system message behind others, which cannot be asked.",
+        ),
     ],
 )
 def test_what_is_no_prompt(text: str, said: str, tmp_path: Path) -> None:
