@@ -925,6 +925,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
       }
 
       // K16 takes the place of k, of which this warp alone reads these columns.
+      __syncwarp();  // all lanes have read r, k and w
       store_matrices_transposed(slot + kTileBytes + own_tile, k16[0], k16[1], k16[2], k16[3]);
 
       // --- dA of the tile as operands: 8x8 blocks (i, j), and transposed.
@@ -1071,6 +1072,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
         multiply_add(dv[0], keys[0], keys[1], keys[2], keys[3], e[0], e[1]);
         multiply_add(dv[1], keys[0], keys[1], keys[2], keys[3], e[2], e[3]);
       }
+      __syncwarp();  // all lanes have read their dy
       store_matrices(slot + 4 * kTileBytes + own_values, pack_bf16(dv[0][0], dv[0][1]), pack_bf16(dv[0][2], dv[0][3]),
                      pack_bf16(dv[1][0], dv[1][1]), pack_bf16(dv[1][2], dv[1][3]));
     }

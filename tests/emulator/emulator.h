@@ -6,7 +6,8 @@
 //
 // What is found: wrong indices, layouts and formulas, missing waits for copies (a copy is carried out when it is waited
 // for), barriers that not all threads reach or whose memory is used for something else, shared memory read before it is
-// written (it holds NaN) or beyond its end.
+// written (it holds NaN) or beyond its end, a barrier that a thread uses without being after the one that made it, a copy
+// that nobody waits for.
 // Also shared memory that two threads use, one of them writing, with nothing that puts one after the other (`Races`).
 // What is not: races in global memory, and those in arrays that a kernel declares __shared__ with a size. `order` turns
 // the order of the threads round, or draws it at random, to see whether anything depends on it.
@@ -99,24 +100,27 @@ constexpr uint32_t kBarrierBytes = 8;
 struct Barrier {
   uint32_t expected = 0, pending = 0, phase = 0;
   Known arriving, complete;  // of those that arrive in this phase; of all phases that have ended
+  int maker = 0;
+  uint32_t made = 0;  // synchronisations of the maker's warp before
 };
 
 // Who has written and read each two bytes of shared memory last, and when: synchronisations of its warp before.
 //
-// A lane may write what another lane of its warp has read before an instruction that they carry out together, such as a
-// matrix product. What one writes another may read after __syncwarp only.
+// Two lanes of a warp are put in an order by __syncwarp only, as PTX says, and not by an instruction that they carry out
+// together, such as a shuffle or a matrix product. A thread that arrives at a barrier passes on what it knows to come
+// before: of its own warp what was done before the warp's last synchronisation, and so nothing that another lane has done
+// since.
 struct Races {
   static constexpr int kNobody = -1, kMany = -2;
   static constexpr uint32_t kInFlight = UINT32_MAX;
   struct Access {
     int thread = kNobody;
-    uint32_t time = 0, together = 0;
+    uint32_t time = 0;
   };
   int warps = 0;
   std::vector<Access> written;  // [places]
   std::vector<Access> read;     // [places, warps]
   std::vector<uint32_t> times;  // of each warp
-  std::vector<uint32_t> together;  // what its lanes have carried out together
   std::vector<Known> known;     // by each thread
 
   void watch(size_t bytes, int threads) {
@@ -124,7 +128,6 @@ struct Races {
     written.resize(bytes / 2);
     read.resize(bytes / 2 * warps);
     times.assign(warps, 1);
-    together.assign(warps, 0);
     known.assign(threads, Known(warps, 1));
     for (int thread = 0; thread < threads; ++thread)
       for (int warp = 0; warp < warps; ++warp) known[thread][warp] = warp == thread / 32 ? 1 : 0;
@@ -151,14 +154,13 @@ struct Races {
       if (writes) {
         for (int other = 0; other < warps; ++other)
           if (reads[other].thread != kNobody && reads[other].thread != thread &&
-              reads[other].time >= known[thread][other] &&
-              (other != warp || reads[other].together == together[warp]))
+              reads[other].time >= known[thread][other])
             return "is written while it is read";
         written[place] = {thread, times[warp]};
       } else {
         Access& own = reads[warp];
-        const bool alone = own.time < times[warp] || own.together < together[warp] || own.thread == thread;
-        own = {alone ? thread : kMany, times[warp], together[warp]};
+        const bool alone = own.time < times[warp] || own.thread == thread;
+        own = {alone ? thread : kMany, times[warp]};
       }
     }
     return nullptr;
@@ -197,10 +199,6 @@ inline int lanes_of_warp() {
   return all - first < kLanes ? all - first : kLanes;
 }
 
-inline void together() {
-  ++block()->races.together[self().number / kLanes];
-}
-
 inline void yield() {
   // Not swapcontext, which asks the system each time.
   if (!_setjmp(self().place)) _longjmp(block()->scheduler, 1);
@@ -223,6 +221,8 @@ void meet(Meeting& meeting, int count, Together together) {
 inline void run_thread() {
   try {
     block()->body();
+    for (const auto& group : self().copies)
+      if (!group.empty()) fail("a thread ends without having waited for its copies");
   } catch (const std::exception& error) {
     if (block()->error.empty()) block()->error = error.what();
   }
@@ -296,7 +296,6 @@ T exchange(uint32_t mask, T value, From source) {
   const int own = lane(), named = __builtin_popcount(mask);
   w.given[own][0] = to_bits(value);
   meet(w.meetings[mask], named < lanes_of_warp() ? named : lanes_of_warp(), [&] {
-    if (named >= lanes_of_warp()) together();
     for (int l = 0; l < kLanes; ++l)
       if (mask >> l & 1) w.taken[l][0] = w.given[l][0];
   });
@@ -371,8 +370,13 @@ inline uint32_t round_to_bf16(float value) {
 }
 
 inline Barrier& barrier_at(uint32_t address) {
+  const int thread = block()->current;
   for (auto& [at, barrier] : block()->barriers)
-    if (at == address) return barrier;
+    if (at == address) {
+      if (barrier.maker != thread && barrier.made >= block()->races.known[thread][barrier.maker / kLanes])
+        fail("the barrier at " + std::to_string(address) + " is used by a thread that need not come after its making");
+      return barrier;
+    }
   fail("no barrier was made at " + std::to_string(address));
 }
 
@@ -533,7 +537,6 @@ inline void move_matrices(uint32_t (&m)[4], uint32_t at, bool transposed, bool s
   w.given[own][0] = at;
   for (int i = 0; i < 4; ++i) w.given[own][1 + i] = m[i];
   meet(w.meeting, kLanes, [&] {
-    together();
     for (int l = 0; l < kLanes; ++l)
       for (int i = 0; i < 4; ++i) {
         uint32_t word = 0;
@@ -562,7 +565,6 @@ void multiply(float (&c)[4], const uint32_t* operands, int count, int depth, InA
   for (int i = 0; i < count; ++i) w.given[own][i] = operands[i];
   float sums[4];
   meet(w.meeting, kLanes, [&] {
-    together();
     for (int l = 0; l < kLanes; ++l)
       for (int i = 0; i < count; ++i) w.taken[l][i] = w.given[l][i];
   });
@@ -604,7 +606,6 @@ inline void ptx_movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& result, uint32_t
   const int own = emulated::lane();
   w.given[own][0] = fragment;
   emulated::meet(w.meeting, 32, [&] {
-    emulated::together();
     for (int l = 0; l < 32; ++l) {
       uint32_t word = 0;
       for (int half = 0; half < 2; ++half) {
@@ -679,7 +680,7 @@ inline void ptx_mbarrier_init_shared_b64(uint32_t at, uint32_t count) {
   emulated::shared_at(at, emulated::kBarrierBytes);
   emulated::Block& block = *emulated::block();
   const emulated::Known none(block.races.warps, 0);
-  block.barriers.push_back({at, {count, count, 0, none, none}});
+  block.barriers.push_back({at, {count, count, 0, none, none, block.current, block.races.times[block.current / 32]}});
   block.barriers_begin = std::min(block.barriers_begin, at);
   block.barriers_end = std::max(block.barriers_end, at + emulated::kBarrierBytes);
 }
