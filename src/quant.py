@@ -380,7 +380,11 @@ class FrozenLinear(nn.Module):
         """Nothing; see `layers.Linear`."""
         return []
 
-    def kept(self, x: Tensor) -> tuple[Tensor, ...]:
+    def remembers(self) -> Tensor | None:
+        """Nothing; see `layers.Linear`."""
+        return None
+
+    def kept(self, x: Tensor, known: Tensor | None = None) -> tuple[Tensor, ...]:
         """Nothing; see `layers.Linear`."""
         return ()
 

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from src.model.casts import LayerCasts
+from src.model.first_pass import FirstPass
 from src.model.layers import Joint, Linear
 from src.model.shape import Shape
 from src.ops.node import Node, once
@@ -64,10 +65,21 @@ class Adapter(nn.Module, Joint):
     def kept_values(r: int, in_features: int) -> int:
         """Values per position that are kept between forward and backward."""
 
+    @staticmethod
+    def remembered_values(r: int) -> int:
+        """Values per position that a second pass over a layer has from the first one, beside what enters the layer."""
+        return 0
+
     @classmethod
     @abstractmethod
-    def joint_kept(cls, adapters: Sequence[Any], inputs: Sequence[Tensor]) -> list[Kept]:
-        """What is kept of each adapter's input [n, in], outside autograd."""
+    def joint_kept(
+        cls, adapters: Sequence[Any], inputs: Sequence[Tensor], known: Sequence[Tensor | None] = ()
+    ) -> list[Kept]:
+        """What is kept of each adapter's input [n, in], outside autograd.
+
+        Args:
+            known: what each one `remembers`, if that was asked before.
+        """
 
     @classmethod
     @abstractmethod
@@ -93,9 +105,16 @@ class Adapter(nn.Module, Joint):
         results: tuple[Tensor, ...] = _Adapted.apply(tuple(matrices), *inputs, *parameters)
         return results
 
-    def kept(self, x: Tensor) -> Kept:
+    def remember_with(self, layer: FirstPass) -> None:
+        """From now on, a second pass over the layer may be given what the first one computed."""
+
+    def remembers(self) -> Tensor | None:
+        """See Linear."""
+        return None
+
+    def kept(self, x: Tensor, known: Tensor | None = None) -> Kept:
         """What is kept of x [n, in], without y."""
-        return self.joint_kept([self], [x])[0]
+        return self.joint_kept([self], [x], [known])[0]
 
     def product(self, x: Tensor, kept: Kept) -> Tensor:
         """y [n, out] of x [n, in] and of what is kept of it, outside autograd."""

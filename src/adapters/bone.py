@@ -87,7 +87,9 @@ class Bat(Adapter):
         return in_features
 
     @classmethod
-    def joint_kept(cls, adapters: Sequence[Any], inputs: Sequence[Tensor]) -> list[Kept]:
+    def joint_kept(
+        cls, adapters: Sequence[Any], inputs: Sequence[Tensor], known: Sequence[Tensor | None] = ()
+    ) -> list[Kept]:
         """See Adapter."""
         return [(x,) for x in inputs]
 

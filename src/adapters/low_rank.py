@@ -1,7 +1,7 @@
 """Adapters of the form y = W x + U (scale · D x), with narrow matrices D [r, in] and U [out, r].
 
 Their four small products, two forward and two backward, and the gradients of what is trained are those of several
-adapters at once (`ops.products`).
+adapters at once (`ops.products`). A layer that is computed again has scale · D x from its first pass (`FirstPass`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from src.adapters.adapter import Adapter, Kept, OfParameters
+from src.model.first_pass import FirstPass
 from src.ops.products import add_products, products, side_by_side
 
 
@@ -25,6 +26,8 @@ class LowRank(Adapter):
     """
 
     scale: float = 1.0
+    _first_pass: FirstPass | None = None
+    _number = 0
 
     @property
     @abstractmethod
@@ -51,6 +54,19 @@ class LowRank(Adapter):
     ) -> list[tuple[Tensor, ...]]:
         """Of each adapter, from the gradients of y [n, out] and of D x [n, r]."""
 
+    @staticmethod
+    def remembered_values(r: int) -> int:
+        """See Adapter."""
+        return r
+
+    def remember_with(self, layer: FirstPass) -> None:
+        """See Adapter."""
+        self._first_pass, self._number = layer, layer.add()
+
+    def remembers(self) -> Tensor | None:
+        """See Linear."""
+        return None if self._first_pass is None else self._first_pass.known(self._number)
+
     def joins(self, others: Sequence[object]) -> bool:
         """See Adapter; of equal ranks and scales, too."""
 
@@ -60,10 +76,16 @@ class LowRank(Adapter):
         return super().joins(others) and all(map(alike, others))
 
     @classmethod
-    def joint_kept(cls, adapters: Sequence[Any], inputs: Sequence[Tensor]) -> list[Kept]:
+    def joint_kept(
+        cls, adapters: Sequence[Any], inputs: Sequence[Tensor], known: Sequence[Tensor | None] = ()
+    ) -> list[Kept]:
         """See Adapter."""
-        downs = [adapter.down(inputs[0].dtype).t() for adapter in adapters]
-        hidden = products(inputs, downs, adapters[0].scale)
+        given = known or [adapter.remembers() for adapter in adapters]
+        hidden = [each for each in given if each is not None]
+        if len(hidden) < len(adapters):
+            hidden = products(inputs, [adapter.down(inputs[0].dtype).t() for adapter in adapters], adapters[0].scale)
+            for adapter, each in zip(adapters, hidden, strict=True):
+                adapter._note(each)
         return [cls.kept_of(*pair) for pair in zip(inputs, hidden, strict=True)]
 
     @classmethod
@@ -86,3 +108,7 @@ class LowRank(Adapter):
             adapter.base.gradient_into(grad, grad_x)
         add_products(results, grads_hidden, [adapter.down(like.dtype) for adapter in adapters])
         return results, lambda kept: cls.parameter_gradients(kept, grads, grads_hidden)
+
+    def _note(self, hidden: Tensor) -> None:
+        if self._first_pass is not None:
+            self._first_pass.note(self._number, hidden)

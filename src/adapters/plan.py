@@ -88,6 +88,16 @@ class AdapterPlan:
         sizes = shape.parameter_shapes()
         return {key: KINDS[self.kind].kept_values(self.r, sizes[key][1]) for key in self.matrices(shape)}
 
+    def remembered_values(self, shape: ModelShape) -> int:
+        """Those that second passes over layers have from the first ones, of all matrices; none of what is random."""
+        each = 0 if self.draws_random else KINDS[self.kind].remembered_values(self.r)
+        return each * len(self.matrices(shape))
+
+    @property
+    def draws_random(self) -> bool:
+        """Whether passes in training differ."""
+        return self.kind == "lora" and self.dropout > 0
+
     def start_values(self, shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
         """fp32 values of every parameter on the device: those in `tensors`, or fresh ones.
 
@@ -139,11 +149,16 @@ class AdapterPlan:
         options: dict[str, Any] = {}
         if kind is LoRA:
             options = {"scale": self.scale, "dropout": self.dropout if self.kind == "lora" else 0.0}
-        kept_values = self.kept_values(model.shape)
+        kept_values, remembered = self.kept_values(model.shape), self.remembered_values(model.shape)
         # What computes at once is cast side by side: the matrix that does not comes last.
         for key in sorted(kept_values, key=lambda key: key.endswith(".output.weight")):
             own = {name: values[f"{module_of(key)}.{name}"] for name in kind.names}
-            model.adapt(key, lambda base, own=own: kind(base, own, **options), kept_values[key])  # type: ignore[misc]
+            model.adapt(
+                key,
+                lambda base, own=own: kind(base, own, **options),  # type: ignore[misc]
+                kept_values[key],
+                remembered // len(kept_values),
+            )
 
     def properties(self) -> dict[str, Any]:
         """What a reader of the files must know."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from src.layout import SegmentLayout
 from src.model.casts import CastBuffer, LayerCasts
+from src.model.first_pass import FirstPass
 from src.model.layers import Embedding, Linear, Norm, TimeMixer
 from src.model.recompute import Recompute, Results, parameters_of, recomputed
 from src.model.shape import ModelShape
@@ -30,6 +31,7 @@ class Block(nn.Module):
     """One layer; layer 0 also normalises the embedding (`ln0`).
 
     Attributes:
+        first_pass: what its adapters compute in it for the second one.
         recompute: what is computed again in the backward pass.
         draws_random: whether one of its adapters does, so that a second pass has to draw the same.
     """
@@ -41,6 +43,7 @@ class Block(nn.Module):
         self.ln2 = Norm(shape.n_embd)
         self.att = shape.time_mixer(layer, head_size_divisor)
         self.ffn = shape.channel_mixer()
+        self.first_pass = FirstPass()
         self.recompute = Recompute.NOTHING
         self.draws_random = False
 
@@ -121,9 +124,19 @@ class Block(nn.Module):
 
         inputs = (x, handed, *(state or (None, None, None)))
         if level is Recompute.ALL:
-            # The result, from which the feed-forward can take its gradients.
-            kept = 1 if can_feed_again() else 0
-            mixed, *rest = recomputed(layer, inputs, parameters_of(self), kept=kept, draws_random=random)
+            remembered = 0 if random else self.first_pass.count
+
+            def either_pass(*tensors: Tensor) -> Results:
+                given, known = tensors[: len(inputs)], tensors[len(inputs) :]
+                with self.first_pass.of(known[:remembered]) as narrow:
+                    results = layer(*given, *known[remembered:])
+                return *narrow, *results
+
+            function = either_pass if remembered else layer
+            # The result, from which the feed-forward can take its gradients, and what adapters have left.
+            kept = remembered + (1 if can_feed_again() else 0)
+            outputs = recomputed(function, inputs, parameters_of(self), kept=kept, draws_random=random)
+            mixed, *rest = outputs[remembered:]
         elif result is not None and can_feed_again():
             mixed, *rest = layer(*inputs, result)
         else:
@@ -162,6 +175,7 @@ class LanguageModel(nn.Module):
         self.casts = CastBuffer()
         self._casts_of_layers: dict[str, LayerCasts] = {}
         self._kept_by_adapters: dict[str, int] = {}
+        self._remembered_by_adapters = 0
         self.emb = Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor) for i in range(shape.n_layer))
         self.ln_out = Norm(shape.n_embd)
@@ -222,13 +236,14 @@ class LanguageModel(nn.Module):
             setattr(self.get_submodule(parent_name), child, module)
         module.register_parameter(last, weight)
 
-    def adapt(self, name: str, adapter: Callable[[Any], Any], kept_values: int) -> None:
+    def adapt(self, name: str, adapter: Callable[[Any], Any], kept_values: int, remembered_values: int = 0) -> None:
         """Puts an adapter around a matrix of a layer, which is then frozen.
 
         Args:
             name: the matrix's file key.
             adapter: gives the module for the matrix that takes its place, and answers what `layers.Linear` does.
             kept_values: per position, what the adapter keeps between forward and backward.
+            remembered_values: what it keeps of them where the layer is computed again.
         """
         parent_name, _, child = name.removesuffix(".weight").rpartition(".")
         parent = self.get_submodule(parent_name)
@@ -239,8 +254,10 @@ class LanguageModel(nn.Module):
         casts = self._casts_of_layers.setdefault(layer, LayerCasts(self.casts))
         block.att.cast_with(casts)  # first: those of adapters are to follow each other
         adapted.cast_with(casts)
+        adapted.remember_with(block.first_pass)
         block.draws_random = block.draws_random or adapted.draws_random
         self._kept_by_adapters[name] = kept_values
+        self._remembered_by_adapters += remembered_values
 
     def set_recomputation(self, modes: Sequence[Recompute], *, keep_dequantized: bool = False) -> None:
         """Sets what each layer computes again, and reserves the room its dense matrices need meanwhile.
@@ -260,7 +277,7 @@ class LanguageModel(nn.Module):
         fused = self.compute_dtype is torch.bfloat16 and fused_kernels() is not None
         kept = self.shape.kept_bytes(mode, fused=fused)
         if mode is Recompute.ALL:
-            return kept
+            return kept + self.shape.remembered_bytes(self._remembered_by_adapters)
         return kept + self.shape.kept_bytes_of_adapters(self._kept_by_adapters, fused=fused)
 
     @property

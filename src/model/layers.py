@@ -50,8 +50,12 @@ class Linear(nn.Module):
         """Whose gradients `gradients` gives: of a frozen matrix none, and a trained one is autograd's own."""
         return []
 
-    def kept(self, x: Tensor) -> tuple[Tensor, ...]:
-        """What the gradients of the trained parameters need of x."""
+    def remembers(self) -> Tensor | None:
+        """In a second pass over the layer what `kept` would compute, if the first one has left it."""
+        return None
+
+    def kept(self, x: Tensor, known: Tensor | None = None) -> tuple[Tensor, ...]:
+        """What the gradients of the trained parameters need of x; `known` is what it `remembers`."""
         return ()
 
     def product(self, x: Tensor, kept: tuple[Tensor, ...]) -> Tensor:
@@ -88,7 +92,9 @@ class Joint(ABC):
 
     @classmethod
     @abstractmethod
-    def joint_kept(cls, matrices: Sequence[Any], inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    def joint_kept(
+        cls, matrices: Sequence[Any], inputs: Sequence[Tensor], known: Sequence[Tensor | None] = ()
+    ) -> list[tuple[Tensor, ...]]:
         """`kept` of each, outside autograd; inputs are [n, in]."""
 
 
@@ -110,13 +116,15 @@ def together(matrices: Sequence[Linear], inputs: Sequence[Tensor]) -> tuple[Tens
     return tuple(matrix(x) for matrix, x in zip(matrices, inputs, strict=True))
 
 
-def kept_together(matrices: Sequence[Linear], inputs: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+def kept_together(
+    matrices: Sequence[Linear], inputs: Sequence[Tensor], known: Sequence[Tensor | None]
+) -> list[tuple[Tensor, ...]]:
     """`kept` of each matrix, at once where they join; inputs are [n, in]."""
     kind: Any = type(matrices[0])
     if join(matrices):
-        kept: list[tuple[Tensor, ...]] = kind.joint_kept(matrices, inputs)
+        kept: list[tuple[Tensor, ...]] = kind.joint_kept(matrices, inputs, known)
         return kept
-    return [matrix.kept(x) for matrix, x in zip(matrices, inputs, strict=True)]
+    return [matrix.kept(x, own) for matrix, x, own in zip(matrices, inputs, known, strict=True)]
 
 
 class Norm(nn.LayerNorm):

@@ -429,6 +429,7 @@ class _FeedAgain(Node):
         ctx: Any, mixer: ChannelMix, x: Tensor, z_k: Tensor, z_r: Tensor, result: Tensor, *trained: Tensor
     ) -> Tensor:
         ctx.mixer = mixer
+        ctx.known = [matrix.remembers() for matrix in (*mixer._mixed, mixer.value)]
         ctx.save_for_backward(x, z_k, z_r, result)
         return result.view_as(result)
 
@@ -438,7 +439,8 @@ class _FeedAgain(Node):
         x, z_k, z_r, result = ctx.saved_tensors
         mixer: ChannelMix = ctx.mixer
         rows_k, rows_r = z_k.flatten(0, 1), z_r.flatten(0, 1)
-        kept_k, kept_r = kept_together(mixer._mixed, (rows_k, rows_r))
+        *of_mixed, of_squared = ctx.known
+        kept_k, kept_r = kept_together(mixer._mixed, (rows_k, rows_r), of_mixed)
         r = mixer.receptance.product(rows_r, kept_r).view_as(x)
         grad_r, grad_value = sigmoid_gated_residual_gradients(x, r, result, grad)
         del r
@@ -448,7 +450,7 @@ class _FeedAgain(Node):
         del grad_r, grad_value, of_receptance
         key = mixer.key.product(rows_k, kept_k)
         if mixer.value.trained():
-            of_trained += of_value(mixer.value.kept(squared_relu(key)))
+            of_trained += of_value(mixer.value.kept(squared_relu(key), of_squared))
         del of_value
         grad_z_k, of_key = mixer.key.gradients(squared_relu_gradient(key, grad_hidden))
         of_trained += of_key(kept_k)

@@ -541,6 +541,7 @@ class _FeedAgain(Node):
     @staticmethod
     def forward(ctx: Any, mixer: ChannelMix, x: Tensor, z_k: Tensor, result: Tensor, *trained: Tensor) -> Tensor:
         ctx.mixer = mixer
+        ctx.known = mixer.key.remembers(), mixer.value.remembers()
         ctx.save_for_backward(z_k)
         return result.view_as(result)
 
@@ -551,9 +552,12 @@ class _FeedAgain(Node):
         mixer: ChannelMix = ctx.mixer
         rows = z_k.flatten(0, 1)
         grad_hidden, of_value = mixer.value.gradients(grad.flatten(0, 1))
-        kept = mixer.key.kept(rows)
+        of_rows, of_squared = ctx.known
+        kept = mixer.key.kept(rows, of_rows)
         key = mixer.key.product(rows, kept)
-        of_trained = of_value(mixer.value.kept(squared_relu(key))) if mixer.value.trained() else ()
+        of_trained: tuple[Tensor, ...] = ()
+        if mixer.value.trained():
+            of_trained = of_value(mixer.value.kept(squared_relu(key), of_squared))
         grad_z_k, of_key = mixer.key.gradients(squared_relu_gradient(key, grad_hidden))
         of_trained += of_key(kept)
         return None, grad, grad_z_k.view_as(z_k), None, *of_trained

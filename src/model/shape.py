@@ -160,6 +160,10 @@ class ModelShape(ABC):
             others = self.n_embd * (self.mixes_without_matrix if whole else 1)
         return 2 * (sum(kept_values.values()) // self.n_layer + others)
 
+    def remembered_bytes(self, remembered_values: int) -> int:
+        """The same of adapters whose second passes have so many values per token, in all layers, of the first ones."""
+        return 2 * remembered_values // self.n_layer
+
     @abstractmethod
     def rate_factor(self, key: str) -> float:
         """Factor on a weight's learning rate in full training."""

@@ -112,12 +112,13 @@ def estimate_memory(
         records: whether steps are recorded.
     """
     fused = on_gpu and itemsize == 2
-    of_adapters = 0
+    of_adapters = remembered = 0
     if method.adapters is not None:
         of_adapters = shape.kept_bytes_of_adapters(method.adapters.kept_values(shape), fused=fused)
+        remembered = shape.remembered_bytes(method.adapters.remembered_values(shape))
 
     def kept_bytes(mode: Recompute) -> int:
-        return shape.kept_bytes(mode, fused=fused) + (0 if mode is Recompute.ALL else of_adapters)
+        return shape.kept_bytes(mode, fused=fused) + (remembered if mode is Recompute.ALL else of_adapters)
 
     trained = set(method.trained_names(shape))
     sizes = shape.parameter_shapes()

@@ -288,6 +288,7 @@ def chunk_that_fits(
     everything, nothing = (shape.kept_bytes(mode, fused=fused) for mode in (Recompute.ALL, Recompute.NOTHING))
     if method.adapters is not None:
         nothing += shape.kept_bytes_of_adapters(method.adapters.kept_values(shape), fused=fused)
+        everything += shape.remembered_bytes(method.adapters.remembered_values(shape))
     kept = {0: [nothing * shape.n_layer], 1: [everything * shape.n_layer]}
     kept[2] = kept[0] + kept[1]
     # With their inputs at hand, one layer after the other is computed and left.

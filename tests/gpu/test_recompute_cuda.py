@@ -65,7 +65,7 @@ def test_trained_time_and_norm_parameters_switch_no_kernel_off(
 
 
 @pytest.mark.parametrize("kind", ["", "lora", "bone", "bat"])
-@pytest.mark.parametrize("mode", [Recompute.INPUTS, Recompute.NOTHING])
+@pytest.mark.parametrize("mode", Recompute)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kept_bytes_cover_what_kernels_keep(architecture: str, mode: Recompute, kind: str) -> None:
     kept, estimate = kept_and_estimated("cuda", torch.bfloat16, mode, kind, architecture)

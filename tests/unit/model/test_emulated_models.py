@@ -101,7 +101,8 @@ def test_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(architecture: str
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize(
-    ("mode", "kind"), [(Recompute.NOTHING, ""), (Recompute.NOTHING, "bat"), (Recompute.INPUTS, "lora")]
+    ("mode", "kind"),
+    [(Recompute.NOTHING, ""), (Recompute.NOTHING, "bat"), (Recompute.INPUTS, "lora"), (Recompute.ALL, "lora")],
 )
 def test_kept_bytes_cover_what_kernels_keep(mode: Recompute, kind: str, architecture: str) -> None:
     with every_kernel():
