@@ -19,6 +19,7 @@ from src.model import language_model
 from src.ops import (
     adam,
     block_diagonal,
+    cast,
     delta_rule_cuda,
     dequantize_cuda,
     elementwise,
@@ -86,7 +87,16 @@ def issued(launch: Callable[..., int] | None = None) -> Iterator[None]:
 
 def forget_launches() -> None:
     """Kernels have been loaded nowhere."""
-    for module in (adam, block_diagonal, delta_rule_cuda, dequantize_cuda, elementwise_cuda, wkv6_cuda, wkv7_cuda):
+    for module in (
+        adam,
+        block_diagonal,
+        cast,
+        delta_rule_cuda,
+        dequantize_cuda,
+        elementwise_cuda,
+        wkv6_cuda,
+        wkv7_cuda,
+    ):
         for value in vars(module).values():
             members = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
             for kernel in members:

@@ -18,6 +18,7 @@ from src.errors import ConfigError
 from src.model.language_model import LanguageModel
 from src.model.shape import LAYER_KEY, ModelShape, Shape
 from src.ops.block_diagonal import kernels_for
+from src.ops.cast import TO_BF16
 from src.ops.kernels import Kernel
 
 KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "pissa": LoRA, "bone": Bone, "bat": Bat}
@@ -81,7 +82,7 @@ class AdapterPlan:
 
     def kernels(self) -> tuple[Kernel, ...]:
         """CUDA kernels that a step in bf16 launches for them, to be compiled before it comes."""
-        return kernels_for(self.r) if self.kind == "bat" else ()
+        return TO_BF16, *(kernels_for(self.r) if self.kind == "bat" else ())
 
     def kept_values(self, shape: ModelShape) -> dict[str, int]:
         """Key of each matrix -> values per position that its adapter keeps between forward and backward."""

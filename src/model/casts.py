@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from src.ops.cast import caster
 from src.ops.node import Node, once
 from src.ops.products import outer_sum
 
@@ -63,6 +64,8 @@ class LayerCasts:
         self._owners: list[HasTrained] = []
         self._views: list[Tensor] = []
         self._filled: Tensor | None = None  # what the views are of
+        self._addresses: list[int] = []  # of what was cast there last
+        self._cast: Callable[[], None] = lambda: None
 
     def add(self, owner: HasTrained) -> int:
         """Takes an owner's tensors in; the number of the first of them."""
@@ -78,20 +81,23 @@ class LayerCasts:
             self._fill(dtype)
         return self._views[number]
 
-    @torch.no_grad()
     def _fill(self, dtype: torch.dtype) -> None:
         tensors = self._tensors()
         begins = [0]
         for tensor in tensors:
             begins.append(begins[-1] + -(-tensor.numel() // _ALIGNMENT_VALUES) * _ALIGNMENT_VALUES)
         values = self._buffer.take(self, begins[-1], tensors[0], dtype)
+        addresses = [tensor.data_ptr() for tensor in tensors]
+        if self._filled is values and addresses == self._addresses:
+            return self._cast()
         if self._filled is not values:
             self._views = [
                 values[begin : begin + tensor.numel()].view(tensor.shape)
                 for begin, tensor in zip(begins, tensors, strict=False)
             ]
             self._filled = values
-        torch._foreach_copy_(self._views, tensors)
+        self._addresses, self._cast = addresses, caster(tensors, self._views)
+        self._cast()
 
     def _tensors(self) -> list[Tensor]:
         return [tensor for owner in self._owners for tensor in owner.trained()]

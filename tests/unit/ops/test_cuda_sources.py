@@ -13,6 +13,7 @@ import pytest
 from src.ops import (
     adam,
     block_diagonal,
+    cast,
     delta_rule_cuda,
     dequantize_cuda,
     elementwise_cuda,
@@ -25,6 +26,7 @@ from src.ops.kernels import Kernel
 KERNELS: dict[str, Sequence[Kernel]] = {
     "adam.cu": tuple(adam.KERNELS.values()),
     "block_diagonal.cu": block_diagonal.KERNELS,
+    "cast.cu": (cast.TO_BF16,),
     "dequantize.cu": (*dequantize_cuda.KERNELS.values(), *dequantize_cuda.OF_SEVERAL.values()),
     "elementwise.cu": elementwise_cuda.KERNELS,
     "elementwise_delta_rule.cu": delta_rule_cuda.KERNELS,

@@ -20,7 +20,7 @@ from src.loading import LoadOptions, build_model
 from src.model import rwkv6
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
-from src.ops import block_diagonal, dequantize_cuda, elementwise, elementwise_cuda, wkv6, wkv6_cuda
+from src.ops import block_diagonal, cast, dequantize_cuda, elementwise, elementwise_cuda, wkv6, wkv6_cuda
 from src.ops.kernels import Kernel
 from src.ops.rows import HEAD_SIZES
 from src.ops.sequences import start_states
@@ -48,6 +48,7 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         monkeypatch.setattr(module, "kernel_is_available", lambda device: True)
     monkeypatch.setattr(quant, "dequantization_kernels", lambda device: True)
     monkeypatch.setattr(block_diagonal, "_have_kernels", lambda size: True)
+    monkeypatch.setattr(cast, "_have_kernel", lambda: True)
     torch.use_deterministic_algorithms(True)
     with emulated():
         yield
@@ -300,6 +301,27 @@ def test_every_dequantised_bit_is_as_the_format_says(bits: int, double: bool, co
         assert torch.equal(whole.view(torch.int16), expected.view(torch.int16))
     for values in others:
         assert torch.equal(values.view(torch.int16), expected[: len(values)].view(torch.int16))
+
+
+@pytest.mark.parametrize("sizes", [(1,), (4096, 4097, 8, 5), (0, 3), tuple(range(1, 70)), (100, 0, 9000, 64)])
+def test_every_bit_of_tensors_cast_at_once(sizes: tuple[int, ...]) -> None:
+    """Among them some that begin at odd places, and what is not finite; the calls after the first see new values."""
+    whole = torch.randn(sum(sizes) + 3, generator=torch.Generator().manual_seed(0))
+    places = torch.randint(len(whole), (9,), generator=torch.Generator().manual_seed(1))
+    whole[places] = torch.tensor([torch.inf, -torch.inf, torch.nan, 1e-40, -0.0, 3.4e38, 1 + 2**-8, 1 + 3 * 2**-8, 0])
+    for shift in (0, 3):
+        tensors = list(whole[shift : shift + sum(sizes)].split(sizes))
+        outputs = [torch.full((2 * size + 1,), torch.nan, dtype=torch.bfloat16) for size in sizes]
+        run = cast.caster(tensors, [output[:size] for output, size in zip(outputs, sizes, strict=True)])
+        for factor in (1, -0.7):
+            whole.mul_(factor)
+            run()
+            for tensor, output, size in zip(tensors, outputs, sizes, strict=True):
+                expected = tensor.bfloat16()
+                numbers = ~expected.isnan()  # whose bits differ among devices
+                assert torch.equal(output[:size].isnan(), ~numbers)
+                assert torch.equal(output[:size][numbers].view(torch.int16), expected[numbers].view(torch.int16))
+                assert output[size:].isnan().all(), "nothing is written behind it"
 
 
 MODES = [(None, Recompute.NOTHING), (None, Recompute.ALL), ("nf4", Recompute.NOTHING), ("nf4", Recompute.ALL)]
