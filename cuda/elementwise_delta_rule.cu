@@ -40,12 +40,55 @@ __device__ __forceinline__ void load_gradient(const void* gradient, int64_t offs
   }
 }
 
+// A vector of v + (first - v) sigmoid(amount).
+__device__ __forceinline__ void pull(const void* v, const void* first, const void* amount, void* result,
+                                     int64_t offset) {
+  float own[kVector], other[kVector], share[kVector];
+  load(v, offset, own);
+  load(first, offset, other);
+  load(amount, offset, share);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) own[j] = fmaf(other[j] - own[j], sigmoid(share[j]), own[j]);
+  store(result, offset, own);
+}
+
+// Its gradients. With s = sigmoid(amount) that of amount is the gradient of the result times (first - v) s (1 - s), and
+// (first - v) (1 - s) is first - result.
+__device__ __forceinline__ void pull_back(const void* first, const void* amount, const void* result, const void* grad,
+                                          void* grad_v, void* grad_first, void* grad_amount, int64_t offset) {
+  float share[kVector], gradient[kVector], part[kVector];
+  load(amount, offset, share);
+  load(grad, offset, gradient);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) share[j] = sigmoid(share[j]);
+  if (grad_v != nullptr) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) part[j] = gradient[j] * (1.0f - share[j]);
+    store(grad_v, offset, part);
+  }
+  if (grad_first != nullptr) {
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) part[j] = gradient[j] * share[j];
+    store(grad_first, offset, part);
+  }
+  if (grad_amount != nullptr) {
+    float mixed[kVector];
+    load(result, offset, mixed);
+    load(first, offset, part);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) part[j] = gradient[j] * (part[j] - mixed[j]) * share[j];
+    store(grad_amount, offset, part);
+  }
+}
+
 // With s = sigmoid(rate) and kappa = k k_k at unit length: replacement = k (1 + (s - 1) k_a), removal = -kappa,
 // written = kappa s.
+// With `values`, that is v pulled towards first_v by amount.
 template <int kLanes>
 __global__ void __launch_bounds__(kThreads)
     removal_and_replacement_forward(const void* k, const void* rate, const void* k_k, const void* k_a,
-                                    void* replacement, void* removal, void* written, int rows, int channels) {
+                                    void* replacement, void* removal, void* written, const void* v, const void* first_v,
+                                    const void* amount, void* values, int rows, int channels) {
   const unsigned mask = head_mask<kLanes>();
   int channel, first;
   if (!own_tile(rows, channels, kRowTile, channel, first)) return;
@@ -76,6 +119,7 @@ __global__ void __launch_bounds__(kThreads)
     }
     store(removal, offset, kappa);
     store(written, offset, s);
+    if (values != nullptr) pull(v, first_v, amount, values, offset);
   }
 }
 
@@ -102,7 +146,9 @@ template <int kLanes>
 __global__ void __launch_bounds__(kThreads)
     removal_and_replacement_backward(const void* k, const void* rate, const void* k_k, const void* k_a,
                                      const void* grad_replacement, const void* grad_removal, const void* grad_written,
-                                     void* grad_k, void* grad_rate, int rows, int channels) {
+                                     void* grad_k, void* grad_rate, const void* first_v, const void* amount,
+                                     const void* values, const void* grad_values, void* grad_v, void* grad_first,
+                                     void* grad_amount, int rows, int channels) {
   const unsigned mask = head_mask<kLanes>();
   int channel, first;
   if (!own_tile(rows, channels, kRowTile, channel, first)) return;
@@ -137,6 +183,9 @@ __global__ void __launch_bounds__(kThreads)
     }
     if (grad_k != nullptr) store(grad_k, offset, of_u);
     if (grad_rate != nullptr) store(grad_rate, offset, s);
+    if (grad_values != nullptr) {
+      pull_back(first_v, amount, values, grad_values, grad_v, grad_first, grad_amount, offset);
+    }
   }
 }
 
@@ -188,46 +237,14 @@ __global__ void __launch_bounds__(kThreads)
 // result = v + (first - v) sigmoid(amount)
 __global__ void __launch_bounds__(kThreads)
     value_residual_forward(const void* v, const void* first, const void* amount, void* result, int vectors) {
-  for_own_vectors(int64_t(vectors) * kVector, [=](int64_t offset) {
-    float own[kVector], other[kVector], share[kVector];
-    load(v, offset, own);
-    load(first, offset, other);
-    load(amount, offset, share);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) own[j] = fmaf(other[j] - own[j], sigmoid(share[j]), own[j]);
-    store(result, offset, own);
-  });
+  for_own_vectors(int64_t(vectors) * kVector, [=](int64_t offset) { pull(v, first, amount, result, offset); });
 }
 
-// With s = sigmoid(amount) the gradient of amount is that of the result times (first - v) s (1 - s), and
-// (first - v) (1 - s) is first - result.
 __global__ void __launch_bounds__(kThreads)
     value_residual_backward(const void* first, const void* amount, const void* result, const void* grad, void* grad_v,
                             void* grad_first, void* grad_amount, int vectors) {
   for_own_vectors(int64_t(vectors) * kVector, [=](int64_t offset) {
-    float share[kVector], gradient[kVector], part[kVector];
-    load(amount, offset, share);
-    load(grad, offset, gradient);
-#pragma unroll
-    for (int j = 0; j < kVector; ++j) share[j] = sigmoid(share[j]);
-    if (grad_v != nullptr) {
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) part[j] = gradient[j] * (1.0f - share[j]);
-      store(grad_v, offset, part);
-    }
-    if (grad_first != nullptr) {
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) part[j] = gradient[j] * share[j];
-      store(grad_first, offset, part);
-    }
-    if (grad_amount != nullptr) {
-      float mixed[kVector];
-      load(result, offset, mixed);
-      load(first, offset, part);
-#pragma unroll
-      for (int j = 0; j < kVector; ++j) part[j] = gradient[j] * (part[j] - mixed[j]) * share[j];
-      store(grad_amount, offset, part);
-    }
+    pull_back(first, amount, result, grad, grad_v, grad_first, grad_amount, offset);
   });
 }
 

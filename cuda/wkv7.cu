@@ -658,6 +658,7 @@ struct Gradients {
   const void *gradients, *danswers;            // and the backward one
   const int32_t* borders;                      // as in Scan
   int sequences, tokens, heads;
+  int adds;                               // whether dr, dk and dv hold what their gradients are added to
   void *dr, *dw_raw, *dk, *dv, *da, *db;  // bf16 [B, T, H, 64]; each may be null
 };
 
@@ -915,6 +916,14 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
     for (int h = 0; h < 2; ++h)
       store_words(static_cast<uint32_t*>(tensor) + words[h], packed[0][h], packed[1][h], first_token + 8 * h < count);
   };
+  // Rounds a word of a gradient, added to what is there. Each word is read before its warp exchanges words and stores.
+  auto pack_added = [&](const void* tensor, int n, int h, float low, float high) {
+    if (x.adds && tensor != nullptr && first_token + 8 * h < count) {
+      const uint32_t both = static_cast<const uint32_t*>(tensor)[words[h] + 4 * n + quad];
+      low += low_half(both), high += high_half(both);
+    }
+    return pack_bf16(low, high);
+  };
 
   // --- dv, of 16 values.
   if (x.dv != nullptr) {
@@ -939,7 +948,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
 #pragma unroll
     for (int n = 0; n < 2; ++n)
 #pragma unroll
-      for (int h = 0; h < 2; ++h) packed[n][h] = pack_bf16(dv[n][2 * h], dv[n][2 * h + 1]);
+      for (int h = 0; h < 2; ++h) packed[n][h] = pack_added(x.dv, n, h, dv[n][2 * h], dv[n][2 * h + 1]);
     store(x.dv, packed);
   }
 
@@ -1074,9 +1083,10 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
         q[e] = exp2_approximate(without[e]);
       }
       const int c = 2 * h;
-      of_r[n][h] = pack_bf16(dr[n][c] * raised[0], dr[n][c + 1] * raised[1]);
+      of_r[n][h] = pack_added(x.dr, n, h, dr[n][c] * raised[0], dr[n][c + 1] * raised[1]);
       of_a[n][h] = pack_bf16(da[n][c] * raised_all[0], da[n][c + 1] * raised_all[1]);
-      of_k[n][h] = pack_bf16((dk[n][c] + dk_in[n][c]) * q[0], (dk[n][c + 1] + dk_in[n][c + 1]) * q[1]);
+      of_k[n][h] =
+          pack_added(x.dk, n, h, (dk[n][c] + dk_in[n][c]) * q[0], (dk[n][c + 1] + dk_in[n][c + 1]) * q[1]);
       of_b[n][h] = pack_bf16((db[n][c] + db_in[n][c]) * q[0], (db[n][c + 1] + db_in[n][c + 1]) * q[1]);
       if (x.dw_raw != nullptr && first_token + 8 * h < count) {
         const uint32_t both = static_cast<const uint32_t*>(x.w_raw)[words[h] + 4 * n + quad];

@@ -33,7 +33,7 @@ from src.layout import SegmentLayout
 from src.model.layers import ChannelMixer, Linear, TimeMixer, join, together
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape, Shape, axes_of, count_layers, orthogonal, uniform
-from src.ops import delta_rule_cuda, elementwise_cuda, wkv7_cuda
+from src.ops import delta_rule_cuda, delta_rule_whole, elementwise_cuda, wkv7_cuda
 from src.ops.delta_rule import group_norm_bonus_gate, removal_and_replacement, value_residual
 from src.ops.elementwise import shift_mixes, squared_relu, squared_relu_gradient
 from src.ops.kernels import Kernel
@@ -462,21 +462,25 @@ class TimeMix(TimeMixer):
         assert self.hands_on == (handed is None)
         parts: Any = {**self._modules, **self._parameters}  # an attribute of a module takes ten times as long
         z_r, z_w, z_k, z_v, z_a, z_g = inputs
-        heads = (*z_r.shape[:2], self.head_count, self.head_size)
         w_raw = self.product(torch.tanh(self.product(z_w, "w1")), "w2", bias="w0")
         rate = self.product(self.product(z_a, "a1"), "a2", bias="a0")
         gate = self.product(torch.sigmoid(self.product(z_g, "g1")), "g2")
         r, k = together(self._mixed, (z_r, z_k))
         own = parts["value"](z_v)
-        v = own
-        if handed is not None:
-            v = value_residual(own, handed, self.product(self.product(z_v, "v1"), "v2", bias="v0"))
-        r, v = r.view(heads), v.view(heads)
-        k, removal, written = removal_and_replacement(k.view(heads), rate.view(heads), parts["k_k"], parts["k_a"])
-        tokens = (r, w_raw.view(heads), k, v, removal, written)
-        y, final = self._recur(tokens, parts["time_state"] if start is None else start, layout)
+        amount = None if handed is None else self.product(self.product(z_v, "v1"), "v2", bias="v0")
         norm = parts["ln_x"]
-        gated = group_norm_bonus_gate(y, r, k, v, gate, parts["r_k"], norm.weight, norm.bias, norm.eps)
+        scales, readout = (parts["k_k"], parts["k_a"]), (parts["r_k"], norm.weight, norm.bias)
+        state = parts["time_state"] if start is None else start
+        if delta_rule_whole.can_take(r, self.head_size) and (pieces := _pieces(layout, r.shape[1])):
+            made = (r, w_raw, k, rate, own, handed, amount, gate)
+            gated, final = delta_rule_whole.whole(*made, *scales, *readout, state, norm.eps, pieces)
+            return gated, final, own if self.hands_on else None
+        heads = (*r.shape[:2], self.head_count, self.head_size)
+        v = own if handed is None or amount is None else value_residual(own, handed, amount)
+        r, v = r.view(heads), v.view(heads)
+        k, removal, written = removal_and_replacement(k.view(heads), rate.view(heads), *scales)
+        y, final = self._recur((r, w_raw.view(heads), k, v, removal, written), state, layout)
+        gated = group_norm_bonus_gate(y, r, k, v, gate, *readout, norm.eps)
         return gated, final, own if self.hands_on else None
 
     @property
@@ -494,6 +498,16 @@ class TimeMix(TimeMixer):
             return wkv7(r, w_raw, k, v, a, b, start, layout.root_borders)
         borders = (layout.root_borders, layout.child_borders)
         return wkv7_branching(r, w_raw, k, v, a, b, start, *borders, layout.parents, layout.root_tokens)
+
+
+def _pieces(layout: SegmentLayout | None, tokens: int) -> tuple[wkv7_cuda.Part, ...]:
+    """Rows, packed roots, or roots and what continues them, for the kernels; none where one of the latter is empty."""
+    if layout is None or not layout.has_children:
+        return wkv7_cuda.one_part(tokens, None if layout is None else layout.root_borders)
+    if not 0 < layout.root_tokens < tokens:
+        return ()
+    borders = layout.root_borders, layout.child_borders
+    return wkv7_cuda.two_parts(tokens, *borders, layout.parents, layout.root_tokens)
 
 
 class ChannelMix(ChannelMixer):

@@ -42,8 +42,8 @@ def _kernel(name: str, parameters: str, head_size: int = 0) -> Kernel:
 KEYS_FORWARD, KEYS_BACKWARD, KEYS_SUMS, READOUT_FORWARD, READOUT_BACKWARD, READOUT_SUMS = (
     {size: _kernel(name, parameters, size) for size in HEAD_SIZES}
     for name, parameters in (
-        ("removal_and_replacement_forward", "PPPP PPP ii"),
-        ("removal_and_replacement_backward", "PPPP PPP PP ii"),
+        ("removal_and_replacement_forward", "PPPP PPP PPPP ii"),
+        ("removal_and_replacement_backward", "PPPP PPP PP PPPPPPP ii"),
         ("removal_and_replacement_sums", "PPP PPP PP iiii"),
         ("group_norm_bonus_gate_forward", "PPPPP PPP f P ii"),
         ("group_norm_bonus_gate_backward", "PPPPP PPP f P PPPPP ii"),
@@ -85,8 +85,8 @@ def removal_and_replacement(
     k: Tensor, rate: Tensor, key_scale: Tensor, rate_scale: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """See `delta_rule.removal_and_replacement`."""
-    run: Any = _RemovalAndReplacement.apply if records(k, rate, key_scale, rate_scale) else _keys
-    replacement, removal, written = run(k, rate, key_scale, rate_scale)
+    run: Any = _RemovalAndReplacement.apply if records(k, rate, key_scale, rate_scale) else keys_and_values
+    replacement, removal, written, *_ = run(k, rate, key_scale, rate_scale)
     return replacement, removal, written
 
 
@@ -109,7 +109,7 @@ def group_norm_bonus_gate(
     eps: float,
 ) -> Tensor:
     """See `delta_rule.group_norm_bonus_gate`."""
-    run: Any = _GroupNormBonusGate.apply if records(y, r, k, v, gate, bonus, weight, bias) else _readout
+    run: Any = _GroupNormBonusGate.apply if records(y, r, k, v, gate, bonus, weight, bias) else readout
     output: Tensor = run(y, r, k, v, gate, bonus, weight, bias, eps)
     return output
 
@@ -122,7 +122,7 @@ class _RemovalAndReplacement(Node):
         saved = saved_parameter(ctx, "key_scale", key_scale, 2), saved_parameter(ctx, "rate_scale", rate_scale, 3)
         ctx.save_for_backward(k, rate, *saved)
         ctx.shapes = key_scale.shape, rate_scale.shape
-        return _keys(k, rate, key_scale, rate_scale)
+        return keys_and_values(k, rate, key_scale, rate_scale)[:3]
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -131,14 +131,12 @@ class _RemovalAndReplacement(Node):
             return (None,) * 4
         k, rate, key_scale, rate_scale = ctx.saved_tensors
         of_k, of_rate, *of_parameters = ctx.needs_input_grad
-        arrived = [_arrived(grad, k, "the gradient of removal_and_replacement") for grad in grads]
-        inputs = k, rate, prepared_parameter(kept_parameter(ctx, "key_scale", key_scale), "key_scale")
-        grad_k = grad_rate = None
+        arrived = [arrived_gradient(grad, k, "the gradient of removal_and_replacement") for grad in grads]
+        scales = kept_parameter(ctx, "key_scale", key_scale), kept_parameter(ctx, "rate_scale", rate_scale)
+        grad_k, grad_rate = _empty_like(k, of_k), _empty_like(rate, of_rate)
         if of_k or of_rate:
-            grad_k, grad_rate = _empty_like(k, of_k), _empty_like(rate, of_rate)
-            rate_scale = prepared_parameter(kept_parameter(ctx, "rate_scale", rate_scale), "rate_scale")
-            _over_rows(KEYS_BACKWARD, k, *inputs, rate_scale, *arrived, grad_k, grad_rate)
-        return grad_k, grad_rate, *_sums(KEYS_SUMS, k, (*inputs, *arrived), of_parameters, ctx.shapes)
+            keys_and_values_gradients(k, rate, *scales, arrived, grad_k, grad_rate)
+        return grad_k, grad_rate, *keys_sums(k, rate, scales[0], arrived, of_parameters, ctx.shapes)
 
 
 class _ValueResidual(Node):
@@ -154,7 +152,7 @@ class _ValueResidual(Node):
         refuse_double_backward()
         first, amount, result = ctx.saved_tensors
         grads = tuple(_empty_like(amount, asked) for asked in ctx.needs_input_grad)
-        gradient = _arrived(grad, first, "the gradient of value_residual")
+        gradient = arrived_gradient(grad, first, "the gradient of value_residual")
         _over_vectors(VALUES_BACKWARD, first, first, amount, result, gradient, *grads)
         return grads
 
@@ -180,24 +178,38 @@ class _GroupNormBonusGate(Node):
         ctx.save_for_backward(y, r, k, v, gate, *saved)
         ctx.eps = eps
         ctx.shapes = bonus.shape, weight.shape, bias.shape
-        return _readout(y, r, k, v, gate, bonus, weight, bias, eps)
+        return readout(y, r, k, v, gate, bonus, weight, bias, eps)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         *inputs, bonus, weight, bias = ctx.saved_tensors
-        y, gradient = inputs[0], _arrived(grad, inputs[4], "the gradient of group_norm_bonus_gate")
+        gradient = arrived_gradient(grad, inputs[4], "the gradient of group_norm_bonus_gate")
         asked, of_parameters = ctx.needs_input_grad[:5], ctx.needs_input_grad[5:8]
         grads: Sequence[Tensor | None] = (None,) * 5
         if any(asked):
             grads = [_empty_like(tensor, wanted) for tensor, wanted in zip(inputs, asked, strict=True)]
             saved = {"bonus": bonus, "weight": weight, "bias": bias}
-            parameters = (prepared_parameter(kept_parameter(ctx, name, value), name) for name, value in saved.items())
-            _over_rows(READOUT_BACKWARD, y, *inputs, *parameters, ctx.eps, gradient, *grads)
-        return *grads, *_sums(READOUT_SUMS, y, (*inputs, ctx.eps, gradient), of_parameters, ctx.shapes), None
+            parameters = [kept_parameter(ctx, name, value) for name, value in saved.items()]
+            readout_gradients(inputs, parameters, ctx.eps, gradient, grads)
+        return *grads, *readout_sums(inputs, ctx.eps, gradient, of_parameters, ctx.shapes), None
 
 
-def _keys(k: Tensor, rate: Tensor, key_scale: Tensor, rate_scale: Tensor) -> tuple[Tensor, ...]:
+def keys_and_values(
+    k: Tensor,
+    rate: Tensor,
+    key_scale: Tensor,
+    rate_scale: Tensor,
+    v: Tensor | None = None,
+    first: Tensor | None = None,
+    amount: Tensor | None = None,
+) -> tuple[Tensor, ...]:
+    """Results of `removal_and_replacement`, and with `first` that of `value_residual`; outside autograd, one launch.
+
+    Args:
+        k, rate, key_scale, rate_scale: as for `removal_and_replacement`.
+        v, first, amount: as for `value_residual`, [B, T, H, N]; without `first` v is the fourth result.
+    """
     k, rate = prepared(k, "k"), prepared(rate, "rate")
     _check_heads(k, "k", {"rate": rate})
     key_scale, rate_scale = (
@@ -205,8 +217,54 @@ def _keys(k: Tensor, rate: Tensor, key_scale: Tensor, rate_scale: Tensor) -> tup
         _row(rate_scale, k, "rate_scale"),
     )
     outputs = tuple(torch.empty_like(k) for _ in range(3))
-    _over_rows(KEYS_FORWARD, k, k, rate, key_scale, rate_scale, *outputs)
-    return outputs
+    residual: tuple[Tensor | None, ...] = (None,) * 4
+    values = v
+    if first is not None:
+        assert v is not None
+        assert amount is not None
+        v, first, amount = prepared(v, "v"), prepared(first, "first"), prepared(amount, "amount")
+        _check_heads(k, "k", {"v": v, "first": first, "amount": amount})
+        values = torch.empty_like(v)
+        residual = v, first, amount, values
+    _over_rows(KEYS_FORWARD, k, k, rate, key_scale, rate_scale, *outputs, *residual)
+    return outputs if values is None else (*outputs, values)
+
+
+def keys_and_values_gradients(
+    k: Tensor,
+    rate: Tensor,
+    key_scale: Tensor,
+    rate_scale: Tensor,
+    arrived: Sequence[Tensor | None],
+    grad_k: Tensor | None,
+    grad_rate: Tensor | None,
+    residual: Sequence[Tensor | None] = (None,) * 7,
+) -> None:
+    """Writes gradients of `keys_and_values`' inputs, as far as there is a place for them, by one launch.
+
+    Args:
+        k, rate, key_scale, rate_scale: what it was called with, k [B, T, H, N].
+        arrived: gradients of its first three results, None for zero.
+        grad_k, grad_rate: places.
+        residual: first, amount, the fourth result, its gradient; places for those of v, first and amount.
+    """
+    scales = prepared_parameter(key_scale, "key_scale"), prepared_parameter(rate_scale, "rate_scale")
+    _over_rows(KEYS_BACKWARD, k, k, rate, *scales, *arrived, grad_k, grad_rate, *residual)
+
+
+def keys_sums(
+    k: Tensor,
+    rate: Tensor,
+    key_scale: Tensor,
+    arrived: Sequence[Tensor | None],
+    asked: Sequence[bool],
+    shapes: Sequence[torch.Size],
+) -> list[Tensor | None]:
+    """Gradients of `removal_and_replacement`'s parameters as far as they are asked for, of those shapes."""
+    if not any(asked):
+        return [None] * len(asked)
+    values = (k, rate, prepared_parameter(key_scale, "key_scale"), *arrived)
+    return _sums(KEYS_SUMS, k, values, asked, shapes)
 
 
 def _values(v: Tensor, first: Tensor, amount: Tensor) -> Tensor:
@@ -219,7 +277,7 @@ def _values(v: Tensor, first: Tensor, amount: Tensor) -> Tensor:
     return result
 
 
-def _readout(
+def readout(
     y: Tensor,
     r: Tensor,
     k: Tensor,
@@ -230,6 +288,7 @@ def _readout(
     bias: Tensor,
     eps: float,
 ) -> Tensor:
+    """`group_norm_bonus_gate` outside autograd."""
     y, r, k, v = prepared(y, "y"), prepared(r, "r"), prepared(k, "k"), prepared(v, "v")
     gate = prepared(gate, "gate")
     _check_heads(y, "y", {"r": r, "k": k, "v": v})
@@ -238,6 +297,42 @@ def _readout(
     output = torch.empty_like(gate)
     _over_rows(READOUT_FORWARD, y, y, r, k, v, gate, *parameters, eps, output)
     return output
+
+
+def readout_gradients(
+    inputs: Sequence[Tensor | None],
+    parameters: Sequence[Tensor],
+    eps: float,
+    gradient: Tensor | None,
+    grads: Sequence[Tensor | None],
+) -> None:
+    """Writes gradients of `group_norm_bonus_gate`'s inputs, as far as there is a place for them.
+
+    Args:
+        inputs: y, r, k, v, gate; r, k and v may be None where y's alone is asked for.
+        parameters: bonus, weight, bias.
+        eps: as there.
+        gradient: that of the result.
+        grads: places, as `inputs`.
+    """
+    names = ("bonus", "weight", "bias")
+    rows = (prepared_parameter(value, name) for value, name in zip(parameters, names, strict=True))
+    y = inputs[0]
+    assert y is not None
+    _over_rows(READOUT_BACKWARD, y, *inputs, *rows, eps, gradient, *grads)
+
+
+def readout_sums(
+    inputs: Sequence[Tensor | None],
+    eps: float,
+    gradient: Tensor | None,
+    asked: Sequence[bool],
+    shapes: Sequence[torch.Size],
+) -> list[Tensor | None]:
+    """Gradients of `group_norm_bonus_gate`'s parameters as far as they are asked for, of those shapes."""
+    y = inputs[0]
+    assert y is not None
+    return _sums(READOUT_SUMS, y, (*inputs, eps, gradient), asked, shapes)
 
 
 def _check_heads(like: Tensor, name: str, others: Mapping[str, Tensor]) -> None:
@@ -260,8 +355,8 @@ def _row(parameter: Tensor, like: Tensor, name: str) -> Tensor:
     return prepared_parameter(parameter, name)
 
 
-def _arrived(grad: Tensor | None, like: Tensor, name: str) -> Tensor | None:
-    """A gradient as the kernels read it."""
+def arrived_gradient(grad: Tensor | None, like: Tensor, name: str) -> Tensor | None:
+    """A gradient as the kernels read it, shaped as `like`."""
     if grad is None:
         return None
     grad = prepared(grad, name)

@@ -75,7 +75,7 @@ WIDE = Form.of(8, 4, 180_352, 154_624)
 HALVES = Form.of(10, 2, 225_536, 188_928)
 """Where there are two for each head, too: two blocks make the same tiles and walk over half of the values each."""
 FORMS = (HALVES, WIDE, SMALL)
-GRADIENTS = Kernel("wkv7.cu", "wkv7::gradients_kernel", "(PPPPPPP PPPP P iii PPPPPP)", shared_bytes=100_864)
+GRADIENTS = Kernel("wkv7.cu", "wkv7::gradients_kernel", "(PPPPPPP PPPP P iiii PPPPPP)", shared_bytes=100_864)
 KERNELS = (*(kernel for form in FORMS for kernel in (form.forward, form.backward)), GRADIENTS)
 
 
@@ -92,7 +92,7 @@ def kernels_for(device: torch.device) -> tuple[Kernel, ...]:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """Neighbouring tokens of a packed row, or all tokens, that one launch runs over.
 
     Attributes:
@@ -120,6 +120,21 @@ class _Part:
         return self.count // _CHUNK_TOKENS + self.sequences(batch)
 
 
+def one_part(tokens: int, borders: Tensor | None) -> tuple[Part, ...]:
+    """All tokens at once; borders as for `wkv7`."""
+    return (Part(0, tokens, None if borders is None else borders.int().contiguous(), None),)
+
+
+def two_parts(
+    tokens: int, root_borders: Tensor, child_borders: Tensor, parents: Tensor, root_tokens: int
+) -> tuple[Part, ...]:
+    """Roots, and sequences that continue them; arguments as for `wkv7_branching`, 0 < root_tokens < tokens."""
+    return (
+        Part(0, root_tokens, root_borders.int().contiguous(), None),
+        Part(root_tokens, tokens - root_tokens, child_borders.int().contiguous(), parents.contiguous()),
+    )
+
+
 class _WKV7(Node):
     """One part, or roots and then the sequences that continue them, over one row."""
 
@@ -133,21 +148,13 @@ class _WKV7(Node):
         a: Tensor,
         b: Tensor,
         state: Tensor,
-        parts: Sequence[_Part],
+        parts: Sequence[Part],
         recorded: bool,
     ) -> tuple[Tensor, Tensor]:
-        tokens = [_prepared(x) for x in (r, w_raw, k, v, a, b)]
-        state = _prepared(state)
+        tokens = [prepared_tokens(x) for x in (r, w_raw, k, v, a, b)]
         of_tokens = recorded and any(ctx.needs_input_grad[:6])
         of_state = recorded and ctx.needs_input_grad[6]
-        y = torch.empty_like(tokens[0])
-        finals: list[Tensor] = []
-        kept: list[Tensor] = []
-        for part in parts:
-            start = finals[-1] if finals else state
-            final, *of_part = _run_forward(part, tokens, start, y, keeps=of_tokens)
-            finals.append(final)
-            kept += of_part
+        y, final, kept = walk(parts, tokens, state, keeps=of_tokens)
         ctx.parts, ctx.state_is_shared = parts, state.dim() == 3
         ctx.set_materialize_grads(False)
         r, w_raw, k, v, a, b = tokens
@@ -155,38 +162,92 @@ class _WKV7(Node):
             ctx.save_for_backward(r, w_raw, a, b, k, v, *kept)
         elif of_state:
             ctx.save_for_backward(r, w_raw, a, b)  # the state's gradient alone needs neither k nor v
-        return y, finals[0]
+        return y, final
 
     @staticmethod
     @once
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
         r, w_raw, a, b, *of_tokens = ctx.saved_tensors
-        dy = torch.zeros_like(r) if dy is None else _prepared(dy)
+        dy = torch.zeros_like(r) if dy is None else prepared_tokens(dy)
         need, need_state = ctx.needs_input_grad[:6], ctx.needs_input_grad[6]
         found = [torch.empty_like(r) if wanted else None for wanted in need]
         k, v, *kept = of_tokens or (None, None)
-        dstate: Tensor | None = None
-        later: tuple[Tensor, Tensor] | None = None  # the children's gradients, and whose children they are
-        for index, part in reversed(list(enumerate(ctx.parts))):
-            start = (None if dfinal is None else _prepared(dfinal)) if index == 0 else None
-            wants_state = need_state or index > 0
-            gradients, answers, dstate = _run_backward(part, r, w_raw, a, b, dy, start, later, wants_state, any(need))
-            if any(need):
-                of_part: list[Any] = kept[2 * index : 2 * index + 2]
-                _run_gradients(part, (r, w_raw, k, v, a, b, dy), (*of_part, gradients, answers), found)
-            if part.parents is not None:
-                assert dstate is not None
-                later = dstate, part.parents
-        if not need_state:
-            dstate = None
-        elif ctx.state_is_shared:
-            assert dstate is not None
-            dstate = dstate[0] if dstate.shape[0] == 1 else dstate.sum(0)
+        shared = ctx.state_is_shared if need_state else None
+        dstate = walk_back(ctx.parts, (r, w_raw, k, v, a, b), kept, dy, dfinal, found, shared=shared)
         return *found, dstate, None, None
 
 
-def _prepared(tensor: Tensor) -> Tensor:
-    """Contiguous and aligned, copied only when it is not."""
+def walk(
+    parts: Sequence[Part], tokens: Sequence[Tensor], state: Tensor, *, keeps: bool
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """The recurrence over one part, or roots and then the sequences that continue them, outside autograd.
+
+    Args:
+        parts: of the tokens.
+        tokens: r, w_raw, k, v, a, b, each [B, T, H, N], contiguous and aligned.
+        state: as for `wkv7`.
+        keeps: whether gradients of tokens will be asked for.
+
+    Returns:
+        (y, final states of the first part, what `walk_back` needs for the gradients of tokens).
+    """
+    start = prepared_tokens(state)
+    y = torch.empty_like(tokens[0])
+    finals: list[Tensor] = []
+    kept: list[Tensor] = []
+    for part in parts:
+        final, *of_part = _run_forward(part, tokens, finals[-1] if finals else start, y, keeps=keeps)
+        finals.append(final)
+        kept += of_part
+    return y, finals[0], kept
+
+
+def walk_back(
+    parts: Sequence[Part],
+    tokens: Sequence[Any],
+    kept: Sequence[Tensor],
+    dy: Tensor,
+    dfinal: Tensor | None,
+    found: Sequence[Tensor | None],
+    *,
+    shared: bool | None,
+    adds: bool = False,
+) -> Tensor | None:
+    """Writes the gradients of the tokens that are there, and returns that of the start state; outside autograd.
+
+    Args:
+        parts, tokens: as for `walk`; k and v may be None where no gradient of a token is asked for.
+        kept: what `walk` returned.
+        dy: gradient of y, contiguous and aligned.
+        dfinal: that of the first part's final states, None for zero.
+        found: where the gradients of r, w_raw, k, v, a and b are written; None: not asked for.
+        shared: whether one start state is all sequences'; None: its gradient is not asked for.
+        adds: whether those of r, k and v are added to what stands there: in fp32, rounded once.
+    """
+    r, w_raw, _, _, a, b = tokens
+    of_tokens = any(x is not None for x in found)
+    dstate: Tensor | None = None
+    later: tuple[Tensor, Tensor] | None = None  # the children's gradients, and whose children they are
+    for index, part in reversed(list(enumerate(parts))):
+        start = (None if dfinal is None else prepared_tokens(dfinal)) if index == 0 else None
+        wants_state = shared is not None or index > 0
+        gradients, answers, dstate = _run_backward(part, r, w_raw, a, b, dy, start, later, wants_state, of_tokens)
+        if of_tokens:
+            of_part: list[Any] = list(kept[2 * index : 2 * index + 2])
+            _run_gradients(part, (*tokens, dy), (*of_part, gradients, answers), found, adds)
+        if part.parents is not None:
+            assert dstate is not None
+            later = dstate, part.parents
+    if shared is None:
+        return None
+    assert dstate is not None
+    if not shared:
+        return dstate
+    return dstate[0] if dstate.shape[0] == 1 else dstate.sum(0)
+
+
+def prepared_tokens(tensor: Tensor) -> Tensor:
+    """Contiguous and aligned, as the kernels read it; copied only when it is not."""
     tensor = tensor.contiguous()
     return tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
 
@@ -208,7 +269,7 @@ def _limits(device: torch.device) -> tuple[int, int]:
     return properties.multi_processor_count, shared_bytes
 
 
-def _run_forward(part: _Part, tokens: Sequence[Tensor], start: Tensor, y: Tensor, *, keeps: bool) -> list[Tensor]:
+def _run_forward(part: Part, tokens: Sequence[Tensor], start: Tensor, y: Tensor, *, keeps: bool) -> list[Tensor]:
     """Writes y; returns final states, and with `keeps` the states before chunks and U, which the backward reads."""
     batch, _, heads, size = y.shape
     sequences, chunks = part.sequences(batch), part.chunks(batch)
@@ -228,7 +289,7 @@ def _run_forward(part: _Part, tokens: Sequence[Tensor], start: Tensor, y: Tensor
 
 
 def _run_backward(
-    part: _Part,
+    part: Part,
     r: Tensor,
     w_raw: Tensor,
     a: Tensor,
@@ -260,13 +321,13 @@ def _run_backward(
 
 
 def _run_gradients(
-    part: _Part, tokens: Sequence[Any], kept: Sequence[Tensor | None], found: Sequence[Tensor | None]
+    part: Part, tokens: Sequence[Any], kept: Sequence[Tensor | None], found: Sequence[Tensor | None], adds: bool
 ) -> None:
-    """Writes the gradients of the tokens that are there: r, w_raw, k, v, a, b."""
+    """Writes the gradients of the tokens that are there: r, w_raw, k, v, a, b; `adds`: see `walk_back`."""
     batch, _, heads, _ = tokens[0].shape
     GRADIENTS(
         tokens[0], part.chunks(batch) * heads, _GRADIENT_THREADS, *(part.of(x) for x in tokens), *kept, part.borders,
-        part.sequences(batch), part.count, heads, *(None if x is None else part.of(x) for x in found),
+        part.sequences(batch), part.count, heads, int(adds), *(None if x is None else part.of(x) for x in found),
     )  # fmt: skip
 
 
@@ -293,9 +354,9 @@ def wkv7_cuda(
         RuntimeError: a launch failed.
         ValueError: there are too many tokens.
     """
-    _check_rows(r)
-    borders = None if cu_seqlens is None else cu_seqlens.int().contiguous()
-    y, final = _WKV7.apply(r, w_raw, k, v, a, b, state, (_Part(0, r.shape[1], borders, None),), torch.is_grad_enabled())
+    check_rows(r)
+    parts = one_part(r.shape[1], cu_seqlens)
+    y, final = _WKV7.apply(r, w_raw, k, v, a, b, state, parts, torch.is_grad_enabled())
     return y, final
 
 
@@ -322,16 +383,14 @@ def wkv7_branching_cuda(
         RuntimeError: a launch failed.
         ValueError: there are too many tokens.
     """
-    _check_rows(r)
-    parts = (
-        _Part(0, root_tokens, root_borders.int().contiguous(), None),
-        _Part(root_tokens, r.shape[1] - root_tokens, child_borders.int().contiguous(), parents.contiguous()),
-    )
+    check_rows(r)
+    parts = two_parts(r.shape[1], root_borders, child_borders, parents, root_tokens)
     y, final = _WKV7.apply(r, w_raw, k, v, a, b, state, parts, torch.is_grad_enabled())
     return y, final
 
 
-def _check_rows(r: Tensor) -> None:
+def check_rows(r: Tensor) -> None:
+    """Raises ValueError where [B, T, H, N] has more rows than the kernels can number."""
     rows = r.numel() // CUDA_HEAD_SIZE
     if rows >= _MOST_ROWS:
         raise ValueError(f"r has {rows} rows of {CUDA_HEAD_SIZE}, expected fewer than {_MOST_ROWS}")
