@@ -324,6 +324,31 @@ def test_what_no_target_depends_on_is_not_computed(monkeypatch: pytest.MonkeyPat
     assert len(lengths[7:]) == len(with_targets)
 
 
+@pytest.mark.parametrize("recompute", RECOMPUTED)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_answer_after_three_chunks_of_its_prompt(
+    method: str, recompute: Recompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt's chunks do without the head, and the gradient passes through them as through the whole row."""
+    tokens = np.random.default_rng(3).integers(1, 61, 33)
+    batch, model = packed_batch([tokens], [np.arange(33) >= 26], [0]), model_of(method, recompute)
+    loss, gradients = step(model, SFTObjective(), batch)
+    assert all(gradient.any() for gradient in gradients.values())
+    asked = 0
+    head_weight = LanguageModel.head_weight
+
+    def counting(self: LanguageModel) -> object:
+        nonlocal asked
+        asked += 1
+        return head_weight(self)
+
+    monkeypatch.setattr(LanguageModel, "head_weight", counting)
+    chunked_loss, found = step(model, ChunkedObjective(SFTObjective(), ChunkOptions(8)), batch)
+    assert asked == (3 if method == "full" else 2), "for the last chunk in each pass; one that is trained once more"
+    assert torch.allclose(chunked_loss, loss, rtol=1e-5)
+    assert_same(found, gradients)
+
+
 def test_a_row_that_fits_a_chunk_is_computed_as_ever() -> None:
     batch, model = packed(), model_of("full")
     loss, gradients = step(model, SFTObjective(), batch)
