@@ -370,11 +370,27 @@ def loss_and_share_right(base: Path, states: dict[str, Tensor], digits: int) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "steps", "digits"), [(16, 150, (4, 12)), (64, 800, (8, 8))])
+@pytest.mark.parametrize(
+    ("size", "steps", "digits", "rate", "expected"),
+    [
+        (16, 150, (4, 12), 3, 2.37),
+        (16, 150, (4, 12), 1, 1.42),
+        (16, 150, (4, 12), 0.1, 2.37),
+        (16, 150, (4, 12), 0.01, 5.72),
+        (64, 800, (8, 8), 1, 0.26),
+    ],
+)
 def test_a_state_teaches_the_reversal_model_to_copy(
-    size: int, steps: int, digits: tuple[int, int], real_inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    size: int,
+    steps: int,
+    digits: tuple[int, int],
+    rate: float,
+    expected: float,
+    real_inputs: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Measured, held-out loss of answers with their end, torch 2.13 on a CPU: 9.78 before, 1.42 after; 9.89, 0.26.
+    """README's figures, held-out loss of answers with their end, torch 2.13 on a CPU: 9.78 before, 9.89 with size 64.
 
     Of the digits alone in numbers of 8: 10.26 and 30 % right before, 0.29 and 90 % after.
     """
@@ -384,12 +400,12 @@ def test_a_state_teaches_the_reversal_model_to_copy(
     train_file = copies(tmp_path / "train.jsonl", 32 * steps, 1, digits)
     ended = train(
         tmp_path / "out", load_model=base, grad_cp=0, ctx_len=32, micro_bsz=32, data_file=train_file,
-        val_file=copies(tmp_path / "held-out.jsonl", 60, 2, digits), epoch_count=1, lr_init=1, lr_final=0.01,
-        lr_schedule="cos",
+        val_file=copies(tmp_path / "held-out.jsonl", 60, 2, digits), epoch_count=1, lr_init=rate,
+        lr_final=rate / 100, lr_schedule="cos",
     )  # fmt: skip
     before, after = (float(loss) for loss in re.findall(r"held out   (?:un)?tuned: loss (\d+\.\d+)", ended.out))
     assert before > 9
-    assert after < (1.7 if steps == 150 else 0.4)
+    assert after == pytest.approx(expected, abs=0.25 if steps == 150 else 0.14)
     if steps == 800:
         states = load_state(tmp_path / "out" / "rwkv-final.pth", open_checkpoint(base).info.shape)
         untuned, tuned = (loss_and_share_right(base, of, 8) for of in ({}, states))
