@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from src import safetensors, storage
-from src.adapters.hf import write_hf
+from src.adapters.hf import CONFIG_FILE, TENSOR_FILE, write_hf
 from src.adapters.trained import Told, Trained, read_trained
 from src.checkpoint import Checkpoint, open_checkpoint
 from src.errors import CheckpointError, ConfigError
@@ -194,9 +194,9 @@ def merge(
     Raises:
         CheckpointError: An input cannot be used, they do not fit each other, or the output cannot be written. Nothing
             is then written.
-        ConfigError: The output is one of the inputs, or `quant` is not what the file was trained on.
+        ConfigError: The output exists or is one of the inputs, or `quant` is not what the file was trained on.
     """
-    base, trained = open_inputs(base_path, file_path, output_path, told)
+    base, trained = open_inputs(base_path, file_path, output_path, {"output": output_path}, told)
     check_quant(trained, quant)
     merged = Merged(base, trained, quant, device)
     if Path(output_path).suffix == ".safetensors":
@@ -246,7 +246,9 @@ def export_hf(base_path: PathLike, file_path: PathLike, output_path: PathLike, t
     Raises:
         CheckpointError: as `merge`; or the file holds what such a folder has no place for.
     """
-    base, trained = open_inputs(base_path, file_path, output_path, told)
+    folder = Path(output_path)
+    files = {"the output's": folder / TENSOR_FILE, "its configuration": folder / CONFIG_FILE}
+    base, trained = open_inputs(base_path, file_path, output_path, files, told)
     in_hf_form = base.info.shape.architecture == "x070"
     beside = [*trained.weights, *trained.states]
     if not trained.adapters or trained.kind == "bat":
@@ -276,9 +278,9 @@ def export_hf(base_path: PathLike, file_path: PathLike, output_path: PathLike, t
 
 
 def open_inputs(
-    base_path: PathLike, file_path: PathLike, output_path: PathLike, told: Told | None
+    base_path: PathLike, file_path: PathLike, output_path: PathLike, files: Mapping[str, PathLike], told: Told | None
 ) -> tuple[Checkpoint, Trained]:
-    """The base model, and what was trained on it.
+    """The base model, and what was trained on it; `files` are those that will be written.
 
     Raises:
         CheckpointError, ConfigError: as `merge`.
@@ -286,6 +288,7 @@ def open_inputs(
     told = told or Told()
     inputs = {"base model": base_path, "trained file": file_path, "init file": told.init}
     storage.refuse_overlap(inputs, {"output": output_path})
+    storage.refuse_existing(files)
     base = open_checkpoint(base_path)
     trained = read_trained(file_path, base.info.shape, told)
     if trained.adapters or trained.weights:

@@ -239,6 +239,21 @@ def refuse_overlap(inputs: Mapping[str, PathLike], outputs: Mapping[str, PathLik
             raise ConfigError(f"{first} {path} and {second} {other} are one file: choose another for one of them")
 
 
+def refuse_existing(outputs: Mapping[str, PathLike]) -> None:
+    """Refuses to write over files that are there, whose content would be lost.
+
+    Args:
+        outputs: what a file is for the user ("--output_save") -> its path.
+
+    Raises:
+        ConfigError: naming all of them.
+    """
+    there = [f"{name} {path}" for name, path in outputs.items() if os.path.isfile(path)]
+    if there:
+        verb, them = ("exists", "it") if len(there) == 1 else ("exist", "them")
+        raise ConfigError(f"{' and '.join(there)} {verb} already: remove {them}, or choose another name")
+
+
 def _is_same_file(first: PathLike, second: PathLike) -> bool:
     """Whether two paths name one file, by links too; neither need exist."""
     try:

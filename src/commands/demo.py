@@ -154,7 +154,7 @@ def _make_pairs(config: TrainConfig, source: str, pairs_file: str, most: int) ->
             table = csv.writer(file)
             table.writerow(("prompt", "chosen", "reject"))
             table.writerows((row.prompt, row.chosen, "") for row in rows)
-        for leftover in (complete, f"{complete}.run.json"):
+        for leftover in (complete, f"{complete}.run.json", pairs_file, f"{stem}.texts.jsonl"):
             Path(leftover).unlink(missing_ok=True)
     common = {"load_model": config.load_model, "accelerator": config.accelerator, "template": TEMPLATE}
     if config.precision:

@@ -28,7 +28,7 @@ from src.generate import SamplingSettings, answer_logps, generate
 from src.identity import files_of_model
 from src.loading import LoadOptions, open_model
 from src.output import several
-from src.storage import refuse_overlap, replacing
+from src.storage import refuse_existing, refuse_overlap, replacing
 from src.system import command_here
 from src.tokenizer import WORLD_VOCABULARY, Tokenizer, tokenizer_for_vocabulary
 
@@ -139,10 +139,9 @@ def prepare_pairs(config: PairConfig, *, alone: bool = True) -> PreparedPairs:
     Raises:
         UserError: for everything the user can put right; nothing is written then.
     """
-    refuse_overlap(
-        {"--load_model": config.load_model, "--input_csv": config.input_csv},
-        {"--output_save": config.output_save, "its texts": config.text_file},
-    )
+    outputs = {"--output_save": config.output_save, "its texts": config.text_file}
+    refuse_overlap({"--load_model": config.load_model, "--input_csv": config.input_csv}, outputs)
+    refuse_existing(outputs)
     rows = read_rows(config.input_csv, _note)
     checkpoint = open_checkpoint(config.load_model) if config.load_model else None
     tokenizer = tokenizer_for_vocabulary(checkpoint.info.shape.vocab_size if checkpoint else WORLD_VOCABULARY)

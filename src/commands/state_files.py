@@ -47,7 +47,7 @@ from src.loading import LoadOptions
 from src.merge import export_hf, merge
 from src.model.shape import state_key
 from src.output import several
-from src.storage import refuse_overlap
+from src.storage import refuse_existing, refuse_overlap
 from src.system import command_here
 from src.tuned import Tuned
 
@@ -100,6 +100,7 @@ def export(config: ExportConfig) -> Iterator[str]:
     if client.suffixes == (".pth",):
         outputs["the JSON beside it"] = os.fspath(description_path(config.output))
     refuse_overlap({"FILE": config.file, "the JSON beside it": _existing(beside), "--base": config.base}, outputs)
+    refuse_existing(outputs)
     content = read_content(config.file)
     if content.for_clients:
         raise CheckpointError(f"{config.file} is a client's form already: name the .pth file that training wrote")
@@ -132,7 +133,9 @@ def blend(config: BlendConfig) -> Iterator[str]:
     own_json = description_path(config.output)
     inputs = {f"state {number}": share.file for number, share in enumerate(shares, start=1)}
     jsons = {f"the JSON of {name}": _existing(description_path(file)) for name, file in inputs.items()}
-    refuse_overlap(inputs | jsons, {"OUTPUT": config.output, "the JSON beside it": os.fspath(own_json)})
+    outputs = {"OUTPUT": config.output, "the JSON beside it": os.fspath(own_json)}
+    refuse_overlap(inputs | jsons, outputs)
+    refuse_existing(outputs)
     states = [read_states(share.file) for share in shares]
     for share, state in zip(shares[1:], states[1:], strict=True):
         sizes, wanted = (f"{len(some)} layers of {list(some[state_key(0)].shape)}" for some in (state, states[0]))

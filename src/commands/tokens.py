@@ -17,7 +17,7 @@ from src.data.templates import CHAT_TEMPLATES
 from src.data.text import Conversations, line_ends_statement
 from src.errors import DataError
 from src.output import several
-from src.storage import refuse_overlap
+from src.storage import refuse_existing, refuse_overlap
 from src.system import command_here
 from src.tokenizer import tokenizer_for_vocabulary
 
@@ -35,10 +35,9 @@ def write_tokens(config: BinidxConfig) -> None:
     """
     files = config.files
     inputs = {f"the input {file}{suffix}": f"{file}{suffix}" for file in files for suffix in ("", ".bin", ".idx")}
-    refuse_overlap(
-        {name: path for name, path in inputs.items() if os.path.isfile(path)},
-        {"the output": f"{config.prefix}.bin", "its index": f"{config.prefix}.idx"},
-    )
+    outputs = {"the output": f"{config.prefix}.bin", "its index": f"{config.prefix}.idx"}
+    refuse_overlap({name: path for name, path in inputs.items() if os.path.isfile(path)}, outputs)
+    refuse_existing(outputs)
     for line in config.notes():
         print(f"note: {line}")
     reader = _Reader(config, files)

@@ -109,7 +109,7 @@ def test_what_rwkv_lm_wants_to_know() -> None:
     ended = written("tokens", "out", tokenizer="bytes", repeat=100, ctx_len=5)
     assert tokens == 500
     assert "RWKV-LM    --my_exit_tokens 500 --magic_prime 89 --ctx_len 5" in ended.out
-    assert "are too few for its pre-training" in written("tokens", "out", tokenizer="bytes", ctx_len=5).out
+    assert "are too few for its pre-training" in written("tokens", "few", tokenizer="bytes", ctx_len=5).out
 
 
 @pytest.mark.parametrize(

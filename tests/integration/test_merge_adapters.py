@@ -158,7 +158,7 @@ def test_an_fp32_model_is_merged_to_1e_5(folder: Path, tmp_path: Path) -> None:
     for peft in METHODS:
         tiny_adapter(tmp_path / f"{peft}.pth", SHAPE, peft)
         alpha = {"lora_alpha": 8} if peft == "lora" else {}
-        paths = tmp_path / "base.pth", tmp_path / f"{peft}.pth", tmp_path / "merged.pth"
+        paths = tmp_path / "base.pth", tmp_path / f"{peft}.pth", tmp_path / f"{peft}-merged.pth"
         ended = run_script("merge_state.py", *paths, verify=1, type=peft, **alpha)
         (distance,) = verified(ended)
         assert distance < 1e-6

@@ -131,13 +131,18 @@ def test_posts_only_when_asked_to(folder: Path) -> None:
         address = f"http://127.0.0.1:{server.server_port}/"
         run(fapi_logging_address=address)
         assert posted == []
-        run(fapi_logging_address=address, fapi_logging_callback="1", fapi_logging_callback_step="5")
+        run(
+            output_save="posted.save",
+            fapi_logging_address=address,
+            fapi_logging_callback="1",
+            fapi_logging_callback_step="5",
+        )
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
     assert posted == [("/ProcessingCallback", {"statusinfo": f"{count} of 12 pairs"}) for count in (5, 10)]
-    run(fapi_logging_address=address, fapi_logging_callback="1")
+    run(output_save="again.save", fapi_logging_address=address, fapi_logging_callback="1")
 
 
 @pytest.mark.parametrize(

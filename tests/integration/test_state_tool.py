@@ -137,12 +137,14 @@ class TestExport:
         message = refused("export", "bare.pth", "out.pth", "--to", client)
         assert "bare.pth does not say its model's architecture" in message
         assert "--my_testing x060 (RWKV-6), --my_testing x070 (RWKV-7), or the model with --base" in message
-        for source in (
-            ("bare.pth", "--base", "base.pth"),
-            ("bare.pth", "--my_testing", "x070"),
-            ("a.pth", "--base", "base.pth"),
+        for number, source in enumerate(
+            (
+                ("bare.pth", "--base", "base.pth"),
+                ("bare.pth", "--my_testing", "x070"),
+                ("a.pth", "--base", "base.pth"),
+            )
         ):
-            done("export", source[0], "out.pth", "--to", client, *source[1:])
+            done("export", source[0], f"out-{number}.pth", "--to", client, *source[1:])
 
     def test_files_of_older_runs_say_it_among_their_flags(self, folder: Path) -> None:
         (folder / "bare.json").write_text('{"method": "states", "flags": {"my_testing": "x060"}}')

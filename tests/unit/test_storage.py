@@ -775,6 +775,28 @@ class TestOverlap:
         storage.refuse_overlap({"--load_model": tmp_path / "a"}, {"output": tmp_path / ("b" * 300)})
 
 
+class TestExisting:
+    """Outputs that are there."""
+
+    def test_all_of_them_are_named(self, tmp_path: Path) -> None:
+        first, second = tmp_path / "a", tmp_path / "b"
+        first.touch()
+        with pytest.raises(ConfigError) as refused:
+            storage.refuse_existing({"output": first, "its index": second})
+        assert str(refused.value) == f"output {first} exists already: remove it, or choose another name"
+        second.symlink_to(first)
+        with pytest.raises(ConfigError) as refused:
+            storage.refuse_existing({"output": first, "its index": second})
+        assert str(refused.value) == (
+            f"output {first} and its index {second} exist already: remove them, or choose another name"
+        )
+
+    def test_what_is_no_file_is_left_to_the_writer(self, tmp_path: Path) -> None:
+        (tmp_path / "nowhere").symlink_to(tmp_path / "missing")
+        outputs = ["/dev/null", tmp_path, tmp_path / "nowhere", "a\0b", tmp_path / ("b" * 300)]
+        storage.refuse_existing({f"output {number}": path for number, path in enumerate(outputs)})
+
+
 def test_any_file_is_replaced_as_a_whole(tmp_path: Path) -> None:
     path = tmp_path / "run.json"
     with storage.replacing(path) as file:
