@@ -27,6 +27,8 @@ _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 FILE_VALUE_BYTES = 2
 """Checkpoints are written in bf16."""
 
+_ANOTHER_MODEL = "copy or download it again, or name another model"
+_ANOTHER_STATE = "name a state file that training wrote"
 _STATE_SUFFIX = ".att.time_state"
 _ADAPTER_SUFFIXES = (".lora_A", ".bone", ".disha")
 
@@ -114,8 +116,8 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     content = with_own_names(named)
     if all(key.endswith(_STATE_SUFFIX) for key in content):
         raise CheckpointError(
-            f"{path} holds only the time_state of {len(content)} layers; it is a state file, and the base "
-            "model it was trained on is needed here"
+            f"{path} holds only the time_state of {len(content)} layers, so it is a state file: name the base model it "
+            "was trained on here"
         )
     try:
         architecture = recognise(content)
@@ -126,12 +128,12 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     try:
         shape = architecture.from_shapes(shapes)
     except CheckpointError as error:
-        raise CheckpointError(f"{path} is no complete {architecture.family} model: {error}") from None
+        raise CheckpointError(f"{path} is no complete {architecture.family} model: {error}; {_ANOTHER_MODEL}") from None
     problems = shape.key_problems(shapes)
     if problems:
         raise CheckpointError(
             f"{path} is no complete {architecture.family} model, judged by the sizes of its embedding and first "
-            f"layer: {'; '.join(problems)}"
+            f"layer: {'; '.join(problems)}; {_ANOTHER_MODEL}"
         )
     info = CheckpointInfo(shape, _dtype_name(tensors["emb.weight"].dtype), has_state=state_key(0) in tensors)
     return Checkpoint(info, tensors, path, file)
@@ -162,13 +164,13 @@ def load_state(path: PathLike, shape: ModelShape) -> dict[str, Tensor]:
         problems += [f"also has {superfluous[0]}{_and_more(superfluous)}"] if superfluous else []
         raise CheckpointError(
             f"{path} holds the time_state of {len(outlines)} layers, but the model has {shape.n_layer} "
-            f"layers: it {' and '.join(problems)}; a state only fits the model it was trained on"
+            f"layers: it {' and '.join(problems)}; name the model that it was trained on, or a state of this one"
         )
     for key, wanted in expected.items():
         if tuple(outlines[key].shape) != wanted:
             raise CheckpointError(
                 f"{path}: {key} has shape {list(outlines[key].shape)}, but the model needs {list(wanted)} "
-                "(heads, head size, head size); a state only fits the model it was trained on"
+                "(heads, head size, head size): name the model that the state was trained on, or a state of this one"
             )
     tensors = {key: file.read(outlines[key]).contiguous() for key in expected}
     _refuse_non_finite(path, tensors)
@@ -197,7 +199,8 @@ def read_states(path: PathLike) -> dict[str, Tensor]:
         shape = tuple(outlines[key].shape)
         if len(shape) != 3 or 0 in shape or shape[1] != shape[2] or shape != wanted:
             raise CheckpointError(
-                f"{path}: {key} has shape {list(shape)}, expected [heads, head size, head size], the same in all layers"
+                f"{path}: {key} has shape {list(shape)}, expected [heads, head size, head size], the same in all "
+                f"layers: {_ANOTHER_STATE}"
             )
     tensors = {key: file.read(outlines[key]).contiguous() for key in keys}
     _refuse_non_finite(path, tensors)
@@ -294,7 +297,7 @@ def _states_in(path: PathLike) -> tuple[storage.TensorFile, dict[str, Tensor]]:
     if others and "emb.weight" not in content:
         raise CheckpointError(
             f"{path} holds {others[0]}{_and_more(others)} beside the time_state of {len(states)} layers; "
-            "a state file holds nothing else"
+            f"a state file holds nothing else: {_ANOTHER_STATE}"
         )
     return file, _float_tensors(path, states)
 
@@ -311,10 +314,11 @@ def _opened(path: PathLike, role: str) -> tuple[storage.TensorFile, dict[str, An
         content = content["state_dict"]
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise CheckpointError(
-            f"{path} holds a {type(content).__name__}, not {storage.one(role)}'s dict of names and tensors"
+            f"{path} holds a {type(content).__name__}, not {storage.one(role)}'s dict of names and tensors: name "
+            "another file"
         )
     if not content:
-        raise CheckpointError(f"{path} is an empty dict, not {storage.one(role)}")
+        raise CheckpointError(f"{path} is an empty dict, not {storage.one(role)}: name another file")
     stripped: dict[str, Any] = {}
     for key, value in content.items():
         name = _strip_prefix(key)
@@ -345,12 +349,12 @@ def _float_tensors(path: PathLike, content: Mapping[str, Any]) -> dict[str, Tens
     tensors = {}
     for key, value in content.items():
         if not isinstance(value, Tensor):
-            raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, expected a tensor")
+            raise CheckpointError(f"{path}: {key} is a {type(value).__name__}, expected a tensor: name another file")
         if value.dtype not in _FLOAT_DTYPES or value.layout != torch.strided:
             hint = " (packed by quantisation?)" if value.dtype in (torch.uint8, torch.int8) else ""
             raise CheckpointError(
                 f"{path}: {key} is of {_dtype_name(value.dtype)}{hint}, expected a dense tensor of bfloat16, "
-                "float16 or float32"
+                "float16 or float32: name the file as it was before that, or another"
             )
         tensors[key] = value
     return tensors

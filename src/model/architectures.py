@@ -34,7 +34,9 @@ def recognise(keys: Collection[str]) -> type[ModelShape]:
     for shape in SHAPES:
         if shape.recognises(keys):
             return shape
-    raise CheckpointError(f"is no {_FAMILIES} model: none of its {len(keys)} keys belongs to a time mix of theirs")
+    raise CheckpointError(
+        f"is no {_FAMILIES} model: none of its {len(keys)} keys belongs to a time mix of theirs; name another"
+    )
 
 
 def with_own_names(content: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import random
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -80,6 +80,7 @@ SIZE_FLAGS = (
     "head_size_divisor",
 )
 _SMALL_SHARE = 0.01
+_PROBE_BYTES = 4096
 
 
 def train(config: TrainConfig) -> RunResult:
@@ -92,6 +93,7 @@ def train(config: TrainConfig) -> RunResult:
         folder = Path(config.proj_dir)
         if folder.is_dir():
             _take(folder, config, held)
+        _prove_room(folder)
         saved = saved_run(folder) if config.resume else None
         config = with_seed(config)
         require_tensorboard(config)
@@ -286,22 +288,38 @@ def _inputs(config: TrainConfig) -> dict[str, str]:
     return found
 
 
-def _prepare_folder(config: TrainConfig) -> Path:
-    """Creates the output folder and proves that a file can be written there."""
-    folder = Path(config.proj_dir)
+def _prove_room(folder: Path) -> None:
+    """Proves, before anything is read, that a file can be written in a folder, or where it will be made.
+
+    Raises:
+        ConfigError: none can.
+    """
     if os.path.lexists(folder) and not os.path.isdir(folder):
         raise ConfigError(f"--proj_dir {folder} cannot be written: it is not a folder; choose another")
-    spare_inputs(folder, _inputs(config), range(config.epoch_begin, config.epoch_begin + epochs_of(config)))
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+    with _writing_to(folder), tempfile.TemporaryFile(dir=there) as probe:
+        probe.write(b"\0" * _PROBE_BYTES)
+        probe.flush()
+
+
+@contextlib.contextmanager
+def _writing_to(folder: Path) -> Iterator[None]:
+    """Inside, what the system refuses is the folder's fault."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder) as probe:
-            probe.write(b"\0" * 4096)
-            probe.flush()
+        yield
     except OSError as error:
         raise ConfigError(
             f"--proj_dir {folder} cannot be written ({error.strerror}): choose another folder or free some space"
         ) from error
-    return folder
+
+
+def _prepare_folder(config: TrainConfig) -> None:
+    """Creates the output folder."""
+    folder = Path(config.proj_dir)
+    spare_inputs(folder, _inputs(config), range(config.epoch_begin, config.epoch_begin + epochs_of(config)))
+    with _writing_to(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    _prove_room(folder)
 
 
 def _write_flags(config: TrainConfig, folder: Path) -> None:

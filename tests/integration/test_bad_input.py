@@ -99,7 +99,7 @@ class TestModelFile:
             ("list", "holds a list"),
             ("tensor", "holds a Tensor"),
             ("foreign object", "could run foreign code"),
-            ("state file", "is a state file, and the base model"),
+            ("state file", "is a state file: name the base model"),
             ("RWKV-5", "is an RWKV-5 model"),
             ("incomplete RWKV-7", "is no complete RWKV-7 (x070) model"),
             ("RWKV-7a", "is an RWKV-7a, a research model with embeddings inside its feed-forwards"),
@@ -408,11 +408,26 @@ class TestOutput:
         message = refusal(try_train(folder, load_model=base, data_file=data), folder)
         assert f"--proj_dir {folder} cannot be written" in message
 
-    def test_a_full_disk_is_seen_before_anything_is_read(self, base: Path, data: Path, tmp_path: Path) -> None:
+    @pytest.mark.parametrize("there", [True, False])
+    def test_a_full_disk_is_seen_before_anything_is_read(self, there: bool, base: Path, tmp_path: Path) -> None:
+        (tmp_path / "broken.jsonl").write_text("{")
+        if there:
+            (tmp_path / "out").mkdir()
         with no_file_beyond(1024):
-            ended = try_train(tmp_path / "out", load_model=base, data_file=data)
+            ended = try_train(tmp_path / "out", load_model=base, data_file=tmp_path / "broken.jsonl")
         message = refusal(ended, tmp_path / "out")
         assert f"--proj_dir {tmp_path / 'out'} cannot be written" in message
+
+    @pytest.mark.parametrize("folder", ["file", "file/out", "link/out"])
+    def test_a_folder_that_cannot_be_is_seen_before_anything_is_read(
+        self, folder: str, base: Path, tmp_path: Path
+    ) -> None:
+        (tmp_path / "broken.jsonl").write_text("{")
+        (tmp_path / "file").touch()
+        (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+        ended = try_train(tmp_path / folder, load_model=base, data_file=tmp_path / "broken.jsonl")
+        assert ended.code == 2
+        assert ended.err.startswith(f"error: --proj_dir {tmp_path / folder} cannot be written")
 
     def test_a_disk_that_fills_up_leaves_no_half_checkpoint(self, data: Path, tmp_path: Path) -> None:
         tiny_checkpoint(tmp_path / "wide.pth", n_layer=3, n_embd=64, head_size=32)

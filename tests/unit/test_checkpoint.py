@@ -147,7 +147,7 @@ RWKV5_NAMES = [("_maa_" + group, "") for group in ("x", "w1", "w2", "w")] + [
         (parameters(blocks__0__att__key__bone=torch.zeros(2)), "an unmerged adapter"),
         (parameters(blocks__0__att__key__disha=torch.zeros(2)), "an unmerged adapter"),
         ({"conv1.weight": torch.zeros(2)}, "is no RWKV-6 (x060) or RWKV-7 (x070) model: none of its 1 keys"),
-        (tiny_states(SHAPE), "holds only the time_state of 2 layers; it is a state file"),
+        (tiny_states(SHAPE), "holds only the time_state of 2 layers, so it is a state file: name"),
     ],
 )
 def test_models_of_other_kinds_are_named(tmp_path: Path, content: dict[str, Any], message: str) -> None:
