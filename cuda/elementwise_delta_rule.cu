@@ -5,7 +5,8 @@
 // null is not asked for; one that has not arrived is null and counts as zero.
 //
 // Grids have a thread for each vector and tile of rows: kRowTile of them, or `tile` where the gradients of parameters
-// are summed; those of value_residual one for each kPerThread vectors. Blocks have kThreads threads.
+// are summed; those of value_residual one for each kPerThread vectors, those of small maps as said there. Blocks have
+// kThreads threads.
 
 #include "elementwise_activations.cuh"
 #include "elementwise_group_norm_gate.cuh"
@@ -79,6 +80,24 @@ __device__ __forceinline__ void pull_back(const void* first, const void* amount,
     for (int j = 0; j < kVector; ++j) part[j] = gradient[j] * (part[j] - mixed[j]) * share[j];
     store(grad_amount, offset, part);
   }
+}
+
+// Of a vector that `count` values may end in, `size` of them. Plain loads: the same kernel writes there.
+__device__ __forceinline__ void load_some(const void* base, int64_t offset, int size, float (&values)[kVector]) {
+  if (size == kVector) return load_written(base, offset, values);
+  clear(values);
+  for (int j = 0; j < size; ++j) values[j] = low_half(static_cast<const uint16_t*>(base)[offset + j]);
+}
+__device__ __forceinline__ void store_some(void* base, int64_t offset, int size, const float (&values)[kVector]) {
+  if (size == kVector) return store(base, offset, values);
+  for (int j = 0; j < size; ++j) static_cast<uint16_t*>(base)[offset + j] = uint16_t(pack_bf16(values[j], 0.0f));
+}
+
+// Calls body(offset, size) for a thread's vector of `count` values, the last of which may be smaller.
+template <typename Body>
+__device__ __forceinline__ void for_vector_of(int count, unsigned vector, const Body& body) {
+  const int64_t offset = int64_t(vector) * kVector;
+  if (offset < count) body(offset, count - offset < kVector ? int(count - offset) : kVector);
 }
 
 // With s = sigmoid(rate) and kappa = k k_k at unit length: replacement = k (1 + (s - 1) k_a), removal = -kappa,
@@ -245,6 +264,63 @@ __global__ void __launch_bounds__(kThreads)
                             void* grad_first, void* grad_amount, int vectors) {
   for_own_vectors(int64_t(vectors) * kVector, [=](int64_t offset) {
     pull_back(first, amount, result, grad, grad_v, grad_first, grad_amount, offset);
+  });
+}
+
+// What stands between the two matrices of small maps: hidden [maps, rows, width], whose first map goes through tanh and
+// whose last column becomes 1 in each, and gate [count], which goes through sigmoid. Written in place. A thread for each
+// vector of the first map, for the last one of each row of the others, and for each of the gate.
+__global__ void __launch_bounds__(kThreads)
+    small_maps_forward(void* hidden, void* gate, int rows, int width, int maps, int count) {
+  unsigned thread = blockIdx.x * kThreads + threadIdx.x;
+  const unsigned vectors = unsigned(width) / kVector, of_first = rows * vectors, of_others = (maps - 1) * rows;
+  float values[kVector];
+  if (thread < of_first + of_others) {
+    const bool first = thread < of_first;
+    const int64_t offset =
+        first ? int64_t(thread) * kVector : int64_t(rows + thread - of_first + 1) * width - kVector;
+    load_written(hidden, offset, values);
+    if (first) {
+#pragma unroll
+      for (int j = 0; j < kVector; ++j) values[j] = tanhf(values[j]);
+    }
+    if (!first || thread % vectors == vectors - 1) values[kVector - 1] = 1.0f;
+    store(hidden, offset, values);
+    return;
+  }
+  for_vector_of(count, thread - of_first - of_others, [=](int64_t offset, int size) {
+    float s[kVector];
+    load_some(gate, offset, size, s);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) s[j] = sigmoid(s[j]);
+    store_some(gate, offset, size, s);
+  });
+}
+
+// The gradients before tanh and sigmoid from those behind, in place; a thread for each vector of the first map and of the
+// gate.
+__global__ void __launch_bounds__(kThreads)
+    small_maps_backward(const void* hidden, void* grad_hidden, const void* gate, void* grad_gate, int rows, int width,
+                        int count) {
+  const unsigned thread = blockIdx.x * kThreads + threadIdx.x;
+  const unsigned of_first = rows * (unsigned(width) / kVector);
+  if (thread < of_first) {
+    const int64_t offset = int64_t(thread) * kVector;
+    float values[kVector], grad[kVector];
+    load(hidden, offset, values);
+    load_written(grad_hidden, offset, grad);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) grad[j] *= fmaf(-values[j], values[j], 1.0f);
+    store(grad_hidden, offset, grad);
+    return;
+  }
+  for_vector_of(count, thread - of_first, [=](int64_t offset, int size) {
+    float s[kVector], grad[kVector];
+    load_some(gate, offset, size, s);
+    load_some(grad_gate, offset, size, grad);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) grad[j] *= s[j] * (1.0f - s[j]);
+    store_some(grad_gate, offset, size, grad);
   });
 }
 

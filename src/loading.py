@@ -45,6 +45,7 @@ class LoadOptions:
         adapters: what stands beside the matrices; their keys are among `trained`.
         head_size_divisor: group norm eps is 1e-5 times its square.
         dropout: probability, see LanguageModel.
+        lays_out: likewise; not where weights are sent between processes, which takes contiguous ones.
     """
 
     device: torch.device
@@ -56,6 +57,7 @@ class LoadOptions:
     adapters: AdapterPlan | None = None
     head_size_divisor: int = 8
     dropout: float = 0.0
+    lays_out: bool = True
 
 
 def open_model(
@@ -140,6 +142,7 @@ def build_model(
             compute_dtype=options.compute_dtype,
             head_size_divisor=options.head_size_divisor,
             dropout=options.dropout,
+            lays_out=options.lays_out,
         )
     adapters = options.adapters
     values: dict[str, Tensor] = {}

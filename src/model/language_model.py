@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from src.layout import SegmentLayout
 from src.model.casts import CastBuffer, LayerCasts
 from src.model.first_pass import FirstPass
-from src.model.layers import Embedding, Linear, Norm, TimeMixer
+from src.model.layers import Embedding, Linear, Mixer, Norm, TimeMixer
 from src.model.recompute import Recompute, Results, parameters_of, recomputed
 from src.model.shape import ModelShape
 from src.model.state import LayerState, ModelState, last_tokens
@@ -157,6 +157,7 @@ class LanguageModel(nn.Module):
     Attributes:
         workspace: holds the dense matrices of the packed ones while they are used.
         casts: holds what adapters train in the computation dtype while it is used.
+        lays_out: whether weights of mixers may become strided, to lie where they are used best.
     """
 
     def __init__(
@@ -166,9 +167,11 @@ class LanguageModel(nn.Module):
         compute_dtype: torch.dtype = torch.float32,
         head_size_divisor: int = 8,
         dropout: float = 0.0,
+        lays_out: bool = True,
     ) -> None:
         super().__init__()
         self.shape = shape
+        self.lays_out = lays_out
         self.compute_dtype = compute_dtype
         self.dropout = dropout
         self.workspace = DequantizationWorkspace()
@@ -234,6 +237,8 @@ class LanguageModel(nn.Module):
             with torch.device("meta"):
                 module = Linear(module.in_features, module.out_features)
             setattr(self.get_submodule(parent_name), child, module)
+        if self.lays_out and isinstance(module, Mixer):
+            weight = module.placed(last, weight)
         module.register_parameter(last, weight)
 
     def adapt(self, name: str, adapter: Callable[[Any], Any], kept_values: int, remembered_values: int = 0) -> None:

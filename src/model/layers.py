@@ -266,6 +266,10 @@ class Mixer(nn.Module, ABC):
             self._stacks[names] = vectors, versions, stack
         return stack
 
+    def placed(self, name: str, weight: nn.Parameter) -> nn.Parameter:
+        """What to register by this name for a weight: it, or one of its values that lies where this mixer likes it."""
+        return weight
+
     @abstractmethod
     def mixing_parameters(self) -> list[nn.Parameter]:
         """The parameters that `mixed_inputs` uses."""

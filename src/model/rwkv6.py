@@ -328,7 +328,7 @@ class TimeMix(TimeMixer):
         maa = self.stacked(("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"), z)
         return modulated_shift_mixes(
             *(z, shift, maa, hidden, self.time_maa_w2, previous),
-            joined=(3, 1, 2, 4) if join(self._mixed) else (),
+            joined=((3, 1, 2, 4),) if join(self._mixed) else (),
             keeps_modulation=keeps_modulation,
             narrow_up=self.narrow("time_maa_w2", z.dtype),
         )
@@ -387,7 +387,7 @@ class ChannelMix(ChannelMixer):
     def mixed_inputs(self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the inputs of key and receptance, [B, T, C] each; see ChannelMixer."""
         previous = None if layout is None else layout.previous
-        joined = (0, 1) if join(self._mixed) else ()
+        joined = ((0, 1),) if join(self._mixed) else ()
         return shift_mixes(z, shift, self.stacked(("time_maa_k", "time_maa_r"), z), None, previous, joined=joined)
 
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:

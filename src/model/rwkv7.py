@@ -33,13 +33,16 @@ from src.layout import SegmentLayout
 from src.model.layers import ChannelMixer, Linear, TimeMixer, join, together
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape, Shape, axes_of, count_layers, orthogonal, uniform
+from src.model.small_maps import SmallMaps, hidden_width
 from src.ops import delta_rule_cuda, delta_rule_whole, elementwise_cuda, wkv7_cuda
 from src.ops.delta_rule import group_norm_bonus_gate, removal_and_replacement, value_residual
 from src.ops.elementwise import shift_mixes, squared_relu, squared_relu_gradient
 from src.ops.kernels import Kernel
 from src.ops.node import Node, once
+from src.ops.small_maps import Maps, small_maps
 from src.ops.wkv7 import wkv7, wkv7_branching
 from src.ops.wkv7_cuda import CUDA_HEAD_SIZE, kernel_is_available
+from src.quant import FrozenLinear
 
 LN_X_EPS = 64e-5
 """Of the group norm, whatever the head size."""
@@ -252,8 +255,11 @@ class RWKV7Shape(ModelShape):
         everything_again = 2 * C
         if recompute is Recompute.ALL:
             return everything_again
+        # The hidden values of decay, rate and value residual lie together.
+        widths = {"w": self.decay_width, "a": self.rate_width, "v": self.value_width}
+        hidden = F + (3 * hidden_width(widths) if fused else self.decay_width) + self.gate_width
         # Of the recurrence six inputs and, with its kernel, three times as much as one of them.
-        inputs_again = everything_again + (30 if fused else 37) * C + 2 * (F + self.decay_width + self.gate_width)
+        inputs_again = everything_again + (30 if fused else 37) * C + 2 * hidden
         return inputs_again if recompute is Recompute.INPUTS else inputs_again + 16
 
     def fresh_mixer_value(self, layer: int, name: str, key_shape: Shape, generator: torch.Generator) -> Tensor:
@@ -433,6 +439,12 @@ class TimeMix(TimeMixer):
         self.hands_on = layer == 0
         self.ln_x = nn.GroupNorm(H, shape.n_embd, eps=LN_X_EPS)
         self.time_state = nn.Parameter(torch.empty(H, N, N, dtype=torch.float32))
+        widths = {"w": shape.decay_width, "a": shape.rate_width}
+        self._maps = SmallMaps(shape.n_embd, widths if self.hands_on else {**widths, "v": shape.value_width})
+
+    def placed(self, name: str, weight: nn.Parameter) -> nn.Parameter:
+        """See Mixer."""
+        return self._maps.placed(name, weight)
 
     def mixing_parameters(self) -> list[nn.Parameter]:
         """See TimeMixer."""
@@ -451,7 +463,9 @@ class TimeMix(TimeMixer):
     ) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the inputs of receptance, decay, key, value, rate and gate; see TimeMixer."""
         previous = None if layout is None else layout.previous
-        joined = (0, 2) if join(self._mixed) else ()
+        joined: tuple[tuple[int, ...], ...] = ((0, 2),) if join(self._mixed) else ()
+        if self._small_maps() is not None:
+            joined += ((1, 4),) if self.hands_on or not self._frozen_value() else ((1, 4, 3),)
         return shift_mixes(z, shift, self.stacked(_MIXES, z), None, previous, joined=joined)
 
     def attend(
@@ -462,12 +476,9 @@ class TimeMix(TimeMixer):
         assert self.hands_on == (handed is None)
         parts: Any = {**self._modules, **self._parameters}  # an attribute of a module takes ten times as long
         z_r, z_w, z_k, z_v, z_a, z_g = inputs
-        w_raw = self.product(torch.tanh(self.product(z_w, "w1")), "w2", bias="w0")
-        rate = self.product(self.product(z_a, "a1"), "a2", bias="a0")
-        gate = self.product(torch.sigmoid(self.product(z_g, "g1")), "g2")
+        gate, w_raw, rate, amount = self._mapped(z_w, z_a, z_g, None if handed is None else z_v)
         r, k = together(self._mixed, (z_r, z_k))
         own = parts["value"](z_v)
-        amount = None if handed is None else self.product(self.product(z_v, "v1"), "v2", bias="v0")
         norm = parts["ln_x"]
         scales, readout = (parts["k_k"], parts["k_a"]), (parts["r_k"], norm.weight, norm.bias)
         state = parts["time_state"] if start is None else start
@@ -482,6 +493,28 @@ class TimeMix(TimeMixer):
         y, final = self._recur((r, w_raw.view(heads), k, v, removal, written), state, layout)
         gated = group_norm_bonus_gate(y, r, k, v, gate, *readout, norm.eps)
         return gated, final, own if self.hands_on else None
+
+    def _mapped(
+        self, z_w: Tensor, z_a: Tensor, z_g: Tensor, z_v: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """Results of the small maps: gate, decay, rate, and with z_v the value residual's amount."""
+        maps = self._small_maps()
+        if maps is not None and z_w.is_cuda and z_w.dtype is maps.first.dtype:
+            gate, w_raw, rate, *amount = small_maps(maps, z_g, (z_w, z_a) if z_v is None else (z_w, z_a, z_v))
+            return gate, w_raw, rate, amount[0] if amount else None
+        w_raw = self.product(torch.tanh(self.product(z_w, "w1")), "w2", bias="w0")
+        rate = self.product(self.product(z_a, "a1"), "a2", bias="a0")
+        gate = self.product(torch.sigmoid(self.product(z_g, "g1")), "g2")
+        return gate, w_raw, rate, None if z_v is None else self.product(self.product(z_v, "v1"), "v2", bias="v0")
+
+    def _small_maps(self) -> Maps | None:
+        """Those that are computed at once; None where one is trained, or elsewhere than on a GPU in bf16."""
+        return self._maps.ready(self._parameters)
+
+    def _frozen_value(self) -> bool:
+        """Whether the value matrix keeps nothing of its input for a backward."""
+        value: Any = self._modules["value"]
+        return isinstance(value, FrozenLinear) or (type(value) is Linear and not value.weight.requires_grad)
 
     @property
     def _mixed(self) -> tuple[Linear, ...]:

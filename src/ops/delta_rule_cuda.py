@@ -52,21 +52,24 @@ KEYS_FORWARD, KEYS_BACKWARD, KEYS_SUMS, READOUT_FORWARD, READOUT_BACKWARD, READO
 )
 VALUES_FORWARD = _kernel("value_residual_forward", "PPP P i")
 VALUES_BACKWARD = _kernel("value_residual_backward", "PPP P PPP i")
+MAPS_FORWARD = _kernel("small_maps_forward", "PP iiii")
+MAPS_BACKWARD = _kernel("small_maps_backward", "PPPP iii")
 
 KERNELS = (
     *(*KEYS_FORWARD.values(), *KEYS_BACKWARD.values(), *KEYS_SUMS.values()),
     *(*READOUT_FORWARD.values(), *READOUT_BACKWARD.values(), *READOUT_SUMS.values()),
-    *(VALUES_FORWARD, VALUES_BACKWARD),
+    *(VALUES_FORWARD, VALUES_BACKWARD, MAPS_FORWARD, MAPS_BACKWARD),
 )
 
 
 def layer_kernels(head_size: int, *, sums: bool) -> tuple[Kernel, ...]:
     """The kernels that layers launch, forward and backward; `sums`: parameters of these operators are trained, too."""
+    whatever = VALUES_FORWARD, VALUES_BACKWARD, MAPS_FORWARD, MAPS_BACKWARD
     if head_size not in HEAD_SIZES:
-        return VALUES_FORWARD, VALUES_BACKWARD
+        return whatever
     passes, parameters = (KEYS_FORWARD, KEYS_BACKWARD, READOUT_FORWARD, READOUT_BACKWARD), (KEYS_SUMS, READOUT_SUMS)
     tables = (*passes, *parameters) if sums else passes
-    return *(table[head_size] for table in tables), VALUES_FORWARD, VALUES_BACKWARD
+    return *(table[head_size] for table in tables), *whatever
 
 
 def can_take(*tensors: Tensor) -> bool:
@@ -265,6 +268,33 @@ def keys_sums(
         return [None] * len(asked)
     values = (k, rate, prepared_parameter(key_scale, "key_scale"), *arrived)
     return _sums(KEYS_SUMS, k, values, asked, shapes)
+
+
+def activate_maps(hidden: Tensor, gate: Tensor) -> None:
+    """What stands between the two matrices of small maps, in place.
+
+    Args:
+        hidden: [maps, rows, width]: tanh of the first map's, and 1 in each map's last column.
+        gate: [rows, any]: its sigmoid.
+    """
+    maps, rows, width = hidden.shape
+    vectors = rows * (width // VECTOR + maps - 1) + -(-gate.numel() // VECTOR)
+    if rows:
+        MAPS_FORWARD(hidden, -(-vectors // THREADS), THREADS, hidden, gate, rows, width, maps, gate.numel())
+
+
+def activate_maps_gradient(hidden: Tensor, grad_hidden: Tensor, gate: Tensor, grad_gate: Tensor) -> None:
+    """Gradients before `activate_maps` from those behind, in place.
+
+    Args:
+        hidden, grad_hidden: [rows, width], of the first map alone, as it left it.
+        gate, grad_gate: as it left it.
+    """
+    rows, width = hidden.shape
+    vectors = rows * (width // VECTOR) + -(-gate.numel() // VECTOR)
+    if rows:
+        values = (hidden, grad_hidden, gate, grad_gate, rows, width, gate.numel())
+        MAPS_BACKWARD(hidden, -(-vectors // THREADS), THREADS, *values)
 
 
 def _values(v: Tensor, first: Tensor, amount: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def shift_mixes(
     modulation: Tensor | None,
     previous: Tensor | None,
     *,
-    joined: tuple[int, ...] = (),
+    joined: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[Tensor, ...]:
     """Mixes each token with the one before it, in G proportions: z + (shifted - z) * (maa_g + modulation_g).
 
@@ -59,7 +59,7 @@ def shift_mixes(
         modulation: [G, B, T, C], data-dependent part of the proportions; None is zero.
         previous: int64 [T], position of the token before each token, -1 where there is none; needs B == 1. None
             is t - 1. Not to be changed in place after its first use.
-        joined: numbers of results that lie in one piece of memory in this order, where this is fused.
+        joined: numbers of results that lie in one piece of memory in this order, where this is fused; for each piece.
 
     Returns:
         G tensors [B, T, C] in z's dtype.
@@ -93,7 +93,7 @@ def modulated_shift_mixes(
     up: Tensor,
     previous: Tensor | None,
     *,
-    joined: tuple[int, ...] = (),
+    joined: tuple[tuple[int, ...], ...] = (),
     keeps_modulation: bool = False,
     narrow_up: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:

@@ -137,7 +137,7 @@ def shift_mixes(
     modulation: Tensor | None,
     previous: Tensor | None,
     children: Tensor | None,
-    joined: tuple[int, ...] = (),
+    joined: tuple[tuple[int, ...], ...] = (),
 ) -> tuple[Tensor, ...]:
     """See `elementwise.shift_mixes`; `children` are `continuations` of `previous`."""
     run: Any = _ShiftMix.apply if records(z, carry, maa, modulation) else _ShiftMix.run
@@ -153,7 +153,7 @@ def modulated_shift_mixes(
     up: Tensor,
     previous: Tensor | None,
     children: Tensor | None,
-    joined: tuple[int, ...],
+    joined: tuple[tuple[int, ...], ...],
     keeps_modulation: bool,
     narrow_up: Callable[[], Tensor] | None,
 ) -> tuple[Tensor, ...]:
@@ -254,7 +254,7 @@ class _ShiftMix(Node):
         modulation: Tensor | None,
         previous: Tensor | None,
         children: Tensor | None,
-        joined: tuple[int, ...],
+        joined: tuple[tuple[int, ...], ...],
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
         return inputs.mixed(inputs.checked(modulation), joined)
@@ -268,7 +268,7 @@ class _ShiftMix(Node):
         modulation: Tensor | None,
         previous: Tensor | None,
         children: Tensor | None,
-        joined: tuple[int, ...],
+        joined: tuple[tuple[int, ...], ...],
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
         modulation = inputs.checked(modulation)
@@ -305,7 +305,7 @@ class _ModulatedShiftMix(Node):
         up: Tensor,
         previous: Tensor | None,
         children: Tensor | None,
-        joined: tuple[int, ...],
+        joined: tuple[tuple[int, ...], ...],
         keeps_modulation: bool,
         narrow_up: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, ...]:
@@ -322,7 +322,7 @@ class _ModulatedShiftMix(Node):
         up: Tensor,
         previous: Tensor | None,
         children: Tensor | None,
-        joined: tuple[int, ...],
+        joined: tuple[tuple[int, ...], ...],
         keeps_modulation: bool,
         narrow_up: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, ...]:
@@ -522,8 +522,10 @@ class _ShiftInputs:
         check_shape(modulation, (self.mixes, *self.z.shape), "modulation")
         return modulation
 
-    def mixed(self, modulation: Tensor | None, joined: tuple[int, ...]) -> tuple[Tensor, ...]:
-        side = dict(zip(joined, side_by_side([self.z.shape] * len(joined), self.z), strict=True))
+    def mixed(self, modulation: Tensor | None, joined: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+        side: dict[int, Tensor] = {}
+        for piece in joined:
+            side |= zip(piece, side_by_side([self.z.shape] * len(piece), self.z), strict=True)
         outputs = tuple(side[mix] if mix in side else torch.empty_like(self.z) for mix in range(self.mixes))
         batch, tokens, channels = self.z.shape
         rows = batch * tokens

@@ -424,6 +424,7 @@ def load_options(config: TrainConfig, method: Method, hardware: Hardware, shape:
         adapters=method.adapters,
         head_size_divisor=config.head_size_divisor,
         dropout=config.dropout,
+        lays_out=not hardware.has_engine,
     )
 
 
