@@ -399,6 +399,13 @@ class FrozenLinear(nn.Module):
         else:
             y.copy_(self(x))
 
+    def add_product(self, x: Tensor, y: Tensor) -> None:
+        """See `layers.Linear`."""
+        if x.dtype is self.compute_dtype:
+            y.addmm_(x, self.shared_dense().t())
+        else:
+            y.add_(self(x))
+
     def gradient_into(self, grad_output: Tensor, grad_x: Tensor) -> None:
         """See `layers.Linear`."""
         if grad_output.dtype is self.compute_dtype:

@@ -66,6 +66,10 @@ class Linear(nn.Module):
         """x [n, in] -> y [n, out], in memory that is there, outside autograd."""
         torch.mm(x, self.weight.to(x.dtype).t(), out=y)
 
+    def add_product(self, x: Tensor, y: Tensor) -> None:
+        """Adds the product of x [n, in] to y [n, out], in place, outside autograd; a sum in fp32, rounded once."""
+        y.addmm_(x, self.weight.to(x.dtype).t())
+
     def gradient_into(self, grad_output: Tensor, grad_x: Tensor) -> None:
         """From the gradient of y [n, out] to that of x [n, in], in memory that is there, outside autograd."""
         torch.mm(grad_output, self.weight.to(grad_output.dtype), out=grad_x)
@@ -350,7 +354,7 @@ class ChannelMixer(Mixer):
 
     @abstractmethod
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The matrices on `mixed_inputs`: residual stream x [B, T, C] -> the new one."""
+        """The matrices on `mixed_inputs`: residual stream x [B, T, C] -> the new one; outside autograd it may take x's place."""
 
     @abstractmethod
     def feed_again(self, x: Tensor, inputs: tuple[Tensor, ...], result: Tensor) -> Tensor:

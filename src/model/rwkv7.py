@@ -564,7 +564,12 @@ class ChannelMix(ChannelMixer):
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """See ChannelMixer."""
         (z_k,) = inputs
-        value: Tensor = self.value(squared_relu(self.key(z_k)))
+        hidden = squared_relu(self.key(z_k))
+        matrix: Any = self._modules["value"]
+        if x.is_cuda and not torch.is_grad_enabled() and type(matrix) in (Linear, FrozenLinear):
+            matrix.add_product(hidden.flatten(0, 1), x.view(-1, x.shape[-1]))
+            return x
+        value: Tensor = matrix(hidden)
         return x + value
 
     def feed_again(self, x: Tensor, inputs: tuple[Tensor, ...], result: Tensor) -> Tensor:
