@@ -1,0 +1,61 @@
+"""RWKV-7's joined node and its small maps at once, emulated on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+from delta_rule_whole_cases import (
+    CASES,
+    CHOICES,
+    check_small_maps,
+    check_that_maps_without_gradients_are_the_same,
+    check_that_sums_are_rounded_once,
+    check_whole,
+)
+from emulator.kernels import emulated, has_compiler
+from tables import covering
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs g++")]
+
+CPU = "cpu"
+
+
+@pytest.fixture(autouse=True)
+def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every tensor is said to be on a GPU. Fresh memory is NaN: a kernel that forgets an element fails loudly."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    card = SimpleNamespace(multi_processor_count=2, shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+    torch.use_deterministic_algorithms(True)
+    with emulated():
+        yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("name", "choice", "used"), covering(list(CASES), list(CHOICES), ["gated and final", "gated", "final"])
+)
+def test_it_is_what_its_parts_are(name: str, choice: str, used: str) -> None:
+    if choice == "first" and name == "the first layer":
+        choice = "value"
+    if used == "final" and choice in ("gate", "bonus"):
+        used = "gated"
+    check_whole(name, choice, used, CPU)
+
+
+def test_sums_are_rounded_once() -> None:
+    check_that_sums_are_rounded_once(CPU)
+
+
+@pytest.mark.parametrize(
+    ("rows", "count", "gate_width", "apart"), covering([1, 40], [2, 3], [16, 20, 3], [False, True])
+)
+def test_small_maps_are_those_of_each(rows: int, count: int, gate_width: int, apart: bool) -> None:
+    check_small_maps(rows, count, gate_width, CPU, apart=apart)
+
+
+def test_small_maps_without_gradients_are_the_same() -> None:
+    check_that_maps_without_gradients_are_the_same(CPU)
