@@ -34,7 +34,7 @@ pytestmark = [
 GPU = "cuda"
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def fresh_memory_is_nan() -> Iterator[None]:
     """Fills every new tensor with NaN: a kernel that forgets an element fails loudly."""
     torch.use_deterministic_algorithms(True)
@@ -46,11 +46,11 @@ def fresh_memory_is_nan() -> Iterator[None]:
 @pytest.mark.parametrize("used", ["gated and final", "gated"])
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("name", CASES)
-def test_it_is_what_its_parts_are(name: str, choice: str, used: str) -> None:
+def test_it_is_what_its_parts_are(name: str, choice: str, used: str, fresh_memory_is_nan: None) -> None:
     check_whole(name, "value" if choice == "first" and name == "the first layer" else choice, used, GPU)
 
 
-def test_two_runs_give_the_same_bits() -> None:
+def test_two_runs_give_the_same_bits(fresh_memory_is_nan: None) -> None:
     case = {"batch": 1, "tokens": 700}
     first, second = (results_of(joined(case, GPU), case, NAMES, "gated and final", GPU) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -73,7 +73,6 @@ def test_small_maps_without_gradients_are_the_same() -> None:
 
 
 def test_a_cuda_graph_replays_both() -> None:
-    torch.utils.deterministic.fill_uninitialized_memory = False
     tensors = tensors_of(GPU, batch=1, tokens=70)
     maps, _ = maps_of(3, 128, (24, 12, 6), 16, GPU)
     inputs = [normal(1, 70, 128, seed=seed, device=GPU).requires_grad_() for seed in range(4)]
@@ -88,20 +87,17 @@ def test_a_cuda_graph_replays_both() -> None:
         gated, _ = delta_rule_whole.whole(*made.values(), EPS, one_part(70, None))  # type: ignore[arg-type]
         return (gated.detach(), *torch.autograd.grad(gated, leaves, grad))
 
-    try:
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            step()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
-        with torch.no_grad():
-            for seed, tensor in enumerate(leaves):
-                tensor.copy_(normal(*tensor.shape, seed=7 + seed, device=GPU))
-        graph.replay()
-        for ours, eager in zip(captured, step(), strict=True):
-            assert torch.equal(ours, eager)
-    finally:
-        torch.utils.deterministic.fill_uninitialized_memory = True
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for seed, tensor in enumerate(leaves):
+            tensor.copy_(normal(*tensor.shape, seed=7 + seed, device=GPU))
+    graph.replay()
+    for ours, eager in zip(captured, step(), strict=True):
+        assert torch.equal(ours, eager)
