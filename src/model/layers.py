@@ -354,7 +354,10 @@ class ChannelMixer(Mixer):
 
     @abstractmethod
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
-        """The matrices on `mixed_inputs`: residual stream x [B, T, C] -> the new one; outside autograd it may take x's place."""
+        """The matrices on `mixed_inputs`: residual stream x [B, T, C] -> the new one.
+
+        Outside autograd that may take x's place.
+        """
 
     @abstractmethod
     def feed_again(self, x: Tensor, inputs: tuple[Tensor, ...], result: Tensor) -> Tensor:
