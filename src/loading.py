@@ -179,6 +179,7 @@ def build_model(
         sums[name] = used.sum()
     if adapters is not None:
         adapters.attach(model, values)
+    model.lay_in_one_piece()
     _refuse_non_finite(source, tensors, sums)
     if options.device.type == "cuda":
         # What held the matrices before they were packed, there and here.

@@ -241,6 +241,12 @@ class LanguageModel(nn.Module):
             weight = module.placed(last, weight)
         module.register_parameter(last, weight)
 
+    def lay_in_one_piece(self) -> None:
+        """Moves trained vectors to where those that are used as one tensor follow each other."""
+        for block in self.blocks:
+            for mixer in (block.att, block.ffn):
+                mixer.lay_in_one_piece()  # type: ignore[operator, union-attr]
+
     def adapt(self, name: str, adapter: Callable[[Any], Any], kept_values: int, remembered_values: int = 0) -> None:
         """Puts an adapter around a matrix of a layer, which is then frozen.
 

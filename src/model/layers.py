@@ -20,6 +20,8 @@ from src.layout import SegmentLayout
 from src.model.casts import LayerCasts, WideProduct
 from src.model.shape import Shape, matrices_of
 from src.ops.elementwise import add_norm
+from src.ops.node import Node, once
+from src.ops.products import in_one_piece
 from src.quant import FrozenLinear
 
 LAYER_NORM_EPS = 1e-5
@@ -193,9 +195,11 @@ class Mixer(nn.Module, ABC):
 
     Attributes:
         products: parameters that stand in products of their own beside the matrices.
+        stacks: vectors that are used as one tensor, see `stacked`.
     """
 
     products: ClassVar[tuple[str, ...]] = ()
+    stacks: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     def __init__(self, shapes: Mapping[str, Shape]) -> None:
         super().__init__()
@@ -253,7 +257,8 @@ class Mixer(nn.Module, ABC):
     def stacked(self, names: tuple[str, ...], like: Tensor) -> Tensor:
         """The named [1, 1, C] vectors as one [G, C] tensor.
 
-        Frozen ones are stacked once, in `like`'s dtype, and again when one is replaced or written in place.
+        Frozen ones are stacked once, in `like`'s dtype, and again when one is replaced or written in place. Trained
+        ones are where they are if they are in one piece, and else copied.
         """
         own: Any = self._parameters
         vectors: list[Tensor] = [own[name] for name in names]
@@ -261,6 +266,9 @@ class Mixer(nn.Module, ABC):
             return vectors[0].view(1, -1)
         for vector in vectors:
             if vector.requires_grad:
+                if in_one_piece(vectors):
+                    whole: Tensor = _InOnePiece.apply(*vectors)
+                    return whole
                 return torch.cat(vectors).view(len(names), -1)
         versions = [vector._version for vector in vectors]
         known, seen, stack = self._stacks.get(names, ([], [], like))
@@ -274,9 +282,36 @@ class Mixer(nn.Module, ABC):
         """What to register by this name for a weight: it, or one of its values that lies where this mixer likes it."""
         return weight
 
+    @torch.no_grad()
+    def lay_in_one_piece(self) -> None:
+        """Moves trained vectors to where those that are stacked follow each other."""
+        for names in self.stacks:
+            vectors = [self._parameters[name] for name in names]
+            if not all(vector is not None and vector.requires_grad for vector in vectors):
+                continue
+            if len({vector.dtype for vector in vectors if vector is not None}) == 1:
+                for vector, place in zip(vectors, torch.stack(vectors).unbind(), strict=True):  # type: ignore[arg-type]
+                    vector.data = place  # type: ignore[union-attr]
+
     @abstractmethod
     def mixing_parameters(self) -> list[nn.Parameter]:
         """The parameters that `mixed_inputs` uses."""
+
+
+class _InOnePiece(Node):
+    """Vectors [1, 1, C] that follow each other in memory, as one tensor [G, C] there."""
+
+    @staticmethod
+    def forward(ctx: Any, *vectors: Tensor) -> Tensor:
+        first = vectors[0]
+        ctx.shape = first.shape
+        return first.detach().as_strided((len(vectors), first.numel()), (first.numel(), 1))
+
+    @staticmethod
+    @once
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        parts = grad.view(-1, *ctx.shape).unbind()
+        return tuple(part if need else None for part, need in zip(parts, ctx.needs_input_grad, strict=True))
 
 
 class TimeMixer(Mixer):

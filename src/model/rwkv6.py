@@ -291,6 +291,7 @@ class TimeMix(TimeMixer):
     """Token shift, the recurrence, and its gate: z = ln1 x [B, T, C] -> what is added to x."""
 
     matrices = ("receptance", "key", "value", "gate", "output")
+    stacks = (("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"),)
     products = ("time_maa_w1", "time_maa_w2", "time_decay", "time_decay_w1", "time_decay_w2")
     time_maa_w1: nn.Parameter
     time_maa_w2: nn.Parameter
@@ -325,7 +326,7 @@ class TimeMix(TimeMixer):
         previous = None if layout is None else layout.previous
         (base,) = shift_mixes(z, shift, self.stacked(("time_maa_x",), z), None, previous)
         hidden = torch.tanh(self.product(base, "time_maa_w1"))
-        maa = self.stacked(("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"), z)
+        maa = self.stacked(self.stacks[0], z)
         return modulated_shift_mixes(
             *(z, shift, maa, hidden, self.time_maa_w2, previous),
             joined=((3, 1, 2, 4),) if join(self._mixed) else (),
@@ -373,6 +374,7 @@ class TimeMix(TimeMixer):
 class ChannelMix(ChannelMixer):
     """Token shift and a gated squared-ReLU feed-forward: x + sigmoid(W_r z_r) · W_v relu(W_k z_k)²."""
 
+    stacks = (("time_maa_k", "time_maa_r"),)
     key: Linear
     receptance: Linear
     value: Linear
@@ -388,7 +390,7 @@ class ChannelMix(ChannelMixer):
         """z [B, T, C] -> the inputs of key and receptance, [B, T, C] each; see ChannelMixer."""
         previous = None if layout is None else layout.previous
         joined = ((0, 1),) if join(self._mixed) else ()
-        return shift_mixes(z, shift, self.stacked(("time_maa_k", "time_maa_r"), z), None, previous, joined=joined)
+        return shift_mixes(z, shift, self.stacked(self.stacks[0], z), None, previous, joined=joined)
 
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """See ChannelMixer."""

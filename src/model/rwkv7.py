@@ -413,6 +413,7 @@ class TimeMix(TimeMixer):
     """
 
     matrices = ("receptance", "key", "value", "output")
+    stacks = (_MIXES,)
     products = ("w0", "w1", "w2", "a0", "a1", "a2", "v0", "v1", "v2", "g1", "g2")
     w0: nn.Parameter
     w1: nn.Parameter

@@ -22,6 +22,18 @@ def side_by_side(shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor
     return [like.new_empty(shape) for shape in shapes]
 
 
+def in_one_piece(tensors: Sequence[Tensor]) -> bool:
+    """Whether contiguous tensors of equal shapes follow each other in memory."""
+    first = tensors[0]
+    begin, size, storage = first.storage_offset(), first.numel(), first.untyped_storage().data_ptr()
+    for number, tensor in enumerate(tensors):
+        alike = tensor.shape == first.shape and tensor.dtype is first.dtype and tensor.is_contiguous()
+        place = tensor.storage_offset() == begin + number * size and tensor.untyped_storage().data_ptr() == storage
+        if not (alike and place):
+            return False
+    return True
+
+
 def products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float = 1.0) -> list[Tensor]:
     """scale · left @ right of each pair, side by side; outside autograd, as all functions here."""
     results = side_by_side(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from factories import tiny_parameters, tiny_states
+from host_cost import Operators
 from recompute_cases import (
     SHAPE,
     Gradients,
@@ -200,3 +201,29 @@ def test_layers_of_different_sizes_take_turns_with_one_buffer() -> None:
     assert torch.equal(layers[1].cast(0, torch.bfloat16), before)
     buffer.forget()
     assert not layers[1].cast(0, torch.bfloat16).any()
+
+
+@pytest.mark.parametrize("architecture", ["x060", "x070"])
+def test_trained_vectors_that_are_used_as_one_lie_in_one_piece(architecture: str) -> None:
+    """No copy is made of them, and gradients are the same bits as if they were copied."""
+    models = [with_trained_parts(Recompute.ALL, torch.float32, architecture) for _ in range(2)]
+    for parameter in models[1].parameters():
+        parameter.data = parameter.data.clone()
+    found, copies = [], []
+    for model in models:
+        mixers = [mixer for block in model.blocks for mixer in (block.att, block.ffn)]
+        stacks = [names for mixer in mixers for names in mixer.stacks]  # type: ignore[union-attr]
+        with Operators() as operators:
+            loss_of(model(tokens_of(11))[0]).backward()
+        copies.append(operators.calls["aten.cat.default"])
+        found.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert copies[1] - copies[0] == 2 * len(stacks)
+    assert found[0].keys() == found[1].keys()
+    assert [name for name in found[0] if not torch.equal(found[0][name], found[1][name])] == []
+
+
+def test_a_vector_trained_alone_stays_where_it_is() -> None:
+    options = LoadOptions(torch.device("cpu"), torch.float32, trained=["blocks.0.att.time_maa_k"])
+    model = build_model({**tiny_parameters(SHAPE, seed=1), **tiny_states(SHAPE, seed=2)}, SHAPE, options)
+    model(tokens_of(5))[0].square().mean().backward()
+    assert model.get_parameter("blocks.0.att.time_maa_k").grad is not None
