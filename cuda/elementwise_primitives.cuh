@@ -84,13 +84,32 @@ __device__ __forceinline__ void store_norm_sums(const NormSums& sums, int tile, 
   if (sums.bias != nullptr) store_sums(sums.bias, offset, of_bias);
 }
 
-// Adds the sums over tiles up: total [count] of sums [tiles, count], `count` a multiple of 4. A warp takes every eighth
-// tile of 128 values.
+// Sums over tiles that a launch adds up: total [count] of sums [tiles, count], `count` a multiple of 4. `end` counts
+// blocks up to a total's last one, and goes on with the same number behind the last total.
+constexpr int kMostTotals = 8;
+
+struct Totals {
+  const float* sums[kMostTotals];
+  float* total[kMostTotals];
+  int tiles[kMostTotals];
+  int count[kMostTotals];
+  int end[kMostTotals];
+};
+
+// A block has 128 values of one total, a warp of it every eighth tile.
 constexpr int kTotalWarps = 8;
 
-__global__ void __launch_bounds__(32 * kTotalWarps) total_kernel(const float* sums, float* total, int tiles, int count) {
+__global__ void __launch_bounds__(32 * kTotalWarps) totals_kernel(Totals totals) {
   __shared__ float of_warp[kTotalWarps][32][4];
-  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, at = (blockIdx.x * 32 + lane) * 4;
+  const int block = blockIdx.x;
+  int number = 0;
+#pragma unroll
+  for (int step = kMostTotals / 2; step; step /= 2)
+    if (block >= totals.end[number + step - 1]) number += step;
+  const float* sums = totals.sums[number];
+  const int tiles = totals.tiles[number], count = totals.count[number];
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int at = ((block - (number ? totals.end[number - 1] : 0)) * 32 + lane) * 4;
   float sum[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   if (at < count) {
 #pragma unroll 4
@@ -108,7 +127,7 @@ __global__ void __launch_bounds__(32 * kTotalWarps) total_kernel(const float* su
 #pragma unroll
     for (int i = 0; i < 4; ++i) sum[i] += of_warp[other][lane][i];
   }
-  *reinterpret_cast<float4*>(total + at) = make_float4(sum[0], sum[1], sum[2], sum[3]);
+  *reinterpret_cast<float4*>(totals.total[number] + at) = make_float4(sum[0], sum[1], sum[2], sum[3]);
 }
 
 __device__ __forceinline__ float sigmoid(float x) { return 1.0f / (1.0f + __expf(-x)); }

@@ -85,7 +85,9 @@ class Block(nn.Module):
             if level is Recompute.INPUTS:
                 x = x if delta is None else x + delta
                 used = (*norm.parameters(), *mixer.mixing_parameters())
-                outputs = recomputed(lambda stream, shift: inputs_of(norm(stream), shift), (x, shift), used)
+                outputs = recomputed(
+                    lambda stream, shift: inputs_of(norm(stream), shift), (x, shift), used, uses_once=carry is None
+                )
             else:
                 x, z = norm.of_sum(x, delta)
                 outputs = inputs_of(z, shift)
@@ -135,7 +137,9 @@ class Block(nn.Module):
             function = either_pass if remembered else layer
             # The result, from which the feed-forward can take its gradients, and what adapters have left.
             kept = remembered + (1 if can_feed_again() else 0)
-            outputs = recomputed(function, inputs, parameters_of(self), kept=kept, draws_random=random)
+            outputs = recomputed(
+                function, inputs, parameters_of(self), kept=kept, draws_random=random, uses_once=carry is None
+            )
             mixed, *rest = outputs[remembered:]
         elif result is not None and can_feed_again():
             mixed, *rest = layer(*inputs, result)

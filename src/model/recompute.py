@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from src.ops.node import Node, once
+from src.ops.totals import totals_together
 
 
 class Recompute(Enum):
@@ -66,6 +67,7 @@ def recomputed(
     *,
     kept: int = 0,
     draws_random: bool = False,
+    uses_once: bool = False,
 ) -> Results:
     """function(*inputs), of which nothing is kept but the inputs, and results if they are asked for.
 
@@ -80,20 +82,29 @@ def recomputed(
         parameters: those it may use; the frozen ones may be among them.
         kept: how many of the results, the first ones, are kept for the second pass.
         draws_random: whether the second pass must draw the same random numbers.
+        uses_once: whether the function uses no parameter twice, so that their gradients may be ready last of all.
     """
     trained = [parameter for parameter in parameters if parameter.requires_grad]
     device = next(tensor.device for tensor in inputs if tensor is not None) if draws_random else None
-    outputs: Results = _Again.apply(function, kept, device, len(inputs), *inputs, *trained)
+    outputs: Results = _Again.apply(function, kept, device, uses_once, len(inputs), *inputs, *trained)
     return outputs
 
 
 class _Again(Node):
     @staticmethod
     def forward(
-        ctx: Any, function: Function, kept: int, device: torch.device | None, count: int, *tensors: Tensor | None
+        ctx: Any,
+        function: Function,
+        kept: int,
+        device: torch.device | None,
+        uses_once: bool,
+        count: int,
+        *tensors: Tensor | None,
     ) -> Results:
         ctx.set_materialize_grads(False)
         ctx.function, ctx.kept, ctx.count = function, kept, count
+        # A gradient of another dtype is cast as soon as it is there.
+        ctx.can_wait = uses_once and all(t is None or t.dtype is torch.float32 for t in tensors[count:])
         ctx.draws = None if device is None else Draws.next(device)
         outputs = function(*tensors[:count])
         ctx.save_for_backward(*outputs[:kept], *tensors)
@@ -118,12 +129,10 @@ class _Again(Node):
         wanted = [tensor for tensor, need in zip(tensors, needed, strict=True) if need]
         found = iter(())  # type: Any
         if asked:
-            found = iter(
-                torch.autograd.grad(
-                    [output for output, _ in asked], wanted, [gradient for _, gradient in asked], allow_unused=True
-                )
-            )
-        return (None, None, None, None, *(next(found, None) if need else None for need in needed))
+            outputs, gradients = zip(*asked, strict=True)
+            with totals_together(ctx.can_wait and not torch.is_anomaly_enabled()):
+                found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+        return (None, None, None, None, None, *(next(found, None) if need else None for need in needed))
 
 
 def parameters_of(module: nn.Module) -> Iterator[nn.Parameter]:

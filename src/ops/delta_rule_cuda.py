@@ -29,6 +29,7 @@ from src.ops.rows import (
     refuse_double_backward,
     saved_parameter,
 )
+from src.ops.totals import TOTALS, total_of_tiles
 
 _ROW_TILE = 2
 _VECTORS_PER_BLOCK = 2 * THREADS
@@ -69,7 +70,7 @@ def layer_kernels(head_size: int, *, sums: bool) -> tuple[Kernel, ...]:
         return whatever
     passes, parameters = (KEYS_FORWARD, KEYS_BACKWARD, READOUT_FORWARD, READOUT_BACKWARD), (KEYS_SUMS, READOUT_SUMS)
     tables = (*passes, *parameters) if sums else passes
-    return *(table[head_size] for table in tables), *whatever
+    return *(table[head_size] for table in tables), *([TOTALS] if sums else []), *whatever
 
 
 def can_take(*tensors: Tensor) -> bool:
@@ -429,7 +430,7 @@ def _sums(
         targets = [next(places) if wanted else None for wanted in asked]
         values = (*arguments, *targets, count * channels, tile, rows, channels)
         kernels[like.shape[3]](like, blocks_for(rows, channels, tile), THREADS, *values)
-    totals = iter(sums.sum(0))
+    totals = iter(total_of_tiles(sums))
     return [next(totals).view(shape) if wanted else None for wanted, shape in zip(asked, shapes, strict=True)]
 
 

@@ -33,6 +33,7 @@ from src.ops.rows import (
     refuse_double_backward,
     saved_parameter,
 )
+from src.ops.totals import TOTALS, total_of_tiles
 
 MOST_NORM_CHANNELS = 8192
 MIXES = (1, 2, 5, 6)
@@ -86,14 +87,13 @@ SQUARED_RELU = _kernel("each_vector_kernel<elementwise::SquaredRelu>", "q (PP)")
 SQUARED_RELU_GRADIENT = _kernel("each_vector_kernel<elementwise::SquaredReluGradient>", "q (PPP)")
 GATED_RESIDUAL = _kernel("each_vector_kernel<elementwise::SigmoidGatedResidual>", "q (PPPP)")
 GATED_RESIDUAL_GRADIENT = _kernel("each_vector_kernel<elementwise::SigmoidGatedResidualGradient>", "q (PPPPPP)")
-TOTAL = _kernel("total_kernel", "PPii")
 LOGIT_STATISTICS = _kernel("logit_statistics_kernel", "PPPPPP i")
 LOGIT_GRADIENT = _kernel("logit_gradient_kernel", "PPPPPP i")
 
 KERNELS = (
     *(*SHIFT_FORWARD.values(), *SHIFT_BACKWARD.values(), *MAA_SUMS.values()),
     *(*GATE_FORWARD.values(), *GATE_BACKWARD.values(), *GATE_SUMS.values()),
-    *(*NORM_FORWARD.values(), *NORM_BACKWARD.values(), NORM_SUMS, TOTAL),
+    *(*NORM_FORWARD.values(), *NORM_BACKWARD.values(), NORM_SUMS, TOTALS),
     *(SQUARED_RELU, SQUARED_RELU_GRADIENT, GATED_RESIDUAL, GATED_RESIDUAL_GRADIENT, LOGIT_STATISTICS, LOGIT_GRADIENT),
 )
 
@@ -119,7 +119,7 @@ def layer_kernels(
     if head_size in HEAD_SIZES:
         found += [GATE_FORWARD[head_size], GATE_BACKWARD[head_size]]
     if sums:
-        found += [NORM_SUMS, TOTAL, *(MAA_SUMS[count] for count in sorted({count for count, _ in mixes}))]
+        found += [NORM_SUMS, TOTALS, *(MAA_SUMS[count] for count in sorted({count for count, _ in mixes}))]
         found += [GATE_SUMS[head_size]] if head_size in HEAD_SIZES else []
     return tuple(found)
 
@@ -678,16 +678,6 @@ def _norm_gradients(
         launch(tile, blocks_for(rows, channels, tile), places)
     total = total_of_tiles(sums)
     return total[0] if of_weight else None, total[asked - 1] if of_bias else None
-
-
-def total_of_tiles(sums: Tensor) -> Tensor:
-    """fp32 [tiles, ...], contiguous, a multiple of 4 values each -> their sum [...]."""
-    if not sums.shape[0]:
-        return sums.sum(0)
-    total = sums.new_empty(sums.shape[1:])
-    count = total.numel()
-    TOTAL(sums, -(-count // 128), 256, sums, total, sums.shape[0], count)
-    return total
 
 
 def _squared(x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor
 from src.ops.kernels import SLOWER, Argument, Kernel, usable
 from src.ops.node import Node
 from src.ops.products import side_by_side
+from src.ops.totals import total_of_tiles
 
 CUDA_HEAD_SIZE = 64
 TILE_TOKENS = 16
@@ -253,7 +254,7 @@ def _run_backward(
     gradients: _Gradients,
     wants_u: bool,
 ) -> None:
-    """Writes what `gradients` has room for; that of u is made anew. `kept` is read where those of tokens are."""
+    """Writes what `gradients` has room for; that of u, of each item, is made anew. `kept` goes with those of tokens."""
     to = gradients.tokens
     if to is None and gradients.state is None:
         return
@@ -275,7 +276,7 @@ def _run_backward(
     arguments = [*layout.values, *tokens.all, dy, u, u.dtype is torch.bfloat16]
     arguments += [kept.checkpoints, kept.pair_weights, dfinal, *to.all, du, gradients.state]
     (BACKWARD_WITH_U if wants_u else BACKWARD)(r, layout.grid, _THREADS, *arguments, *scratch)
-    gradients.u = None if du is None else du.sum(0)
+    gradients.u = du
 
 
 class _Wkv6(Node):
@@ -318,6 +319,8 @@ class _Wkv6(Node):
         wants_u = ctx.needs_input_grad[4]
         of_tokens = _Kept(*kept) if rest else None
         _run_backward(tokens, u, of_tokens, dy, dfinal, ctx.span_tokens, gradients, wants_u)
+        if gradients.u is not None:
+            gradients.u = total_of_tiles(gradients.u)
         return *_input_gradients(gradients, u, ctx.state_is_shared), None, None
 
 
@@ -405,7 +408,7 @@ class _Wkv6Branching(Node):
         _run_backward(part, u, kept, dy.narrow(1, 0, root_tokens), dfinal, 0, roots, wants_u)
         whole.state = roots.state
         if roots.u is not None and children.u is not None:
-            whole.u = roots.u + children.u
+            whole.u = roots.u.sum(0) + children.u.sum(0)
         return *_input_gradients(whole, u, ctx.state_is_shared), None, None, None, None
 
 

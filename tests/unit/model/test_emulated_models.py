@@ -10,16 +10,33 @@ from typing import Any
 import pytest
 import torch
 from emulator.kernels import emulated, has_compiler
-from factories import ARCHITECTURES
+from factories import ARCHITECTURES, tiny_parameters, tiny_states
 from kept_tensors import kept_and_estimated
-from recompute_cases import CASES, Gradients, errors_of_allowed, medians, model_of, shape_of
+from recompute_cases import (
+    CASES,
+    Gradients,
+    branching_row,
+    carried_state,
+    errors_of_allowed,
+    gradients_of,
+    loss_of,
+    medians,
+    model_of,
+    own_start,
+    shape_of,
+    tokens_of,
+    two_chained_chunks,
+)
 from torch import Tensor
 
-from src.model import language_model
+from src.layout import SegmentLayout
+from src.loading import LoadOptions, build_model
+from src.model import language_model, recompute
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.ops import block_diagonal, delta_rule, elementwise, elementwise_cuda, kernels, wkv6_cuda, wkv7_cuda
 from src.ops.kernels import Kernel
+from src.ops.totals import TOTALS, totals_together
 from src.quant import kernels_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs g++")]
@@ -109,3 +126,58 @@ def test_kept_bytes_cover_what_kernels_keep(mode: Recompute, kind: str, architec
         kept, estimate = kept_and_estimated("cpu", torch.bfloat16, mode, kind, architecture, tokens=64)
     # RWKV-6's estimate leaves out the 16 bytes of its norms' statistics.
     assert 0.98 * estimate < kept <= 1.003 * estimate
+
+
+def segments_that_go_on_with_trained_mixing(model: LanguageModel) -> Gradients:
+    """Each mix is used twice in a layer."""
+    layout = SegmentLayout.packed([5, 1, 10]).carrying([0, 2], [1, 2])
+    return gradients_of(model, loss_of(model(tokens_of(16, 1), carried_state(model), layout)[0]))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("case", "mode"),
+    [
+        (own_start, Recompute.ALL),
+        (branching_row, Recompute.ALL),
+        (two_chained_chunks, Recompute.INPUTS),
+        (segments_that_go_on_with_trained_mixing, Recompute.ALL),
+    ],
+)
+def test_totals_that_wait_are_the_same_bits(
+    case: Case, mode: Recompute, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what is trained in fp32; and there are fewer launches, but where a layer adds two of them up."""
+    shape = shape_of(architecture)
+    trained = [*shape.part("time"), *shape.part("ln"), *shape.state_shapes()]
+    options = LoadOptions(torch.device("cpu"), torch.bfloat16, trained=trained)
+    found, launches = [], []
+    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
+    for waits in (True, False):
+        if not waits:
+            monkeypatch.setattr(recompute, "totals_together", lambda _: totals_together(False))
+        model = build_model({**tiny_parameters(shape, seed=1), **tiny_states(shape, seed=2)}, shape, options)
+        model.set_recomputation([mode] * shape.n_layer)
+        with every_kernel(), monkeypatch.context() as counting:
+            count = 0
+            launch = Kernel.__call__
+
+            def counted(kernel: Kernel, *arguments: Any, launch: Any = launch) -> None:
+                nonlocal count
+                count += kernel is TOTALS
+                launch(kernel, *arguments)
+
+            counting.setattr(Kernel, "__call__", counted)
+            found.append(case(model))
+        launches.append(count)
+    torch.use_deterministic_algorithms(False)
+    together, apart = found
+    assert together.keys() == apart.keys()
+    assert [name for name in apart if not torch.equal(together[name], apart[name])] == []
+    assert not any(gradient.isnan().any() for gradient in apart.values())
+    if case is segments_that_go_on_with_trained_mixing:
+        assert launches[0] == launches[1]
+    else:
+        assert launches[0] < launches[1]
+    if case is own_start:
+        assert launches[0] == shape.n_layer + 2, "one of a layer, and those of the norms outside of layers"
