@@ -18,6 +18,7 @@ from torch import Tensor
 from src.model import language_model
 from src.ops import (
     adam,
+    add_product,
     block_diagonal,
     cast,
     delta_rule_cuda,
@@ -89,6 +90,7 @@ def forget_launches() -> None:
     """Kernels have been loaded nowhere."""
     for module in (
         adam,
+        add_product,
         block_diagonal,
         cast,
         delta_rule_cuda,
