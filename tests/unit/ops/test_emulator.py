@@ -62,8 +62,8 @@ enum Fault {
   kLateCopies  // they are, but by each lane for its own alone
 };
 
-// The first warp hands words over to the second by barriers in shared memory, twice by the same place. A lane takes what
-// its neighbour has written, or what it has copied in the background.
+// The first warp hands words over to the second by barriers in shared memory, twice by the same place. A lane takes
+// what its neighbour has written, or what it has copied in the background.
 template <int kFault, bool kCopies, int kBarriersAt>
 __global__ void hands_over(const float* from, float* result) {
   const int lane = threadIdx.x & 31;
