@@ -125,6 +125,25 @@ def test_a_mask_is_the_same_in_chunks(
         assert one["grad_norm"] == pytest.approx(other["grad_norm"], rel=1e-3)
 
 
+@pytest.mark.slow
+def test_rwkv_pefts_fragments_on_a_real_model_and_its_chats(real_inputs: Path, tmp_path: Path) -> None:
+    """Long chats, of whose rows of 2,048 tokens chunks of 512 are made; each alone, both, and neither."""
+    fragments = {"chunks": {"train_type": "infctx", "chunk_ctx": 512}, "answers": {"loss_mask": "qa"}}
+    ways = {"neither": {}, **fragments, "both": {**fragments["chunks"], **fragments["answers"]}}
+    common = {"load_model": real_inputs / "tiny-rwkv6-3m-utf16.pth", "data_file": real_inputs / "demo-utf16"}
+    first = {}
+    for name, way in ways.items():
+        given = {"train_type": "none", "ctx_len": 2048, "epoch_steps": 1, "epoch_count": 1, **way}
+        ended = train(tmp_path / name, **common, **given)
+        assert ("chunks     of 512 tokens" in ended.out) == ("chunk_ctx" in way)
+        assert ("loss       on answers only (--loss_mask qa): " in ended.out) == ("loss_mask" in way)
+        (row,) = metrics(tmp_path / name)
+        first[name] = (row["loss"], row["grad_norm"])
+    assert first["chunks"] == pytest.approx(first["neither"], rel=1e-3)
+    assert first["both"] == pytest.approx(first["answers"], rel=1e-3)
+    assert first["both"][0] != pytest.approx(first["chunks"][0], rel=1e-2)
+
+
 def test_a_stopped_run_keeps_its_mask(places: dict[str, Path], tmp_path: Path) -> None:
     chosen = flags(places, "text", loss_mask="se", mask_id=TEXTS, epoch_steps=4)
     train(tmp_path / "whole", **chosen)
