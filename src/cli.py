@@ -140,7 +140,7 @@ def given_train_flags(arguments: Sequence[str] | None = None) -> dict[str, str]:
     given = _given(parser, TrainConfig, arguments)
     if not given.get("config"):
         return given
-    of_file = read_flags(given["config"])
+    of_file = read_flags(given["config"], _several_files(TrainConfig))
     if unknown := [name for name in of_file if f"--{name}" not in parser.flags]:
         raise ConfigError("; ".join(f"--config {given['config']}: {parser.complaint(f'--{name}')}" for name in unknown))
     return {**of_file, **given}
@@ -245,11 +245,16 @@ def _given(
     given = vars(parser.parse_words(arguments, words, many=many))
     check_environment(os.environ)
     # No word is an empty list, which differs from a flag that is not there.
-    files = {spec.name for spec in dataclasses.fields(config_class) if spec.metadata["path"] == INPUTS}
+    files = _several_files(config_class)
     return {
         name: ((",".join(text) if name in files else " ".join(text)) or "[]") if isinstance(text, list) else text
         for name, text in given.items()
     }
+
+
+def _several_files(config_class: type[Flags]) -> set[str]:
+    """The flags that take several files."""
+    return {spec.name for spec in dataclasses.fields(config_class) if spec.metadata["path"] == INPUTS}
 
 
 def _metavar(spec: dataclasses.Field[object]) -> str:

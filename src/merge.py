@@ -247,7 +247,7 @@ def export_hf(base_path: PathLike, file_path: PathLike, output_path: PathLike, t
         CheckpointError: as `merge`; or the file holds what such a folder has no place for.
     """
     folder = Path(output_path)
-    files = {"the output's": folder / TENSOR_FILE, "its configuration": folder / CONFIG_FILE}
+    files = {"the tensors": folder / TENSOR_FILE, "the configuration": folder / CONFIG_FILE}
     base, trained = open_inputs(base_path, file_path, output_path, files, told)
     in_hf_form = base.info.shape.architecture == "x070"
     beside = [*trained.weights, *trained.states]

@@ -6,17 +6,22 @@ A key is a flag without its dashes. Flags on the command line come before those 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
+from src.config.flags import INPUT, path_problem
 from src.errors import ConfigError
 
 NAME = "run.toml"
 _LARGEST_BYTES = 1 << 20
 
 
-def read_flags(path: str) -> dict[str, str]:
+def read_flags(path: str, of_files: Collection[str] = ()) -> dict[str, str]:
     """The flags of a file as texts, as a command line would have them.
+
+    Args:
+        path: of the file.
+        of_files: flags that take several files, which commas divide.
 
     Raises:
         ConfigError: the file cannot be read, is no TOML, or a value is none a flag can have.
@@ -25,6 +30,8 @@ def read_flags(path: str) -> dict[str, str]:
         import tomllib
     except ImportError:
         raise ConfigError(f"--config {path} is TOML, which Python reads from 3.11 on: give the flags instead") from None
+    if problem := path_problem(path, INPUT):
+        raise ConfigError(f"--config {path!r} {problem}")
     try:
         with open(path, "rb") as file:
             content = file.read(_LARGEST_BYTES + 1)
@@ -32,7 +39,9 @@ def read_flags(path: str) -> dict[str, str]:
             raise ConfigError(f"--config {path} has more than {_LARGEST_BYTES:,} bytes: name a file of flags")
         values = tomllib.loads(content.decode("utf-8"), parse_float=str)
     except OSError as error:
-        raise ConfigError(f"--config {path} cannot be read: {error.strerror}") from error
+        raise ConfigError(
+            f"--config {path} cannot be read ({error.strerror}): name a file of flags, as a run leaves it ({NAME})"
+        ) from error
     # Too many digits and too many brackets are failures of Python's, not TOML's.
     except (ValueError, RecursionError) as error:
         raise ConfigError(
@@ -41,7 +50,7 @@ def read_flags(path: str) -> dict[str, str]:
     flags, problems = {}, []
     for name, value in values.items():
         try:
-            flags[name] = _as_text(path, name, value)
+            flags[name] = _as_text(path, name, value, "," if name in of_files else " ")
         except ConfigError as problem:
             problems.append(str(problem))
     if problems:
@@ -49,13 +58,13 @@ def read_flags(path: str) -> dict[str, str]:
     return flags
 
 
-def _as_text(path: str, name: str, value: Any) -> str:
+def _as_text(path: str, name: str, value: Any, divider: str) -> str:
     if name == "config":
         raise ConfigError(f"--config {path} names another file, config = {value!r}: put its flags here instead")
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
-        return " ".join(value) or "[]"
+        return divider.join(value) or "[]"
     if isinstance(value, dict):
         raise ConfigError(f"--config {path} has a section {name!r}: write its flags at the top, without sections")
     if not isinstance(value, (str, int, float)):

@@ -7,7 +7,7 @@ import shlex
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
-from src.config.flags import FOLDER, INPUT, OUTPUT, Flags, Given, Lines, flag, shortened
+from src.config.flags import FOLDER, INPUT, OUTPUT, Flags, Given, Lines, flag, lost_number, shortened
 from src.config.hardware import accelerator_flag, precision_flag
 from src.config.model import ARCHITECTURES, QUANT_TYPES
 from src.config.told import ToldFlags
@@ -153,6 +153,7 @@ STATE_COMMANDS: dict[str, type[StateFlags]] = {
 def _share(word: str) -> tuple[str, float]:
     file, _, weight = word.rpartition(":")
     try:
-        return file, float(weight)
+        number = float(weight)
     except ValueError:
         return file, math.nan
+    return file, math.nan if not number and lost_number(weight) else number

@@ -1,10 +1,12 @@
 """Flags in a TOML file."""
 
+import os
 import sys
 from pathlib import Path
 
 import pytest
 
+from src.cli import given_train_flags
 from src.config import TrainConfig
 from src.config.run_file import as_toml, read_flags
 from src.errors import ConfigError
@@ -80,3 +82,16 @@ def test_a_configuration_makes_itself_again(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text(as_toml(config.told_apart()), encoding="utf-8")
     assert TrainConfig.from_flags(read_flags(str(path))) == config
+
+
+def test_several_files_are_divided_as_on_a_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text('data_file = ["a b.jsonl", "c.jsonl"]\nmix = ["d:0.1", "e:0.2"]\n')
+    given = given_train_flags(["--config", str(path)])
+    assert given == {"config": str(path), "data_file": "a b.jsonl,c.jsonl", "mix": "d:0.1 e:0.2"}
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "run.toml")
+    with pytest.raises(ConfigError, match="is a pipe or a device: name an ordinary file"):
+        read_flags(str(tmp_path / "run.toml"))

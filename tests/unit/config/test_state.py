@@ -36,7 +36,7 @@ def test_shares_are_files_with_weights() -> None:
     assert config.shares == [Share("a b.pth", 0.3), Share("c:d.pth", -0.2)]
 
 
-@pytest.mark.parametrize("text", ["a.pth", "a.pth:", "a.pth:x", ":0.3", "a.pth:inf", "a.pth:nan"])
+@pytest.mark.parametrize("text", ["a.pth", "a.pth:", "a.pth:x", ":0.3", "a.pth:inf", "a.pth:nan", "a.pth:1e-400"])
 def test_a_share_without_file_or_weight_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match=r"is no state with a weight: write FILE:WEIGHT, as in a\.pth:0\.3"):
         BlendConfig.from_flags({"states": text, "output": "o.pth"})
