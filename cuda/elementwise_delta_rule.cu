@@ -86,11 +86,17 @@ __device__ __forceinline__ void pull_back(const void* first, const void* amount,
 __device__ __forceinline__ void load_some(const void* base, int64_t offset, int size, float (&values)[kVector]) {
   if (size == kVector) return load_written(base, offset, values);
   clear(values);
-  for (int j = 0; j < size; ++j) values[j] = low_half(static_cast<const uint16_t*>(base)[offset + j]);
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    if (j < size) values[j] = low_half(static_cast<const uint16_t*>(base)[offset + j]);
+  }
 }
 __device__ __forceinline__ void store_some(void* base, int64_t offset, int size, const float (&values)[kVector]) {
   if (size == kVector) return store(base, offset, values);
-  for (int j = 0; j < size; ++j) static_cast<uint16_t*>(base)[offset + j] = uint16_t(pack_bf16(values[j], 0.0f));
+#pragma unroll
+  for (int j = 0; j < kVector; ++j) {
+    if (j < size) static_cast<uint16_t*>(base)[offset + j] = uint16_t(pack_bf16(values[j], 0.0f));
+  }
 }
 
 // Calls body(offset, size) for a thread's vector of `count` values, the last of which may be smaller.

@@ -26,7 +26,7 @@ from src.data.preferences import PreferencePair
 from src.loading import LoadOptions, build_model
 from src.model import casts, language_model, layers, recompute, rwkv6, rwkv7
 from src.model.recompute import Recompute
-from src.ops import delta_rule_cuda, elementwise_cuda, wkv6_cuda, wkv7_cuda
+from src.ops import delta_rule_cuda, delta_rule_whole, elementwise_cuda, small_maps, wkv6_cuda, wkv7_cuda
 from src.ops.kernels import Kernel
 from src.training import objectives
 from src.training.objectives import PreferenceObjective, SFTObjective, outcome_of
@@ -182,7 +182,11 @@ def watched_places() -> dict[str, tuple[list[Place], list[Place], list[Place]]]:
         "dense products": ([(layers.Linear, "forward")], [], []),
         "adapters": ([(adapter.Adapter, "forward")], [(adapter._Adapted, "backward")], []),
         "casts of trained tensors": ([], [], [(casts.LayerCasts, "cast")]),
-        "small products": ([(layers.Mixer, "product")], [(casts.WideProduct, "backward")], []),
+        "small products": (
+            [(layers.Mixer, "product"), (rwkv7, "small_maps")],
+            [(casts.WideProduct, "backward"), (small_maps._SmallMaps, "backward")],
+            [],
+        ),
         "stacked mixes": ([(layers.Mixer, "stacked")], [], []),
         "token shifts": (
             [(rwkv6, "shift_mixes"), (rwkv7, "shift_mixes"), (rwkv6, "modulated_shift_mixes")],
@@ -201,8 +205,9 @@ def watched_places() -> dict[str, tuple[list[Place], list[Place], list[Place]]]:
             [],
         ),
         "recurrence": (
-            [(rwkv6.TimeMix, "_recur"), (rwkv7.TimeMix, "_recur")],
-            [(wkv6_cuda._Wkv6, "backward"), (wkv6_cuda._Wkv6Branching, "backward"), (wkv7_cuda._WKV7, "backward")],
+            [(rwkv6.TimeMix, "_recur"), (rwkv7.TimeMix, "_recur"), (delta_rule_whole, "whole")],
+            [(wkv6_cuda._Wkv6, "backward"), (wkv6_cuda._Wkv6Branching, "backward"), (wkv7_cuda._WKV7, "backward"),
+             (delta_rule_whole._Whole, "backward")],
             [],
         ),
         "feed-forward": (

@@ -441,7 +441,9 @@ class TimeMix(TimeMixer):
         self.ln_x = nn.GroupNorm(H, shape.n_embd, eps=LN_X_EPS)
         self.time_state = nn.Parameter(torch.empty(H, N, N, dtype=torch.float32))
         widths = {"w": shape.decay_width, "a": shape.rate_width}
-        self._maps = SmallMaps(shape.n_embd, widths if self.hands_on else {**widths, "v": shape.value_width})
+        if not self.hands_on:
+            widths["v"] = shape.value_width
+        self._maps = SmallMaps(shape.n_embd, widths, ("g1", "g2"))
 
     def placed(self, name: str, weight: nn.Parameter) -> nn.Parameter:
         """See Mixer."""

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from src.ops.rows import VECTOR
 from src.ops.small_maps import Maps
 
-_GATE = ("g1", "g2")
-
 
 def hidden_width(widths: Mapping[str, int]) -> int:
     """W: room for the widest map and for the 1 that multiplies biases."""
@@ -29,11 +27,14 @@ class SmallMaps:
 
     Args:
         channels: C, of input and result.
-        widths: D of each map by its letter, in the order in which they are computed.
+        widths: D of each map by its letter, in the order in which they are computed; its bias and its two matrices are
+            called by that letter and 0, 1 and 2.
+        gate: names of the gate's two matrices, which lie by themselves.
     """
 
-    def __init__(self, channels: int, widths: Mapping[str, int]) -> None:
+    def __init__(self, channels: int, widths: Mapping[str, int], gate: tuple[str, str]) -> None:
         self._channels = channels
+        self._gate = gate
         self._widths = dict(widths)
         self._placed: dict[str, Tensor] = {}
         self._maps: Maps | None = None
@@ -53,21 +54,21 @@ class SmallMaps:
         if name[:1] in self._widths and name[1:] in ("0", "1", "2"):
             with torch.no_grad():
                 weight = nn.Parameter(self._view(name, weight).copy_(weight), requires_grad=False)
-        elif name not in _GATE:
+        elif name not in self._gate:
             return weight
         self._placed[name] = weight
         return weight
 
     def ready(self, parameters: Mapping[str, Any]) -> Maps | None:
         """The maps, if all of these parameters lie here and none is trained."""
-        if len(self._placed) < len(_GATE) + 3 * len(self._widths):
+        if len(self._placed) < len(self._gate) + 3 * len(self._widths):
             return None
         for name, placed in self._placed.items():
             if parameters[name] is not placed or placed.requires_grad:
                 return None
         if self._maps is None:
             assert self._room is not None
-            self._maps = Maps(*self._room, *(self._placed[name].detach() for name in _GATE))
+            self._maps = Maps(*self._room, *(self._placed[name].detach() for name in self._gate))
         return self._maps
 
     def _view(self, name: str, like: Tensor) -> Tensor:
