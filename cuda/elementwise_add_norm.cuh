@@ -127,17 +127,16 @@ __global__ void __launch_bounds__(kNormThreads)
 }
 
 // Sums over each tile of rows what the bias gets, grad_normed, and what the weight gets, that times the normalised sum.
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     add_norm_sums_kernel(const void* sum, const float* __restrict__ statistics, const void* grad_normed, int rows,
                          int channels, int tile, NormSums sums) {
-  int channel, first;
-  if (!own_tile(rows, channels, tile, channel, first)) return;
-  const int end = first + min(tile, rows - first);
+  int channel, first, end;
+  own_rows(rows, channels, tile, channel, first, end);
   float of_weight[kVector], of_bias[kVector];
   clear(of_weight);
   clear(of_bias);
 #pragma unroll 4
-  for (int row = first; row < end; ++row) {
+  for (int row = first; row < end; row += kSumWarps) {
     const int64_t offset = int64_t(row) * channels + channel;
     float grad[kVector];
     load(grad_normed, offset, grad);
@@ -151,7 +150,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kVector; ++j) of_weight[j] = fmaf(grad[j], (value[j] - mean) * inverse, of_weight[j]);
     }
   }
-  store_norm_sums(sums, first / tile, channel, of_weight, of_bias);
+  store_norm_sums(sums, channels, of_weight, of_bias);
 }
 
 }  // namespace elementwise

@@ -217,19 +217,19 @@ __global__ void __launch_bounds__(kThreads)
 // Sums over each tile of rows what k_k gets, the gradient of u times k, and what k_a gets: a row of
 // channels every `stride` values.
 template <int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     removal_and_replacement_sums(const void* k, const void* rate, const void* k_k, const void* grad_replacement,
                                  const void* grad_removal, const void* grad_written, float* of_k_k, float* of_k_a,
                                  int stride, int tile, int rows, int channels) {
   const unsigned mask = head_mask<kLanes>();
-  int channel, first;
-  if (!own_tile(rows, channels, tile, channel, first)) return;
-  const int end = first + min(tile, rows - first);
-  const Packed packed_k_k = load(k_k, channel);
+  int channel, first, end;
+  own_rows(rows, channels, tile, channel, first, end);
+  Packed packed_k_k = {};
+  if (channel < channels) packed_k_k = load(k_k, channel);
   float sum_k_k[kVector], sum_k_a[kVector];
   clear(sum_k_k);
   clear(sum_k_a);
-  for (int row = first; row < end; ++row) {
+  for (int row = first; row < end; row += kSumWarps) {
     const int64_t offset = int64_t(row) * channels + channel;
     float key[kVector], s[kVector];
     load(k, offset, key);
@@ -254,9 +254,9 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kVector; ++j) sum_k_a[j] = fmaf(of_replacement[j] * key[j], s[j] - 1.0f, sum_k_a[j]);
     }
   }
-  const int64_t place = int64_t(first / tile) * stride + channel;
-  if (of_k_k != nullptr) store_sums(of_k_k, place, sum_k_k);
-  if (of_k_a != nullptr) store_sums(of_k_a, place, sum_k_a);
+  const int64_t place = int64_t(blockIdx.y) * stride;
+  if (of_k_k != nullptr) store_sums(of_k_k + place, channels, sum_k_k);
+  if (of_k_a != nullptr) store_sums(of_k_a + place, channels, sum_k_a);
 }
 
 // result = v + (first - v) sigmoid(amount)
@@ -459,19 +459,18 @@ __global__ void __launch_bounds__(kThreads)
 // Sums over each tile of rows what weight, bias and r_k get: with p = grad_output gate, p times the normalised y, p,
 // and the sum over the head of p v, times r k.
 template <int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     group_norm_bonus_gate_sums(const void* y, const void* r, const void* k, const void* v, const void* gate, float eps,
                                const void* grad_output, float* of_r_k, float* of_weight, float* of_bias, int stride,
                                int tile, int rows, int channels) {
   const unsigned mask = head_mask<kLanes>();
-  int channel, first;
-  if (!own_tile(rows, channels, tile, channel, first)) return;
-  const int end = first + min(tile, rows - first);
+  int channel, first, end;
+  own_rows(rows, channels, tile, channel, first, end);
   float sum_weight[kVector], sum_bias[kVector], sum_r_k[kVector];
   clear(sum_weight);
   clear(sum_bias);
   clear(sum_r_k);
-  for (int row = first; row < end; ++row) {
+  for (int row = first; row < end; row += kSumWarps) {
     const int64_t offset = int64_t(row) * channels + channel;
     float grad[kVector], value[kVector];
     load(gate, offset, value);
@@ -499,10 +498,10 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kVector; ++j) sum_r_k[j] = fmaf(of_sum * value[j], key[j], sum_r_k[j]);
     }
   }
-  const int64_t place = int64_t(first / tile) * stride + channel;
-  if (of_weight != nullptr) store_sums(of_weight, place, sum_weight);
-  if (of_bias != nullptr) store_sums(of_bias, place, sum_bias);
-  if (of_r_k != nullptr) store_sums(of_r_k, place, sum_r_k);
+  const int64_t place = int64_t(blockIdx.y) * stride;
+  if (of_weight != nullptr) store_sums(of_weight + place, channels, sum_weight);
+  if (of_bias != nullptr) store_sums(of_bias + place, channels, sum_bias);
+  if (of_r_k != nullptr) store_sums(of_r_k + place, channels, sum_r_k);
 }
 
 }  // namespace elementwise

@@ -113,18 +113,17 @@ __global__ void __launch_bounds__(kThreads)
 // Sums over each tile of rows what the bias gets, grad_output * silu(gate), and what the weight gets, that times the
 // normalised y.
 template <int kLanes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     group_norm_silu_gate_sums_kernel(const void* y, const void* gate, float eps, const void* grad_output, int rows,
                                      int channels, int tile, NormSums sums) {
   const unsigned mask = head_mask<kLanes>();
-  int channel, first;
-  if (!own_tile(rows, channels, tile, channel, first)) return;
-  const int end = first + min(tile, rows - first);
+  int channel, first, end;
+  own_rows(rows, channels, tile, channel, first, end);
   float of_weight[kVector], of_bias[kVector];
   clear(of_weight);
   clear(of_bias);
 #pragma unroll 2
-  for (int row = first; row < end; ++row) {
+  for (int row = first; row < end; row += kSumWarps) {
     const int64_t offset = int64_t(row) * channels + channel;
     float g[kVector], grad[kVector];
     load(gate, offset, g);
@@ -142,7 +141,7 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kVector; ++j) of_weight[j] = fmaf(grad[j], value[j], of_weight[j]);
     }
   }
-  store_norm_sums(sums, first / tile, channel, of_weight, of_bias);
+  store_norm_sums(sums, channels, of_weight, of_bias);
 }
 
 }  // namespace elementwise

@@ -64,24 +64,45 @@ __device__ __forceinline__ void store(void* base, int64_t offset, const float (&
   store(base, offset, pack(values));
 }
 
-// A thread's sums of fp32, for the gradient of a parameter.
-__device__ __forceinline__ void store_sums(float* base, int64_t offset, const float (&sums)[kVector]) {
-  float4* target = reinterpret_cast<float4*>(base + offset);
-  target[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
-  target[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
-}
-
 __device__ __forceinline__ void clear(float (&values)[kVector]) {
 #pragma unroll
   for (int i = 0; i < kVector; ++i) values[i] = 0.0f;
 }
 
-// What a thread has summed over one tile, as far as it is asked for.
-__device__ __forceinline__ void store_norm_sums(const NormSums& sums, int tile, int channel,
-                                                const float (&of_weight)[kVector], const float (&of_bias)[kVector]) {
-  const int64_t offset = tile * sums.stride + channel;
-  if (sums.weight != nullptr) store_sums(sums.weight, offset, of_weight);
-  if (sums.bias != nullptr) store_sums(sums.bias, offset, of_bias);
+// Sums over tiles of rows, for the gradient of a parameter: a block has 32 vectors of channels, a warp of it every eighth
+// row of the tile. src/ops/rows.py chooses the grid: (channels, tiles).
+constexpr int kSumWarps = 8;
+constexpr int kSumThreads = 32 * kSumWarps;
+constexpr int kSumChannels = 32 * kVector;
+
+// This thread's vector, and its rows: every kSumWarps-th from `first` to `end`. Behind the last channel there are none.
+__device__ __forceinline__ void own_rows(int rows, int channels, int tile, int& channel, int& first, int& end) {
+  channel = blockIdx.x * kSumChannels + int(threadIdx.x % 32) * kVector;
+  first = blockIdx.y * tile + int(threadIdx.x / 32);
+  end = channel < channels ? min(rows, int(blockIdx.y + 1) * tile) : 0;
+}
+
+// Writes the sums over warps of what every thread has for its vector, in one order; to [channels].
+__device__ __forceinline__ void store_sums(float* to, int channels, const float (&sums)[kVector]) {
+  __shared__ float of_warp[kSumWarps][kSumChannels];
+  const int thread = threadIdx.x;
+  float4* own = reinterpret_cast<float4*>(&of_warp[thread / 32][thread % 32 * kVector]);
+  own[0] = make_float4(sums[0], sums[1], sums[2], sums[3]);
+  own[1] = make_float4(sums[4], sums[5], sums[6], sums[7]);
+  __syncthreads();
+  float total = 0.0f;
+#pragma unroll
+  for (int warp = 0; warp < kSumWarps; ++warp) total += of_warp[warp][thread];
+  const int channel = blockIdx.x * kSumChannels + thread;
+  if (channel < channels) to[channel] = total;
+  __syncthreads();
+}
+
+// What a block has summed over its tile, as far as it is asked for.
+__device__ __forceinline__ void store_norm_sums(const NormSums& sums, int channels, const float (&of_weight)[kVector],
+                                                const float (&of_bias)[kVector]) {
+  if (sums.weight != nullptr) store_sums(sums.weight + blockIdx.y * sums.stride, channels, of_weight);
+  if (sums.bias != nullptr) store_sums(sums.bias + blockIdx.y * sums.stride, channels, of_bias);
 }
 
 // Sums over tiles that a launch adds up: total [count] of sums [tiles, count], `count` a multiple of 4. `end` counts

@@ -176,16 +176,15 @@ __global__ void __launch_bounds__(kThreads)
 
 // Sums grad_g * (shifted - z) over each tile of rows: sums [tiles, mixes, channels].
 template <int kMixes>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kSumThreads)
     shift_mix_maa_sums_kernel(ShiftMix a, MixPointers grads, int tile, float* __restrict__ sums) {
-  int channel, first;
-  if (!own_tile(a.rows, a.channels, tile, channel, first)) return;
-  const int end = first + min(tile, a.rows - first);
+  int channel, first, end;
+  own_rows(a.rows, a.channels, tile, channel, first, end);
   float sum[kMixes][kVector];
 #pragma unroll
   for (int g = 0; g < kMixes; ++g) clear(sum[g]);
 #pragma unroll 2
-  for (int row = first; row < end; ++row) {
+  for (int row = first; row < end; row += kSumWarps) {
     const int64_t offset = int64_t(row) * a.channels + channel;
     float z[kVector], delta[kVector];
     load(a.z, offset, z);
@@ -201,9 +200,9 @@ __global__ void __launch_bounds__(kThreads)
       for (int j = 0; j < kVector; ++j) sum[g][j] = fmaf(grad[j], delta[j], sum[g][j]);
     }
   }
-  const int64_t base = int64_t(first / tile) * kMixes * a.channels + channel;
+  float* of_tile = sums + int64_t(blockIdx.y) * kMixes * a.channels;
 #pragma unroll
-  for (int g = 0; g < kMixes; ++g) store_sums(sums, base + int64_t(g) * a.channels, sum[g]);
+  for (int g = 0; g < kMixes; ++g) store_sums(of_tile + int64_t(g) * a.channels, a.channels, sum[g]);
 }
 
 }  // namespace elementwise

@@ -16,18 +16,20 @@ from src.ops.kernels import Kernel, usable
 from src.ops.node import Node
 from src.ops.rows import (
     HEAD_SIZES,
+    SUM_THREADS,
     THREADS,
     VECTOR,
     blocks_for,
     check_channels,
     check_shape,
     kept_parameter,
-    parameter_tile,
     prepared,
     prepared_parameter,
     records,
     refuse_double_backward,
     saved_parameter,
+    sum_grid,
+    sum_tile,
 )
 from src.ops.totals import TOTALS, total_of_tiles
 
@@ -423,13 +425,13 @@ def _sums(
     if not any(asked):
         return [None] * len(asked)
     rows, channels = _sizes(like)
-    tile, count = parameter_tile(rows, channels), sum(asked)
+    tile, count = sum_tile(rows, channels), sum(asked)
     sums = like.new_empty(-(-rows // tile), count, channels, dtype=torch.float32)
     if rows:
         places = iter(sums.unbind(1))
         targets = [next(places) if wanted else None for wanted in asked]
         values = (*arguments, *targets, count * channels, tile, rows, channels)
-        kernels[like.shape[3]](like, blocks_for(rows, channels, tile), THREADS, *values)
+        kernels[like.shape[3]](like, sum_grid(rows, channels, tile), SUM_THREADS, *values)
     totals = iter(total_of_tiles(sums))
     return [next(totals).view(shape) if wanted else None for wanted, shape in zip(asked, shapes, strict=True)]
 

@@ -14,24 +14,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from src.ops.kernels import Kernel
+from src.ops.kernels import Kernel, Size
 from src.ops.node import Node
 from src.ops.products import side_by_side
 from src.ops.rows import (
     HEAD_SIZES,
+    SUM_THREADS,
     THREADS,
     VECTOR,
     blocks_for,
     check_channels,
     check_shape,
     kept_parameter,
-    parameter_tile,
     prepared,
     prepared_parameter,
     read_parameter,
     records,
     refuse_double_backward,
     saved_parameter,
+    sum_grid,
+    sum_tile,
 )
 from src.ops.totals import TOTALS, total_of_tiles
 
@@ -399,8 +401,8 @@ class _GroupNormSiluGate(Node):
                 values = (y, gate, weight, bias, ctx.eps, grad, grad_y, grad_gate, rows, channels, wide)
                 GATE_BACKWARD[head_size](y, blocks_for(rows, channels, _NORM_TILE), THREADS, *values)
 
-        def sums(tile: int, blocks: int, places: Sequence[Any]) -> None:
-            GATE_SUMS[head_size](y, blocks, THREADS, y, gate, ctx.eps, grad, rows, channels, tile, *places)
+        def sums(tile: int, grid: Size, places: Sequence[Any]) -> None:
+            GATE_SUMS[head_size](y, grid, SUM_THREADS, y, gate, ctx.eps, grad, rows, channels, tile, *places)
 
         of_parameters = _norm_gradients(of_weight, of_bias, y, rows, channels, sums)
         return grad_y, grad_gate, *of_parameters, None
@@ -443,8 +445,8 @@ class _AddNorm(Node):
                 values = (total, statistics, weight, grad, grad_sum, grad_x, channels, wide)
                 NORM_BACKWARD[held_vectors(channels)](total, rows, _NORM_THREADS, *values)
 
-        def sums(tile: int, blocks: int, places: Sequence[Any]) -> None:
-            NORM_SUMS(total, blocks, THREADS, total, statistics, grad, rows, channels, tile, *places)
+        def sums(tile: int, grid: Size, places: Sequence[Any]) -> None:
+            NORM_SUMS(total, grid, SUM_THREADS, total, statistics, grad, rows, channels, tile, *places)
 
         of_parameters = _norm_gradients(of_weight, of_bias, total, rows, channels, sums)
         return grad_x, grad_x if ctx.adds else None, *of_parameters, None
@@ -571,10 +573,11 @@ def _shift_gradients(
             kernel = SHIFT_BACKWARD[mixes, modulation is not None]
             kernel(maa, blocks_for(rows, channels, _SHIFT_TILE), THREADS, *values)
     if of_maa:
-        tile = parameter_tile(rows, channels)
+        tile = sum_tile(rows, channels)
         sums = maa.new_empty(-(-rows // tile), mixes, channels, dtype=torch.float32)
         if rows:
-            MAA_SUMS[mixes](maa, blocks_for(rows, channels, tile), THREADS, *shift, *_all_mixes(grads), tile, sums)
+            grid = sum_grid(rows, channels, tile)
+            MAA_SUMS[mixes](maa, grid, SUM_THREADS, *shift, *_all_mixes(grads), tile, sums)
         grad_maa = total_of_tiles(sums)
     return grad_z, grad_carry, grad_maa, grad_modulation
 
@@ -661,21 +664,21 @@ def _norm_gradients(
     like: Tensor,
     rows: int,
     channels: int,
-    launch: Callable[[int, int, Sequence[Any]], None],
+    launch: Callable[[int, Size, Sequence[Any]], None],
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradients of a norm's weight and bias, as far as they are needed.
 
     Args:
-        launch: sums over tiles of rows; takes the rows of a tile, blocks, and the three members of NormSums.
+        launch: sums over tiles of rows; takes the rows of a tile, the grid, and the three members of NormSums.
     """
     asked = of_weight + of_bias
     if not asked:
         return None, None
-    tile = parameter_tile(rows, channels)
+    tile = sum_tile(rows, channels)
     sums = like.new_empty(-(-rows // tile), asked, channels, dtype=torch.float32)
     places = (sums if of_weight else None, sums[:, asked - 1] if of_bias else None, asked * channels)
     if rows:
-        launch(tile, blocks_for(rows, channels, tile), places)
+        launch(tile, sum_grid(rows, channels, tile), places)
     total = total_of_tiles(sums)
     return total[0] if of_weight else None, total[asked - 1] if of_bias else None
 

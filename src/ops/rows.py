@@ -14,7 +14,10 @@ VECTOR = 8
 """Values in 16 bytes."""
 THREADS = 128
 """Of a block."""
-_THREADS_WANTED = 2 * 132 * 128
+SUM_THREADS = 256
+"""Of a block that sums over rows."""
+_SUM_CHANNELS = 32 * VECTOR
+_SUM_BLOCKS_WANTED = 4 * 132
 
 
 def prepared(tensor: Tensor, name: str) -> Tensor:
@@ -81,13 +84,18 @@ def refuse_double_backward() -> None:
         raise RuntimeError("the fused element-wise operators have no second derivative")
 
 
-def parameter_tile(rows: int, channels: int) -> int:
-    """Rows over which one thread sums the gradient of a parameter; another kernel adds these up over tiles.
+def sum_tile(rows: int, channels: int) -> int:
+    """Rows over which one block sums the gradient of a parameter, 32 vectors of it; a kernel adds these up over tiles.
 
-    As many threads as two blocks on each multiprocessor of an H100 have, one for each vector and tile, keep its memory
-    busy and the sums at 1 MiB for each parameter row; no tile is below 8 rows.
+    As many blocks as four on each multiprocessor of an H100 have keep its memory busy; no tile is below 16 rows.
     """
-    return max(8, rows * (channels // VECTOR) // _THREADS_WANTED)
+    tiles = -(-_SUM_BLOCKS_WANTED // -(-channels // _SUM_CHANNELS))
+    return max(16, -(-rows // tiles))
+
+
+def sum_grid(rows: int, channels: int, tile: int) -> tuple[int, int]:
+    """Blocks of SUM_THREADS threads for tiles of so many rows."""
+    return -(-channels // _SUM_CHANNELS), -(-rows // tile)
 
 
 def blocks_for(rows: int, channels: int, tile: int) -> int:

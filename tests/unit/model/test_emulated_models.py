@@ -34,7 +34,17 @@ from src.loading import LoadOptions, build_model
 from src.model import language_model, recompute
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
-from src.ops import block_diagonal, delta_rule, elementwise, elementwise_cuda, kernels, wkv6_cuda, wkv7_cuda
+from src.ops import (
+    add_product,
+    block_diagonal,
+    cast,
+    delta_rule,
+    elementwise,
+    elementwise_cuda,
+    kernels,
+    wkv6_cuda,
+    wkv7_cuda,
+)
 from src.ops.kernels import Kernel
 from src.ops.totals import TOTALS, totals_together
 from src.quant import kernels_for
@@ -110,7 +120,8 @@ def test_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(architecture: str
         assert not launched.isdisjoint(operator.KERNELS)
         ready = {*shape.kernels(trains_weights=True), *shape.kernels(trains_weights=False)}
         packing = () if quant_type is None else kernels_for(quant_type)
-        assert launched <= {*ready, *packing, *block_diagonal.KERNELS}, "compiled ahead"
+        of_adapters = {*block_diagonal.KERNELS, *add_product.KERNELS.values(), cast.TO_BF16}
+        assert launched <= {*ready, *packing, *of_adapters}, "compiled ahead"
         return errors_of_allowed(fused, rounded, exact)
 
     assert {name: error for name, error in medians(draws, measured).items() if error > 1} == {}

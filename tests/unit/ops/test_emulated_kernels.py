@@ -239,6 +239,27 @@ def _without_delta(function: Callable[..., tuple[Tensor, Tensor]], x: Tensor, we
     return function(x, None, weight, bias, EPS)
 
 
+@pytest.mark.parametrize("channels", [64, 320])
+def test_sums_over_many_tiles_of_rows(channels: int) -> None:
+    """Gradients of parameters, where the last tile and the last block of channels are not full."""
+    rows = 137
+    z, other = normal(1, rows, channels), normal(1, rows, channels, seed=1)
+    vectors = [normal(channels, seed=2), normal(channels, seed=3)]
+    maa = normal(2, channels, seed=4)
+    norms = partial(_without_delta, elementwise.add_norm), partial(_without_delta, elementwise.add_norm_torch)
+    check(*norms, [z, *vectors], (1, 2), BOUND)
+    ours, exact = (
+        lambda y, *rest, run=run: run(y.view(1, rows, -1, 64), *rest, eps=EPS)
+        for run in (elementwise.group_norm_silu_gate, elementwise.group_norm_silu_gate_torch)
+    )
+    check(ours, exact, [z, other, *vectors], (2, 3), BOUND)
+    ours, exact = (
+        lambda z, maa, run=run: run(z, None, maa, None, None)
+        for run in (elementwise.shift_mixes, elementwise.shift_mixes_torch)
+    )
+    check(ours, exact, [z, maa], (1,), BOUND)
+
+
 def test_activations() -> None:
     inputs = [normal(3, 7, 40, seed=i) for i in range(3)]
     for wanted in ((0,), ()):
