@@ -53,6 +53,25 @@ struct SquaredReluGradient {
   }
 };
 
+// Both in place: x becomes its squared ReLU, and that one's gradient becomes x's.
+struct SquaredReluAndGradient {
+  void* x;
+  void* grad;
+  __device__ void operator()(int64_t offset) const {
+    float value[kVector], gradient[kVector];
+    load_written(x, offset, value);
+    load_written(grad, offset, gradient);
+#pragma unroll
+    for (int j = 0; j < kVector; ++j) {
+      const float positive = fmaxf(value[j], 0.0f);
+      gradient[j] *= 2.0f * positive;
+      value[j] = positive * positive;
+    }
+    store(x, offset, value);
+    store(grad, offset, gradient);
+  }
+};
+
 struct SigmoidGatedResidual {
   const void* x;
   const void* r;

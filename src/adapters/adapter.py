@@ -42,9 +42,11 @@ class Adapter(nn.Module, Joint):
 
     Attributes:
         names: of the parameters, the last part of their keys.
+        keeps_input: whether what is kept of x is more than what the adapter `remembers` of it.
     """
 
     names: ClassVar[tuple[str, ...]]
+    keeps_input: ClassVar[bool] = True
 
     def __init__(self, base: Linear | FrozenLinear, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()

@@ -32,6 +32,7 @@ class Bone(LowRank):
     """See the module."""
 
     names: ClassVar[tuple[str, ...]] = ("bone",)
+    keeps_input = False
     bone: torch.nn.Parameter
 
     @staticmethod

@@ -19,12 +19,15 @@ from torch import Tensor, nn
 from src.layout import SegmentLayout
 from src.model.casts import LayerCasts, WideProduct
 from src.model.shape import Shape, matrices_of
-from src.ops.elementwise import add_norm
+from src.ops.elementwise import add_norm, squared_relu_and_gradient, squared_relu_gradient
 from src.ops.node import Node, once
 from src.ops.products import in_one_piece
 from src.quant import FrozenLinear
 
 LAYER_NORM_EPS = 1e-5
+
+OfTrained = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+"""From what was kept of a matrix's input to the gradients of what it has trained."""
 
 
 class Linear(nn.Module):
@@ -76,7 +79,7 @@ class Linear(nn.Module):
         """From the gradient of y [n, out] to that of x [n, in], in memory that is there, outside autograd."""
         torch.mm(grad_output, self.weight.to(grad_output.dtype), out=grad_x)
 
-    def gradients(self, grad_output: Tensor) -> tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]:
+    def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfTrained]:
         """From the gradient of y: that of x, and a function from what was kept to those of `trained`.
 
         Outside autograd. An adapter in this matrix's place answers the same questions.
@@ -131,6 +134,29 @@ def kept_together(
         kept: list[tuple[Tensor, ...]] = kind.joint_kept(matrices, inputs, known)
         return kept
     return [matrix.kept(x, own) for matrix, x, own in zip(matrices, inputs, known, strict=True)]
+
+
+def squared_relu_gradients(
+    value: Any, key: Tensor, grad_hidden: Tensor, known: Tensor | None, of_value: OfTrained
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The backward of `value(squared_relu(key))` behind value's own product: what of it needs key.
+
+    Args:
+        value: a matrix.
+        key: [n, F], computed again; its memory may be used up.
+        grad_hidden: [n, F], of value's input; used up.
+        known: what value `remembers`.
+        of_value: of `value.gradients`.
+
+    Returns:
+        The gradient of key, and those of what value has trained.
+    """
+    if not value.trained():
+        return squared_relu_gradient(key, grad_hidden), ()
+    if known is not None and not value.keeps_input:
+        return squared_relu_gradient(key, grad_hidden), of_value(value.kept(key, known))
+    squared, grad_key = squared_relu_and_gradient(key, grad_hidden)
+    return grad_key, of_value(value.kept(squared, known))
 
 
 class Norm(nn.LayerNorm):

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from src.errors import CheckpointError, ConfigError
 from src.layout import SegmentLayout
-from src.model.layers import ChannelMixer, Linear, TimeMixer, join, kept_together, together
+from src.model.layers import ChannelMixer, Linear, TimeMixer, join, kept_together, squared_relu_gradients, together
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape, Shape, axes_of, count_layers, orthogonal, uniform
 from src.ops import elementwise_cuda, wkv6_cuda
@@ -38,7 +38,6 @@ from src.ops.elementwise import (
     sigmoid_gated_residual,
     sigmoid_gated_residual_gradients,
     squared_relu,
-    squared_relu_gradient,
 )
 from src.ops.kernels import Kernel
 from src.ops.node import Node, once
@@ -441,7 +440,7 @@ class _FeedAgain(Node):
         x, z_k, z_r, result = ctx.saved_tensors
         mixer: ChannelMix = ctx.mixer
         rows_k, rows_r = z_k.flatten(0, 1), z_r.flatten(0, 1)
-        *of_mixed, of_squared = ctx.known
+        *of_mixed, known_of_value = ctx.known
         kept_k, kept_r = kept_together(mixer._mixed, (rows_k, rows_r), of_mixed)
         r = mixer.receptance.product(rows_r, kept_r).view_as(x)
         grad_r, grad_value = sigmoid_gated_residual_gradients(x, r, result, grad)
@@ -451,9 +450,8 @@ class _FeedAgain(Node):
         grad_hidden, of_value = mixer.value.gradients(grad_value.flatten(0, 1))
         del grad_r, grad_value, of_receptance
         key = mixer.key.product(rows_k, kept_k)
-        if mixer.value.trained():
-            of_trained += of_value(mixer.value.kept(squared_relu(key), of_squared))
-        del of_value
-        grad_z_k, of_key = mixer.key.gradients(squared_relu_gradient(key, grad_hidden))
-        of_trained += of_key(kept_k)
+        grad_key, of_squared_relu = squared_relu_gradients(mixer.value, key, grad_hidden, known_of_value, of_value)
+        del of_value, key, grad_hidden
+        grad_z_k, of_key = mixer.key.gradients(grad_key)
+        of_trained += of_squared_relu + of_key(kept_k)
         return None, grad, grad_z_k.view_as(z_k), grad_z_r.view_as(z_r), None, *of_trained

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 
 from src.errors import CheckpointError, ConfigError
 from src.layout import SegmentLayout
-from src.model.layers import ChannelMixer, Linear, TimeMixer, join, together
+from src.model.layers import ChannelMixer, Linear, TimeMixer, join, squared_relu_gradients, together
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape, Shape, axes_of, count_layers, orthogonal, uniform
 from src.model.small_maps import SmallMaps, hidden_width
 from src.ops import delta_rule_cuda, delta_rule_whole, elementwise_cuda, wkv7_cuda
 from src.ops.delta_rule import group_norm_bonus_gate, removal_and_replacement, value_residual
-from src.ops.elementwise import shift_mixes, squared_relu, squared_relu_gradient
+from src.ops.elementwise import shift_mixes, squared_relu
 from src.ops.kernels import Kernel
 from src.ops.node import Node, once
 from src.ops.small_maps import Maps, small_maps
@@ -607,12 +607,10 @@ class _FeedAgain(Node):
         mixer: ChannelMix = ctx.mixer
         rows = z_k.flatten(0, 1)
         grad_hidden, of_value = mixer.value.gradients(grad.flatten(0, 1))
-        of_rows, of_squared = ctx.known
-        kept = mixer.key.kept(rows, of_rows)
+        known_of_key, known_of_value = ctx.known
+        kept = mixer.key.kept(rows, known_of_key)
         key = mixer.key.product(rows, kept)
-        of_trained: tuple[Tensor, ...] = ()
-        if mixer.value.trained():
-            of_trained = of_value(mixer.value.kept(squared_relu(key), of_squared))
-        grad_z_k, of_key = mixer.key.gradients(squared_relu_gradient(key, grad_hidden))
-        of_trained += of_key(kept)
-        return None, grad, grad_z_k.view_as(z_k), None, *of_trained
+        grad_key, of_trained = squared_relu_gradients(mixer.value, key, grad_hidden, known_of_value, of_value)
+        del of_value, key, grad_hidden
+        grad_z_k, of_key = mixer.key.gradients(grad_key)
+        return None, grad, grad_z_k.view_as(z_k), None, *of_trained, *of_key(kept)

@@ -248,6 +248,20 @@ def squared_relu_gradient_torch(x: Tensor, grad: Tensor) -> Tensor:
     return grad.mul_(2 * F.relu(x))
 
 
+def squared_relu_and_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """`squared_relu(x)` and what `squared_relu_gradient` gives; both arguments' memory is used up."""
+    if (kernels := _kernels_for(x, grad)) is not None:
+        fused: tuple[Tensor, Tensor] = kernels.squared_relu_and_gradient(x, grad)
+        return fused
+    return squared_relu_and_gradient_torch(x, grad)
+
+
+def squared_relu_and_gradient_torch(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """Definition of `squared_relu_and_gradient`."""
+    grad = squared_relu_gradient_torch(x, grad)
+    return F.relu_(x).square_(), grad
+
+
 def sigmoid_gated_residual(x: Tensor, r: Tensor, value: Tensor) -> Tensor:
     """x + sigmoid(r) * value, equal shapes: the channel mix' output added to the residual stream."""
     if (kernels := _kernels_for(x, r, value)) is not None:

@@ -87,6 +87,7 @@ NORM_BACKWARD = {held: _kernel(f"add_norm_backward_kernel<{held}>", "PPPPPP ii")
 NORM_SUMS = _kernel("add_norm_sums_kernel", f"PPP iii {_SUMS}")
 SQUARED_RELU = _kernel("each_vector_kernel<elementwise::SquaredRelu>", "q (PP)")
 SQUARED_RELU_GRADIENT = _kernel("each_vector_kernel<elementwise::SquaredReluGradient>", "q (PPP)")
+SQUARED_RELU_AND_GRADIENT = _kernel("each_vector_kernel<elementwise::SquaredReluAndGradient>", "q (PP)")
 GATED_RESIDUAL = _kernel("each_vector_kernel<elementwise::SigmoidGatedResidual>", "q (PPPP)")
 GATED_RESIDUAL_GRADIENT = _kernel("each_vector_kernel<elementwise::SigmoidGatedResidualGradient>", "q (PPPPPP)")
 LOGIT_STATISTICS = _kernel("logit_statistics_kernel", "PPPPPP i")
@@ -96,7 +97,8 @@ KERNELS = (
     *(*SHIFT_FORWARD.values(), *SHIFT_BACKWARD.values(), *MAA_SUMS.values()),
     *(*GATE_FORWARD.values(), *GATE_BACKWARD.values(), *GATE_SUMS.values()),
     *(*NORM_FORWARD.values(), *NORM_BACKWARD.values(), NORM_SUMS, TOTALS),
-    *(SQUARED_RELU, SQUARED_RELU_GRADIENT, GATED_RESIDUAL, GATED_RESIDUAL_GRADIENT, LOGIT_STATISTICS, LOGIT_GRADIENT),
+    *(SQUARED_RELU, SQUARED_RELU_GRADIENT, SQUARED_RELU_AND_GRADIENT, GATED_RESIDUAL, GATED_RESIDUAL_GRADIENT),
+    *(LOGIT_STATISTICS, LOGIT_GRADIENT),
 )
 
 
@@ -121,7 +123,12 @@ def layer_kernels(
     if head_size in HEAD_SIZES:
         found += [GATE_FORWARD[head_size], GATE_BACKWARD[head_size]]
     if sums:
-        found += [NORM_SUMS, TOTALS, *(MAA_SUMS[count] for count in sorted({count for count, _ in mixes}))]
+        found += [
+            SQUARED_RELU_AND_GRADIENT,
+            NORM_SUMS,
+            TOTALS,
+            *(MAA_SUMS[count] for count in sorted({count for count, _ in mixes})),
+        ]
         found += [GATE_SUMS[head_size]] if head_size in HEAD_SIZES else []
     return tuple(found)
 
@@ -196,6 +203,14 @@ def squared_relu_gradient(x: Tensor, grad: Tensor) -> None:
     if prepared(grad, name) is not grad:
         raise RuntimeError(f"{name} is strided")
     _each_vector(SQUARED_RELU_GRADIENT, x, x, grad, grad)
+
+
+def squared_relu_and_gradient(x: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """See `elementwise.squared_relu_and_gradient`."""
+    x, grad = _vectors(x, "x"), prepared(grad, "the gradient of squared_relu")
+    check_shape(grad, x.shape, "the gradient of squared_relu")
+    _each_vector(SQUARED_RELU_AND_GRADIENT, x, x, grad)
+    return x, grad
 
 
 def sigmoid_gated_residual(x: Tensor, r: Tensor, value: Tensor) -> Tensor:

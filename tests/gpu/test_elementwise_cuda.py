@@ -19,6 +19,7 @@ from src.ops.elementwise import (
     sigmoid_gated_residual,
     sigmoid_gated_residual_gradients,
     squared_relu,
+    squared_relu_and_gradient,
     squared_relu_gradient,
 )
 
@@ -394,6 +395,9 @@ def test_activations(shape: tuple[int, ...]) -> None:
     x, r, other, grad = (normal(*shape, seed=seed) for seed in range(4))
     check_against_definition("squared_relu", squared_relu, [x], [0])
     check_against_definition("squared_relu_gradient", squared_relu_gradient, [x, grad], [])
+    both = squared_relu_and_gradient(x.cuda().clone(), grad.cuda().clone())
+    apart = squared_relu(x.cuda()), squared_relu_gradient(x.cuda(), grad.cuda().clone())
+    assert all(map(torch.equal, both, apart))
     check_against_definition("sigmoid_gated_residual", sigmoid_gated_residual, [x, r, other], [0, 2])
     name = "sigmoid_gated_residual_gradients"
     check_against_definition(name, sigmoid_gated_residual_gradients, [x, r, other, grad], [])

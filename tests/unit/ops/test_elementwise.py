@@ -16,6 +16,7 @@ from src.ops.elementwise import (
     sigmoid_gated_residual,
     sigmoid_gated_residual_gradients,
     squared_relu,
+    squared_relu_and_gradient,
     squared_relu_gradient,
 )
 
@@ -150,6 +151,15 @@ def test_squared_relu_gradient_is_that_of_autograd() -> None:
     assert x.grad is not None
     assert squared_relu_gradient(x.detach(), grad) is grad
     torch.testing.assert_close(grad, x.grad)
+
+
+def test_squared_relu_and_its_gradient_take_the_memory_that_is_there() -> None:
+    x, grad = normal(50), normal(50, seed=1)
+    expected = squared_relu(x), squared_relu_gradient(x, grad.clone())
+    both = squared_relu_and_gradient(x, grad)
+    assert both[0] is x
+    assert both[1] is grad
+    assert all(map(torch.equal, both, expected))
 
 
 BRANCHING = torch.tensor([-1, 0, -1, 2, 1, 3, 1])

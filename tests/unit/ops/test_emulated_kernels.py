@@ -269,6 +269,8 @@ def test_activations() -> None:
     x, grad = inputs[:2]
     expected = elementwise.squared_relu_gradient_torch(x.double(), grad.double())
     assert error(elementwise.squared_relu_gradient(x, grad.clone()), expected) < BOUND
+    apart = elementwise.squared_relu(x), elementwise.squared_relu_gradient(x, grad.clone())
+    assert all(map(torch.equal, elementwise.squared_relu_and_gradient(x.clone(), grad.clone()), apart))
 
 
 def test_statistics_and_gradient_of_logits() -> None:
