@@ -317,7 +317,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
       diagonal[0] = sum + shuffle_xor(sum, 1);
     }
     wait_for_copies<kValueStages - 2>();
-    __syncthreads();
+    __syncthreads();  // all of v is there, totals and operands within 4 tokens are written, y of the tile before, too
     if (tile > 0) retire(tile - 1);
 
     // --- The operands that reach beyond 4 tokens.
@@ -358,7 +358,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
         store_shared(operand(kForwardK16 + 4 * warp + i), pack_bf16(q[i][0] * q16[0], q[i][1] * q16[1]));
       }
     }
-    __syncthreads();
+    __syncthreads();  // all operands, the diagonal and the whole tile's decays are written
 
     // --- One level of A per warp.
     {
@@ -419,7 +419,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
         multiply_add(state[n], value[0], value[1], value[2], value[3], k16[2 * half], k16[2 * half + 1]);
       }
     }
-    __syncthreads();
+    __syncthreads();  // A is written; operands, decays and this tile's v have been read
 
     // --- Output from the tile itself.
     uint32_t pairs[4];
@@ -438,7 +438,7 @@ __global__ void __launch_bounds__(kThreads, kForwardBlocks) forward_kernel(const
                    pack_bf16(y[1][0], y[1][1]), pack_bf16(y[1][2], y[1][3]));
   }
   if (tiles > 0) {
-    __syncthreads();
+    __syncthreads();  // y is written
     retire(tiles - 1);
   }
 
@@ -621,7 +621,7 @@ __global__ void __launch_bounds__(kThreads, 6) summary_kernel(const Summary a) {
   piece_offsets(offset);
   for (int step = 0; step < tiles; ++step) {
     wait_for_copies<kSummaryStages - 2>();
-    __syncthreads();
+    __syncthreads();  // all parts of the step's tiles are there, the step before has been read: its place is free
     copy(step + kSummaryStages - 1);
     const uint32_t stage = shared + (step % kSummaryStages) * 3 * kTileBytes;
     const int count = item.length - (kBackward ? step : tiles - 1 - step) * kTile;
@@ -782,7 +782,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
     float state[8][4];
     uint32_t rounded[8][2];
     wait_for_copies<1>();  // all but the chunk's last tile
-    __syncthreads();
+    __syncthreads();       // of all threads
     {
 #pragma unroll
       for (int part = 0; part < 4; ++part) {
@@ -827,7 +827,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
     }
 
     wait_for_copies<0>();
-    __syncthreads();
+    __syncthreads();  // the last tile is there, and the states before tiles are made: k, w and v may be replaced
     for (int tile = last; tile >= 0; --tile) {
       const uint32_t slot = shared + slot_of(chunk, tile) * kSlotBytes;
       const int count = item.length - chunk * kChunk - tile * kTile;
@@ -1048,7 +1048,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
 
       // --- dv of this warp's value columns needs E and K16 of all channels.
       if (tile == 0) copy_checkpoint(chunk - 1);
-      __syncthreads();
+      __syncthreads();  // E and K16 are written, gradients of tile + 1, too; v and dy have been read as a whole
       if (tile == last) {
         for (int ahead = 0; ahead < kTilesPerChunk - 1 - last; ++ahead) copy(chunk - 1, ahead);
       } else {
@@ -1076,7 +1076,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
       store_matrices(slot + 4 * kTileBytes + own_values, pack_bf16(dv[0][0], dv[0][1]), pack_bf16(dv[0][2], dv[0][3]),
                      pack_bf16(dv[1][0], dv[1][1]), pack_bf16(dv[1][2], dv[1][3]));
     }
-    __syncthreads();
+    __syncthreads();  // gradients of tile 0 are written
     retire(chunk, 0);
   }
 

@@ -109,15 +109,16 @@ struct Barrier {
 // Two lanes of a warp are put in an order by __syncwarp only, as PTX says, and not by an instruction that they carry out
 // together, such as a shuffle or a matrix product. A thread that arrives at a barrier passes on what it knows to come
 // before: of its own warp what was done before the warp's last synchronisation, and so nothing that another lane has done
-// since.
+// since. Nor does PTX say which lane reads or writes what of a matrix that is loaded or stored: it may be any.
 struct Races {
   static constexpr int kNobody = -1, kMany = -2;
   static constexpr uint32_t kInFlight = UINT32_MAX;
   struct Access {
-    int thread = kNobody;
+    int thread = kNobody;  // or, beyond the block's, the number of a matrix load or store
+    int warp = 0;
     uint32_t time = 0;
   };
-  int warps = 0;
+  int warps = 0, matrices = 0;
   std::vector<Access> written;  // [places]
   std::vector<Access> read;     // [places, warps]
   std::vector<uint32_t> times;  // of each warp
@@ -142,25 +143,24 @@ struct Races {
     for (int thread = first; thread < last; ++thread) known[thread] = all;
   }
 
-  // Null, or what it meets.
-  const char* touch(uint32_t address, uint32_t bytes, int thread, bool writes) {
-    const int warp = thread / 32;
+  // Null, or what it meets. `matrix`: the number of the load or store that it is part of, if it is one.
+  const char* touch(uint32_t address, uint32_t bytes, int thread, bool writes, int matrix) {
+    const int warp = thread / 32, own = matrix ? int(known.size()) + matrix : thread;
     for (uint32_t place = address / 2; place < (address + bytes + 1) / 2; ++place) {
       const Access& last = written[place];
       if (last.time == kInFlight) return "is being copied to";
-      if (last.thread != kNobody && last.thread != thread && last.time >= known[thread][last.thread / 32])
+      if (last.thread != kNobody && last.thread != own && last.time >= known[thread][last.warp])
         return writes ? "is written twice" : "is read while it is written";
       Access* reads = &read[size_t(place) * warps];
       if (writes) {
         for (int other = 0; other < warps; ++other)
-          if (reads[other].thread != kNobody && reads[other].thread != thread &&
-              reads[other].time >= known[thread][other])
+          if (reads[other].thread != kNobody && reads[other].thread != own && reads[other].time >= known[thread][other])
             return "is written while it is read";
-        written[place] = {thread, times[warp]};
+        written[place] = {own, warp, times[warp]};
       } else {
-        Access& own = reads[warp];
-        const bool alone = own.time < times[warp] || own.thread == thread;
-        own = {alone ? thread : kMany, times[warp]};
+        Access& before = reads[warp];
+        const bool alone = before.time < times[warp] || before.thread == own;
+        before = {alone ? own : kMany, warp, times[warp]};
       }
     }
     return nullptr;
@@ -317,22 +317,22 @@ inline uint8_t* shared_at(uint32_t address, uint32_t bytes) {
         fail("shared memory: address " + std::to_string(address) + " is a barrier's");
   return b.shared.data() + address;
 }
-inline void touch(uint32_t address, uint32_t bytes, int thread, bool writes) {
-  if (const char* met = block()->races.touch(address, bytes, thread, writes))
+inline void touch(uint32_t address, uint32_t bytes, int thread, bool writes, int matrix = 0) {
+  if (const char* met = block()->races.touch(address, bytes, thread, writes, matrix))
     fail("shared memory: address " + std::to_string(address) + " " + met + ", seen by thread " + std::to_string(thread));
 }
 // By a thread: the one that runs, if none is named.
 template <class T>
-T read_shared(uint32_t address, int thread = block()->current) {
+T read_shared(uint32_t address, int thread = block()->current, int matrix = 0) {
   T value;
   std::memcpy(&value, shared_at(address, sizeof(T)), sizeof(T));
-  touch(address, sizeof(T), thread, false);
+  touch(address, sizeof(T), thread, false, matrix);
   return value;
 }
 template <class T>
-void write_shared(uint32_t address, T value, int thread = block()->current) {
+void write_shared(uint32_t address, T value, int thread = block()->current, int matrix = 0) {
   std::memcpy(shared_at(address, sizeof(T)), &value, sizeof(T));
-  touch(address, sizeof(T), thread, true);
+  touch(address, sizeof(T), thread, true, matrix);
 }
 
 inline void carry_out(const std::vector<Copy>& group) {
@@ -537,6 +537,7 @@ inline void move_matrices(uint32_t (&m)[4], uint32_t at, bool transposed, bool s
   w.given[own][0] = at;
   for (int i = 0; i < 4; ++i) w.given[own][1 + i] = m[i];
   meet(w.meeting, kLanes, [&] {
+    const int number = ++block()->races.matrices;
     for (int l = 0; l < kLanes; ++l)
       for (int i = 0; i < 4; ++i) {
         uint32_t word = 0;
@@ -546,9 +547,9 @@ inline void move_matrices(uint32_t (&m)[4], uint32_t at, bool transposed, bool s
           shared_at(address, 16);
           const int thread = own_first + l;
           if (stores)
-            write_shared(address + 2 * column, uint16_t(w.given[l][1 + i] >> (16 * half)), thread);
+            write_shared(address + 2 * column, uint16_t(w.given[l][1 + i] >> (16 * half)), thread, number);
           else
-            word |= uint32_t(read_shared<uint16_t>(address + 2 * column, thread)) << (16 * half);
+            word |= uint32_t(read_shared<uint16_t>(address + 2 * column, thread, number)) << (16 * half);
         }
         w.taken[l][i] = word;
       }

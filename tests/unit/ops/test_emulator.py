@@ -59,11 +59,11 @@ enum Fault {
   kEarlyRoom,  // one lane says that all is read when it has read its own
   kOneWaits,   // one lane waits for the words, the others go on with it
   kInFlight,   // copies are not waited for before the arrival
-  kLateCopies  // they are, but by each lane for its own alone
+  kLateCopies   // they are, but by each lane for its own alone
 };
 
 // The first warp hands words over to the second by barriers in shared memory, twice by the same place. A lane takes
-// what its neighbour has written, or what it has copied in the background.
+// what its neighbour has written or copied in the background.
 template <int kFault, bool kCopies, int kBarriersAt>
 __global__ void hands_over(const float* from, float* result) {
   const int lane = threadIdx.x & 31;
