@@ -46,7 +46,8 @@ WKV6_DEVICE void load_shared(uint32_t address, float& x, float& y, float& z, flo
                : "memory");
 }
 
-// Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8.
+// Four 8x8 matrices of 16-bit values; lane l gives the address of row l % 8 of matrix l / 8. Which lane reads (or below
+// writes) what PTX leaves open, and the instruction itself orders no memory: __syncwarp does.
 WKV6_DEVICE void load_matrices(uint32_t address, uint32_t (&m)[4]) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
@@ -115,6 +116,7 @@ WKV6_DEVICE void copy_async(uint32_t address, const void* source, bool exists) {
                : "memory");
 }
 WKV6_DEVICE void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Until all of this thread's groups but the last kPending are there; for those of other threads a barrier follows.
 template <int kPending>
 WKV6_DEVICE void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");

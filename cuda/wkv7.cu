@@ -283,7 +283,7 @@ WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int c
       for (int e = 0; e < 2; ++e)
         store_shared(slot + S::kMak + ((4 * quad + 2 * e + s) * kSmallRow + 2 * row) * 4, tf32(mak[s][e]),
                      tf32(mak[s][2 + e]));
-  __syncwarp();
+  __syncwarp();  // all of M_ab, M_qb and M_ak, A, R or B, and the decays are written
 
   // --- T (I - M_ab) = I by the first half of the warp, P (I - M_ab) = M_qb by the second, a row each.
   const int own_row = lane & 15;
@@ -307,7 +307,7 @@ WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int c
       for (int i = 3; i >= 0; --i)
         if (4 * piece + i < known) solved[4 * piece + i] += solved[known] * m[i];
     }
-  __syncwarp();
+  __syncwarp();  // all of M_ab and M_qb has been read
   if (kBackward) {
     // Both transposed; that of P is what dY adds to dX.
     const uint32_t to = of_p ? slot + S::kToAnswer : slot + S::kMab;
@@ -321,7 +321,7 @@ WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int c
       store_rounded(to + piece * 16, solved[4 * piece], solved[4 * piece + 1], solved[4 * piece + 2],
                     solved[4 * piece + 3]);
   }
-  __syncwarp();
+  __syncwarp();  // all of T and P is written
 
   // --- What the state is multiplied by. Rows are tokens 2 row + h.
   float solve[2][4], project[2][4];
@@ -388,7 +388,7 @@ WKV7_DEVICE void produce(const Scan& x, uint32_t slot, uint32_t token_row, int c
     }
   }
   wait_for_all_copies();
-  __syncwarp();
+  __syncwarp();  // every lane has written its part and waited for its copies: one of them may arrive for all
 }
 
 // Eight neighbouring words of a row from the four threads of a quad, of which each has word `quad` of both halves.
@@ -409,6 +409,15 @@ WKV7_DEVICE void for_each_piece(Action action) {
     for (int h = 0; h < 2; ++h) action(j, h, 16 * j + 8 * h * kN);
 }
 
+// Use u of a slot: a producer waits for the end of phase u - 1 of its `empty`, writes, and ends phase u of its `full`;
+// every thread of the consumers waits for that and reads; all consumers together end phase u of `empty`. A warp arrives
+// by one lane, after __syncwarp: all its lanes have written, or read, and have left the wait before.
+// A wait names its phase by parity, so the barrier must not be two phases away:
+//   ahead it is not, since the phase after the one waited for does not end without an arrival of the waiting warp;
+//   nor behind: consumers wait for one phase after another, and a producer that waits for phase u - 1 of `empty` has
+//   waited before, kProducers <= kSlots steps ago, for the end of that slot's phase u - 2, or (where slots change their
+//   producers) for that of a later tile's: consumers read in order.
+// No barrier of the block follows, so producers may end first: its shared memory lasts as long as any thread of it.
 template <bool kBackward, int kProducers, int kConsumers>
 __global__ void __launch_bounds__(32 * (kConsumers + kProducers), 1) scan_kernel(const Scan x) {
   using S = Slot<kBackward>;
@@ -587,7 +596,7 @@ __global__ void __launch_bounds__(32 * (kConsumers + kProducers), 1) scan_kernel
     write(written, one, 0);
     write(written, other, 4);
     if (kBackward) decay();
-    __syncwarp();
+    __syncwarp();  // all of the slot has been read
     if (lane == 0) arrive(empty + 8 * slot_index);
 
     if (!kBackward) {
@@ -777,7 +786,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
     }
     const uint32_t totals = shared + kGradientPairs + tile * 4 * kN * 4 + lane * 8;
     store_shared(totals + part * kN * 4, total[0], total[1]);
-    __syncthreads();
+    __syncthreads();  // all totals are written; the next barrier comes before anything takes their place
 #pragma unroll
     for (int other = 3; other > 0; --other)
       if (other > part) {

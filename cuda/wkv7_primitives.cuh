@@ -42,11 +42,17 @@ WKV7_DEVICE void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0
 
 WKV7_DEVICE float shuffle_down(float value, int distance) { return __shfl_down_sync(0xffffffffu, value, distance); }
 
+// Of this thread.
 WKV7_DEVICE void wait_for_all_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 // Brings 128 bytes nearer.
 WKV7_DEVICE void prefetch(const void* address) { asm volatile("prefetch.global.L2 [%0];" ::"l"(address)); }
 
-// A barrier in shared memory (8 bytes) whose phases end when `count` threads have arrived.
+// A barrier in shared memory (8 bytes) whose phases end when `count` threads have arrived. Others may use it after a
+// barrier of the block.
+//
+// An arrival releases and a wait acquires, both for the block: PTX's defaults. So what comes before an arrival comes
+// before what follows a wait for its phase: the thread's own accesses, and by __syncwarp those of its warp. Copies
+// that were waited for are of the generic proxy as loads and stores are: no fence between proxies is wanted.
 WKV7_DEVICE void init_barrier(uint32_t address, uint32_t count) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(address), "r"(count) : "memory");
 }
