@@ -1048,7 +1048,7 @@ __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(con
 
       // --- dv of this warp's value columns needs E and K16 of all channels.
       if (tile == 0) copy_checkpoint(chunk - 1);
-      __syncthreads();  // E and K16 are written, gradients of tile + 1, too; v and dy have been read as a whole
+      __syncthreads();  // E and K16 are written, gradients of tile + 1, too; v has been read, dy but for own columns
       if (tile == last) {
         for (int ahead = 0; ahead < kTilesPerChunk - 1 - last; ++ahead) copy(chunk - 1, ahead);
       } else {

@@ -925,7 +925,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
     for (int h = 0; h < 2; ++h)
       store_words(static_cast<uint32_t*>(tensor) + words[h], packed[0][h], packed[1][h], first_token + 8 * h < count);
   };
-  // Rounds a word of a gradient, added to what is there. Each word is read before its warp exchanges words and stores.
+  // Rounds a word of a gradient, added to what is there. Another lane may store it: __syncwarp comes between.
   auto pack_added = [&](const void* tensor, int n, int h, float low, float high) {
     if (x.adds && tensor != nullptr && first_token + 8 * h < count) {
       const uint32_t both = static_cast<const uint32_t*>(tensor)[words[h] + 4 * n + quad];
@@ -958,6 +958,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int h = 0; h < 2; ++h) packed[n][h] = pack_added(x.dv, n, h, dv[n][2 * h], dv[n][2 * h + 1]);
+    __syncwarp();  // in global memory
     store(x.dv, packed);
   }
 
@@ -1111,6 +1112,7 @@ __global__ void __launch_bounds__(kGradientThreads, 2) gradients_kernel(const Gr
       }
     }
   }
+  __syncwarp();  // in global memory
   if (x.dr != nullptr) store(x.dr, of_r);
   if (x.da != nullptr) store(x.da, of_a);
   if (x.dk != nullptr) store(x.dk, of_k);
