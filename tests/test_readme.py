@@ -5,6 +5,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -232,3 +234,11 @@ def test_the_table_of_defaults_by_method_is_true() -> None:
     assert {parts["states"], parts["full"]} == {""}
     assert all(defaults["dataload"] == "pack" for defaults in METHOD_DEFAULTS.values())
     assert TrainConfig.warmup_steps == 10
+
+
+@pytest.mark.slow
+def test_how_long_a_text_fits_a_card_is_what_the_script_says() -> None:
+    script = [sys.executable, str(ROOT / "tests/bench/longest_rows.py")]
+    printed = subprocess.run(script, capture_output=True, text=True, check=True).stdout
+    assert printed.count("\n") > 5
+    assert printed in README, printed
