@@ -74,6 +74,12 @@ def load_trained(path: PathLike, trained: Mapping[str, Shape], adapters: Mapping
     return tensors
 
 
+_OTHERS = {
+    "states": "--load_state", "full": "--load_model", "lisa": "--load_model", "parts": "--load_adapter without --peft",
+}  # fmt: skip
+"""The flag for what methods make that are none of --peft's adapters."""
+
+
 def check_description(path: PathLike, method: str, properties: Mapping[str, Any], base: FileIdentity) -> None:
     """Compares what the JSON beside a file says with this run; without JSON there is nothing to compare.
 
@@ -84,6 +90,8 @@ def check_description(path: PathLike, method: str, properties: Mapping[str, Any]
     if said is None:
         return
     if said.get("method", method) != method:
+        if flag := _OTHERS.get(said["method"]):
+            raise CheckpointError(f"{path} is no adapter ({beside.name}): give it as {flag}")
         raise CheckpointError(f"{path} was made with --peft {said['method']} ({beside.name}), not {method}: use that")
     wrong = [name for name in ("r", "alpha", "scale") if said.get(name, properties.get(name)) != properties.get(name)]
     if wrong:

@@ -255,7 +255,7 @@ class PreparedPairs:
             lines.append(formatted_statement(self.formatted))
         if self.unusable_lines:
             lines.append(
-                f"{len(self.unusable_lines):,} rows left out, prompt or chosen is blank "
+                f"{several(len(self.unusable_lines), 'row')} left out, prompt or chosen is blank "
                 f"(first: line {self.unusable_lines[0]})"
             )
         return lines

@@ -169,7 +169,7 @@ class Conversations:
 
         Raises:
             DataError: a file cannot be read; entries are malformed, which are named together, after the last of the
-                documents; or every one is left out.
+                documents; or every one is left out, or none is taken.
         """
         bad = BadEntries()
         for file, number, entry in islice(self._entries(), self._part.start, self._part.stop):
@@ -190,6 +190,10 @@ class Conversations:
                 if not bad:
                     yield file, number, parts
         bad.refuse()
+        if self._part != slice(None) and not (self.findings.forms or self.findings.left_out):
+            raise DataError(
+                f"{', '.join(self.paths[:3])}: --sft_split takes none of the entries; leave it out, or take more."
+            )
         self._find_repeated()
         if self.findings.left_out and not self.findings.forms:
             raise DataError(

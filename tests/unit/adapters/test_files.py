@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from src.adapters.files import said_beside, states_beside, write_description
+from src.adapters.files import check_description, said_beside, states_beside, write_description
 from src.errors import CheckpointError
+from src.identity import FileIdentity
 
 
 def test_a_name_that_leaves_no_room_for_a_suffix_has_nothing_beside_it(tmp_path: Path) -> None:
@@ -65,3 +66,21 @@ def test_states_that_a_training_had_beside_it() -> None:
     assert states_beside(None) == states_beside({}) == states_beside({"flags": {"load_state": ""}}) == ""
     assert states_beside({"states": False, "flags": {"load_state": "s.pth"}}) == "s.pth"
     assert states_beside({"states": True, "flags": {"load_state": "s.pth"}}) == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "expected"),
+    [
+        ("states", "state.pth is no adapter (state.json): give it as --load_state"),
+        ("full", "give it as --load_model"),
+        ("lisa", "give it as --load_model"),
+        ("parts", "give it as --load_adapter without --peft"),
+        ("bone", "was made with --peft bone (state.json), not lora: use that"),
+    ],
+)
+def test_what_another_method_made_says_where_it_belongs(method: str, expected: str, tmp_path: Path) -> None:
+    write_description(tmp_path / "state.json", {"method": method})
+    (tmp_path / "base.pth").write_bytes(b"x")
+    with pytest.raises(CheckpointError) as refused:
+        check_description(tmp_path / "state.pth", "lora", {}, FileIdentity(tmp_path / "base.pth"))
+    assert expected in str(refused.value)

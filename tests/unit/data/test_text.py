@@ -426,7 +426,7 @@ class TestNamedFields:
         made = read_entries([str(path)], ByteTokenizer(), 257, fields=QA, part=slice(1, 3))
         assert made.numbers.tolist() == [3, 5]
         assert len(read_entries([str(path)], ByteTokenizer(), 257, part=slice(None, 100))) == 4
-        with pytest.raises(DataError):
+        with pytest.raises(DataError, match="--sft_split takes none of the entries"):
             read_entries([str(path)], ByteTokenizer(), 257, part=slice(9, None))
 
     @pytest.mark.parametrize(
