@@ -133,6 +133,11 @@ class TrainConfig(
         return dataclasses.replace(chosen, **filled)
 
     def _contradictions(self, given: Given) -> Lines:
+        instead = [self._seen(name, given) for name in ("dry_run", "evaluate", "preview") if getattr(self, name)]
+        if len(instead) > 1:
+            yield f"{' and '.join(instead)} are different things to do instead of training: leave all but one out"
+        if self.evaluate and self.resume:
+            yield "--resume 1 has no meaning with --evaluate 1, which measures a file: name it with --load_state"
         if self.my_exit < self.epoch_begin < self.epoch_count:
             yield f"{self._seen('my_exit', given)} lies before {self._seen('epoch_begin', given)}: raise it"
         if self.random_seed == -1 and self.processes > 1:
