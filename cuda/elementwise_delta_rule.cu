@@ -33,11 +33,12 @@ __device__ __forceinline__ float to_unit_length(float (&u)[kVector], unsigned ma
   return inverse;
 }
 
+// By a plain load: another gradient may be written in its place.
 __device__ __forceinline__ void load_gradient(const void* gradient, int64_t offset, float (&values)[kVector]) {
   if (gradient == nullptr) {
     clear(values);
   } else {
-    load(gradient, offset, values);
+    load_written(gradient, offset, values);
   }
 }
 

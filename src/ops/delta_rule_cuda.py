@@ -250,7 +250,7 @@ def keys_and_values_gradients(
 
     Args:
         k, rate, key_scale, rate_scale: what it was called with, k [B, T, H, N].
-        arrived: gradients of its first three results, None for zero.
+        arrived: gradients of its first three results, None for zero; places may be theirs, too.
         grad_k, grad_rate: places.
         residual: first, amount, the fourth result, its gradient; places for those of v, first and amount.
     """

@@ -163,7 +163,9 @@ class _Whole(Node):
         wanted = (of_w, of_rate, of_amount)
         places = iter(side_by_side([gate.shape] * sum(wanted), gate))
         grad_w, grad_rate, grad_amount = (next(places) if one else None for one in wanted)
-        grad_removal, grad_written = place(of_keys), place(of_keys)
+        # What is written after these have been read takes their memory.
+        grad_removal = grad_rate if of_rate else place(of_keys)
+        grad_written = grad_amount if of_keys and of_amount else place(of_keys)
         grad_state = None
         if grad_y is not None:
             tokens = (r.view(y.shape), w_raw.view(y.shape), replacement, values, removal, written)
@@ -182,10 +184,10 @@ class _Whole(Node):
         if of_keys or residual[0] is not None:
             heads_k, (key_scale, rate_scale) = k.view(y.shape), parameters[:2]
             arrived_keys = (grad_replacement, grad_removal, grad_written)
+            shapes = ctx.shapes[:2]
+            of_keys_parameters = delta_rule_cuda.keys_sums(heads_k, rate, key_scale, arrived_keys, of_scales, shapes)
             if of_k or of_rate or residual[0] is not None:
                 keys = (heads_k, rate, key_scale, rate_scale)
                 delta_rule_cuda.keys_and_values_gradients(*keys, arrived_keys, grad_k, grad_rate, residual)
-            shapes = ctx.shapes[:2]
-            of_keys_parameters = delta_rule_cuda.keys_sums(heads_k, rate, key_scale, arrived_keys, of_scales, shapes)
         of_inputs = (grad_r, grad_w, grad_k, grad_rate, grad_v, grad_first, grad_amount, grad_gate)
         return *of_inputs, *of_keys_parameters, *of_parameters, grad_state, None, None
