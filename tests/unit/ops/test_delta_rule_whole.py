@@ -10,10 +10,13 @@ import torch
 from delta_rule_whole_cases import (
     CASES,
     CHOICES,
+    NAMES,
     check_small_maps,
     check_that_maps_without_gradients_are_the_same,
     check_that_sums_are_rounded_once,
     check_whole,
+    joined,
+    results_of,
 )
 from emulator.kernels import emulated, has_compiler
 from tables import covering
@@ -59,3 +62,13 @@ def test_small_maps_are_those_of_each(rows: int, count: int, gate_width: int, ap
 
 def test_small_maps_without_gradients_are_the_same() -> None:
     check_that_maps_without_gradients_are_the_same(CPU)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_threads_in_another_order_give_the_same_bits(order: int) -> None:
+    case = CASES["packed"]
+    expected = results_of(joined(case, CPU), case, NAMES, "gated and final", CPU)
+    with emulated(order=order):
+        check_that_sums_are_rounded_once(CPU)
+        again = results_of(joined(case, CPU), case, NAMES, "gated and final", CPU)
+    assert all(torch.equal(expected[name], again[name]) for name in expected)
