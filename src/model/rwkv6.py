@@ -41,6 +41,7 @@ from src.ops.elementwise import (
 )
 from src.ops.kernels import Kernel
 from src.ops.node import Node, once
+from src.ops.products import Places
 from src.ops.wkv6 import wkv6, wkv6_branching
 from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available
 
@@ -346,9 +347,12 @@ class TimeMix(TimeMixer):
         heads = (B, T, self.head_count, self.head_size)
         *tokens, gate = together(self._mixed, (z_r, z_k, z_v, z_g))
         r, k, v = [each.view(heads) for each in tokens]
-        y, final = self._recur(r, k, v, w_raw.view(heads), self.time_state if start is None else start, layout)
+        # Where the gradients of what is computed at once lie side by side.
+        places = Places(4) if join(self._mixed) else None
+        start = self.time_state if start is None else start
+        y, final = self._recur(r, k, v, w_raw.view(heads), start, layout, places)
         norm = own["ln_x"]
-        gated = group_norm_silu_gate(y, gate, norm.weight, norm.bias, norm.eps)
+        gated = group_norm_silu_gate(y, gate, norm.weight, norm.bias, norm.eps, places=places)
         return gated, final, None
 
     @property
@@ -358,16 +362,24 @@ class TimeMix(TimeMixer):
         return own["receptance"], own["key"], own["value"], own["gate"]
 
     def _recur(
-        self, r: Tensor, k: Tensor, v: Tensor, w_raw: Tensor, start: Tensor, layout: SegmentLayout | None
+        self,
+        r: Tensor,
+        k: Tensor,
+        v: Tensor,
+        w_raw: Tensor,
+        start: Tensor,
+        layout: SegmentLayout | None,
+        places: Places | None,
     ) -> tuple[Tensor, Tensor]:
         """The recurrence over rows, packed roots, or roots and then the segments that continue them."""
         u = self.time_faaaa
         if layout is None:
-            return wkv6(r, k, v, w_raw, u, start)
+            return wkv6(r, k, v, w_raw, u, start, places=places)
         if not layout.has_children:
-            return wkv6(r, k, v, w_raw, u, start, layout.root_borders)
+            return wkv6(r, k, v, w_raw, u, start, layout.root_borders, places=places)
         borders = (layout.root_borders, layout.child_borders)
-        return wkv6_branching(r, k, v, w_raw, u, start, *borders, layout.parents, layout.root_tokens)
+        rest = (*borders, layout.parents, layout.root_tokens)
+        return wkv6_branching(r, k, v, w_raw, u, start, *rest, places=places)
 
 
 class ChannelMix(ChannelMixer):

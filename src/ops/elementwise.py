@@ -27,6 +27,7 @@ from torch import Tensor
 
 from src.ops import elementwise_cuda
 from src.ops.kernels import usable
+from src.ops.products import Places
 from src.ops.rows import HEAD_SIZES
 
 _VECTOR = 8
@@ -171,7 +172,9 @@ def _children(previous: Tensor) -> Tensor:
     return _last_continuations[1]
 
 
-def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def group_norm_silu_gate(
+    y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, *, places: Places | None = None
+) -> Tensor:
     """GroupNorm over each head's N channels, times silu(gate).
 
     Args:
@@ -179,12 +182,13 @@ def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, 
         gate: [B, T, A] with A = H * N.
         weight, bias: [A].
         eps: added to the variance.
+        places: whose fourth the gate's gradient takes, where this is fused.
 
     Returns:
         [B, T, A] in y's dtype.
     """
     if y.shape[3] in HEAD_SIZES and (kernels := _kernels_for(y, gate)) is not None:
-        fused: Tensor = kernels.group_norm_silu_gate(y, gate, weight, bias, eps)
+        fused: Tensor = kernels.group_norm_silu_gate(y, gate, weight, bias, eps, places)
         return fused
     return group_norm_silu_gate_torch(y, gate, weight, bias, eps)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.ops.kernels import Kernel, Size
 from src.ops.node import Node
-from src.ops.products import side_by_side
+from src.ops.products import Places, side_by_side
 from src.ops.rows import (
     HEAD_SIZES,
     SUM_THREADS,
@@ -173,10 +173,13 @@ def modulated_shift_mixes(
     return outputs
 
 
-def group_norm_silu_gate(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+def group_norm_silu_gate(
+    y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, places: Places | None = None
+) -> Tensor:
     """See `elementwise.group_norm_silu_gate`."""
-    run: Any = _GroupNormSiluGate.apply if records(y, gate, weight, bias) else _GroupNormSiluGate.run
-    output: Tensor = run(y, gate, weight, bias, eps)
+    if not records(y, gate, weight, bias):
+        return _GroupNormSiluGate.run(y, gate, weight, bias, eps)
+    output: Tensor = _GroupNormSiluGate.apply(y, gate, weight, bias, eps, places)
     return output
 
 
@@ -394,24 +397,27 @@ class _GroupNormSiluGate(Node):
         return _gated_norm(prepared(y, "y"), prepared(gate, "gate"), weight, bias, eps)
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+    def forward(
+        ctx: Any, y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float, places: Places | None
+    ) -> Tensor:
         y, gate = prepared(y, "y"), prepared(gate, "gate")
         output = _gated_norm(y, gate, weight, bias, eps)
         ctx.save_for_backward(y, gate, saved_parameter(ctx, "weight", weight, 2), saved_parameter(ctx, "bias", bias, 3))
-        ctx.eps = eps
+        ctx.eps, ctx.places = eps, places
         return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         y, gate, weight, bias = ctx.saved_tensors
-        of_y, of_gate, of_weight, of_bias, _ = ctx.needs_input_grad
+        of_y, of_gate, of_weight, of_bias, *_ = ctx.needs_input_grad
         grad = prepared(grad, "the gradient of group_norm_silu_gate")
         rows, channels, head_size = y.shape[0] * y.shape[1], gate.shape[2], y.shape[3]
         grad_y = grad_gate = None
         if of_y or of_gate:
             weight, bias, wide = _read_alike(kept_parameter(ctx, "weight", weight), kept_parameter(ctx, "bias", bias))
-            grad_y, grad_gate = torch.empty_like(y), torch.empty_like(gate)
+            grad_y = torch.empty_like(y)
+            grad_gate = torch.empty_like(gate) if ctx.places is None else ctx.places.empty_like(3, gate)
             if rows:
                 values = (y, gate, weight, bias, ctx.eps, grad, grad_y, grad_gate, rows, channels, wide)
                 GATE_BACKWARD[head_size](y, blocks_for(rows, channels, _NORM_TILE), THREADS, *values)
@@ -420,7 +426,7 @@ class _GroupNormSiluGate(Node):
             GATE_SUMS[head_size](y, grid, SUM_THREADS, y, gate, ctx.eps, grad, rows, channels, tile, *places)
 
         of_parameters = _norm_gradients(of_weight, of_bias, y, rows, channels, sums)
-        return grad_y, grad_gate, *of_parameters, None
+        return grad_y, grad_gate, *of_parameters, None, None
 
 
 class _AddNorm(Node):

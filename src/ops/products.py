@@ -24,6 +24,29 @@ def side_by_side(shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor
     return [like.new_empty(shape) for shape in shapes]
 
 
+class Places:
+    """Memory side by side for tensors of equal sizes that are written at different times, for who takes all of them.
+
+    Args:
+        count: of the places, each of which is taken once; then there is memory for the next ones.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._room: Tensor | None = None
+        self._taken = 0
+
+    def empty_like(self, number: int, like: Tensor) -> Tensor:
+        """A place, contiguous, as `torch.empty_like`."""
+        if self._room is None:
+            self._room = like.new_empty(self._count, like.numel())
+        place = self._room[number].view(like.shape)
+        self._taken += 1
+        if self._taken == self._count:
+            self._room, self._taken = None, 0
+        return place
+
+
 def in_one_piece(tensors: Sequence[Tensor]) -> bool:
     """Whether contiguous tensors of equal shapes follow each other in memory."""
     first = tensors[0]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from src.errors import KernelError
+from src.ops.products import Places
 from src.ops.sequences import check_devices, check_state, check_tokens, lengths_of, run_branching, start_states
 from src.ops.wkv6_chunked import wkv6_chunked
 from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available, wkv6_branching_cuda, wkv6_cuda
@@ -28,6 +29,7 @@ def wkv6(
     cu_seqlens: Tensor | None = None,
     *,
     backend: str | None = None,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
     """RWKV-6's linear attention with a decay per token and channel, and a start state.
 
@@ -53,6 +55,7 @@ def wkv6(
         backend: "reference", "chunked" or "cuda"; None takes "cuda" for bfloat16 on a GPU at head size 64, else
             "reference" for a single token and "chunked" for more. Where the kernel cannot be built, None warns once,
             with the reason, and goes on as on a CPU.
+        places: whose first three the kernel's gradients of r, k and v take.
 
     Returns:
         y [B, T, H, N] in r's dtype; final states [B or S, H, N, N], float32 (float64 for float64 inputs).
@@ -63,7 +66,7 @@ def wkv6(
     """
     if backend is None and r.dim() == 4 and _takes_kernel(r):
         try:
-            return wkv6_cuda(r, k, v, w_raw, u, state, cu_seqlens)
+            return wkv6_cuda(r, k, v, w_raw, u, state, cu_seqlens, places=places)
         except RuntimeError:
             _check_arguments(r, k, v, w_raw, u, state, cu_seqlens)  # says what does not fit, if that is why
             raise
@@ -96,6 +99,8 @@ def wkv6_branching(
     child_borders: Tensor,
     parents: Tensor,
     root_tokens: int,
+    *,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
     """`wkv6` over a packed row whose later sequences continue the first ones, from their final states.
 
@@ -107,6 +112,7 @@ def wkv6_branching(
         child_borders: as such [S + 1], borders of the sequences that continue roots in the other tokens, from 0.
         parents: int64 [S], the root that each of them continues.
         root_tokens: tokens of all roots, 0 to T.
+        places: as for `wkv6`.
 
     Returns:
         y [1, T, H, N] in r's dtype; final states of the roots [R, H, N, N].
@@ -116,7 +122,8 @@ def wkv6_branching(
         KernelError: the CUDA kernel cannot be launched.
     """
     if 0 < root_tokens < r.shape[1] and _takes_kernel(r):
-        return wkv6_branching_cuda(r, k, v, w_raw, u, state, root_borders, child_borders, parents, root_tokens)
+        borders = (root_borders, child_borders)
+        return wkv6_branching_cuda(r, k, v, w_raw, u, state, *borders, parents, root_tokens, places=places)
     tokens = {"r": r, "k": k, "v": v, "w_raw": w_raw}
     return run_branching(partial(wkv6, u=u), tokens, state, root_borders, child_borders, parents, root_tokens)
 

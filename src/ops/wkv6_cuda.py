@@ -11,7 +11,7 @@ from torch import Tensor
 
 from src.ops.kernels import SLOWER, Argument, Kernel, usable
 from src.ops.node import Node
-from src.ops.products import side_by_side
+from src.ops.products import Places
 from src.ops.totals import total_of_tiles
 
 CUDA_HEAD_SIZE = 64
@@ -66,6 +66,7 @@ def wkv6_cuda(
     cu_seqlens: Tensor | None = None,
     *,
     span_tokens: int = 0,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs the CUDA kernel; arguments and results as `src.ops.wkv6.wkv6`, in bfloat16 at head size 64.
 
@@ -77,6 +78,7 @@ def wkv6_cuda(
     Args:
         span_tokens: long sequences are cut into spans of this many tokens (a multiple of 64) that run at
             the same time; 0 chooses from the size of the GPU.
+        places: see `wkv6`.
 
     Raises:
         KernelError: the kernel cannot be compiled.
@@ -89,7 +91,7 @@ def wkv6_cuda(
     if not _need_gradient(tokens, u, state):
         y = torch.empty_like(tokens.r)
         return y, _run_forward(tokens, u, state, None, span_tokens, y, None)
-    y, final = _Wkv6.apply(*tokens.all, u, state, tokens.borders, span_tokens)
+    y, final = _Wkv6.apply(*tokens.all, u, state, tokens.borders, span_tokens, places)
     return y, final
 
 
@@ -104,6 +106,8 @@ def wkv6_branching_cuda(
     child_borders: Tensor,
     parents: Tensor,
     root_tokens: int,
+    *,
+    places: Places | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Runs the kernel for roots and children in turn; arguments and results as `src.ops.wkv6.wkv6_branching`.
 
@@ -124,8 +128,10 @@ def wkv6_branching_cuda(
         raise RuntimeError(f"parents is {parents.dtype} of shape {list(parents.shape)}, expected int64 [{children}]")
     if not 0 < root_tokens < tokens.r.shape[1]:
         raise RuntimeError(f"root_tokens is {root_tokens}, expected 1 to {tokens.r.shape[1] - 1}")
-    run: Any = _Wkv6Branching.apply if _need_gradient(tokens, u, state) else _Wkv6Branching.run
-    y, final = run(*tokens.all, u, state, root_borders, child_borders, parents, root_tokens)[:2]
+    arguments = (*tokens.all, u, state, root_borders, child_borders, parents, root_tokens)
+    if not _need_gradient(tokens, u, state):
+        return _Wkv6Branching.run(*arguments)[:2]  # type: ignore[arg-type]
+    y, final = _Wkv6Branching.apply(*arguments, places)
     return y, final
 
 
@@ -154,9 +160,10 @@ class _Tokens:
         return _Tokens(self.r.narrow(1, first, count), k, v, self.w_raw.narrow(1, first, count), borders)
 
     @classmethod
-    def empty_like(cls, r: Tensor) -> _Tokens:
+    def empty_like(cls, r: Tensor, places: Places | None) -> _Tokens:
         """r, k and v side by side, for those who take the gradients of all three (`ops.products`)."""
-        of_r, of_k, of_v = side_by_side([r.shape] * 3, r)
+        places = places or Places(3)
+        of_r, of_k, of_v = (places.empty_like(number, r) for number in range(3))
         return cls(of_r, of_k, of_v, torch.empty_like(r))
 
 
@@ -291,13 +298,14 @@ class _Wkv6(Node):
         state: Tensor,
         borders: Tensor | None,
         span_tokens: int,
+        places: Places | None,
     ) -> tuple[Tensor, Tensor]:
         tokens = _Tokens(r, k, v, w_raw, borders)
         kept = _Kept.empty_for(tokens) if any(ctx.needs_input_grad[:5]) else None
         y = torch.empty_like(r)
         final = _run_forward(tokens, u, state, None, span_tokens, y, kept)
         ctx.set_materialize_grads(False)
-        ctx.span_tokens, ctx.state_is_shared = span_tokens, state.ndim == 3
+        ctx.span_tokens, ctx.state_is_shared, ctx.places = span_tokens, state.ndim == 3, places
         if kept is None:  # the state's gradient alone needs neither k nor v
             ctx.save_for_backward(r, w_raw, borders)
         else:
@@ -312,7 +320,8 @@ class _Wkv6(Node):
         tokens = _Tokens(r, k, v, w_raw, borders)
         wants_state = ctx.needs_input_grad[5]
         gradients = _Gradients(
-            _Tokens.empty_like(r) if rest else None, _empty_states(r, tokens.sequences) if wants_state else None
+            _Tokens.empty_like(r, ctx.places) if rest else None,
+            _empty_states(r, tokens.sequences) if wants_state else None,
         )
         dy = _output_gradient(dy, r)
         dfinal = None if dfinal is None else _prepared(dfinal)
@@ -321,7 +330,7 @@ class _Wkv6(Node):
         _run_backward(tokens, u, of_tokens, dy, dfinal, ctx.span_tokens, gradients, wants_u)
         if gradients.u is not None:
             gradients.u = total_of_tiles(gradients.u)
-        return *_input_gradients(gradients, u, ctx.state_is_shared), None, None
+        return *_input_gradients(gradients, u, ctx.state_is_shared), None, None, None
 
 
 class _Wkv6Branching(Node):
@@ -366,13 +375,14 @@ class _Wkv6Branching(Node):
         child_borders: Tensor,
         parents: Tensor,
         root_tokens: int,
+        places: Places | None,
     ) -> tuple[Tensor, Tensor]:
         keeps = any(ctx.needs_input_grad[:5])
         y, final, kept = _Wkv6Branching.run(
             r, k, v, w_raw, u, state, root_borders, child_borders, parents, root_tokens, keeps=keeps
         )
         ctx.set_materialize_grads(False)
-        ctx.root_tokens, ctx.state_is_shared = root_tokens, state.ndim == 3
+        ctx.root_tokens, ctx.state_is_shared, ctx.places = root_tokens, state.ndim == 3, places
         always = (r, w_raw, root_borders, child_borders, parents)
         if kept is None:
             ctx.save_for_backward(*always)
@@ -393,7 +403,7 @@ class _Wkv6Branching(Node):
         whole, roots = _Gradients(), _Gradients()
         children = _Gradients(state=_empty_states(r, parents.shape[0]))
         if others:
-            whole.tokens = _Tokens.empty_like(r)
+            whole.tokens = _Tokens.empty_like(r, ctx.places)
             roots.tokens = whole.tokens.part(0, root_tokens, None)
             children.tokens = whole.tokens.part(root_tokens, rest, None)
         part, kept = tokens.part(root_tokens, rest, child_borders), _Kept(*pieces[2:]) if others else None
@@ -409,7 +419,7 @@ class _Wkv6Branching(Node):
         whole.state = roots.state
         if roots.u is not None and children.u is not None:
             whole.u = roots.u.sum(0) + children.u.sum(0)
-        return *_input_gradients(whole, u, ctx.state_is_shared), None, None, None, None
+        return *_input_gradients(whole, u, ctx.state_is_shared), None, None, None, None, None
 
 
 def _input_gradients(gradients: _Gradients, u: Tensor | None, state_is_shared: bool) -> tuple[Tensor | None, ...]:

@@ -11,7 +11,8 @@ from tables import covering
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from src.ops.products import add_products, outer_sums, products, side_by_side
+from src.ops import products as module
+from src.ops.products import Places, add_products, outer_sums, products, side_by_side
 
 N, K, M = 6, 8, 4
 
@@ -135,3 +136,15 @@ def test_side_by_side() -> None:
     assert others[0].untyped_storage().data_ptr() != others[1].untyped_storage().data_ptr()
     assert side_by_side([], like) == []
     assert {tensor.dtype for tensor in (*equal, *others)} == {torch.bfloat16}
+
+
+def test_places_lie_side_by_side_whoever_takes_them_first() -> None:
+    places, like = Places(3), torch.empty(2, 5, 3, dtype=torch.bfloat16)
+    before: list[torch.Tensor] = []
+    for order in ((2, 0, 1), (0, 1, 2)):
+        taken = {number: places.empty_like(number, like.view(2, 15) if number == 2 else like) for number in order}
+        assert taken[2].shape == (2, 15)
+        assert module.in_one_piece([taken[number].view(-1) for number in range(3)])
+        own = taken[0].untyped_storage().data_ptr()
+        assert all(own != other.untyped_storage().data_ptr() for other in before), "memory is not given away twice"
+        before.append(taken[0])
