@@ -43,7 +43,7 @@ def run(config: MergeConfig) -> int:
     tokens = compared_tokens(config.verify_text) if config.verify else None
     quant = config.quant or "none"
     report = merge(config.base_model, config.file, config.output, told, quant=quant, device=device)
-    for line in [*_report(report, config, quant), *config.notes()]:
+    for line in [*_report(report, config, quant), *(f"note     {line}" for line in config.notes())]:
         print(line)
     if tokens is not None:
         _verify(report, Path(config.output), quant, device, tokens(report.shape))
