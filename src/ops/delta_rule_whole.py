@@ -3,7 +3,7 @@
 Keys, value residual, recurrence and readout as `delta_rule` and `wkv7` define them, by the same kernels. Joined they
 take fewer launches: keys and values are made by one, and gradients of what is used twice (r, the replacement key, the
 values) are added where the second of them is written, in fp32 and rounded once. The gradients that go on to small
-products lie side by side, see `products`.
+products lie side by side, and so do those of r and k; see `products`.
 
 Shape legend: B batch, T tokens, H heads, N head size, A = H * N attention channels, S packed sequences.
 """
@@ -145,7 +145,12 @@ class _Whole(Node):
         def place(wanted: bool) -> Tensor | None:
             return torch.empty_like(gate) if wanted else None
 
-        grad_r, grad_replacement, grad_values = place(of_r), place(of_keys), place(of_values)
+        def places(*wanted: bool) -> list[Tensor | None]:
+            beside = iter(side_by_side([gate.shape] * sum(wanted), gate))
+            return [next(beside) if one else None for one in wanted]
+
+        grad_r, grad_replacement = places(of_r, of_keys)
+        grad_values = place(of_values)
         grad_gate = None
         of_parameters: list[Tensor | None] = [None] * 3
         grad_y = place(of_tokens or of_state)
@@ -160,9 +165,7 @@ class _Whole(Node):
             of_parameters = delta_rule_cuda.readout_sums(inputs, ctx.eps, arrived, of_readout, ctx.shapes[2:])
         elif grad_y is not None:
             grad_y.zero_()
-        wanted = (of_w, of_rate, of_amount)
-        places = iter(side_by_side([gate.shape] * sum(wanted), gate))
-        grad_w, grad_rate, grad_amount = (next(places) if one else None for one in wanted)
+        grad_w, grad_rate, grad_amount = places(of_w, of_rate, of_amount)
         # What is written after these have been read takes their memory.
         grad_removal = grad_rate if of_rate else place(of_keys)
         grad_written = grad_amount if of_keys and of_amount else place(of_keys)
@@ -175,7 +178,7 @@ class _Whole(Node):
                 ctx.parts, tokens, kept, grad_y, grad_final, found, shared=shared, adds=grad is not None
             )
         del grad_y  # what has been read makes room
-        grad_k, grad_v, grad_first = place(of_k), grad_values, place(of_first)
+        grad_k, grad_v, grad_first = grad_replacement if of_k else None, grad_values, place(of_first)
         residual: Sequence[Tensor | None] = (None,) * 7
         if of_values and first is not None:
             grad_v = place(of_v)

@@ -21,6 +21,8 @@ from delta_rule_whole_cases import (
 from emulator.kernels import emulated, has_compiler
 from tables import covering
 
+from src.ops import products
+
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs g++")]
 
 CPU = "cpu"
@@ -72,3 +74,10 @@ def test_threads_in_another_order_give_the_same_bits(order: int) -> None:
         check_that_sums_are_rounded_once(CPU)
         again = results_of(joined(case, CPU), case, NAMES, "gated and final", CPU)
     assert all(torch.equal(expected[name], again[name]) for name in expected)
+
+
+def test_gradients_lie_side_by_side() -> None:
+    case = CASES["rows"]
+    found = results_of(joined(case, CPU), case, NAMES, "gated", CPU)
+    for names in (("w_raw", "rate", "amount"), ("r", "k")):
+        assert products._goes_on([found[name].flatten(0, -2) for name in names])
