@@ -290,7 +290,7 @@ class TestRefusals:
             ({"peft": "lora", "lora_config": "{lora_r: 8}"}, "--lora_config {lora_r: 8} is no JSON"),
             ({"peft": "lora", "lora_config": '{"lora_rank": 8}'}, "unknown key 'lora_rank': it may have lora_load,"),
             ({"peft": "lora", "lora_config": '{"lora_r": "8"}'}, 'lora_r is "8", expected a whole number'),
-            ({"peft": "lora", "lora_config": '{"lora_r": 0}'}, "--lora_r 0 must be at least 1"),
+            ({"peft": "lora", "lora_config": '{"lora_r": 0}'}, "--lora_config: lora_r 0 must be at least 1"),
             ({"peft": "disha", "disha_config": '{"mode": "mode"}'}, "mode 'mode' is unknown: use one of bone, bat"),
             ({"peft": "lora", "lora_r": 33}, "--lora_r 33 is larger than"),
             ({"peft": "bat", "bone_r": 24}, "--bone_r 24 does not divide"),

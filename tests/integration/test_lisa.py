@@ -226,7 +226,7 @@ def test_the_run_file_holds_what_was_trained(base: Path, data: Path, tmp_path: P
     ("flags", "expected"),
     [
         ({"lisa_r": 9}, "--lisa_r 9 is more than the model's 4 layers: lower it"),
-        ({"lisa_config": '{"lisa_r": 0}'}, "--lisa_r 0 must be at least 1"),
+        ({"lisa_config": '{"lisa_r": 0}'}, "--lisa_config: lisa_r 0 must be at least 1"),
         ({"load_adapter": "a.pth"}, "has no use with --peft lisa, whose results are whole models"),
         ({"quant": 1, "train_parts": "ffn.key"}, "is packed and cannot be trained: use --quant 0, or leave it out"),
     ],
