@@ -1,7 +1,7 @@
 """The CUDA kernels of wkv7, run on a CPU thread by thread, against float64.
 
-What `tests/gpu/test_wkv7_cuda.py` shows on a GPU, without one, and that nothing in shared memory lacks an order. Of time
-and of races in global memory it knows nothing.
+What `tests/gpu/test_wkv7_cuda.py` shows on a GPU, without one, and that nothing in shared memory lacks an order. Of
+time and of races in global memory it knows nothing.
 """
 
 from collections.abc import Iterator
