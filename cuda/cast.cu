@@ -1,4 +1,4 @@
-// Many tensors of fp32 rounded to bf16 by one launch, at the memory's speed: a block has a piece of one of them.
+// Many tensors of fp32 rounded to bf16 by one launch: a block has a piece of one of them.
 //
 // src/ops/cast.py launches it.
 

@@ -1,4 +1,4 @@
-"""y += h u with a narrow h, in place: on a GPU in bf16 one kernel at the memory's speed (`cuda/add_product.cu`)."""
+"""y += h u with a narrow h, in place: on a GPU in bf16 one kernel that passes over y once (`cuda/add_product.cu`)."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def add_narrow_product(y: Tensor, h: Tensor, u: Tensor) -> bool:
         return False
     if not (_by_rows(y, columns) and _by_rows(h, rank)) or y.dtype is not h.dtype or y.dtype is not u.dtype:
         return False
-    batch = y.shape[0] if y.ndim == 3 else 1
-    strides = [each.stride(0) if y.ndim == 3 else 0 for each in (y, h, u)]
-    if any(stride % 8 for stride in strides) or any(each.data_ptr() % 16 for each in (y, h, u)) or not _have(rank):
+    batch, strides = (y.shape[0], (y.stride(0), h.stride(0), u.stride(0))) if y.ndim == 3 else (1, (0, 0, 0))
+    unaligned = (strides[0] | strides[1] | strides[2]) % 8 or (y.data_ptr() | h.data_ptr() | u.data_ptr()) % 16
+    if unaligned or not _have(rank):
         return False
     if y.numel():
         rows, groups = y.shape[-2], -(-columns // (32 * _GROUPS[rank]))
