@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -25,6 +26,23 @@ class Recompute(Enum):
     NOTHING = "nothing"
     INPUTS = "inputs"
     ALL = "all"
+
+
+class _SecondPass(threading.local):
+    """Whether this thread is in the backward of one."""
+
+    running = False
+
+
+_second_pass = _SecondPass()
+
+
+def gradients_come_again() -> bool:
+    """For a parameter's hook: whether the gradient it is given goes on to that parameter once more.
+
+    So it is in the backward of a second pass, behind which the first one's node hands its gradients to autograd.
+    """
+    return _second_pass.running
 
 
 @dataclass(frozen=True)
@@ -130,8 +148,12 @@ class _Again(Node):
         found = iter(())  # type: Any
         if asked:
             outputs, gradients = zip(*asked, strict=True)
-            with totals_together(ctx.can_wait and not torch.is_anomaly_enabled()):
-                found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+            before, _second_pass.running = _second_pass.running, True
+            try:
+                with totals_together(ctx.can_wait and not torch.is_anomaly_enabled()):
+                    found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+            finally:
+                _second_pass.running = before
         return (None, None, None, None, None, *(next(found, None) if need else None for need in needed))
 
 

@@ -16,6 +16,7 @@ from src.config import TrainConfig
 from src.data.passes import Lookahead, PassDataset
 from src.data.rounding import EXACT, FEW_SHAPES
 from src.model.language_model import LanguageModel
+from src.model.recompute import gradients_come_again
 from src.ops import adam
 from src.ops.kernels import Kernel
 from src.training.chunk_graphs import ChunkRecorder
@@ -111,7 +112,11 @@ class TrainingModule(pl.LightningModule):
         self.updates: UnitUpdates | None = None
         if self.loss_scale != 1.0:
             for _, parameter in self.optimized():
-                parameter.register_hook(lambda gradient: gradient / self.loss_scale)
+                parameter.register_hook(self._unscaled)
+
+    def _unscaled(self, gradient: Tensor) -> Tensor:
+        """A parameter's gradient without the loss's scale, once."""
+        return gradient if gradients_come_again() else gradient / self.loss_scale
 
     def trained(self) -> Iterable[tuple[str, nn.Parameter]]:
         """(checkpoint key, parameter) of everything that is trained."""

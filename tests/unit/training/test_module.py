@@ -14,6 +14,7 @@ from src.data.rounding import EXACT, FEW_SHAPES, Rounding
 from src.errors import DataError
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
+from src.model.recompute import Recompute
 from src.model.shape import ModelShape
 from src.ops import adam
 from src.training.chunks import ChunkedObjective, ChunkOptions
@@ -121,6 +122,21 @@ class TestLossScale:
             gradient = made.model.get_parameter(name).grad
             assert gradient is not None
             assert torch.allclose(gradient, torch.tensor(1e-3))
+
+    @pytest.mark.parametrize("mode", [Recompute.INPUTS, Recompute.ALL])
+    def test_gradients_of_what_is_computed_again_are_divided_once(self, mode: Recompute) -> None:
+        def gradients(mode: Recompute) -> dict[str, Tensor]:
+            made = module(torch.float16, train_type="none")
+            made.model.set_recomputation([mode] * SHAPE.n_layer)
+            made.objective = GivenLoss(lambda model, tokens: model(tokens)[0].float().pow(3).mean())
+            made.training_step(Staged({}, torch.arange(12).view(2, 6)), 0).backward()
+            return {name: parameter.grad for name, parameter in made.trained() if parameter.grad is not None}
+
+        expected, found = gradients(Recompute.NOTHING), gradients(mode)
+        assert found.keys() == expected.keys() != set()
+        for name, gradient in found.items():
+            assert torch.allclose(gradient, expected[name], rtol=1e-2, atol=1e-5), name
+        assert max(gradient.abs().max() for gradient in found.values()) > 1e-2
 
     def test_other_precisions_have_none(self) -> None:
         for dtype in (torch.float32, torch.bfloat16):
