@@ -218,6 +218,21 @@ def test_packed_rows_without_the_kernel_are_not_recorded(
     assert torch.cuda.current_stream() == torch.cuda.default_stream()
 
 
+@pytest.mark.parametrize("method", [{}, {"peft": "lora", "lora_r": 16, "quant": 0}], ids=["states", "lora and parts"])
+def test_every_precision_and_recomputation_sees_the_same_gradient(
+    method: dict[str, object], base: Path, data: Path, tmp_path: Path
+) -> None:
+    """The norm before clipping, whose scale in fp16 is to be taken out once."""
+    norms = {}
+    for precision in ("fp32", "bf16", "fp16"):
+        for grad_cp in (0, 1, 2):
+            folder = tmp_path / f"{precision} {grad_cp}"
+            given = {"precision": precision, "grad_cp": grad_cp, "epoch_steps": 1, "epoch_count": 1, **method}
+            train(folder, load_model=base, data_file=data, accelerator="gpu", **given)
+            norms[folder.name] = metrics(folder)[0]["grad_norm"]
+    assert list(norms.values()) == pytest.approx([norms["fp32 0"]] * len(norms), rel=0.05), norms
+
+
 def test_200_steps_in_bf16_end_where_fp32_ends(tmp_path: Path) -> None:
     """Kernels, recorded steps and bf16 against the torch-only operator in fp32, on the bundled model and its data."""
     final = {}
