@@ -124,6 +124,11 @@ def launched_by() -> tuple[str, int] | None:
     return ("srun", int(tasks)) if tasks.isdigit() and "LOCAL_RANK" not in os.environ else None
 
 
+def is_started_by_first() -> bool:
+    """Whether this is a further process of a run, which its first one on this machine has started by Lightning."""
+    return _number("LOCAL_RANK") > 0 and launched_by() is None
+
+
 def uses_gpu(accelerator: str) -> bool:
     """Whether `--accelerator` means a GPU here.
 

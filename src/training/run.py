@@ -25,7 +25,7 @@ from src.checkpoint import Checkpoint, fresh_checkpoint, load_state, open_checkp
 from src.config import TrainConfig, run_file
 from src.config.chunks import AS_MANY_AS_FIT
 from src.config.recognition import files_of
-from src.device import global_rank, spare_threads, without_memory
+from src.device import global_rank, is_started_by_first, spare_threads, without_memory
 from src.errors import CheckpointError, ConfigError, UserError
 from src.identity import FileIdentity
 from src.loading import LoadOptions, open_model
@@ -34,7 +34,7 @@ from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
 from src.ops.kernels import compile_ahead
 from src.scratch import Scratch
-from src.system import process_bytes
+from src.system import end_with_parent, process_bytes
 from src.training import lightning
 from src.training.console import warn
 from src.training.engine import Hardware, apply_hardware, resolve_hardware
@@ -89,6 +89,8 @@ def train(config: TrainConfig) -> RunResult:
     Raises:
         UserError: for everything the user can put right, before any step where possible.
     """
+    if is_started_by_first():
+        end_with_parent()
     with contextlib.ExitStack() as held, unharmed_by_save_requests():
         folder = Path(config.proj_dir)
         if folder.is_dir():

@@ -1,5 +1,6 @@
 """Two GPUs of one machine against one that accumulates: the same steps, each rank with packed weights of its own."""
 
+import os
 import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -133,3 +134,25 @@ def test_a_stopped_run_goes_on_with_both(method: str, strategy: str, files: Path
     losses, expected = ([line["loss"] for line in lines] for lines in (parts, whole))
     assert losses == pytest.approx(expected, rel=5e-2)
     assert files_in(folder) == files_in(files / "whole")
+
+
+def test_no_process_stays_behind_a_first_one_that_was_killed(files: Path) -> None:
+    """It would keep its card's memory for as long as NCCL waits."""
+
+    def left() -> list[str]:
+        commands = [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.name != str(os.getpid())]
+        return [path.parent.name for path in commands if str(files / "killed").encode() in _bytes_of(path)]
+
+    length = ("--epoch_count", 600, "--epoch_save", 0, "--devices", 2)
+    with started("train.py", *words_of(files, "states", "--proj_dir", files / "killed", *length)) as process:
+        wait_until(lambda: len(metrics(files / "killed")) >= 5 or process.poll() is not None, seconds=300)
+        assert len(left()) == 2
+        process.kill()
+        wait_until(lambda: not left(), seconds=30)
+
+
+def _bytes_of(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:  # a process that has just ended
+        return b""

@@ -15,6 +15,7 @@ from src.device import (
     _limit_stacks,
     apply_device,
     global_rank,
+    is_started_by_first,
     launched_by,
     memory_bytes,
     require_memory,
@@ -230,6 +231,7 @@ def test_the_launcher_is_known_by_what_it_leaves_in_the_environment(
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert launched_by() == expected
+    assert is_started_by_first() == (variables.get("LOCAL_RANK") == "1" and expected is None)
 
 
 class TestMemory:

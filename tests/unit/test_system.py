@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -87,3 +88,22 @@ def test_commands_to_copy_work_where_the_user_stands(monkeypatch: pytest.MonkeyP
     assert subprocess.run(["sh", "-c", command], capture_output=True, check=False).returncode == 0
     elsewhere.rmdir()
     assert system.command_here("train.py") == f"python {ROOT}/train.py"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell")
+@pytest.mark.parametrize("ends", ["by SIGKILL", "by itself"])
+def test_a_process_ends_with_the_one_that_started_it(ends: str) -> None:
+    child = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from src.system import end_with_parent; "
+        "end_with_parent(0.01); print('watches', flush=True); time.sleep(60)"
+    )
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); sys.stdin.readline()"
+    process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "watches\n"
+    begin = time.monotonic()
+    if ends == "by SIGKILL":
+        process.kill()
+    out, _ = process.communicate("\n" if ends == "by itself" else None, timeout=30)  # until both have let go of it
+    assert not out
+    assert time.monotonic() - begin < 20
