@@ -29,6 +29,21 @@ class EvaluationBatch:
     positions: Tensor
 
 
+def evaluable(documents: Documents, ctx_len: int) -> np.ndarray:
+    """int64, the documents with a target that counts among their first ctx_len + 1 tokens.
+
+    Raises:
+        DataError: there is none.
+    """
+    found = np.flatnonzero(documents.counted_targets(ctx_len + 1))
+    if not len(found):
+        raise DataError(
+            f"{documents.source} holds nothing to evaluate with --ctx_len {ctx_len}: nothing that the loss is "
+            "taken on stands within so many tokens; use a larger --ctx_len."
+        )
+    return found
+
+
 def evaluation_batches(documents: Documents, *, ctx_len: int, batch_tokens: int) -> Iterator[EvaluationBatch]:
     """All documents once, the longest first, each cut to ctx_len + 1 tokens.
 
@@ -43,12 +58,7 @@ def evaluation_batches(documents: Documents, *, ctx_len: int, batch_tokens: int)
         DataError: no document has a target that counts before the cut.
     """
     limit = ctx_len + 1
-    visited = np.flatnonzero(documents.counted_targets(limit))
-    if not len(visited):
-        raise DataError(
-            f"{documents.source} holds nothing to evaluate with --ctx_len {ctx_len}: nothing that the loss is "
-            "taken on stands within so many tokens; use a larger --ctx_len."
-        )
+    visited = evaluable(documents, ctx_len)
     lengths = np.minimum(documents.sizes[visited], limit) - 1
     order = np.argsort(-lengths, kind="stable")
     start = 0

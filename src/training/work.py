@@ -12,6 +12,7 @@ from src.config import TrainConfig
 from src.config.recognition import recognise
 from src.config.templates import TEMPLATE_NAMES
 from src.data.documents import Documents
+from src.data.evaluation import evaluable
 from src.data.held_out import (
     overlap_statements,
     shared_documents,
@@ -153,6 +154,7 @@ def _text_split(
 
 
 def _text_measure(config: TrainConfig, held_out: Documents) -> Callable[[LanguageModel], HeldOut]:
+    evaluable(held_out, config.ctx_len)  # refused now, not when the model has been loaded
     return partial(held_out_loss, documents=held_out, ctx_len=config.ctx_len, chunk_tokens=config.chunk_ctx)
 
 

@@ -233,6 +233,16 @@ class TestRefusals:
             chosen = {**flags(places, "text", val_file=path), **given}
             assert f"{path} cannot be used" in refusal(try_train(tmp_path / "out", **chosen), tmp_path / "out")
 
+    def test_held_out_answers_beyond_a_row_are_found_before_the_model_is_read(
+        self, places: dict[str, Path], tmp_path: Path
+    ) -> None:
+        path = tmp_path / "held-out.jsonl"
+        path.write_text(json.dumps({"text": f"User: {'a' * 200}\n\nAssistant: b"}) + "\n", encoding="utf-8")
+        chosen = flags(places, "text", val_file=path, loss_mask="qa", ctx_len=40, peft="pissa", pissa_r=4)
+        ended = try_train(tmp_path / "out", **chosen)
+        assert "holds nothing to evaluate with --ctx_len 40" in refusal(ended, tmp_path / "out")
+        assert "hardware" not in ended.out
+
 
 def short_chats(folder: Path) -> list[list[int]]:
     """The end of each question and the beginning of its answer, as bytes of UTF-16."""
