@@ -12,6 +12,7 @@ import torch
 from emulator.kernels import emulated, has_compiler
 from factories import ARCHITECTURES, tiny_parameters, tiny_states
 from kept_tensors import kept_and_estimated
+from operators import poisoned_memory
 from recompute_cases import (
     CASES,
     Gradients,
@@ -163,25 +164,24 @@ def test_totals_that_wait_are_the_same_bits(
     trained = [*shape.part("time"), *shape.part("ln"), *shape.state_shapes()]
     options = LoadOptions(torch.device("cpu"), torch.bfloat16, trained=trained)
     found, launches = [], []
-    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
-    for waits in (True, False):
-        if not waits:
-            monkeypatch.setattr(recompute, "totals_together", lambda _: totals_together(False))
-        model = build_model({**tiny_parameters(shape, seed=1), **tiny_states(shape, seed=2)}, shape, options)
-        model.set_recomputation([mode] * shape.n_layer)
-        with every_kernel(), monkeypatch.context() as counting:
-            count = 0
-            launch = Kernel.__call__
+    with poisoned_memory():
+        for waits in (True, False):
+            if not waits:
+                monkeypatch.setattr(recompute, "totals_together", lambda _: totals_together(False))
+            model = build_model({**tiny_parameters(shape, seed=1), **tiny_states(shape, seed=2)}, shape, options)
+            model.set_recomputation([mode] * shape.n_layer)
+            with every_kernel(), monkeypatch.context() as counting:
+                count = 0
+                launch = Kernel.__call__
 
-            def counted(kernel: Kernel, *arguments: Any, launch: Any = launch) -> None:
-                nonlocal count
-                count += kernel is TOTALS
-                launch(kernel, *arguments)
+                def counted(kernel: Kernel, *arguments: Any, launch: Any = launch) -> None:
+                    nonlocal count
+                    count += kernel is TOTALS
+                    launch(kernel, *arguments)
 
-            counting.setattr(Kernel, "__call__", counted)
-            found.append(case(model))
-        launches.append(count)
-    torch.use_deterministic_algorithms(False)
+                counting.setattr(Kernel, "__call__", counted)
+                found.append(case(model))
+            launches.append(count)
     together, apart = found
     assert together.keys() == apart.keys()
     assert [name for name in apart if not torch.equal(together[name], apart[name])] == []

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from emulator.kernels import emulated, has_compiler
+from operators import poisoned_memory
 from torch import Tensor
 
 from src.ops import block_diagonal
@@ -57,10 +58,8 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(block_diagonal, "_have_kernels", lambda size: True)
     for name in ("add_block_products_torch", "add_block_products_gradients_torch"):
         monkeypatch.setattr(block_diagonal, name, None)
-    torch.use_deterministic_algorithms(True)  # fresh memory is NaN
-    with emulated():
+    with poisoned_memory(), emulated():
         yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.slow

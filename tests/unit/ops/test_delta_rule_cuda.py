@@ -23,6 +23,7 @@ from delta_rule_cases import (
     strided,
 )
 from emulator.kernels import emulated, has_compiler
+from operators import poisoned_memory
 from torch.utils.checkpoint import checkpoint
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not has_compiler(), reason="needs g++")]
@@ -34,10 +35,8 @@ CPU = "cpu"
 def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every tensor is said to be on a GPU. Fresh memory is NaN: a kernel that forgets an element fails loudly."""
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    torch.use_deterministic_algorithms(True)
-    with emulated():
+    with poisoned_memory(), emulated():
         yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -19,6 +19,7 @@ from delta_rule_whole_cases import (
     results_of,
 )
 from emulator.kernels import emulated, has_compiler
+from operators import poisoned_memory
 from tables import covering
 
 from src.ops import products
@@ -34,10 +35,8 @@ def on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     card = SimpleNamespace(multi_processor_count=2, shared_memory_per_block_optin=227 * 1024)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
-    torch.use_deterministic_algorithms(True)
-    with emulated():
+    with poisoned_memory(), emulated():
         yield
-    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize(

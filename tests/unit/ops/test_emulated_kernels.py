@@ -10,6 +10,7 @@ import pytest
 import torch
 from emulator.kernels import emulated, has_compiler
 from factories import tiny_parameters, tiny_shape, tiny_states
+from operators import poisoned_memory
 from recompute_cases import CASES, Gradients, model_of, shape_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -50,10 +51,8 @@ def emulator(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(block_diagonal, "_have_kernels", lambda size: True)
     monkeypatch.setattr(cast, "_have_kernel", lambda: True)
     monkeypatch.setattr(add_product, "_have", lambda rank: True)
-    torch.use_deterministic_algorithms(True)
-    with emulated():
+    with poisoned_memory(), emulated():
         yield
-    torch.use_deterministic_algorithms(False)
 
 
 def product_with_dtype(
