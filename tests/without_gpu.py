@@ -18,7 +18,6 @@ from torch import Tensor
 from src.model import language_model
 from src.ops import (
     adam,
-    add_product,
     block_diagonal,
     cast,
     delta_rule_cuda,
@@ -90,7 +89,6 @@ def forget_launches() -> None:
     """Kernels have been loaded nowhere."""
     for module in (
         adam,
-        add_product,
         block_diagonal,
         cast,
         delta_rule_cuda,

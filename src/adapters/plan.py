@@ -17,7 +17,7 @@ from src.adapters.lora import LoRA, fresh_factors, lora_weight, principal_factor
 from src.errors import ConfigError
 from src.model.language_model import LanguageModel
 from src.model.shape import LAYER_KEY, ModelShape, Shape
-from src.ops import add_product, block_diagonal
+from src.ops.block_diagonal import kernels_for
 from src.ops.cast import TO_BF16
 from src.ops.kernels import Kernel
 
@@ -82,11 +82,7 @@ class AdapterPlan:
 
     def kernels(self) -> tuple[Kernel, ...]:
         """CUDA kernels that a step in bf16 launches for them, to be compiled before it comes."""
-        kernels = TO_BF16, *add_product.kernels_for(self.r)
-        if self.kind != "bat":
-            return kernels
-        # Its sums of blocks may come in two parts.
-        return *kernels, *add_product.kernels_for(2 * self.r), *block_diagonal.kernels_for(self.r)
+        return TO_BF16, *(kernels_for(self.r) if self.kind == "bat" else ())
 
     def kept_values(self, shape: ModelShape) -> dict[str, int]:
         """Key of each matrix -> values per position that its adapter keeps between forward and backward."""

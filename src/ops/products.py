@@ -14,8 +14,6 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from src.ops.add_product import add_narrow_product
-
 
 def side_by_side(shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor]:
     """Empty tensors, in one piece of memory, one after the other, if their shapes are equal."""
@@ -78,9 +76,7 @@ def products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float = 1
 def add_products(sums: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
     """Adds left @ right to each of the sums [n, m], in place."""
     for part in _runs(sums, lefts, rights):
-        operands = _stack(sums[part]), _stack(lefts[part]), _stack(rights[part])
-        if not add_narrow_product(*operands):
-            _add_product(*operands)
+        _add_product(_stack(sums[part]), _stack(lefts[part]), _stack(rights[part]))
 
 
 def outer_sums(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Tensor]:

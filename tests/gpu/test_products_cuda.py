@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from src.ops.add_product import add_narrow_product
 from src.ops.products import add_products, outer_sums, products, side_by_side
 
 pytestmark = [
@@ -65,27 +64,3 @@ def test_they_are_those_of_each_pair(rows: int, rank: int, one_for_all: bool, sc
     graph.replay()
     for again, before in zip(recorded, (hidden, sums, outer), strict=True):
         assert error(again, before) < 3e-3
-
-
-@pytest.mark.parametrize("by_columns", [True, False])
-@pytest.mark.parametrize("rank", [16, 32, 64, 128])
-@pytest.mark.parametrize(("rows", "columns"), [(1, 8), (1024, 2560), (1000, 8960), (8192, 4096)])
-def test_a_narrow_product_is_added_by_its_kernel(rows: int, columns: int, rank: int, by_columns: bool) -> None:
-    """With sums in fp32 that are rounded once; recorded, too."""
-    generator = torch.Generator(DEVICE).manual_seed(1)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, device=DEVICE).bfloat16()
-
-    start, h, u = normal(2, rows, columns), normal(2, rows, rank), normal(2, columns, rank).transpose(1, 2)
-    u = u if by_columns else u.contiguous()
-    y = start.clone()
-    assert add_narrow_product(y, h, u)
-    exact = torch.baddbmm(start.float(), h.float(), u.float())
-    assert bool(((y.float() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-3).all())
-    again = start.clone()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        assert add_narrow_product(again, h, u)
-    graph.replay()
-    assert torch.equal(again, y)

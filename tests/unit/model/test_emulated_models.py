@@ -36,7 +36,6 @@ from src.model import language_model, recompute
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.ops import (
-    add_product,
     block_diagonal,
     cast,
     delta_rule,
@@ -121,7 +120,7 @@ def test_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(architecture: str
         assert not launched.isdisjoint(operator.KERNELS)
         ready = {*shape.kernels(trains_weights=True), *shape.kernels(trains_weights=False)}
         packing = () if quant_type is None else kernels_for(quant_type)
-        of_adapters = {*block_diagonal.KERNELS, *add_product.KERNELS.values(), cast.TO_BF16}
+        of_adapters = {*block_diagonal.KERNELS, cast.TO_BF16}
         assert launched <= {*ready, *packing, *of_adapters}, "compiled ahead"
         return errors_of_allowed(fused, rounded, exact)
 

@@ -12,7 +12,6 @@ import pytest
 
 from src.ops import (
     adam,
-    add_product,
     block_diagonal,
     cast,
     delta_rule_cuda,
@@ -26,7 +25,6 @@ from src.ops.kernels import Kernel
 
 KERNELS: dict[str, Sequence[Kernel]] = {
     "adam.cu": tuple(adam.KERNELS.values()),
-    "add_product.cu": tuple(add_product.KERNELS.values()),
     "block_diagonal.cu": block_diagonal.KERNELS,
     "cast.cu": (cast.TO_BF16,),
     "dequantize.cu": (*dequantize_cuda.KERNELS.values(), *dequantize_cuda.OF_SEVERAL.values()),
