@@ -5,6 +5,7 @@ print it without a traceback and exit with code 2 (`EXIT_CODE`). Mistakes of the
 programmer stay `assert`s and ordinary exceptions.
 """
 
+import importlib.util
 import sys
 from collections.abc import Callable
 from typing import NoReturn
@@ -35,11 +36,26 @@ class TrainingError(UserError):
 
 
 class KernelError(UserError):
-    """The CUDA operator could not be built or launched."""
+    """A CUDA operator, or what a library compiles at run time, could not be built or launched."""
 
 
 _REQUIRED = ("torch", "pytorch_lightning", "bitsandbytes", "pyrwkv_tokenizer", "numpy", "tqdm")
 """Packages of requirements.txt that no program here does without, by the names they are imported by."""
+
+
+def require_package(flags: str, name: str, instead: str) -> None:
+    """Refuses flags without a package that only they need, before anything else takes time.
+
+    Args:
+        flags: as they were given.
+        name: the package's, which is also that of its module.
+        instead: what works without it.
+
+    Raises:
+        ConfigError: saying what to install.
+    """
+    if importlib.util.find_spec(name) is None:
+        raise ConfigError(f"{flags} needs the package {name}, which is not installed: pip install {name}, or {instead}")
 
 
 def exit_on_user_error(main: Callable[[], int | None]) -> NoReturn:

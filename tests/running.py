@@ -28,6 +28,7 @@ from src.training import lightning
 lightning.ready()  # as the program imports it, which takes half the time
 
 from src.training import stopper as stopping  # noqa: E402
+from src.training.host_adam import missing_tools  # noqa: E402
 from src.training.objectives import Staged  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,6 +36,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 PICTURE = {"loss.png"} if importlib.util.find_spec("matplotlib") else set()
 """What a run leaves besides, but for `--plot 0`, which `train` gives: to draw takes as long as a short run."""
+
+
+OFFLOADS = pytest.mark.skipif(
+    bool(missing_tools()), reason=f"DeepSpeed's Adam for the host cannot be built: {' and '.join(missing_tools())}"
+)
+"""For what steps with `--strategy deepspeed_*_offload` on a GPU."""
 
 
 def left_by_run(*checkpoints: str) -> set[str]:

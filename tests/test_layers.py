@@ -92,7 +92,7 @@ ARCHITECTURE_KEY = re.compile(
 """How an architecture's own tensors are called; `time_state` is every architecture's."""
 ARCHITECTURES = ("src.model.rwkv6", "src.model.rwkv7")
 
-ENVIRONMENT_READERS = ("src.device", "src.startup", "src.system")
+ENVIRONMENT_READERS = ("src.device", "src.startup", "src.system", "src.training.host_adam")
 """Who may look at the environment: what launchers and compilers say of the place, never a setting."""
 
 

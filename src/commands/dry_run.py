@@ -29,6 +29,7 @@ from src.system import process_bytes
 from src.training.engine import Hardware, apply_hardware, resolve_hardware
 from src.training.estimate import Largest, MemoryEstimate, estimate_memory, largest_that_fit, positions_of
 from src.training.graphs import may_record, may_record_chunks
+from src.training.logs import require_loggers
 from src.training.memory import chunk_that_fits, require_memory_of_run
 from src.training.report import memory_advice, plan_of, say
 from src.training.run import (
@@ -101,6 +102,7 @@ def examine(config: TrainConfig) -> Examined:
         UserError: for everything the user can put right.
     """
     config = with_seed(config)
+    require_loggers(config)
     method, hardware = method_of(config), resolve_hardware(config)
     apply_hardware(hardware, config, small_messages=method.small)
     config = dataclasses.replace(config, strategy=hardware.strategy)

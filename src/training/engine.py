@@ -9,7 +9,7 @@ import torch
 
 from src.config import TrainConfig
 from src.device import Device, apply_device, launched_by, refuse_other_ranks, resolve_device, uses_gpu
-from src.errors import ConfigError
+from src.errors import ConfigError, require_package
 from src.training.optimizers import check_optimizer
 
 REPLICAS = "replicas"
@@ -72,6 +72,9 @@ def resolve_hardware(config: TrainConfig) -> Hardware:
             f"--fused_update 1 updates tensor by tensor, and DeepSpeed (--strategy {config.strategy}) all tensors as "
             "one: leave --strategy out, on any number of GPUs, or --fused_update"
         )
+    if on_gpu and config.has_engine:
+        asked = f"--strategy {config.strategy}" + ("" if config.uses_deepspeed else " on several GPUs")
+        require_package(asked, "deepspeed", "train on one GPU without --strategy")
     check_optimizer(config, on_gpu=on_gpu)
     chosen = resolve_device(config.accelerator, config.precision)
     several = processes > 1

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import http.client
-import importlib.util
 import json
 import math
 import sys
@@ -20,7 +19,7 @@ from typing import Any, Protocol
 from tqdm import tqdm
 
 from src.config import TrainConfig
-from src.errors import ConfigError, TrainingError
+from src.errors import TrainingError, require_package
 from src.training.console import warn
 from src.training.folder import SAMPLES, LineFile
 
@@ -363,17 +362,17 @@ class TensorBoardSink(Sink):
             self._warned = True
 
 
-def require_tensorboard(config: TrainConfig) -> None:
-    """Refuses `--tensorboard 1` without the package, before anything else takes time.
+def require_loggers(config: TrainConfig) -> None:
+    """Refuses a logger without its package, before anything else takes time.
 
     Raises:
         ConfigError: saying what to install.
     """
-    if config.tensorboard and importlib.util.find_spec("tensorboard") is None:
-        raise ConfigError(
-            "--tensorboard 1 needs the package tensorboard, which is not installed: pip install tensorboard, or leave "
-            "it out (metrics.jsonl and loss.png have the same numbers)"
-        )
+    same = "leave it out (metrics.jsonl and loss.png have the same numbers)"
+    if config.tensorboard:
+        require_package("--tensorboard 1", "tensorboard", same)
+    if config.wandb:
+        require_package(f"--wandb {config.wandb}", "wandb", same)
 
 
 class HttpSink(Sink):

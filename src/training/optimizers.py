@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from src.config import TrainConfig
 from src.errors import ConfigError
 from src.startup import uncompiled_imports
+from src.training.host_adam import make_host_adam, require_host_adam
 
 GRADIENT_CLIP = 1.0
 """Largest norm of a step's gradient."""
@@ -30,7 +31,7 @@ def check_optimizer(config: TrainConfig, *, on_gpu: bool) -> None:
     """Refuses what cannot work here.
 
     Raises:
-        ConfigError: the optimizer needs a GPU, or the engine brings another.
+        ConfigError: the optimizer needs a GPU, or the engine brings another, or that one cannot be built here.
     """
     if config.optim == "paged_adamw8bit" and not on_gpu:
         raise ConfigError(
@@ -42,6 +43,8 @@ def check_optimizer(config: TrainConfig, *, on_gpu: bool) -> None:
             f"--strategy {config.strategy} steps on the host with DeepSpeed's own Adam: use deepspeed_stage_2 with "
             f"--optim {config.optim}, or leave --optim out"
         )
+    if on_gpu and config.strategy.endswith("offload"):
+        require_host_adam(config.strategy)
 
 
 def can_be_resumed(config: TrainConfig, strategy: str) -> bool:
@@ -56,6 +59,9 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig, *, on_gpu:
         groups: see `module.parameter_groups`; all but `params` and `weight_decay` of it is the caller's.
         config: the flags.
         on_gpu: whether the parameters are on a GPU.
+
+    Raises:
+        KernelError: the engine's Adam for the host could not be built.
     """
     betas = (config.beta1, config.beta2)
     adam: dict[str, Any] = {"lr": config.lr_init, "betas": betas, "eps": config.adam_eps}
@@ -69,9 +75,7 @@ def make_optimizer(groups: list[dict[str, Any]], config: TrainConfig, *, on_gpu:
         return chosen(groups, **options)  # type: ignore[no-any-return]
     decoupled = config.optim == "adamw" or config.weight_decay > 0
     if config.strategy.endswith("offload") and on_gpu:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, **adam, adamw_mode=decoupled)  # type: ignore[no-any-return]
+        return make_host_adam(groups, config.strategy, **adam, adamw_mode=decoupled)
     return (torch.optim.AdamW if decoupled else torch.optim.Adam)(groups, **adam, fused=on_gpu)
 
 

@@ -41,7 +41,7 @@ from src.training.engine import Hardware, apply_hardware, resolve_hardware
 from src.training.evaluation import HeldOut, kept_held_out, restored_held_out
 from src.training.exits import unharmed_by_save_requests
 from src.training.folder import Places, clean, locked, new_run_id, refuse_results, spare_inputs
-from src.training.logs import require_tensorboard
+from src.training.logs import require_loggers
 from src.training.memory import (
     MemoryPlan,
     bytes_of_trained,
@@ -98,7 +98,7 @@ def train(config: TrainConfig) -> RunResult:
         _prove_room(folder)
         saved = saved_run(folder) if config.resume else None
         config = with_seed(config)
-        require_tensorboard(config)
+        require_loggers(config)
         hardware = resolve_hardware(config)
         # From here on the engine is the one that runs, not what was asked for: `auto` with several GPUs is DeepSpeed.
         config = dataclasses.replace(config, strategy=hardware.strategy)

@@ -17,6 +17,7 @@ import torch
 from binidx_files import write_binidx
 from factories import tiny_checkpoint, tiny_shape
 from running import (
+    OFFLOADS,
     ROOT,
     after_step,
     files_in,
@@ -52,6 +53,7 @@ pytestmark = [
 SIZES: dict[str, Any] = {"n_layer": 3, "n_embd": 128, "head_size": 64}
 SHAPE = tiny_shape(**SIZES)
 STRATEGIES = ("auto", "deepspeed_stage_1", "deepspeed_stage_2")
+OFFLOADING = pytest.param("deepspeed_stage_2_offload", marks=OFFLOADS)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +171,7 @@ def test_8_bits_are_enough_for_an_optimizers_states(
         assert packed == pytest.approx(exact, rel=2e-2)
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "deepspeed_stage_2_offload"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, OFFLOADING])
 def test_a_run_leaves_what_it_should(strategy: str, base: Path, data: Path, tmp_path: Path) -> None:
     ended = train(
         tmp_path, load_model=base, data_file=data, accelerator="gpu", quant=1, strategy=strategy, epoch_steps=3,
@@ -347,7 +349,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(strategy: str, base: Pa
     assert all(state.isfinite().all() for state in load_state(folder / "rwkv-last-good.pth", SHAPE).values())
 
 
-@pytest.mark.parametrize("strategy", [*STRATEGIES, "deepspeed_stage_2_offload"])
+@pytest.mark.parametrize("strategy", [*STRATEGIES, OFFLOADING])
 def test_a_gradient_that_is_not_finite_stops_before_the_step(
     strategy: str, base: Path, data: Path, tmp_path: Path
 ) -> None:
@@ -372,7 +374,7 @@ RESUMED: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.mark.parametrize("kind", RESUMED)
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=OFFLOADS) if k == "offload" else k for k in RESUMED])
 def test_a_resumed_run_ends_like_a_whole_one(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
     flags = {
         "load_model": base, "data_file": data, "accelerator": "gpu", "epoch_steps": 4, "epoch_count": 3,

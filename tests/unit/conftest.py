@@ -1,5 +1,7 @@
 """Imagined machines."""
 
+import importlib.util
+
 import pytest
 import torch
 
@@ -25,7 +27,10 @@ def allocator_settings(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def two_gpus(monkeypatch: pytest.MonkeyPatch, allocator_settings: list[str]) -> None:
-    """A machine with two GPUs of compute capability 9.0."""
+    """A machine with two GPUs of compute capability 9.0, DeepSpeed, and all that its Adam for the host takes."""
+    installed = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "deepspeed" or installed(name))
+    monkeypatch.setattr("src.training.optimizers.require_host_adam", lambda strategy: None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))

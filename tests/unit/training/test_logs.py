@@ -26,7 +26,7 @@ from src.training.logs import (
     StepLog,
     TensorBoardSink,
     WandbSink,
-    require_tensorboard,
+    require_loggers,
 )
 
 
@@ -288,9 +288,11 @@ class TestTensorBoard:
 
     def test_without_the_package_the_run_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-        require_tensorboard(config())
+        require_loggers(config())
         with pytest.raises(ConfigError, match="pip install tensorboard"):
-            require_tensorboard(config(tensorboard=1))
+            require_loggers(config(tensorboard=1))
+        with pytest.raises(ConfigError, match=r"--wandb mine needs the package wandb, .* pip install wandb, or leave"):
+            require_loggers(config(wandb="mine"))
 
 
 class TestHttp:

@@ -1,0 +1,107 @@
+"""DeepSpeed's Adam for the host, with which `--strategy deepspeed_*_offload` steps, and what building it takes.
+
+DeepSpeed 0.19.8 compiles it at its first use, for this machine's CPU, through torch's `cpp_extension`: that takes ninja
+on PATH, also when nothing is left to compile, a C++ compiler and Python's headers, but neither nvcc nor CUDA_HOME. Only
+where DeepSpeed was installed with DS_BUILD_CPU_ADAM=1 is it there already. Nothing else that flags ask for is compiled
+by a compiler of the host.
+"""
+
+from __future__ import annotations
+
+import os
+import runpy
+import shlex
+import shutil
+import sysconfig
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from src.device import global_rank
+from src.errors import ConfigError, KernelError
+from src.training.console import tell
+
+_NAME = "cpu_adam"
+"""DeepSpeed's for it."""
+
+
+def missing_tools() -> list[str]:
+    """What building it would take and is not there, in words; empty where it is built."""
+    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
+    headers = Path(sysconfig.get_path("include")) / "Python.h"
+    missing = []
+    if shutil.which(compiler[0]) is None:
+        missing.append(f"no C++ compiler ({compiler[0]})")
+    if shutil.which("ninja") is None:
+        missing.append("no ninja on PATH")
+    if not headers.is_file():
+        missing.append(f"no {headers}")
+    return [] if not missing or _came_built() else missing
+
+
+def require_host_adam(strategy: str) -> None:
+    """Refuses a strategy that offloads where its Adam cannot be built.
+
+    Raises:
+        ConfigError: naming what is missing.
+    """
+    if missing := missing_tools():
+        raise ConfigError(
+            f"--strategy {strategy} steps on the host with an Adam that DeepSpeed compiles when it is first used, and "
+            f"here is {' and '.join(missing)}: install g++, ninja and Python's headers (apt install g++ ninja-build "
+            f"python3-dev), or {_without(strategy)}"
+        )
+
+
+def make_host_adam(groups: list[dict[str, Any]], strategy: str, **options: Any) -> torch.optim.Optimizer:
+    """That Adam, built if it is not yet.
+
+    Args:
+        groups: of parameters.
+        strategy: what asks for it.
+        options: of `deepspeed.ops.adam.DeepSpeedCPUAdam`.
+
+    Raises:
+        KernelError: with what the compiler said last.
+    """
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+    from torch.utils.cpp_extension import get_default_build_root
+
+    kept = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
+    if global_rank() == 0 and not (_came_built() or any(kept.glob(f"**/{_NAME}/{_NAME}.so"))):
+        tell("note: DeepSpeed compiles its Adam for the host: one or two minutes, this time only")
+    try:
+        return DeepSpeedCPUAdam(groups, **options)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raise KernelError(
+            f"DeepSpeed could not build its Adam for the host, with which --strategy {strategy} steps "
+            f"({_reason(str(error.__cause__ or error))}): see that g++ can compile C++20 and {kept} can be written to, "
+            f"or {_without(strategy)}"
+        ) from error
+
+
+def _without(strategy: str) -> str:
+    return (
+        f"use {strategy.removesuffix('_offload')}, with --optim paged_adamw8bit where its moments do not fit into the "
+        "GPU's memory"
+    )
+
+
+def _reason(said: str) -> str:
+    """The last line of a failed build that says why: ninja's own, which closes it, only says that it failed."""
+    lines = [line.strip() for line in said.splitlines() if line.strip()]
+    telling = [line for line in lines if not line.startswith("ninja: build stopped")] or lines
+    errors = [line for line in telling if "error:" in line]
+    return (errors or telling or ["it does not say why"])[-1]
+
+
+def _came_built() -> bool:
+    """Whether DeepSpeed was installed with it, for machines with GPUs. Read without the import, which takes seconds."""
+    found = find_spec("deepspeed")
+    if found is None or not found.origin:
+        return False
+    record = Path(found.origin).with_name("git_version_info_installed.py")
+    said = runpy.run_path(str(record)) if record.is_file() else {}
+    return said.get("accelerator_name") == "cuda" and bool(said.get("installed_ops", {}).get(_NAME))
