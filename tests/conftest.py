@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import functools
 import gc
 import os
 import sys
@@ -23,6 +24,23 @@ def pytest_collection_finish() -> None:
     """Modules and tests stay to the end: nobody looks for garbage among these million objects, again and again."""
     gc.collect()
     gc.freeze()
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before a process's first test on a GPU autograd's thread gets its CUDA context, from its first kernel.
+
+    A product that came before it would warn. In a run none does: the first node of its backward multiplies the loss.
+    """
+    if item.get_closest_marker("gpu"):
+        _give_autograd_a_context()
+
+
+@functools.cache
+def _give_autograd_a_context() -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        torch.ones((), device="cuda", requires_grad=True).mul(2).backward()
 
 
 @pytest.fixture(scope="module", params=["x060", pytest.param("x070", marks=pytest.mark.slow)])

@@ -48,12 +48,6 @@ def kernels_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(elementwise, f"{name}_torch", None, raising=False)
 
 
-@pytest.fixture(autouse=True)
-def autograd_has_a_context() -> None:
-    """Autograd's thread gets its CUDA context from its first kernel; a product that comes before it warns."""
-    torch.ones(1, device="cuda", requires_grad=True).mul(2).backward()
-
-
 DEFINITIONS = {
     name: getattr(elementwise, f"{name}_torch")
     for name in (
