@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from src.config.recognition import files_of, recognise
+from src.data.sources import open_documents
 from src.errors import DataError
 from src.model.language_model import LanguageModel
 from src.model.shape import ModelShape
-from src.tokenizer import tokenizer_for_vocabulary
+from src.tokenizer import END_OF_DOCUMENT
 
 COMPARED_TOKENS = 256
 
@@ -28,22 +30,27 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def compared_tokens(text_file: str) -> Callable[[ModelShape], Tensor]:
-    """From the model's sizes to int64 [T]: the text's first tokens, or random ones.
+def compared_tokens(data_file: str, shape: ModelShape) -> Tensor:
+    """int64 [T], `COMPARED_TOKENS` at most.
+
+    Args:
+        data_file: a text, or data of another kind that training takes; of documents one after the other, each with its
+            end, as training reads them. "": random tokens.
+        shape: of the model that is to read them.
 
     Raises:
-        DataError: the file cannot be read, or is empty.
+        DataError: the file cannot be read, or as nothing this model reads, or is empty.
     """
-    if not text_file:
-        return lambda shape: torch.randint(
-            shape.vocab_size, (COMPARED_TOKENS,), generator=torch.Generator().manual_seed(0)
-        )
-    try:
-        text = Path(text_file).read_text(encoding="utf-8")
-    except OSError as error:
-        raise DataError(f"--verify_text {text_file} cannot be read: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"--verify_text {text_file} is no UTF-8 text: convert it") from error
-    if not text:
-        raise DataError(f"--verify_text {text_file} is empty: name another text")
-    return lambda shape: torch.tensor(tokenizer_for_vocabulary(shape.vocab_size).encode(text)[:COMPARED_TOKENS])
+    if not data_file:
+        return torch.randint(shape.vocab_size, (COMPARED_TOKENS,), generator=torch.Generator().manual_seed(0))
+    for file in files_of(data_file):
+        if not (os.path.exists(file) or os.path.exists(f"{file}.idx")):
+            raise DataError(f"--verify_text {file} does not exist: name a text, or data as --data_file takes them")
+    found = recognise(data_file)
+    if found.problem:
+        said, undecided, _ = found.problem.partition(": say with --data_type")  # which only training has
+        raise DataError(f"--verify_text {data_file} {said}{': name another text' if undecided else ''}")
+    enough = slice(COMPARED_TOKENS)  # entries: each has a token, and its end
+    documents = open_documents(found.data_type, data_file, shape.vocab_size, ctx_len=COMPARED_TOKENS, part=enough)
+    tokens = torch.from_numpy(np.asarray(documents.stream[:COMPARED_TOKENS], dtype=np.int64))
+    return tokens[:-1] if tokens[-1] == END_OF_DOCUMENT else tokens  # which nothing follows

@@ -40,13 +40,14 @@ def run(config: MergeConfig) -> int:
             print(f"{subject:<8} {said}")
         return 0
     device = _device(config.device)
-    tokens = compared_tokens(config.verify_text) if config.verify else None
+    base = open_checkpoint(config.base_model).info.shape if config.verify else None
+    tokens = None if base is None else compared_tokens(config.verify_text, base)
     quant = config.quant or "none"
     report = merge(config.base_model, config.file, config.output, told, quant=quant, device=device)
     for line in [*_report(report, config, quant), *(f"note     {line}" for line in config.notes())]:
         print(line)
     if tokens is not None:
-        _verify(report, Path(config.output), quant, device, tokens(report.shape))
+        _verify(report, Path(config.output), quant, device, tokens)
     return 0
 
 

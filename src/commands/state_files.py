@@ -179,9 +179,9 @@ def diff(config: DiffConfig) -> Iterator[str]:
 
 def verify(config: VerifyConfig) -> Iterator[str]:
     """Whether a file fits a model, and what it changes there."""
-    tokens_of = compared_tokens(config.verify_text)
     base = open_checkpoint(config.base)
     shape = base.info.shape
+    tokens = compared_tokens(config.verify_text, shape)
     trained = read_trained(config.file, shape, Told.by(config))
     yield f"fits       {config.base}: {_held(trained)}"
     yield from _same_base(config, trained)
@@ -190,7 +190,6 @@ def verify(config: VerifyConfig) -> Iterator[str]:
     chosen = resolve_device(config.accelerator, config.precision)
     apply_device(chosen)
     quant = None if config.quant == "none" else config.quant
-    tokens = tokens_of(shape)
     with without_memory(lambda: "no memory left for the model: use --quant nf4, or --accelerator cpu"):
         tuned = Tuned(base, trained, LoadOptions(chosen.device, chosen.compute_dtype, quant))
         found = logits_on(tuned.model, tokens)

@@ -46,7 +46,7 @@ class _Work(Flags, group="work"):
     device: str = flag("auto", "where matrices are computed: auto takes a GPU if there is one", ("auto", "cpu", "cuda"))
     verify: int = flag(0, "1 compares logits of base + adapter and merged model, in fp32", (0, 1))
     verify_text: str = flag(
-        "", "file of text to compare on, instead of random tokens", only_with=("verify", 1), path=INPUT
+        "", "text or data file to compare on, instead of random tokens", only_with=("verify", 1), path=INPUT
     )
 
 

@@ -126,7 +126,7 @@ class _VerifyFiles(StateFlags, group="files"):
 
     file: str = flag("", "FILE: a state or an adapter", path=INPUT)
     base: str = flag("", "BASE: the model (.pth) it was trained on", path=INPUT)
-    verify_text: str = flag("", "file of text to compare on, instead of random tokens", path=INPUT)
+    verify_text: str = flag("", "text or data file to compare on, instead of random tokens", path=INPUT)
 
 
 @dataclass(frozen=True)

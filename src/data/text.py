@@ -161,6 +161,7 @@ class Conversations:
         self.findings = Findings()
         self.units: list[str] = []
         self._template, self._fields, self._part = template, fields, part
+        self._are_there = False
         self._digests = array("Q")
         self._files, self._numbers = array("q"), array("q")
 
@@ -190,7 +191,7 @@ class Conversations:
                 if not bad:
                     yield file, number, parts
         bad.refuse()
-        if self._part != slice(None) and not (self.findings.forms or self.findings.left_out):
+        if self._are_there and self._part != slice(None) and not (self.findings.forms or self.findings.left_out):
             raise DataError(
                 f"{', '.join(self.paths[:3])}: --sft_split takes none of the entries; leave it out, or take more."
             )
@@ -211,6 +212,7 @@ class Conversations:
             entries = Entries(path)
             self.units.append(entries.unit)
             for number, content in entries:
+                self._are_there = True
                 yield file, number, content
 
     def _parts(self, entry: dict[str, object]) -> list[Part]:

@@ -196,6 +196,9 @@ def test_a_text_to_compare_on(folder: Path, tmp_path: Path) -> None:
     paths = folder / "base.pth", folder / "bone" / "rwkv-final.pth", tmp_path / "other.pth"
     empty = run_script("merge_state.py", *paths, **flags)
     assert (empty.code, (tmp_path / "other.pth").exists()) == (2, False)
+    (tmp_path / "text").write_text('{"prompt": "a", "response": "b"}\n')
+    ended = merged(folder, "bone", tmp_path / "third.pth", **flags)
+    assert f"logits of {len('User: a__Assistant: b__')} tokens" in ended.out
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
