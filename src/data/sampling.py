@@ -27,12 +27,11 @@ from src.data.mixing import MixedIn, draws_of
 from src.data.packing import RowPlan, rows_in_order
 from src.data.passes import PassDataset, listed, shuffled_batches
 from src.data.rounding import Rounding, ceil_div
+from src.data.unseen import Unseen, unseen_of
 from src.errors import ConfigError, DataError
 
 _WINDOW_STREAM = 0x6765_7400  # keeps `get`'s random numbers apart from those of the passes
 _WINDOW_ATTEMPTS = 1000
-_MUCH = 0.1
-"""A share of the data that is lost unless something is changed."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +41,10 @@ class SamplingPlan:
     Attributes:
         mode: get, pad, only or pack.
         documents: that are visited.
-        tokens: of the source, everything included.
+        tokens: of the source, everything included; of the documents of a pass where further data are mixed in.
         counted_targets_per_pass: targets of one pass that the loss is taken on (with `get`: of the stream).
         targets_per_pass: all of them.
-        cut_documents: documents longer than ctx_len + 1 tokens.
-        lost_tokens: their tokens beyond it, never seen (0 with `get`).
-        unanswered_documents: left out, because what the loss is taken on begins behind their first ctx_len + 1 tokens.
+        unseen: what no row shows; None with `get`, whose windows begin anywhere.
         padding_share: of the positions of one pass, those that are padding: 0 to 1.
         mixed_in: of further data: source, documents of a pass, documents there are, and targets of the first pass.
     """
@@ -57,9 +54,7 @@ class SamplingPlan:
     tokens: int
     counted_targets_per_pass: int
     targets_per_pass: int
-    cut_documents: int
-    lost_tokens: int
-    unanswered_documents: int
+    unseen: Unseen | None
     padding_share: float
     mixed_in: tuple[tuple[str, int, int, int], ...] = ()
 
@@ -71,20 +66,8 @@ class SamplingPlan:
             "comes twice."
             for source, drawn, there, targets in self.mixed_in
         ]
-        if self.cut_documents:
-            much = "warning: " if self.lost_tokens >= _MUCH * self.tokens else ""
-            said.append(
-                f"{much}{self.cut_documents:,} of {self.documents:,} documents are longer than a row and are cut: "
-                f"{self.lost_tokens:,} of {self.tokens:,} tokens ({self.lost_tokens / self.tokens:.1%}) are "
-                "never seen; a larger --ctx_len keeps more."
-            )
-        if self.unanswered_documents:
-            of_all = self.documents + self.unanswered_documents
-            much = "warning: " if self.unanswered_documents >= _MUCH * of_all else ""
-            said.append(
-                f"{much}{self.unanswered_documents:,} documents left out: nothing that the loss is taken on stands "
-                "within a row; a larger --ctx_len keeps them."
-            )
+        if self.unseen is not None:
+            said += self.unseen.statements()
         if self.padding_share >= 0.2:
             said.append(f"{self.padding_share:.0%} of the positions are padding; --dataload pack has none.")
         return tuple(said)
@@ -300,9 +283,6 @@ class BatchDataset(PassDataset[Batch]):
     def _make_plan(self) -> SamplingPlan:
         documents = self.documents
         windows = self.mode == "get"
-        sizes = documents.sizes[self._visited]
-        lost = np.maximum(sizes - self._row_tokens, 0)
-        answered = documents.counted_targets(int(documents.sizes.max())) > 0
         counted_targets = int(self._counted[self._visited].sum())
         if windows:
             mask = documents.stream_counted
@@ -310,16 +290,14 @@ class BatchDataset(PassDataset[Batch]):
         return SamplingPlan(
             mode=self.mode,
             documents=len(documents) if windows else len(self._visited),
-            tokens=int(sizes.sum()) if self._draws else documents.total_tokens,
+            tokens=int(documents.sizes[self._visited].sum()) if self._draws else documents.total_tokens,
             counted_targets_per_pass=counted_targets,
             targets_per_pass=documents.total_tokens if windows else int(self._lengths.sum()),
-            cut_documents=0 if windows else int((lost > 0).sum()),
-            lost_tokens=0 if windows else int(lost.sum()),
+            unseen=None if windows else unseen_of(documents, self._visited, self._row_tokens, drawn=bool(self._draws)),
             mixed_in=tuple(
                 (mix.source, len(drawn := draws.of_pass(0)), len(draws.indices), int(self._lengths_of(drawn).sum()))
                 for mix, draws in zip(self._mixes, self._draws, strict=True)
             ),
-            unanswered_documents=0 if windows else int((answered & (self._counted == 0)).sum()),
             padding_share=self._padding_share(),
         )
 

@@ -28,6 +28,7 @@ from src.data.preferences import PreferencePair
 from src.data.rounding import ceil_div
 from src.data.sampling import BatchDataset
 from src.data.sources import open_documents, template_of
+from src.data.unseen import unseen_of
 from src.device import global_rank
 from src.errors import DataError
 from src.model.language_model import LanguageModel
@@ -160,13 +161,15 @@ def _text_measure(config: TrainConfig, held_out: Documents) -> Callable[[Languag
 
 def _text_held_out_lines(config: TrainConfig, held_out: Documents, training: Documents | None) -> list[str]:
     amount = f"{several(len(held_out), 'document')}, {several(held_out.total_tokens, 'token')}"
+    unseen = unseen_of(held_out, evaluable(held_out, config.ctx_len), config.ctx_len + 1).statements("not evaluated")
     if config.val_share:
-        return [f"held out   {_held_out_share(config)}: {amount}, not trained on"]
-    said = held_out.statements
+        source, said = f"{_held_out_share(config)}: {amount}, not trained on", unseen
+        return [f"held out   {source}", *(f"           {statement}" for statement in said)]
+    said = [*held_out.statements, *unseen]
     if training is not None:
         shared = shared_documents(held_out, training)
         where = f"in --data_file {config.data_file}"
-        said = (*said, *overlap_statements(shared, len(held_out), plural_of(held_out.unit), where))
+        said += overlap_statements(shared, len(held_out), plural_of(held_out.unit), where)
     return [f"held out   {config.val_file}: {amount}", *(f"           {statement}" for statement in said)]
 
 

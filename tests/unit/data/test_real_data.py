@@ -56,7 +56,7 @@ def test_json_lines():
 def test_what_the_plan_says_of_pad_and_pack():
     documents = opened("binidx", "default_text_document", 65536)
     pad, pack = (BatchDataset(documents, mode=mode, ctx_len=1024, micro_bsz=4, seed=42) for mode in ("pad", "pack"))
-    assert (pad.plan.cut_documents, pad.plan.lost_tokens) == (5, 25557)
+    assert (pad.plan.unseen.cut_documents, pad.plan.unseen.cut_tokens) == (5, 25557)
     assert pad.plan.counted_targets_per_pass == pack.plan.counted_targets_per_pass == 39582 - 25557 - 33
     assert (pad.batches_per_pass, pack.batches_per_pass) == (9, 4)
     assert 0.3 < pad.plan.padding_share < 0.7

@@ -105,8 +105,9 @@ class TestContents:
         documents = made([1, 2, 3, 4], [5, 6, 7], counted=[[0, 0, 0, 1], [0, 0, 1]])
         data = dataset(documents, "pad", 2)
         assert [batch.sample_indices for batch in one_pass(data)] == [(1,)]
-        assert data.plan.unanswered_documents == 1
-        assert "1 documents left out" in data.plan.statements()[0]
+        (said,) = data.plan.statements()
+        assert said.startswith("warning: 1 document left out")
+        assert "4 of 7 tokens (57.1%) are never seen; a larger --ctx_len keeps them." in said
 
 
 @pytest.mark.parametrize("mode", ["pad", "only", "pack"])
@@ -264,7 +265,7 @@ class TestRefusals:
 class TestPlan:
     def test_cut_documents_and_padding(self):
         plan = dataset(numbered([4, 6, 11, 13]), "pad", 9, micro_bsz=4).plan
-        assert (plan.documents, plan.tokens, plan.cut_documents, plan.lost_tokens) == (4, 34, 2, 4)
+        assert (plan.documents, plan.tokens, plan.unseen.cut_documents, plan.unseen.cut_tokens) == (4, 34, 2, 4)
         assert plan.counted_targets_per_pass == 3 + 5 + 9 + 9
         assert plan.padding_share == pytest.approx(1 - 26 / 36)
         cut, padding = plan.statements()
