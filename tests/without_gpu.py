@@ -7,27 +7,18 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
 import torch
+from kernel_families import FAMILIES
 from torch import Tensor
 
 from src.model import language_model
-from src.ops import (
-    adam,
-    block_diagonal,
-    cast,
-    delta_rule_cuda,
-    dequantize_cuda,
-    elementwise,
-    elementwise_cuda,
-    kernels,
-    wkv6_cuda,
-    wkv7_cuda,
-)
+from src.ops import elementwise, elementwise_cuda, kernels, wkv6_cuda
 from src.ops.kernels import Kernel
 from src.ops.nvrtc import Compiled
 
@@ -87,18 +78,5 @@ def issued(launch: Callable[..., int] | None = None) -> Iterator[None]:
 
 def forget_launches() -> None:
     """Kernels have been loaded nowhere."""
-    for module in (
-        adam,
-        block_diagonal,
-        cast,
-        delta_rule_cuda,
-        dequantize_cuda,
-        elementwise_cuda,
-        wkv6_cuda,
-        wkv7_cuda,
-    ):
-        for value in vars(module).values():
-            members = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else [value]
-            for kernel in members:
-                if isinstance(kernel, Kernel):
-                    kernel._loaded.pop(_NO_GPU, None)
+    for kernel in itertools.chain(*FAMILIES.values()):
+        kernel._loaded.pop(_NO_GPU, None)
