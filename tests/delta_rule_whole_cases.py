@@ -17,10 +17,7 @@ from src.ops.small_maps import Maps
 from src.ops.wkv7_cuda import one_part, two_parts, wkv7_branching_cuda, wkv7_cuda
 
 EPS = 64e-5
-NAMES = (
-    *("r", "w_raw", "k", "rate", "v", "first", "amount", "gate"),
-    *("key_scale", "rate_scale", "bonus", "weight", "bias", "state"),
-)
+NAMES = delta_rule_whole.Inputs._fields
 EXACT = ("w_raw", "gate", "bonus", "weight", "bias", "state")
 """Whose gradients no sum comes before that is rounded once here and twice in the parts."""
 BOUND_OF_SUMS = 6e-3
@@ -106,7 +103,7 @@ def joined(case: dict[str, Any], device: str) -> Callable[..., tuple[Tensor, Ten
         assert roots is not None
         borders = _borders(roots, device), _borders(children, device)
         pieces = two_parts(tokens, *borders, torch.tensor(case["parents"], device=device), sum(roots))
-    return lambda *tensors: delta_rule_whole.whole(*tensors, EPS, pieces)
+    return lambda *tensors: delta_rule_whole.whole(delta_rule_whole.Inputs(*tensors), EPS, pieces)
 
 
 def results_of(

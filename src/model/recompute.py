@@ -150,7 +150,8 @@ class _Again(Node):
             outputs, gradients = zip(*asked, strict=True)
             before, _second_pass.running = _second_pass.running, True
             try:
-                with totals_together(ctx.can_wait and not torch.is_anomaly_enabled()):
+                looked_at = torch.is_anomaly_enabled() or any(tensor._backward_hooks for tensor in wanted)
+                with totals_together(ctx.can_wait and not looked_at):
                     found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
             finally:
                 _second_pass.running = before

@@ -487,7 +487,8 @@ class TimeMix(TimeMixer):
         state = parts["time_state"] if start is None else start
         if delta_rule_whole.can_take(r, self.head_size) and (pieces := _pieces(layout, r.shape[1])):
             made = (r, w_raw, k, rate, own, handed, amount, gate)
-            gated, final = delta_rule_whole.whole(*made, *scales, *readout, state, norm.eps, pieces)
+            given = delta_rule_whole.Inputs(*made, *scales, *readout, state)
+            gated, final = delta_rule_whole.whole(given, norm.eps, pieces)
             return gated, final, own if self.hands_on else None
         heads = (*r.shape[:2], self.head_count, self.head_size)
         v = own if handed is None or amount is None else value_residual(own, handed, amount)

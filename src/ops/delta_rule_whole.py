@@ -11,7 +11,7 @@ Shape legend: B batch, T tokens, H heads, N head size, A = H * N attention chann
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,6 @@ from src.ops.products import side_by_side
 from src.ops.rows import kept_parameter, prepared, records, saved_parameter
 from src.ops.wkv7_cuda import CUDA_HEAD_SIZE, Part, check_rows, kernel_is_available, prepared_tokens, walk, walk_back
 
-_PARAMETERS = {"key_scale": 8, "rate_scale": 9, "bonus": 10, "weight": 11, "bias": 12}
-
 
 def can_take(r: Tensor, head_size: int) -> bool:
     """Whether `whole` works on tensors like r [B, T, A]."""
@@ -32,66 +30,64 @@ def can_take(r: Tensor, head_size: int) -> bool:
     return kernel_is_available(r.device) and delta_rule_cuda.can_take(r.view(*r.shape[:2], -1, head_size))
 
 
-def whole(
-    r: Tensor,
-    w_raw: Tensor,
-    k: Tensor,
-    rate: Tensor,
-    v: Tensor,
-    first: Tensor | None,
-    amount: Tensor | None,
-    gate: Tensor,
-    key_scale: Tensor,
-    rate_scale: Tensor,
-    bonus: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    state: Tensor,
-    eps: float,
-    parts: Sequence[Part],
-) -> tuple[Tensor, Tensor]:
-    """From what the matrices and small products make of a layer's input to what the last matrix is applied to.
+class Inputs(NamedTuple):
+    """What the matrices and small products make of a layer's input, its own parameters, and the start.
 
-    Args:
+    Attributes:
         r, w_raw, k, rate, v, gate: [B, T, A], bf16.
         first, amount: as v, see `delta_rule.value_residual`; None in the first layer.
         key_scale, rate_scale: see `delta_rule.removal_and_replacement`.
-        bonus, weight, bias, eps: see `delta_rule.group_norm_bonus_gate`; bonus is [H, N].
-        state: start, fp32 [H, N, N] or one for each sequence.
+        bonus, weight, bias: see `delta_rule.group_norm_bonus_gate`; bonus is [H, N].
+        state: fp32 [H, N, N] or one for each sequence.
+    """
+
+    r: Tensor
+    w_raw: Tensor
+    k: Tensor
+    rate: Tensor
+    v: Tensor
+    first: Tensor | None
+    amount: Tensor | None
+    gate: Tensor
+    key_scale: Tensor
+    rate_scale: Tensor
+    bonus: Tensor
+    weight: Tensor
+    bias: Tensor
+    state: Tensor
+
+
+_TOKENS = Inputs._fields.index("gate") + 1
+"""The first ones of them, rows of bf16."""
+_PARAMETERS = {name: place for place, name in enumerate(Inputs._fields) if _TOKENS <= place < len(Inputs._fields) - 1}
+
+
+def whole(inputs: Inputs, eps: float, parts: Sequence[Part]) -> tuple[Tensor, Tensor]:
+    """From what stands before a layer's recurrence to what its last matrix is applied to.
+
+    Args:
+        inputs: what it works on.
+        eps: see `delta_rule.group_norm_bonus_gate`.
         parts: of `wkv7_cuda.one_part` or `two_parts`.
 
     Returns:
         (the gated readout [B, T, A], final states of the first part's sequences fp32 [S, H, N, N]).
+
+    Raises:
+        RuntimeError: something is not as `Inputs` has it; the message names it.
     """
-    tensors = (r, w_raw, k, rate, v, first, amount, gate, key_scale, rate_scale, bonus, weight, bias, state)
-    if records(*tensors):
-        gated, final = _Whole.apply(*tensors, eps, parts)
+    if records(*inputs):
+        gated, final = _Whole.apply(*inputs, eps, parts)
         return gated, final
-    gated, final, *_ = _run(*tensors, eps, parts, keeps=False)
+    gated, final, *_ = _run(inputs, eps, parts, keeps=False)
     return gated, final
 
 
 def _run(
-    r: Tensor,
-    w_raw: Tensor,
-    k: Tensor,
-    rate: Tensor,
-    v: Tensor,
-    first: Tensor | None,
-    amount: Tensor | None,
-    gate: Tensor,
-    key_scale: Tensor,
-    rate_scale: Tensor,
-    bonus: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    state: Tensor,
-    eps: float,
-    parts: Sequence[Part],
-    *,
-    keeps: bool,
+    inputs: Inputs, eps: float, parts: Sequence[Part], *, keeps: bool
 ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], list[Tensor]]:
     """(readout, final states, what is made on the way, what the recurrence keeps)."""
+    r, w_raw, k, rate, v, first, amount, gate, key_scale, rate_scale, bonus, weight, bias, state = inputs
     heads = (*r.shape[:2], *bonus.shape)
     residual = () if first is None or amount is None else (first.view(heads), amount.view(heads))
     scales = key_scale, rate_scale
@@ -108,14 +104,14 @@ class _Whole(Node):
     @staticmethod
     def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor]:
         *tensors, eps, parts = arguments
-        names = ("r", "w_raw", "k", "rate", "v", "first", "amount", "gate")
-        inputs = [None if x is None else prepared(x, name) for x, name in zip(tensors[:8], names, strict=True)]
-        r, w_raw, k, rate, _, first, amount, gate = inputs
-        need = ctx.needs_input_grad[:14]
+        named = zip(Inputs._fields, tensors[:_TOKENS], strict=False)
+        rows: list[Any] = [None if x is None else prepared(x, name) for name, x in named]
+        inputs = Inputs(*rows, *tensors[_TOKENS:])
+        r, w_raw, k, rate, _, first, amount, gate, *_ = inputs
+        need = ctx.needs_input_grad
         of_keys, of_values = any((*need[2:4], *need[8:10])), any(need[4:7])
         of_tokens = any(need[:2]) or of_keys or of_values
-        given: list[Any] = [*inputs, *tensors[8:], eps, parts]
-        gated, final, made, kept = _run(*given, keeps=of_tokens)
+        gated, final, made, kept = _run(inputs, eps, parts, keeps=of_tokens)
         replacement, removal, written, values, y = made
         if not (of_tokens or any(need[7:13])):  # the state's gradient alone needs neither keys nor values
             replacement = values = None  # type: ignore[assignment]
@@ -127,7 +123,7 @@ class _Whole(Node):
             *(saved_parameter(ctx, name, tensors[place], place) for name, place in _PARAMETERS.items()),
             *kept,
         )
-        ctx.eps, ctx.parts, ctx.state_is_shared = eps, parts, tensors[13].dim() == 3
+        ctx.eps, ctx.parts, ctx.state_is_shared = eps, parts, inputs.state.dim() == 3
         ctx.shapes = [tensors[place].shape for place in _PARAMETERS.values()]
         return gated, final
 
@@ -137,7 +133,7 @@ class _Whole(Node):
         r, w_raw, gate, y, replacement, values, removal, written, k, rate, first, amount, *more = ctx.saved_tensors
         parameters = [kept_parameter(ctx, name, saved) for name, saved in zip(_PARAMETERS, more, strict=False)]
         kept = more[len(_PARAMETERS) :]
-        of_r, of_w, of_k, of_rate, of_v, of_first, of_amount, of_gate, *rest = ctx.needs_input_grad[:14]
+        of_r, of_w, of_k, of_rate, of_v, of_first, of_amount, of_gate, *rest = ctx.needs_input_grad
         of_scales, of_readout, of_state = rest[:2], rest[2:5], rest[5]
         of_keys, of_values = any((of_k, of_rate, *of_scales)), any((of_v, of_first, of_amount))
         of_tokens = any((of_r, of_w, of_keys, of_values))

@@ -31,7 +31,8 @@ _waiting = _Waiting()
 
 @contextlib.contextmanager
 def totals_together(together: bool = True) -> Iterator[None]:
-    """A context at whose end totals are summed up; nothing in it may read them. `together` False: they do not wait."""
+    """A context at whose end totals are summed up; nothing in it may read them: no operation, and no hook of a tensor
+    whose gradient they are. `together` False: they do not wait."""
     before, _waiting.pairs = _waiting.pairs, [] if together else None
     try:
         yield

@@ -191,6 +191,7 @@ def walk(
     Returns:
         (y, final states of the first part, what `walk_back` needs for the gradients of tokens).
     """
+    _check_start(state, parts[0].sequences(tokens[0].shape[0]), tokens[0])
     start = prepared_tokens(state)
     y = torch.empty_like(tokens[0])
     finals: list[Tensor] = []
@@ -244,6 +245,17 @@ def walk_back(
     if not shared:
         return dstate
     return dstate[0] if dstate.shape[0] == 1 else dstate.sum(0)
+
+
+def _check_start(state: Tensor, sequences: int, r: Tensor) -> None:
+    alone = (r.shape[2], CUDA_HEAD_SIZE, CUDA_HEAD_SIZE)
+    if state.shape != alone and state.shape != (sequences, *alone):
+        shape = list(state.shape)
+        raise RuntimeError(f"state has shape {shape}, expected {list(alone)}, alone or {sequences} times")
+    if state.dtype is not torch.float32:
+        raise RuntimeError(f"state has dtype {state.dtype}, expected float32")
+    if state.device != r.device:
+        raise RuntimeError(f"state is on {state.device}, expected r's device {r.device}")
 
 
 def prepared_tokens(tensor: Tensor) -> Tensor:

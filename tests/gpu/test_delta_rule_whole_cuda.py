@@ -84,7 +84,8 @@ def test_a_cuda_graph_replays_both() -> None:
     def step() -> tuple[Tensor, ...]:
         gate, w_raw, rate, amount = small_maps.small_maps(maps, inputs[0], inputs[1:])
         made = {**tensors, "gate": gate, "w_raw": w_raw, "rate": rate, "amount": amount}
-        gated, _ = delta_rule_whole.whole(*made.values(), EPS, one_part(70, None))  # type: ignore[arg-type]
+        given = delta_rule_whole.Inputs(**made)  # type: ignore[arg-type]
+        gated, _ = delta_rule_whole.whole(given, EPS, one_part(70, None))
         return (gated.detach(), *torch.autograd.grad(gated, leaves, grad))
 
     side = torch.cuda.Stream()

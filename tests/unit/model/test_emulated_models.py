@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -191,3 +192,26 @@ def test_totals_that_wait_are_the_same_bits(
         assert launches[0] < launches[1]
     if case is own_start:
         assert launches[0] == shape.n_layer + 2, "one of a layer, and those of the norms outside of layers"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_hook_sees_no_total_that_waits(architecture: str) -> None:
+    """What is hooked to a parameter is given its gradient in the second pass, too, and may read it there."""
+    shape = shape_of(architecture)
+    trained = [*shape.part("time"), *shape.part("ln"), *shape.state_shapes()]
+    options = LoadOptions(torch.device("cpu"), torch.bfloat16, trained=trained)
+    model = build_model({**tiny_parameters(shape, seed=1), **tiny_states(shape, seed=2)}, shape, options)
+    model.set_recomputation([Recompute.ALL] * shape.n_layer)
+    seen: dict[str, Tensor] = {}
+
+    def look(name: str, gradient: Tensor) -> None:
+        if recompute.gradients_come_again():
+            seen[name] = gradient.clone()
+
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            parameter.register_hook(partial(look, name))
+    with poisoned_memory(), every_kernel():
+        found = own_start(model)
+    assert {f"blocks.1.{name}" for name in ("ln1.weight", "att.time_state")} <= seen.keys()
+    assert [name for name in seen if not torch.equal(seen[name], found[name])] == []

@@ -4,8 +4,12 @@ from collections import Counter
 from typing import Any
 
 import pytest
+import torch
 from host_cost import ROWS, Operators, step_of
 from without_gpu import issued
+
+from src.ops.delta_rule_whole import Inputs, whole
+from src.ops.wkv7_cuda import one_part
 
 pytest.importorskip("bitsandbytes")
 
@@ -65,3 +69,19 @@ def test_a_layer_of_rwkv7_takes_no_more_products_and_sums_than_this() -> None:
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_of_the_bench_runs(name: str) -> None:
     assert launches(name, 2)
+
+
+@pytest.mark.parametrize(
+    ("state", "expected"),
+    [
+        (torch.zeros(2, 64, 64, dtype=torch.bfloat16), "state has dtype torch.bfloat16, expected float32"),
+        (torch.zeros(3, 2, 64, 64), r"state has shape \[3, 2, 64, 64\], expected \[2, 64, 64\], alone or 1 times"),
+        (torch.zeros(1, 64, 64), r"state has shape \[1, 64, 64\], expected"),
+    ],
+)
+def test_a_start_that_kernels_would_misread_is_refused(state: torch.Tensor, expected: str) -> None:
+    rows = torch.zeros(1, 5, 128, dtype=torch.bfloat16)
+    heads, channels = torch.zeros(2, 64), torch.zeros(128)
+    given = Inputs(*[rows] * 5, None, None, rows, channels, channels, heads, channels, channels, state)
+    with issued(), pytest.raises(RuntimeError, match=expected):
+        whole(given, 1e-5, one_part(5, None))
