@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 from src.config import STATE_COMMANDS, BinidxConfig, MergeConfig, TrainConfig
 from src.config.environment import check_environment
 from src.config.flags import BY_METHOD, INPUTS, Flags, shortened, shown_number
-from src.config.run_file import read_flags
+from src.config.run_file import joined_words, read_flags
 from src.config.synonyms import meant_by
 from src.errors import ConfigError
 
@@ -244,10 +244,9 @@ def _given(
         parser.add_argument(f"--{name}", action=_Once, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **alone)
     given = vars(parser.parse_words(arguments, words, many=many))
     check_environment(os.environ)
-    # No word is an empty list, which differs from a flag that is not there.
     files = _several_files(config_class)
     return {
-        name: ((",".join(text) if name in files else " ".join(text)) or "[]") if isinstance(text, list) else text
+        name: joined_words(text, of_files=name in files) if isinstance(text, list) else text
         for name, text in given.items()
     }
 

@@ -6,7 +6,7 @@ A key is a flag without its dashes. Flags on the command line come before those 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from src.config.flags import INPUT, path_problem
@@ -58,13 +58,19 @@ def read_flags(path: str, of_files: Collection[str] = ()) -> dict[str, str]:
     return flags
 
 
+def joined_words(words: Sequence[str], *, of_files: bool) -> str:
+    """A flag's text of several words. None at all are an empty list, which differs from a flag that is not there; but
+    of files, as a shell has them whose variable is empty, they are no file."""
+    return ",".join(words) if of_files else " ".join(words) or "[]"
+
+
 def _as_text(path: str, name: str, value: Any, divider: str) -> str:
     if name == "config":
         raise ConfigError(f"--config {path} names another file, config = {value!r}: put its flags here instead")
     if isinstance(value, bool):
         return str(int(value))
     if isinstance(value, list) and all(isinstance(word, str) for word in value):
-        return divider.join(value) or "[]"
+        return joined_words(value, of_files=divider == ",")
     if isinstance(value, dict):
         raise ConfigError(f"--config {path} has a section {name!r}: write its flags at the top, without sections")
     if not isinstance(value, (str, int, float)):

@@ -83,6 +83,12 @@ def test_a_missing_value_is_named() -> None:
     assert "--ctx_len" in refusal("--ctx_len")
 
 
+def test_no_file_is_no_list() -> None:
+    """As a shell has it whose variable is empty; no word of a list is an empty one."""
+    given = given_train_flags(["--data_file", "", "--val_file", "", "--train_parts"])
+    assert given == {"data_file": "", "val_file": "", "train_parts": "[]"}
+
+
 def test_a_stray_word_is_named() -> None:
     assert "'model.pth' belongs to no flag" in refusal("model.pth")
 
