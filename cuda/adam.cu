@@ -189,7 +189,7 @@ struct Tensor {
   float* first_scales;
   float* second_scales;
   int64_t count;
-  int group, seed;
+  int row, seed;
 
   __device__ __forceinline__ bool aligned() const {
     return (((uint64_t)weights | (uint64_t)gradient | (uint64_t)first | (uint64_t)second) & 31) == 0;
@@ -226,7 +226,7 @@ __device__ __forceinline__ void fill(Maps& maps, const Step& a) {
 template <bool kNarrow, bool kPacked>
 __device__ __forceinline__ void update(const Tensor& t, const Step& a, const Maps& maps, int block, int end,
                                        int stride, const int* places = nullptr, int columns = 0) {
-  const float* settings = a.settings + 4 * t.group;
+  const float* settings = a.settings + 4 * t.row;
   const float rate = settings[0], kept = 1.f - rate * settings[1];
   const float step_size = rate * settings[2], correction = settings[3];
   float factor = a.clip / (*a.norm + 1e-6f);

@@ -73,10 +73,17 @@ class Moments:
         options: dict[str, Any] = {"dtype": torch.uint8, "device": "cpu" if pinned else like.device}
         blocks = -(-like.numel() // BLOCK_VALUES)
         first, second = (
-            torch.full(like.shape, dynamic_map(signed=signed).abs().argmin().item(), pin_memory=pinned, **options)
+            torch.full(like.shape, _place_of_zero(signed=signed), pin_memory=pinned, **options)
             for signed in (True, False)
         )
         return cls(first, second, *(torch.zeros(blocks, device=like.device) for _ in range(2)))
+
+    def clear(self) -> None:
+        """Makes them what they are before the first step, where they are."""
+        for places, scales, signed in ((self.first, self.first_scales, True), (self.second, self.second_scales, False)):
+            places.fill_(0 if scales is None else _place_of_zero(signed=signed))
+            if scales is not None:
+                scales.zero_()
 
 
 @dataclass(frozen=True)
@@ -84,7 +91,7 @@ class Control:
     """What steps depend on besides gradients, on the device.
 
     Attributes:
-        settings: fp32 [groups, 4], see `settings_row`.
+        settings: fp32 [rows, 4], see `settings_row`; any number of tensors may have one.
         norm: fp32, 0-d: of the gradient; what is larger than the clip is scaled down. nan: nothing is.
         flags: int32 [2]: number of the step; if the other is not 0, everything stays as it is.
     """
@@ -104,12 +111,12 @@ class Constants:
     clip: float
 
     def settings_row(self, rate: float, weight_decay: float, step: int) -> list[float]:
-        """A group's settings in a step, counted from 1."""
+        """Settings of tensors whose moments take their `step`-th step, counted from 1."""
         return [rate, weight_decay, 1 / (1 - self.beta1**step), (1 - self.beta2**step) ** -0.5]
 
 
 def adam_step(
-    weights: Tensor, gradient: Gradient, moments: Moments, control: Control, constants: Constants, group: int, seed: int
+    weights: Tensor, gradient: Gradient, moments: Moments, control: Control, constants: Constants, row: int, seed: int
 ) -> None:
     """Updates weights and moments in place; nothing waits for the device.
 
@@ -118,7 +125,7 @@ def adam_step(
         gradient: of their dtype and shape; or of rows of them, the others' being 0: they are updated, too.
         moments: theirs.
         control, constants: see there.
-        group: row of the settings.
+        row: of the settings.
         seed: below 2^31, the tensor's; noise is a function of it, of the step and of a value's place.
     """
     assert weights.dtype in (torch.float32, torch.bfloat16)
@@ -130,9 +137,9 @@ def adam_step(
     assert weights.is_contiguous()
     assert weights.numel() < 2**31 - BLOCK_VALUES
     if weights.is_cuda:
-        _by_kernel(weights, gradient, moments, control, constants, group, seed)
+        _by_kernel(weights, gradient, moments, control, constants, row, seed)
     else:
-        adam_step_torch(weights, gradient, moments, control, constants, group, seed)
+        adam_step_torch(weights, gradient, moments, control, constants, row, seed)
 
 
 class ManySteps:
@@ -140,11 +147,12 @@ class ManySteps:
 
     Args:
         weights, moments: as for `adam_step`, on one device.
-        groups, seeds: of each tensor.
+        rows: of the settings, of each tensor.
+        seeds: of each tensor.
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], moments: Sequence[Moments], groups: Sequence[int], seeds: Sequence[int]
+        self, weights: Sequence[Tensor], moments: Sequence[Moments], rows: Sequence[int], seeds: Sequence[int]
     ) -> None:
         self._device = weights[0].device
         kinds: dict[tuple[torch.dtype, bool], _OfOneKind] = {}
@@ -153,8 +161,14 @@ class ManySteps:
             kind.places.append(number)
             kind.weights.append(tensor)
             kind.moments.append(own)
-            kind.rows.append((groups[number], seeds[number]))
+            kind.rows.append(rows[number])
+            kind.seeds.append(seeds[number])
         self._kinds = kinds
+
+    def use_rows(self, rows: Sequence[int]) -> None:
+        """Gives each tensor another row of the settings, before `look_at`."""
+        for kind in self._kinds.values():
+            kind.rows = [rows[place] for place in kind.places]
 
     def look_at(self, gradients: Sequence[Tensor | None]) -> None:
         """Takes note of each tensor's gradient, None where there is none, for what comes next."""
@@ -183,11 +197,12 @@ class _OfOneKind:
         self.places: list[int] = []
         self.weights: list[Tensor] = []
         self.moments: list[Moments] = []
-        self.rows: list[tuple[int, int]] = []
+        self.rows: list[int] = []
+        self.seeds: list[int] = []
         self._gradients: list[Tensor | None] = []
-        self._addresses: list[int] = []
+        self._described: list[int] = []
+        self._present: list[int] = []
         self._tensors = self._pieces = torch.empty(0)
-        self._count = 0
 
     @property
     def by_kernels(self) -> bool:
@@ -205,58 +220,72 @@ class _OfOneKind:
         if not self.by_kernels:
             given = [gradient for gradient in self._gradients if gradient is not None]
             return torch.stack([torch.zeros(()), *torch._foreach_norm(given, 2, torch.float32)])
-        norms = torch.empty(self._count, device=self.weights[0].device)
-        if self._count:
-            NORMS[dtype](norms, self._count, _THREADS, self._tensors, self._pieces, norms)
+        count = len(self._pieces)
+        norms = torch.empty(count, device=self.weights[0].device)
+        if count:
+            NORMS[dtype](norms, count, _THREADS, self._tensors, self._pieces, norms)
         return norms
 
     def step(self, dtype: torch.dtype, packed: bool, control: Control, constants: Constants) -> None:
         if not self.by_kernels:
-            for tensor, gradient, moments, row in zip(
-                self.weights, self._gradients, self.moments, self.rows, strict=True
+            for tensor, gradient, moments, row, seed in zip(
+                self.weights, self._gradients, self.moments, self.rows, self.seeds, strict=True
             ):
                 if gradient is not None:
-                    adam_step_torch(tensor, gradient, moments, control, constants, *row)
-        elif self._count:
+                    adam_step_torch(tensor, gradient, moments, control, constants, row, seed)
+        elif count := len(self._pieces):
             values = _values_of_step(self._tensors.device, packed, control, constants)
-            KERNELS_OF_MANY[dtype, packed](self._tensors, self._count, _THREADS, self._tensors, self._pieces, *values)
+            KERNELS_OF_MANY[dtype, packed](self._tensors, count, _THREADS, self._tensors, self._pieces, *values)
         self._gradients = []
 
     def _describe(self, gradients: Sequence[Tensor | None]) -> None:
         """Sees to it that the device knows these gradients; they stay where they are until the kernels have run."""
-        addresses = [tensor.data_ptr() for tensor in self.weights]
-        addresses += [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
-        if addresses == self._addresses:
+        described = [tensor.data_ptr() for tensor in self.weights]
+        described += [0 if gradient is None else gradient.data_ptr() for gradient in gradients]
+        described += self.rows
+        if described == self._described:
             return
-        tensors, pieces = bytearray(), []
-        for weights, gradient, moments, row in zip(self.weights, gradients, self.moments, self.rows, strict=True):
+        tensors, present = bytearray(), []
+        of_each = zip(self.weights, gradients, self.moments, self.rows, self.seeds, strict=True)
+        for number, (weights, gradient, moments, row, seed) in enumerate(of_each):
             if gradient is None:
                 continue
             assert gradient.dtype == weights.dtype
             assert gradient.shape == weights.shape
             assert weights.is_contiguous()
             assert weights.numel() < 2**31 - _PIECE_VALUES
-            number = len(tensors) // _TENSOR.size
-            tensors += _TENSOR.pack(*map(_address, _described(weights, gradient, moments)), weights.numel(), *row)
-            begins = range(0, weights.numel(), _PIECE_VALUES)
-            pieces += [part for begin in begins for part in (number, begin // BLOCK_VALUES)]
+            present.append(number)
+            tensors += _TENSOR.pack(*map(_address, _pointers(weights, gradient, moments)), weights.numel(), row, seed)
         device = self.weights[0].device
-        self._count = len(pieces) // 2
-        if self._count:
+        if present:
             self._tensors = torch.frombuffer(tensors, dtype=torch.uint8).to(device)
-            self._pieces = torch.tensor(pieces, dtype=torch.int32).to(device)
-        self._addresses = addresses
+        if present != self._present:
+            self._pieces = _pieces_of([self.weights[number].numel() for number in present]).to(device)
+        self._described, self._present = described, present
+
+
+def _pieces_of(counts: Sequence[int]) -> Tensor:
+    """int32 [pieces, 2]: the number of its tensor, and the first of its blocks.
+
+    Args:
+        counts: values of each tensor; a thousand millions are a hundred thousand pieces.
+    """
+    of_each = torch.tensor([-(-count // _PIECE_VALUES) for count in counts], dtype=torch.int64)
+    tensors = torch.repeat_interleave(of_each)
+    before = of_each.cumsum(0) - of_each
+    inside = torch.arange(len(tensors)) - before[tensors]
+    return torch.stack([tensors, inside * (_PIECE_VALUES // BLOCK_VALUES)], 1).int()
 
 
 @torch.no_grad()
 def adam_step_torch(
-    weights: Tensor, gradient: Gradient, moments: Moments, control: Control, constants: Constants, group: int, seed: int
+    weights: Tensor, gradient: Gradient, moments: Moments, control: Control, constants: Constants, row: int, seed: int
 ) -> None:
     """Definition of `adam_step`."""
     if isinstance(gradient, RowGradient):
         gradient = gradient.dense()
     stays = control.flags[1] != 0
-    rate, decay, first_correction, second_correction = control.settings[group].unbind()
+    rate, decay, first_correction, second_correction = control.settings[row].unbind()
     factor = constants.clip / (control.norm + 1e-6)
     gradient = gradient.float() * torch.where(factor < 1, factor, 1.0)
     first = _unpacked(moments.first, moments.first_scales, signed=True)
@@ -306,6 +335,11 @@ def dynamic_map(*, signed: bool) -> Tensor:
         parts = [10.0 ** (decade - 6) * (0.1 + 0.9 * (part + 0.5) / count) for part in range(count)]
         numbers += [sign * part for sign in ((1, -1) if signed else (1,)) for part in parts]
     return torch.tensor(sorted(numbers), dtype=torch.float64).float()
+
+
+@functools.cache
+def _place_of_zero(*, signed: bool) -> int:
+    return int(dynamic_map(signed=signed).abs().argmin())
 
 
 @functools.cache
@@ -363,20 +397,20 @@ def _multiprocessors(index: int) -> int:
 
 
 def _by_kernel(
-    weights: Tensor, gradient: Gradient, moments: Moments, control: Control, constants: Constants, group: int, seed: int
+    weights: Tensor, gradient: Gradient, moments: Moments, control: Control, constants: Constants, row: int, seed: int
 ) -> None:
     given = values_of(gradient).contiguous()
     rows = (gradient.places, given.shape[1]) if isinstance(gradient, RowGradient) else (None, 0)
     packed = moments.first_scales is not None
     blocks = -(-weights.numel() // (BLOCK_VALUES * _THREADS // 32))
     grid = min(blocks, _BLOCKS_OF_PROCESSOR * _multiprocessors(weights.get_device()))
-    described = _described(weights, given, moments)
+    pointers = _pointers(weights, given, moments)
     values = _values_of_step(weights.device, packed, control, constants)
-    KERNELS[weights.dtype, packed](weights, grid, _THREADS, *described, weights.numel(), group, seed, *values, *rows)
+    KERNELS[weights.dtype, packed](weights, grid, _THREADS, *pointers, weights.numel(), row, seed, *values, *rows)
 
 
-def _described(weights: Tensor, gradient: Tensor, moments: Moments) -> tuple[Tensor | None, ...]:
-    """The pointers of `adam::Tensor`."""
+def _pointers(weights: Tensor, gradient: Tensor, moments: Moments) -> tuple[Tensor | None, ...]:
+    """Those of `adam::Tensor`."""
     return weights, gradient, moments.first, moments.second, moments.first_scales, moments.second_scales
 
 

@@ -6,9 +6,10 @@ that clips, and whether a gradient was not finite. So a backward that updates it
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,13 @@ from src.training.updates import Unit, UnitUpdates, stop_in_words
 
 _FEWEST_PACKED = 4096
 """Tensors of fewer values keep fp32 moments, as bitsandbytes has it."""
+
+
+class _Row(NamedTuple):
+    """What parameters have in common that share settings: their group, and how many steps their moments have seen."""
+
+    group: int
+    steps: int
 
 
 class DeviceUpdates(UnitUpdates):
@@ -52,8 +60,10 @@ class DeviceUpdates(UnitUpdates):
         self._packed = packed
         self._seeds = {parameter: seed_of(seed, name) >> 1 for parameter, name in self._keys.items()}
         self._groups = {p: number for number, group in enumerate(self.param_groups) for p in group["params"]}
+        self._rows: list[_Row] = []
+        self._row_of: dict[nn.Parameter, int] = {}
         self._control = Control(
-            settings=torch.zeros(len(self.param_groups), 4, device=device),
+            settings=torch.empty(0, 4, device=device),
             norm=torch.full((), math.nan, device=device),
             flags=torch.zeros(2, dtype=torch.int32, device=device),
         )
@@ -69,9 +79,10 @@ class DeviceUpdates(UnitUpdates):
         self._many = ManySteps(
             list(self._keys),
             [self._moments[parameter] for parameter in self._keys],
-            [self._groups[parameter] for parameter in self._keys],
+            [0] * len(self._keys),
             [self._seeds[parameter] for parameter in self._keys],
         )
+        self._sort_into_rows(dict.fromkeys(self._keys, 0))
 
     @property
     def between_steps(self) -> bool:
@@ -111,8 +122,9 @@ class DeviceUpdates(UnitUpdates):
     def _write_control(self) -> None:
         """Tells the device what only the host knows of a step."""
         rows = [
-            self._constants.settings_row(group["lr"], group["weight_decay"], self.steps + 1)
-            for group in self.param_groups
+            self._constants.settings_row(group["lr"], group["weight_decay"], row.steps + 1)
+            for row in self._rows
+            for group in [self.param_groups[row.group]]
         ]
         self._control.settings.copy_(torch.tensor(rows))
         self._control.flags.copy_(torch.tensor([self.steps, 0], dtype=torch.int32))
@@ -152,6 +164,7 @@ class DeviceUpdates(UnitUpdates):
         else:
             self._many.step(self._control, self._constants)
         self.steps += 1
+        self._rows = [_Row(row.group, row.steps + 1) for row in self._rows]
         self._within = False
         self._whole_norm = None
         self._show_moments()
@@ -160,40 +173,73 @@ class DeviceUpdates(UnitUpdates):
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Takes on moments; groups stay as they are."""
         order = [parameter for group in self.param_groups for parameter in group["params"]]
-        for number, kept in state_dict["state"].items():
-            parameter = order[number]
-            moments = self._moments[parameter]
-            names = _NAMES[self._packed]
-            for own, name in zip((moments.first, moments.second), names, strict=True):
-                assert own.dtype == kept[name].dtype
-                own.copy_(kept[name])
-            if moments.first_scales is not None and moments.second_scales is not None:
-                moments.first_scales.copy_(kept["absmax1"])
-                moments.second_scales.copy_(kept["absmax2"])
-            self.steps = int(kept["step"])
+        kept = {order[number]: moments for number, moments in state_dict["state"].items()}
+        counts = self._take_on(kept)
+        self.steps = max(counts.values())
         self._show_moments()
+
+    def exchange(self, kept: Mapping[nn.Parameter, Mapping[str, Any]]) -> None:
+        """Goes on with other moments of some parameters, between two steps.
+
+        Args:
+            kept: of each what `state` once had of a parameter as large; nothing: it begins anew.
+        """
+        self._take_on(kept)
+        if self.state:
+            self._show(kept)
+            self._count_steps()
+
+    @torch.no_grad()
+    def _take_on(self, kept: Mapping[nn.Parameter, Mapping[str, Any]]) -> dict[nn.Parameter, int]:
+        """Copies moments; gives the number of steps that those of each parameter have seen, as it then is."""
+        counts = {parameter: self._rows[row].steps for parameter, row in self._row_of.items()}
+        for parameter, theirs in kept.items():
+            moments = self._moments[parameter]
+            counts[parameter] = int(theirs["step"]) if theirs else 0
+            if not theirs:
+                moments.clear()
+                continue
+            for own, name in zip((moments.first, moments.second), _NAMES[self._packed], strict=True):
+                assert own.dtype == theirs[name].dtype
+                own.copy_(theirs[name])
+            if moments.first_scales is not None and moments.second_scales is not None:
+                moments.first_scales.copy_(theirs["absmax1"])
+                moments.second_scales.copy_(theirs["absmax2"])
+        self._sort_into_rows(counts)
+        return counts
+
+    def _sort_into_rows(self, counts: Mapping[nn.Parameter, int]) -> None:
+        """Has parameters of one group, whose moments have seen as many steps, share a row of settings."""
+        numbers: dict[_Row, int] = {}
+        self._row_of = {p: numbers.setdefault(_Row(self._groups[p], counts[p]), len(numbers)) for p in self._keys}
+        self._rows = list(numbers)
+        if len(self._rows) != len(self._control.settings):
+            settings = torch.zeros(len(self._rows), 4, device=self._control.settings.device)
+            self._control = dataclasses.replace(self._control, settings=settings)
+        self._many.use_rows([self._row_of[parameter] for parameter in self._keys])
 
     def _show_moments(self) -> None:
         """Puts them where an optimizer's are looked for, under the names they have in torch's or bitsandbytes'.
 
         Not before the first step: Lightning copies what it finds at the start to the device.
         """
-        if self.state:
-            self._count_steps()
-            return
-        names = _NAMES[self._packed]
-        for parameter, moments in self._moments.items():
-            shown: dict[str, Any] = dict(zip(names, (moments.first, moments.second), strict=True))
+        if not self.state:
+            self._show(self._moments)
+        self._count_steps()
+
+    def _count_steps(self) -> None:
+        shown = [row.steps if self._packed else torch.tensor(float(row.steps)) for row in self._rows]
+        for parameter, row in self._row_of.items():
+            self.state[parameter]["step"] = shown[row]
+
+    def _show(self, parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
+            moments = self._moments[parameter]
+            shown: dict[str, Any] = dict(zip(_NAMES[self._packed], (moments.first, moments.second), strict=True))
             if moments.first_scales is not None:
                 shown |= {"absmax1": moments.first_scales, "absmax2": moments.second_scales}
                 shown |= {"qmap1": dynamic_map(signed=True), "qmap2": dynamic_map(signed=False)}
             self.state[parameter] = shown
-        self._count_steps()
-
-    def _count_steps(self) -> None:
-        count = self.steps if self._packed else torch.tensor(float(self.steps))
-        for state in self.state.values():
-            state["step"] = count
 
     @torch.no_grad()
     def _update_unit(self, unit: Unit) -> None:
@@ -234,7 +280,7 @@ class DeviceUpdates(UnitUpdates):
             self._moments[parameter],
             self._control,
             self._constants,
-            self._groups[parameter],
+            self._row_of[parameter],
             self._seeds[parameter],
         )
 

@@ -87,12 +87,12 @@ class TrainingModule(pl.LightningModule):
         self.objective: Objective = _in_chunks(objective, config, recorder)
         records = records and objective.recordable
         self._leaves_gradients = leaves_gradients(config, method)
-        at_once = kernels_of_updates(config, method)
-        self._at_once = bool(at_once) and adam.kernels_are_available(at_once, model.device)
+        kernels = kernels_of_updates(config)
+        self._by_kernels = bool(kernels) and adam.kernels_are_available(kernels, model.device)
         if method.in_place:
             # An engine wants to be handed gradients. Updates that are the host's cannot be recorded, nor can those
             # that wait in mid-backward for other processes, which may be about to record something else.
-            by_host = config.optim == "lion8bit" or config.processes > 1
+            by_host = not self._by_kernels or config.processes > 1
             records = records and self._without_engine and not (config.fused_update and by_host)
         if records:
             self.graphed = GraphedObjective(
@@ -183,7 +183,7 @@ class TrainingModule(pl.LightningModule):
     @property
     def updates_clip(self) -> bool:
         """Whether the optimizer clips gradients as it reads them."""
-        return self.config.updates_by_tensor or self._at_once
+        return self.config.updates_by_tensor or self._by_kernels
 
     def clip(self, norm: float) -> None:
         """Scales gradients of this norm down to the largest there may be."""
@@ -222,8 +222,8 @@ class TrainingModule(pl.LightningModule):
         config = self.config
         if not self.updates_clip:
             return make(groups)
-        seed, in_backward, device = config.random_seed, bool(config.fused_update), self.model.device
-        if self._at_once or _adam_has_kernels(config, device, {p.dtype for _, p in named}, singly=in_backward):
+        seed, in_backward = config.random_seed, bool(config.fused_update)
+        if self._by_kernels:
             self.updates = DeviceUpdates(
                 groups,
                 named,
@@ -242,23 +242,17 @@ class TrainingModule(pl.LightningModule):
         return self.updates
 
 
-def kernels_of_updates(config: TrainConfig, method: Method) -> tuple[Kernel, ...]:
-    """What updates all tensors of adapters and parts in one launch, on a GPU; nothing where an optimizer does.
+def kernels_of_updates(config: TrainConfig) -> tuple[Kernel, ...]:
+    """What updates all that is trained on a GPU: in one launch, or tensor by tensor in the backward.
 
-    Moments that move between GPU and host as memory allows are bitsandbytes'.
+    Nothing where a library's optimizer does: DeepSpeed's engine has its own, Lion is bitsandbytes', and so are moments
+    that move between GPU and host as memory allows. Updates by tensor keep those in pinned memory.
     """
-    by_library = config.optim in ("paged_adamw8bit", "lion8bit")
-    if by_library or method.in_place or not leaves_gradients(config, method):
+    pages = config.optim == "paged_adamw8bit" and not config.updates_by_tensor
+    if config.has_engine or config.optim == "lion8bit" or pages:
         return ()
-    return adam.kernels_for({torch.float32}, packed=config.optim.endswith("8bit"), singly=False)
-
-
-def _adam_has_kernels(
-    config: TrainConfig, device: torch.device, dtypes: Collection[torch.dtype], *, singly: bool
-) -> bool:
-    packed = config.optim.endswith("8bit")
-    kernels = adam.kernels_for(dtypes, packed=packed, singly=singly)
-    return config.optim != "lion8bit" and adam.kernels_are_available(kernels, device)
+    dtypes = [torch.float32, *([torch.bfloat16] if config.weights == "bf16" else [])]
+    return adam.kernels_for(dtypes, packed=config.optim.endswith("8bit"), singly=bool(config.fused_update))
 
 
 def _in_chunks(objective: Scored, config: TrainConfig, recorder: ChunkRecorder | None) -> Objective:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from src.adapters.lisa import Lisa
 from src.adapters.turns import LayerTurns, Turn
+from src.training.device_updates import DeviceUpdates
 from src.training.module import TrainingModule
 from src.training.optimizers import put_moments
 from src.training.progress import Start
@@ -70,9 +71,13 @@ class Draws(pl.Callback):
             moments = optimizer.state.pop(turn.parameter, {})
             if turn.before and moments and self._method.parks_moments:
                 self.parked[turn.before] = {name: _on_host(value) for name, value in moments.items()}
-        for turn in changed:
-            if turn.now in self.parked:
-                put_moments(optimizer, turn.parameter, self.parked.pop(turn.now))
+        coming = {turn.parameter: self.parked.pop(turn.now, {}) for turn in changed}
+        if isinstance(optimizer, DeviceUpdates):
+            optimizer.exchange(coming)
+            return
+        for parameter, moments in coming.items():
+            if moments:
+                put_moments(optimizer, parameter, moments)
 
 
 class TrainedInTurn:

@@ -233,6 +233,7 @@ class TestLookAhead:
     ) -> None:
         monkeypatch.setattr(LanguageModel, "can_be_recorded", True)
         monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+        monkeypatch.setattr(adam, "kernels_are_available", lambda kernels, device: True)
         monkeypatch.setattr(GivenLoss, "recordable", recordable)
         events: list[object] = []
         made = self.made(events)
@@ -265,6 +266,7 @@ class TestChunks:
         """A loss that depends on padding is not recorded, and chunks of it, which have none, are."""
         monkeypatch.setattr(LanguageModel, "can_be_recorded", True)
         monkeypatch.setattr(LanguageModel, "device", torch.device("cuda"))
+        monkeypatch.setattr(adam, "kernels_are_available", lambda kernels, device: True)
         monkeypatch.setattr(GivenLoss, "recordable", recordable)
         made = module(chunk_ctx=128, **flags)
         assert isinstance(made.objective, ChunkedObjective)
@@ -276,20 +278,40 @@ class TestChunks:
         assert made.objective.recorder is None
 
 
+WIDE, NARROW = (torch.float32, False), (torch.bfloat16, False)
+PACKED, NARROW_PACKED = (torch.float32, True), (torch.bfloat16, True)
+WHOLE = {"train_type": "none", "quant": "0"}
+IN_16_BITS = {**WHOLE, "weights": "bf16"}
+
+
 @pytest.mark.parametrize(
-    ("flags", "packed"),
+    ("flags", "at_once", "one_by_one"),
     [
-        ({"peft": "lora"}, False),
-        ({"peft": "bone", "optim": "adamw8bit"}, True),
-        ({"peft": "lora", "optim": "lion8bit"}, None),
-        ({"peft": "lora", "optim": "paged_adamw8bit"}, None),
-        ({"peft": "lora", "devices": "2"}, None),
-        ({"train_type": "states"}, None),
-        ({"train_type": "none", "quant": "0"}, None),
+        ({"train_type": "states"}, [WIDE], []),
+        ({"train_type": "states", "optim": "adamw8bit"}, [WIDE, PACKED], []),
+        ({"peft": "lora"}, [WIDE], []),
+        ({"peft": "bone", "optim": "adamw8bit"}, [WIDE, PACKED], []),
+        ({"peft": "lisa"}, [WIDE], []),
+        ({"peft": "lisa", "optim": "adamw8bit"}, [WIDE, PACKED], []),
+        ({"peft": "lisa", "optim": "adamw8bit", "devices": "2"}, [WIDE, PACKED], []),
+        (WHOLE, [WIDE], []),
+        ({**WHOLE, "optim": "adamw8bit"}, [WIDE, PACKED], []),
+        ({**WHOLE, "fused_update": "1"}, [], [WIDE]),
+        ({**WHOLE, "fused_update": "1", "optim": "paged_adamw8bit"}, [], [WIDE, PACKED]),
+        (IN_16_BITS, [WIDE, NARROW], []),
+        ({**IN_16_BITS, "optim": "paged_adamw8bit"}, [WIDE, PACKED, NARROW, NARROW_PACKED], []),
+        ({**IN_16_BITS, "fused_update": "1", "optim": "adamw8bit"}, [], [WIDE, PACKED, NARROW, NARROW_PACKED]),
+        ({**IN_16_BITS, "fused_update": "1", "devices": "2"}, [], [WIDE, NARROW]),
+        *(({"peft": peft, "optim": "lion8bit"}, [], []) for peft in ("none", "lora", "lisa")),
+        *(({"peft": peft, "optim": "paged_adamw8bit"}, [], []) for peft in ("none", "lora", "lisa")),
+        ({**IN_16_BITS, "fused_update": "1", "optim": "lion8bit"}, [], []),
+        *(({"devices": "2", **flags}, [], []) for flags in ({}, {"peft": "lora"}, WHOLE, IN_16_BITS)),
+        ({"peft": "lora", "strategy": "deepspeed_stage_1", "quant": "0"}, [], []),
     ],
 )
-def test_what_is_updated_at_once(flags: dict[str, str], packed: bool | None) -> None:
-    chosen = config(**flags)
-    kernels = kernels_of_updates(chosen, method_of(chosen))
-    expected = [] if packed is None else [(torch.float32, False), *([(torch.float32, True)] if packed else [])]
-    assert [kind for kind, kernel in adam.KERNELS_OF_MANY.items() if kernel in kernels] == expected
+def test_which_kernels_update_what(flags: dict[str, str], at_once: list[object], one_by_one: list[object]) -> None:
+    """By dtype of the weights, and whether moments are packed; nothing is where a library's optimizer updates."""
+    kernels = kernels_of_updates(config(**flags))
+    for family, expected in ((adam.KERNELS_OF_MANY, at_once), (adam.KERNELS, one_by_one)):
+        assert [kind for kind, kernel in family.items() if kernel in kernels] == expected
+    assert {dtype for dtype, kernel in adam.NORMS.items() if kernel in kernels} == {dtype for dtype, _ in at_once}
