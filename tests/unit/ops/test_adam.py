@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from adam_of_bitsandbytes import step_is_bitsandbytes
 from torch import Tensor, nn
 
 from src.ops.adam import Constants, Control, Moments, adam_step, dynamic_map, rounded_by_hash
@@ -60,6 +61,26 @@ def test_the_maps_are_bitsandbytes() -> None:
     functional = pytest.importorskip("bitsandbytes.functional")
     for signed in (True, False):
         torch.testing.assert_close(dynamic_map(signed=signed), functional.create_dynamic_map(signed), rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("spread", [1, 4])
+def test_in_8_bits_it_is_bitsandbytes_step(spread: int, weight_decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun at each step from what the library has left: the same bytes, and weights but for rounding."""
+    pytest.importorskip("bitsandbytes")
+    step_is_bitsandbytes(adam_step, CONSTANTS, monkeypatch, spread=spread, weight_decay=weight_decay)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cleared_moments_are_those_before_the_first_step(packed: bool) -> None:
+    weights = drawn(70, 70)
+    moments, fresh = (Moments.zeros(weights, packed=packed) for _ in range(2))
+    adam_step(weights, drawn(70, 70, seed=1), moments, control(0), CONSTANTS, 1, 3)
+    kept = [tensor for tensor in vars(moments).values() if tensor is not None]
+    before = [tensor for tensor in vars(fresh).values() if tensor is not None]
+    assert not any(torch.equal(*pair) for pair in zip(kept, before, strict=True))
+    moments.clear()
+    assert all(torch.equal(*pair) for pair in zip(kept, before, strict=True))
 
 
 @pytest.mark.parametrize("packed", [False, True])
