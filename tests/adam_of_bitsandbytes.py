@@ -14,6 +14,17 @@ from src.ops.adam import BLOCK_VALUES, Constants, Control, Moments, dynamic_map
 _PLACES_OF_ZERO = {"state1": 127, "state2": 0}
 
 
+def round_to_nearest(patch: pytest.MonkeyPatch) -> None:
+    """Has the library round moments to the nearest of its numbers on a CPU, too.
+
+    Its quick quantiser of fp32 there does so on a grid of 2^16 places, which misses by up to 3e-5 of a scale; the one
+    it has for all other types takes its place.
+    """
+    from bitsandbytes.backends.cpu import ops
+
+    patch.setattr(ops, "_quant_blockwise_fp32_direct", _quantise)
+
+
 def step_is_bitsandbytes(
     step: Callable[..., None],
     constants: Constants,
@@ -25,10 +36,8 @@ def step_is_bitsandbytes(
 ) -> None:
     """Asserts that each of some steps, begun from what the library has left, leaves what the library's does.
 
-    The library rounds to the nearest of its numbers. Its quick quantiser of fp32 on a CPU does so on a grid of 2^16
-    places, which misses by up to 3e-5 of a scale, and is replaced by the one it has for all other types. Bytes are
-    equal but for ties, which sums in another order end on either side of, and one rule: a mean of squares that the
-    library rounds to 0 is the smallest number here (`src.ops.adam`).
+    Bytes are equal but for ties, which sums in another order end on either side of, and one rule: a mean of squares
+    that the library rounds to 0 is the smallest number here (`src.ops.adam`).
 
     Args:
         step: `adam_step`, or what stands for it.
@@ -38,7 +47,6 @@ def step_is_bitsandbytes(
         weight_decay: of both.
         steps: that are taken.
     """
-    from bitsandbytes.backends.cpu import ops
     from bitsandbytes.optim import AdamW8bit
 
     generator = torch.Generator().manual_seed(spread)
@@ -46,7 +54,7 @@ def step_is_bitsandbytes(
     scale = torch.rand(70, 71, generator=generator) ** spread
     theirs = torch.nn.Parameter(start.clone())
     betas = (constants.beta1, constants.beta2)
-    patch.setattr(ops, "_quant_blockwise_fp32_direct", _quantise)
+    round_to_nearest(patch)
     library = AdamW8bit([theirs], lr=1e-2, betas=betas, eps=constants.eps, weight_decay=weight_decay)
     moments = Moments.zeros(start, packed=True)
     for number in range(steps):

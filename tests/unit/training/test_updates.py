@@ -14,7 +14,7 @@ from src.config import TrainConfig
 from src.ops.adam import Constants
 from src.training.device_updates import DeviceUpdates
 from src.training.module import parameter_groups
-from src.training.optimizers import make_optimizer
+from src.training.optimizers import make_optimizer, put_moments
 from src.training.resume import OptimizerMoments
 from src.training.updates import TensorUpdates, UpdateCount, unit_of
 
@@ -44,6 +44,11 @@ def loss_of(named: dict[str, nn.Parameter], scale: float = 1e-3) -> Tensor:
     for layer in range(2):
         x = x + torch.tanh(x @ named[f"blocks.{layer}.a"].float() + named[f"blocks.{layer}.b"])
     return (x @ named["head.weight"].float()).square().sum() * scale
+
+
+def apart(one: nn.Parameter, other: nn.Parameter, start: nn.Parameter) -> float:
+    """As a share of how far one went."""
+    return float(((one - other).norm() / (one - start).norm()).detach())
 
 
 def plain(named: dict[str, nn.Parameter], **flags: object) -> torch.optim.Optimizer:
@@ -264,7 +269,7 @@ class TestOnTheDevice:
         chosen = config(optim=optim)
         groups = parameter_groups(named.items(), dict.fromkeys(named, 1.0), chosen)
         constants = Constants(chosen.beta1, chosen.beta2, chosen.adam_eps, clip)
-        packed = optim != "none"
+        packed = optim.endswith("8bit")
         return DeviceUpdates(
             groups, named.items(), constants=constants, seed=1, packed=packed, on_host=False, in_backward=in_backward
         )
@@ -339,3 +344,53 @@ class TestOnTheDevice:
         again = by_tensor(named, in_backward=False, optim=optim)
         OptimizerMoments(named.items(), again, engine=False).restore(back)
         descend(again, named, 1)
+
+    @pytest.mark.parametrize("parks", [False, True])
+    @pytest.mark.parametrize("optim", ["none", "adamw", "adamw8bit"])
+    def test_moments_that_leave_and_come_back_are_a_library_optimizers(self, optim: str, parks: bool) -> None:
+        """As of LISA's layers: some begin anew, with a count of steps of their own, or go on where they were."""
+        one, other, start = parameters(), parameters(), parameters()
+        library, updates = plain(one, optim=optim), self.made(other, in_backward=False, optim=optim)
+        for leaving in ((), ("blocks.0.a", "blocks.0.b"), ("blocks.1.a", "blocks.1.b"), ("blocks.0.a", "blocks.0.b")):
+            for name in leaving:
+                kept = copy.deepcopy(library.state.pop(one[name]))
+                updates.exchange({other[name]: copy.deepcopy(updates.state.pop(other[name])) if parks else {}})
+                if parks:
+                    put_moments(library, one[name], kept)
+            descend(library, one, 3)
+            self.descend(updates, other, 3, 1e-3)
+        for name in NAMES:
+            assert apart(one[name], other[name], start[name]) < (0.02 if optim == "adamw8bit" else 1e-5), name
+            assert int(library.state[one[name]]["step"]) == int(updates.state[other[name]]["step"])
+        assert len({int(state["step"]) for state in updates.state.values()}) == (1 if parks else 3)
+
+    @pytest.mark.parametrize("in_backward", [False, True])
+    @pytest.mark.parametrize("optim", ["none", "adamw8bit"])
+    def test_a_library_optimizers_run_goes_on_and_back(self, optim: str, in_backward: bool) -> None:
+        """Also where moments have seen different numbers of steps, one none."""
+        one, other, start = parameters(), parameters(), parameters()
+        library = plain(one, optim=optim)
+        descend(library, one, 2)
+        library.state.pop(one["blocks.1.a"])
+        descend(library, one, 3)
+        library.state.pop(one["head.weight"])
+        kept = copy.deepcopy(OptimizerMoments(one.items(), library, engine=False).state())
+        for name, parameter in other.items():
+            parameter.data.copy_(one[name].detach())
+        updates = self.made(other, in_backward=in_backward, optim=optim)
+        OptimizerMoments(other.items(), updates, engine=False).restore(kept)
+        descend(library, one, 2)
+        self.descend(updates, other, 2, 1e-3)
+        for name in NAMES:
+            assert apart(one[name], other[name], start[name]) < (0.02 if optim == "adamw8bit" else 1e-5), name
+        back = {
+            name: copy.deepcopy(moments)
+            for name, moments in OptimizerMoments(other.items(), updates, engine=False).state().items()
+        }
+        steps = {name: int(moments["step"]) for name, moments in back.items()}
+        assert steps == {**dict.fromkeys(NAMES, 7), "blocks.1.a": 5, "head.weight": 2}
+        last = parameters()
+        again = plain(last, optim=optim)
+        OptimizerMoments(last.items(), again, engine=False).restore(back)
+        descend(again, last, 1)
+        assert {name: int(again.state[last[name]]["step"]) for name in NAMES} == {n: steps[n] + 1 for n in NAMES}
