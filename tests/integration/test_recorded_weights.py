@@ -1,6 +1,7 @@
 """Runs of full training and LISA as a GPU has them, on a CPU: recordings that compute anew at every replay.
 
-What is recorded and where gradients go is the program's own; `tests/gpu/test_whole_cuda.py` has the graphs.
+What is recorded and where gradients go is the program's own; `tests/gpu/test_whole_cuda.py` has the graphs. Updates are
+those of a GPU, of every kind of run, by the definition of their kernel.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ class Recording(graphs._RecordedStep):
         if isinstance(sink, graphs._Left) and sink.share == 1:
             self._compute(objective, model)  # a recording makes the gradients' memory
 
+    @torch.enable_grad()
     def replay(self) -> None:
         self._compute(*self.computed_by)
 
@@ -132,23 +134,33 @@ def test_they_go_on(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-FOLLOWED = ("fp32", "fp32, 8 bits", "fp32, fused", "LISA", "LISA, 8 bits, parked", "LISA, 8 bits, layers alone")
+FOLLOWED: dict[str, dict[str, object]] = {
+    **{kind: KINDS[kind] for kind in ("fp32", "fp32, 8 bits", "fp32, fused", "LISA", "LISA, 8 bits, parked")},
+    "LISA, 8 bits, layers alone": KINDS["LISA, 8 bits, layers alone"],
+    "states": {"lr_init": 0.1},
+    "states, accumulated, weight decay": {"lr_init": 0.1, "accumulate_grad_batches": 2, "weight_decay": 0.1},
+    "states, chunks": {"lr_init": 0.1, "chunk_ctx": 16, "cuda_graph": 0},
+    "LoRA": {"peft": "lora", "lora_r": 4, "train_parts": "time,ln", "weight_decay": 0.1},
+    "LoRA, 8 bits, accumulated": {"peft": "lora", "lora_r": 64, "optim": "adamw8bit", "accumulate_grad_batches": 2},
+    "Bone, states": {"peft": "bone", "bone_r": 8, "train_type": "states", "lr_state": 0.1},
+}
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind == "LISA" else pytest.param(kind, marks=pytest.mark.slow) for kind in FOLLOWED]
+    "kind", [kind if kind in ("LISA", "states") else pytest.param(kind, marks=pytest.mark.slow) for kind in FOLLOWED]
 )
 @pytest.mark.usefixtures("recorded")
 def test_our_updates_are_the_libraries(
     kind: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch's and bitsandbytes', which update where there are no kernels; and a run of theirs goes on with ours."""
-    flags = {"load_model": base, "data_file": data, "epoch_steps": 8, **COMMON, **KINDS[kind]}
+    flags = {"load_model": base, "data_file": data, "epoch_steps": 8, **COMMON, **FOLLOWED[kind]}
     train(tmp_path / "ours", **flags)
     with monkeypatch.context() as patch:
         patch.setattr(adam, "kernels_are_available", lambda kernels, device: False)
-        train(tmp_path / "theirs", cuda_graph=0, **flags)
-        stopped(6, tmp_path / "both", cuda_graph=0, **flags)
+        flags["cuda_graph"] = 0
+        train(tmp_path / "theirs", **flags)
+        stopped(6, tmp_path / "both", **flags)
     go_on(tmp_path / "both")
     one, *others = (metrics(tmp_path / name) for name in ("theirs", "ours", "both"))
     near = 0.03 if "8 bits" in kind else 1e-5
