@@ -191,6 +191,46 @@ class TestKernel:
         assert torch.equal(moments[0].first, moments[1].first)
         assert torch.equal(moments[0].second, moments[1].second)
 
+    @pytest.mark.parametrize("packed", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_many_tensors_at_once_are_one_after_the_other(self, dtype: torch.dtype, packed: bool) -> None:
+        """From a few values to thousands of pieces; rows of settings change, and a gradient comes late."""
+        generator = torch.Generator("cuda").manual_seed(1)
+
+        def drawn(count: int) -> Tensor:
+            return torch.randn(count, generator=generator, device="cuda").to(dtype)
+
+        counts = (30_000_001, 77, 4096, 70 * 70, 0, 1_000_003)
+        one = list(map(drawn, counts))
+        other = [tensor.clone() for tensor in one]
+        moments = [[Moments.zeros(tensor, packed=packed) for tensor in one] for _ in range(2)]
+        rows, seeds = [0, 1, 0, 1, 0, 1], list(range(6))
+        many = adam.ManySteps(one, moments[0], rows, seeds)
+        for step in range(4):
+            if step == 2:
+                rows = [1 - row for row in rows]
+                many.use_rows(rows)
+            gradients: list[Tensor | None] = list(map(drawn, counts))
+            if step == 0:
+                gradients[2] = None
+            given = [gradient for gradient in gradients if gradient is not None]
+            many.look_at(gradients)
+            norm = many.gradient_norm()
+            expected = torch.linalg.vector_norm(torch.cat([gradient.float() for gradient in given]))
+            assert float(norm) == pytest.approx(float(expected), rel=1e-4)
+            settings = torch.tensor([self.CONSTANTS.settings_row(rate, 0.1, step + 1) for rate in (1e-3, 3e-3)]).cuda()
+            control = Control(settings, torch.tensor(0.5).cuda(), torch.tensor([step, 0], dtype=torch.int32).cuda())
+            many.step(control, self.CONSTANTS)
+            for number, gradient in enumerate(gradients):
+                if gradient is not None:
+                    tensors = other[number], gradient, moments[1][number]
+                    adam_step_torch(*tensors, control, self.CONSTANTS, rows[number], seeds[number])
+        for mine, definition in zip(one, other, strict=True):
+            gap = 2**-7 * definition.float().abs() if dtype == torch.bfloat16 else 0.0
+            assert bool(((mine.float() - definition.float()).abs() <= gap + (3e-3 if packed else 1e-4)).all())
+            if dtype == torch.bfloat16 and mine.numel() > 4096:
+                assert float((mine != definition).float().mean()) < 0.02
+
     def test_it_starts_where_memory_is_not_aligned(self) -> None:
         memory = torch.randn(5001, generator=torch.Generator().manual_seed(1)).cuda().bfloat16()
         gradient = torch.randn(5000, generator=torch.Generator().manual_seed(2)).cuda().bfloat16()
@@ -202,6 +242,7 @@ class TestKernel:
 
 WHOLE: dict[str, dict[str, object]] = {
     "fp32": {},
+    "fp32, 8 bits": {"optim": "adamw8bit"},
     "fp32, accumulated": {"accumulate_grad_batches": 2},
     "fp32, fused": {"fused_update": 1},
     "fp32, fused, 8 bits": {"fused_update": 1, "optim": "adamw8bit"},
@@ -244,9 +285,10 @@ def test_recorded_steps_are_the_issued_ones(
     assert losses[1] == pytest.approx(losses[0], rel=3e-3)
 
 
-@pytest.mark.parametrize("quant", [0, 1])
+@pytest.mark.parametrize(("quant", "optim"), [(0, "none"), (1, "none"), (1, "adamw8bit")])
 def test_lisas_steps_are_recorded_anew_after_a_draw(
     quant: int,
+    optim: str,
     base: Path,
     data: Path,
     tmp_path: Path,
@@ -255,6 +297,7 @@ def test_lisas_steps_are_recorded_anew_after_a_draw(
 ) -> None:
     monkeypatch.setattr(lisa, "FEWEST_RECORDED_STEPS", 2)
     flags = {"peft": "lisa", "lisa_r": 2, "lisa_k": 12, "quant": quant, "epoch_steps": 36, "epoch_count": 1}
+    flags |= {"optim": optim}
     for recorded in (0, 1):
         train(tmp_path / str(recorded), load_model=base, data_file=data, cuda_graph=recorded, **COMMON, **flags)
     assert len(recordings) == 1
@@ -273,6 +316,32 @@ def test_a_recorded_step_that_is_not_finite_stops_before_its_layer(base: Path, d
     assert ended.code == 2
     assert "not finite at step 1" in ended.err
     assert "nothing had been updated" in ended.err
+
+
+RUNS: dict[str, dict[str, object]] = {
+    "states": {"lr_init": 0.1, "lr_final": 0.1},
+    "LoRA": {"peft": "lora"},
+    "LISA": {"peft": "lisa", "lisa_r": 2, "lisa_k": 3, "lisa_moments": "park"},
+    "full": {"train_type": "none", "weight_decay": 0.1},
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_our_updates_are_torchs(
+    kind: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a run that torch's optimizer began goes on with ours."""
+    flags = {"load_model": base, "data_file": data, "epoch_steps": 6, "epoch_count": 2, "cuda_graph": 0}
+    flags |= {**COMMON, **RUNS[kind]}
+    train(tmp_path / "ours", **flags)
+    with monkeypatch.context() as patch:
+        patch.setattr(adam, "kernels_are_available", lambda kernels, device: False)
+        train(tmp_path / "theirs", **flags)
+        stopped(5, tmp_path / "both", **flags)
+    go_on(tmp_path / "both")
+    expected, *others = (metrics(tmp_path / name) for name in ("theirs", "ours", "both"))
+    for rows in others:
+        assert [row["loss"] for row in rows] == pytest.approx([row["loss"] for row in expected], rel=5e-3)
 
 
 @pytest.mark.parametrize("stages", [("1", "2", "3"), pytest.param(("2_offload", "3_offload"), marks=OFFLOADS)], ids=str)
