@@ -1,8 +1,8 @@
 """Adam's step on one tensor, or many at once, without a number that only the host knows: it can be recorded.
 
 Weights are fp32, or bf16 and then rounded stochastically (`src.ops.stochastic`); moments are fp32, or packed in 8 bits
-with a scale for every 256 values. On a GPU it is one kernel in one pass (`cuda/adam.cu`), which reads and writes packed
-moments of bf16 weights with 10 bytes a value in all; the definition is in plain torch.
+with a scale for every 256 values, in bitsandbytes' format. On a GPU it is one kernel in one pass (`cuda/adam.cu`),
+which reads and writes packed moments of bf16 weights with 10 bytes a value in all; the definition is in plain torch.
 
 A packed mean of squares is never rounded to 0, by whose root the next step would divide: it is at least the map's
 smallest number (arXiv 2309.01507, section 4.1, on the zero point).
