@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from emulator.kernels import emulated, has_compiler
 from factories import tiny_checkpoint
 from running import go_on, metrics, stopped, train, write_documents
 from torch import Tensor
@@ -58,10 +59,17 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("base") / "base.pth"
-    tiny_checkpoint(path, n_embd=64, dtype=torch.bfloat16)  # matrices of 4096 values have moments in 8 bits
-    return path
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """By architecture; matrices of 4096 values have moments in 8 bits."""
+    paths = {name: tmp_path_factory.mktemp(name) / "base.pth" for name in ("x060", "x070")}
+    for name, path in paths.items():
+        tiny_checkpoint(path, n_embd=64, dtype=torch.bfloat16, architecture=name)
+    return paths
+
+
+@pytest.fixture
+def base(bases: dict[str, Path]) -> Path:
+    return bases["x060"]
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +145,8 @@ def test_they_go_on(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
 FOLLOWED: dict[str, dict[str, object]] = {
     **{kind: KINDS[kind] for kind in ("fp32", "fp32, 8 bits", "fp32, fused", "LISA", "LISA, 8 bits, parked")},
     "LISA, 8 bits, layers alone": KINDS["LISA, 8 bits, layers alone"],
+    "RWKV-7, LISA": LISA,
+    "RWKV-7, LISA, 8 bits, parked": KINDS["LISA, 8 bits, parked"],
     "states": {"lr_init": 0.1},
     "states, accumulated, weight decay": {"lr_init": 0.1, "accumulate_grad_batches": 2, "weight_decay": 0.1},
     "states, chunks": {"lr_init": 0.1, "chunk_ctx": 16, "cuda_graph": 0},
@@ -151,9 +161,10 @@ FOLLOWED: dict[str, dict[str, object]] = {
 )
 @pytest.mark.usefixtures("recorded")
 def test_our_updates_are_the_libraries(
-    kind: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, bases: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Torch's and bitsandbytes', which update where there are no kernels; and a run of theirs goes on with ours."""
+    base = bases["x070" if "RWKV-7" in kind else "x060"]
     flags = {"load_model": base, "data_file": data, "epoch_steps": 8, **COMMON, **FOLLOWED[kind]}
     train(tmp_path / "ours", **flags)
     with monkeypatch.context() as patch:
@@ -167,3 +178,22 @@ def test_our_updates_are_the_libraries(
     for other in others:
         assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=near)
         assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=10 * near)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs g++")
+@pytest.mark.parametrize("kind", ["LISA, 8 bits, parked", "fp32", "states"])
+@pytest.mark.usefixtures("recorded")
+def test_the_kernel_updates_as_its_definition(
+    kind: str, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the emulator, in whole runs."""
+    flags = {"load_model": base, "data_file": data, "epoch_steps": 8, **COMMON, **FOLLOWED[kind]}
+    train(tmp_path / "definition", **flags)
+    monkeypatch.setattr(adam._OfOneKind, "by_kernels", True)
+    with emulated():
+        train(tmp_path / "kernel", **flags)
+    one, other = (metrics(tmp_path / name) for name in ("definition", "kernel"))
+    near = 0.01 if "8 bits" in kind else 1e-5
+    assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=near)
+    assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=10 * near)
