@@ -165,7 +165,7 @@ def json_object(line: str) -> dict[str, Any]:
     try:
         entry, twice = parsed_json(line.rstrip())
     except json.JSONDecodeError as error:
-        raise MalformedEntry(f"not valid JSON ({error.msg.removesuffix(' at')} at column {error.colno})") from error
+        raise MalformedEntry(f"not valid JSON ({_fault(error)})") from error
     except RecursionError as error:
         raise MalformedEntry("nested too deeply") from error
     except ValueError as error:
@@ -177,6 +177,15 @@ def json_object(line: str) -> dict[str, Any]:
     if not isinstance(entry, dict):
         raise MalformedEntry(f"it is {kind_of(entry)}, expected an object")
     return entry
+
+
+def _fault(error: json.JSONDecodeError) -> str:
+    """What a line of JSON has wrong; the commonest faults with what to do."""
+    if error.msg == "Extra data" and error.doc[error.pos :].strip() == ",":
+        return "a comma behind it, as in an array: take the commas out"
+    if error.doc.lstrip().startswith("{'"):
+        return "single quotes, as Python prints a dict: write it with json.dumps"
+    return f"{error.msg.removesuffix(' at')} at column {error.colno}"
 
 
 def string_of(entry: dict[str, Any], key: str, *, nul: bool = False) -> str:

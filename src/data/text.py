@@ -161,7 +161,6 @@ class Conversations:
         self.findings = Findings()
         self.units: list[str] = []
         self._template, self._fields, self._part = template, fields, part
-        self._are_there = False
         self._digests = array("Q")
         self._files, self._numbers = array("q"), array("q")
 
@@ -191,7 +190,8 @@ class Conversations:
                 if not bad:
                     yield file, number, parts
         bad.refuse()
-        if self._are_there and self._part != slice(None) and not (self.findings.forms or self.findings.left_out):
+        none_taken = self._part != slice(None) and not (self.findings.forms or self.findings.left_out)
+        if none_taken and any(True for _ in self._entries()):
             raise DataError(
                 f"{', '.join(self.paths[:3])}: --sft_split takes none of the entries; leave it out, or take more."
             )
@@ -212,7 +212,6 @@ class Conversations:
             entries = Entries(path)
             self.units.append(entries.unit)
             for number, content in entries:
-                self._are_there = True
                 yield file, number, content
 
     def _parts(self, entry: dict[str, object]) -> list[Part]:
@@ -343,10 +342,12 @@ def read_text(
     so every token but the first is a target exactly once. Line ends become "\n". A mask goes by the whole text.
 
     Raises:
-        DataError: the file is missing, empty or not UTF-8.
+        DataError: the file is missing, empty, blank or not UTF-8.
     """
     assert piece_tokens >= 2, "a piece needs an input and a target"
     text, line_ends = unix_lines(decoded(path, read_whole(path, packed=True)))
+    if text.isspace():
+        raise DataError(f"{path} holds white space alone, expected a text: look at the file.")
     ids = tokenizer.encode(text)
     stream = np.array([*ids, tokenizer.end_of_document] if ids else [], dtype=np.uint16)
     starts = np.arange(0, max(len(stream) - 1, 0), piece_tokens - 1, dtype=np.int64)

@@ -263,7 +263,10 @@ def test_empty_texts_are_left_out_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{'text': 'a'}", r"not valid JSON \(Expecting property name .* at column 2\)"),
+        ("{'text': 'a'}", r"not valid JSON \(single quotes, as Python prints a dict: write it with json.dumps\)"),
+        ("{text: 'a'}", r"not valid JSON \(Expecting property name .* at column 2\)"),
+        ('{"text": "a"},', r"not valid JSON \(a comma behind it, as in an array: take the commas out\)"),
+        ('{"text": "a"}, {"text": "b"}', r"not valid JSON \(Extra data at column 14\)"),
         ('{"text": "a"', "not valid JSON"),
         ('{"text": "a"', r"not valid JSON \(Expecting ',' delimiter at column 13\)"),
         ('{"text": "a', r"not valid JSON \(Unterminated string starting at column 10\)"),
@@ -331,6 +334,11 @@ class TestFilesThatCannotBeRead:
     def test_empty(self, data_type, tmp_path, content):
         (tmp_path / "data").write_bytes(content)
         self.check_refused(data_type, tmp_path / "data", "data is empty")
+
+    def test_blank(self, data_type, tmp_path):
+        (tmp_path / "data").write_bytes(b"  \r\n\t\n")
+        words = "data holds white space alone" if data_type == "utf-8" else "data is empty"
+        self.check_refused(data_type, tmp_path / "data", words)
 
     def test_latin1(self, data_type, tmp_path):
         (tmp_path / "data").write_bytes(b'{"text": "a"}\n{"text": "\xe9t\xe9"}\n')
@@ -426,8 +434,12 @@ class TestNamedFields:
         made = read_entries([str(path)], ByteTokenizer(), 257, fields=QA, part=slice(1, 3))
         assert made.numbers.tolist() == [3, 5]
         assert len(read_entries([str(path)], ByteTokenizer(), 257, part=slice(None, 100))) == 4
-        with pytest.raises(DataError, match="--sft_split takes none of the entries"):
-            read_entries([str(path)], ByteTokenizer(), 257, part=slice(9, None))
+        for part in (slice(0, 0), slice(99, 100)):
+            with pytest.raises(DataError, match="--sft_split takes none of the entries"):
+                read_entries([str(path)], ByteTokenizer(), 257, fields=QA, part=part)
+        path.write_text("\n", encoding="utf-8")
+        with pytest.raises(DataError, match="holds no tokens to train on"):
+            read_entries([str(path)], ByteTokenizer(), 257, fields=QA, part=slice(1, 3))
 
     @pytest.mark.parametrize(
         ("line", "reason"),
