@@ -56,13 +56,7 @@ class SuggestingParser(argparse.ArgumentParser):
         """
         known, unknown = self.parse_known_args(args, namespace)
         if unknown:
-            # A text behind an unknown flag is that flag's value.
-            stray = [
-                text
-                for before, text in zip(["", *unknown], unknown, strict=False)
-                if (text.startswith("-") and not _NUMBER.fullmatch(text)) or not before.startswith("-") or "=" in before
-            ]
-            raise ConfigError("; ".join(self.complaint(text) for text in stray))
+            self._refuse(self._stray(unknown))
         return known
 
     def parse_words(
@@ -84,7 +78,11 @@ class SuggestingParser(argparse.ArgumentParser):
             first, rest = unknown[: len(unknown) - others], unknown[len(unknown) - others :]
             unknown = [shlex.join(first), *rest] if first else unknown
         if any(text.startswith("-") for text in unknown) or len(unknown) > len(words):
-            return self.parse_args(args)
+            stray = self._stray(unknown)
+            taken = [text for text in stray if not text.startswith("-")][: len(words)]
+            for text in taken:
+                stray.remove(text)
+            self._refuse(stray)
         for name, text in zip(words, unknown, strict=False):
             if hasattr(known, name):
                 raise ConfigError(f"--{name} {getattr(known, name)} and {text!r} are the same: give one of them")
@@ -95,6 +93,21 @@ class SuggestingParser(argparse.ArgumentParser):
     def flags(self) -> Collection[str]:
         """All flags there are, with their dashes."""
         return self._option_string_actions
+
+    @staticmethod
+    def _stray(unknown: Sequence[str]) -> list[str]:
+        """Those of the texts that belong to no flag which are no values: what stands behind an unknown flag is one."""
+        return [
+            text
+            for before, text in zip(["", *unknown], unknown, strict=False)
+            if (text.startswith("-") and not _NUMBER.fullmatch(text)) or not before.startswith("-") or "=" in before
+        ]
+
+    def _refuse(self, texts: Sequence[str]) -> NoReturn:
+        """Texts of the command line that are no flags."""
+        said = "; ".join(map(self.complaint, texts))
+        spaces = any(not text.startswith("-") for text in texts)
+        raise ConfigError(f"{said}; what holds spaces has to stand in quotes" if spaces else said)
 
     def complaint(self, text: str) -> str:
         """What is wrong with a text on the command line that is no flag, as a sentence."""

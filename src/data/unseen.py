@@ -71,7 +71,8 @@ def unseen_of(documents: Documents, visited: Positions, row_tokens: int, *, draw
     sizes = documents.sizes[visited]
     beyond = np.maximum(sizes - row_tokens, 0)
     left_out = documents.counted_targets(row_tokens) == 0
-    answered = documents.counted_targets(int(documents.sizes.max())) > 0
+    # Which takes a while where there are millions.
+    answered = documents.counted_targets(int(documents.sizes.max())) > 0 if left_out.any() else left_out
     return Unseen(
         documents=len(visited),
         tokens=int(sizes.sum()) if drawn else documents.total_tokens,

@@ -90,7 +90,9 @@ def test_no_file_is_no_list() -> None:
 
 
 def test_a_stray_word_is_named() -> None:
-    assert "'model.pth' belongs to no flag" in refusal("model.pth")
+    said = refusal("--proj_dir", "my", "models")
+    assert said == "'models' belongs to no flag; what holds spaces has to stand in quotes"
+    assert "quotes" not in refusal("--ctx", "5")
 
 
 def help_of_train() -> dict[str, str]:
@@ -216,7 +218,7 @@ class TestMergeWords:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("a b c d", "'d' belongs to no flag"),
+            ("a b c d e", "'d' belongs to no flag; 'e' belongs to no flag; what holds spaces has to stand in quotes"),
             ("a b c --base_model d", "--base_model d and 'a' are the same: give one of them"),
             ("a b c --lora_alhpa 3", "did you mean --lora_alpha?"),
             ("a b c --quant", "--quant"),
@@ -226,6 +228,7 @@ class TestMergeWords:
         with pytest.raises(ConfigError) as refused:
             given_merge_flags(line.split())
         assert message in str(refused.value)
+        assert "'a' belongs" not in str(refused.value)
 
 
 class TestStateCommands:
