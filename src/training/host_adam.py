@@ -13,6 +13,9 @@ import runpy
 import shlex
 import shutil
 import sysconfig
+import time
+from collections.abc import Iterator
+from datetime import datetime
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -25,6 +28,8 @@ from src.training.console import tell
 
 _NAME = "cpu_adam"
 """DeepSpeed's for it."""
+_BUILD_SECONDS = 60
+"""That it takes at least (94 on a core of 2026)."""
 
 
 def missing_tools() -> list[str]:
@@ -70,8 +75,9 @@ def make_host_adam(groups: list[dict[str, Any]], strategy: str, **options: Any) 
     from torch.utils.cpp_extension import get_default_build_root
 
     kept = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    if global_rank() == 0 and not (_came_built() or any(kept.glob(f"**/{_NAME}/{_NAME}.so"))):
-        tell("note: DeepSpeed compiles its Adam for the host: one or two minutes, this time only")
+    if global_rank() == 0:
+        for line in _waits(kept):
+            tell(f"note: {line}")
     try:
         return DeepSpeedCPUAdam(groups, **options)  # type: ignore[no-any-return]
     except RuntimeError as error:
@@ -80,6 +86,25 @@ def make_host_adam(groups: list[dict[str, Any]], strategy: str, **options: Any) 
             f"({_reason(str(error.__cause__ or error))}): see that g++ can compile C++20 and {kept} can be written to, "
             f"or {_without(strategy)}"
         ) from error
+
+
+def _waits(kept: Path) -> Iterator[str]:
+    """What makes the first use of it take long, where `kept` is the folder of what torch builds."""
+    if _came_built():
+        return
+    for lock in kept.glob(f"**/{_NAME}/lock"):
+        try:
+            since = lock.stat().st_mtime
+        except FileNotFoundError:  # whoever compiled it is done
+            continue
+        if time.time() - since > _BUILD_SECONDS:  # else it may be that of another process of this run
+            began = datetime.fromtimestamp(since).strftime("%Y-%m-%d %H:%M")
+            yield (
+                f"DeepSpeed waits for whoever compiles its Adam for the host since {began}, without end where that was "
+                f"killed: then stop this run and remove {lock}"
+            )
+    if not any(kept.glob(f"**/{_NAME}/{_NAME}.so")):
+        yield "DeepSpeed compiles its Adam for the host: one or two minutes, this time only"
 
 
 def _without(strategy: str) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib.machinery
+import os
 import shutil
 import sysconfig
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -104,6 +106,25 @@ def test_a_build_that_fails_says_what_the_compiler_said(
     assert f"--strategy {STRATEGY} steps ({error})" in str(refused.value)
     assert "\n" not in str(refused.value)
     assert "DeepSpeed compiles its Adam for the host: one or two minutes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("age", "built", "waits"), [(0, False, 1), (600, False, 2), (600, True, 1), (None, True, 0)])
+def test_it_is_said_why_the_first_use_takes_long(
+    age: int | None, built: bool, waits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The lock of a build that was killed stays, and torch waits for it without a word."""
+    monkeypatch.setattr(host_adam, "find_spec", lambda name: None)
+    folder = tmp_path / "py311_cu130" / "cpu_adam"
+    folder.mkdir(parents=True)
+    if built:
+        (folder / "cpu_adam.so").touch()
+    if age is not None:
+        (folder / "lock").touch()
+        os.utime(folder / "lock", (time.time() - age,) * 2)
+    said = list(host_adam._waits(tmp_path))
+    assert len(said) == waits
+    assert [f"remove {folder / 'lock'}" in line for line in said[:1]] == [age == 600] * min(waits, 1)
+    assert any("one or two minutes" in line for line in said) == (not built)
 
 
 @pytest.mark.parametrize(
