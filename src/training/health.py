@@ -1,4 +1,7 @@
-"""Warnings while a run goes on: a loss that goes up, states that grow out of bounds. Each is said once."""
+"""Warnings while a run goes on: a loss that goes up, states that grow out of bounds, steps that nothing is learnt in.
+
+Each is said once; of the last how often it was, at the end.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ import pytorch_lightning as pl
 import torch
 from torch import Tensor
 
+from src.output import several
 from src.training.callbacks import TrainingMonitor
 from src.training.module import TrainingModule
 
@@ -92,6 +96,7 @@ class HealthWatch(pl.Callback):
         self._way_out = way_out
         self._trend: LossTrend | None = LossTrend()
         self._looks_at_states = True
+        self._idle_steps = 0
 
     def on_train_start(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Takes note of what was before."""
@@ -107,6 +112,10 @@ class HealthWatch(pl.Callback):
         if (batch_idx + 1) % self._accumulate or not trainer.is_global_zero or not self._monitor.losses:
             return
         step = len(self._monitor.losses)
+        if not self._monitor.control.grad_norm:
+            self._idle_steps += 1
+            if self._idle_steps == 1:
+                self._warn(f"the gradient of step {step:,} is 0, so that nothing is learnt in it: {_why_idle(module)}")
         if self._trend is not None and (problem := self._trend.take(step, self._monitor.losses[-1])):
             self._say(problem)
             self._trend = None
@@ -116,5 +125,21 @@ class HealthWatch(pl.Callback):
                 self._say(problem)
                 self._looks_at_states = False
 
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Says in how many steps nothing was learnt."""
+        if self._idle_steps:
+            steps = several(self._idle_steps, "step")
+            self._warn(f"the gradient was 0 in {steps} of {trainer.global_step:,}, in which nothing was learnt")
+
     def _say(self, problem: str) -> None:
         self._warn(f"{problem}; {self._way_out}")
+
+
+def _why_idle(module: TrainingModule) -> str:
+    """Where a gradient of 0 may come from, and the way out."""
+    config = module.config
+    if config.bptt_chunks:
+        return f"--bptt_chunks {config.bptt_chunks} ends it before what is trained; raise that, or leave it out"
+    if module.loss_scale != 1.0:
+        return "in fp16 it may have been too small for a number; use --precision bf16"
+    return "what is trained has no part in the loss of its samples; --preview 3 shows what the loss is on"

@@ -139,6 +139,9 @@ def _in_chunks(config: TrainConfig, method: Method, hardware: Hardware) -> list[
         "inputs": "; what chunks and layers begin from waits in host memory",
     }
     lines = [f"chunks     of {config.chunk_ctx:,} tokens where a row has more: {gradient}{places[config.chunk_keep]}"]
+    if config.bptt_chunks and config.trains_states:
+        first = f"{config.bptt_chunks} chunks" if config.bptt_chunks > 1 else "chunk"
+        lines.append(f"           so that states learn nothing from what stands behind a document's first {first}")
     if hardware.on_gpu:
         ways = "--chunk_keep inputs saves a forward pass, or --grad_cp 0 or 2 if what the layers keep of a chunk fits"
         by_layer = config.chunk_keep == "inputs"

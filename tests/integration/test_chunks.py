@@ -105,3 +105,24 @@ def test_auto_takes_whole_rows_where_they_fit(inputs: dict[str, Path], tmp_path:
     ended = train(tmp_path, **chosen(inputs, ctx_len=70, epoch_count=1), chunk_ctx="auto")
     assert "note: --chunk_ctx auto: whole rows fit" in ended.out
     assert "chunks  " not in ended.out
+
+
+@pytest.mark.parametrize(("bptt_chunks", "warned"), [(1, True), (0, False)])
+def test_a_gradient_that_is_cut_before_the_states_is_said(
+    bptt_chunks: int, warned: bool, inputs: dict[str, Path], tmp_path: Path
+) -> None:
+    """Every answer stands behind the first chunk, so that nothing goes back to the initial states."""
+    data = tmp_path / "chats.jsonl"
+    data.write_text('{"prompt": "Long enough?", "response": "Yes."}\n' * 3, encoding="utf-8")
+    flags = chosen(inputs, ctx_len=64, dataload="pad", chunk_ctx=16, epoch_steps=3, val_file=data)
+    flags |= {"data_file": data, "bptt_chunks": bptt_chunks}
+    ended = train(tmp_path / "run", **flags)
+    assert ("states learn nothing from what stands behind a document's first chunk" in ended.out) == warned
+    said = (
+        "the gradient of step 1 is 0",
+        "--bptt_chunks 1 ends it",
+        "the gradient was 0 in 3 steps of 3, in which nothing",
+    )
+    assert [text in ended.err for text in said] == [warned] * 3
+    losses = re.findall(r"held out   (?:un)?(?:tuned|loaded): loss (\d+\.\d+)", ended.out)
+    assert (len(set(losses)) == 1) == warned, losses

@@ -78,7 +78,8 @@ def test_each_warning_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     losses: list[float] = [1.0] * WINDOW
     said: list[str] = []
-    watch = HealthWatch(SimpleNamespace(losses=losses), said.append, accumulate=2, way_out="stop")  # type: ignore[arg-type]
+    monitor: Any = SimpleNamespace(losses=losses, control=SimpleNamespace(grad_norm=1.0))
+    watch = HealthWatch(monitor, said.append, accumulate=2, way_out="stop")
     trainer: Any = SimpleNamespace(is_global_zero=True)
     watch.on_train_start(trainer, module)
     for step in range(3 * LOOKED_AT):
@@ -88,3 +89,31 @@ def test_each_warning_comes_once(monkeypatch: pytest.MonkeyPatch) -> None:
         del step
     assert [text.split(":")[0] for text in said] == ["the loss goes up", "the states grow out of bounds"]
     assert all(text.endswith("; stop") for text in said)
+
+
+@pytest.mark.parametrize(
+    ("flags", "loss_scale", "why"),
+    [
+        ({"bptt_chunks": 2}, 1.0, "--bptt_chunks 2 ends it before what is trained"),
+        ({"bptt_chunks": 0}, 128.0, "use --precision bf16"),
+        ({"bptt_chunks": 0}, 1.0, "--preview 3 shows what the loss is on"),
+    ],
+)
+def test_steps_that_nothing_is_learnt_in(
+    flags: dict[str, int], loss_scale: float, why: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("src.training.health.TrainingModule", FakeModule)
+    module: Any = FakeModule(config=SimpleNamespace(**flags), loss_scale=loss_scale)
+    monitor: Any = SimpleNamespace(losses=[], control=SimpleNamespace(grad_norm=0.5))
+    said: list[str] = []
+    watch = HealthWatch(monitor, said.append, accumulate=1, way_out="stop")
+    trainer: Any = SimpleNamespace(is_global_zero=True, global_step=3)
+    for norm in (0.5, 0.0, 0.0):
+        monitor.losses.append(1.0)
+        monitor.control.grad_norm = norm
+        watch.on_train_batch_end(trainer, module, None, None, 0)
+    watch.on_train_end(trainer, module)
+    first, last = said
+    assert first.startswith("the gradient of step 2 is 0, so that nothing is learnt in it: ")
+    assert why in first
+    assert last == "the gradient was 0 in 2 steps of 3, in which nothing was learnt"
