@@ -35,6 +35,8 @@ from src.ops.kernels import Kernel, driver_cuda_version
 from src.ops.wkv6 import wkv6
 from src.ops.wkv7 import wkv7
 from src.quant import DequantizationWorkspace, FrozenLinear
+from src.training.engine import resolve_hardware
+from src.training.logs import require_loggers
 
 REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
 OLDEST_PYTHON = (3, 10)
@@ -110,6 +112,8 @@ def findings(given: Mapping[str, str]) -> Iterator[Finding]:
     yield from _file_findings(config, given)
     device, gpu = _gpu_finding(config)
     yield gpu
+    if device is not None:
+        yield from _engine_findings(config)
     shape = None
     if os.path.exists(given.get("load_model", "")):
         shape, model = _model_finding(given["load_model"])
@@ -219,6 +223,15 @@ def _gpu_finding(config: TrainConfig) -> tuple[Device | None, Finding]:
     if not torch.version.cuda:
         advice = "training on a CPU is for trials: with an NVIDIA card install a CUDA build of torch (pytorch.org)"
     return device, Finding("gpu", f"none: {device.describe()}, {build}", advice, matters=False)
+
+
+def _engine_findings(config: TrainConfig) -> Iterator[Finding]:
+    """What the run's flags need that is not here, besides the device."""
+    for subject, look in (("strategy", resolve_hardware), ("loggers", require_loggers)):
+        try:
+            look(config)
+        except ConfigError as error:
+            yield Finding(subject, "not possible here", str(error))
 
 
 def _model_finding(path: str) -> tuple[ModelShape | None, Finding]:

@@ -1,6 +1,7 @@
 """What the doctor finds good, and what it does not."""
 
 import importlib.metadata
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,17 @@ def test_a_folder_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, no_gpu
     (disk,) = [finding for finding in findings({"proj_dir": "results"}) if finding.subject == "disk"]
     assert disk.mark == "BAD"
     assert "choose another --proj_dir" in disk.advice
+
+
+def test_what_the_flags_need_besides_the_device(monkeypatch: pytest.MonkeyPatch, no_gpu: None) -> None:
+    def said(**given: str) -> dict[str, str]:
+        subjects = ("strategy", "loggers")
+        return {finding.subject: finding.advice for finding in findings(given) if finding.subject in subjects}
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name in ("wandb", "deepspeed") else name)
+    assert said(accelerator="cpu") == {}
+    found = said(accelerator="cpu", devices="2", wandb="mine")
+    assert found["strategy"].startswith("--devices 2 --num_nodes 1 needs GPUs")
+    assert found["loggers"].startswith(
+        "--wandb mine needs the package wandb, which is not installed: pip install wandb"
+    )
