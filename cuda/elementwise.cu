@@ -12,4 +12,5 @@
 #include "elementwise_add_norm.cuh"
 #include "elementwise_group_norm_gate.cuh"
 #include "elementwise_logits.cuh"
+#include "elementwise_modulated_shift_mix.cuh"
 #include "elementwise_shift_mix.cuh"

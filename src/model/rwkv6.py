@@ -208,7 +208,12 @@ class RWKV6Shape(ModelShape):
         """See ModelShape."""
         mixes = ((1, False), (5, True), (2, False))
         of_layers = elementwise_cuda.layer_kernels(
-            self.n_embd, mixes, head_size=self.head_size, gates_channels=True, sums=trains_weights
+            self.n_embd,
+            mixes,
+            modulation_width=self.mix_lora_width,
+            head_size=self.head_size,
+            gates_channels=True,
+            sums=trains_weights,
         )
         return (*of_layers, *wkv6_cuda.kernels_for(self.head_size, trains_weights=trains_weights))
 

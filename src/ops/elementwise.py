@@ -7,9 +7,9 @@ their own, which runs when they are asked for. Parameters may be stored wider th
 and their gradients are summed in fp32 and not rounded before they reach a wider parameter.
 
 What is saved for backward: add_norm the sum and its statistics, shift_mixes z and modulation (without modulation
-nothing, or z where maa is trained), modulated_shift_mixes z and hidden (where it keeps modulation, that, and hidden
-only where up is trained), group_norm_silu_gate y and gate, squared_relu x, sigmoid_gated_residual x, r and its
-result; beside z its carry, and trained parameters as they are.
+nothing, or z where maa is trained), modulated_shift_mixes z and hidden (where it keeps modulation, which it does only
+for a K without kernels, that, and hidden only where up is trained), group_norm_silu_gate y and gate, squared_relu x,
+sigmoid_gated_residual x, r and its result; beside z its carry, and trained parameters as they are.
 
 Shape legend: B batch, T tokens, C channels, A attention channels, H heads, N head size, G mixes of one z.
 """
@@ -104,8 +104,8 @@ def modulated_shift_mixes(
         z, carry, maa, previous, joined: as for `shift_mixes`.
         hidden: [B, T, G * K], the K values of each mix side by side.
         up: [G, K, C].
-        keeps_modulation: keeps G times the memory of z for the backward pass, which forms it again otherwise where
-            this is fused.
+        keeps_modulation: where this is fused, but the kernels do not take K and so compute the modulation where they
+            use it, keeps G times the memory of z for the backward pass, which forms it again otherwise.
         narrow_up: gives up in z's dtype, outside autograd, to be used at once; None casts it.
 
     Returns:

@@ -39,9 +39,17 @@ from src.ops.totals import TOTALS, total_of_tiles
 
 MOST_NORM_CHANNELS = 8192
 MIXES = (1, 2, 5, 6)
+MODULATED_MIXES = 5
+MODULATION_WIDTHS = (32, 64)
+"""Of hidden, from which kernels compute the modulation of as many mixes where they use it."""
 _NORM_THREADS = 256
 _ROW_THREADS = 512
 _SHIFT_TILE = 4
+_MODULATED_WARPS = 4
+_MODULATED_CHANNELS = 64
+_MODULATED_BLOCKS_WANTED = 4 * 132
+_MOST_MODULATED_TILES = 4
+"""That a warp has one after another."""
 _NORM_TILE = 2
 _VALUES_PER_BLOCK = 2 * THREADS * VECTOR
 _MOST_MIXES = 6
@@ -69,6 +77,18 @@ SHIFT_BACKWARD = {
     )
     for mixes, modulated in _CASES
 }
+# Row tiles of a warp at a time, of 8 rows each.
+_FORWARD_TILES, _BACKWARD_TILES = 2, 1
+MODULATED_FORWARD, MODULATED_BACKWARD = (
+    {
+        width: _kernel(
+            f"modulated_shift_mix_{name}_kernel<{width}, {_MODULATED_WARPS}, {tiles}>",
+            f"{_SHIFT} (PP) {_POINTERS} {rest}",
+        )
+        for width in MODULATION_WIDTHS
+    }
+    for name, tiles, rest in (("forward", _FORWARD_TILES, "i"), ("backward", _BACKWARD_TILES, "PPPPi"))
+)
 MAA_SUMS = {mixes: _kernel(f"shift_mix_maa_sums_kernel<{mixes}>", f"{_SHIFT} {_POINTERS} iP") for mixes in MIXES}
 GATE_FORWARD, GATE_BACKWARD, GATE_SUMS = (
     {size: _kernel(f"group_norm_silu_gate_{name}_kernel<{size // VECTOR}{tile}>", parameters) for size in HEAD_SIZES}
@@ -95,6 +115,7 @@ LOGIT_GRADIENT = _kernel("logit_gradient_kernel", "PPPPPP i")
 
 KERNELS = (
     *(*SHIFT_FORWARD.values(), *SHIFT_BACKWARD.values(), *MAA_SUMS.values()),
+    *(*MODULATED_FORWARD.values(), *MODULATED_BACKWARD.values()),
     *(*GATE_FORWARD.values(), *GATE_BACKWARD.values(), *GATE_SUMS.values()),
     *(*NORM_FORWARD.values(), *NORM_BACKWARD.values(), NORM_SUMS, TOTALS),
     *(SQUARED_RELU, SQUARED_RELU_GRADIENT, SQUARED_RELU_AND_GRADIENT, GATED_RESIDUAL, GATED_RESIDUAL_GRADIENT),
@@ -103,20 +124,32 @@ KERNELS = (
 
 
 def layer_kernels(
-    channels: int, mixes: Collection[tuple[int, bool]], *, head_size: int = 0, gates_channels: bool = False, sums: bool
+    channels: int,
+    mixes: Collection[tuple[int, bool]],
+    *,
+    modulation_width: int = 0,
+    head_size: int = 0,
+    gates_channels: bool = False,
+    sums: bool,
 ) -> tuple[Kernel, ...]:
     """The kernels that layers and the head launch, forward and backward.
 
     Args:
         channels: of the residual stream.
         mixes: how many mixes each token shift makes, and whether they are modulated.
+        modulation_width: of the hidden layer that modulates them; 0 where there is none.
         head_size: of a group norm with SiLU gate; 0 is none.
         gates_channels: whether the channel mix ends in `sigmoid_gated_residual`.
         sums: whether parameters of these operators are trained, too.
     """
     held = held_vectors(channels)
     norms = (NORM_FORWARD[held, True], NORM_FORWARD[held, False], NORM_BACKWARD[held])
-    shifts = [family[case] for case in mixes for family in (SHIFT_FORWARD, SHIFT_BACKWARD)]
+    shifts: list[Kernel] = []
+    for count, modulated in mixes:
+        if modulated and _kernels_modulate(count, modulation_width):
+            shifts += [MODULATED_FORWARD[modulation_width], MODULATED_BACKWARD[modulation_width]]
+        else:
+            shifts += [SHIFT_FORWARD[count, modulated], SHIFT_BACKWARD[count, modulated]]
     found = [*norms, *shifts, SQUARED_RELU, SQUARED_RELU_GRADIENT, LOGIT_STATISTICS, LOGIT_GRADIENT]
     if gates_channels:
         found += [GATED_RESIDUAL, GATED_RESIDUAL_GRADIENT]
@@ -314,7 +347,10 @@ class _ShiftMix(Node):
 
 
 class _ModulatedShiftMix(Node):
-    """A token shift whose modulation is hidden @ up for each mix; unless it is kept, it is formed again."""
+    """A token shift whose modulation is hidden @ up for each mix.
+
+    Kernels compute it where they use it; where they do not, it is formed in memory, and again unless it is kept.
+    """
 
     @staticmethod
     def run(
@@ -330,7 +366,8 @@ class _ModulatedShiftMix(Node):
         narrow_up: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
-        return inputs.mixed(_modulation(inputs, prepared(hidden, "hidden"), _used_up(up, narrow_up)), joined)
+        outputs, _ = inputs.modulated(prepared(hidden, "hidden"), _used_up(up, narrow_up), joined)
+        return outputs
 
     @staticmethod
     def forward(
@@ -348,8 +385,8 @@ class _ModulatedShiftMix(Node):
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
         hidden = prepared(hidden, "hidden")
-        modulation = _modulation(inputs, hidden, _used_up(up, narrow_up))
-        outputs = inputs.mixed(modulation, joined)
+        outputs, modulation = inputs.modulated(hidden, _used_up(up, narrow_up), joined)
+        keeps_modulation = keeps_modulation and modulation is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
             inputs.z,
@@ -373,7 +410,8 @@ class _ModulatedShiftMix(Node):
         up = _used_up(kept_parameter(ctx, "up", up), ctx.narrow_up)
         of_z, of_carry, of_maa, of_hidden, of_up = ctx.needs_input_grad[:5]
         if modulation is None and (of_z or of_carry or of_hidden or of_up):
-            modulation = torch.bmm(_by_mix(hidden, up), up)
+            fused = _kernels_modulate(*up.shape[:2])
+            modulation = (hidden, up) if fused else torch.bmm(_by_mix(hidden, up), up)
         of_modulation = of_hidden or of_up
         found = _shift_gradients(ctx, grads, z, carry, maa, modulation, of_z, of_carry, of_maa, of_modulation)
         grad_z, grad_carry, grad_maa, grad_modulation = found
@@ -505,6 +543,10 @@ class _SigmoidGatedResidual(Node):
         return grad, *sigmoid_gated_residual_gradients(x, r, result, grad)
 
 
+_Modulation = Tensor | tuple[Tensor, Tensor] | None
+"""As it lies in memory, or hidden and up, whose product it is."""
+
+
 class _ShiftInputs:
     """The inputs of a token shift, checked."""
 
@@ -545,7 +587,7 @@ class _ShiftInputs:
         check_shape(modulation, (self.mixes, *self.z.shape), "modulation")
         return modulation
 
-    def mixed(self, modulation: Tensor | None, joined: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
+    def mixed(self, modulation: _Modulation, joined: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
         side: dict[int, Tensor] = {}
         for piece in joined:
             side |= zip(piece, side_by_side([self.z.shape] * len(piece), self.z), strict=True)
@@ -553,11 +595,31 @@ class _ShiftInputs:
         batch, tokens, channels = self.z.shape
         rows = batch * tokens
         if rows:
-            kernel = SHIFT_FORWARD[len(outputs), modulation is not None]
             sizes = (len(outputs), rows, tokens, channels, self.maa.dtype is torch.float32)
-            shift = (self.z, self.carry, self.maa, modulation, self.previous, *sizes)
-            kernel(self.z, blocks_for(rows, channels, _SHIFT_TILE), THREADS, *shift, *_all_mixes(outputs))
+            in_memory = None if isinstance(modulation, tuple) else modulation
+            shift = (self.z, self.carry, self.maa, in_memory, self.previous, *sizes)
+            if isinstance(modulation, tuple):
+                grid, chunk = _modulated_places(rows, channels, _FORWARD_TILES)
+                kernel = MODULATED_FORWARD[modulation[1].shape[1]]
+                kernel(self.z, grid, 32 * _MODULATED_WARPS, *shift, *modulation, *_all_mixes(outputs), chunk)
+            else:
+                kernel = SHIFT_FORWARD[len(outputs), modulation is not None]
+                kernel(self.z, blocks_for(rows, channels, _SHIFT_TILE), THREADS, *shift, *_all_mixes(outputs))
         return outputs
+
+    def modulated(
+        self, hidden: Tensor, up: Tensor, joined: tuple[tuple[int, ...], ...]
+    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+        """What is mixed, and the modulation [mixes, batch * tokens, channels] if it had to be formed in memory."""
+        z = self.z
+        if up.ndim != 3:
+            raise RuntimeError(f"up has {up.ndim} dimensions, expected [mixes, width, channels]")
+        check_shape(up, (self.mixes, up.shape[1], z.shape[2]), "up")
+        check_shape(hidden, (*z.shape[:2], up.shape[0] * up.shape[1]), "hidden")
+        if not _kernels_modulate(*up.shape[:2]):
+            modulation = torch.bmm(_by_mix(hidden, up), up)
+            return self.mixed(modulation, joined), modulation
+        return self.mixed((hidden, up), joined), None
 
     def keep(self, ctx: Any) -> None:
         """For `_shift_gradients`, but for what goes among the saved tensors."""
@@ -571,7 +633,7 @@ def _shift_gradients(
     z: Tensor | None,
     carry: Tensor | None,
     maa: Tensor,
-    modulation: Tensor | None,
+    modulation: _Modulation,
     of_z: bool,
     of_carry: bool,
     of_maa: bool,
@@ -581,18 +643,23 @@ def _shift_gradients(
     grads = [None if grad is None else prepared(grad, "the gradient of shift_mix") for grad in gradients]
     batch, tokens, channels = ctx.shape
     rows, mixes = batch * tokens, len(grads)
-    shift = (z, carry, maa, modulation, ctx.previous, mixes, rows, tokens, channels, maa.dtype is torch.float32)
+    in_memory = None if isinstance(modulation, tuple) else modulation
+    shift = (z, carry, maa, in_memory, ctx.previous, mixes, rows, tokens, channels, maa.dtype is torch.float32)
     grad_z = grad_carry = grad_maa = grad_modulation = None
     if of_z or of_carry or of_modulation:
         grad_z = maa.new_empty(ctx.shape, dtype=torch.bfloat16)
         grad_carry = maa.new_empty(batch, channels, dtype=torch.bfloat16) if of_carry else None
         if of_modulation:
-            assert modulation is not None
-            grad_modulation = torch.empty_like(modulation)
+            grad_modulation = maa.new_empty(mixes, *ctx.shape, dtype=torch.bfloat16)
         if rows:
-            values = (*shift, *_all_mixes(grads), ctx.children, grad_z, grad_carry, grad_modulation)
-            kernel = SHIFT_BACKWARD[mixes, modulation is not None]
-            kernel(maa, blocks_for(rows, channels, _SHIFT_TILE), THREADS, *values)
+            of_all = (*_all_mixes(grads), ctx.children, grad_z, grad_carry, grad_modulation)
+            if isinstance(modulation, tuple):
+                grid, chunk = _modulated_places(rows, channels, _BACKWARD_TILES)
+                kernel = MODULATED_BACKWARD[modulation[1].shape[1]]
+                kernel(maa, grid, 32 * _MODULATED_WARPS, *shift, *modulation, *of_all, chunk)
+            else:
+                kernel = SHIFT_BACKWARD[mixes, modulation is not None]
+                kernel(maa, blocks_for(rows, channels, _SHIFT_TILE), THREADS, *shift, *of_all)
     if of_maa:
         tile = sum_tile(rows, channels)
         sums = maa.new_empty(-(-rows // tile), mixes, channels, dtype=torch.float32)
@@ -603,14 +670,21 @@ def _shift_gradients(
     return grad_z, grad_carry, grad_maa, grad_modulation
 
 
-def _modulation(inputs: _ShiftInputs, hidden: Tensor, up: Tensor) -> Tensor:
-    """hidden @ up for each mix, [mixes, batch * tokens, channels]; both are checked."""
-    z = inputs.z
-    if up.ndim != 3:
-        raise RuntimeError(f"up has {up.ndim} dimensions, expected [mixes, width, channels]")
-    check_shape(up, (inputs.mixes, up.shape[1], z.shape[2]), "up")
-    check_shape(hidden, (*z.shape[:2], up.shape[0] * up.shape[1]), "hidden")
-    return torch.bmm(_by_mix(hidden, up), up)
+def _kernels_modulate(mixes: int, width: int) -> bool:
+    """Whether kernels compute a modulation where they use it."""
+    return mixes == MODULATED_MIXES and width in MODULATION_WIDTHS
+
+
+def _modulated_places(rows: int, channels: int, tiles: int) -> tuple[Size, int]:
+    """A grid for the kernels that compute the modulation, and how many rows a warp of it has.
+
+    Args:
+        tiles: of 8 rows, that a warp has at a time.
+    """
+    groups, rows_at_once = -(-channels // _MODULATED_CHANNELS), 8 * tiles
+    turns = rows * groups // (_MODULATED_WARPS * rows_at_once * _MODULATED_BLOCKS_WANTED)
+    chunk = rows_at_once * min(max(turns, 1), _MOST_MODULATED_TILES)
+    return (groups, -(-rows // (_MODULATED_WARPS * chunk))), chunk
 
 
 def _used_up(up: Tensor, narrow: Callable[[], Tensor] | None) -> Tensor:
