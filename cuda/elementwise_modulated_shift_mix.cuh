@@ -113,17 +113,31 @@ __device__ __forceinline__ void compute_proportions(float (&sums)[kTiles][4][4],
   }
 }
 
+// With which of the rows from `row` to `row + kRows` a sequence begins, a bit for each; with each where `previous` says.
+template <int kRows>
+__device__ __forceinline__ uint32_t starts_of_sequences(const ShiftMix& a, int row) {
+  if (a.previous != nullptr) return ~0u;
+  uint32_t starts = 0;
+  int position = row % a.tokens;
+#pragma unroll
+  for (int i = 0; i <= kRows; ++i) {
+    starts |= uint32_t(position == 0) << i;
+    position = position + 1 == a.tokens ? 0 : position + 1;
+  }
+  return starts;
+}
+
 // z of the lane's rows, `row` being the first, and what it is mixed with less z; zeros where there is none.
 template <int kRows>
-__device__ __forceinline__ void load_deltas(const ShiftMix& a, int row, int channel, Packed (&z)[kRows],
-                                            float (&delta)[kRows][kVector]) {
+__device__ __forceinline__ void load_deltas(const ShiftMix& a, uint32_t starts, int row, int channel,
+                                            Packed (&z)[kRows], float (&delta)[kRows][kVector]) {
   const bool exists = channel < a.channels;
 #pragma unroll
   for (int i = 0; i < kRows; ++i) z[i] = load_if(exists && row + i < a.rows, a.z, int64_t(row + i) * a.channels + channel);
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
     clear(delta[i]);
-    if (i > 0 && a.previous == nullptr && (row + i) % a.tokens != 0) {
+    if (i > 0 && !(starts >> i & 1)) {
       unpack(z[i - 1], delta[i]);
     } else if (exists && row + i < a.rows) {
       load_shifted(a, row + i, channel, delta[i]);
@@ -135,9 +149,10 @@ __device__ __forceinline__ void load_deltas(const ShiftMix& a, int row, int chan
   }
 }
 
-// grid (groups of 64 channels, parts of the rows): each of the kWarps warps has `chunk` rows, whole tiles.
-template <int kWidth, int kWarps, int kTiles>
-__global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
+// grid (groups of 64 channels, parts of the rows): each of the kWarps warps has `chunk` rows, whole tiles. kResident: warps of a
+// multiprocessor, for which the registers are to suffice.
+template <int kWidth, int kWarps, int kTiles, int kResident>
+__global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
     modulated_shift_mix_forward_kernel(ShiftMix a, Modulation modulation, const __grid_constant__ MixPointers outputs,
                                        int chunk) {
   constexpr int kRows = 2 * kTiles, kTileRows = 4 * kRows;
@@ -153,7 +168,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     load_terms(terms, a, modulation.hidden, 0, first);
     Packed z[kRows];
     float delta[kRows][kVector];
-    load_deltas(a, row, channel, z, delta);
+    load_deltas(a, starts_of_sequences<kRows>(a, row), row, channel, z, delta);
 #pragma unroll 1
     for (int g = 0; g < kModulatedMixes; ++g) {
       float proportion[kTiles][4][4];
@@ -210,8 +225,8 @@ __device__ __forceinline__ void load_grads(const ShiftMix& a, const void* grad, 
 
 // Walks its rows from the last tile to the first: what the row after a tile sends back is then at hand. Only the row
 // after the last tile is computed twice. Grid as forward.
-template <int kWidth, int kWarps, int kTiles>
-__global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
+template <int kWidth, int kWarps, int kTiles, int kResident>
+__global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
     modulated_shift_mix_backward_kernel(ShiftMix a, Modulation modulation, const __grid_constant__ MixPointers grads,
                                         const int* __restrict__ children, void* grad_z, void* grad_carry,
                                         void* grad_modulation, int chunk) {
@@ -233,10 +248,11 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
     Packed grad[kRows];
     load_grads(a, grads.mix[0], row, channel, grad);
     load_terms(terms, a, modulation.hidden, 0, first);
+    const uint32_t starts = starts_of_sequences<kRows>(a, row);
     float delta[kRows][kVector];
     if (grad_modulation != nullptr) {
       Packed z[kRows];
-      load_deltas(a, row, channel, z, delta);
+      load_deltas(a, starts, row, channel, z, delta);
     }
     float total[kRows][kVector], sent[kRows][kVector];
 #pragma unroll
@@ -279,7 +295,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
       for (int j = 0; j < kVector; ++j) total[i][j] -= sent[i][j];
       if (children == nullptr) {
         // from_next is zero after the last row of all.
-        if ((row + i + 1) % a.tokens != 0) {
+        if (!(starts >> (i + 1) & 1)) {
 #pragma unroll
           for (int j = 0; j < kVector; ++j) total[i][j] += from_next[j];
         }
@@ -302,7 +318,7 @@ __global__ void __launch_bounds__(32 * kWarps, 16 / kWarps)
       }
       if (exists) {
         store(grad_z, int64_t(row + i) * a.channels + channel, total[i]);
-        if (grad_carry != nullptr && (row + i) % a.tokens == 0)
+        if (grad_carry != nullptr && (starts >> i & 1))
           store(grad_carry, int64_t((row + i) / a.tokens) * a.channels + channel, sent[i]);
       }
 #pragma unroll

@@ -77,17 +77,21 @@ SHIFT_BACKWARD = {
     )
     for mixes, modulated in _CASES
 }
-# Row tiles of a warp at a time, of 8 rows each.
-_FORWARD_TILES, _BACKWARD_TILES = 2, 1
+# Row tiles of a warp at a time, of 8 rows each, and warps that a multiprocessor has registers for.
+_FORWARD_TILES, _FORWARD_RESIDENT = 2, 16
+_BACKWARD_TILES, _BACKWARD_RESIDENT = 1, 12
 MODULATED_FORWARD, MODULATED_BACKWARD = (
     {
         width: _kernel(
-            f"modulated_shift_mix_{name}_kernel<{width}, {_MODULATED_WARPS}, {tiles}>",
+            f"modulated_shift_mix_{name}_kernel<{width}, {_MODULATED_WARPS}, {tiles}, {resident}>",
             f"{_SHIFT} (PP) {_POINTERS} {rest}",
         )
         for width in MODULATION_WIDTHS
     }
-    for name, tiles, rest in (("forward", _FORWARD_TILES, "i"), ("backward", _BACKWARD_TILES, "PPPPi"))
+    for name, tiles, resident, rest in (
+        ("forward", _FORWARD_TILES, _FORWARD_RESIDENT, "i"),
+        ("backward", _BACKWARD_TILES, _BACKWARD_RESIDENT, "PPPPi"),
+    )
 )
 MAA_SUMS = {mixes: _kernel(f"shift_mix_maa_sums_kernel<{mixes}>", f"{_SHIFT} {_POINTERS} iP") for mixes in MIXES}
 GATE_FORWARD, GATE_BACKWARD, GATE_SUMS = (
