@@ -8,6 +8,9 @@
 //   channel tile t (16 places): places c and c + 8 are channels 8c + 2t and 8c + 2t + 1
 //   row tile j (8 places): places 2q and 2q + 1 are rows R q + 2j and R q + 2j + 1
 // Sums are fp32, begin with maa, and are not rounded.
+//
+// Nothing is beyond an end: what would lie behind the last row or channel is the last one again, computed and written
+// once more with the same bits.
 #ifndef ELEMENTWISE_MODULATED_SHIFT_MIX_CUH
 #define ELEMENTWISE_MODULATED_SHIFT_MIX_CUH
 
@@ -40,8 +43,22 @@ struct Terms {
   Packed of[kTiles][kWidth / 32];
 };
 
-__device__ __forceinline__ Packed load_if(bool exists, const void* base, int64_t offset) {
-  return exists ? load(base, offset) : Packed{};
+// A lane's channels, of the 64 that begin with `first`.
+__device__ __forceinline__ int own_channel(const ShiftMix& a, int first, int c) {
+  return min(first + c * kVector, a.channels - kVector);
+}
+
+// The number of a vector, which takes half the registers of an offset.
+__device__ __forceinline__ uint32_t vector_of(const ShiftMix& a, int row, int channel) {
+  return uint32_t(min(row, a.rows - 1)) * uint32_t(a.channels / kVector) + uint32_t(channel / kVector);
+}
+
+__device__ __forceinline__ Packed load_vector(const void* base, uint32_t number) {
+  return load(base, int64_t(number) * kVector);
+}
+
+__device__ __forceinline__ void store_vector(void* base, uint32_t number, const float (&values)[kVector]) {
+  store(base, int64_t(number) * kVector, values);
 }
 
 // All threads of the block, whose channels begin with `first`.
@@ -53,10 +70,10 @@ __device__ __forceinline__ void load_parameters(Parameters<kWidth>& to, const Sh
     const int item = begin + int(threadIdx.x);
     if (item >= kItems) break;
     const int lane = item % 32, step = item / 32 % kSteps, g = item / 32 / kSteps;
-    const int channel = first + lane / 4 * kVector, term = g * kWidth + lane % 4 * (kWidth / 4) + 4 * step;
+    const int channel = own_channel(a, first, lane / 4), term = g * kWidth + lane % 4 * (kWidth / 4) + 4 * step;
     Packed rows[4];
 #pragma unroll
-    for (int r = 0; r < 4; ++r) rows[r] = load_if(channel < a.channels, up, int64_t(term + r) * a.channels + channel);
+    for (int r = 0; r < 4; ++r) rows[r] = load(up, int64_t(term + r) * a.channels + channel);
 #pragma unroll
     for (int t = 0; t < 4; ++t) {
       const uint32_t r0 = rows[0].pair[t], r1 = rows[1].pair[t], r2 = rows[2].pair[t], r3 = rows[3].pair[t];
@@ -65,9 +82,8 @@ __device__ __forceinline__ void load_parameters(Parameters<kWidth>& to, const Sh
     }
   }
   if (threadIdx.x < kModulatedMixes * 8) {
-    const int g = int(threadIdx.x) / 8, c = int(threadIdx.x) % 8, channel = first + c * kVector;
-    to.maa[g][c] =
-        channel < a.channels ? load_parameter(a.maa, int64_t(g) * a.channels + channel, a.wide) : Packed{};
+    const int g = int(threadIdx.x) / 8, c = int(threadIdx.x) % 8;
+    to.maa[g][c] = load_parameter(a.maa, int64_t(g) * a.channels + own_channel(a, first, c), a.wide);
   }
   __syncthreads();
 }
@@ -79,10 +95,10 @@ __device__ __forceinline__ void load_terms(Terms<kWidth, kTiles>& terms, const S
   const int lane = threadIdx.x % 32, c = lane / 4, q = lane % 4;
 #pragma unroll
   for (int j = 0; j < kTiles; ++j) {
-    const int row = first + 2 * kTiles * (c / 2) + 2 * j + c % 2;
+    const int row = min(first + 2 * kTiles * (c / 2) + 2 * j + c % 2, a.rows - 1);
     const int64_t offset = (int64_t(row) * kModulatedMixes + g) * kWidth + q * (kWidth / 4);
 #pragma unroll
-    for (int v = 0; v < kWidth / 32; ++v) terms.of[j][v] = load_if(row < a.rows, hidden, offset + v * kVector);
+    for (int v = 0; v < kWidth / 32; ++v) terms.of[j][v] = load(hidden, offset + v * kVector);
   }
 }
 
@@ -113,34 +129,34 @@ __device__ __forceinline__ void compute_proportions(float (&sums)[kTiles][4][4],
   }
 }
 
-// With which of the rows from `row` to `row + kRows` a sequence begins, a bit for each; with each where `previous` says.
+// Which of the rows from `row` to `row + kRows` do not follow the one before them in their sequence, a bit for each: it
+// begins there, they are behind the last row, or `previous` says what they follow.
 template <int kRows>
-__device__ __forceinline__ uint32_t starts_of_sequences(const ShiftMix& a, int row) {
+__device__ __forceinline__ uint32_t find_starts(const ShiftMix& a, int row) {
   if (a.previous != nullptr) return ~0u;
   uint32_t starts = 0;
   int position = row % a.tokens;
 #pragma unroll
   for (int i = 0; i <= kRows; ++i) {
-    starts |= uint32_t(position == 0) << i;
+    starts |= uint32_t(position == 0 || row + i >= a.rows) << i;
     position = position + 1 == a.tokens ? 0 : position + 1;
   }
   return starts;
 }
 
-// z of the lane's rows, `row` being the first, and what it is mixed with less z; zeros where there is none.
+// z of the lane's rows, `row` being the first, whose vectors are named, and what it is mixed with less z.
 template <int kRows>
 __device__ __forceinline__ void load_deltas(const ShiftMix& a, uint32_t starts, int row, int channel,
-                                            Packed (&z)[kRows], float (&delta)[kRows][kVector]) {
-  const bool exists = channel < a.channels;
+                                            const uint32_t (&vector)[kRows], Packed (&z)[kRows],
+                                            float (&delta)[kRows][kVector]) {
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) z[i] = load_if(exists && row + i < a.rows, a.z, int64_t(row + i) * a.channels + channel);
+  for (int i = 0; i < kRows; ++i) z[i] = load_vector(a.z, vector[i]);
 #pragma unroll
   for (int i = 0; i < kRows; ++i) {
-    clear(delta[i]);
     if (i > 0 && !(starts >> i & 1)) {
       unpack(z[i - 1], delta[i]);
-    } else if (exists && row + i < a.rows) {
-      load_shifted(a, row + i, channel, delta[i]);
+    } else {
+      load_shifted(a, min(row + i, a.rows - 1), channel, delta[i]);
     }
     float own[kVector];
     unpack(z[i], own);
@@ -159,16 +175,19 @@ __global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
   __shared__ Parameters<kWidth> parameters;
   load_parameters<kWidth, 32 * kWarps>(parameters, a, modulation.up, blockIdx.x * kWarpChannels);
   const int lane = threadIdx.x % 32, c = lane / 4, q = lane % 4;
-  const int channel = blockIdx.x * kWarpChannels + c * kVector;
+  const int channel = own_channel(a, blockIdx.x * kWarpChannels, c);
   const int begin = (blockIdx.y * kWarps + threadIdx.x / 32) * chunk, end = min(a.rows, begin + chunk);
 #pragma unroll 1
   for (int first = begin; first < end; first += kTileRows) {
     const int row = first + kRows * q;
+    uint32_t vector[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) vector[i] = vector_of(a, row + i, channel);
     Terms<kWidth, kTiles> terms;
     load_terms(terms, a, modulation.hidden, 0, first);
     Packed z[kRows];
     float delta[kRows][kVector];
-    load_deltas(a, starts_of_sequences<kRows>(a, row), row, channel, z, delta);
+    load_deltas(a, find_starts<kRows>(a, row), row, channel, vector, z, delta);
 #pragma unroll 1
     for (int g = 0; g < kModulatedMixes; ++g) {
       float proportion[kTiles][4][4];
@@ -181,8 +200,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
           mixed[j] = fmaf(delta[i][j], proportion[i / 2][j / 2][j % 2 * 2 + i % 2], mixed[j]);
-        if (row + i < a.rows && channel < a.channels)
-          store(outputs.mix[g], int64_t(row + i) * a.channels + channel, mixed);
+        store_vector(outputs.mix[g], vector[i], mixed);
       }
     }
   }
@@ -204,10 +222,10 @@ __device__ __forceinline__ void compute_sent_back(const ShiftMix& a, const void*
     const int64_t offset = (int64_t(row_of_place) * kModulatedMixes + g) * kWidth + q * (kWidth / 4);
 #pragma unroll
     for (int v = 0; v < kWidth / 32; ++v)
-      terms.of[0][v] = load_if(row_of_place >= 0 && c % 2 == 0, hidden, offset + v * kVector);
+      terms.of[0][v] = row_of_place >= 0 && c % 2 == 0 ? load(hidden, offset + v * kVector) : Packed{};
     float proportion[1][4][4], grad[kVector];
     compute_proportions(proportion, parameters, g, terms);
-    unpack(load_if(row >= 0 && channel < a.channels, grads.mix[g], int64_t(row) * a.channels + channel), grad);
+    unpack(row >= 0 ? load(grads.mix[g], int64_t(row) * a.channels + channel) : Packed{}, grad);
 #pragma unroll
     for (int j = 0; j < kVector; ++j) sent[j] = fmaf(grad[j], proportion[0][j / 2][j % 2 * 2], sent[j]);
   }
@@ -215,12 +233,11 @@ __device__ __forceinline__ void compute_sent_back(const ShiftMix& a, const void*
 
 // A lane's gradients of mix g; zeros where there are none.
 template <int kRows>
-__device__ __forceinline__ void load_grads(const ShiftMix& a, const void* grad, int row, int channel,
+__device__ __forceinline__ void load_grads(const void* grad, const uint32_t (&vector)[kRows],
                                            Packed (&values)[kRows]) {
-  const bool exists = grad != nullptr && channel < a.channels;
 #pragma unroll
   for (int i = 0; i < kRows; ++i)
-    values[i] = load_if(exists && row + i < a.rows, grad, int64_t(row + i) * a.channels + channel);
+    values[i] = grad != nullptr ? load_vector(grad, vector[i]) : Packed{};
 }
 
 // Walks its rows from the last tile to the first: what the row after a tile sends back is then at hand. Only the row
@@ -234,7 +251,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
   __shared__ Parameters<kWidth> parameters;
   load_parameters<kWidth, 32 * kWarps>(parameters, a, modulation.up, blockIdx.x * kWarpChannels);
   const int lane = threadIdx.x % 32, c = lane / 4, q = lane % 4;
-  const int channel = blockIdx.x * kWarpChannels + c * kVector;
+  const int channel = own_channel(a, blockIdx.x * kWarpChannels, c);
   const int begin = (blockIdx.y * kWarps + threadIdx.x / 32) * chunk, end = min(a.rows, begin + chunk);
   if (begin >= end) return;
   float from_after[kVector];  // to the last row of a tile, which lanes of q == 3 have
@@ -244,15 +261,18 @@ __global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
 #pragma unroll 1
   for (int first = begin + (end - 1 - begin) / kTileRows * kTileRows; first >= begin; first -= kTileRows) {
     const int row = first + kRows * q;
+    uint32_t vector[kRows];
+#pragma unroll
+    for (int i = 0; i < kRows; ++i) vector[i] = vector_of(a, row + i, channel);
     Terms<kWidth, kTiles> terms;
     Packed grad[kRows];
-    load_grads(a, grads.mix[0], row, channel, grad);
+    load_grads(grads.mix[0], vector, grad);
     load_terms(terms, a, modulation.hidden, 0, first);
-    const uint32_t starts = starts_of_sequences<kRows>(a, row);
+    const uint32_t starts = find_starts<kRows>(a, row);
     float delta[kRows][kVector];
     if (grad_modulation != nullptr) {
       Packed z[kRows];
-      load_deltas(a, starts, row, channel, z, delta);
+      load_deltas(a, starts, row, channel, vector, z, delta);
     }
     float total[kRows][kVector], sent[kRows][kVector];
 #pragma unroll
@@ -260,10 +280,11 @@ __global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
 #pragma unroll 1
     for (int g = 0; g < kModulatedMixes; ++g) {
       Packed next[kRows];
-      if (g + 1 < kModulatedMixes) load_grads(a, grads.mix[g + 1], row, channel, next);
+      if (g + 1 < kModulatedMixes) load_grads(grads.mix[g + 1], vector, next);
       float proportion[kTiles][4][4];
       compute_proportions(proportion, parameters, g, terms);
       if (g + 1 < kModulatedMixes) load_terms(terms, a, modulation.hidden, g + 1, first);
+      uint16_t* of_mix = static_cast<uint16_t*>(grad_modulation) + int64_t(g) * a.rows * a.channels;
 #pragma unroll
       for (int i = 0; i < kRows; ++i) {
         float own[kVector];
@@ -274,10 +295,10 @@ __global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
           total[i][j] += own[j];
           sent[i][j] = fmaf(own[j], proportion[i / 2][j / 2][j % 2 * 2 + i % 2], sent[i][j]);
         }
-        if (grad_modulation != nullptr && row + i < a.rows && channel < a.channels) {
+        if (grad_modulation != nullptr) {
 #pragma unroll
           for (int j = 0; j < kVector; ++j) own[j] *= delta[i][j];
-          store(grad_modulation, (int64_t(g) * a.rows + row + i) * a.channels + channel, own);
+          store_vector(of_mix, vector[i], own);
         }
       }
     }
@@ -290,20 +311,19 @@ __global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
     }
 #pragma unroll
     for (int i = kRows - 1; i >= 0; --i) {
-      const bool exists = row + i < a.rows && channel < a.channels;
+      const int own = min(row + i, a.rows - 1);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) total[i][j] -= sent[i][j];
       if (children == nullptr) {
-        // from_next is zero after the last row of all.
         if (!(starts >> (i + 1) & 1)) {
 #pragma unroll
           for (int j = 0; j < kVector; ++j) total[i][j] += from_next[j];
         }
       } else {
-        int child = row + i < a.rows ? children[row + i] : -1;
+        int child = children[own];
         while (__any_sync(kAllLanes, child >= 0)) {
           float from_child[kVector];
-          const int other = child == row + i + 1 ? -1 : child;
+          const int other = child == own + 1 ? -1 : child;
           if (__any_sync(kAllLanes, other >= 0)) {
             compute_sent_back<kWidth>(a, modulation.hidden, grads, parameters, other, channel, from_child);
           } else {
@@ -316,11 +336,9 @@ __global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
           }
         }
       }
-      if (exists) {
-        store(grad_z, int64_t(row + i) * a.channels + channel, total[i]);
-        if (grad_carry != nullptr && (starts >> i & 1))
-          store(grad_carry, int64_t((row + i) / a.tokens) * a.channels + channel, sent[i]);
-      }
+      store_vector(grad_z, vector[i], total[i]);
+      if (grad_carry != nullptr && own % a.tokens == 0)
+        store(grad_carry, int64_t(own / a.tokens) * a.channels + channel, sent[i]);
 #pragma unroll
       for (int j = 0; j < kVector; ++j) from_next[j] = sent[i][j];
     }
