@@ -4,8 +4,8 @@
 // stay in registers over a tile of tokens. Sums have a fixed order and there are no atomics, so results are
 // reproducible bit for bit.
 //
-// A thread owns 8 neighbouring channels ("a vector") of a tile of consecutive rows; norms and logits, whose sums run
-// along a row, have a block for each row.
+// A thread owns 8 neighbouring channels ("a vector") of a tile of consecutive rows, also where a warp computes products
+// for them; norms and logits, whose sums run along a row, have a block for each row.
 
 #include "elementwise.h"
 #include "elementwise_activations.cuh"

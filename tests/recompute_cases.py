@@ -24,8 +24,8 @@ from src.model.state import LayerState, ModelState
 
 @cache
 def shape_of(architecture: str) -> ModelShape:
-    """Heads of 64, which the operator's kernel takes."""
-    return tiny_shape(n_layer=3, n_embd=128, head_size=64, architecture=architecture)
+    """Heads of 64 and a modulation of 32 terms, which the kernels take."""
+    return tiny_shape(n_layer=3, n_embd=128, head_size=64, mix_lora_width=32, architecture=architecture)
 
 
 SHAPE = shape_of("x060")

@@ -415,7 +415,7 @@ class _ModulatedShiftMix(Node):
         of_z, of_carry, of_maa, of_hidden, of_up = ctx.needs_input_grad[:5]
         if modulation is None and (of_z or of_carry or of_hidden or of_up):
             fused = _kernels_modulate(*up.shape[:2])
-            modulation = (hidden, up) if fused else torch.bmm(_by_mix(hidden, up), up)
+            modulation = (_aligned(hidden), _aligned(up)) if fused else torch.bmm(_by_mix(hidden, up), up)
         of_modulation = of_hidden or of_up
         found = _shift_gradients(ctx, grads, z, carry, maa, modulation, of_z, of_carry, of_maa, of_modulation)
         grad_z, grad_carry, grad_maa, grad_modulation = found
@@ -623,7 +623,7 @@ class _ShiftInputs:
         if not _kernels_modulate(*up.shape[:2]):
             modulation = torch.bmm(_by_mix(hidden, up), up)
             return self.mixed(modulation, joined), modulation
-        return self.mixed((hidden, up), joined), None
+        return self.mixed((_aligned(hidden), _aligned(up)), joined), None
 
     def keep(self, ctx: Any) -> None:
         """For `_shift_gradients`, but for what goes among the saved tensors."""
@@ -677,6 +677,10 @@ def _shift_gradients(
 def _kernels_modulate(mixes: int, width: int) -> bool:
     """Whether kernels compute a modulation where they use it."""
     return mixes == MODULATED_MIXES and width in MODULATION_WIDTHS
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    return tensor.clone() if tensor.data_ptr() % 16 else tensor
 
 
 def _modulated_places(rows: int, channels: int, tiles: int) -> tuple[Size, int]:

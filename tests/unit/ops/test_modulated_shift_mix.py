@@ -150,3 +150,23 @@ def test_several_tiles_of_a_warp_are_as_one(monkeypatch: pytest.MonkeyPatch) -> 
         found.append(results(modulated_shift_mixes, [z, None, maa, hidden, up], None, (0, 3, 4), ALL))
     for ours, theirs in zip(*found, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs g++")
+@pytest.mark.usefixtures("emulator")
+def test_factors_may_begin_anywhere() -> None:
+    """Also where no vector does."""
+    shapes = (1, 20, 64), (5, 64), (1, 20, 160), (5, 32, 64)
+    z, maa, hidden, up = (normal(*shape, seed=seed).bfloat16() for seed, shape in enumerate(shapes))
+    found = []
+    for shift in (0, 1):
+        moved = [
+            torch.cat((tensor.new_zeros(shift), tensor.flatten()))[shift:].view_as(tensor) for tensor in (hidden, up)
+        ]
+        assert all((tensor.data_ptr() % 16 == 0) == (shift == 0) for tensor in moved)
+        leaves = [tensor.requires_grad_() for tensor in (z.clone(), *moved)]
+        outputs = modulated_shift_mixes(leaves[0], None, maa, *leaves[1:], None)
+        found.append([*outputs, *torch.autograd.grad(sum(output.float().sum() for output in outputs), leaves)])
+    for aligned, moved in zip(*found, strict=True):
+        assert torch.equal(aligned, moved)
