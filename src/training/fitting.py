@@ -125,7 +125,9 @@ def fit(
         gather = trainer.strategy.all_gather if trainer.world_size > 1 else None
         return {
             TRAINED: trained_part(module),
-            "optimizer": AskedAnew(lambda: OptimizerMoments(module.trained(), trainer.optimizers[0], engine=engine)),
+            "optimizer": AskedAnew(
+                lambda: OptimizerMoments(module.trained(), trainer.optimizers[0], engine=engine, joined=module.joined)
+            ),
             **({"parked": draws} if draws else {}),
             # Those of all tensors at once count as any optimizer does, with their moments.
             **({"updates": UpdateCount(module.updates)} if module.updates and config.updates_by_tensor else {}),

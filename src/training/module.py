@@ -23,6 +23,7 @@ from src.training.chunk_graphs import ChunkRecorder
 from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.device_updates import DeviceUpdates
 from src.training.graphs import GraphedObjective, may_record, may_record_chunks
+from src.training.joined import Joined, joins
 from src.training.objectives import Objective, Outcome, Scored, Staged, outcome_of
 from src.training.offload import KeptOnHost
 from src.training.optimizers import GRADIENT_CLIP, make_optimizer
@@ -110,6 +111,7 @@ class TrainingModule(pl.LightningModule):
         self.loss_scale = FP16_LOSS_SCALE if model.compute_dtype == torch.float16 else 1.0
         self.outcome: Outcome | None = None
         self.updates: UnitUpdates | None = None
+        self.joined: Joined | None = None
         if self.loss_scale != 1.0:
             for _, parameter in self.optimized():
                 parameter.register_hook(self._unscaled)
@@ -138,6 +140,8 @@ class TrainingModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """The engine, if there is one, has taken the model over."""
+        if self.joined:
+            self.joined.tie()
         gather_by_layer(self, self.model)
 
     def train_dataloader(self) -> Lookahead[Staged]:
@@ -163,7 +167,8 @@ class TrainingModule(pl.LightningModule):
                 outcome = outcome_of(self.objective, self.model, batch)
         self.outcome = Outcome(outcome.loss.detach(), outcome.logs)
         # DeepSpeed looks at gradients alone: a loss that is not finite makes them so.
-        return outcome.loss * (self.loss_scale + 0 * outcome.loss.detach())
+        loss = outcome.loss * (self.loss_scale + 0 * outcome.loss.detach())
+        return self.joined.loss(loss) if self.joined else loss
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Comes between forward and backward, where a recorded step's gradients are there already."""
@@ -220,6 +225,10 @@ class TrainingModule(pl.LightningModule):
             return make_optimizer(groups, self.config, on_gpu=self.model.device.type == "cuda")
 
         config = self.config
+        if joins(config, self.method):
+            self.joined = Joined(groups, {parameter: name for name, parameter in named})
+            self.wholes = nn.ParameterList(self.joined.pieces)
+            return make(self.joined.groups)
         if not self.updates_clip:
             return make(groups)
         seed, in_backward = config.random_seed, bool(config.fused_update)

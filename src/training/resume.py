@@ -26,6 +26,7 @@ from src.errors import CheckpointError, ConfigError
 from src.identity import files_of_model
 from src.system import command_here
 from src.training.folder import PREVIOUS, RESUME, Places
+from src.training.joined import Joined
 from src.training.sharded import is_sharded, values_on_host
 
 _FORMAT = 1
@@ -111,10 +112,19 @@ class OptimizerMoments:
         named: what is trained, by checkpoint key.
         optimizer: torch's, or DeepSpeed's around one.
         engine: whether it is DeepSpeed's.
+        joined: wholes that this engine was given, of whose pieces `named` is; None if it was given these themselves.
     """
 
-    def __init__(self, named: Iterable[tuple[str, nn.Parameter]], optimizer: Any, *, engine: bool) -> None:
+    def __init__(
+        self,
+        named: Iterable[tuple[str, nn.Parameter]],
+        optimizer: Any,
+        *,
+        engine: bool,
+        joined: Joined | None = None,
+    ) -> None:
         self._named = dict(named)
+        self._joined = joined
         self._optimizer = optimizer
         self._engine = engine
         self._sharded = any(map(is_sharded, self._named.values()))
@@ -129,10 +139,18 @@ class OptimizerMoments:
         flat = next(iter(self._optimizer.optimizer.state.values()))
         shared = {key: value for key, value in flat.items() if not _is_moment(value)}
         keys = sorted(flat.keys() - shared.keys())
-        return {
-            name: {**shared, **{key: safe_get_full_optimizer_state(parameter, key) for key in keys}}
-            for name, parameter in self._named.items()
-        }
+
+        def moments_of(parameter: nn.Parameter) -> dict[str, Any]:
+            return {key: safe_get_full_optimizer_state(parameter, key) for key in keys}
+
+        if self._joined:
+            return {
+                piece.name: {**shared, **{key: piece.of(whole) for key, whole in moments.items()}}
+                for given, pieces in self._joined.pieces.items()
+                for moments in [moments_of(given)]
+                for piece in pieces
+            }
+        return {name: {**shared, **moments_of(parameter)} for name, parameter in self._named.items()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """See Part."""
@@ -161,10 +179,13 @@ class OptimizerMoments:
                     where = flat.device if group.get("fused") or group.get("capturable") else "cpu"
                     inner.state[flat][key] = torch.tensor(float(value), device=where)
         self._link()
-        for name, parameter in self._named.items():
-            for key, value in state[name].items():
-                if _is_moment(value):
-                    safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+        for key in [key for key, value in sample.items() if _is_moment(value)]:
+            if self._joined:
+                values = [(given, self._joined.whole_of(given, state, key)) for given in self._joined.pieces]
+            else:
+                values = [(parameter, state[name][key]) for name, parameter in self._named.items()]
+            for parameter, value in values:
+                safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
 
     def _pieces(self) -> list[tuple[dict[str, Any], Any]]:
         """Each of this rank's flat tensors with its group."""

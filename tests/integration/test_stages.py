@@ -31,6 +31,7 @@ KINDS: dict[str, dict[str, object]] = {
     "all weights in bf16": {"train_type": "none", "weights": "bf16"},
     "lora": {"peft": "lora", "lora_r": 8, "grad_cp": 0, "train_parts": "time,ln"},
     "bone": {"peft": "bone", "bone_r": 8},
+    "lora beside states": {"peft": "lora", "lora_r": 8, "train_type": "states", "accumulate_grad_batches": 2},
     "states": {"lr_init": 0.1, "accumulate_grad_batches": 2},
 }
 
@@ -112,9 +113,9 @@ def test_stage_3_updates_a_few_values_at_a_time(
         assert all(torch.equal(one[key], other[key]) for key in one)
 
 
-@pytest.mark.parametrize("kind", ["all weights", "lora"])
-def test_stage_3_goes_on_with_the_same_bits(kind: str, base: Path, data: Path, tmp_path: Path) -> None:
-    flags = {"load_model": base, "data_file": data, "strategy": "deepspeed_stage_3", **COMMON, **KINDS[kind]}
+@pytest.mark.parametrize(("kind", "stage"), [("all weights", 3), ("lora", 3), ("lora", 1), ("lora", 2)])
+def test_a_run_goes_on_with_the_same_bits(kind: str, stage: int, base: Path, data: Path, tmp_path: Path) -> None:
+    flags = {"load_model": base, "data_file": data, "strategy": f"deepspeed_stage_{stage}", **COMMON, **KINDS[kind]}
     train(tmp_path / "whole", **flags)
     stopped(4, tmp_path / "parts", **flags)
     go_on(tmp_path / "parts")
