@@ -30,7 +30,7 @@ from src.training.module import TrainingModule
 from src.training.optimizers import GRADIENT_CLIP
 from src.training.resume import OptimizerMoments, RunWriter, SavedRun, TrainedTensors, saved_run
 from src.training.run import choose_recomputation, load_options
-from src.training.sharded import computable, gather_by_layer, is_sharded, readable
+from src.training.sharded import computable, is_sharded, readable
 from src.training.work import epochs_of, make_schedule, prepare_work
 
 
@@ -60,9 +60,9 @@ def main() -> None:
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     module.forward = module.training_step
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=trained, config=engine_config)
-    gather_by_layer(module, model)
+    module.on_fit_start()
     assert any(map(is_sharded, trained)) == config.strategy.startswith("deepspeed_stage_3")
-    moments = OptimizerMoments(module.trained(), engine.optimizer, engine=True)
+    moments = OptimizerMoments(module.trained(), engine.optimizer, engine=True, joined=module.joined)
     if saved:
         moments.restore(saved.parts["optimizer"])
     norms, measured = [], []

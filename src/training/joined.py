@@ -82,6 +82,8 @@ class Joined:
 
     def loss(self, loss: Tensor) -> Tensor:
         """The same loss as a function of the wholes, 0-d; its backward is the loss's own, once."""
+        lost = [whole for whole, pieces in self.pieces.items() if pieces[0].parameter.data_ptr() != whole.data_ptr()]
+        assert not lost, "an engine has moved a whole: what it updates is not what computes"
         result: Tensor = _OfWholes.apply([loss], self.pieces, *self.pieces)
         return result
 
