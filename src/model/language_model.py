@@ -127,9 +127,10 @@ class Block(nn.Module):
         inputs = (x, handed, *(state or (None, None, None)))
         if level is Recompute.ALL:
             remembered = 0 if random else self.first_pass.count
+            count = len(inputs)  # autograd holds the function below to its end, but not what comes in
 
             def either_pass(*tensors: Tensor) -> Results:
-                given, known = tensors[: len(inputs)], tensors[len(inputs) :]
+                given, known = tensors[:count], tensors[count:]
                 with self.first_pass.of(known[:remembered]) as narrow:
                     results = layer(*given, *known[remembered:])
                 return *narrow, *results
