@@ -397,7 +397,7 @@ __global__ void __launch_bounds__(kThreads)
     float grad[kVector], g[kVector], value[kVector], part[kVector];
     load(grad_output, offset, grad);
     load(gate, offset, g);
-    load(y, offset, value);
+    load_written(y, offset, value);
     const float inverse = normalise<kLanes>(value, eps, mask);
     if (of_bonus) {
       float receptance[kVector], key[kVector], v_of[kVector], scale[kVector];

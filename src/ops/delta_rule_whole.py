@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from src.ops import delta_rule_cuda
 from src.ops.node import Node, once
@@ -149,16 +150,18 @@ class _Whole(Node):
         grad_values = place(of_values)
         grad_gate = None
         of_parameters: list[Tensor | None] = [None] * 3
-        grad_y = place(of_tokens or of_state)
+        grad_y = y if of_tokens or of_state else None
+        if grad_y is not None:
+            increment_version(y)  # whose memory it takes, so that autograd refuses a second backward
         inputs = (y, r, replacement, values, gate)
         if grad is not None:
             arrived = delta_rule_cuda.arrived_gradient(grad, gate, "the gradient of the readout")
             assert arrived is not None
+            of_parameters = delta_rule_cuda.readout_sums(inputs, ctx.eps, arrived, of_readout, ctx.shapes[2:])
             grad_gate = place(of_gate)
             if grad_y is not None or grad_gate is not None:
                 grads = (grad_y, grad_r, grad_replacement, grad_values, grad_gate)
                 delta_rule_cuda.readout_gradients(inputs, parameters[2:], ctx.eps, arrived, grads)
-            of_parameters = delta_rule_cuda.readout_sums(inputs, ctx.eps, arrived, of_readout, ctx.shapes[2:])
         elif grad_y is not None:
             grad_y.zero_()
         grad_w, grad_rate, grad_amount = places(of_w, of_rate, of_amount)
@@ -173,7 +176,6 @@ class _Whole(Node):
             grad_state = walk_back(
                 ctx.parts, tokens, kept, grad_y, grad_final, found, shared=shared, adds=grad is not None
             )
-        del grad_y  # what has been read makes room
         grad_k, grad_v, grad_first = grad_replacement if of_k else None, grad_values, place(of_first)
         residual: Sequence[Tensor | None] = (None,) * 7
         if of_values and first is not None:

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from emulator.kernels import emulated, has_compiler
-from factories import ARCHITECTURES, tiny_parameters, tiny_states
+from factories import ARCHITECTURES, tiny_parameters, tiny_shape, tiny_states
 from kept_tensors import kept_and_estimated
+from live_tensors import LiveTensors
 from operators import poisoned_memory
 from recompute_cases import (
     CASES,
@@ -30,7 +31,9 @@ from recompute_cases import (
     two_chained_chunks,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
+from src.adapters.plan import AdapterPlan
 from src.layout import SegmentLayout
 from src.loading import LoadOptions, build_model
 from src.model import language_model, recompute
@@ -47,6 +50,7 @@ from src.ops import (
     wkv7_cuda,
 )
 from src.ops.kernels import Kernel
+from src.ops.token_logps import head_sft_loss
 from src.ops.totals import TOTALS, totals_together
 from src.quant import kernels_for
 
@@ -60,7 +64,11 @@ def widened(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """A product that takes `out_dtype`, as those for GPUs do."""
 
     def multiply(a: Tensor, b: Tensor, *, out_dtype: torch.dtype | None = None, **options: Tensor) -> Tensor:
-        return product(a, b, **options) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype), **options)
+        if out_dtype is None:
+            return product(a, b, **options)
+        wide = a.new_empty((*a.shape[:-1], b.shape[-1]), dtype=out_dtype)
+        with _disable_current_modes():  # a GPU has no wide copies of a and b
+            return wide.copy_(product(a.to(out_dtype), b.to(out_dtype), **options))
 
     return multiply
 
@@ -215,3 +223,52 @@ def test_a_hook_sees_no_total_that_waits(architecture: str) -> None:
         found = own_start(model)
     assert {f"blocks.1.{name}" for name in ("ln1.weight", "att.time_state")} <= seen.keys()
     assert [name for name in seen if not torch.equal(seen[name], found[name])] == []
+
+
+MOST_UNITS = {"x060": 34.2, "x070": 39.2}
+"""[T, C] in bf16 at the peak of a step of LoRA, beside what it trains, its gradients, dense matrices and casts."""
+
+
+@pytest.mark.parametrize("quant_type", [None, "nf4"])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_layer_that_is_computed_again_holds_little_and_leaves_its_gradients(
+    architecture: str, quant_type: str | None
+) -> None:
+    """With T : C : r as ctx 1024, 4096 channels and r 64 have it."""
+    tokens, channels, layers = 64, 256, 3
+    passing, left = live_in_a_step(architecture, quant_type, layers=layers, channels=channels, tokens=tokens)
+    unit = 2 * tokens * channels
+    assert passing / unit <= MOST_UNITS[architecture]
+    assert left < unit, "bytes that the graph holds to its end"
+
+
+def live_in_a_step(
+    architecture: str, quant_type: str | None, *, layers: int, channels: int, tokens: int
+) -> tuple[int, int]:
+    """Bytes of a step of LoRA: those at its peak that are gone at its end, and those at its end that go with its loss."""
+    shape = tiny_shape(layers, channels, head_size=64, vocab_size=256, mix_lora_width=32, architecture=architecture)
+    adapters = AdapterPlan("lora", r=channels // 64)
+    trained = [*shape.part("time"), *shape.part("ln"), *adapters.parameter_shapes(shape)]
+    options = LoadOptions(
+        torch.device("cpu"), torch.bfloat16, quant_type=quant_type, trained=trained, adapters=adapters
+    )
+    with every_kernel():
+        model = build_model({**tiny_parameters(shape), **tiny_states(shape)}, shape, options)
+        model.lay_in_one_piece()
+        model.set_recomputation([Recompute.ALL] * layers, keep_dequantized=quant_type is not None)
+        row = 7 * torch.arange(tokens)[None] % shape.vocab_size
+
+        def step() -> Tensor:
+            hidden, _ = model(row)
+            loss = head_sft_loss(hidden.flatten(0, 1), model.head_weight(), row.flatten())
+            loss.backward()
+            return loss
+
+        step()  # what is made once is there
+        model.zero_grad()
+        with LiveTensors((*model.parameters(), *model.buffers(), *model.workspace.buffers())) as live:
+            loss = step()
+        at_end = sum(live.sizes)
+        passing = live.passing
+        del loss
+    return passing, at_end - sum(live.sizes)

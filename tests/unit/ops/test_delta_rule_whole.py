@@ -17,6 +17,7 @@ from delta_rule_whole_cases import (
     check_whole,
     joined,
     results_of,
+    tensors_of,
 )
 from emulator.kernels import emulated, has_compiler
 from operators import poisoned_memory
@@ -52,6 +53,15 @@ def test_it_is_what_its_parts_are(name: str, choice: str, used: str) -> None:
 
 def test_sums_are_rounded_once() -> None:
     check_that_sums_are_rounded_once(CPU)
+
+
+def test_a_second_backward_is_refused() -> None:
+    """The first one has used up memory of the node's own."""
+    tensors = tensors_of(CPU, **CASES["packed"])
+    gated, _ = joined(CASES["packed"], CPU)(*(x if x is None else x.requires_grad_() for x in tensors.values()))
+    gated.sum().backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        gated.sum().backward()
 
 
 @pytest.mark.parametrize(
