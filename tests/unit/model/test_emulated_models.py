@@ -245,7 +245,7 @@ def test_a_layer_that_is_computed_again_holds_little_and_leaves_its_gradients(
 def live_in_a_step(
     architecture: str, quant_type: str | None, *, layers: int, channels: int, tokens: int
 ) -> tuple[int, int]:
-    """Bytes of a step of LoRA: those at its peak that are gone at its end, and those at its end that go with its loss."""
+    """Bytes of a step of LoRA: those at its peak that are gone at its end, and those at its end that its loss holds."""
     shape = tiny_shape(layers, channels, head_size=64, vocab_size=256, mix_lora_width=32, architecture=architecture)
     adapters = AdapterPlan("lora", r=channels // 64)
     trained = [*shape.part("time"), *shape.part("ln"), *adapters.parameter_shapes(shape)]
