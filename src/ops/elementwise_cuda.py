@@ -49,7 +49,9 @@ _MODULATED_WARPS = 8
 _MODULATED_CHANNELS = 64
 _MODULATED_BLOCKS_WANTED = 4 * 132
 _MOST_MODULATED_TILES = 4
-"""That a warp has one after another."""
+"""That a warp has one after another, if the grid can be so large."""
+_MOST_BLOCKS_DOWN = 65535
+"""Of a grid, in its second direction, on any card."""
 _NORM_TILE = 2
 _VALUES_PER_BLOCK = 2 * THREADS * VECTOR
 _MOST_MIXES = 6
@@ -691,7 +693,8 @@ def _modulated_places(rows: int, channels: int, tiles: int) -> tuple[Size, int]:
     """
     groups, rows_at_once = -(-channels // _MODULATED_CHANNELS), 8 * tiles
     turns = rows * groups // (_MODULATED_WARPS * rows_at_once * _MODULATED_BLOCKS_WANTED)
-    chunk = rows_at_once * min(max(turns, 1), _MOST_MODULATED_TILES)
+    fewest = -(-rows // (_MODULATED_WARPS * rows_at_once * _MOST_BLOCKS_DOWN))
+    chunk = rows_at_once * max(min(turns, _MOST_MODULATED_TILES), fewest)
     return (groups, -(-rows // (_MODULATED_WARPS * chunk))), chunk
 
 

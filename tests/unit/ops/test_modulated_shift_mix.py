@@ -170,3 +170,15 @@ def test_factors_may_begin_anywhere() -> None:
         found.append([*outputs, *torch.autograd.grad(sum(output.float().sum() for output in outputs), leaves)])
     for aligned, moved in zip(*found, strict=True):
         assert torch.equal(aligned, moved)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 1000, 2**20, 2**24, 2**27])
+@pytest.mark.parametrize("channels", [64, 2048])
+@pytest.mark.parametrize("tiles", [1, 2])
+def test_every_row_has_a_place_in_a_grid_that_cards_take(rows: int, channels: int, tiles: int) -> None:
+    (groups, parts), chunk = elementwise_cuda._modulated_places(rows, channels, tiles)
+    covered = parts * elementwise_cuda._MODULATED_WARPS * chunk
+    assert groups == channels // 64
+    assert 1 <= parts <= 65535
+    assert chunk % (8 * tiles) == 0
+    assert rows <= covered < rows + elementwise_cuda._MODULATED_WARPS * chunk
