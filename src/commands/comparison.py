@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 import numpy as np
 import torch
@@ -16,6 +17,8 @@ from src.model.shape import ModelShape
 from src.tokenizer import END_OF_DOCUMENT
 
 COMPARED_TOKENS = 256
+_WAYS_OUT_OF_TRAINING = re.compile(": (?=say with --data_type|pairs go to --)")
+"""What ends a problem of data with flags that only training has."""
 
 
 @torch.no_grad()
@@ -48,8 +51,8 @@ def compared_tokens(data_file: str, shape: ModelShape) -> Tensor:
             raise DataError(f"--verify_text {file} does not exist: name a text, or data as --data_file takes them")
     found = recognise(data_file)
     if found.problem:
-        said, undecided, _ = found.problem.partition(": say with --data_type")  # which only training has
-        raise DataError(f"--verify_text {data_file} {said}{': name another text' if undecided else ''}")
+        said, *for_training = _WAYS_OUT_OF_TRAINING.split(found.problem, maxsplit=1)
+        raise DataError(f"--verify_text {data_file} {said}{': name another text' if for_training else ''}")
     enough = slice(COMPARED_TOKENS)  # entries: each has a token, and its end
     documents = open_documents(found.data_type, data_file, shape.vocab_size, ctx_len=COMPARED_TOKENS, part=enough)
     tokens = torch.from_numpy(np.asarray(documents.stream[:COMPARED_TOKENS], dtype=np.int64))

@@ -122,7 +122,8 @@ def _verify(report: MergeReport, output: Path, quant: str, device: torch.device,
     merged = logits_of(open_checkpoint(output))
     error = relative_error(merged, logits_of(Apart(Merged(report.base, trained, quant, device), trained)))
     limit = _WIDE_LIMIT if report.base_dtype in ("float32", "float64") else _NARROW_LIMIT
-    print(f"verify   logits of {tokens.numel()} tokens: the merged model's are {error:.1e} from base + trained (rms)")
+    amount = several(tokens.numel(), "token")
+    print(f"verify   logits of {amount}: the merged model's are {error:.1e} from base + trained (rms)")
     if error > _WRONG * limit:
         raise CheckpointError(
             f"{output} is no merge of its inputs: its logits are {error:.1e} from theirs, and rounding to "

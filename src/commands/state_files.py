@@ -195,8 +195,8 @@ def verify(config: VerifyConfig) -> Iterator[str]:
         found = logits_on(tuned.model, tokens)
         tuned.use(tuned=False)
         plain = logits_on(tuned.model, tokens)
-    what = config.verify_text or "random ones"
-    yield f"compared   on {tokens.numel()} tokens ({what}), {chosen.describe()}, {quant or 'unpacked'} weights"
+    what = f"{several(tokens.numel(), 'token')} ({config.verify_text or 'random ones'})"
+    yield f"compared   on {what}, {chosen.describe()}, {quant or 'unpacked'} weights"
     yield from _changes(found, plain, tokens, is_text=bool(config.verify_text))
 
 

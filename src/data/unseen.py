@@ -42,8 +42,9 @@ class Unseen:
         said = []
         if self.cut_documents:
             much = "warning: " if self.cut_tokens >= _MUCH * self.tokens else ""
+            be = "is" if self.cut_documents == 1 else "are"
             said.append(
-                f"{much}{self.cut_documents:,} of {self.documents:,} documents are longer than a row and are cut: "
+                f"{much}{self.cut_documents:,} of {self.documents:,} documents {be} longer than a row and {be} cut: "
                 f"{_share(self.cut_tokens, self.tokens)} are {fate}; a larger --ctx_len keeps more."
             )
         if self.left_out_documents:

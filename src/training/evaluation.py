@@ -18,6 +18,7 @@ from src.generate import inference
 from src.losses import won
 from src.model.chunks import scores_in_chunks
 from src.model.language_model import LanguageModel
+from src.output import several
 from src.training.objectives import ComparisonObjective, PreferenceObjective, counted_logps, counted_positions
 
 START_POSITIONS = 64
@@ -50,7 +51,8 @@ class HeldOutLoss:
     def __str__(self) -> str:
         named = ((f"first {START_POSITIONS} positions", self.start), ("rest", self.rest))
         parts = ", ".join(f"{name} {loss:.4f}" for name, loss in named if not math.isnan(loss))
-        return f"loss {self.overall:.4f} over {self.targets:,} tokens of {self.documents} documents ({parts})"
+        amount = f"{several(self.targets, 'token')} of {several(self.documents, 'document')}"
+        return f"loss {self.overall:.4f} over {amount} ({parts})"
 
 
 @dataclass(frozen=True)

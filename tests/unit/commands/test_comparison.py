@@ -72,6 +72,7 @@ def test_the_first_are_taken(name: str, tmp_path: Path) -> None:
         ("a.txt", b"\xe9", "line 1: not UTF-8"),
         ("a.txt", b'{"text": "a"}\nand\n', "a.txt is in part JSON, but not an object on every line: name another text"),
         ("pairs.csv", b"prompt,chosen,reject\na,b,c\n", "pairs.csv is a table of preference pairs"),
+        ("a.save", b"PK\3\4", "a.save is a zip archive, as .pth and .save files are: name another text"),
     ],
 )
 def test_what_is_no_text_is_refused(name: str, content: bytes, expected: str, tmp_path: Path) -> None:

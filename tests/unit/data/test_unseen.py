@@ -46,7 +46,7 @@ def test_both_are_said_and_those_that_no_row_would_help() -> None:
     documents = numbered([6, 5, 3, 3], counted)
     said = unseen_of(documents, np.array([0, 3]), 3).statements("not evaluated")
     assert said == [
-        "warning: 1 of 2 documents are longer than a row and are cut: 3 of 17 tokens (17.6%) are not evaluated; a "
+        "warning: 1 of 2 documents is longer than a row and is cut: 3 of 17 tokens (17.6%) are not evaluated; a "
         "larger --ctx_len keeps more.",
         "warning: 2 documents left out, nothing that the loss is taken on stands within a row: another 8 of 17 tokens "
         "(47.1%) are not evaluated; a larger --ctx_len keeps 1 of them.",

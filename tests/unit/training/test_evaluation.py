@@ -72,7 +72,7 @@ def test_answers_behind_the_start_have_no_figure_for_it(model: LanguageModel, tm
     documents = read_binidx(str(write_documents(tmp_path / "d", [80])), SHAPE.vocab_size)
     result = held_out_loss(model, documents.masked(np.arange(80) > 70), ctx_len=90)
     assert np.isnan(result.start)
-    assert str(result) == f"loss {result.rest:.4f} over 9 tokens of 1 documents (rest {result.rest:.4f})"
+    assert str(result) == f"loss {result.rest:.4f} over 9 tokens of 1 document (rest {result.rest:.4f})"
 
 
 def test_preference_accuracy_and_margin(model: LanguageModel) -> None:
