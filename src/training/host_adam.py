@@ -8,6 +8,7 @@ by a compiler of the host.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import runpy
 import shlex
@@ -72,15 +73,16 @@ def make_host_adam(groups: list[dict[str, Any]], strategy: str, **options: Any) 
         KernelError: with what the compiler said last.
     """
     from deepspeed.ops.adam import DeepSpeedCPUAdam
-    from torch.utils.cpp_extension import get_default_build_root
+    from torch.utils.cpp_extension import _get_build_directory, get_default_build_root
 
-    kept = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root())
-    if global_rank() == 0:
-        for line in _waits(kept):
-            tell(f"note: {line}")
+    kept = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
     try:
+        own = _get_build_directory(_NAME, False)  # of this Python and CUDA; beside it may be others'
+        if global_rank() == 0:
+            for line in _waits(Path(own)):
+                tell(f"note: {line}")
         return DeepSpeedCPUAdam(groups, **options)  # type: ignore[no-any-return]
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise KernelError(
             f"DeepSpeed could not build its Adam for the host, with which --strategy {strategy} steps "
             f"({_reason(str(error.__cause__ or error))}): see that g++ can compile C++20 and {kept} can be written to, "
@@ -88,22 +90,20 @@ def make_host_adam(groups: list[dict[str, Any]], strategy: str, **options: Any) 
         ) from error
 
 
-def _waits(kept: Path) -> Iterator[str]:
-    """What makes the first use of it take long, where `kept` is the folder of what torch builds."""
+def _waits(own: Path) -> Iterator[str]:
+    """What makes the first use of it take long, where `own` is the folder in which torch builds it."""
     if _came_built():
         return
-    for lock in kept.glob(f"**/{_NAME}/lock"):
-        try:
-            since = lock.stat().st_mtime
-        except FileNotFoundError:  # whoever compiled it is done
-            continue
+    lock = own / "lock"
+    with contextlib.suppress(FileNotFoundError):  # nobody compiles it, or whoever did is done
+        since = lock.stat().st_mtime
         if time.time() - since > _BUILD_SECONDS:  # else it may be that of another process of this run
             began = datetime.fromtimestamp(since).strftime("%Y-%m-%d %H:%M")
             yield (
                 f"DeepSpeed waits for whoever compiles its Adam for the host since {began}, without end where that was "
                 f"killed: then stop this run and remove {lock}"
             )
-    if not any(kept.glob(f"**/{_NAME}/{_NAME}.so")):
+    if not (own / f"{_NAME}.so").exists():
         yield "DeepSpeed compiles its Adam for the host: one or two minutes, this time only"
 
 

@@ -108,20 +108,34 @@ def test_a_build_that_fails_says_what_the_compiler_said(
     assert "DeepSpeed compiles its Adam for the host: one or two minutes" in capsys.readouterr().out
 
 
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("deepspeed")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file" / "built"))
+    with pytest.raises(KernelError, match="Not a directory") as refused:
+        make_host_adam([{"params": [torch.nn.Parameter(torch.zeros(2))]}], STRATEGY, lr=0.1)
+    assert f"{tmp_path / 'file' / 'built'} can be written to" in str(refused.value)
+
+
 @pytest.mark.parametrize(("age", "built", "waits"), [(0, False, 1), (600, False, 2), (600, True, 1), (None, True, 0)])
 def test_it_is_said_why_the_first_use_takes_long(
     age: int | None, built: bool, waits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The lock of a build that was killed stays, and torch waits for it without a word."""
+    """The lock of a build that was killed stays, and torch waits for it without a word; not for another Python's."""
     monkeypatch.setattr(host_adam, "find_spec", lambda name: None)
     folder = tmp_path / "py311_cu130" / "cpu_adam"
     folder.mkdir(parents=True)
+    other = tmp_path / "py310_cu121" / "cpu_adam"
+    other.mkdir(parents=True)
+    for name in ("lock", "cpu_adam.so"):
+        (other / name).touch()
+        os.utime(other / name, (0, 0))
     if built:
         (folder / "cpu_adam.so").touch()
     if age is not None:
         (folder / "lock").touch()
         os.utime(folder / "lock", (time.time() - age,) * 2)
-    said = list(host_adam._waits(tmp_path))
+    said = list(host_adam._waits(folder))
     assert len(said) == waits
     assert [f"remove {folder / 'lock'}" in line for line in said[:1]] == [age == 600] * min(waits, 1)
     assert any("one or two minutes" in line for line in said) == (not built)
