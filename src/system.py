@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import shlex
+import signal
 import sys
 import threading
 import time
@@ -16,6 +17,8 @@ from typing import IO
 
 CACHE_NAME = "rwkv-state-tuning"
 _PROGRAM = Path(__file__).resolve().parents[1]
+_PR_SET_PDEATHSIG = 1
+"""Of prctl(2): the signal that a process gets when the thread that started it ends."""
 _POSITION = threading.Lock()
 """Where there are no reads at a position, one thread moves a file's own at a time."""
 
@@ -161,12 +164,17 @@ def end_with_parent(every_seconds: float = 1.0) -> None:
     """From now on this process ends, with nothing more said or saved, when the one that started it is gone.
 
     A process of a run on several GPUs would wait for the others for as long as their library does, with its memory on
-    the card, if the first one was killed.
+    the card, if the first one was killed. Linux ends it whatever it does, also within a call that keeps Python's lock,
+    as that of a kernel does while a card's queue is full; and as soon as the other's thread that started it is gone:
+    its memory on a card goes later. Elsewhere, and under a debugger, a thread looks.
 
     Args:
         every_seconds: how often it looks. Windows does not tell, so that there nothing happens.
     """
     parent = os.getppid()
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), *(ctypes.c_ulong(0),) * 3)
 
     def watch() -> None:
         while os.getppid() == parent:

@@ -1,6 +1,7 @@
 """What stands in where a system lacks a call must do the same."""
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -90,20 +91,46 @@ def test_commands_to_copy_work_where_the_user_stands(monkeypatch: pytest.MonkeyP
     assert system.command_here("train.py") == f"python {ROOT}/train.py"
 
 
+WAITS = {
+    "in Python": "time.sleep(60)",
+    "in a call that lets go of Python's lock": "ctypes.CDLL(None).sleep(60)",
+    "in a call that keeps it": "ctypes.PyDLL(None).sleep(60)",
+}
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows does not tell")
 @pytest.mark.parametrize("ends", ["by SIGKILL", "by itself"])
-def test_a_process_ends_with_the_one_that_started_it(ends: str) -> None:
+@pytest.mark.parametrize("waits", WAITS)
+def test_a_process_ends_with_the_one_that_started_it(waits: str, ends: str) -> None:
+    if waits == "in a call that keeps it" and sys.platform != "linux":
+        pytest.skip("only Linux ends it then")
     child = (
-        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from src.system import end_with_parent; "
-        "end_with_parent(0.01); print('watches', flush=True); time.sleep(60)"
+        f"import ctypes, sys, time; sys.path.insert(0, {str(ROOT)!r}); from src.system import end_with_parent; "
+        f"end_with_parent(0.01); print('watches', flush=True); {WAITS[waits]}"
     )
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); sys.stdin.readline()"
     process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "watches\n"
+    time.sleep(0.1)  # the child is within its call
     begin = time.monotonic()
     if ends == "by SIGKILL":
         process.kill()
-    out, _ = process.communicate("\n" if ends == "by itself" else None, timeout=30)  # until both have let go of it
+    out, _ = process.communicate("\n" if ends == "by itself" else None, timeout=50)  # until both have let go of it
     assert not out
-    assert time.monotonic() - begin < 20
+    assert time.monotonic() - begin < 40
+    assert process.wait() == (-signal.SIGKILL if ends == "by SIGKILL" else 0)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends it then")
+def test_it_ends_although_no_thread_of_it_looks() -> None:
+    child = (
+        f"import sys, time; sys.path.insert(0, {str(ROOT)!r}); from src.system import end_with_parent; "
+        "end_with_parent(60); print('watches', flush=True); time.sleep(60)"
+    )
+    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); sys.stdin.readline()"
+    with subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"watches\n"
+        process.kill()
+        process.communicate(timeout=40)
