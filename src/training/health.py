@@ -16,6 +16,7 @@ from torch import Tensor
 from src.output import several
 from src.training.callbacks import TrainingMonitor
 from src.training.module import TrainingModule
+from src.training.sharded import piece_here
 
 WINDOW = 30
 """Steps that a mean of losses is over: single ones differ by their data."""
@@ -65,7 +66,7 @@ def outgrown(states: Iterable[tuple[str, Tensor]]) -> str:
     """What is wrong with trained states by their size, as the beginning of a sentence, or "".
 
     Args:
-        states: (key, [H, N, N]), on one device.
+        states: (key, [H, N, N] or a piece), on one device.
     """
     named = list(states)
     if not named:
@@ -80,7 +81,7 @@ def outgrown(states: Iterable[tuple[str, Tensor]]) -> str:
 
 
 class HealthWatch(pl.Callback):
-    """Looks at every step's loss and now and then at the states, on rank 0.
+    """Looks at every step's loss and now and then at the states, on rank 0: at its pieces where every rank has some.
 
     Args:
         monitor: has the losses, those of a run before it went on included.
@@ -121,7 +122,8 @@ class HealthWatch(pl.Callback):
             self._trend = None
         if self._looks_at_states and step % LOOKED_AT == 0:
             states = module.model.shape.state_shapes()
-            if problem := outgrown((name, tensor) for name, tensor in module.trained() if name in states):
+            named = ((name, piece_here(tensor)) for name, tensor in module.trained() if name in states)
+            if problem := outgrown(named):
                 self._say(problem)
                 self._looks_at_states = False
 

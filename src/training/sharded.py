@@ -24,6 +24,12 @@ def is_sharded(parameter: Tensor) -> bool:
     return hasattr(parameter, "ds_id")
 
 
+def piece_here(parameter: Tensor) -> Tensor:
+    """What this rank has of a parameter between steps: all of it, or, in one dimension, its piece."""
+    piece: Tensor = parameter.ds_tensor if is_sharded(parameter) and not parameter.numel() else parameter  # type: ignore[attr-defined]
+    return piece
+
+
 def any_sharded(module: nn.Module) -> bool:
     """Whether one of its parameters is."""
     return any(map(is_sharded, module.parameters()))
