@@ -226,10 +226,15 @@ class TestKernel:
                     tensors = other[number], gradient, moments[1][number]
                     adam_step_torch(*tensors, control, self.CONSTANTS, rows[number], seeds[number])
         for mine, definition in zip(one, other, strict=True):
-            gap = 2**-7 * definition.float().abs() if dtype == torch.bfloat16 else 0.0
-            assert bool(((mine.float() - definition.float()).abs() <= gap + (3e-3 if packed else 1e-4)).all())
-            if dtype == torch.bfloat16 and mine.numel() > 4096:
-                assert float((mine != definition).float().mean()) < 0.02
+            differ = (mine.float() - definition.float()).abs()
+            neighbour = 2**-7 * definition.float().abs() if dtype == torch.bfloat16 else torch.zeros_like(differ)
+            near = differ <= neighbour + 1e-4
+            # Where a sum ends on the other side of a border, of bf16 or of 8 bits, later steps differ too: with moments
+            # in 8 bits some of a million values go two neighbours apart, and none further than the steps are long.
+            assert bool((differ <= 4 * neighbour + (0.012 if packed else 1e-4)).all())
+            if mine.numel() > 4096:
+                assert float((~near).float().mean()) < 1e-3
+                assert dtype == torch.float32 or float((mine != definition).float().mean()) < 5e-3
 
     def test_it_starts_where_memory_is_not_aligned(self) -> None:
         memory = torch.randn(5001, generator=torch.Generator().manual_seed(1)).cuda().bfloat16()
