@@ -1,7 +1,9 @@
 """Two GPUs of one machine against one that accumulates: the same steps, each rank with packed weights of its own."""
 
+import fcntl
 import os
 import signal
+import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -32,6 +34,8 @@ REPLICATED: dict[str, tuple[object, ...]] = {
     "updates in the backward": ("--train_type", "none", "--weights", "bf16", "--fused_update", 1, *WEIGHTS),
 }
 """What no engine takes: every GPU has a copy of everything."""
+SECONDS = 300
+"""That a run may take when the machine has much else to do; alone it takes 20."""
 METHODS: dict[str, tuple[object, ...]] = {
     **SHARDED,
     **REPLICATED,
@@ -57,43 +61,84 @@ def words_of(files: Path, method: str, *words: object) -> list[object]:
     ]
 
 
-def run(files: Path, name: str, method: str, *words: object) -> tuple[torch.Tensor, list[dict[str, float]], str]:
-    """What was trained, logged lines and output of a run in processes of its own."""
-    with started("train.py", *words_of(files, method, "--proj_dir", files / name, *words)) as process:
-        out, err = process.communicate(timeout=300)
+def output_of(process: subprocess.Popen[str], folder: Path) -> str:
+    """Once a run into this folder has ended well; of one that does not end is told what it said, and where it waits."""
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        waiting = "\n".join(map(described, processes_of(folder)))
+        process.kill()
+        out, err = process.communicate(timeout=SECONDS)
+        pytest.fail(f"no end after {SECONDS} seconds:\n{waiting}\n{out}\n{err}")
     assert process.returncode == 0, err
-    tensors = torch.load(files / name / "rwkv-final.pth", weights_only=True)
-    return torch.cat([tensor.float().flatten() for tensor in tensors.values()]), metrics(files / name), out
+    return out
+
+
+def run(folder: Path, files: Path, method: str, *words: object) -> str:
+    """Output of a run in processes of its own, whose results are in `folder`."""
+    with started("train.py", *words_of(files, method, *words, "--proj_dir", folder)) as process:
+        return output_of(process, folder)
+
+
+def trained(folder: Path) -> dict[str, torch.Tensor]:
+    tensors: dict[str, torch.Tensor] = torch.load(folder / "rwkv-final.pth", weights_only=True)
+    return tensors
+
+
+def flat(folder: Path) -> torch.Tensor:
+    return torch.cat([tensor.float().flatten() for tensor in trained(folder).values()])
+
+
+@pytest.fixture
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for what tests have in common, in whichever of pytest's processes they are."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "two_gpus"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def of_stage(stage: str, folder: Path, files: Path, method: str) -> None:
+    run(folder, files, method, "--epoch_count", 3, "--devices", 2, "--strategy", f"deepspeed_stage_{stage}")
+
+
+def of_first_stage(folder: Path, files: Path, method: str) -> None:
+    """The first test to come runs it, others wait for it."""
+    with open(folder.with_suffix(".lock"), "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            of_stage("1", folder, files, method)
 
 
 @pytest.mark.parametrize("others", [("2", "3"), pytest.param(("2_offload", "3_offload"), marks=OFFLOADS)], ids=str)
 @pytest.mark.parametrize("method", SHARDED)
-def test_every_stage_gives_one_result(method: str, others: tuple[str, ...], files: Path) -> None:
+def test_every_stage_gives_one_result(method: str, others: tuple[str, ...], files: Path, once: Path) -> None:
     """The saved files key by key: names, dtypes, values."""
-    stages = ("1", *others)
-
-    def of_stage(stage: str) -> tuple[torch.Tensor, list[dict[str, float]], str]:
-        words = ("--epoch_count", 3, "--devices", 2, "--strategy", f"deepspeed_stage_{stage}")
-        return run(files, stage, method, *words)
-
+    first = once / method.replace(" ", "_")
     with ThreadPoolExecutor() as pool:  # a run is ten seconds of imports and one of steps
-        found = dict(zip(stages, pool.map(of_stage, stages), strict=True))
-    one = torch.load(files / "1" / "rwkv-final.pth", weights_only=True)
+        runs = [pool.submit(of_stage, stage, files / stage, files, method) for stage in others]
+        runs.append(pool.submit(of_first_stage, first, files, method))
+        for each in runs:
+            each.result()
+    one = trained(first)
     for stage in others:
-        other = torch.load(files / stage / "rwkv-final.pth", weights_only=True)
+        other = trained(files / stage)
         assert {n: (t.shape, t.dtype) for n, t in other.items()} == {n: (t.shape, t.dtype) for n, t in one.items()}
         for name in ("loss", "grad_norm"):
-            values, expected = ([line[name] for line in found[each][1]] for each in (stage, "1"))
+            values, expected = ([line[name] for line in metrics(folder)] for folder in (files / stage, first))
             assert values == pytest.approx(expected, rel=1e-2), (stage, name)
-        assert (found[stage][0] - found["1"][0]).norm() < 0.01 * found["1"][0].norm(), stage
+        assert (flat(files / stage) - flat(first)).norm() < 0.01 * flat(first).norm(), stage
 
 
 @pytest.mark.parametrize("method", ["states", "lora", "lisa", "lisa, 8 bits, parked"])
 def test_two_devices_take_the_steps_of_one_that_accumulates(method: str, files: Path) -> None:
+    length = ("--epoch_count", 3)
     with ThreadPoolExecutor() as pool:
-        of_one = pool.submit(run, files, "one", method, "--epoch_count", 3, "--accumulate_grad_batches", 2)
-        two, two_lines, out = run(files, "two", method, "--epoch_count", 3, "--devices", 2)
-        one, one_lines, _ = of_one.result()
+        of_one = pool.submit(run, files / "one", files, method, *length, "--accumulate_grad_batches", 2)
+        out = run(files / "two", files, method, *length, "--devices", 2)
+        of_one.result()
+    one, two = flat(files / "one"), flat(files / "two")
+    one_lines, two_lines = metrics(files / "one"), metrics(files / "two")
     assert [line["lr"] for line in two_lines] == [line["lr"] for line in one_lines]
     for name in ("loss", "grad_norm"):
         values, expected = ([line[name] for line in lines] for lines in (two_lines, one_lines))
@@ -116,19 +161,21 @@ def test_two_devices_take_the_steps_of_one_that_accumulates(method: str, files: 
     ],
 )
 def test_a_stopped_run_goes_on_with_both(method: str, strategy: str, files: Path) -> None:
-    length = ("--epoch_count", 60, "--epoch_save", 0, "--devices", 2, "--strategy", strategy)
-    _, whole, _ = run(files, "whole", method, *length)
+    length = ("--epoch_count", 40, "--epoch_save", 0, "--devices", 2, "--strategy", strategy)
     folder = files / "parts"
-    with started("train.py", *words_of(files, method, "--proj_dir", folder, *length)) as process:
-        wait_until(lambda: len(metrics(folder)) >= 40 or process.poll() is not None, seconds=300)
-        process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=120)
-    assert process.returncode == 0, err
-    assert "stopped by SIGINT" in out
-    assert len(metrics(folder)) < len(whole)
-    with started("train.py", "--proj_dir", folder, "--resume", 1) as process:
-        _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
+    with ThreadPoolExecutor() as pool:
+        of_whole = pool.submit(run, files / "whole", files, method, *length)
+        with started("train.py", *words_of(files, method, *length, "--proj_dir", folder)) as process:
+            wait_until(lambda: len(metrics(folder)) >= 10 or process.poll() is not None, seconds=SECONDS)
+            process.send_signal(signal.SIGINT)
+            out = output_of(process, folder)
+        assert "stopped by SIGINT" in out
+        stopped_after = len(metrics(folder))
+        with started("train.py", "--resume", 1, "--proj_dir", folder) as process:
+            output_of(process, folder)
+        of_whole.result()
+    whole = metrics(files / "whole")
+    assert stopped_after < len(whole)
     parts = metrics(folder)
     assert [line["lr"] for line in parts] == [line["lr"] for line in whole]
     assert [line["tokens"] for line in parts] == [line["tokens"] for line in whole]
@@ -139,21 +186,36 @@ def test_a_stopped_run_goes_on_with_both(method: str, strategy: str, files: Path
 
 def test_no_process_stays_behind_a_first_one_that_was_killed(files: Path) -> None:
     """It would keep its card's memory for as long as NCCL waits."""
-
-    def left() -> list[str]:
-        commands = [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.name != str(os.getpid())]
-        return [path.parent.name for path in commands if str(files / "killed").encode() in _bytes_of(path)]
-
-    length = ("--epoch_count", 600, "--epoch_save", 0, "--devices", 2)
-    with started("train.py", *words_of(files, "states", "--proj_dir", files / "killed", *length)) as process:
-        wait_until(lambda: len(metrics(files / "killed")) >= 5 or process.poll() is not None, seconds=300)
-        assert len(left()) == 2
+    folder = files / "killed"
+    words = ("--epoch_count", 2000, "--epoch_save", 0, "--devices", 2, "--proj_dir", folder)
+    with started("train.py", *words_of(files, "states", *words)) as process:
+        wait_until(lambda: len(metrics(folder)) >= 5 or process.poll() is not None, seconds=SECONDS)
+        if process.poll() is not None:
+            pytest.fail(f"it ended by itself:\n{output_of(process, folder)}")
+        both = processes_of(folder)
+        assert len(both) == 2, "\n".join(map(described, both))
         process.kill()
-        wait_until(lambda: not left(), seconds=30)
+        try:
+            wait_until(lambda: not processes_of(folder), seconds=120)  # a driver with much to do takes its time
+        except TimeoutError:
+            pytest.fail("still there:\n" + "\n".join(map(described, processes_of(folder))))
 
 
-def _bytes_of(path: Path) -> bytes:
+def processes_of(folder: Path) -> list[Path]:
+    """Where /proc has the processes that run into this folder; of one that has ended its words are gone."""
+    commands = [path for path in Path("/proc").glob("[0-9]*/cmdline") if path.parent.name != str(os.getpid())]
+    return [path.parent for path in commands if str(folder) in _said(path).split("\0")]
+
+
+def described(process: Path) -> str:
+    """A line that says what it does: its state, its parent, and where in the kernel each of its threads waits."""
+    status = dict(line.split(":\t", 1) for line in _said(process / "status").splitlines() if ":\t" in line)
+    threads = [f"{_said(each / 'comm').strip()} {_said(each / 'wchan')}" for each in process.glob("task/*")]
+    return f"{process.name}: {status.get('State')}, child of {status.get('PPid')}; {', '.join(threads)}"
+
+
+def _said(path: Path) -> str:
     try:
-        return path.read_bytes()
-    except OSError:  # a process that has just ended
-        return b""
+        return path.read_text(errors="replace")
+    except OSError:  # a process that has just ended, or what is not ours to know
+        return ""
