@@ -4,6 +4,7 @@ import fcntl
 import os
 import signal
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -34,8 +35,10 @@ REPLICATED: dict[str, tuple[object, ...]] = {
     "updates in the backward": ("--train_type", "none", "--weights", "bf16", "--fused_update", 1, *WEIGHTS),
 }
 """What no engine takes: every GPU has a copy of everything."""
-SECONDS = 300
+SECONDS = 180
 """That a run may take when the machine has much else to do; alone it takes 20."""
+TELLS = {"PYTHONFAULTHANDLER": "1"}
+"""Environment of processes that say what all their threads do when they are aborted."""
 METHODS: dict[str, tuple[object, ...]] = {
     **SHARDED,
     **REPLICATED,
@@ -62,13 +65,17 @@ def words_of(files: Path, method: str, *words: object) -> list[object]:
 
 
 def output_of(process: subprocess.Popen[str], folder: Path) -> str:
-    """Once a run into this folder has ended well; of one that does not end is told what it said, and where it waits."""
+    """Once a run into this folder has ended well; one that does not end has its processes say where they are."""
     try:
         out, err = process.communicate(timeout=SECONDS)
     except subprocess.TimeoutExpired:
-        waiting = "\n".join(map(described, processes_of(folder)))
+        found = processes_of(folder)
+        waiting = "\n".join(map(described, found))
+        for one in sorted(found, key=lambda one: int(one.name) == process.pid):  # the first last: others end with it
+            os.kill(int(one.name), signal.SIGABRT)
+            time.sleep(2)
         process.kill()
-        out, err = process.communicate(timeout=SECONDS)
+        out, err = process.communicate(timeout=60)
         pytest.fail(f"no end after {SECONDS} seconds:\n{waiting}\n{out}\n{err}")
     assert process.returncode == 0, err
     return out
@@ -76,7 +83,7 @@ def output_of(process: subprocess.Popen[str], folder: Path) -> str:
 
 def run(folder: Path, files: Path, method: str, *words: object) -> str:
     """Output of a run in processes of its own, whose results are in `folder`."""
-    with started("train.py", *words_of(files, method, *words, "--proj_dir", folder)) as process:
+    with started("train.py", *words_of(files, method, *words, "--proj_dir", folder), environment=TELLS) as process:
         return output_of(process, folder)
 
 
@@ -165,13 +172,13 @@ def test_a_stopped_run_goes_on_with_both(method: str, strategy: str, files: Path
     folder = files / "parts"
     with ThreadPoolExecutor() as pool:
         of_whole = pool.submit(run, files / "whole", files, method, *length)
-        with started("train.py", *words_of(files, method, *length, "--proj_dir", folder)) as process:
+        with started("train.py", *words_of(files, method, *length, "--proj_dir", folder), environment=TELLS) as process:
             wait_until(lambda: len(metrics(folder)) >= 10 or process.poll() is not None, seconds=SECONDS)
             process.send_signal(signal.SIGINT)
             out = output_of(process, folder)
         assert "stopped by SIGINT" in out
         stopped_after = len(metrics(folder))
-        with started("train.py", "--resume", 1, "--proj_dir", folder) as process:
+        with started("train.py", "--resume", 1, "--proj_dir", folder, environment=TELLS) as process:
             output_of(process, folder)
         of_whole.result()
     whole = metrics(files / "whole")
@@ -188,7 +195,7 @@ def test_no_process_stays_behind_a_first_one_that_was_killed(files: Path) -> Non
     """It would keep its card's memory for as long as NCCL waits."""
     folder = files / "killed"
     words = ("--epoch_count", 2000, "--epoch_save", 0, "--devices", 2, "--proj_dir", folder)
-    with started("train.py", *words_of(files, "states", *words)) as process:
+    with started("train.py", *words_of(files, "states", *words), environment=TELLS) as process:
         wait_until(lambda: len(metrics(folder)) >= 5 or process.poll() is not None, seconds=SECONDS)
         if process.poll() is not None:
             pytest.fail(f"it ended by itself:\n{output_of(process, folder)}")
