@@ -148,6 +148,11 @@ class DeviceUpdates(UnitUpdates):
         """See UnitUpdates."""
         return stop_in_words(self.stopped_at if self.in_backward else "", self.updated)
 
+    def forget_moments(self) -> None:
+        """See UnitUpdates."""
+        self._moments.clear()
+        del self._many
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step; the closure computes the gradients.

@@ -180,6 +180,20 @@ class TrainingModule(pl.LightningModule):
         if self._ends_step and self._without_engine and not self.config.fused_update:
             average([parameter.grad for _, parameter in self.trained() if parameter.grad is not None])
 
+    def on_train_end(self) -> None:
+        """Lets go of moments and gradients, when everything else has seen the end.
+
+        Lightning would copy the former to the host; and what comes after training has room for the base unpacked.
+        """
+        if not self._without_engine:
+            return
+        for optimizer in self.trainer.optimizers:
+            optimizer.state.clear()
+        if self.updates:
+            self.updates.forget_moments()
+        for _, parameter in self.optimized():
+            parameter.grad = None
+
     @property
     def clips(self) -> bool:
         """Whether gradients are gigabytes, of which no further norm is formed: `clip` then is who clips."""

@@ -97,6 +97,10 @@ class UnitUpdates(torch.optim.Optimizer):
         """What a step that met a gradient that is not finite has left, as half a sentence."""
         raise NotImplementedError
 
+    def forget_moments(self) -> None:
+        """Frees them, after the last step."""
+        raise NotImplementedError
+
     def watch(self, parameter: nn.Parameter, holder: Tensor) -> None:
         """Takes a parameter's gradient from a leaf, itself or one in its place, as soon as it is there."""
         holder.register_post_accumulate_grad_hook(lambda leaf: self._take(parameter, leaf))
@@ -188,6 +192,11 @@ class TensorUpdates(UnitUpdates):
     def describe_stop(self) -> str:
         """See UnitUpdates."""
         return stop_in_words(self.stopped_at, self.updated)
+
+    def forget_moments(self) -> None:
+        """See UnitUpdates."""
+        for own in self._tensors.values():
+            own.inner.state.clear()
 
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step; the closure computes the gradients.

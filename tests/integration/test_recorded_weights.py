@@ -6,6 +6,7 @@ those of a GPU, of every kind of run, by the definition of their kernel.
 
 from __future__ import annotations
 
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ from torch import Tensor
 from src.adapters import lisa
 from src.model.language_model import LanguageModel
 from src.ops import adam
-from src.training import graphs
+from src.training import graphs, run
 from src.training.graphs import GraphedObjective
+from src.training.saver import RunSaver
 
 pytest.importorskip("bitsandbytes")
 
@@ -179,6 +181,34 @@ def test_our_updates_are_the_libraries(
     for other in others:
         assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in one], rel=near)
         assert [row["grad_norm"] for row in other] == pytest.approx([row["grad_norm"] for row in one], rel=10 * near)
+
+
+@pytest.mark.parametrize("ours", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("recorded")
+def test_moments_are_gone_when_the_base_is_measured_unpacked(
+    ours: bool, base: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which needs the room that they had; nor has Lightning copied them to the host before."""
+    monkeypatch.setattr(adam, "kernels_are_available", lambda kernels, device: ours)
+    moments: list[weakref.ref[Tensor]] = []
+    look = RunSaver.on_train_batch_end
+
+    def looking(self: RunSaver, trainer: Any, module: Any, *rest: Any) -> None:
+        look(self, trainer, module, *rest)
+        found = [value for state in trainer.optimizers[0].state.values() for value in state.values() if value.ndim]
+        moments[:] = map(weakref.ref, found)
+
+    def measured(*arguments: object) -> str:
+        left.append(sum(moment() is not None for moment in moments))
+        return "it is not"
+
+    left: list[int] = []
+    monkeypatch.setattr(RunSaver, "on_train_batch_end", looking)
+    monkeypatch.setattr(run, "measure_unpacked", measured)
+    flags = {**COMMON, "epoch_steps": 2, "epoch_count": 1, "cuda_graph": 0, "quant": 1}
+    train(tmp_path / "run", load_model=base, data_file=data, val_file=data, **flags)
+    assert moments
+    assert left == [0]
 
 
 @pytest.mark.slow
