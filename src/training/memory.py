@@ -25,6 +25,7 @@ from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
 from src.training.graphs import may_record_chunks
+from src.training.joined import joins
 from src.training.unpacked import free_bytes
 from src.training.updates import leaves_gradients, unit_of
 from src.training.work import Work
@@ -191,6 +192,7 @@ def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> 
 
     An engine adds fp32 masters and gradients, of which each rank has its share (in stage 3 a few at a time), and shares
     more by its stage; unless it is stage 3, it strings 16-bit gradients of a share together before it widens them.
+    Where it is given wholes, their gradients stand beside those of the pieces, and it needs no others.
     Updates tensor by tensor need in passing what one tensor does, unless a kernel makes them. Those in the backward
     have the gradients of one layer at a time; of chunks, which add gradients up, those of all.
     """
@@ -209,8 +211,11 @@ def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> 
         handed_out = 0 if leaves_gradients(config, method) and not config.chunk_ctx else 4
         return count * (width + 4 + moments + handed_out)
     offloaded = config.strategy.endswith("offload")
+    kept = 0 if offloaded else 4 + moments
+    if joins(config, method):
+        return math.ceil(count * (width + 8 + kept / ranks))
     strung = 2 if narrow and not offloaded else 0
-    shared = (0 if offloaded else 4 + moments) + (0 if _stage(config) == 3 else 4 + strung)
+    shared = kept + (0 if _stage(config) == 3 else 4 + strung)
     gradients_by, weights_by = (ranks if stage <= _stage(config) else 1 for stage in (2, 3))
     return math.ceil(count * (width / weights_by + width / gradients_by + shared / ranks))
 

@@ -304,6 +304,22 @@ class TestWhatIsTrained:
         found = self.of(peft=peft, train_parts="[]", **{f"{peft}_r": "16"}) * self.SHAPE.parameter_count
         assert found == pytest.approx(16 * values)
 
+    @pytest.mark.parametrize(
+        ("flags", "expected"),
+        [
+            ({"strategy": "deepspeed_stage_1"}, 4 + 4 + 4 + 12),
+            ({"strategy": "deepspeed_stage_1", "optim": "adamw8bit"}, 4 + 4 + 4 + 6),
+            ({"strategy": "deepspeed_stage_2", "devices": "2"}, 4 + 4 + 4 + 6),
+            ({"strategy": "deepspeed_stage_2_offload"}, 4 + 4 + 4),
+            ({"strategy": "deepspeed_stage_3", "devices": "2"}, 2 + 2 + 6),
+        ],
+    )
+    def test_adapters_under_an_engine(self, flags: dict[str, str], expected: int) -> None:
+        """Values, gradients of pieces and of wholes, and each rank's share of masters and moments."""
+        values = sum(math.prod(size) for size in AdapterPlan("lora", r=16).parameter_shapes(self.SHAPE).values())
+        found = self.of(peft="lora", train_parts="[]", lora_r="16", **flags) * self.SHAPE.parameter_count
+        assert found == pytest.approx(expected * values)
+
     def test_layers_by_turns(self) -> None:
         emb_and_head = 2 * 65536 * 2048 / self.SHAPE.parameter_count
         two_layers = 2 / 24 * (1 - emb_and_head)
