@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -19,11 +20,15 @@ from src.training.console import tell
 from src.training.engine import Hardware
 from src.training.evaluation import HeldOut
 from src.training.graphs import may_record_chunks
+from src.training.memory import bytes_of_trained
 from src.training.results import ends_of
 from src.training.work import Work, epochs_of
 
 if TYPE_CHECKING:
     from src.training.callbacks import TrainingMonitor
+
+_WORTH_SAYING = 2**25
+"""Bytes; what an engine takes beside states is less."""
 
 
 def say(text: str = "") -> None:
@@ -105,6 +110,7 @@ def plan_of(
             f"{weights}",
             f"training   {method.describe(shape)}",
             f"hardware   {hardware.describe()}, grad_cp {config.grad_cp}",
+            *(engine_alone(config, method, shape) if hardware.has_engine else []),
             *work.lines,
             f"steps      {steps:,} ({several(epochs_of(config), 'epoch')} of {steps_per_epoch:,}), {size}",
             *_rounded(config, work),
@@ -113,6 +119,18 @@ def plan_of(
             f"results    {folder}/",
         ]
     )
+
+
+def engine_alone(config: TrainConfig, method: Method, shape: ModelShape) -> list[str]:
+    """What an engine takes that was asked for where there is one GPU."""
+    if config.processes > 1:
+        return []
+    without = dataclasses.replace(config, strategy="auto")
+    extra = bytes_of_trained(config, method, shape) - bytes_of_trained(without, method, shape)
+    if extra < _WORTH_SAYING:
+        return []
+    what = f"DeepSpeed's masters and gradients take {extra / 2**30:.2f} GiB more"
+    return [f"           on one GPU {what} than --strategy auto, which trains without it"]
 
 
 def _rounded(config: TrainConfig, work: Work) -> list[str]:
