@@ -45,6 +45,15 @@ def test_values_and_groups_stay() -> None:
     assert all(bool((named[name] == 5).all()) for name in ("b", "c", "unused"))
 
 
+def test_a_whole_that_was_moved_is_noticed() -> None:
+    named = parameters()
+    joined = joined_of(named)
+    whole = next(iter(joined.pieces))
+    whole.data = whole.data.clone()
+    with pytest.raises(AssertionError, match="moved"):
+        joined.loss(loss_of(named))
+
+
 @pytest.mark.parametrize("times", [1, 3])
 def test_gradients_of_wholes_are_those_of_the_pieces(times: int) -> None:
     named, plain = parameters(), parameters()
