@@ -160,7 +160,7 @@ FOLLOWED: dict[str, dict[str, object]] = {
 
 
 @pytest.mark.parametrize(
-    "kind", [kind if kind in ("LISA", "states") else pytest.param(kind, marks=pytest.mark.slow) for kind in FOLLOWED]
+    "kind", [kind if kind == "states" else pytest.param(kind, marks=pytest.mark.slow) for kind in FOLLOWED]
 )
 @pytest.mark.usefixtures("recorded")
 def test_our_updates_are_the_libraries(

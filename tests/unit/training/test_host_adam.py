@@ -87,6 +87,7 @@ def test_deepspeeds_record_is_where_it_is_read() -> None:
     assert host_adam._came_built() == (accelerator_name == "cuda" and installed_ops["cpu_adam"])
 
 
+@pytest.mark.slow
 def test_a_build_that_fails_says_what_the_compiler_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
