@@ -241,7 +241,7 @@ class TrainingModule(pl.LightningModule):
         config = self.config
         if joins(config, self.method):
             self.joined = Joined(groups, {parameter: name for name, parameter in named})
-            self.wholes = nn.ParameterList(self.joined.pieces)  # an engine looks for what it trains in its module
+            self.wholes = nn.ParameterList(self.joined.pieces)  # parameters of the module, as all that is optimized
             return make(self.joined.groups)
         if not self.updates_clip:
             return make(groups)
