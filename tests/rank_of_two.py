@@ -55,8 +55,10 @@ def main() -> None:
     trained = [parameter for _, parameter in module.trained()]
 
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
-    engine_config = deepspeed_config(config.strategy, config, sum(parameter.numel() for parameter in trained))
-    engine_config |= {"gradient_accumulation_steps": accumulate, "gradient_clipping": GRADIENT_CLIP}
+    elements, flat = sum(parameter.numel() for parameter in trained), module.updates_flat
+    engine_config = deepspeed_config(config.strategy, config, elements, updates_flat=flat)
+    clip = 0.0 if module.updates_clip else GRADIENT_CLIP
+    engine_config |= {"gradient_accumulation_steps": accumulate, "gradient_clipping": clip}
     dtypes = {name: parameter.dtype for name, parameter in module.named_parameters()}
     module.forward = module.training_step
     engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, model_parameters=trained, config=engine_config)
@@ -74,7 +76,7 @@ def main() -> None:
         engine.backward(loss / accumulate, scale_wrt_gas=False)
         engine.step()
         if (batch + 1) % accumulate == 0:
-            norms.append(float(engine.get_global_grad_norm()))
+            norms.append(module.flat.seen([])[0] if module.flat else float(engine.get_global_grad_norm()))
             if work.measure is not None:
                 with computable(model):
                     measured.append(work.measure(model).score)

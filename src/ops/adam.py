@@ -149,12 +149,18 @@ class ManySteps:
         weights, moments: as for `adam_step`, on one device.
         rows: of the settings, of each tensor.
         seeds: of each tensor.
+        device: where they are; it has to be said where there may be none.
     """
 
     def __init__(
-        self, weights: Sequence[Tensor], moments: Sequence[Moments], rows: Sequence[int], seeds: Sequence[int]
+        self,
+        weights: Sequence[Tensor],
+        moments: Sequence[Moments],
+        rows: Sequence[int],
+        seeds: Sequence[int],
+        device: torch.device | None = None,
     ) -> None:
-        self._device = weights[0].device
+        self._device = device or weights[0].device
         kinds: dict[tuple[torch.dtype, bool], _OfOneKind] = {}
         for number, (tensor, own) in enumerate(zip(weights, moments, strict=True)):
             kind = kinds.setdefault((tensor.dtype, own.first_scales is not None), _OfOneKind())

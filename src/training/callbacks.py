@@ -118,9 +118,9 @@ class StepControl(pl.Callback):
     ) -> None:
         """Remembers a micro-batch that did not close a step; under DeepSpeed looks at one that did.
 
-        The engine forms the norm for itself, over all ranks, and does not take a step in which it is not finite;
-        a loss that is not finite makes it so (`TrainingModule.training_step`). To form it before, too, would
-        take as long as Adam does.
+        The engine, or the optimizer that it was given, forms the norm for itself, over all ranks, and does not take a
+        step in which it is not finite; a loss that is not finite makes it so (`TrainingModule.training_step`). To form
+        it before, too, would take as long as Adam does.
 
         Raises:
             TrainingError: as `on_before_optimizer_step`.
@@ -131,15 +131,23 @@ class StepControl(pl.Callback):
             return
         if _has_engine(trainer):
             engine: Any = trainer.strategy.model
-            self._examine(trainer, module, torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32))
+            norm = None if module.flat else torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32)
+            self._examine(trainer, module, norm)
             self.good.keep(module, deep=True)
         self._pending.clear()
 
-    def _examine(self, trainer: pl.Trainer, module: TrainingModule, norm: Tensor) -> None:
-        """Takes note of the step's loss and gradient norm, 0-d; raises a TrainingError if one is not finite."""
+    def _examine(self, trainer: pl.Trainer, module: TrainingModule, norm: Tensor | None) -> None:
+        """Takes note of the step's loss and gradient norm, 0-d; raises a TrainingError if one is not finite.
+
+        Without a norm it is that of `module.flat`.
+        """
         pending = [*self._pending, self._current(module)]
-        losses = torch.stack([loss for loss, _ in pending]).float()
-        *values, self.grad_norm = torch.cat([losses, norm.reshape(1).to(losses.device)]).tolist()
+        if norm is None:
+            assert module.flat
+            *values, self.grad_norm = module.flat.seen([loss for loss, _ in pending])
+        else:
+            losses = torch.stack([loss for loss, _ in pending]).float()
+            *values, self.grad_norm = torch.cat([losses, norm.reshape(1).to(losses.device)]).tolist()
         self.loss = sum(values) / len(values)
         bad = [batch for value, (_, batch) in zip(values, pending, strict=True) if not math.isfinite(value)]
         if trainer.world_size > 1:

@@ -10,6 +10,7 @@ import torch
 from src.config import TrainConfig
 from src.device import Device, apply_device, launched_by, refuse_other_ranks, resolve_device, uses_gpu
 from src.errors import ConfigError, require_package
+from src.training.flat_updates import PIECE_MULTIPLE
 from src.training.optimizers import check_optimizer
 
 REPLICAS = "replicas"
@@ -106,7 +107,9 @@ def apply_hardware(hardware: Hardware, config: TrainConfig, *, small_messages: b
     apply_device(hardware, alone=one_machine and config.devices == 1, small_messages=small_messages and one_machine)
 
 
-def deepspeed_config(strategy: str, config: TrainConfig, trained_elements: int) -> dict[str, Any]:
+def deepspeed_config(
+    strategy: str, config: TrainConfig, trained_elements: int, *, updates_flat: bool = False
+) -> dict[str, Any]:
     """The engine's configuration: ZeRO and nothing that casts.
 
     Without a `bf16` or `fp16` section the engine keeps every dtype. Its two buckets hold
@@ -114,6 +117,13 @@ def deepspeed_config(strategy: str, config: TrainConfig, trained_elements: int) 
     trained part is reduced in no time and memory is what users lack. Reduction stays on the stream of the
     backward: on one of its own DeepSpeed 0.19.8 gives the memory of a gradient larger than a bucket back while that
     stream still reads it, and a replayed step has nothing to overlap, its gradients come all at once.
+
+    Args:
+        strategy: deepspeed_*.
+        config: the flags.
+        trained_elements: number of trained values.
+        updates_flat: whether they are one tensor that `FlatUpdates` updates: its gradient is averaged where it is, by
+            one process not at all, and no norm is formed.
     """
     stage = int(strategy.split("_")[2])
     limit = config.ds_bucket_mb * 10**6 // 4
@@ -136,7 +146,11 @@ def deepspeed_config(strategy: str, config: TrainConfig, trained_elements: int) 
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
         if stage == 3:
             zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if updates_flat:
+        one_bucket = trained_elements + PIECE_MULTIPLE * config.processes
+        zero |= {"contiguous_gradients": False, "compute_grad_norm": False, "reduce_bucket_size": one_bucket}
     return {
+        **({"gradient_allreduce_op": "sum"} if updates_flat and config.processes == 1 else {}),
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

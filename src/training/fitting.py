@@ -187,7 +187,7 @@ def fit(
             monitor.close()
             return saver.files, monitor, stopper
     trainer = pl.Trainer(
-        **trainer_arguments(hardware, config, trained_elements),
+        **trainer_arguments(hardware, config, trained_elements, updates_flat=module.updates_flat),
         # A folder that is never made: Lightning takes up `hpc_ckpt_*.ckpt` that lie in its own.
         default_root_dir=folder / "lightning",
         max_epochs=epochs - start.epochs,
@@ -280,7 +280,10 @@ def _sinks(
 ) -> list[Sink]:
     if global_rank() != 0:
         return []
-    engine = deepspeed_config(hardware.strategy, config, trained_elements) if hardware.has_engine else None
+    flat = module.updates_flat
+    engine = None
+    if hardware.has_engine:
+        engine = deepspeed_config(hardware.strategy, config, trained_elements, updates_flat=flat)
     run = session.saved.run if session else ""
     epoch = config.epoch_begin + start.epochs
     sinks: list[Sink] = [FileSink(folder, config, engine, run, start.steps, epoch), ProgressSink(steps, start.steps)]

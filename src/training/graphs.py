@@ -28,11 +28,13 @@ from torch.func import functional_call
 from src.adapters.method import Method
 from src.config import TrainConfig
 from src.model.language_model import LanguageModel
+from src.training.joined import Joined
 from src.training.objectives import Objective, Outcome, Staged, outcome_of
 from src.training.updates import UnitUpdates
 
 _MOST_GRAPHS = 12
 _SPARE_BYTES = 256 * 2**20
+_MOVED_TOGETHER = 32
 
 Key = tuple[Any, ...]
 
@@ -138,6 +140,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
 
     Attributes:
         updates: what uses gradients up in the backward, if something does.
+        joined: wholes of which an engine is to be handed gradients, in place of what is trained, if there are some.
     """
 
     def __init__(
@@ -152,6 +155,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         super().__init__(model, memory_gib, lends_gradients=lends_gradients)
         self.objective = objective
         self.updates: UnitUpdates | None = None
+        self.joined: Joined | None = None
         self._share = share
         self._gradients: dict[str, Tensor] = {}  # that recordings leave in the parameters
         self._parameters = list(model.named_parameters())  # to walk through the modules would take a millisecond
@@ -166,11 +170,14 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         if recorded is None or not self.replaces_gradients:
             self._lend_gradients(states, cleared=recorded is None or self._adds)
         if recorded is None:
-            return outcome_of(self.objective, self.model, staged)
+            return outcome_of(self.objective, self.model, staged, self.joined)
         recorded.load(staged)
         loss: Tensor
         if self._share is None:
-            loss = _Replay.apply(recorded, self.lends_gradients, *states.values())
+            if self.joined:
+                self.joined.check()
+            handed = self.joined.pieces if self.joined else states.values()
+            loss = _Replay.apply(recorded, self.lends_gradients, *handed)
         else:
             recorded.replay()
             loss = recorded.loss.clone().requires_grad_()  # its backward has been
@@ -237,7 +244,9 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         for graph in self._graphs.values():
             if isinstance(graph.sink, _HandedOut) and graph.sink.states.keys() == states.keys():
                 return graph.sink
-        return _HandedOut(states)
+        if self.joined is not None:
+            return _HandedOutJoined(states, self.joined, whole_steps=self.lends_gradients)
+        return _HandedOut(states, whole_steps=self.lends_gradients)
 
     def _give_up(self, reason: str) -> None:
         self._gradients.clear()
@@ -306,11 +315,21 @@ class _Sink:
 class _HandedOut(_Sink):
     """`gradients` are where all recordings that train the same states leave theirs, for autograd to hand out: where
     the first one's backward made them, to which later ones add.
+
+    Args:
+        states: what is trained, by name.
+        whole_steps: whether these are a step's and not to be scaled when they are handed out.
     """
 
-    def __init__(self, states: Mapping[str, nn.Parameter]) -> None:
+    def __init__(self, states: Mapping[str, nn.Parameter], *, whole_steps: bool) -> None:
         super().__init__(states)
+        self.share = 1.0 if whole_steps else None
         self.gradients: dict[str, Tensor] = {}
+
+    @property
+    def handed(self) -> list[Tensor]:
+        """What autograd hands out."""
+        return list(self.gradients.values())
 
     def prepare(self, aliases: Mapping[str, Tensor]) -> None:
         if self.gradients:
@@ -321,6 +340,54 @@ class _HandedOut(_Sink):
     def finish(self, aliases: Mapping[str, Tensor]) -> None:
         if not self.gradients:
             self.gradients.update((n, torch.zeros_like(a) if a.grad is None else a.grad) for n, a in aliases.items())
+
+
+class _HandedOutJoined(_HandedOut):
+    """The same for wholes: what the backward made is moved there, a few tensors at a time.
+
+    Args:
+        states, whole_steps: see there.
+        joined: of whose pieces `states` are.
+    """
+
+    def __init__(self, states: Mapping[str, nn.Parameter], joined: Joined, *, whole_steps: bool) -> None:
+        super().__init__(states, whole_steps=whole_steps)
+        self._wholes = [torch.zeros_like(whole) for whole in joined.pieces]
+        for pieces, whole in zip(joined.pieces.values(), self._wholes, strict=True):
+            self.gradients.update((piece.name, piece.of(whole)) for piece in pieces)
+        self._waiting: dict[str, Tensor] = {}
+        self._arrived: dict[str, Tensor] = {}
+
+    @property
+    def handed(self) -> list[Tensor]:
+        """See _HandedOut."""
+        return self._wholes
+
+    def prepare(self, aliases: Mapping[str, Tensor]) -> None:
+        self._waiting = dict(aliases)
+        self._arrived.clear()
+        for name, alias in aliases.items():
+            alias.register_post_accumulate_grad_hook(partial(self._take, name))
+
+    def finish(self, aliases: Mapping[str, Tensor]) -> None:
+        self._move()
+        if self._waiting:
+            torch._foreach_zero_([self.gradients[name] for name in self._waiting])
+
+    def _take(self, name: str, leaf: Tensor) -> None:
+        del self._waiting[name]  # a gradient comes once
+        self._arrived[name] = leaf
+        if len(self._arrived) == _MOVED_TOGETHER:
+            self._move()
+
+    def _move(self) -> None:
+        if not self._arrived:
+            return
+        gradients = [leaf.grad for leaf in self._arrived.values() if leaf.grad is not None]
+        torch._foreach_copy_([self.gradients[name] for name in self._arrived], gradients)
+        for leaf in self._arrived.values():
+            leaf.grad = None
+        self._arrived.clear()
 
 
 class _Left(_Sink):
@@ -412,7 +479,7 @@ class _Replay(torch.autograd.Function):
     def forward(ctx: Any, recorded: _RecordedStep, lends: bool, *states: Tensor) -> Tensor:
         recorded.replay()
         assert isinstance(recorded.sink, _HandedOut)
-        ctx.gradients, ctx.lends = list(recorded.sink.gradients.values()), lends
+        ctx.gradients, ctx.lends = recorded.sink.handed, lends
         loss: Tensor = recorded.loss.clone()
         return loss
 
@@ -421,8 +488,8 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         if not ctx.lends:
             return (None, None, *torch._foreach_mul(ctx.gradients, gradient))
-        torch._foreach_mul_(ctx.gradients, gradient)
-        return (None, None, *(own.detach() for own in ctx.gradients))  # a tensor nobody else has becomes `.grad`
+        # Of the loss of a whole step, which nothing scales. A tensor nobody else has becomes `.grad`.
+        return (None, None, *(own.detach() for own in ctx.gradients))
 
 
 @contextlib.contextmanager

@@ -53,13 +53,16 @@ class Joined:
     Args:
         groups: whose `params` become the pieces of a whole each; of one dtype and device within a group.
         names: of all these parameters, by parameter.
+        multiple: wholes are filled up with zeros to a multiple of so many values.
     """
 
-    def __init__(self, groups: Iterable[dict[str, Any]], names: dict[nn.Parameter, str]) -> None:
+    def __init__(self, groups: Iterable[dict[str, Any]], names: dict[nn.Parameter, str], *, multiple: int = 1) -> None:
         self.groups: list[dict[str, Any]] = []
         self.pieces: dict[nn.Parameter, list[Piece]] = {}
         for group in groups:
-            whole = nn.Parameter(torch.cat([parameter.detach().reshape(-1) for parameter in group["params"]]))
+            values = [parameter.detach().reshape(-1) for parameter in group["params"]]
+            filling = -sum(map(torch.numel, values)) % multiple
+            whole = nn.Parameter(torch.cat([*values, values[0].new_zeros(filling)]))
             begins = [0]
             for parameter in group["params"]:
                 begins.append(begins[-1] + parameter.numel())
@@ -77,13 +80,20 @@ class Joined:
                 piece.parameter.data = piece.of(whole.detach())
 
     def whole_of(self, whole: nn.Parameter, state: Mapping[str, Mapping[str, Tensor]], key: str) -> Tensor:
-        """One of an optimizer's numbers by name of a piece and key, put together; 1-d."""
-        return torch.cat([state[piece.name][key].reshape(-1) for piece in self.pieces[whole]])
+        """One of an optimizer's numbers by name of a piece and key, put together; 1-d, 0 where no piece is."""
+        result = torch.zeros(whole.numel(), dtype=state[self.pieces[whole][0].name][key].dtype)
+        for piece in self.pieces[whole]:
+            piece.of(result).copy_(state[piece.name][key])
+        return result
+
+    def check(self) -> None:
+        """Sees to it that wholes are where they were tied."""
+        lost = [whole for whole, pieces in self.pieces.items() if pieces[0].parameter.data_ptr() != whole.data_ptr()]
+        assert not lost, "an engine has moved a whole: what it updates is not what computes"
 
     def loss(self, loss: Tensor) -> Tensor:
         """The same loss as a function of the wholes, 0-d; its backward is the loss's own, once."""
-        lost = [whole for whole, pieces in self.pieces.items() if pieces[0].parameter.data_ptr() != whole.data_ptr()]
-        assert not lost, "an engine has moved a whole: what it updates is not what computes"
+        self.check()
         result: Tensor = _OfWholes.apply([loss], self.pieces, *self.pieces)
         return result
 
@@ -106,12 +116,9 @@ class _OfWholes(torch.autograd.Function):
         wholes = []
         for whole, pieces in ctx.pieces.items():
             own = [gradients.pop(piece.parameter) for piece in pieces]
-            if all(gradient is not None for gradient in own):
-                wholes.append(torch.cat([gradient.reshape(-1) for gradient in own if gradient is not None]))
-                continue
             total = torch.zeros_like(whole)
-            for piece, gradient in zip(pieces, own, strict=True):
-                if gradient is not None:
-                    piece.of(total).copy_(gradient)
+            there = [(piece, grad) for piece, grad in zip(pieces, own, strict=True) if grad is not None]
+            if there:
+                torch._foreach_copy_([piece.of(total) for piece, _ in there], [grad for _, grad in there])
             wholes.append(total)
         return None, None, *wholes

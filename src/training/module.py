@@ -22,6 +22,7 @@ from src.ops.kernels import Kernel
 from src.training.chunk_graphs import ChunkRecorder
 from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.device_updates import DeviceUpdates
+from src.training.flat_updates import PIECE_MULTIPLE, FlatUpdates, as_one, shares_of, updates_flat
 from src.training.graphs import GraphedObjective, may_record, may_record_chunks
 from src.training.joined import Joined, joins
 from src.training.objectives import Objective, Outcome, Scored, Staged, outcome_of
@@ -88,8 +89,10 @@ class TrainingModule(pl.LightningModule):
         self.objective: Objective = _in_chunks(objective, config, recorder)
         records = records and objective.recordable
         self._leaves_gradients = leaves_gradients(config, method)
-        kernels = kernels_of_updates(config)
-        self._by_kernels = bool(kernels) and adam.kernels_are_available(kernels, model.device)
+        kernels = kernels_of_updates(config, method)
+        has_kernels = bool(kernels) and adam.kernels_are_available(kernels, model.device)
+        self._by_kernels = has_kernels and self._without_engine
+        self.updates_flat = updates_flat(config, method) and (has_kernels or model.device.type == "cpu")
         if method.in_place:
             # An engine wants to be handed gradients. Updates that are the host's cannot be recorded, nor can those
             # that wait in mid-backward for other processes, which may be about to record something else.
@@ -112,6 +115,7 @@ class TrainingModule(pl.LightningModule):
         self.outcome: Outcome | None = None
         self.updates: UnitUpdates | None = None
         self.joined: Joined | None = None
+        self.flat: FlatUpdates | None = None
         if self.loss_scale != 1.0:
             for _, parameter in self.optimized():
                 parameter.register_hook(self._unscaled)
@@ -164,11 +168,10 @@ class TrainingModule(pl.LightningModule):
             self.batches.look_ahead()
         else:
             with KeptOnHost(self.model) if self.config.offload_activations else contextlib.nullcontext():
-                outcome = outcome_of(self.objective, self.model, batch)
+                outcome = outcome_of(self.objective, self.model, batch, self.joined)
         self.outcome = Outcome(outcome.loss.detach(), outcome.logs)
         # DeepSpeed looks at gradients alone: a loss that is not finite makes them so.
-        loss = outcome.loss * (self.loss_scale + 0 * outcome.loss.detach())
-        return self.joined.loss(loss) if self.joined else loss
+        return outcome.loss * (self.loss_scale + 0 * outcome.loss.detach())
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Comes between forward and backward, where a recorded step's gradients are there already."""
@@ -202,7 +205,7 @@ class TrainingModule(pl.LightningModule):
     @property
     def updates_clip(self) -> bool:
         """Whether the optimizer clips gradients as it reads them."""
-        return self.config.updates_by_tensor or self._by_kernels
+        return self.config.updates_by_tensor or self._by_kernels or self.updates_flat
 
     def clip(self, norm: float) -> None:
         """Scales gradients of this norm down to the largest there may be."""
@@ -239,10 +242,22 @@ class TrainingModule(pl.LightningModule):
             return make_optimizer(groups, self.config, on_gpu=self.model.device.type == "cuda")
 
         config = self.config
+        constants = adam.Constants(config.beta1, config.beta2, config.adam_eps, GRADIENT_CLIP)
+        packed = config.optim.endswith("8bit")
         if joins(config, self.method):
-            self.joined = Joined(groups, {parameter: name for name, parameter in named})
+            names = {parameter: name for name, parameter in named}
+            shares = shares_of(groups)
+            if self.updates_flat:
+                groups = [as_one(groups, config)]
+            self.joined = Joined(groups, names, multiple=PIECE_MULTIPLE * config.processes)
             self.wholes = nn.ParameterList(self.joined.pieces)  # parameters of the module, as all that is optimized
-            return make(self.joined.groups)
+            if self.graphed:
+                self.graphed.joined = self.joined
+            if not self.updates_flat:
+                return make(self.joined.groups)
+            (group,) = self.joined.groups
+            self.flat = FlatUpdates(group, shares, constants, packed=packed)
+            return self.flat
         if not self.updates_clip:
             return make(groups)
         seed, in_backward = config.random_seed, bool(config.fused_update)
@@ -250,9 +265,9 @@ class TrainingModule(pl.LightningModule):
             self.updates = DeviceUpdates(
                 groups,
                 named,
-                constants=adam.Constants(config.beta1, config.beta2, config.adam_eps, GRADIENT_CLIP),
+                constants=constants,
                 seed=seed,
-                packed=config.optim.endswith("8bit"),
+                packed=packed,
                 on_host=config.optim == "paged_adamw8bit",
                 in_backward=in_backward,
             )
@@ -265,14 +280,16 @@ class TrainingModule(pl.LightningModule):
         return self.updates
 
 
-def kernels_of_updates(config: TrainConfig) -> tuple[Kernel, ...]:
+def kernels_of_updates(config: TrainConfig, method: Method) -> tuple[Kernel, ...]:
     """What updates all that is trained on a GPU: in one launch, or tensor by tensor in the backward.
 
-    Nothing where a library's optimizer does: DeepSpeed's engine has its own, Lion is bitsandbytes', and so are moments
-    that move between GPU and host as memory allows. Updates by tensor keep those in pinned memory.
+    Nothing where a library's optimizer does: under DeepSpeed's engine, unless it is given wholes, with Lion, which is
+    bitsandbytes', and with moments that move between GPU and host as memory allows. Updates by tensor keep those in
+    pinned memory.
     """
     pages = config.optim == "paged_adamw8bit" and not config.updates_by_tensor
-    if config.has_engine or config.optim == "lion8bit" or pages:
+    by_engine = config.has_engine and not updates_flat(config, method)
+    if by_engine or config.optim == "lion8bit" or pages:
         return ()
     dtypes = [torch.float32, *([torch.bfloat16] if config.weights == "bf16" else [])]
     return adam.kernels_for(dtypes, packed=config.optim.endswith("8bit"), singly=bool(config.fused_update))

@@ -40,6 +40,7 @@ from src.model.chunks import Scores, scores_in_chunks
 from src.model.language_model import LanguageModel
 from src.ops.token_logps import head_sft_loss, token_logps
 from src.training.console import tell
+from src.training.joined import Joined
 
 
 @dataclass(frozen=True)
@@ -150,10 +151,10 @@ class Scored(Objective, Protocol):
         ...
 
 
-def outcome_of(objective: Objective, model: LanguageModel, staged: Staged) -> Outcome:
-    """Loss of one micro-batch, ready for `backward`."""
+def outcome_of(objective: Objective, model: LanguageModel, staged: Staged, joined: Joined | None = None) -> Outcome:
+    """Loss of one micro-batch, ready for `backward`, which gives wholes their gradients if there are some."""
     loss, result = objective.compute(model, staged.to(model.device))
-    return Outcome(loss, lambda: objective.logs(result))
+    return Outcome(joined.loss(loss) if joined else loss, lambda: objective.logs(result))
 
 
 def counted_positions(targets: Tensor, rounding: Rounding = EXACT) -> tuple[Tensor, Tensor]:

@@ -186,7 +186,7 @@ def _train(
 
     base = base or fresh_base(config, hardware, shape, folder)
     options = load_options(config, method, hardware, shape)
-    compile_ahead(kernels_of_updates(config), hardware.device)
+    compile_ahead(kernels_of_updates(config, method), hardware.device)
     model = open_model(base, options, state_file=state_file, start=origin, quiet=global_rank() != 0)
     if global_rank() == 0:
         method.begin(model, folder, identity, origin)

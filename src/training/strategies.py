@@ -42,13 +42,16 @@ class _UntouchedDeepSpeedPrecision(DeepSpeedPrecision):
         engine.backward(tensor, scale_wrt_gas=False)
 
 
-def trainer_arguments(hardware: Hardware, config: TrainConfig, trained_elements: int) -> dict[str, Any]:
+def trainer_arguments(
+    hardware: Hardware, config: TrainConfig, trained_elements: int, *, updates_flat: bool = False
+) -> dict[str, Any]:
     """Lightning's arguments for accelerator, devices, strategy and precision.
 
     Args:
         hardware: what `resolve_hardware` chose.
         config: the flags.
         trained_elements: number of trained values, which bounds DeepSpeed's buckets.
+        updates_flat: see `deepspeed_config`.
     """
     _quieten("pytorch_lightning|lightning_fabric", "pytorch_lightning", "lightning.pytorch")
     arguments: dict[str, Any] = {
@@ -67,7 +70,7 @@ def trainer_arguments(hardware: Hardware, config: TrainConfig, trained_elements:
     os.environ.setdefault("DS_ACCELERATOR", "cuda")
     _quieten("deepspeed", "DeepSpeed")
     strategy = DeepSpeedStrategy(
-        config=deepspeed_config(hardware.strategy, config, trained_elements),
+        config=deepspeed_config(hardware.strategy, config, trained_elements, updates_flat=updates_flat),
         precision_plugin=_UntouchedDeepSpeedPrecision("32-true"),
         process_group_backend=alone.register() if config.processes == 1 else None,
     )

@@ -305,13 +305,23 @@ IN_16_BITS = {**WHOLE, "weights": "bf16"}
         *(({"peft": peft, "optim": "lion8bit"}, [], []) for peft in ("none", "lora", "lisa")),
         *(({"peft": peft, "optim": "paged_adamw8bit"}, [], []) for peft in ("none", "lora", "lisa")),
         ({**IN_16_BITS, "fused_update": "1", "optim": "lion8bit"}, [], []),
-        *(({"devices": "2", **flags}, [], []) for flags in ({}, {"peft": "lora"}, WHOLE, IN_16_BITS)),
-        ({"peft": "lora", "strategy": "deepspeed_stage_1", "quant": "0"}, [], []),
+        *(({"devices": "2", **flags}, [], []) for flags in ({}, WHOLE, IN_16_BITS)),
+        ({"peft": "lora", "devices": "2"}, [WIDE], []),
+        ({"peft": "bone", "strategy": "deepspeed_stage_2", "optim": "adamw8bit"}, [WIDE, PACKED], []),
+        *(
+            ({"peft": "lora", "strategy": f"deepspeed_stage_{stage}", "quant": "0"}, [], [])
+            for stage in ("2_offload", "3", "3_offload")
+        ),
+        *(
+            ({"peft": "lora", "strategy": "deepspeed_stage_1", "optim": optim}, [], [])
+            for optim in ("lion8bit", "paged_adamw8bit")
+        ),
     ],
 )
 def test_which_kernels_update_what(flags: dict[str, str], at_once: list[object], one_by_one: list[object]) -> None:
     """By dtype of the weights, and whether moments are packed; nothing is where a library's optimizer updates."""
-    kernels = kernels_of_updates(config(**flags))
+    given = config(**flags)
+    kernels = kernels_of_updates(given, method_of(given))
     for family, expected in ((adam.KERNELS_OF_MANY, at_once), (adam.KERNELS, one_by_one)):
         assert [kind for kind, kernel in family.items() if kernel in kernels] == expected
     assert {dtype for dtype, kernel in adam.NORMS.items() if kernel in kernels} == {dtype for dtype, _ in at_once}
