@@ -1,6 +1,6 @@
 """How fused operators are held against their definitions: in bf16 against fp64, outputs and gradients."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,15 @@ BOUND_OF_SUMS = 1e-5
 
 def normal(*shape: int, seed: int = 0, device: str = "cuda") -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).bfloat16().to(device)
+
+
+def fresh_leaves(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The same memory as leaves that have no gradient accumulators yet.
+
+    A step that is recorded takes its gradients at such: an accumulator that an earlier graph keeps alive belongs to
+    that one's stream, and waiting for it cannot be recorded.
+    """
+    return [tensor.detach().requires_grad_() for tensor in tensors]
 
 
 def error(ours: Tensor, reference: Tensor) -> float:

@@ -165,20 +165,19 @@ def refusal(ended: Ended, folder: Path) -> str:
 def started(
     script: str, *words: object, environment: Mapping[str, str] | None = None
 ) -> Iterator[subprocess.Popen[str]]:
-    """The same in a process of its own, which is gone afterwards."""
-    process = subprocess.Popen(
+    """The same in a process of its own, which is gone afterwards, and its pipes are closed."""
+    with subprocess.Popen(
         [sys.executable, str(ROOT / script), *map(str, words)],
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **(environment or {})},
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.wait()
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 class GivenLoss:

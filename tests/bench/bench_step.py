@@ -413,7 +413,8 @@ def in_turn(commands: Sequence[Sequence[str]], *, apart: bool) -> Iterator[tuple
             del ahead[0]
     finally:
         for process in ahead:
-            process.kill()
+            with process:  # which closes its pipes and waits
+                process.kill()
 
 
 def wait_for_turn() -> None:

@@ -26,7 +26,7 @@ from delta_rule_cases import (
     readout,
     strided,
 )
-from fused_operators import normal
+from fused_operators import fresh_leaves, normal
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -118,8 +118,9 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
     inputs, grad = layer_inputs(GPU), normal(1, 33, 128, seed=3)
 
     def step() -> tuple[Tensor, ...]:
-        out = layer(*inputs)
-        return (out.detach(), *torch.autograd.grad(out, inputs, grad))
+        leaves = fresh_leaves(inputs)
+        out = layer(*leaves)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad))
 
     try:
         side = torch.cuda.Stream()

@@ -20,7 +20,7 @@ from delta_rule_whole_cases import (
     results_of,
     tensors_of,
 )
-from fused_operators import normal
+from fused_operators import fresh_leaves, normal
 from torch import Tensor
 
 from src.ops import delta_rule_whole, small_maps
@@ -75,15 +75,15 @@ def test_small_maps_without_gradients_are_the_same() -> None:
 def test_a_cuda_graph_replays_both() -> None:
     tensors = tensors_of(GPU, batch=1, tokens=70)
     maps, _ = maps_of(3, 128, (24, 12, 6), 16, GPU)
-    inputs = [normal(1, 70, 128, seed=seed, device=GPU).requires_grad_() for seed in range(4)]
     state = tensors["state"]
     assert state is not None
-    leaves = [*inputs, state.requires_grad_()]
+    inputs = [*(normal(1, 70, 128, seed=seed, device=GPU) for seed in range(4)), state]
     grad = normal(1, 70, 128, seed=9, device=GPU)
 
     def step() -> tuple[Tensor, ...]:
-        gate, w_raw, rate, amount = small_maps.small_maps(maps, inputs[0], inputs[1:])
-        made = {**tensors, "gate": gate, "w_raw": w_raw, "rate": rate, "amount": amount}
+        leaves = fresh_leaves(inputs)
+        gate, w_raw, rate, amount = small_maps.small_maps(maps, leaves[0], leaves[1:4])
+        made = {**tensors, "gate": gate, "w_raw": w_raw, "rate": rate, "amount": amount, "state": leaves[4]}
         given = delta_rule_whole.Inputs(**made)  # type: ignore[arg-type]
         gated, _ = delta_rule_whole.whole(given, EPS, one_part(70, None))
         return (gated.detach(), *torch.autograd.grad(gated, leaves, grad))
@@ -97,7 +97,7 @@ def test_a_cuda_graph_replays_both() -> None:
     with torch.cuda.graph(graph):
         captured = step()
     with torch.no_grad():
-        for seed, tensor in enumerate(leaves):
+        for seed, tensor in enumerate(inputs):
             tensor.copy_(normal(*tensor.shape, seed=7 + seed, device=GPU))
     graph.replay()
     for ours, eager in zip(captured, step(), strict=True):

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from fused_operators import BOUND_OF_FEW, BOUND_OF_SUMS, check_against, error, normal, wider
+from fused_operators import BOUND_OF_FEW, BOUND_OF_SUMS, check_against, error, fresh_leaves, normal, wider
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -226,12 +226,13 @@ def requested_bytes() -> int:
 def test_computed_modulation_is_deterministic_and_can_be_recorded(width: int, keeps: bool) -> None:
     """Two runs and a recorded one agree in every bit, and no modulation was in memory on the way."""
     shapes = (2, 900, 2560), (2, 2560), (5, 2560), (2, 900, 5 * width), (5, width, 2560)
-    z, carry, maa, hidden, up = (normal(*shape, seed=seed).requires_grad_() for seed, shape in enumerate(shapes))
+    inputs = [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     cotangents = [normal(2, 900, 2560, seed=10 + g) for g in range(5)]
 
     def step() -> tuple[Tensor, ...]:
-        outputs = modulated_shift_mixes(z, carry, maa, hidden, up, None, keeps_modulation=keeps)
-        return *outputs, *torch.autograd.grad(outputs, (z, carry, maa, hidden, up), cotangents)
+        leaves = fresh_leaves(inputs)
+        outputs = modulated_shift_mixes(*leaves, None, keeps_modulation=keeps)
+        return *(output.detach() for output in outputs), *torch.autograd.grad(outputs, leaves, cotangents)
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -510,8 +511,9 @@ def test_a_cuda_graph_replays_forward_and_backward() -> None:
     inputs, grad = layer_inputs(), normal(1, 33, 128, seed=3)
 
     def step() -> tuple[Tensor, ...]:
-        out = layer(*inputs)
-        return (out.detach(), *torch.autograd.grad(out, inputs, grad))
+        leaves = fresh_leaves(inputs)
+        out = layer(*leaves)
+        return (out.detach(), *torch.autograd.grad(out, leaves, grad))
 
     try:
         side = torch.cuda.Stream()

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from fused_operators import fresh_leaves
 from torch import Tensor
 
 from src import quant
@@ -166,9 +167,9 @@ def test_a_packed_head_in_parts_is_the_dense_one(recorded: bool, monkeypatch: py
     dense = torch.cat([part.dequantized() for part in head.parts])
 
     def step() -> tuple[Tensor, Tensor]:
-        alias = hidden.detach().requires_grad_()  # born on the stream of the recording, if there is one
-        loss = head_sft_loss(alias, head.dense_parts(), targets)
-        return loss.detach(), torch.autograd.grad(loss, alias)[0]
+        (leaf,) = fresh_leaves([hidden])
+        loss = head_sft_loss(leaf, head.dense_parts(), targets)
+        return loss.detach(), torch.autograd.grad(loss, leaf)[0]
 
     expected_loss = head_sft_loss(hidden, dense, targets)
     (expected,) = torch.autograd.grad(expected_loss, hidden)

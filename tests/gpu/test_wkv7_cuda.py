@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fused_operators import fresh_leaves
 from operators import assert_close, poisoned_memory, relative_rms, run_with_gradients
 from torch import Tensor
 from wkv7_inputs import (
@@ -164,13 +165,13 @@ def test_other_stream_and_strided_inputs() -> None:
 
 def test_graph_capture_of_packed_sequences_with_gradients() -> None:
     low, _ = as_kernels_take(draw_inputs(1, 700, 4, 64), "cuda")
-    leaves = {name: tensor.requires_grad_() for name, tensor in low.items()}
     borders = torch.tensor([0, 100, 100, 700], dtype=torch.int32, device="cuda")
     dy = torch.randn_like(low["r"])
 
     def step() -> tuple[Tensor, ...]:
-        y, _ = wkv7(**leaves, cu_seqlens=borders)
-        return (y.detach(), *torch.autograd.grad(y, list(leaves.values()), dy))
+        leaves = fresh_leaves(low.values())
+        y, _ = wkv7(**dict(zip(low, leaves, strict=True)), cu_seqlens=borders)
+        return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
     expected = step()
     graph = torch.cuda.CUDAGraph()

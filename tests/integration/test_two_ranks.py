@@ -53,8 +53,8 @@ def train_together(folder: Path, ranks: int = 2, **flags: object) -> None:
         errors = [process.communicate(timeout=600)[1] for process in processes]
     finally:
         for process in processes:
-            process.kill()
-            process.wait()
+            with process:  # which closes its pipe, whatever happened, and waits
+                process.kill()
     assert [process.returncode for process in processes] == [0] * ranks, "\n".join(errors)
 
 

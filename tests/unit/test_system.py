@@ -109,17 +109,18 @@ def test_a_process_ends_with_the_one_that_started_it(waits: str, ends: str) -> N
         f"end_with_parent(0.01); print('watches', flush=True); {WAITS[waits]}"
     )
     parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); sys.stdin.readline()"
-    process = subprocess.Popen([sys.executable, "-c", parent], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "watches\n"
-    time.sleep(0.1)  # the child is within its call
-    begin = time.monotonic()
-    if ends == "by SIGKILL":
-        process.kill()
-    out, _ = process.communicate("\n" if ends == "by itself" else None, timeout=50)  # until both have let go of it
-    assert not out
-    assert time.monotonic() - begin < 40
-    assert process.wait() == (-signal.SIGKILL if ends == "by SIGKILL" else 0)
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", parent], text=True, **pipes) as process:  # type: ignore[call-overload]
+        assert process.stdout is not None
+        assert process.stdout.readline() == "watches\n"
+        time.sleep(0.1)  # the child is within its call
+        begin = time.monotonic()
+        if ends == "by SIGKILL":
+            process.kill()
+        out, _ = process.communicate("\n" if ends == "by itself" else None, timeout=50)  # until both have let go of it
+        assert not out
+        assert time.monotonic() - begin < 40
+        assert process.wait() == (-signal.SIGKILL if ends == "by SIGKILL" else 0)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends it then")
