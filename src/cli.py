@@ -13,7 +13,7 @@ from collections.abc import Collection, Sequence
 from typing import Any, NoReturn
 
 from src.config import STATE_COMMANDS, BinidxConfig, MergeConfig, TrainConfig
-from src.config.environment import check_environment
+from src.config.environment import check_environment, check_folder
 from src.config.flags import BY_METHOD, INPUTS, Flags, shortened, shown_number
 from src.config.run_file import joined_words, read_flags
 from src.config.synonyms import meant_by
@@ -257,6 +257,7 @@ def _given(
         parser.add_argument(f"--{name}", action=_Once, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **alone)
     given = vars(parser.parse_words(arguments, words, many=many))
     check_environment(os.environ)
+    check_folder()
     files = _several_files(config_class)
     return {
         name: joined_words(text, of_files=name in files) if isinstance(text, list) else text

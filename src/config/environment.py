@@ -1,7 +1,8 @@
-"""Numbers in the environment: what launchers of several processes leave there, threads, progress bars."""
+"""What a process is started with: numbers in the environment, of launchers, threads and progress bars; a folder."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 
@@ -56,6 +57,21 @@ def check_environment(environment: Mapping[str, str]) -> None:
     if problems:
         way_out = "unset it, or set it as the launcher would" if len(problems) == 1 else "unset them"
         raise ConfigError(f"{'; '.join(problems)}: {way_out}")
+
+
+def check_folder() -> None:
+    """Refuses to work in a folder that is gone, from which libraries cannot be loaded and no name leads anywhere.
+
+    Raises:
+        ConfigError: saying so.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        raise ConfigError(
+            "the folder in which this was started has been removed (one that has its name again is another): change "
+            "into one that is there, and start it again"
+        ) from error
 
 
 def _is_number(text: str, smallest: int, largest: int) -> bool:

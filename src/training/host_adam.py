@@ -9,6 +9,7 @@ by a compiler of the host.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import runpy
 import shlex
@@ -35,16 +36,43 @@ _BUILD_SECONDS = 60
 
 def missing_tools() -> list[str]:
     """What building it would take and is not there, in words; empty where it is built."""
-    compiler = shlex.split(os.environ.get("CXX", "")) or ["c++"]
     headers = Path(sysconfig.get_path("include")) / "Python.h"
     missing = []
-    if shutil.which(compiler[0]) is None:
-        missing.append(f"no C++ compiler ({compiler[0]})")
+    if said := _missing_of_compiler(os.environ.get("CXX", "c++")):
+        missing.append(f"no C++ compiler ({said})")
     if shutil.which("ninja") is None:
         missing.append("no ninja on PATH")
     if not headers.is_file():
         missing.append(f"no {headers}")
     return [] if not missing or _came_built() else missing
+
+
+def _missing_of_compiler(command: str) -> str:
+    """What is not there of a command that compiles, in words; empty where all is.
+
+    Args:
+        command: as torch takes it from CXX; it may begin with variables and wrappers (`ccache g++ -m64`).
+    """
+    try:
+        words = shlex.split(command)
+    except ValueError:  # quotes that do not end
+        words = []
+    programs = list(itertools.takewhile(lambda word: not word.startswith("-"), (w for w in words if "=" not in w)))
+    if not programs:
+        return f"CXX is {command!r}"
+    if words != [command] and _takes_one_program():
+        if shutil.which(command):
+            return ""
+        return f"torch {torch.__version__} takes one program from CXX, not {command!r}; it uses ccache by itself"
+    absent = ", ".join(program for program in programs if shutil.which(program) is None)
+    return f"{absent} in CXX={command!r}" if absent and len(words) > 1 else absent
+
+
+def _takes_one_program() -> bool:
+    """Whether torch quotes CXX as a whole, which it does since it puts a compiler cache before it (2.13 does)."""
+    from torch.utils import cpp_extension
+
+    return hasattr(cpp_extension, "_wrap_compiler")
 
 
 def require_host_adam(strategy: str) -> None:

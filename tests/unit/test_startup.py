@@ -11,6 +11,7 @@ import pytest
 from src.startup import quick_imports
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+SCRIPTS = ("train", "merge_state", "PrepareOrpoDataset", "rlhf_generate_reject")
 
 
 def test_collection_rests_and_goes_on() -> None:
@@ -30,6 +31,29 @@ def test_a_module_that_is_started_as_a_file_says_how_it_is_started(module: str, 
     ended = subprocess.run([sys.executable, file], cwd=tmp_path, env=alone, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2
     assert ended.stderr == f"error: a module is started by name, python -m {module}, in the folder of train.py\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder in which a process works stays there")
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([str(REPOSITORY / f"{name}.py")] for name in SCRIPTS),
+        *(["-m", f"src.commands.{name}"] for name in ("chat", "binidx")),
+        ["-m", "src.commands.state", "inspect"],
+    ],
+    ids=lambda words: Path(words[-1]).name,
+)
+def test_a_folder_that_is_gone_is_said(words: list[str], tmp_path: Path) -> None:
+    """Whatever the flags; `-h` needs none."""
+    gone = tmp_path / "gone"
+    enter = 'mkdir "$0" && cd "$0" && rmdir "$0" && exec "$@"'
+    for more, code in ([], 2), (["-h"], 0):
+        command = ["sh", "-c", enter, str(gone), sys.executable, *words, *more]
+        own = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+        ended = subprocess.run(command, env=own, capture_output=True, text=True, timeout=60)
+        assert ended.returncode == code, ended.stderr
+        assert ended.stderr.count("\n") == bool(code)
+        assert not code or ended.stderr.startswith("error: the folder in which this was started has been removed")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.machinery
+import inspect
 import os
 import shutil
 import sysconfig
@@ -61,10 +62,40 @@ class TestMissing:
         assert "\n" not in str(refused.value)
         check_optimizer(config, on_gpu=False)
 
-    def test_the_compiler_is_the_one_named(self, tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setenv("CXX", "g++-14 -m64")
-        assert missing_tools() == ["no C++ compiler (g++-14)"]
-        shutil.copy(tools / "c++", tools / "g++-14")
+    @pytest.mark.parametrize(
+        ("command", "there", "said"),
+        [
+            ("g++-14", ["g++-14"], ""),
+            ("g++-14", [], "g++-14"),
+            ("g++-14 -m64", ["g++-14"], ""),
+            ("g++-14 -m64", [], "g++-14 in CXX='g++-14 -m64'"),
+            ("ccache g++-14 -m64", ["ccache", "g++-14"], ""),
+            ("ccache g++-14", ["ccache"], "g++-14 in CXX='ccache g++-14'"),
+            ("ccache g++-14", ["g++-14"], "ccache in CXX='ccache g++-14'"),
+            ("ccache g++-14", [], "ccache, g++-14 in CXX='ccache g++-14'"),
+            ("CCACHE_DIR=/x ccache g++-14", ["ccache", "g++-14"], ""),
+            ("", [], "CXX is ''"),
+            ("-m64", [], "CXX is '-m64'"),
+            ('g++-14 "', ["g++-14"], "CXX is 'g++-14 \"'"),
+        ],
+    )
+    @pytest.mark.parametrize("quoted", [False, True])
+    def test_the_compiler_is_the_one_named(
+        self, quoted: bool, command: str, there: list[str], said: str, tools: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All programs of the command, where torch takes several; one of several words where it takes one."""
+        monkeypatch.setattr(host_adam, "_takes_one_program", lambda: quoted)
+        for name in there:
+            shutil.copy(tools / "c++", tools / name)
+        monkeypatch.setenv("CXX", command)
+        if quoted and " " in command and not said.startswith("CXX is"):
+            said = f"torch {torch.__version__} takes one program from CXX, not {command!r}; it uses ccache by itself"
+        assert missing_tools() == ([f"no C++ compiler ({said})"] if said else [])
+
+    def test_a_program_whose_name_has_a_space(self, tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(host_adam, "_takes_one_program", lambda: True)
+        shutil.copy(tools / "c++", tools / "my g++")
+        monkeypatch.setenv("CXX", str(tools / "my g++"))
         assert missing_tools() == []
 
     @pytest.mark.parametrize(("accelerator", "built"), [("cuda", True), ("cuda", False), ("cpu", True)])
@@ -85,6 +116,21 @@ def test_deepspeeds_record_is_where_it_is_read() -> None:
     from deepspeed.git_version_info import accelerator_name, installed_ops
 
     assert host_adam._came_built() == (accelerator_name == "cuda" and installed_ops["cpu_adam"])
+
+
+def test_torch_takes_a_compiler_as_it_is_looked_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In what it writes for ninja."""
+    from torch.utils import cpp_extension
+
+    write: Any = cpp_extension._write_ninja_file
+    given: dict[str, Any] = dict.fromkeys(inspect.signature(write).parameters, ())
+    given |= {name: [] for name in given if name.endswith("flags")}
+    written = tmp_path / "build.ninja"
+    given |= {"path": str(written), "sources": ["a.cpp"], "objects": ["a.o"], "library_target": "a.so"}
+    monkeypatch.setenv("CXX", "ccache c++ -m64")
+    write(**given)
+    (line,) = (line for line in written.read_text().splitlines() if line.startswith("cxx = "))
+    assert line.endswith("'ccache c++ -m64'" if host_adam._takes_one_program() else "= ccache c++ -m64")
 
 
 @pytest.mark.slow
