@@ -153,7 +153,8 @@ def build_model(
         adapted = set(adapters.matrices(shape))
     sizes = {name: math.prod(size) for name, size in shape.parameter_shapes().items()}
     # What is packed comes last and by size: the room of one dense matrix then takes the next, and no holes are left.
-    order = sorted(sizes, key=lambda name: sizes[name] if name in packed else math.inf, reverse=True)
+    # What is trained comes first, since an engine may give it another place.
+    order = sorted(sizes, key=lambda name: (name in trained, sizes[name] if name in packed else math.inf), reverse=True)
     sums: dict[str, Tensor] = {}  # what is not finite shows in them; to look at each at once would wait for the device
     for name, tensor in _read_ahead(tensors, order, stays, options.device):
         if adapters is not None and name in adapted:

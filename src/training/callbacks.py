@@ -102,6 +102,8 @@ class StepControl(pl.Callback):
             TrainingError: naming step and samples when something is not finite.
         """
         assert isinstance(module, TrainingModule)
+        if self._closes_step and module.flat:
+            module.flat.loss = torch.stack([loss for loss, _ in [*self._pending, self._current(module)]]).float().mean()
         if self._closes_step and not _has_engine(trainer):
             if module.updates:
                 norm = module.updates.gradient_norm()
@@ -144,19 +146,19 @@ class StepControl(pl.Callback):
         pending = [*self._pending, self._current(module)]
         if norm is None:
             assert module.flat
-            *values, self.grad_norm = module.flat.seen([loss for loss, _ in pending])
+            self.loss, self.grad_norm = module.flat.seen()  # of all ranks
+            norm_everywhere = self.grad_norm
+            values = [] if math.isfinite(self.loss) else [float(loss) for loss, _ in pending]
         else:
             losses = torch.stack([loss for loss, _ in pending]).float()
             *values, self.grad_norm = torch.cat([losses, norm.reshape(1).to(losses.device)]).tolist()
-        self.loss = sum(values) / len(values)
-        bad = [batch for value, (_, batch) in zip(values, pending, strict=True) if not math.isfinite(value)]
-        if trainer.world_size > 1:
-            # All ranks learn of it, so that all stop at the same step and none waits for another.
-            everywhere = trainer.strategy.all_gather(torch.tensor([self.loss, self.grad_norm], device=module.device))
-            self.loss, norm_everywhere = everywhere.view(-1, 2).mean(0).tolist()
-        else:
-            norm_everywhere = self.grad_norm
+            self.loss, norm_everywhere = sum(values) / len(values), self.grad_norm
+            if trainer.world_size > 1:
+                # All ranks learn of it, so that all stop at the same step and none waits for another.
+                own = torch.tensor([self.loss, self.grad_norm], device=module.device)
+                self.loss, norm_everywhere = trainer.strategy.all_gather(own).view(-1, 2).mean(0).tolist()
         if not (math.isfinite(self.loss) and math.isfinite(norm_everywhere)):
+            bad = [batch for value, (_, batch) in zip(values, pending, strict=False) if not math.isfinite(value)]
             what = "gradient" if math.isfinite(self.loss) else "loss"
             guilty = bad or ([batch for _, batch in pending] if what == "gradient" else [])
             where = "; ".join(self.describe(batch) for batch in guilty) or "in the samples of another GPU"

@@ -151,6 +151,7 @@ def deepspeed_config(
         zero |= {"contiguous_gradients": False, "compute_grad_norm": False, "reduce_bucket_size": one_bucket}
     return {
         **({"gradient_allreduce_op": "sum"} if updates_flat and config.processes == 1 else {}),
+        "timers": {"throughput": {"enabled": False}},  # for which it would wait for the device twice a step
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

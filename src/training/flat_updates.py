@@ -79,6 +79,9 @@ class FlatUpdates(torch.optim.Optimizer):
         shares: of the whole.
         constants: of Adam, and the clip.
         packed: whether moments are in 8 bits.
+
+    Attributes:
+        loss: 0-d, of this process's share of a step, to be said before it.
     """
 
     def __init__(self, group: dict[str, Any], shares: Sequence[Share], constants: Constants, *, packed: bool) -> None:
@@ -87,23 +90,38 @@ class FlatUpdates(torch.optim.Optimizer):
         self._constants = constants
         self._packed = packed
         self._many: _Many | None = None
-        self._norm = torch.tensor(math.nan)
+        self.loss = torch.tensor(math.nan)
+        self._seen = torch.full((2,), math.nan)
         self._known: torch.cuda.Event | None = None
         self._reading: torch.cuda.Stream | None = None
 
-    def seen(self, values: Sequence[Tensor]) -> list[float]:
-        """0-d tensors of before the step, and then the norm of its gradient, over all processes and before it was
+    def tie(self, whole: nn.Parameter) -> None:
+        """Has a process's piece be a part of the whole, wherever that lies, in place of the copy that an engine makes.
+
+        The whole is fp32 itself; a copy would take 4 bytes a value, and time to be copied back.
+        """
+        (group,) = self.param_groups
+        (piece,) = group["params"]
+        assert piece.numel() * _count() == whole.numel()
+        begin = _rank() * piece.numel()
+        copy = piece.untyped_storage()
+        piece.data = whole.detach()[begin : begin + piece.numel()]
+        if copy.data_ptr() != piece.untyped_storage().data_ptr():
+            copy.resize_(0)  # of which the engine has views
+
+    def seen(self) -> tuple[float, float]:
+        """Of the last step, over all processes: the mean of its `loss`, and the norm of its gradient before it was
         clipped. The update itself is not waited for."""
         if self._known is None:
-            return self._read(values)
-        self._reading = self._reading or torch.cuda.Stream(self._norm.device)
+            return self._read()
+        self._reading = self._reading or torch.cuda.Stream(self._seen.device)
         with torch.cuda.stream(self._reading):
             self._reading.wait_event(self._known)
-            return self._read(values)
+            return self._read()
 
-    def _read(self, values: Sequence[Tensor]) -> list[float]:
-        numbers: list[float] = torch.stack([*(value.float() for value in values), self._norm]).tolist()
-        return numbers
+    def _read(self) -> tuple[float, float]:
+        loss, norm = self._seen.tolist()
+        return loss, norm
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -123,9 +141,9 @@ class FlatUpdates(torch.optim.Optimizer):
         control.settings.copy_(torch.tensor(rows))
         gradient: Tensor = piece.grad
         many.of_cuts.look_at([gradient[cut] for cut in many.cuts])
-        self._norm = _over_all(many.of_cuts.gradient_norm())
-        control.norm.copy_(self._norm)
-        control.flags[1] = ~self._norm.isfinite()
+        self._seen = _over_all(self.loss.to(piece.device, torch.float32), many.of_cuts.gradient_norm())
+        control.norm.copy_(self._seen[1])
+        control.flags[1] = ~self._seen[1].isfinite()
         if piece.is_cuda:
             self._known = torch.cuda.Event()
             self._known.record()
@@ -191,10 +209,14 @@ def _rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _over_all(norm: Tensor) -> Tensor:
-    """Of all pieces together, from the norm of one."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return norm
-    squared = norm.square()
-    dist.all_reduce(squared)
-    return squared.sqrt()
+def _count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _over_all(loss: Tensor, norm: Tensor) -> Tensor:
+    """fp32 [2]: the mean of losses, and the norm of all pieces together from the norm of one, both 0-d."""
+    if _count() == 1:
+        return torch.stack([loss, norm])
+    sums = torch.stack([loss / _count(), norm.square()])
+    dist.all_reduce(sums)
+    return torch.stack([sums[0], sums[1].sqrt()])

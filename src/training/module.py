@@ -146,6 +146,8 @@ class TrainingModule(pl.LightningModule):
         """The engine, if there is one, has taken the model over."""
         if self.joined:
             self.joined.tie()
+        if self.flat:
+            self.flat.tie(*self.wholes)
         gather_by_layer(self, self.model)
 
     def train_dataloader(self) -> Lookahead[Staged]:

@@ -1,5 +1,6 @@
 """What happens around the steps, without Lightning's loop."""
 
+import contextlib
 import math
 from pathlib import Path
 from types import SimpleNamespace
@@ -170,6 +171,26 @@ class TestUnderDeepSpeed:
         made, control = module(), StepControl(SCHEDULE, 1)
         run_batch(control, self.loop(made, torch.tensor(0.25)), made, batch(4), 0)
         assert (control.loss, control.grad_norm) == (pytest.approx(1.0), 0.25)
+
+    @pytest.mark.parametrize(
+        ("loss", "norm", "said"),
+        [
+            (2.0, 0.25, ""),
+            (2.0, math.nan, r"the gradient is not finite at step 1 \(samples \[3\]; samples \[4\]\)"),
+            (math.nan, math.nan, r"the loss is not finite at step 1 \(in the samples of another GPU\)"),
+        ],
+    )
+    def test_loss_and_norm_are_the_optimizers_that_looks_itself(self, loss: float, norm: float, said: str) -> None:
+        made, control = module(), StepControl(SCHEDULE, 2)
+        made.flat = Mock(seen=lambda: (loss, norm))
+        made.model.get_parameter("blocks.0.att.time_state").data.fill_(1 / 256)
+        loop = self.loop(made, math.inf, world_size=2)
+        run_batch(control, loop, made, batch(3, factor=3.0), 0)
+        with pytest.raises(TrainingError, match=said) if said else contextlib.nullcontext():
+            run_batch(control, loop, made, batch(4), 1)
+        assert made.flat.loss == pytest.approx(3.0), "of its own micro-batches"
+        assert control.loss == pytest.approx(loss, nan_ok=True)
+        assert control.grad_norm == pytest.approx(norm, nan_ok=True)
 
     def test_a_step_the_engine_did_not_take_is_an_error(self) -> None:
         made, control = module(), StepControl(SCHEDULE, 1)

@@ -146,6 +146,16 @@ class TestDeepSpeedConfiguration:
         for strategy in ("deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload"):
             made = deepspeed_config(strategy, config(), trained_elements=1000)
             assert not {"bf16", "fp16", "amp", "torch_autocast"} & made.keys()
+            assert made["timers"] == {"throughput": {"enabled": False}}, "it waits for the device twice a step"
+
+    @pytest.mark.parametrize("stage", [1, 2])
+    @pytest.mark.parametrize("devices", [1, 2])
+    def test_where_an_optimizer_looks_at_its_norm_itself(self, stage: int, devices: int) -> None:
+        made = deepspeed_config(f"deepspeed_stage_{stage}", config(devices=devices), 1000, updates_flat=True)
+        zero = made["zero_optimization"]
+        assert (zero["compute_grad_norm"], zero["contiguous_gradients"]) == (False, False)
+        assert zero["reduce_bucket_size"] >= 1000 + 256 * devices - 1, "the whole, filled up, is one bucket"
+        assert made.get("gradient_allreduce_op") == ("sum" if devices == 1 else None), "a mean of one costs a pass"
 
     @pytest.mark.parametrize(("trained_elements", "bucket"), [(1000, 250), (1001, 251), (10**9, 50_000_000), (0, 1)])
     def test_buckets_fit_what_is_trained_up_to_ds_bucket_mb(self, trained_elements: int, bucket: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
@@ -80,7 +81,7 @@ class Processes:
 
     def step(self, gradients: list[Tensor]) -> None:
         norm = whole_of(gradients, 1).norm()
-        self._monkeypatch.setattr(flat_updates, "_over_all", lambda own: norm)
+        self._monkeypatch.setattr(flat_updates, "_over_all", lambda loss, own: torch.stack([loss, norm]))
         pieces = whole_of(gradients, self.multiple).chunk(len(self.optimizers))
         for rank, (optimizer, gradient) in enumerate(zip(self.optimizers, pieces, strict=True)):
             self._monkeypatch.setattr(flat_updates, "_rank", lambda rank=rank: rank)
@@ -114,25 +115,26 @@ def test_steps_are_adams(processes: int, monkeypatch: pytest.MonkeyPatch) -> Non
     assert not found.whole[sum(COUNTS) :].any()
 
 
-def test_norms_of_pieces_are_one_norm(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_losses_and_norms_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     def all_reduce(tensor: Tensor) -> None:
-        tensor.add_(16)
+        tensor.add_(torch.tensor([5.0, 16.0]))
 
+    loss, norm = torch.tensor(2.0), torch.tensor(3.0)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
     monkeypatch.setattr("torch.distributed.all_reduce", all_reduce)
-    assert flat_updates._over_all(torch.tensor(3.0)) == 5
+    assert flat_updates._over_all(loss, norm).tolist() == [6, 5]
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: 1)
-    assert flat_updates._over_all(torch.tensor(3.0)) == 3
+    assert flat_updates._over_all(loss, norm).tolist() == [2, 3]
 
 
 def test_what_is_seen_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Processes(1, monkeypatch)
+    (optimizer,) = found.optimizers
+    optimizer.loss = torch.tensor(3.0, dtype=torch.bfloat16)
     gradients = drawn(1)
     found.step(gradients)
-    (optimizer,) = found.optimizers
-    losses = [torch.tensor(2.0), torch.tensor(3.0, dtype=torch.bfloat16)]
-    assert optimizer.seen(losses) == pytest.approx([2.0, 3.0, float(torch.cat(gradients).norm())])
+    assert optimizer.seen() == pytest.approx((3.0, float(torch.cat(gradients).norm())))
 
 
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
@@ -147,7 +149,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(spoilt: float, monkeypatc
     assert torch.equal(found.whole, before)
     for optimizer, moment in zip(found.optimizers, moments, strict=True):
         assert torch.equal(optimizer.state[found.parameter(optimizer)]["exp_avg"], moment)
-    assert not torch.isfinite(torch.tensor(found.optimizers[0].seen([])[0]))
+    assert not math.isfinite(found.optimizers[0].seen()[1])
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -185,6 +187,27 @@ def test_moments_in_8_bits(processes: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert float((tensor - expected).norm() / (expected - start).norm()) < 0.1
     (moments, *_) = found.optimizers[0]._many.of_cuts._kinds.values()  # type: ignore[union-attr]
     assert all(each.first.dtype == torch.uint8 for each in moments.moments)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_piece_is_a_part_of_the_whole(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the engine's copy, of which it has views, takes no memory any more."""
+    plain, tied = Processes(processes, monkeypatch), Processes(processes, monkeypatch)
+    whole = nn.Parameter(plain.whole)
+    monkeypatch.setattr(flat_updates, "_count", lambda: processes)
+    views = []
+    for rank, optimizer in enumerate(tied.optimizers):
+        monkeypatch.setattr(flat_updates, "_rank", lambda rank=rank: rank)
+        piece = tied.parameter(optimizer)
+        views.append(piece.detach()[1:])
+        optimizer.tie(whole)
+        optimizer.tie(whole)
+    assert all(view.untyped_storage().nbytes() == 0 for view in views)
+    for seed in (1, 2):
+        plain.step(drawn(seed))
+        tied.step(drawn(seed))
+    assert torch.equal(whole.detach(), plain.whole)
+    assert not torch.equal(whole.detach(), whole_of(drawn(0), plain.multiple))
 
 
 def test_places_from_which_vectors_are_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,18 +5,20 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from factories import tiny_shape
 from running import GivenLoss
 from tiny_training import tiny_model
+from torch import Tensor, nn
 
 from src.model import rwkv6, rwkv7
 from src.model.language_model import LanguageModel
 from src.training import graphs
 from src.training.graphs import GraphedObjective, worth_recording
+from src.training.joined import Joined
 from src.training.objectives import Outcome, SFTObjective, Staged
 
 
@@ -129,6 +131,48 @@ class FakeRecording:
     def replay(self) -> None:
         for gradient in self.sink.gradients.values():
             gradient.fill_(1)
+
+
+class TestGradientsOfWholes:
+    """What a recording's backward does, done at once: gradients go to their places in wholes."""
+
+    SHAPES: ClassVar = {f"p{number}": (number % 5 + 1, 3) for number in range(70)}
+
+    def run(self, sink: graphs._HandedOutJoined, states: dict[str, nn.Parameter], used: set[str]) -> dict[str, Tensor]:
+        """Gradients of one backward, of the states that it uses."""
+        aliases = {name: state.detach().requires_grad_() for name, state in states.items()}
+        sink.prepare(aliases)
+        loss = torch.stack([(alias.square() * len(used)).sum() for name, alias in aliases.items() if name in used])
+        loss.sum().backward()
+        sink.finish(aliases)
+        assert all(alias.grad is None for alias in aliases.values()), "they have no memory of their own any more"
+        return {n: 2 * len(used) * s.detach() if n in used else torch.zeros(s.shape) for n, s in states.items()}
+
+    def test_they_are_moved_there(self) -> None:
+        generator = torch.Generator().manual_seed(1)
+        states = {n: nn.Parameter(torch.randn(shape, generator=generator)) for n, shape in self.SHAPES.items()}
+        first, *others = states.values()
+        names = {state: name for name, state in states.items()}
+        joined = Joined([{"params": [first]}, {"params": others}], names, multiple=64)
+        sink = graphs._HandedOutJoined(states, joined, whole_steps=True)
+        assert [gradient.shape for gradient in sink.handed] == [whole.shape for whole in joined.pieces]
+        for used in (set(states), {"p0", "p7", "p69"}, {"p1"}, set(states)):
+            expected = self.run(sink, states, used)
+            for whole, gradient in zip(joined.pieces, sink.handed, strict=True):
+                for piece in joined.pieces[whole]:
+                    assert torch.equal(piece.of(gradient), expected[piece.name]), piece.name
+
+    def test_a_replay_hands_them_to_the_wholes(self) -> None:
+        state = nn.Parameter(torch.ones(3))
+        joined = Joined([{"params": [state]}], {state: "state"}, multiple=4)
+        sink = graphs._HandedOutJoined({"state": state}, joined, whole_steps=True)
+        sink.handed[0].fill_(5)
+        recorded: Any = SimpleNamespace(sink=sink, loss=torch.tensor(2.0), replay=lambda: None)
+        (whole,) = joined.pieces
+        graphs._Replay.apply(recorded, True, whole).backward()
+        assert state.grad is None
+        assert whole.grad is not None
+        assert whole.grad.data_ptr() == sink.handed[0].data_ptr()
 
 
 class TestTrainedParameters:
