@@ -160,10 +160,13 @@ class Lookahead(Generic[MadeT]):
         for _ in range(self._epoch_steps - self._next_step % self._epoch_steps):
             yield self._next()
 
-    def look_ahead(self) -> None:
-        """Makes what comes next. What is wrong with it is raised when its turn comes, if it does."""
+    def look_ahead(self, then: Callable[[MadeT], MadeT]) -> None:
+        """Makes what comes next, and does with it what else can be done before its turn.
+
+        What is wrong with it is raised when its turn comes, if it does.
+        """
         with contextlib.suppress(UserError, OSError):
-            self._ahead = self._make(self._next_step)
+            self._ahead = then(self._make(self._next_step))
 
     def _next(self) -> MadeT:
         made = self._make(self._next_step) if self._ahead is None else self._ahead

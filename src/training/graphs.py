@@ -156,6 +156,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         self.objective = objective
         self.updates: UnitUpdates | None = None
         self.joined: Joined | None = None
+        self._sending: torch.cuda.Stream | None = None
         self._share = share
         self._gradients: dict[str, Tensor] = {}  # that recordings leave in the parameters
         self._parameters = list(model.named_parameters())  # to walk through the modules would take a millisecond
@@ -185,6 +186,15 @@ class GraphedObjective(Recordings["_RecordedStep"]):
                 for name, gradient in self._gradients.items():  # while the device works
                     states[name].grad = gradient
         return Outcome(loss, lambda: self.objective.logs(recorded.result))
+
+    def send(self, staged: Staged) -> Staged:
+        """The micro-batch that comes next, on its way to the device while this one is computed there."""
+        if staged.in_chunks or not self._works:
+            return staged
+        self._sending = self._sending or torch.cuda.Stream(self.model.device)
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return staged.sent(self.model.device, self._sending)
+        return staged
 
     def look_again(self) -> None:
         """Forgets all recordings, after parameters have taken others' places."""
@@ -468,6 +478,7 @@ class _RecordedStep:
 
     def load(self, staged: Staged) -> None:
         """Copies a batch of the same shapes into the recording's inputs."""
+        staged.await_arrival()
         for target, source in zip(self.inputs.all_tensors(), staged.all_tensors(), strict=True):
             target.copy_(source, non_blocking=True)
 

@@ -167,7 +167,7 @@ class TrainingModule(pl.LightningModule):
             self.updates.begin()
         if self.graphed:
             outcome = self.graphed(batch)
-            self.batches.look_ahead()
+            self.batches.look_ahead(self.graphed.send)
         else:
             with KeptOnHost(self.model) if self.config.offload_activations else contextlib.nullcontext():
                 outcome = outcome_of(self.objective, self.model, batch, self.joined)

@@ -66,6 +66,7 @@ class Staged:
         layout: of a packed row, or None; of it only tensors, number of roots and their tokens matter.
         pairs: preference pairs of the batch.
         in_chunks: whether it is computed piece by piece.
+        arrives: when tensors that are on their way to a GPU are there; None if none are.
     """
 
     in_chunks: ClassVar[bool] = False
@@ -73,6 +74,7 @@ class Staged:
     source: Any
     layout: SegmentLayout | None = None
     pairs: int = 0
+    arrives: torch.cuda.Event | None = None
 
     @property
     def key(self) -> tuple[Any, ...]:
@@ -87,9 +89,24 @@ class Staged:
         return [*self.tensors.values(), *([] if self.layout is None else self.layout.tensors)]
 
     def to(self, device: torch.device) -> Staged:
-        """The same with its tensors on `device`."""
+        """The same with its tensors on `device`, where what is issued from now on waits for them."""
+        self.await_arrival()
         tensors = {name: tensor.to(device, non_blocking=True) for name, tensor in self.tensors.items()}
-        return replace(self, tensors=tensors, layout=None if self.layout is None else self.layout.to(device))
+        layout = None if self.layout is None else self.layout.to(device)
+        return replace(self, tensors=tensors, layout=layout, arrives=None)
+
+    def sent(self, device: torch.device, stream: torch.cuda.Stream) -> Staged:
+        """The same on its way to a GPU, on a stream of its own, while the GPU goes on with what it does."""
+        with torch.cuda.stream(stream):
+            moving = self.to(device)
+        for tensor in moving.all_tensors():
+            tensor.record_stream(torch.cuda.current_stream(device))  # on which it is going to be read
+        return replace(moving, arrives=stream.record_event())
+
+    def await_arrival(self) -> None:
+        """What is issued from now on waits until the tensors are there."""
+        if self.arrives is not None:
+            torch.cuda.current_stream().wait_event(self.arrives)
 
 
 class Looker(Protocol):

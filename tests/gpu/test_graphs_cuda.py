@@ -22,6 +22,7 @@ from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.training.graphs import GraphedObjective
+from src.training.joined import Joined
 from src.training.module import TrainingModule
 from src.training.objectives import (
     DPOObjective,
@@ -96,8 +97,12 @@ def test_recorded_steps_give_loss_and_gradients_of_issued_ones(
     made = model(recompute, keep_dequantized)
     recorder = GraphedObjective(objective, made)
     recorded = []
-    for batch in batches:
-        outcome = recorder(objective.stage(made, batch))
+    for number, batch in enumerate(batches):
+        staged = objective.stage(made, batch)
+        if number % 2:
+            staged = recorder.send(staged)
+            assert all(tensor.is_cuda for tensor in staged.all_tensors())
+        outcome = recorder(staged)
         recorded.append((outcome.loss.item(), gradients_of(made, outcome.loss)))
     assert recorder._graphs, "nothing was recorded"
     for batch, (loss, gradient) in zip(batches, recorded, strict=True):
@@ -105,6 +110,30 @@ def test_recorded_steps_give_loss_and_gradients_of_issued_ones(
         assert loss == pytest.approx(issued.item(), rel=1e-4)
         expected = gradients_of(made, issued)
         assert (gradient - expected).norm() < 1e-3 * expected.norm()
+
+
+@pytest.mark.parametrize("lends", [False, True])
+def test_wholes_are_handed_the_gradients_of_their_pieces(lends: bool) -> None:
+    objective, batches, made = SFTObjective(), text_batches(), model(Recompute.ALL)
+    named = {name: parameter for name, parameter in made.named_parameters() if parameter.requires_grad}
+    issued = []
+    for batch in batches:
+        loss = outcome_of(objective, made, objective.stage(made, batch)).loss
+        issued.append((loss.item(), torch.autograd.grad(loss, list(named.values()))))
+    joined = Joined([{"params": list(named.values())}], {state: name for name, state in named.items()}, multiple=256)
+    ((whole, pieces),) = joined.pieces.items()
+    recorder = GraphedObjective(objective, made, lends_gradients=lends)
+    recorder.joined = joined
+    for batch, (expected_loss, expected) in zip(batches, issued, strict=True):
+        outcome = recorder(recorder.send(objective.stage(made, batch)))
+        outcome.loss.backward()
+        assert outcome.loss.item() == pytest.approx(expected_loss, rel=1e-4)
+        assert all(state.grad is None for state in named.values())
+        for piece, gradient in zip(pieces, expected, strict=True):
+            difference = piece.of(whole.grad) - gradient
+            assert difference.norm() <= 1e-3 * gradient.norm(), piece.name
+        whole.grad = None
+    assert recorder._graphs, "nothing was recorded"
 
 
 @pytest.mark.parametrize("recompute", list(Recompute))

@@ -35,7 +35,7 @@ def test_epochs_go_on_where_the_last_ended(ahead: bool) -> None:
         for made in steps:
             epochs[-1].append(made)
             if ahead:
-                steps.look_ahead()
+                steps.look_ahead(str)
     assert epochs == [[f"step {3 * epoch + place}" for place in range(3)] for epoch in range(3)]
     assert making.asked == list(range(10 if ahead else 9)), "each is made once"
     assert len(steps) == 3
@@ -46,9 +46,9 @@ def test_the_next_step_is_made_ahead_and_only_then() -> None:
     steps = iter(lookahead := Lookahead(making, 5))
     next(steps)
     assert making.asked == [0]
-    lookahead.look_ahead()
+    lookahead.look_ahead(lambda made: f"{made}, on its way")
     assert making.asked == [0, 1]
-    assert next(steps) == "step 1"
+    assert next(steps) == "step 1, on its way"
     assert making.asked == [0, 1]
     assert next(steps) == "step 2"
     assert making.asked == [0, 1, 2]
@@ -58,7 +58,7 @@ def test_the_next_step_is_made_ahead_and_only_then() -> None:
 def test_a_step_that_cannot_be_made_fails_in_its_own_turn(error: Exception) -> None:
     steps = iter(lookahead := Lookahead(Making(1, error), 5))
     assert next(steps) == "step 0"
-    lookahead.look_ahead()
+    lookahead.look_ahead(str)
     with pytest.raises(type(error), match=str(error)):
         next(steps)
 
@@ -66,7 +66,7 @@ def test_a_step_that_cannot_be_made_fails_in_its_own_turn(error: Exception) -> N
 def test_a_programming_error_is_not_hidden() -> None:
     lookahead = Lookahead(Making(0, TypeError("wrong")), 5)
     with pytest.raises(TypeError):
-        lookahead.look_ahead()
+        lookahead.look_ahead(str)
 
 
 def test_a_first_iteration_is_what_is_left_of_an_epoch() -> None:

@@ -6,6 +6,7 @@ import contextlib
 from collections import Counter
 from types import SimpleNamespace
 from typing import Any, ClassVar
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from src.model import rwkv6, rwkv7
 from src.model.language_model import LanguageModel
 from src.training import graphs
+from src.training.chunks import StagedChunks
 from src.training.graphs import GraphedObjective, worth_recording
 from src.training.joined import Joined
 from src.training.objectives import Outcome, SFTObjective, Staged
@@ -232,6 +234,22 @@ class TestTrainedParameters:
         if not lends:
             graphed(Staged({"x": torch.zeros(3)}, None)).loss.mul(2).backward()
             assert all((state.grad == 5).all() for state in states.values() if state.grad is not None)
+
+    def test_what_comes_next_is_not_sent_where_it_cannot_be_used(
+        self, graphed: GraphedObjective, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        sent = Staged({}, None)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+        monkeypatch.setattr(Staged, "sent", lambda self, device, stream: sent)
+        staged = Staged({"x": torch.zeros(3)}, None)
+        assert graphed.send(staged) is sent
+        in_chunks = StagedChunks({"x": torch.zeros(3)}, None, tokens=torch.zeros(1, 3, dtype=torch.int64), chunks=())
+        assert graphed.send(in_chunks) is in_chunks
+        monkeypatch.setattr(Staged, "sent", Mock(side_effect=torch.OutOfMemoryError))
+        assert graphed.send(staged) is staged
+        graphed._works = False
+        monkeypatch.setattr(Staged, "sent", Mock(side_effect=AssertionError("nothing is recorded any more")))
+        assert graphed.send(staged) is staged
 
     @pytest.mark.parametrize("share", [1.0, 0.5])
     def test_a_recording_finds_no_gradients_that_it_replaces(

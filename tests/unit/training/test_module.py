@@ -199,6 +199,10 @@ class TestLookAhead:
                 events.append(f"run {staged.source}")
                 return Outcome(torch.ones((), requires_grad=True))
 
+            def send(self, staged: Staged) -> Staged:
+                events.append(f"send {staged.source}")
+                return staged
+
         made.graphed = Recorder()  # type: ignore[assignment]
 
     def test_the_following_batch_is_staged_once_the_step_is_under_way(self) -> None:
@@ -208,8 +212,8 @@ class TestLookAhead:
         for _ in range(2):
             for place, staged in enumerate(made.train_dataloader()):
                 made.training_step(staged, place)
-        asked = [(step, EXACT) for step in range(5)]
-        assert events == [asked[0], "run 0", asked[1], "run 1", asked[2], "run 2", asked[3], "run 3", asked[4]]
+        following = [event for step in range(4) for event in (f"run {step}", (step + 1, EXACT), f"send {step + 1}")]
+        assert events == [(0, EXACT), *following]
 
     def test_where_nothing_is_recorded_each_is_made_in_its_turn(self) -> None:
         events: list[object] = []
