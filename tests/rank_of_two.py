@@ -76,7 +76,7 @@ def main() -> None:
         engine.backward(loss / accumulate, scale_wrt_gas=False)
         engine.step()
         if (batch + 1) % accumulate == 0:
-            norms.append(module.flat.seen()[1] if module.flat else float(engine.get_global_grad_norm()))
+            norms.append(module.sight.read()[1] if module.sight else float(engine.get_global_grad_norm()))
             if work.measure is not None:
                 with computable(model):
                     measured.append(work.measure(model).score)

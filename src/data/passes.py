@@ -168,6 +168,11 @@ class Lookahead(Generic[MadeT]):
         with contextlib.suppress(UserError, OSError):
             self._ahead = then(self._make(self._next_step))
 
+    @property
+    def ahead(self) -> MadeT | None:
+        """What comes next, if it was made."""
+        return self._ahead
+
     def _next(self) -> MadeT:
         made = self._make(self._next_step) if self._ahead is None else self._ahead
         self._ahead = None

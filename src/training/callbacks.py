@@ -96,15 +96,18 @@ class StepControl(pl.Callback):
     def on_before_optimizer_step(
         self, trainer: pl.Trainer, module: pl.LightningModule, optimizer: torch.optim.Optimizer
     ) -> None:
-        """Looks at loss and gradients of the whole step before the optimizer does; DeepSpeed's engine does so itself.
+        """Looks at loss and gradients of the whole step before the optimizer does, unless that or an engine does so.
 
         Raises:
             TrainingError: naming step and samples when something is not finite.
         """
         assert isinstance(module, TrainingModule)
-        if self._closes_step and module.flat:
-            module.flat.loss = torch.stack([loss for loss, _ in [*self._pending, self._current(module)]]).float().mean()
-        if self._closes_step and not _has_engine(trainer):
+        if not self._closes_step:
+            return
+        if module.sight:
+            losses = [loss for loss, _ in [*self._pending, self._current(module)]]
+            module.sight.loss = torch.stack(losses).float().mean()
+        elif not _has_engine(trainer):
             if module.updates:
                 norm = module.updates.gradient_norm()
             else:
@@ -118,11 +121,11 @@ class StepControl(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Remembers a micro-batch that did not close a step; under DeepSpeed looks at one that did.
+        """Remembers a micro-batch that did not close a step; looks at one that did, if the optimizer or an engine does.
 
-        The engine, or the optimizer that it was given, forms the norm for itself, over all ranks, and does not take a
-        step in which it is not finite; a loss that is not finite makes it so (`TrainingModule.training_step`). To form
-        it before, too, would take as long as Adam does.
+        They form the norm for themselves, over all ranks, and do not take a step in which it is not finite; a loss that
+        is not finite makes it so (`TrainingModule.training_step`). To form it before, too, would take as long as Adam
+        does, and to wait for it would leave the device without work.
 
         Raises:
             TrainingError: as `on_before_optimizer_step`.
@@ -131,9 +134,9 @@ class StepControl(pl.Callback):
         if not self._closes_step:
             self._pending.append(self._current(module))
             return
-        if _has_engine(trainer):
-            engine: Any = trainer.strategy.model
-            norm = None if module.flat else torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32)
+        if module.sight or _has_engine(trainer):
+            engine: Any = getattr(trainer.strategy, "model", None)
+            norm = None if module.sight else torch.as_tensor(engine.get_global_grad_norm(), dtype=torch.float32)
             self._examine(trainer, module, norm)
             self.good.keep(module, deep=True)
         self._pending.clear()
@@ -141,12 +144,12 @@ class StepControl(pl.Callback):
     def _examine(self, trainer: pl.Trainer, module: TrainingModule, norm: Tensor | None) -> None:
         """Takes note of the step's loss and gradient norm, 0-d; raises a TrainingError if one is not finite.
 
-        Without a norm it is that of `module.flat`.
+        Without a norm both are those of `module.sight`.
         """
         pending = [*self._pending, self._current(module)]
         if norm is None:
-            assert module.flat
-            self.loss, self.grad_norm = module.flat.seen()  # of all ranks
+            assert module.sight
+            self.loss, self.grad_norm = module.sight.read()  # of all ranks
             norm_everywhere = self.grad_norm
             values = [] if math.isfinite(self.loss) else [float(loss) for loss, _ in pending]
         else:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from src.ops.adam import Constants, Control, Gradient, ManySteps, Moments, adam_step, dynamic_map
 from src.ops.row_gradient import RowGradient, values_of
 from src.ops.stochastic import seed_of
+from src.training.aside import Sight
 from src.training.updates import Unit, UnitUpdates, stop_in_words
 
 _FEWEST_PACKED = 4096
@@ -41,6 +42,11 @@ class DeviceUpdates(UnitUpdates):
         seed: of what is rounded.
         packed: whether moments are in 8 bits.
         on_host: whether those are in pinned host memory, which the kernel reads and writes over the bus.
+        looks_itself: whether a step whose gradient is not finite changes nothing, so that nobody has to look at it
+            before; not `in_backward`.
+
+    Attributes:
+        sight: of the last step, if it `looks_itself`.
     """
 
     def __init__(
@@ -53,8 +59,11 @@ class DeviceUpdates(UnitUpdates):
         packed: bool,
         on_host: bool,
         in_backward: bool,
+        looks_itself: bool = False,
     ) -> None:
         super().__init__(groups, names, in_backward=in_backward)
+        assert not (in_backward and looks_itself)
+        self.sight = Sight() if looks_itself else None
         device = next(iter(self._keys)).device
         self._constants = constants
         self._packed = packed
@@ -157,13 +166,16 @@ class DeviceUpdates(UnitUpdates):
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Takes a step; the closure computes the gradients.
 
-        What is not finite is the caller's to find between the two.
+        What is not finite is the caller's to find between the two, or found here if it `looks_itself`.
         """
         result = None
         if closure is not None:
             with torch.enable_grad():
                 result = closure()
         norm = self.gradient_norm()
+        if self.sight:
+            self.sight.note(torch.stack([self.sight.loss.to(norm.device, torch.float32), norm]))
+            self._control.flags[1] = ~norm.isfinite()
         if self.in_backward:
             self._control.norm.copy_(norm)
         else:

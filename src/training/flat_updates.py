@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from src.adapters.method import Method
 from src.config import TrainConfig
 from src.ops.adam import BLOCK_VALUES, Constants, Control, ManySteps, Moments
+from src.training.aside import Sight
 from src.training.joined import joins
 
 PIECE_MULTIPLE = BLOCK_VALUES
@@ -81,7 +82,7 @@ class FlatUpdates(torch.optim.Optimizer):
         packed: whether moments are in 8 bits.
 
     Attributes:
-        loss: 0-d, of this process's share of a step, to be said before it.
+        sight: of the last step, over all processes; the norm is that before it was clipped.
     """
 
     def __init__(self, group: dict[str, Any], shares: Sequence[Share], constants: Constants, *, packed: bool) -> None:
@@ -90,10 +91,7 @@ class FlatUpdates(torch.optim.Optimizer):
         self._constants = constants
         self._packed = packed
         self._many: _Many | None = None
-        self.loss = torch.tensor(math.nan)
-        self._seen = torch.full((2,), math.nan)
-        self._known: torch.cuda.Event | None = None
-        self._reading: torch.cuda.Stream | None = None
+        self.sight = Sight()
 
     def tie(self, whole: nn.Parameter) -> None:
         """Has a process's piece be a part of the whole, wherever that lies, in place of the copy that an engine makes.
@@ -108,20 +106,6 @@ class FlatUpdates(torch.optim.Optimizer):
         piece.data = whole.detach()[begin : begin + piece.numel()]
         if copy.data_ptr() != piece.untyped_storage().data_ptr():
             copy.resize_(0)  # of which the engine has views
-
-    def seen(self) -> tuple[float, float]:
-        """Of the last step, over all processes: the mean of its `loss`, and the norm of its gradient before it was
-        clipped. The update itself is not waited for."""
-        if self._known is None:
-            return self._read()
-        self._reading = self._reading or torch.cuda.Stream(self._seen.device)
-        with torch.cuda.stream(self._reading):
-            self._reading.wait_event(self._known)
-            return self._read()
-
-    def _read(self) -> tuple[float, float]:
-        loss, norm = self._seen.tolist()
-        return loss, norm
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
@@ -141,12 +125,10 @@ class FlatUpdates(torch.optim.Optimizer):
         control.settings.copy_(torch.tensor(rows))
         gradient: Tensor = piece.grad
         many.of_cuts.look_at([gradient[cut] for cut in many.cuts])
-        self._seen = _over_all(self.loss.to(piece.device, torch.float32), many.of_cuts.gradient_norm())
-        control.norm.copy_(self._seen[1])
-        control.flags[1] = ~self._seen[1].isfinite()
-        if piece.is_cuda:
-            self._known = torch.cuda.Event()
-            self._known.record()
+        numbers = _over_all(self.sight.loss.to(piece.device, torch.float32), many.of_cuts.gradient_norm())
+        self.sight.note(numbers)
+        control.norm.copy_(numbers[1])
+        control.flags[1] = ~numbers[1].isfinite()
         many.of_cuts.step(control, self._constants)
         if not self._packed:
             self.state[piece]["step"] = torch.tensor(float(many.steps))

@@ -13,6 +13,7 @@ Batches are to be filled up a little (`src.data.rounding`), so that few shapes o
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import gc
 import warnings
 from collections import Counter
@@ -28,6 +29,7 @@ from torch.func import functional_call
 from src.adapters.method import Method
 from src.config import TrainConfig
 from src.model.language_model import LanguageModel
+from src.training.aside import Aside
 from src.training.joined import Joined
 from src.training.objectives import Objective, Outcome, Staged, outcome_of
 from src.training.updates import UnitUpdates
@@ -157,13 +159,16 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         self.updates: UnitUpdates | None = None
         self.joined: Joined | None = None
         self._sending: torch.cuda.Stream | None = None
+        self._begun: tuple[Key, Staged] | None = None
+        self._result: _Result | None = None
         self._share = share
         self._gradients: dict[str, Tensor] = {}  # that recordings leave in the parameters
         self._parameters = list(model.named_parameters())  # to walk through the modules would take a millisecond
 
     def __call__(self, staged: Staged) -> Outcome:
         """Loss of one micro-batch, ready for `backward`."""
-        states = {name: parameter for name, parameter in self._parameters if parameter.requires_grad}
+        states = self._states
+        gone_on = self._took_up(staged, states)
         recorded = None if staged.in_chunks else self._recorded(staged, states)
         if recorded is None:
             self._make_room()
@@ -172,20 +177,60 @@ class GraphedObjective(Recordings["_RecordedStep"]):
             self._lend_gradients(states, cleared=recorded is None or self._adds)
         if recorded is None:
             return outcome_of(self.objective, self.model, staged, self.joined)
-        recorded.load(staged)
+        if not gone_on:
+            recorded.load(staged)
+            recorded.replay()
         loss: Tensor
         if self._share is None:
             if self.joined:
                 self.joined.check()
             handed = self.joined.pieces if self.joined else states.values()
-            loss = _Replay.apply(recorded, self.lends_gradients, *handed)
+            loss = _Replayed.apply(recorded, self.lends_gradients, *handed)
         else:
-            recorded.replay()
             loss = recorded.loss.clone().requires_grad_()  # its backward has been
             if self.replaces_gradients:
                 for name, gradient in self._gradients.items():  # while the device works
                     states[name].grad = gradient
-        return Outcome(loss, lambda: self.objective.logs(recorded.result))
+        self._result = _Result(self.objective, recorded.result)
+        return Outcome(loss, self._result.logs)
+
+    @property
+    def _states(self) -> dict[str, nn.Parameter]:
+        return {name: parameter for name, parameter in self._parameters if parameter.requires_grad}
+
+    def go_on(self, staged: Staged | None) -> None:
+        """Has the device begin with the micro-batch that comes next, if it is recorded, before it is asked for.
+
+        To be called when all that reads the gradients of the one before has been issued; weights stay what they are.
+        """
+        if staged is None or staged.in_chunks or self.updates or self._adds:
+            return
+        key = self._key(staged, self._states)
+        recorded = self._graphs.get(key)
+        if recorded is None:
+            return
+        if self._result:
+            self._result.keep(self.model.device)
+        recorded.load(staged)
+        recorded.replay()
+        self._begun = key, staged
+
+    def turn_back(self) -> None:
+        """What was begun is of no use: recordings may go once it is over."""
+        if self._begun:
+            torch.cuda.current_stream(self.model.device).synchronize()
+        self._begun = None
+
+    def _took_up(self, staged: Staged, states: Mapping[str, nn.Parameter]) -> bool:
+        """Whether the device has begun with this very micro-batch, as things are now."""
+        if self._begun is None:
+            return False
+        key, begun = self._begun
+        if begun is staged and key == self._key(staged, states):
+            self._begun = None
+            return True
+        self.turn_back()
+        return False
 
     def send(self, staged: Staged) -> Staged:
         """The micro-batch that comes next, on its way to the device while this one is computed there."""
@@ -198,6 +243,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
 
     def look_again(self) -> None:
         """Forgets all recordings, after parameters have taken others' places."""
+        self.turn_back()
         self._parameters = list(self.model.named_parameters())
         self._graphs.clear()
         self._uses.clear()
@@ -232,7 +278,12 @@ class GraphedObjective(Recordings["_RecordedStep"]):
             self._drop_replaced(states)  # a recording has gradients of its own, and need not find room beside these
             return _RecordedStep(self.objective, self.model, self._sink(states), staged, pool)
 
-        return self._found((staged.key, *states, *(state.data_ptr() for state in states.values())), record)
+        return self._found(self._key(staged, states), record)
+
+    @staticmethod
+    def _key(staged: Staged, states: Mapping[str, nn.Parameter]) -> Key:
+        """Of a recording: shapes, what is trained, and where it is."""
+        return (staged.key, *states, *(state.data_ptr() for state in states.values()))
 
     def _drop_replaced(self, states: Mapping[str, nn.Parameter]) -> None:
         """Lets go of gradients of the step before that nobody adds to."""
@@ -259,6 +310,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
         return _HandedOut(states, whole_steps=self.lends_gradients)
 
     def _give_up(self, reason: str) -> None:
+        self.turn_back()
         self._gradients.clear()
         if self.updates:
             self.updates.forget_arrived()
@@ -483,12 +535,34 @@ class _RecordedStep:
             target.copy_(source, non_blocking=True)
 
 
-class _Replay(torch.autograd.Function):
-    """Replays a recording; its gradients stand ready for the backward."""
+class _Result:
+    """What an objective makes its logs of, in a recording's memory until that is replayed anew."""
+
+    def __init__(self, objective: Objective, result: Any) -> None:
+        self._objective = objective
+        self._result = result
+        self._aside = Aside()
+
+    def keep(self, device: torch.device) -> None:
+        """Before the next replay: in memory of its own, from where it is read while that runs."""
+        if self._result is not None:
+            tensors = [field.name for field in dataclasses.fields(self._result)]
+            values = {name: getattr(self._result, name) for name in tensors}
+            own = {name: value.clone() for name, value in values.items() if isinstance(value, Tensor)}
+            self._result = dataclasses.replace(self._result, **own)
+        self._aside.mark(device)
+
+    def logs(self) -> dict[str, float]:
+        """See Outcome."""
+        with self._aside.reading():
+            return self._objective.logs(self._result)
+
+
+class _Replayed(torch.autograd.Function):
+    """Loss of a recording that has been replayed; its gradients stand ready for the backward."""
 
     @staticmethod
     def forward(ctx: Any, recorded: _RecordedStep, lends: bool, *states: Tensor) -> Tensor:
-        recorded.replay()
         assert isinstance(recorded.sink, _HandedOut)
         ctx.gradients, ctx.lends = recorded.sink.handed, lends
         loss: Tensor = recorded.loss.clone()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
 import pytorch_lightning as pl
@@ -19,6 +19,7 @@ from src.model.language_model import LanguageModel
 from src.model.recompute import gradients_come_again
 from src.ops import adam
 from src.ops.kernels import Kernel
+from src.training.aside import Sight
 from src.training.chunk_graphs import ChunkRecorder
 from src.training.chunks import ChunkedObjective, ChunkOptions
 from src.training.device_updates import DeviceUpdates
@@ -175,6 +176,20 @@ class TrainingModule(pl.LightningModule):
         # DeepSpeed looks at gradients alone: a loss that is not finite makes them so.
         return outcome.loss * (self.loss_scale + 0 * outcome.loss.detach())
 
+    def optimizer_step(
+        self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
+    ) -> None:
+        """Takes the step, and lets the device go on with the next one while the host looks at what this one was."""
+        super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
+        if self.graphed and self.sight and self._ends_step and self.turns is None and not self._is_last:
+            self.graphed.go_on(self.batches.ahead)
+
+    @property
+    def _is_last(self) -> bool:
+        """Whether no step comes after this one."""
+        last_epoch = self.trainer.current_epoch + 1 == self.trainer.max_epochs
+        return bool(last_epoch and self.trainer.is_last_batch)
+
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: torch.optim.Optimizer) -> None:
         """Comes between forward and backward, where a recorded step's gradients are there already."""
         if not self._without_engine:
@@ -200,6 +215,13 @@ class TrainingModule(pl.LightningModule):
             parameter.grad = None
 
     @property
+    def sight(self) -> Sight | None:
+        """Of the optimizer, if it looks itself at a step's gradient, and takes none that is not finite."""
+        if self.flat:
+            return self.flat.sight
+        return self.updates.sight if isinstance(self.updates, DeviceUpdates) else None
+
+    @property
     def clips(self) -> bool:
         """Whether gradients are gigabytes, of which no further norm is formed: `clip` then is who clips."""
         return self.graphed is not None and self._leaves_gradients and not self.updates_clip
@@ -218,6 +240,8 @@ class TrainingModule(pl.LightningModule):
 
     def release_recordings(self) -> None:
         """Frees the memory of recorded steps, for work after training."""
+        if self.graphed:
+            self.graphed.turn_back()
         self.graphed = self.outcome = None
         if isinstance(self.objective, ChunkedObjective):
             self.objective.recorder = None
@@ -272,6 +296,7 @@ class TrainingModule(pl.LightningModule):
                 packed=packed,
                 on_host=config.optim == "paged_adamw8bit",
                 in_backward=in_backward,
+                looks_itself=not in_backward and config.processes == 1,
             )
             self.model.emb.gives_rows = in_backward and config.one_backward
         else:

@@ -182,13 +182,14 @@ class TestUnderDeepSpeed:
     )
     def test_loss_and_norm_are_the_optimizers_that_looks_itself(self, loss: float, norm: float, said: str) -> None:
         made, control = module(), StepControl(SCHEDULE, 2)
-        made.flat = Mock(seen=lambda: (loss, norm))
+        sight = Mock(read=lambda: (loss, norm))
+        made.flat = Mock(sight=sight)
         made.model.get_parameter("blocks.0.att.time_state").data.fill_(1 / 256)
         loop = self.loop(made, math.inf, world_size=2)
         run_batch(control, loop, made, batch(3, factor=3.0), 0)
         with pytest.raises(TrainingError, match=said) if said else contextlib.nullcontext():
             run_batch(control, loop, made, batch(4), 1)
-        assert made.flat.loss == pytest.approx(3.0), "of its own micro-batches"
+        assert sight.loss == pytest.approx(3.0), "of its own micro-batches"
         assert control.loss == pytest.approx(loss, nan_ok=True)
         assert control.grad_norm == pytest.approx(norm, nan_ok=True)
 

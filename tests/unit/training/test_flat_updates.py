@@ -131,10 +131,10 @@ def test_losses_and_norms_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_seen_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     found = Processes(1, monkeypatch)
     (optimizer,) = found.optimizers
-    optimizer.loss = torch.tensor(3.0, dtype=torch.bfloat16)
+    optimizer.sight.loss = torch.tensor(3.0, dtype=torch.bfloat16)
     gradients = drawn(1)
     found.step(gradients)
-    assert optimizer.seen() == pytest.approx((3.0, float(torch.cat(gradients).norm())))
+    assert optimizer.sight.read() == pytest.approx((3.0, float(torch.cat(gradients).norm())))
 
 
 @pytest.mark.parametrize("spoilt", [float("nan"), float("inf")])
@@ -149,7 +149,7 @@ def test_a_gradient_that_is_not_finite_changes_nothing(spoilt: float, monkeypatc
     assert torch.equal(found.whole, before)
     for optimizer, moment in zip(found.optimizers, moments, strict=True):
         assert torch.equal(optimizer.state[found.parameter(optimizer)]["exp_avg"], moment)
-    assert not math.isfinite(found.optimizers[0].seen()[1])
+    assert not math.isfinite(found.optimizers[0].sight.read()[1])
 
 
 @pytest.mark.parametrize("processes", [1, 2])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import Counter
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, ClassVar
 from unittest.mock import Mock
@@ -171,7 +172,7 @@ class TestGradientsOfWholes:
         sink.handed[0].fill_(5)
         recorded: Any = SimpleNamespace(sink=sink, loss=torch.tensor(2.0), replay=lambda: None)
         (whole,) = joined.pieces
-        graphs._Replay.apply(recorded, True, whole).backward()
+        graphs._Replayed.apply(recorded, True, whole).backward()
         assert state.grad is None
         assert whole.grad is not None
         assert whole.grad.data_ptr() == sink.handed[0].data_ptr()
@@ -234,6 +235,80 @@ class TestTrainedParameters:
         if not lends:
             graphed(Staged({"x": torch.zeros(3)}, None)).loss.mul(2).backward()
             assert all((state.grad == 5).all() for state in states.values() if state.grad is not None)
+
+    def test_the_device_goes_on_with_what_comes_next(
+        self, graphed: GraphedObjective, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Once, if it is recorded, and only if that very batch comes and everything still is where it was."""
+        done: list[str] = []
+        monkeypatch.setattr(FakeRecording, "load", lambda self, staged: done.append(f"load {staged.source}"))
+        monkeypatch.setattr(FakeRecording, "replay", lambda self: done.append("replay"))
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda device: Mock(synchronize=lambda: done.append("wait")))
+
+        def batch(name: str, size: int = 3) -> Staged:
+            return Staged({"x": torch.zeros(size)}, name)
+
+        def happened() -> list[str]:
+            found = done.copy()
+            done.clear()
+            return found
+
+        monkeypatch.setattr(graphs.Aside, "mark", lambda self, device: None)
+        first, second, third, other = batch("first"), batch("second"), batch("third"), batch("other", 4)
+        for staged in (first, None, StagedChunks({}, None, tokens=torch.zeros(1, 1, dtype=torch.int64), chunks=())):
+            graphed.go_on(staged)
+        assert happened() == [], "nothing is recorded yet"
+        graphed(first)
+        graphed(first)
+        assert happened() == ["load first", "replay"]
+        graphed.go_on(second)
+        assert happened() == ["load second", "replay"]
+        assert graphed(second).loss.requires_grad
+        assert happened() == [], "it has begun"
+        graphed(second)
+        assert happened() == ["load second", "replay"], "once"
+        graphed.go_on(other)
+        assert happened() == [], "of another shape"
+        graphed.go_on(second)
+        graphed(third)
+        assert happened() == ["load second", "replay", "wait", "load third", "replay"]
+        graphed.go_on(third)
+        graphed.model.ln_out.weight.requires_grad_()
+        graphed(third)
+        assert happened() == ["load third", "replay", "wait"], "something else is trained"
+        graphed.model.ln_out.weight.requires_grad_(False)
+        graphed.go_on(third)
+        graphed.look_again()
+        assert happened() == ["load third", "replay", "wait"]
+        assert graphed._begun is None
+
+    @pytest.mark.parametrize("updates", [False, True])
+    def test_it_does_not_where_gradients_add_up_or_are_used_up(self, graphed: GraphedObjective, updates: bool) -> None:
+        staged = Staged({"x": torch.zeros(3)}, None)
+        graphed(staged)
+        graphed(staged)
+        graphed.updates, graphed._share = (Mock(), 1.0) if updates else (None, 0.5)
+        graphed.go_on(staged)
+        assert graphed._begun is None
+
+    def test_logs_are_of_the_step_before_when_the_device_has_gone_on(self, graphed: GraphedObjective) -> None:
+        @dataclass(frozen=True)
+        class Result:
+            loss: torch.Tensor
+            factor: float
+
+        staged = Staged({"x": torch.zeros(3)}, None)
+        graphed.objective.logs = lambda result: {"loss": result.loss.item() * result.factor}  # type: ignore[method-assign]
+        graphed(staged)
+        graphed(staged)
+        (recording,) = FakeRecording.made
+        recording.result = Result(torch.tensor(2.0), 3.0)
+        outcome = graphed(staged)
+        with contextlib.suppress(RuntimeError):  # without a GPU there is no place to mark
+            graphed.go_on(staged)
+        recording.result.loss.fill_(5)
+        assert outcome.logs() == {"loss": 6}
+        assert graphed(staged).logs() == {"loss": 15}
 
     def test_what_comes_next_is_not_sent_where_it_cannot_be_used(
         self, graphed: GraphedObjective, monkeypatch: pytest.MonkeyPatch

@@ -264,14 +264,26 @@ class TestOnTheDevice:
 
     @staticmethod
     def made(
-        named: dict[str, nn.Parameter], *, in_backward: bool, clip: float = 1.0, optim: str = "none"
+        named: dict[str, nn.Parameter],
+        *,
+        in_backward: bool,
+        clip: float = 1.0,
+        optim: str = "none",
+        looks_itself: bool = False,
     ) -> DeviceUpdates:
         chosen = config(optim=optim)
         groups = parameter_groups(named.items(), dict.fromkeys(named, 1.0), chosen)
         constants = Constants(chosen.beta1, chosen.beta2, chosen.adam_eps, clip)
         packed = optim.endswith("8bit")
         return DeviceUpdates(
-            groups, named.items(), constants=constants, seed=1, packed=packed, on_host=False, in_backward=in_backward
+            groups,
+            named.items(),
+            constants=constants,
+            seed=1,
+            packed=packed,
+            on_host=False,
+            in_backward=in_backward,
+            looks_itself=looks_itself,
         )
 
     @staticmethod
@@ -324,6 +336,28 @@ class TestOnTheDevice:
         assert (", ".join(updated) or "nothing") + " had been updated" in updates.describe_stop() or not spoilt
         updates.step()
         assert updates.between_steps
+
+    @pytest.mark.parametrize("optim", ["none", "adamw8bit"])
+    def test_a_step_that_is_not_finite_is_not_taken_where_nobody_looks_before(self, optim: str) -> None:
+        one, other = parameters(), parameters()
+        watched = self.made(one, in_backward=False, optim=optim, looks_itself=True)
+        plain = self.made(other, in_backward=False, optim=optim)
+        norms = self.descend(plain, other, 3, 1.0)
+        assert watched.sight is not None
+        watched.sight.loss = torch.tensor(7.0, dtype=torch.bfloat16)
+        self.descend(watched, one, 3, 1.0)
+        assert watched.sight.read() == (7.0, pytest.approx(norms[-1]))
+        assert all(torch.equal(one[name], other[name]) for name in NAMES)
+        moments = copy.deepcopy([watched.state[parameter] for parameter in one.values()])
+        for spoilt in (math.nan, math.inf):
+            handle = one["blocks.0.a"].register_hook(lambda gradient, spoilt=spoilt: gradient + spoilt)
+            self.descend(watched, one, 1, 1.0)
+            handle.remove()
+            assert not math.isfinite(watched.sight.read()[1])
+        assert all(torch.equal(one[name], other[name]) for name in NAMES)
+        for kept, parameter in zip(moments, one.values(), strict=True):
+            now = watched.state[parameter]
+            assert all(torch.equal(now[key], kept[key]) for key in kept if torch.is_tensor(kept[key]) and key != "step")
 
     @pytest.mark.parametrize("optim", ["none", "adamw8bit"])
     def test_moments_of_the_host_go_on_there_and_back(self, optim: str) -> None:
