@@ -174,7 +174,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
             self._make_room()
             self._drop_replaced(states)
         if recorded is None or not self.replaces_gradients:
-            self._lend_gradients(states, cleared=recorded is None or self._adds)
+            self._lend_gradients(states, cleared=(recorded is None or self._adds) and not gone_on)
         if recorded is None:
             return outcome_of(self.objective, self.model, staged, self.joined)
         if not gone_on:
@@ -201,9 +201,9 @@ class GraphedObjective(Recordings["_RecordedStep"]):
     def go_on(self, staged: Staged | None) -> None:
         """Has the device begin with the micro-batch that comes next, if it is recorded, before it is asked for.
 
-        To be called when all that reads the gradients of the one before has been issued; weights stay what they are.
+        To be called when all that reads the gradients of the step before has been issued; weights stay what they are.
         """
-        if staged is None or staged.in_chunks or self.updates or self._adds:
+        if staged is None or staged.in_chunks or self.updates:
             return
         key = self._key(staged, self._states)
         recorded = self._graphs.get(key)
@@ -211,6 +211,8 @@ class GraphedObjective(Recordings["_RecordedStep"]):
             return
         if self._result:
             self._result.keep(self.model.device)
+        if self._adds:
+            torch._foreach_zero_(list(self._gradients.values()))
         recorded.load(staged)
         recorded.replay()
         self._begun = key, staged

@@ -65,7 +65,8 @@ def gone_on(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
 
 def flags_of(kind: str, base: Path, data: dict[str, Path]) -> dict[str, object]:
     pairs = {"orpo", "simpo"} & KINDS[kind].keys()
-    given: dict[str, object] = {"rlhf_train_file": data["pairs"]} if pairs else {"data_file": data["documents"]}
+    documents = {"data_file": data["documents"], "dataload": "pad"}
+    given: dict[str, object] = {"rlhf_train_file": data["pairs"]} if pairs else {**documents}
     if "val_steps" in KINDS[kind]:
         given["val_file"] = data["documents"]
     return {"load_model": base, **COMMON, **given, **KINDS[kind]}

@@ -282,14 +282,40 @@ class TestTrainedParameters:
         assert happened() == ["load third", "replay", "wait"]
         assert graphed._begun is None
 
-    @pytest.mark.parametrize("updates", [False, True])
-    def test_it_does_not_where_gradients_add_up_or_are_used_up(self, graphed: GraphedObjective, updates: bool) -> None:
+    def test_it_does_not_where_gradients_are_used_up(self, graphed: GraphedObjective) -> None:
         staged = Staged({"x": torch.zeros(3)}, None)
         graphed(staged)
         graphed(staged)
-        graphed.updates, graphed._share = (Mock(), 1.0) if updates else (None, 0.5)
+        graphed.updates, graphed._share = Mock(), 1.0
         graphed.go_on(staged)
         assert graphed._begun is None
+
+    def test_gradients_that_add_up_begin_at_0(self, graphed: GraphedObjective, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those of a step's first micro-batch, whether the device has begun with it or not."""
+
+        class Adding(FakeRecording):
+            def __init__(self, objective: Any, model: Any, sink: Any, *rest: Any) -> None:
+                sink.gradients = sink._gradients
+                super().__init__(objective, model, sink, *rest)
+
+            def replay(self) -> None:
+                for gradient in self.sink.gradients.values():
+                    gradient.add_(1)
+
+        monkeypatch.setattr(graphs, "_RecordedStep", Adding)
+        monkeypatch.setattr(graphs.Aside, "mark", lambda self, device: None)
+        graphed._share = 0.5
+        states = [state for _, state in graphed.model.named_parameters() if state.requires_grad]
+        staged = Staged({"x": torch.zeros(3)}, None)
+        graphed(staged)
+        for step in range(6):
+            if step % 2:
+                graphed.go_on(staged)
+            for state in states:
+                state.grad = None
+            for number in (1, 2):
+                graphed(staged)
+                assert all((state.grad == number).all() for state in states if state.grad is not None), step
 
     def test_logs_are_of_the_step_before_when_the_device_has_gone_on(self, graphed: GraphedObjective) -> None:
         @dataclass(frozen=True)

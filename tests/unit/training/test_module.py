@@ -1,6 +1,7 @@
 """The optimizer of what is trainable."""
 
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -203,6 +204,9 @@ class TestLookAhead:
                 events.append(f"send {staged.source}")
                 return staged
 
+            def go_on(self, staged: Staged) -> None:
+                events.append(f"go on with {staged.source}")
+
         made.graphed = Recorder()  # type: ignore[assignment]
 
     def test_the_following_batch_is_staged_once_the_step_is_under_way(self) -> None:
@@ -214,6 +218,32 @@ class TestLookAhead:
                 made.training_step(staged, place)
         following = [event for step in range(4) for event in (f"run {step}", (step + 1, EXACT), f"send {step + 1}")]
         assert events == [(0, EXACT), *following]
+
+    @pytest.mark.parametrize(
+        ("changes", "goes_on"),
+        [
+            ({}, True),
+            ({"ends_step": False}, False),
+            ({"looks_itself": False}, False),
+            ({"turns": True}, False),
+            ({"is_last_batch": True}, True),
+            ({"is_last_batch": True, "current_epoch": 2}, False),
+        ],
+    )
+    def test_the_device_goes_on_behind_a_step(self, changes: dict[str, Any], goes_on: bool) -> None:
+        """Where nobody has to look at the step before it is taken, weights stay where they are, and there is a next."""
+        events: list[object] = []
+        made = self.made(events)
+        self.record(made, events)
+        made.training_step(next(iter(made.train_dataloader())), 0)
+        made.flat = Mock() if changes.get("looks_itself", True) else None
+        made.turns = Mock() if changes.get("turns") else None
+        made._ends_step = changes.get("ends_step", True)
+        last, epoch = changes.get("is_last_batch", False), changes.get("current_epoch", 1)
+        made._trainer = Mock(current_epoch=epoch, max_epochs=3, is_last_batch=last)
+        events.clear()
+        made.optimizer_step(0, 0, Mock(step=lambda closure: events.append("step")), lambda: None)
+        assert events == ["step", *(["go on with 1"] if goes_on else [])]
 
     def test_where_nothing_is_recorded_each_is_made_in_its_turn(self) -> None:
         events: list[object] = []
