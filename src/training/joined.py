@@ -1,8 +1,8 @@
 """Trained tensors as pieces of a few, for an engine that does something in Python for every tensor it is given.
 
 An adapter trains some hundreds of small tensors: 870 at 1.6B, for whose gradients alone DeepSpeed's stages 1 and 2 take
-four times as long as the step. They become views of one tensor for each group of the optimizer, the engine is given
-these, and their gradients are put together from those of the pieces when the backward is over.
+four times as long as the step; states are one a layer. They become views of one tensor for each group of the optimizer,
+the engine is given these, and their gradients are put together from those of the pieces when the backward is over.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from src.config import TrainConfig
 
 
 def joins(config: TrainConfig, method: Method) -> bool:
-    """Whether a run's engine is given wholes: where many small tensors are trained beside a model, and kept unsharded.
+    """Whether a run's engine is given wholes: where small tensors are trained beside a model, and kept unsharded.
 
     Args:
         config: with the strategy that was chosen.
         method: what is trained.
     """
     sharded = config.strategy.startswith("deepspeed_stage_3")
-    return config.has_engine and not (sharded or method.small or method.in_place)
+    return config.has_engine and not (sharded or method.in_place)
 
 
 @dataclass(frozen=True)

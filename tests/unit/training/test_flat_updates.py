@@ -229,7 +229,7 @@ def test_places_from_which_vectors_are_read(monkeypatch: pytest.MonkeyPatch) -> 
         ({"peft": "lora", "strategy": "deepspeed_stage_2_offload"}, False),
         ({"peft": "lora", "strategy": "deepspeed_stage_3", "quant": 0}, False),
         ({"peft": "lora"}, False),
-        ({"strategy": "deepspeed_stage_1"}, False),
+        ({"strategy": "deepspeed_stage_1"}, True),
         ({"train_type": "none", "devices": 2}, False),
     ],
 )

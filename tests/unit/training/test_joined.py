@@ -107,7 +107,7 @@ def test_an_optimizers_numbers_by_piece() -> None:
         ({"peft": "lora", "train_type": "states", "strategy": "deepspeed_stage_2"}, True),
         ({"peft": "lora", "strategy": "deepspeed_stage_3"}, False),
         ({"peft": "lora", "strategy": "single"}, False),
-        ({"strategy": "deepspeed_stage_1"}, False),
+        ({"strategy": "deepspeed_stage_1"}, True),
         ({"train_type": "none", "strategy": "deepspeed_stage_1"}, False),
     ],
 )

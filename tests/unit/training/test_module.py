@@ -339,8 +339,8 @@ IN_16_BITS = {**WHOLE, "weights": "bf16"}
         *(({"peft": peft, "optim": "lion8bit"}, [], []) for peft in ("none", "lora", "lisa")),
         *(({"peft": peft, "optim": "paged_adamw8bit"}, [], []) for peft in ("none", "lora", "lisa")),
         ({**IN_16_BITS, "fused_update": "1", "optim": "lion8bit"}, [], []),
-        *(({"devices": "2", **flags}, [], []) for flags in ({}, WHOLE, IN_16_BITS)),
-        ({"peft": "lora", "devices": "2"}, [WIDE], []),
+        *(({"devices": "2", **flags}, [], []) for flags in (WHOLE, IN_16_BITS)),
+        *(({"devices": "2", **flags}, [WIDE], []) for flags in ({}, {"peft": "lora"})),
         ({"peft": "bone", "strategy": "deepspeed_stage_2", "optim": "adamw8bit"}, [WIDE, PACKED], []),
         *(
             ({"peft": "lora", "strategy": f"deepspeed_stage_{stage}", "quant": "0"}, [], [])
