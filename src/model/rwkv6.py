@@ -238,6 +238,18 @@ class RWKV6Shape(ModelShape):
             return inputs_again
         return inputs_again + 2 * ((1 if fused else 6) * C + 5 * self.mix_lora_width)
 
+    def passing_bytes_again(self, adapters: str) -> int:
+        """See ModelShape.
+
+        Of states most is there in the time mix's backward, or with a wide feed-forward in that one's. Adapters keep
+        their matrices' inputs, LoRA and Bat whole: most is there in the feed-forward's backward, which comes first.
+        """
+        C, F = self.n_embd, self.dim_ffn
+        narrow = 5 * self.mix_lora_width + self.decay_lora_width + self.n_head * wkv6_cuda.TILE_TOKENS
+        if not adapters:
+            return int(2 * (max(22.5 * C, 15.5 * C + 2 * F) + narrow))
+        return int(2 * ({"bone": 20, "bat": 30.5}.get(adapters, 25) * C + 2 * F + narrow))
+
     def fresh_mixer_value(self, layer: int, name: str, key_shape: Shape, generator: torch.Generator) -> Tensor:
         """See ModelShape.
 

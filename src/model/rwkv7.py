@@ -262,6 +262,11 @@ class RWKV7Shape(ModelShape):
         inputs_again = everything_again + (30 if fused else 37) * C + 2 * hidden
         return inputs_again if recompute is Recompute.INPUTS else inputs_again + 16
 
+    def passing_bytes_again(self, adapters: str) -> int:
+        """See ModelShape; what layer 0 hands on and its gradient are among it."""
+        of_channels = {"": 22, "bone": 30, "bat": 36}.get(adapters, 32)
+        return 2 * (of_channels * self.n_embd + 2 * self.dim_ffn)
+
     def fresh_mixer_value(self, layer: int, name: str, key_shape: Shape, generator: torch.Generator) -> Tensor:
         """See ModelShape.
 

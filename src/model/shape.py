@@ -138,6 +138,16 @@ class ModelShape(ABC):
     def kept_bytes(self, recompute: Recompute, *, fused: bool) -> int:
         """Bytes per token that one layer keeps between forward and backward, 16-bit activations."""
 
+    @abstractmethod
+    def passing_bytes_again(self, adapters: str) -> int:
+        """Bytes per token that pass in a layer which is computed again (`Recompute.ALL`), most at one time, fused.
+
+        Beside what layers keep; 16-bit activations. Counted at A = C with the usual F (`LiveTensors` on the emulator).
+
+        Args:
+            adapters: their kind; "" where only states are trained.
+        """
+
     def kernels(self, *, trains_weights: bool) -> tuple[Kernel, ...]:
         """CUDA kernels that a step in bf16 launches, to be compiled before it comes; one that is missing here is later.
 
