@@ -114,7 +114,7 @@ def estimate_memory(
         positions: that are computed at a time, at most.
         memories: that wait on the device between chunks.
         evaluates: positions of the held-out texts, which are measured in batches of EVALUATED_TOKENS at most; 0: none.
-        records: whether steps are recorded.
+        records: whether steps are recorded, of micro-batches that need not all have one shape.
     """
     fused = on_gpu and itemsize == 2
     of_adapters = remembered = 0
@@ -181,7 +181,7 @@ def estimate_memory(
     if on_gpu:
         twice = records and config.accumulate_grad_batches > 1 and not leaves_gradients(config, method)
         parts[RECORDINGS] = parts[GRADIENTS] if twice else 0.0
-        if records and config.dataload != "pack" and leaves_gradients(config, method):
+        if records and leaves_gradients(config, method):
             parts[RECORDINGS] += together  # gradients are where the recording of another shape has left them
         if records and memories:
             parts[RECORDINGS] += recorded_bytes(config, method, shape, positions // config.chunk_ctx, itemsize)
