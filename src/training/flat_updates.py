@@ -107,6 +107,14 @@ class FlatUpdates(torch.optim.Optimizer):
         if copy.data_ptr() != piece.untyped_storage().data_ptr():
             copy.resize_(0)  # of which the engine has views
 
+    def forget_moments(self) -> None:
+        """Lets go of them, after the last step."""
+        for state in self.state.values():
+            for name in _NAMES:
+                state[name].untyped_storage().resize_(0)  # of which the engine has views, too
+        self.state.clear()
+        self._many = None
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
         """Takes a step with the gradient that is there."""

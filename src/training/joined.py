@@ -2,7 +2,8 @@
 
 An adapter trains some hundreds of small tensors: 870 at 1.6B, for whose gradients alone DeepSpeed's stages 1 and 2 take
 four times as long as the step; states are one a layer. They become views of one tensor for each group of the optimizer,
-the engine is given these, and their gradients are put together from those of the pieces when the backward is over.
+or of one for all, the engine is given these, and their gradients are put together from those of the pieces when the
+backward is over, or in a recorded one as they come.
 """
 
 from __future__ import annotations

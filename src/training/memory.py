@@ -194,8 +194,8 @@ def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> 
     An engine adds fp32 masters and gradients, of which each rank has its share (in stage 3 a few at a time), and shares
     more by its stage; unless it is stage 3, it strings 16-bit gradients of a share together before it widens them.
     Where it is given wholes, their gradients stand beside those of the pieces, and it needs no others. With
-    `FlatUpdates` it has no masters, and gradients of pieces only where rows are in chunks: elsewhere they come when
-    what they are computed from goes.
+    `FlatUpdates` it has no masters, and beside gradients of wholes only those to which chunks of rows, or a step's
+    micro-batches, add theirs: elsewhere gradients of pieces come when what they are computed from goes.
     Updates tensor by tensor need in passing what one tensor does, unless a kernel makes them. Those in the backward
     have the gradients of one layer at a time; of chunks, which add gradients up, those of all.
     """
@@ -214,7 +214,8 @@ def bytes_of_trained(config: TrainConfig, method: Method, shape: ModelShape) -> 
         handed_out = 0 if leaves_gradients(config, method) and not config.chunk_ctx else 4
         return count * (width + 4 + moments + handed_out)
     if updates_flat(config, method):
-        return math.ceil(count * (width + (8 if config.chunk_ctx else 4) + moments / ranks))
+        added_up = config.chunk_ctx or config.accumulate_grad_batches > 1
+        return math.ceil(count * (width + (8 if added_up else 4) + moments / ranks))
     offloaded = config.strategy.endswith("offload")
     kept = 0 if offloaded else 4 + moments
     if joins(config, method):

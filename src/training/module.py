@@ -205,6 +205,8 @@ class TrainingModule(pl.LightningModule):
 
         Lightning would copy the former to the host; and what comes after training has room for the base unpacked.
         """
+        if self.flat:
+            self.flat.forget_moments()
         if not self._without_engine:
             return
         for optimizer in self.trainer.optimizers:

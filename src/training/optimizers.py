@@ -2,7 +2,8 @@
 
 States in 8 bits take 2 bytes a value (Lion: 1) instead of Adam's 8. Tensors of fewer than 4096 values keep fp32 states,
 the library's own limit; DeepSpeed, which optimises all tensors of a group as one, packs theirs with the others.
-On a GPU without an engine `device_updates` takes the place of most of them, see `module.kernels_of_updates`.
+On a GPU `device_updates` without an engine, and `flat_updates` under one, take the place of most of them, see
+`module.kernels_of_updates`.
 Parameters and gradients are fp32 with every optimizer.
 
 Source: 8-bit states, arXiv 2110.02861; paged ones, arXiv 2305.14314, section 3; Lion, arXiv 2302.06675.

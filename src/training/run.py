@@ -123,7 +123,13 @@ def _train(
     for line in [*config.notes(), *hardware.notes, *(saved.notes if saved else ())]:
         say(f"note: {line}")
     if not can_be_resumed(config, hardware.strategy):
-        say(f"note: --resume 1 cannot go on with this run: DeepSpeed's states of --optim {config.optim} are not saved")
+        what = f"DeepSpeed's states of --optim {config.optim}"
+        if saved:
+            raise ConfigError(
+                f"--resume 1 cannot go on under {hardware.strategy} with the run of {saved.path.parent}: {what} cannot "
+                "be taken from its file; leave --strategy and --devices as they were"
+            )
+        say(f"note: --resume 1 cannot go on with this run: {what} are not saved")
     base = open_checkpoint(config.load_model) if config.load_model else None
     shape = model_shape(config, base)
     method.trained_names(shape)  # refuses what does not fit the model

@@ -10,14 +10,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from binidx_files import write_binidx
 from factories import tiny_checkpoint
-from running import go_on, metrics, stopped, train, write_documents
+from running import go_on, metrics, stopped, train, try_train, write_documents
 from torch import Tensor
 
+from src.checkpoint import open_checkpoint, save_model
 from src.config import TrainConfig
 from src.training import engine
 from src.training import run as run_module
 from src.training.engine import Hardware, resolve_hardware
+from src.training.flat_updates import FlatUpdates
 
 pytest.importorskip("deepspeed")
 pytestmark = [
@@ -122,3 +125,54 @@ def test_a_run_goes_on_with_the_same_bits(kind: str, stage: int, base: Path, dat
     one, other = (tensors_in(tmp_path / name / "rwkv-final.pth") for name in ("whole", "parts"))
     assert one.keys() == other.keys()
     assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_moments_of_another_engine_are_not_left_out(base: Path, data: Path, tmp_path: Path) -> None:
+    """Those in 8 bits cannot be taken from a file: a run that would go on without them is refused, and can go on."""
+    flags = {"load_model": base, "data_file": data, "optim": "adamw8bit", **COMMON, **KINDS["lora"]}
+    train(tmp_path / "whole", **flags)
+    stopped(4, tmp_path / "parts", **flags)
+    ended = try_train(tmp_path / "parts", resume=1, strategy="deepspeed_stage_1")
+    assert ended.code == 2
+    assert "--resume 1 cannot go on under deepspeed_stage_1" in ended.err
+    assert "leave --strategy and --devices as they were" in ended.err
+    go_on(tmp_path / "parts")
+    assert losses_of(tmp_path / "parts") == losses_of(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(("stage", "accumulate"), [(1, 1), (1, 2), (2, 2)])
+def test_a_loss_that_is_not_finite_stops_before_the_step(
+    stage: int, accumulate: int, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row of the embedding is finite, but too large for the norm that follows."""
+    tensors = {name: tensor.clone() for name, tensor in open_checkpoint(base).items()}
+    tensors["emb.weight"][40] = 3e38
+    tensors["emb.weight"][40, ::2] = -3e38
+    save_model(tmp_path / "poisoned.pth", tensors)
+    documents = [[5, 6, 7 + number, 8, 9, 0] for number in range(6)]
+    documents[5][2] = 40
+    write_binidx(tmp_path / "documents", documents)
+    stayed: list[bool] = []
+    step = FlatUpdates.step
+
+    def watched(optimizer: FlatUpdates) -> None:
+        (whole,) = optimizer.param_groups[0]["params"]
+        before = whole.detach().clone()
+        step(optimizer)
+        stayed.append(torch.equal(whole, before))
+
+    monkeypatch.setattr(FlatUpdates, "step", watched)
+    ended = try_train(
+        tmp_path / "out",
+        load_model=tmp_path / "poisoned.pth",
+        data_file=tmp_path / "documents",
+        strategy=f"deepspeed_stage_{stage}",
+        accumulate_grad_batches=accumulate,
+        epoch_count=1,
+        **KINDS["bone"],
+    )
+    assert ended.code == 2
+    taken = len(metrics(tmp_path / "out"))
+    assert 0 < taken < 6 // accumulate
+    assert stayed == [False] * taken + [True]
+    assert f"the loss is not finite at step {taken + 1} (document" in ended.err

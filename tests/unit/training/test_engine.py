@@ -1,5 +1,6 @@
 """From flags to an engine and Lightning's arguments; the machine is imagined."""
 
+import logging
 import os
 from unittest.mock import Mock
 
@@ -205,6 +206,22 @@ class TestTrainerArguments:
         assert {name: tensor.dtype for name, tensor in converted.state_dict().items()} == before
         batch = torch.zeros(2, dtype=torch.float64)
         assert precision.convert_input(batch) is batch
+
+    def test_users_are_not_warned_of_what_the_configuration_asks_for(self, caplog: pytest.LogCaptureFixture) -> None:
+        """DeepSpeed does not know `FlatUpdates`, nor bitsandbytes."""
+        for _ in range(2):
+            trainer_arguments(
+                Hardware(torch.device("cuda"), "bf16", "deepspeed_stage_1"), config(strategy="deepspeed_stage_1"), 1
+            )
+        logger = logging.getLogger("DeepSpeed")
+        logger.addHandler(caplog.handler)
+        try:
+            logger.warning("**** You are using ZeRO with an untested optimizer, proceed with caution *****")
+            logger.warning("something else")
+        finally:
+            logger.removeHandler(caplog.handler)
+        assert {record.getMessage() for record in caplog.records} == {"something else"}
+        assert len(logger.filters) == 1
 
     def test_the_loss_is_divided_by_the_accumulated_batches_once(self) -> None:
         """By Lightning; the engine is told not to do it again."""

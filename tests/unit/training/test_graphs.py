@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -176,6 +177,29 @@ class TestGradientsOfWholes:
         assert state.grad is None
         assert whole.grad is not None
         assert whole.grad.data_ptr() == sink.handed[0].data_ptr()
+
+    def test_an_engine_that_has_wholes_is_handed_theirs(self) -> None:
+        model = tiny_model()
+        states = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        names = {state: name for name, state in states.items()}
+        graphed = GraphedObjective(GivenLoss(lambda model, batch: None), model, lends_gradients=True)
+        assert type(graphed._sink(states)) is graphs._HandedOut
+        graphed.joined = Joined([{"params": list(states.values())}], names)
+        assert isinstance(graphed._sink(states), graphs._HandedOutJoined)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5, None])
+@pytest.mark.parametrize("loss", [math.nan, math.inf, 2.0])
+def test_a_loss_that_is_not_finite_shows_in_what_is_recorded(loss: float, share: float | None) -> None:
+    """Of whole steps nothing else tells the optimizer so; what is handed out of others is scaled by the loss's factor,
+    which is not finite either."""
+    model = tiny_model()
+    state = model.get_parameter("blocks.0.att.time_state")
+    # A gradient that does not know: the number is added to it.
+    objective = GivenLoss(lambda model, batch: model.get_parameter("blocks.0.att.time_state").sum() + loss)
+    graphs._Step(objective, model)(Staged({}, None), share)
+    assert state.grad is not None
+    assert state.grad.isfinite().all() == (math.isfinite(loss) or share is None)
 
 
 class TestTrainedParameters:

@@ -311,6 +311,7 @@ class TestWhatIsTrained:
             ({"strategy": "deepspeed_stage_1", "optim": "adamw8bit"}, 4 + 4 + 2),
             ({"strategy": "deepspeed_stage_2", "devices": "2"}, 4 + 4 + 4),
             ({"strategy": "deepspeed_stage_2", "devices": "2", "chunk_ctx": "256"}, 4 + 4 + 4 + 4),
+            ({"strategy": "deepspeed_stage_1", "accumulate_grad_batches": "2"}, 4 + 4 + 4 + 8),
             ({"strategy": "deepspeed_stage_1", "devices": "2", "optim": "paged_adamw8bit"}, 4 + 4 + 4 + 3),
             ({"strategy": "deepspeed_stage_2_offload"}, 4 + 4 + 4),
             ({"strategy": "deepspeed_stage_3", "devices": "2"}, 2 + 2 + 6),

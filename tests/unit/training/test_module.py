@@ -7,7 +7,7 @@ import pytest
 import torch
 from factories import tiny_parameters, tiny_shape
 from running import GivenLoss
-from torch import Tensor
+from torch import Tensor, nn
 
 from src.adapters.method import method_of
 from src.config import TrainConfig
@@ -19,6 +19,8 @@ from src.model.recompute import Recompute
 from src.model.shape import ModelShape
 from src.ops import adam
 from src.training.chunks import ChunkedObjective, ChunkOptions
+from src.training.flat_updates import PIECE_MULTIPLE
+from src.training.graphs import GraphedObjective
 from src.training.module import FP16_LOSS_SCALE, TrainingModule, kernels_of_updates
 from src.training.objectives import Outcome, Staged
 
@@ -158,6 +160,48 @@ def test_the_model_stays_where_it_is_after_training() -> None:
     made.model.to("meta")  # stands for a GPU
     assert made.cpu() is made
     assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
+
+
+def test_an_engine_that_has_made_a_copy_updates_what_the_model_has() -> None:
+    """And what is trained is where the engine has put the whole; the copy, and at the end moments, take no memory."""
+    made = module(peft="lora", lora_r=4, strategy="deepspeed_stage_1", train_parts="time,ln")
+    optimizer = made.configure_optimizers()
+    assert made.flat is optimizer
+    assert made.updates_clip, "no engine clips what it has no norm of"
+    (whole,) = made.wholes
+    (group,) = optimizer.param_groups
+    whole.data = whole.detach().clone()
+    piece = nn.Parameter(whole.detach().clone())
+    group["params"] = [piece]
+    copy = piece.untyped_storage()
+    made.on_fit_start()
+    piece.grad = torch.ones_like(piece)
+    before = [parameter.detach().clone() for _, parameter in made.trained()]
+    optimizer.step()
+    assert not any(torch.equal(now, then) for (_, now), then in zip(made.trained(), before, strict=True))
+    assert torch.equal(piece, whole)
+    assert copy.nbytes() == 0
+    moments = [value for value in optimizer.state[piece].values() if value.ndim]
+    assert len(moments) == 2
+    made.on_train_end()
+    assert not any(value.untyped_storage().nbytes() for value in moments), "also where the engine has views"
+    assert not optimizer.state
+    assert torch.equal(piece, whole)
+
+
+@pytest.mark.parametrize("devices", [1, 3])
+def test_every_process_has_an_equal_piece_of_whole_vectors(devices: int) -> None:
+    made = module(peft="lora", lora_r=4, strategy="deepspeed_stage_1", train_parts="time,ln", devices=devices)
+    made.configure_optimizers()
+    (whole,) = made.wholes
+    assert whole.numel() % (PIECE_MULTIPLE * devices) == 0
+
+
+def test_recordings_are_told_of_wholes() -> None:
+    made = module(peft="lora", lora_r=4, strategy="deepspeed_stage_1")
+    made.graphed = GraphedObjective(made.objective, made.model)
+    made.configure_optimizers()
+    assert made.graphed.joined is made.joined is not None
 
 
 def test_recordings_and_what_refers_to_them_are_released() -> None:
