@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from emulator.kernels import emulated, has_compiler
 from torch import Tensor, nn
 
 from src.adapters.method import method_of
 from src.config import TrainConfig
+from src.ops import adam
 from src.ops.adam import Constants
 from src.training import flat_updates
 from src.training.flat_updates import FlatUpdates, Share, as_one, shares_of, updates_flat
@@ -77,11 +79,17 @@ class Processes:
             optimizer = FlatUpdates({**group}, self.shares, CONSTANTS, packed=packed)
             optimizer.param_groups[0]["params"] = [nn.Parameter(piece.clone())]  # as an engine does
             self.optimizers.append(optimizer)
+        self.norms: list[float] = []  # of each one's piece, step after step
         self._monkeypatch = monkeypatch
 
     def step(self, gradients: list[Tensor]) -> None:
         norm = whole_of(gradients, 1).norm()
-        self._monkeypatch.setattr(flat_updates, "_over_all", lambda loss, own: torch.stack([loss, norm]))
+
+        def over_all(loss: Tensor, own: Tensor) -> Tensor:
+            self.norms.append(float(own))
+            return torch.stack([loss, norm])
+
+        self._monkeypatch.setattr(flat_updates, "_over_all", over_all)
         pieces = whole_of(gradients, self.multiple).chunk(len(self.optimizers))
         for rank, (optimizer, gradient) in enumerate(zip(self.optimizers, pieces, strict=True)):
             self._monkeypatch.setattr(flat_updates, "_rank", lambda rank=rank: rank)
@@ -113,6 +121,8 @@ def test_steps_are_adams(processes: int, monkeypatch: pytest.MonkeyPatch) -> Non
     for tensor, expected in zip(found.tensors, by_torch(gradients), strict=True):
         torch.testing.assert_close(tensor, expected, rtol=1e-5, atol=1e-6)
     assert not found.whole[sum(COUNTS) :].any()
+    norms = torch.tensor(found.norms).view(len(gradients), processes).norm(dim=1)
+    torch.testing.assert_close(norms, torch.stack([torch.cat(own).norm() for own in gradients]))
 
 
 def test_losses_and_norms_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +197,23 @@ def test_moments_in_8_bits(processes: int, monkeypatch: pytest.MonkeyPatch) -> N
         assert float((tensor - expected).norm() / (expected - start).norm()) < 0.1
     (moments, *_) = found.optimizers[0]._many.of_cuts._kinds.values()  # type: ignore[union-attr]
     assert all(each.first.dtype == torch.uint8 for each in moments.moments)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="needs g++")
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_the_kernels_do_the_same(processes: int, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the emulator: norm, clip and update of slices that begin anywhere, and of a step that is not taken."""
+    plain, found = Processes(processes, monkeypatch, packed=packed), Processes(processes, monkeypatch, packed=packed)
+    gradients = [drawn(1), [0.01 * each for each in drawn(2)], [math.nan * each for each in drawn(3)], drawn(4)]
+    for by_kernels, processes_of_one in ((False, plain), (True, found)):
+        monkeypatch.setattr(adam._OfOneKind, "by_kernels", by_kernels)
+        for own in gradients:
+            with emulated():
+                processes_of_one.step(own)
+    assert found.norms == [pytest.approx(norm, rel=1e-5, nan_ok=True) for norm in plain.norms]
+    torch.testing.assert_close(found.whole, plain.whole, rtol=1e-5, atol=1e-4 if packed else 1e-6)
 
 
 @pytest.mark.parametrize("processes", [1, 2])
