@@ -132,6 +132,9 @@ class Tuning:
     def check_files(self, shape: ModelShape, base: FileIdentity | None) -> None:
         """See Method."""
         self._loaded(shape, base)
+        if self._is_pissa and base is not None and (source := self._given_first_factors()) is not None:
+            assert self.adapters is not None
+            load_first_factors(source, self.adapters, shape, base)
 
     def start(self, shape: ModelShape, folder: Path, base: FileIdentity | None) -> Mapping[str, Tensor]:
         """See Method."""
@@ -200,19 +203,10 @@ class Tuning:
         """
         assert self.adapters is not None
         own = folder / INIT_FILE
-        if self._pissa_init:
-            source = Path(self._pissa_init)
-        elif self._load:
-            source = Path(self._load).with_name(INIT_FILE)
-            if not source.exists():
-                raise CheckpointError(
-                    f"{self._load} is PiSSA's, which needs the factors it began with, and there is no {source}: name "
-                    "that file with --pissa_config '{\"pissa_init\": ...}'"
-                )
-        elif own.exists():
-            source = own
-        else:
+        source = self._given_first_factors()
+        if source is None and not own.exists():
             return {}
+        source = source or own
         factors = load_first_factors(source, self.adapters, shape, base)
         if own.exists() and not own.samefile(source):  # a run that was interrupted has left its copy
             kept = load_first_factors(own, self.adapters, shape, base)
@@ -221,6 +215,20 @@ class Tuning:
                     f"--proj_dir {folder} holds the {INIT_FILE} of another training: choose another folder"
                 )
         return factors
+
+    def _given_first_factors(self) -> Path | None:
+        """The file of those of the training that is continued; None if none is, or one in the run's own folder."""
+        if self._pissa_init:
+            return Path(self._pissa_init)
+        if not self._load:
+            return None
+        source = Path(self._load).with_name(INIT_FILE)
+        if not source.exists():
+            raise CheckpointError(
+                f"{self._load} is PiSSA's, which needs the factors it began with, and there is no {source}: name that "
+                "file with --pissa_config '{\"pissa_init\": ...}'"
+            )
+        return source
 
     def _trained_shapes(self, shape: ModelShape) -> dict[str, Shape]:
         states = shape.state_shapes() if self._states else {}

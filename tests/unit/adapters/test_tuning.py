@@ -249,6 +249,14 @@ class TestGoingOn:
         path.with_name("init_pissa.pth").unlink()
         with pytest.raises(CheckpointError, match="needs the factors it began with"):
             self.start(path, base, peft="pissa")
+        with pytest.raises(CheckpointError, match="needs the factors it began with"):
+            self.check(path, base)
+
+    @staticmethod
+    def check(path: Path, base: FileIdentity) -> None:
+        """What is done before a folder is made, or results that lie in it go."""
+        tuned = method_of(config(peft="pissa", load_adapter=str(path)))
+        tuned.check_files(SHAPE, base)
 
     def test_first_factors_of_another_model_are_refused(self, base: FileIdentity, tmp_path: Path) -> None:
         path = self.saved(tmp_path / "a", base, peft="pissa")
@@ -256,6 +264,8 @@ class TestGoingOn:
         other = FileIdentity(tmp_path / "other.pth")
         with pytest.raises(CheckpointError, match="was made with base_sha256"):
             self.start(path, other, peft="pissa")
+        with pytest.raises(CheckpointError, match="was made with base_sha256"):
+            self.check(path, other)
 
 
 @pytest.mark.parametrize("peft", ["lora", "pissa", "bone", "bat", "lisa"])
