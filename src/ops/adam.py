@@ -100,6 +100,17 @@ class Control:
     norm: Tensor
     flags: Tensor
 
+    def tell(self, rows: Sequence[Sequence[float]], step: int) -> None:
+        """What only the host knows of a step, and that it is to be taken.
+
+        It arrives behind what was issued before, for which nothing waits: hence from pinned memory.
+        """
+        for place, given in (
+            (self.settings, torch.tensor(rows)),
+            (self.flags, torch.tensor([step, 0], dtype=torch.int32)),
+        ):
+            place.copy_(given.pin_memory() if place.is_cuda else given, non_blocking=True)
+
 
 @dataclass(frozen=True)
 class Constants:

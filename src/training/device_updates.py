@@ -135,8 +135,7 @@ class DeviceUpdates(UnitUpdates):
             for row in self._rows
             for group in [self.param_groups[row.group]]
         ]
-        self._control.settings.copy_(torch.tensor(rows))
-        self._control.flags.copy_(torch.tensor([self.steps, 0], dtype=torch.int32))
+        self._control.tell(rows, self.steps)
         self._unit_norms.zero_()
 
     def gradient_norm(self) -> Tensor:

@@ -130,7 +130,7 @@ class FlatUpdates(torch.optim.Optimizer):
             for share in self._shares
         ]
         control = many.control
-        control.settings.copy_(torch.tensor(rows))
+        control.tell(rows, many.steps)
         gradient: Tensor = piece.grad
         many.of_cuts.look_at([gradient[cut] for cut in many.cuts])
         numbers = _over_all(self.sight.loss.to(piece.device, torch.float32), many.of_cuts.gradient_norm())
