@@ -189,7 +189,7 @@ def test_an_engine_that_has_made_a_copy_updates_what_the_model_has() -> None:
     assert torch.equal(piece, whole)
 
 
-@pytest.mark.parametrize("devices", [1, 3])
+@pytest.mark.parametrize("devices", [1, 3, 7, 8])
 def test_every_process_has_an_equal_piece_of_whole_vectors(devices: int) -> None:
     made = module(peft="lora", lora_r=4, strategy="deepspeed_stage_1", train_parts="time,ln", devices=devices)
     made.configure_optimizers()
