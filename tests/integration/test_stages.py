@@ -1,25 +1,19 @@
-"""Runs under DeepSpeed's stages on a CPU, through Lightning and alone: what a GPU would see but for the device.
-
-Lightning's strategy refuses a CPU; told that it is one of its own, it does all the rest.
-"""
+"""Runs under DeepSpeed's stages on a CPU, through Lightning and alone."""
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
 from binidx_files import write_binidx
+from engine_on_cpu import let_engines_take_a_cpu
 from factories import tiny_checkpoint
 from running import go_on, metrics, stopped, train, try_train, write_documents
 from torch import Tensor
 
 from src.checkpoint import open_checkpoint, save_model
-from src.config import TrainConfig
 from src.training import engine
-from src.training import run as run_module
-from src.training.engine import Hardware, resolve_hardware
 from src.training.flat_updates import FlatUpdates
 
 pytest.importorskip("deepspeed")
@@ -41,20 +35,7 @@ KINDS: dict[str, dict[str, object]] = {
 
 @pytest.fixture(autouse=True)
 def engine_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pytorch_lightning.accelerators import CPUAccelerator
-    from pytorch_lightning.strategies import DeepSpeedStrategy
-    from pytorch_lightning.strategies import deepspeed as strategy
-
-    def on_cpu(config: TrainConfig) -> Hardware:
-        found = resolve_hardware(config)
-        return Hardware(found.device, found.precision, config.strategy if config.uses_deepspeed else "single")
-
-    monkeypatch.setitem(os.environ, "DS_ACCELERATOR", "cpu")
-    monkeypatch.setattr(strategy, "CUDAAccelerator", CPUAccelerator)
-    monkeypatch.setattr(strategy, "_validate_device_index_selection", lambda devices: None)
-    monkeypatch.setattr(DeepSpeedStrategy, "root_device", torch.device("cpu", 0))
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
-    monkeypatch.setattr(run_module, "resolve_hardware", on_cpu)
+    let_engines_take_a_cpu(monkeypatch)
 
 
 @pytest.fixture(scope="module")
