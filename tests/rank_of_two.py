@@ -27,7 +27,7 @@ from src.loading import build_model
 from src.training.engine import Hardware, deepspeed_config
 from src.training.folder import Places
 from src.training.module import TrainingModule
-from src.training.optimizers import GRADIENT_CLIP
+from src.training.optimizers import GRADIENT_CLIP, can_be_resumed
 from src.training.resume import OptimizerMoments, RunWriter, SavedRun, TrainedTensors, saved_run
 from src.training.run import choose_recomputation, load_options
 from src.training.sharded import computable, is_sharded, readable
@@ -81,7 +81,9 @@ def main() -> None:
                 with computable(model):
                     measured.append(work.measure(model).score)
     assert {name: parameter.dtype for name, parameter in module.named_parameters()} == dtypes
-    parts = {"trained": TrainedTensors(module.trained()).state(), "optimizer": moments.state()}
+    parts = {"trained": TrainedTensors(module.trained()).state()}
+    if can_be_resumed(config, config.strategy):
+        parts["optimizer"] = moments.state()
     with readable(model):
         if engine.global_rank == 0:
             method.save(model, folder / "rwkv-final.pth")

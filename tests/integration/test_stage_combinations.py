@@ -80,7 +80,7 @@ def engine_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a model of each architecture, documents, chats and pairs, some rows of all longer than a chunk of 24."""
+    """A folder with a model of each architecture, documents, chats and pairs; some rows are longer than a chunk."""
     folder = tmp_path_factory.mktemp("inputs")
     for architecture in ARCHITECTURES:
         tiny_checkpoint(folder / f"{architecture}.pth", dtype=torch.bfloat16, architecture=architecture)
@@ -185,7 +185,7 @@ def assert_same_steps(one: Path, other: Path, rel: float = 2e-5) -> None:
 def test_a_run_under_an_engine_is_that_of_a_single_device(
     row: dict[str, Any], inputs: Path, seen: Seen, tmp_path: Path
 ) -> None:
-    """In fp32 moments to the rounding of a clip; bf16 activations make the most of that: 1e-3 of a tensor's way was seen.
+    """To the rounding of a clip, of which activations in bf16 make the most: 1e-3 of a tensor's way was seen.
 
     Moments in 8 bits an engine packs for all tensors together; a single device leaves tensors as small as these theirs
     in fp32. Seen of a loss 2e-3, of a norm 2e-2, of the way that a tensor went 0.03 in the mean of tensors.
