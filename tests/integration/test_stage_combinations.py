@@ -110,7 +110,7 @@ class Seen:
         return {name: float((other[name] - tensor).abs().sum() / ways[name]) for name, tensor in one.items()}
 
     def assert_same_ends(self) -> None:
-        """But for rounding: at most 4e-6 was seen."""
+        """But for rounding, with activations in fp32: at most 4e-6 was seen."""
         one, other = self.ends[0], self.ends[-1]
         assert one.keys() == other.keys()
         for name, tensor in one.items():
@@ -154,7 +154,7 @@ def flags_of(row: dict[str, Any], inputs: Path) -> dict[str, object]:
     return {name: inputs / str(value) if name in FILES else value for name, value in flags.items()}
 
 
-def assert_same_files(one: Path, other: Path) -> None:
+def assert_same_files(one: Path, other: Path, atol: float = 3e-5) -> None:
     """By name; in tensors but for a rounding of what rounding had left apart."""
     assert files_in(one) == files_in(other)
     for name in files_in(one):
@@ -162,7 +162,7 @@ def assert_same_files(one: Path, other: Path) -> None:
             expected, found = (torch.load(folder / name, weights_only=True) for folder in (one, other))
             assert found.keys() == expected.keys()
             for key, tensor in expected.items():
-                torch.testing.assert_close(found[key], tensor, rtol=2**-7, atol=3e-5, msg=f"{name}: {key}")
+                torch.testing.assert_close(found[key], tensor, rtol=2**-7, atol=atol, msg=f"{name}: {key}")
 
 
 def assert_same_steps(one: Path, other: Path, rel: float = 2e-5) -> None:
@@ -204,8 +204,9 @@ def test_a_run_under_an_engine_is_that_of_a_single_device(
         return
     assert max(apart.values()) < (1e-4 if row["precision"] == "fp32" else 5e-3)
     assert_same_steps(tmp_path / "one", tmp_path / "stage")
-    assert_same_files(tmp_path / "one", tmp_path / "stage")
-    seen.assert_same_ends()
+    assert_same_files(tmp_path / "one", tmp_path / "stage", atol=3e-5 if row["precision"] == "fp32" else 3e-4)
+    if row["precision"] == "fp32":
+        seen.assert_same_ends()
 
 
 @pytest.mark.slow
