@@ -151,7 +151,7 @@ def test_a_run_of_two_goes_on_with_two_and_with_one(strategy: str, flags: dict[s
 DECAY = {"optim": "adamw", "weight_decay": 0.5}
 IN_8_BITS = {"optim": "adamw8bit", "weight_decay": 0.5}
 PLUS = {**LORA, "lora_plus": 4, "train_parts": "[]", "accumulate_grad_batches": 2}
-BONE = {"peft": "bone", "bone_r": 8, "lr_init": 1e-3, "lr_final": 1e-3}
+BONE = {"peft": "bone", "bone_r": 8, "train_parts": "[]", "lr_init": 1e-3, "lr_final": 1e-3}
 STATES = {"train_type": "states", "lr_state": 0.05}
 
 
@@ -169,10 +169,11 @@ STATES = {"train_type": "states", "lr_state": 0.05}
 def test_two_pieces_of_an_adapter_are_updated_as_its_whole(
     stage: int, flags: dict[str, object], tmp_path: Path
 ) -> None:
-    """Two processes against one that accumulates twice as much; the border between pieces lies in a share.
+    """Two processes against one that accumulates twice as much; the border between pieces cuts a share.
 
     Moments in 8 bits share scales within blocks of 256 values, which begin anew at the border: only where that is a
-    block's beginning anyway, as with Bone, are the steps the same. Elsewhere 2e-4 was seen in the mean of a tensor.
+    block's beginning anyway, as in a whole of one share, are the steps the same. Elsewhere 2e-4 was seen in the mean of
+    a tensor.
     """
     base = tmp_path / "base.pth"
     tiny_checkpoint(base, **SIZES)
