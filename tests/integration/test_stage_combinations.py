@@ -11,7 +11,7 @@ import torch
 from binidx_files import write_binidx
 from engine_on_cpu import let_engines_take_a_cpu
 from factories import ARCHITECTURES, tiny_checkpoint
-from running import files_in, go_on, metrics, run_script, stopped, train, try_train, write_documents
+from running import files_in, go_on, metrics, stopped, train, try_train, write_documents
 from tables import pairs
 from torch import Tensor
 
@@ -348,15 +348,3 @@ def test_a_run_goes_on_under_another_strategy(
     assert_same_steps(tmp_path / "whole", tmp_path / "parts")
     assert_same_files(tmp_path / "whole", tmp_path / "parts")
     seen.assert_same_ends()
-
-
-@pytest.mark.slow
-def test_moments_in_8_bits_do_not_go_on_under_an_engine(inputs: Path, tmp_path: Path) -> None:
-    flags = {**COMMON, **METHODS["bone"], **OPTIMIZERS["adamw8bit"], "data_file": inputs / "documents"}
-    stopped(3, tmp_path, load_model=inputs / "x060.pth", **flags)
-    left = files_in(tmp_path)
-    ended = run_script("train.py", proj_dir=tmp_path, resume=1, strategy=STAGE_1)
-    assert ended.code == 2
-    assert "--resume 1 cannot go on under deepspeed_stage_1 with the run of" in ended.err
-    assert files_in(tmp_path) == left
-    go_on(tmp_path)
