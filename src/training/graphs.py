@@ -219,7 +219,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
 
     def turn_back(self) -> None:
         """What was begun is of no use: recordings may go once it is over."""
-        if self._begun:
+        if self._begun and self.model.device.type == "cuda":
             torch.cuda.current_stream(self.model.device).synchronize()
         self._begun = None
 
@@ -236,7 +236,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
 
     def send(self, staged: Staged) -> Staged:
         """The micro-batch that comes next, on its way to the device while this one is computed there."""
-        if staged.in_chunks or not self._works:
+        if staged.in_chunks or not self._works or self.model.device.type != "cuda":
             return staged
         self._sending = self._sending or torch.cuda.Stream(self.model.device)
         with contextlib.suppress(torch.OutOfMemoryError):

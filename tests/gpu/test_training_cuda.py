@@ -159,6 +159,11 @@ def test_8_bits_are_enough_for_an_optimizers_states(
 
     def look(module: TrainingModule) -> None:
         (optimizer,) = module.trainer.optimizers
+        if module.flat:  # an engine's, of all states together
+            assert module.flat._many is not None
+            kinds = module.flat._many.of_cuts._kinds.values()
+            moments.extend(own.first.dtype for kind in kinds for own in kind.moments)
+            return
         inner = getattr(optimizer, "optimizer", optimizer)
         moments.extend(state["state1"].dtype for state in inner.state.values())
 
