@@ -184,7 +184,8 @@ def flags_of(row: Row, folder: Path, steps: int, strategy: str, extra: list[str]
         return [*flags, "--data_file", documents, "--data_type", "jsonl"]
     if row.preference:
         return flags + _preference_flags(folder, row.preference)
-    return flags + _text_flags(folder, row.ctx_len, steps)
+    rows = int(flags[flags.index("--micro_bsz") + 1]) if "--micro_bsz" in flags else 1
+    return flags + _text_flags(folder, row.ctx_len, steps * rows)
 
 
 def run_row(row: Row, steps: int, strategy: str, extra: list[str], documents: str = "") -> dict[str, float]:
