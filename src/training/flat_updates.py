@@ -110,8 +110,8 @@ class FlatUpdates(torch.optim.Optimizer):
     def forget_moments(self) -> None:
         """Lets go of them, after the last step."""
         for state in self.state.values():
-            for name in _NAMES:
-                state[name].untyped_storage().resize_(0)  # of which the engine has views, too
+            for name in _NAMES if state else ():  # an engine asks for packed ones' too, and finds nothing
+                state[name].untyped_storage().resize_(0)  # of which it has views
         self.state.clear()
         self._many = None
 

@@ -199,6 +199,21 @@ def test_moments_in_8_bits(processes: int, monkeypatch: pytest.MonkeyPatch) -> N
     assert all(each.first.dtype == torch.uint8 for each in moments.moments)
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_moments_go_when_training_ends(packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though an engine has views of them, and has asked for those in 8 bits, which nothing shows."""
+    found = Processes(1, monkeypatch, packed=packed)
+    found.step(drawn(1))
+    (optimizer,) = found.optimizers
+    kept = optimizer.state[found.parameter(optimizer)]
+    views = [value[1:] for value in kept.values() if value.ndim]
+    assert len(views) == (0 if packed else 2)
+    optimizer.forget_moments()
+    assert all(view.untyped_storage().nbytes() == 0 for view in views)
+    assert not optimizer.state
+    assert optimizer._many is None
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="needs g++")
 @pytest.mark.parametrize("packed", [False, True])
