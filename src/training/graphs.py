@@ -167,6 +167,7 @@ class GraphedObjective(Recordings["_RecordedStep"]):
 
     def __call__(self, staged: Staged) -> Outcome:
         """Loss of one micro-batch, ready for `backward`."""
+        self._result = None  # of the step before, in the memory of a recording that may have to go
         states = self._states
         gone_on = self._took_up(staged, states)
         recorded = None if staged.in_chunks else self._recorded(staged, states)

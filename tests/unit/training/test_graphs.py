@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections import Counter
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -115,6 +116,9 @@ class TestRoom:
         graphed._make_room()
         graphed._make_room()
         assert len(asked) == 1
+
+
+RECORDED_STEP = graphs._RecordedStep
 
 
 class FakeRecording:
@@ -359,6 +363,36 @@ class TestTrainedParameters:
         recording.result.loss.fill_(5)
         assert outcome.logs() == {"loss": 6}
         assert graphed(staged).logs() == {"loss": 15}
+
+    def test_what_is_on_its_way_is_waited_for(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Before it is read, by a recording or by a step that is issued."""
+        stream, arrives = Mock(), Mock()
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        staged = Staged({"x": torch.ones(3)}, None, arrives=arrives)
+        there = staged.to(torch.device("cpu"))
+        stream.wait_event.assert_called_once_with(arrives)
+        assert there.arrives is None, "once"
+        stream.reset_mock()
+        recording: Any = SimpleNamespace(inputs=Staged({"x": torch.zeros(3)}, None))
+        RECORDED_STEP.load(recording, staged)
+        stream.wait_event.assert_called_once_with(arrives)
+        assert (recording.inputs.tensors["x"] == 1).all()
+
+    def test_results_of_a_recording_do_not_outlast_it(self, graphed: GraphedObjective) -> None:
+        """They are in its memory, which a step that is not recorded may need."""
+        staged = Staged({"x": torch.zeros(3)}, None)
+        graphed(staged)
+        graphed(staged)
+        (recording,) = FakeRecording.made
+        recording.result = torch.zeros(3)
+        outcome: Outcome | None = graphed(staged)
+        result = weakref.ref(recording.result)
+        recording.result = None
+        assert outcome is not None
+        assert result() is not None
+        outcome = None  # as a training step does
+        graphed(Staged({"x": torch.zeros(4)}, None))
+        assert result() is None
 
     def test_what_comes_next_is_not_sent_where_it_cannot_be_used(
         self, graphed: GraphedObjective, monkeypatch: pytest.MonkeyPatch
