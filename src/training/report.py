@@ -87,7 +87,7 @@ def plan_of(
     """What will be trained on what, how long, and where results go: a line each, before the model is read."""
     steps_per_epoch = work.batches_per_epoch // config.accumulate_grad_batches
     steps = steps_per_epoch * epochs_of(config)
-    rates = ", ".join(f"{schedule.learning_rate(step):.4g}" for step in (0, steps // 2, max(steps - 1, 0)))
+    rates = _course_of_rate(schedule, steps)
     packed = "matrices and head" if config.quant_head else "matrices"
     weights = f"{config.quant_type} {packed}" if config.quantised else "unquantised"
     batch = config.micro_bsz * config.accumulate_grad_batches * config.processes
@@ -116,9 +116,31 @@ def plan_of(
             *_rounded(config, work),
             *_in_chunks(config, method, hardware),
             f"rate       {rates} (start, middle, end); {warm_up}",
+            *other_rates(method, shape, schedule, steps),
             f"results    {folder}/",
         ]
     )
+
+
+def _course_of_rate(schedule: Schedule, steps: int, factor: float = 1.0) -> str:
+    return ", ".join(f"{factor * schedule.learning_rate(step):.4g}" for step in (0, steps // 2, max(steps - 1, 0)))
+
+
+def other_rates(method: Method, shape: ModelShape, schedule: Schedule, steps: int) -> list[str]:
+    """A line on what does not learn at the rate itself, as the optimizer's groups have it; none if all does."""
+    states, weights = shape.state_shapes(), shape.parameter_shapes()
+    apart: dict[str, str] = {}
+    for name in method.trained_names(shape):
+        if (factor := method.rate_factor(shape, name)) == 1:
+            continue
+        course = _course_of_rate(schedule, steps, factor)
+        if name in states:
+            apart["states"] = f"{course} (--lr_state)"
+        elif name in weights:
+            apart[name.rsplit(".", 1)[-1]] = f"{course} (--layerwise_lr)"
+        else:
+            apart["LoRA's B"] = f"{course} (--lora_plus)"
+    return ["           " + "; ".join(f"{what}: {course}" for what, course in apart.items())] if apart else []
 
 
 def engine_alone(config: TrainConfig, method: Method, shape: ModelShape) -> list[str]:
