@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from src import storage
 from src.config import TrainConfig
+from src.config.hardware import STRATEGIES
 from src.config.recognition import files_of
 from src.errors import CheckpointError, ConfigError
 from src.identity import files_of_model
@@ -355,11 +356,13 @@ def check_flags(config: TrainConfig, precision: str, figures: Mapping[str, int],
             problems.append(f"--{name} {new} {changed}")
         elif old != new:
             cuts_elsewhere = name == "chunk_ctx" and config.bptt_chunks > 0
+            if _typed(name, old) == _typed(name, new):  # the machine differs, and no flag
+                continue
             if name in FREE or same_file or (name in ROUNDING and not cuts_elsewhere):
                 effect = "; sums are rounded in another order" if name in ROUNDING else ""
-                notes.append(f"--{name} {_shown(new)} was {_shown(old)} before{effect}")
+                notes.append(f"--{name} {_typed(name, new)} was {_typed(name, old)} before{effect}")
             else:
-                problems.append(f"--{name} {_shown(new)} was {_shown(old)}")
+                problems.append(f"--{name} {_typed(name, new)} was {_typed(name, old)}")
     for name, value in saved.figures.items():
         if figures[name] != value:
             problems.append(f"{name.replace('_', ' ')}: {figures[name]}, was {value}")
@@ -371,7 +374,10 @@ def check_flags(config: TrainConfig, precision: str, figures: Mapping[str, int],
     return notes
 
 
-def _shown(value: Any) -> str:
+def _typed(name: str, value: Any) -> str:
+    """A flag's final value as it can be given: a text that no flag takes is what `auto` chose."""
+    if name == "strategy" and value not in STRATEGIES:
+        return "auto"
     return repr(value) if value == "" else str(value)
 
 

@@ -343,7 +343,7 @@ def test_a_run_goes_on_under_another_strategy(
     train(tmp_path / "whole", **flags, strategy=before)
     stopped(3, tmp_path / "parts", **flags, strategy=before)
     ended = go_on(tmp_path / "parts", strategy=after)
-    told = "single" if after == ONE else after
+    told = "auto" if after == ONE else after
     assert f"note: --strategy {told} was " in ended.out
     assert_same_steps(tmp_path / "whole", tmp_path / "parts")
     assert_same_files(tmp_path / "whole", tmp_path / "parts")

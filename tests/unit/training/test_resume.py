@@ -1,6 +1,7 @@
 """Parts of a run that can be put back, without a run."""
 
 import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from src.training.resume import (
     Session,
     Settled,
     TrainedTensors,
+    check_flags,
     completed_flags,
     fingerprints,
     saved_run,
@@ -258,3 +260,20 @@ class TestSaver:
         self, seconds: float, ends: dict[str, int], expected: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         assert self.run(tmp_path, monkeypatch, seconds, **ends) == expected
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "said"),
+    [
+        ("single", "replicas", []),
+        ("single", "deepspeed_stage_2", ["--strategy deepspeed_stage_2 was auto before"]),
+        ("deepspeed_stage_2", "single", ["--strategy auto was deepspeed_stage_2 before"]),
+        ("replicas", "deepspeed_stage_1", ["--strategy deepspeed_stage_1 was auto before"]),
+    ],
+)
+def test_what_a_run_chose_is_told_as_a_flag_names_it(before: str, now: str, said: list[str]) -> None:
+    config = TrainConfig.from_flags({"load_model": "m.pth", "data_file": "data"})
+    then = values_of(dataclasses.replace(config, strategy=before), "fp32")
+    saved = SavedRun(Path("run"), "run", 1, then, {}, {}, {}, None)
+    notes = check_flags(dataclasses.replace(config, strategy=now), "fp32", {}, saved)
+    assert [note.split(";")[0] for note in notes] == said
