@@ -88,9 +88,10 @@ def _notes(report: MergeReport, config: MergeConfig) -> Iterator[str]:
                 "--quant nf4, fp4 or int8 merges it as such a training had it"
             )
         elif trained.quant != "none":
+            how_far = "" if config.verify else "--verify 1 says how far, "
             yield (
                 f"note     it was trained on {trained.quant} weights and merged into unpacked ones, which differ: "
-                f"--verify 1 says how far, --quant {trained.quant} merges it as it was trained"
+                f"{how_far}--quant {trained.quant} merges it as it was trained"
             )
     if trained.beside:
         command = command_here("merge_state.py", config.output, trained.beside, "MERGED.pth")

@@ -68,6 +68,7 @@ def test_a_run_on_packed_weights(peft: str, folder: Path, tmp_path: Path) -> Non
     assert near < 3e-3
     assert 0.01 < far < 0.2
     assert "note     it was trained on nf4 weights" in ended.out
+    assert "--verify" not in ended.out  # it was given
     assert "2 layers of state" in ended.out
     as_trained = merged(folder, f"nf4-{peft}", tmp_path / "as-trained.pth", verify=1, quant="nf4")
     assert max(verified(as_trained)) < 3e-3
