@@ -15,6 +15,7 @@ from src import safetensors, storage
 from src.adapters.hf import CONFIG_FILE, TENSOR_FILE, write_hf
 from src.adapters.trained import Told, Trained, read_trained
 from src.checkpoint import Checkpoint, open_checkpoint
+from src.config.model import quant_name
 from src.errors import CheckpointError, ConfigError
 from src.identity import FileIdentity
 from src.model.rwkv7 import hf_name, hf_tensor
@@ -22,9 +23,6 @@ from src.model.shape import ModelShape
 from src.quant import DequantizationWorkspace, FrozenLinear
 from src.storage import PathLike
 from src.streaming import save_one_by_one
-
-_FOUR_BIT = {"4bit": "fp4"}
-"""Names of one quantisation."""
 
 
 @dataclass(frozen=True)
@@ -306,8 +304,7 @@ def check_quant(trained: Trained, quant: str) -> None:
         return
     if not trained.adapters:
         raise ConfigError(f"--quant {quant} says nothing about {trained.path}, which holds no adapter: leave it out")
-    trained_on = trained.quant or quant
-    if _FOUR_BIT.get(trained_on, trained_on) != _FOUR_BIT.get(quant, quant):
+    if (trained_on := trained.quant) not in (None, quant_name(quant)):
         on = "weights that were not packed" if trained_on == "none" else trained_on
         raise ConfigError(f"--quant {quant}, but {trained.path} was trained on {on}: leave it out, or use --quant none")
 

@@ -28,13 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
-from src.config.model import QUANT_TYPES
+from src.config.model import QUANT_TYPES, quant_name
 from src.ops.dequantize_cuda import KERNELS, MOST_TOGETHER, OF_SEVERAL, PackedMatrix, filler
 from src.ops.kernels import Kernel, usable
 from src.ops.node import Node
 from src.startup import uncompiled_imports
 
-_FOUR_BIT_CODE = {"nf4": "nf4", "fp4": "fp4", "4bit": "fp4"}
 _FOUR_BIT_BLOCK = 64
 _ABSMAX_BLOCK = 256
 _INT8_BLOCK = 256
@@ -349,7 +348,7 @@ class FrozenLinear(nn.Module):
                 dense,
                 blocksize=_FOUR_BIT_BLOCK,
                 compress_statistics=double_quantization,
-                quant_type=_FOUR_BIT_CODE[quant_type],
+                quant_type=quant_name(quant_type),
             )
             if double_quantization:
                 absmax_scale, absmax_offset = state.state2.absmax, state.offset
@@ -465,7 +464,7 @@ class FrozenLinear(nn.Module):
             self.absmax_scale,
             self.absmax_offset,
             dynamic,
-            _four_bit_code(_FOUR_BIT_CODE[self.quant_type], device) if four_bit else dynamic,
+            _four_bit_code(quant_name(self.quant_type), device) if four_bit else dynamic,
             4 if four_bit else 8,
             self.out_features * self.in_features,
         )
@@ -501,7 +500,7 @@ class FrozenLinear(nn.Module):
             shape=dense.shape if dense.is_cuda else self._rows_of_blocks(),
             dtype=dense.dtype,
             blocksize=_FOUR_BIT_BLOCK,
-            quant_type=_FOUR_BIT_CODE[self.quant_type],
+            quant_type=quant_name(self.quant_type),
             offset=self.absmax_offset,
             state2=nested,
         )

@@ -28,7 +28,7 @@ from src.adapters.hf import is_hf, read_hf
 from src.adapters.lora import LoRA, lora_weight
 from src.adapters.plan import init_key, module_of
 from src.checkpoint import keys_in, load_state, read_tensors
-from src.config.model import QUANT_TYPES
+from src.config.model import QUANT_TYPES, quant_name
 from src.config.told import ToldFlags
 from src.errors import CheckpointError
 from src.model.shape import LAYER_KEY, ModelShape, Shape
@@ -466,7 +466,7 @@ def _packing_in(path: Path, said: Mapping[str, Any]) -> dict[str, Any]:
             f"{description_path(path)} says that {path} was trained on weights packed as {quant!r}, and none, "
             f"{', '.join(QUANT_TYPES)} are known: correct or remove that file"
         )
-    return {"quant": quant, "quant_head": bool(said.get("quant_head"))}
+    return {"quant": quant and quant_name(quant), "quant_head": bool(said.get("quant_head"))}
 
 
 def _base_in(said: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from src.adapters.files import said_beside
 from src.adapters.trained import Told, Trained, read_tuned
 from src.checkpoint import open_checkpoint
 from src.config import TrainConfig
-from src.config.model import METHOD_DEFAULTS
+from src.config.model import METHOD_DEFAULTS, quant_name
 from src.device import apply_device, resolve_device, without_memory
 from src.identity import FileIdentity
 from src.loading import LoadOptions
@@ -48,7 +48,7 @@ def evaluate(config: TrainConfig) -> tuple[HeldOut, HeldOut | None]:
     held_out = prepare_held_out(config, shape)
     device = resolve_device(config.accelerator, config.precision)
     apply_device(device)
-    packed = config.quant_type if config.quantised else None
+    packed = quant_name(config.quant_type) if config.quantised else None
     say(
         f"model      {config.load_model}: {shape.family}, {counted(shape.parameter_count)} parameters, "
         f"{f'{packed} matrices' if packed else 'unquantised'}"

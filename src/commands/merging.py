@@ -12,6 +12,7 @@ from src.adapters.trained import Told
 from src.checkpoint import Checkpoint, open_checkpoint
 from src.commands.comparison import compared_tokens, logits_on, relative_error
 from src.config import MergeConfig
+from src.config.model import quant_name
 from src.errors import CheckpointError, ConfigError
 from src.identity import size_of_model
 from src.loading import LoadOptions, build_model
@@ -54,7 +55,7 @@ def run(config: MergeConfig) -> int:
 def _report(report: MergeReport, config: MergeConfig, quant: str) -> Iterator[str]:
     shape, trained = report.shape, report.trained
     if trained.adapters:
-        packed = f", after packing and unpacking as {quant}" if quant != "none" else ""
+        packed = f", after packing and unpacking as {quant_name(quant)}" if quant != "none" else ""
         yield f"merged   {trained.describe()}, computed in fp32 and rounded once{packed}"
     if trained.weights:
         weights, first = several(len(trained.weights), "further weight"), next(iter(trained.weights))
@@ -132,7 +133,7 @@ def _verify(report: MergeReport, output: Path, quant: str, device: torch.device,
         )
     if error > limit:
         print(f"warning  that is more than the {limit:.0e} that rounding to {report.base_dtype} explains")
-    trained_on = trained.quant or quant
+    trained_on = trained.quant or quant_name(quant)
     if trained_on != "none":  # with matrices packed that have no adapter, and the head
         unpacked = Apart(Merged(report.base, trained, device=device), trained)
         error = relative_error(merged, logits_of(unpacked, trained_on, quant_head=trained.quant_head))

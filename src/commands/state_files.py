@@ -17,6 +17,7 @@ from src.adapters.trained import Told, Trained, read_trained
 from src.checkpoint import Checkpoint, load_state, open_checkpoint, read_states, save_state
 from src.commands.comparison import compared_tokens, logits_on, relative_error
 from src.config import TrainConfig
+from src.config.model import quant_name
 from src.config.state import (
     BlendConfig,
     DiffConfig,
@@ -312,7 +313,7 @@ def _provenance(said: Mapping[str, Any]) -> Iterator[str]:
     digest = f", sha256 {str(base['sha256'])[:_DIGEST_SHOWN]}..." if "sha256" in base else ""
     size = f" ({base['size_bytes']:,} bytes{digest})" if isinstance(base.get("size_bytes"), int) else ""
     quant = said.get("quant")
-    weights = f", {quant} weights" if quant not in (None, "none") else ""
+    weights = f", {quant_name(quant)} weights" if quant not in (None, "none") else ""
     method, name = said.get("method", "by an unknown method"), base.get("file", "an unknown model")
     yield f"trained    {method} on {name}{size}{weights}"
     if isinstance(said.get("blend"), list):

@@ -35,6 +35,11 @@ adapters 2e-5 to 1e-2, of small models; one that is barely trained learns at mor
 and more (states 1 to 1e-2, adapters 2e-5 to 2e-4)."""
 
 
+def quant_name(text: str) -> str:
+    """The one name of a packing, for reports and files: `4bit` is bitsandbytes' word for its default, fp4."""
+    return "fp4" if text == "4bit" else text
+
+
 def quant_type_flag(text: str = "4bit means fp4; int8 is blockwise 8-bit") -> Any:
     """How matrices are packed, the same for every script."""
     return flag("nf4", text, QUANT_TYPES, only_with=("quant", 1))

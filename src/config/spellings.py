@@ -10,7 +10,7 @@ import os
 from dataclasses import dataclass, field
 
 from src.config.flags import Given, shortened
-from src.config.model import QUANT_TYPES
+from src.config.model import QUANT_TYPES, quant_name
 from src.config.recognition import files_of
 
 UNDERSTOOD = {
@@ -100,7 +100,8 @@ def _translate_quantisation(given: Given, made: Translation) -> None:
         if given.get("quant_type", text) != text:
             made.problems.append(f"--quant {text} and --quant_type {given['quant_type']} name two types: leave one out")
         made.given |= {"quant": "1", "quant_type": text}
-        made.notes.append(f"--quant {text} is --quant 1 --quant_type {text}")
+        known_as = f", which is {quant_name(text)}" if quant_name(text) != text else ""
+        made.notes.append(f"--quant {text} is --quant 1 --quant_type {text}{known_as}")
     elif text.strip() not in ("0", "1", "-1") and "quant" in given:
         del made.given["quant"]
         shown = shortened(text) if text.isprintable() else repr(shortened(text))

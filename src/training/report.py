@@ -11,6 +11,7 @@ import torch
 
 from src.adapters.method import Method
 from src.config import TrainConfig
+from src.config.model import quant_name
 from src.config.templates import TEMPLATE_NAMES
 from src.device import global_rank, memory_bytes
 from src.model.shape import ModelShape
@@ -89,7 +90,7 @@ def plan_of(
     steps = steps_per_epoch * epochs_of(config)
     rates = _course_of_rate(schedule, steps)
     packed = "matrices and head" if config.quant_head else "matrices"
-    weights = f"{config.quant_type} {packed}" if config.quantised else "unquantised"
+    weights = f"{quant_name(config.quant_type)} {packed}" if config.quantised else "unquantised"
     batch = config.micro_bsz * config.accumulate_grad_batches * config.processes
     if config.preference:
         size = f"{several(batch, 'pair')} a step at most, longest text {config.rlhf_max_corpus_len}"

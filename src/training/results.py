@@ -12,6 +12,7 @@ from typing import Any
 from src.adapters.files import description_path, write_description
 from src.adapters.method import Method
 from src.config import TrainConfig
+from src.config.model import quant_name
 from src.errors import CheckpointError
 from src.identity import FileIdentity
 from src.model.language_model import LanguageModel
@@ -57,7 +58,7 @@ class Results:
         return {
             **self.method.properties(model.shape),
             "architecture": model.shape.architecture,
-            "quant": config.quant_type if config.quantised else "none",
+            "quant": quant_name(config.quant_type) if config.quantised else "none",
             "quant_head": bool(config.quant_head),
             "base": base,
             "losses": {"steps": len(self.losses), **(ends_of(self.losses) if self.losses else {})},

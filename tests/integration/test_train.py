@@ -347,6 +347,8 @@ class TestModes:
             epoch_steps=2, epoch_count=1,
         )  # fmt: skip
         assert len(metrics(tmp_path / "out")) == 2
+        said = json.loads((tmp_path / "out" / "rwkv-final.json").read_text())
+        assert said["quant"] == ("fp4" if quant_type == "4bit" else quant_type)
 
     def test_bf16(self, base: Path, data: Path, tmp_path: Path) -> None:
         common = {"load_model": base, "data_file": data, "epoch_steps": 3, "epoch_count": 1}

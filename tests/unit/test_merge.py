@@ -304,4 +304,5 @@ class TestBaseModels:
         tiny_checkpoint(tmp_path / "base.pth", n_embd=64)
         tiny_adapter(tmp_path / "trained.pth", tiny_shape(n_embd=64), "bone")
         self.describe(tmp_path, quant="4bit")
-        merge(tmp_path / "base.pth", tmp_path / "trained.pth", tmp_path / "merged.pth", quant="fp4")
+        report = merge(tmp_path / "base.pth", tmp_path / "trained.pth", tmp_path / "merged.pth", quant="fp4")
+        assert report.trained.quant == "fp4"

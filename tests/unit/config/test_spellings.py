@@ -45,7 +45,9 @@ class TestQuantisation:
     def test_a_type_in_the_place_of_1(self, quant_type: str) -> None:
         made = config(quant=quant_type, peft="lora")
         assert (made.quant, made.quant_type) == (1, quant_type)
-        assert notes(quant=quant_type) == [f"--quant {quant_type} is --quant 1 --quant_type {quant_type}"]
+        assert notes(quant=quant_type) == [
+            f"--quant {quant_type} is --quant 1 --quant_type {quant_type}{', which is fp4' * (quant_type == '4bit')}"
+        ]
 
     def test_none(self) -> None:
         assert config(quant="none").quant == 0
