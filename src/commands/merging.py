@@ -66,8 +66,8 @@ def _report(report: MergeReport, config: MergeConfig, quant: str) -> Iterator[st
             f"in {report.state_dtype}{', replacing the one that was there' if report.replaced_state else ''}"
         )
     changed = len(trained.adapters.keys() | trained.weights.keys())
-    rest = f", {len(shape.parameter_shapes()) - changed} of {len(shape.parameter_shapes())} tensors" if changed else ""
-    yield f"base     {shape.parameter_count:,} weights in {report.base_dtype}{rest}, copied bit for bit"
+    rest = f"; {len(shape.parameter_shapes()) - changed} of {len(shape.parameter_shapes())} tensors" if changed else ","
+    yield f"base     {shape.parameter_count:,} weights in {report.base_dtype}{rest} copied bit for bit"
     yield f"written  {config.output} ({report.size_bytes:,} bytes)"
     yield from _notes(report, config)
     if config.output.endswith(".safetensors"):

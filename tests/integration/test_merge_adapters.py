@@ -49,6 +49,7 @@ def test_a_run_is_merged_without_a_word_on_what_it_was(peft: str, folder: Path, 
     assert distance < 3e-3
     assert f"{dict(zip(METHODS, ('LoRA', 'PiSSA', 'Bone', 'Bat'), strict=True))[peft]} r 8" in ended.out
     assert "44 further weights" in ended.out
+    assert re.search(r"weights in \w+; \d+ of \d+ tensors copied bit for bit", ended.out)
     assert "note" not in ended.out
     assert files_in(tmp_path) == {"merged.pth"}
     # It trains on as a base model, from where the run ended.

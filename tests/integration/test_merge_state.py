@@ -63,7 +63,7 @@ def test_a_merge_writes_the_model_and_says_what_it_did(inputs: Path) -> None:
     size_bytes = (inputs / "merged.pth").stat().st_size
     for part in (
         "2 layers of state [4, 8, 8] in bfloat16",
-        f"{tiny_shape().parameter_count:,} weights in bfloat16",
+        f"{tiny_shape().parameter_count:,} weights in bfloat16, copied bit for bit",
         f"merged.pth ({size_bytes:,} bytes)",
         "next",
     ):
