@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from src.adapters.lisa import Lisa
 from src.adapters.method import Method
 from src.config import TrainConfig
 from src.config.model import quant_name
@@ -131,7 +132,8 @@ def other_rates(method: Method, shape: ModelShape, schedule: Schedule, steps: in
     """A line on what does not learn at the rate itself, as the optimizer's groups have it; none if all does."""
     states, weights = shape.state_shapes(), shape.parameter_shapes()
     apart: dict[str, str] = {}
-    for name in method.trained_names(shape):
+    in_turn = [name for name in weights if name.startswith("blocks.")] if isinstance(method, Lisa) else []
+    for name in [*method.trained_names(shape), *in_turn]:
         if (factor := method.rate_factor(shape, name)) == 1:
             continue
         course = _course_of_rate(schedule, steps, factor)

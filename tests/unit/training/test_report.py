@@ -50,6 +50,7 @@ def test_an_engine_on_one_gpu(flags: dict[str, str], gib: float) -> None:
         ({"peft": "lora", "lora_plus": "16"}, ["LoRA's B", "time_decay"]),
         ({"peft": "bone", "train_type": "states", "lr_state": "3"}, ["states", "time_decay"]),
         ({"peft": "lisa", "train_type": "states", "train_parts": "time"}, ["states", "time_decay"]),
+        ({"peft": "lisa", "train_type": "states"}, ["states", "time_decay"]),
         ({"train_type": "none"}, ["time_decay"]),
         ({"train_type": "none", "layerwise_lr": "0"}, []),
     ],
@@ -58,7 +59,7 @@ def test_rates_are_those_of_the_optimizers_groups(flags: dict[str, str], named: 
     shape = RWKV6Shape.from_sizes(n_layer=2, n_embd=64, vocab_size=16)
     config = TrainConfig.from_flags({"load_model": "m.pth", "data_file": "data", **flags})
     method = method_of(config)
-    names = method.trained_names(shape)
+    names = [*method.trained_names(shape), *(shape.parameter_shapes() if config.method == "lisa" else ())]
     groups = parameter_groups(
         [(name, nn.Parameter()) for name in names], {name: method.rate_factor(shape, name) for name in names}, config
     )
