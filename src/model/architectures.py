@@ -60,7 +60,10 @@ def _other_kind(keys: Collection[str]) -> str:
         return any(part in key for key in keys for part in parts)
 
     if has(".lora_A", ".lora_B", ".bone", ".disha", ".miss_block", ".base_layer"):
-        return "holds an unmerged adapter (LoRA, Bone or DiSHA); merge it into its base model first"
+        return (
+            "holds an unmerged adapter (LoRA, Bone or DiSHA); merge it into its base model first "
+            "(merge_state.py BASE FILE OUTPUT)"
+        )
     if any(key in keys for key in ("_strategy", "_version", "_rescale_layer")):
         return (
             "was converted by the pip package rwkv (ln0 folded into the embedding, matrices transposed and "

@@ -142,7 +142,7 @@ RWKV5_NAMES = [("_maa_" + group, "") for group in ("x", "w1", "w2", "w")] + [
         (renamed((".att.", ".attention.")), "Hugging Face"),
         (
             {"blocks.0.att.key.lora_A": torch.zeros(2), "blocks.0.att.key.lora_B": torch.zeros(2)},
-            "an unmerged adapter",
+            "merge it into its base model first (merge_state.py BASE FILE OUTPUT)",
         ),
         (parameters(blocks__0__att__key__bone=torch.zeros(2)), "an unmerged adapter"),
         (parameters(blocks__0__att__key__disha=torch.zeros(2)), "an unmerged adapter"),
