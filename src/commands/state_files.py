@@ -197,7 +197,10 @@ def verify(config: VerifyConfig) -> Iterator[str]:
         tuned.use(tuned=False)
         plain = logits_on(tuned.model, tokens)
     what = f"{several(tokens.numel(), 'token')} ({config.verify_text or 'random ones'})"
-    yield f"compared   on {what}, {chosen.describe()}, {quant or 'unpacked'} weights"
+    yield f"compared   on {what}, {chosen.describe()}, {quant_name(quant or 'unpacked')} weights"
+    if trained.quant not in (None, "none" if quant is None else quant_name(quant)):
+        on = "unpacked" if trained.quant == "none" else trained.quant
+        yield f"note       it was trained on {on} weights: --quant {trained.quant} compares on such"
     yield from _changes(found, plain, tokens, is_text=bool(config.verify_text))
 
 

@@ -122,6 +122,10 @@ def test_an_adapter_beside_states_that_it_does_not_hold(folder: Path, tmp_path: 
     assert f"beside the states of {state}: give them with --load_state" in alone.out
     checked = run_script("src/commands/state.py", "verify", run / "rwkv-final.pth", base=base, accelerator="cpu")
     assert f"note       it was trained beside the states of {state}, which are not in it" in checked.out
+    assert "note       it was trained on" not in checked.out
+    packed = {"base": base, "accelerator": "cpu", "quant": "nf4", "type": "bone"}
+    checked = run_script("src/commands/state.py", "verify", run / "rwkv-final.pth", **packed)
+    assert "note       it was trained on unpacked weights: --quant none compares on such" in checked.out
     written = run_script(
         "src/commands/state.py", "export", run / "rwkv-final.pth", tmp_path / "peft", to="hf", base=base
     )
