@@ -391,13 +391,6 @@ class FrozenLinear(nn.Module):
         """See `layers.Linear`."""
         return self(x)  # type: ignore[no-any-return]
 
-    def product_into(self, x: Tensor, y: Tensor) -> None:
-        """See `layers.Linear`."""
-        if x.dtype is self.compute_dtype:
-            torch.mm(x, self.shared_dense().t(), out=y)
-        else:
-            y.copy_(self(x))
-
     def add_product(self, x: Tensor, y: Tensor) -> None:
         """See `layers.Linear`."""
         if x.dtype is self.compute_dtype:
@@ -411,6 +404,13 @@ class FrozenLinear(nn.Module):
             torch.mm(grad_output, self.shared_dense(), out=grad_x)
         else:
             grad_x.copy_(self.gradients(grad_output)[0])
+
+    def add_gradient(self, grad_output: Tensor, grad_x: Tensor) -> None:
+        """See `layers.Linear`."""
+        if grad_output.dtype is self.compute_dtype:
+            grad_x.addmm_(grad_output, self.shared_dense())
+        else:
+            grad_x.add_(self.gradients(grad_output)[0])
 
     def gradients(self, grad_output: Tensor) -> tuple[Tensor, Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]]:
         """The gradient of x [..., in] from that of the result [..., out], in its dtype; see `layers.Linear`."""

@@ -25,7 +25,7 @@ from src.adapters.adapter import Adapter, Kept, OfParameters
 from src.adapters.low_rank import LowRank
 from src.model.shape import Shape
 from src.ops.block_diagonal import add_block_products, add_block_products_gradients, by_block
-from src.ops.products import add_products, outer_sum, outer_sums, products, side_by_side
+from src.ops.products import outer_sum, outer_sums, products, side_by_side
 
 
 class Bone(LowRank):
@@ -97,15 +97,12 @@ class Bat(Adapter):
     @classmethod
     def joint_products(cls, adapters: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
         """See Adapter."""
-        rows, like = inputs[0].shape[0], inputs[0]
-        results = side_by_side([(rows, adapter.base.out_features) for adapter in adapters], like)
-        sums = []
-        for adapter, x, y in zip(adapters, inputs, results, strict=True):
+        results = []
+        for adapter, x in zip(adapters, inputs, strict=True):
             moved, summed = add_block_products(x, adapter.used("bone", x.dtype))
-            adapter.base.product_into(moved, y)
-            sums.append(summed)
-        repeats = [adapter._repeat(summed.shape[1], like.dtype) for adapter, summed in zip(adapters, sums, strict=True)]
-        add_products(results, sums, repeats)
+            (y,) = products([summed], [adapter._repeat(summed.shape[1], x.dtype)])
+            adapter.base.add_product(moved, y)
+            results.append(y)
         return results
 
     @classmethod

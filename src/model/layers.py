@@ -67,10 +67,6 @@ class Linear(nn.Module):
         """y of x and of what was kept of it, outside autograd."""
         return self(x)  # type: ignore[no-any-return]
 
-    def product_into(self, x: Tensor, y: Tensor) -> None:
-        """x [n, in] -> y [n, out], in memory that is there, outside autograd."""
-        torch.mm(x, self.weight.to(x.dtype).t(), out=y)
-
     def add_product(self, x: Tensor, y: Tensor) -> None:
         """Adds the product of x [n, in] to y [n, out], in place, outside autograd; a sum in fp32, rounded once."""
         y.addmm_(x, self.weight.to(x.dtype).t())
@@ -78,6 +74,10 @@ class Linear(nn.Module):
     def gradient_into(self, grad_output: Tensor, grad_x: Tensor) -> None:
         """From the gradient of y [n, out] to that of x [n, in], in memory that is there, outside autograd."""
         torch.mm(grad_output, self.weight.to(grad_output.dtype), out=grad_x)
+
+    def add_gradient(self, grad_output: Tensor, grad_x: Tensor) -> None:
+        """Adds what the gradient of y [n, out] is to x to grad_x [n, in], as `add_product` does."""
+        grad_x.addmm_(grad_output, self.weight.to(grad_output.dtype))
 
     def gradients(self, grad_output: Tensor) -> tuple[Tensor, OfTrained]:
         """From the gradient of y: that of x, and a function from what was kept to those of `trained`.

@@ -65,18 +65,13 @@ def products(lefts: Sequence[Tensor], rights: Sequence[Tensor], scale: float = 1
     for part in _runs(lefts, rights, results):
         left, right, result = (_stack(operand[part]) for operand in (lefts, rights, results))
         if scale != 1.0:
-            _add_product(result, left, right, scale, beta=0.0)
+            multiply = result.baddbmm_ if result.ndim == 3 else result.addmm_
+            multiply(left, right, beta=0.0, alpha=scale)
         elif result.ndim == 3:
             torch.bmm(left, right, out=result)
         else:
             torch.mm(left, right, out=result)
     return results
-
-
-def add_products(sums: Sequence[Tensor], lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> None:
-    """Adds left @ right to each of the sums [n, m], in place."""
-    for part in _runs(sums, lefts, rights):
-        _add_product(_stack(sums[part]), _stack(lefts[part]), _stack(rights[part]))
 
 
 def outer_sums(lefts: Sequence[Tensor], rights: Sequence[Tensor]) -> list[Tensor]:
@@ -98,12 +93,6 @@ def outer_sum(left: Tensor, right: Tensor) -> Tensor:
     if left.dtype in (torch.bfloat16, torch.float16):
         return rows.float() @ right.float()
     return rows @ right
-
-
-def _add_product(result: Tensor, left: Tensor, right: Tensor, scale: float = 1.0, beta: float = 1.0) -> None:
-    """result = beta · result + scale · left @ right."""
-    add = result.baddbmm_ if result.ndim == 3 else result.addmm_
-    add(left, right, beta=beta, alpha=scale)
 
 
 def _runs(*operands: Sequence[Tensor]) -> Iterator[slice]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from src import quant
 from src.config.model import QUANT_TYPES
+from src.model.layers import Linear
 from src.quant import DequantizationWorkspace, FrozenHead, FrozenLinear
 
 pytest.importorskip("bitsandbytes")
@@ -69,6 +70,32 @@ def test_result_and_gradient_have_the_dtype_of_x(x_dtype: torch.dtype, compute_d
     assert x.grad is not None
     assert x.grad.dtype == x_dtype
     assert layer.dequantized().dtype == compute_dtype
+
+
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["dense", "dense, stored wider", *QUANT_TYPES])
+def test_products_add_themselves_to_what_is_there(kind: str, x_dtype: torch.dtype) -> None:
+    if kind.startswith("dense"):
+        layer: Linear | FrozenLinear = Linear(128, 96)
+        layer.weight = nn.Parameter(random_weight().to(x_dtype if kind == "dense" else torch.float32))
+        weight = layer.weight.detach()
+    else:
+        layer = frozen(kind, dtype=torch.float32)
+        weight = layer.dequantized()
+    x, grad = (random_weight(5, width, seed).to(x_dtype) for width, seed in ((128, 1), (96, 2)))
+    y, grad_x = (10 * random_weight(5, width, seed).to(x_dtype) for width, seed in ((96, 3), (128, 4)))
+    exact_y = y.double() + x.double() @ weight.double().t()
+    exact_grad = grad.double() @ weight.double()
+    exact_sum = grad_x.double() + exact_grad
+    written = torch.full_like(grad_x, torch.nan)
+    with torch.no_grad():
+        layer.add_product(x, y)
+        layer.add_gradient(grad, grad_x)
+        layer.gradient_into(grad, written)
+    tolerance = 1e-5 if x_dtype is torch.float32 else 1e-2
+    for found, exact in ((y, exact_y), (grad_x, exact_sum), (written, exact_grad)):
+        assert found.dtype is x_dtype
+        assert (found - exact).norm() < tolerance * exact.norm()
 
 
 def test_odd_sizes() -> None:
