@@ -1,8 +1,8 @@
 // Arguments of the element-wise kernels.
 //
 // `wide`: parameters are stored in fp32, from which they are rounded as they are read; else in bf16.
-// All activations are bf16, contiguous, 16-byte aligned; channel counts are multiples of 8, tensors have fewer than
-// 2^32 vectors of 8. Arithmetic is fp32.
+// All activations are bf16, 16-byte aligned, and contiguous, but for what a token shift makes; channel counts are
+// multiples of 8, tensors have fewer than 2^32 vectors of 8. Arithmetic is fp32.
 #pragma once
 
 #include "types.cuh"
@@ -19,9 +19,15 @@ struct NormSums {
   int64_t stride;  // values from one tile to the next
 };
 
-// The G outputs of a token shift, or their gradients; a gradient that is not there is null.
+// The gradients of the G outputs of a token shift; one that is not there is null.
 struct MixPointers {
   void* mix[kMaxMixes];
+};
+
+// The G outputs themselves.
+struct MixOutputs {
+  void* mix[kMaxMixes];
+  int vectors[kMaxMixes];  // of 8 values, from one row to the next
 };
 
 // What both passes of the token shift read. Null: carry = zeros, modulation = zeros, previous = the row before.

@@ -48,9 +48,13 @@ __device__ __forceinline__ int own_channel(const ShiftMix& a, int first, int c) 
   return min(first + c * kVector, a.channels - kVector);
 }
 
-// The number of a vector, which takes half the registers of an offset.
+// The number of a vector, which takes half the registers of an offset, where `vectors` of them lie between rows.
+__device__ __forceinline__ uint32_t vector_of(const ShiftMix& a, int row, int channel, int vectors) {
+  return uint32_t(min(row, a.rows - 1)) * uint32_t(vectors) + uint32_t(channel / kVector);
+}
+
 __device__ __forceinline__ uint32_t vector_of(const ShiftMix& a, int row, int channel) {
-  return uint32_t(min(row, a.rows - 1)) * uint32_t(a.channels / kVector) + uint32_t(channel / kVector);
+  return vector_of(a, row, channel, a.channels / kVector);
 }
 
 __device__ __forceinline__ Packed load_vector(const void* base, uint32_t number) {
@@ -169,7 +173,7 @@ __device__ __forceinline__ void load_deltas(const ShiftMix& a, uint32_t starts, 
 // multiprocessor, for which the registers are to suffice.
 template <int kWidth, int kWarps, int kTiles, int kResident>
 __global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
-    modulated_shift_mix_forward_kernel(ShiftMix a, Modulation modulation, const __grid_constant__ MixPointers outputs,
+    modulated_shift_mix_forward_kernel(ShiftMix a, Modulation modulation, const __grid_constant__ MixOutputs outputs,
                                        int chunk) {
   constexpr int kRows = 2 * kTiles, kTileRows = 4 * kRows;
   __shared__ Parameters<kWidth> parameters;
@@ -200,7 +204,7 @@ __global__ void __launch_bounds__(32 * kWarps, kResident / kWarps)
 #pragma unroll
         for (int j = 0; j < kVector; ++j)
           mixed[j] = fmaf(delta[i][j], proportion[i / 2][j / 2][j % 2 * 2 + i % 2], mixed[j]);
-        store_vector(outputs.mix[g], vector[i], mixed);
+        store_vector(outputs.mix[g], vector_of(a, row + i, channel, outputs.vectors[g]), mixed);
       }
     }
   }

@@ -28,7 +28,7 @@ __device__ __forceinline__ void load_shifted(const ShiftMix& a, int row, int cha
 }
 
 template <int kMixes, bool kModulated, int kTile>
-__global__ void __launch_bounds__(kThreads) shift_mix_forward_kernel(ShiftMix a, MixPointers outputs) {
+__global__ void __launch_bounds__(kThreads) shift_mix_forward_kernel(ShiftMix a, MixOutputs outputs) {
   int channel, first;
   if (!own_tile(a.rows, a.channels, kTile, channel, first)) return;
   Packed maa[kMixes];
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) shift_mix_forward_kernel(ShiftMix a,
       }
 #pragma unroll
       for (int j = 0; j < kVector; ++j) mixed[j] = fmaf(delta[j], proportion[j], z[j]);
-      store(outputs.mix[g], offset, mixed);
+      store(outputs.mix[g], int64_t(row) * outputs.vectors[g] * kVector + channel, mixed);
     }
   }
 }

@@ -275,9 +275,11 @@ class FrozenLinear(nn.Module):
         absmax_offset: fp32 0-d, mean absmax, subtracted before quantising them; None without double quantisation.
         kind: e.g. "key": matrices of one kind share a buffer in `keep_dequantized` mode.
         identity: of the packed data; another one when they are replaced.
+        room: see `layers.Linear`; none.
         place: where the dense matrix is written, once it has been.
     """
 
+    room = 0
     packed: Tensor
     absmax: Tensor
     absmax_scale: Tensor | None

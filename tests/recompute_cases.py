@@ -34,7 +34,7 @@ Gradients = dict[str, Tensor]
 
 
 def adapt(model: LanguageModel, kind: str, matrices: Collection[str], r: int = 16) -> None:
-    """Puts adapters around matrices, all of them away from their start."""
+    """Puts adapters around matrices, all of them away from their start; on a GPU they take room."""
     made = KINDS[kind]
     sizes = model.shape.parameter_shapes()
     for seed, key in enumerate(matrices):
@@ -45,6 +45,7 @@ def adapt(model: LanguageModel, kind: str, matrices: Collection[str], r: int = 1
         }
         options = {"scale": 0.5} if made is LoRA else {}
         model.adapt(key, lambda base, own=values, given=options: made(base, own, **given), 0)  # type: ignore[misc]
+    model.take_room()
 
 
 def model_of(

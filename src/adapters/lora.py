@@ -19,7 +19,8 @@ from src.adapters.adapter import Kept
 from src.adapters.low_rank import LowRank
 from src.model.layers import Linear
 from src.model.shape import Shape
-from src.ops.products import outer_sums
+from src.ops.products import behind, outer_sums
+from src.ops.rows import VECTOR
 from src.quant import FrozenLinear
 
 _OVERSAMPLING = 8
@@ -79,6 +80,23 @@ class LoRA(LowRank):
     def rank(self) -> int:
         """See LowRank."""
         return self.lora_A.shape[0]
+
+    def take_room(self) -> bool:
+        """See Joint: behind a dense matrix, which moves, if r values fill whole vectors of the kernels.
+
+        Not with dropout, where scale · B A x is not x's.
+        """
+        base, r, casts = self.base, self.rank, self._casts
+        if type(base) is not Linear or casts is None or r % VECTOR or self.dropout:
+            return False
+        weight = base.weight
+        is_whole = weight.ndim == 2 and weight.is_contiguous()  # and not a share of one that several processes have
+        if not is_whole or weight.dtype is not torch.bfloat16 or weight.shape[1] % VECTOR:
+            return False
+        base.make_room(r)
+        casts.cast_to(self._first_cast + self.names.index("lora_B"), behind(weight, r))
+        self.room = r
+        return True
 
     def down(self, dtype: torch.dtype) -> Tensor:
         """See LowRank."""

@@ -2,7 +2,8 @@
 
 Their four small products, two forward and two backward, and the gradients of what is trained are those of several
 adapters at once (`ops.products`). The wide product comes last and adds itself to U's: a sum in fp32, rounded once, and
-of long tensors faster than the narrow product would add itself to them. A layer that is computed again has
+of long tensors faster than the narrow product would add itself to them. Where x has room behind its rows for
+scale · D x, and W for U, it is a single product, [x, scale · D x] @ [W, U]ᵀ. A layer that is computed again has
 scale · D x from its first pass (`FirstPass`).
 """
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from src.adapters.adapter import Adapter, Kept, OfParameters
 from src.model.first_pass import FirstPass
-from src.ops.products import products
+from src.ops.products import behind, copy_each, has_room, products, side_by_side, with_room
 
 
 class LowRank(Adapter):
@@ -94,6 +95,8 @@ class LowRank(Adapter):
     def joint_products(cls, adapters: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
         """See Adapter."""
         dtype = inputs[0].dtype
+        if all(map(cls._lies_for_one_product, adapters, inputs)):
+            return cls._single_products(adapters, inputs, kept)
         results = products([each[-1] for each in kept], [adapter.up(dtype).t() for adapter in adapters])
         for adapter, x, y in zip(adapters, inputs, results, strict=True):
             adapter.base.add_product(x, y)
@@ -108,6 +111,22 @@ class LowRank(Adapter):
         for adapter, grad, grad_x in zip(adapters, grads, results, strict=True):
             adapter.base.add_gradient(grad, grad_x)
         return results, lambda kept: cls.parameter_gradients(kept, grads, grads_hidden)
+
+    @classmethod
+    def _single_products(cls, adapters: Sequence[Any], inputs: Sequence[Tensor], kept: Sequence[Kept]) -> list[Tensor]:
+        """[x, scale · D x] @ [W, U]ᵀ of each."""
+        r, like = adapters[0].rank, inputs[0]
+        copy_each([behind(x, r) for x in inputs], [each[-1] for each in kept])
+        adapters[0].up(like.dtype)  # with it the layer's others are cast, and U behind W
+        results = side_by_side([(like.shape[0], adapter.base.out_features) for adapter in adapters], like)
+        for adapter, x, y in zip(adapters, inputs, results, strict=True):
+            torch.mm(with_room(x, r), with_room(adapter.base.weight, r).t(), out=y)
+        return results
+
+    def _lies_for_one_product(self, x: Tensor) -> bool:
+        base: Any = self.base
+        lies = self.room > 0 and has_room(x, self.room) and has_room(base.weight, self.room)
+        return lies and x.dtype is base.weight.dtype
 
     def _note(self, hidden: Tensor) -> None:
         if self._first_pass is not None:

@@ -62,6 +62,7 @@ class LayerCasts:
     def __init__(self, buffer: CastBuffer) -> None:
         self._buffer = buffer
         self._owners: list[HasTrained] = []
+        self._elsewhere: list[tuple[int, Tensor]] = []
         self._views: list[Tensor] = []
         self._filled: Tensor | None = None  # what the views are of
         self._addresses: list[int] = []  # of what was cast there last
@@ -74,6 +75,12 @@ class LayerCasts:
         self._filled = None
         self._buffer.forget()
         return first
+
+    def cast_to(self, number: int, place: Tensor) -> None:
+        """From now on, a tensor is cast to this place, too, which may be strided: whenever the layer's are."""
+        self._elsewhere.append((number, place))
+        self._addresses = []
+        self._buffer.forget()
 
     def cast(self, number: int, dtype: torch.dtype) -> Tensor:
         """A tensor in this dtype, outside autograd: to be used at once, as another layer's overwrite it."""
@@ -96,7 +103,9 @@ class LayerCasts:
                 for begin, tensor in zip(begins, tensors, strict=False)
             ]
             self._filled = values
-        self._addresses, self._cast = addresses, caster(tensors, self._views)
+        sources = [*tensors, *(tensors[number] for number, _ in self._elsewhere)]
+        self._addresses = addresses
+        self._cast = caster(sources, [*self._views, *(place for _, place in self._elsewhere)])
         self._cast()
 
     def _tensors(self) -> list[Tensor]:

@@ -31,7 +31,13 @@ OfTrained = Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
 
 
 class Linear(nn.Module):
-    """y = x Wᵀ with W [out, in] in the file's orientation, cast to x's dtype when it is stored wider."""
+    """y = x Wᵀ with W [out, in] in the file's orientation, cast to x's dtype when it is stored wider.
+
+    Attributes:
+        room: how many values there is room for behind each row of W.
+    """
+
+    room = 0
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -50,6 +56,15 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         weight: Any = self._parameters["weight"]
         return F.linear(x, weight if weight.dtype is x.dtype else weight.to(x.dtype))
+
+    @torch.no_grad()
+    def make_room(self, width: int) -> None:
+        """Moves a frozen matrix to where there is room for `width` values behind each of its rows."""
+        weight = self.weight
+        whole = weight.new_empty(weight.shape[0], weight.shape[1] + width)
+        whole[:, : weight.shape[1]] = weight
+        weight.data = whole[:, : weight.shape[1]]
+        self.room = width
 
     def trained(self) -> list[nn.Parameter]:
         """Whose gradients `gradients` gives: of a frozen matrix none, and a trained one is autograd's own."""
@@ -88,7 +103,17 @@ class Linear(nn.Module):
 
 
 class Joint(ABC):
-    """A matrix that computes with others at once, in fewer launches, if they are alike: see `together`."""
+    """A matrix that computes with others at once, in fewer launches, if they are alike: see `together`.
+
+    Attributes:
+        room: how many values its inputs are to have room for behind each of their rows.
+    """
+
+    room = 0
+
+    def take_room(self) -> bool:
+        """From now on, uses inputs with `room` better, if it can: whether it now can."""
+        return False
 
     @abstractmethod
     def joins(self, others: Sequence[object]) -> bool:
@@ -318,6 +343,16 @@ class Mixer(nn.Module, ABC):
             if len({vector.dtype for vector in vectors if vector is not None}) == 1:
                 for vector, place in zip(vectors, torch.stack(vectors).unbind(), strict=True):  # type: ignore[arg-type]
                     vector.data = place  # type: ignore[union-attr]
+
+    def take_room(self) -> bool:
+        """Has matrices that are applied to mixes alone take room behind their inputs: whether any does."""
+        taken = [matrix.take_room() for matrix in self._mixed if isinstance(matrix, Joint)]
+        return any(taken)
+
+    @property
+    @abstractmethod
+    def _mixed(self) -> tuple[Linear, ...]:
+        """Matrices that are applied to mixes of z which nothing else takes, and which compute at once if they join."""
 
     @abstractmethod
     def mixing_parameters(self) -> list[nn.Parameter]:

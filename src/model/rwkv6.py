@@ -41,7 +41,7 @@ from src.ops.elementwise import (
 )
 from src.ops.kernels import Kernel
 from src.ops.node import Node, once
-from src.ops.products import Places
+from src.ops.products import MixPlaces, Places
 from src.ops.wkv6 import wkv6, wkv6_branching
 from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available
 
@@ -344,9 +344,10 @@ class TimeMix(TimeMixer):
         (base,) = shift_mixes(z, shift, self.stacked(("time_maa_x",), z), None, previous)
         hidden = torch.tanh(self.product(base, "time_maa_w1"))
         maa = self.stacked(self.stacks[0], z)
+        r, k, v, g = (matrix.room for matrix in self._mixed)
         return modulated_shift_mixes(
             *(z, shift, maa, hidden, self.time_maa_w2, previous),
-            joined=((3, 1, 2, 4),) if join(self._mixed) else (),
+            places=MixPlaces(((3, 1, 2, 4),) if join(self._mixed) else (), (0, k, v, r, g)),
             keeps_modulation=keeps_modulation,
             narrow_up=self.narrow("time_maa_w2", z.dtype),
         )
@@ -374,7 +375,7 @@ class TimeMix(TimeMixer):
 
     @property
     def _mixed(self) -> tuple[Linear, ...]:
-        """Those that are applied to mixes of z."""
+        """See Mixer."""
         own: Any = self._modules
         return own["receptance"], own["key"], own["value"], own["gate"]
 
@@ -417,8 +418,9 @@ class ChannelMix(ChannelMixer):
     def mixed_inputs(self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the inputs of key and receptance, [B, T, C] each; see ChannelMixer."""
         previous = None if layout is None else layout.previous
-        joined = ((0, 1),) if join(self._mixed) else ()
-        return shift_mixes(z, shift, self.stacked(self.stacks[0], z), None, previous, joined=joined)
+        rooms = tuple(matrix.room for matrix in self._mixed)
+        places = MixPlaces(((0, 1),) if join(self._mixed) else (), rooms)
+        return shift_mixes(z, shift, self.stacked(self.stacks[0], z), None, previous, places=places)
 
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """See ChannelMixer."""
@@ -438,8 +440,8 @@ class ChannelMix(ChannelMixer):
         return not any(isinstance(matrix, Linear) and matrix.weight.requires_grad for matrix in self._matrices)
 
     @property
-    def _mixed(self) -> tuple[Linear, Linear]:
-        """Those that are applied to mixes of z."""
+    def _mixed(self) -> tuple[Linear, ...]:
+        """See Mixer."""
         return self.key, self.receptance
 
     @property

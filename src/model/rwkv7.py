@@ -39,6 +39,7 @@ from src.ops.delta_rule import group_norm_bonus_gate, removal_and_replacement, v
 from src.ops.elementwise import shift_mixes, squared_relu
 from src.ops.kernels import Kernel
 from src.ops.node import Node, once
+from src.ops.products import MixPlaces
 from src.ops.small_maps import Maps, small_maps
 from src.ops.wkv7 import wkv7, wkv7_branching
 from src.ops.wkv7_cuda import CUDA_HEAD_SIZE, kernel_is_available
@@ -474,7 +475,9 @@ class TimeMix(TimeMixer):
         joined: tuple[tuple[int, ...], ...] = ((0, 2),) if join(self._mixed) else ()
         if self._small_maps() is not None:
             joined += ((1, 4),) if self.hands_on or not self._frozen_value() else ((1, 4, 3),)
-        return shift_mixes(z, shift, self.stacked(_MIXES, z), None, previous, joined=joined)
+        r, k = (matrix.room for matrix in self._mixed)
+        places = MixPlaces(joined, (r, 0, k))
+        return shift_mixes(z, shift, self.stacked(_MIXES, z), None, previous, places=places)
 
     def attend(
         self, inputs: tuple[Tensor, ...], start: Tensor | None, layout: SegmentLayout | None, handed: Tensor | None
@@ -527,7 +530,7 @@ class TimeMix(TimeMixer):
 
     @property
     def _mixed(self) -> tuple[Linear, ...]:
-        """Those that are applied to mixes of z and whose results are kept for equally long; not value."""
+        """See Mixer; not value, whose results are kept for longer."""
         own: Any = self._modules
         return own["receptance"], own["key"]
 
@@ -568,7 +571,8 @@ class ChannelMix(ChannelMixer):
     def mixed_inputs(self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the input of key; see ChannelMixer."""
         previous = None if layout is None else layout.previous
-        return shift_mixes(z, shift, self.stacked(("x_k",), z), None, previous)
+        places = MixPlaces((), (self.key.room,))
+        return shift_mixes(z, shift, self.stacked(("x_k",), z), None, previous, places=places)
 
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:
         """See ChannelMixer."""
@@ -590,6 +594,12 @@ class ChannelMix(ChannelMixer):
     def can_feed_again(self) -> bool:
         """See ChannelMixer."""
         return not any(isinstance(matrix, Linear) and matrix.weight.requires_grad for matrix in self._matrices)
+
+    @property
+    def _mixed(self) -> tuple[Linear, ...]:
+        """See Mixer."""
+        own: Any = self._modules
+        return (own["key"],)
 
     @property
     def _matrices(self) -> tuple[Linear, Linear]:

@@ -19,7 +19,9 @@ _THREADS = 256
 _PIECE = 4096
 """Values of a tensor that a block of threads rounds."""
 _MOST_VALUES = 2**31 - _PIECE
-TO_BF16 = Kernel("cast.cu", "cast::to_bf16_kernel", f"({'PP' * MOST_TOGETHER}{'ii' * MOST_TOGETHER})")
+_ONE_ROW = 2**31 - 8
+"""As the width of what is contiguous."""
+TO_BF16 = Kernel("cast.cu", "cast::to_bf16_kernel", f"({'PP' * MOST_TOGETHER}{'iiii' * MOST_TOGETHER})")
 
 
 def caster(tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Callable[[], None]:
@@ -27,7 +29,7 @@ def caster(tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Callable[[],
 
     Args:
         tensors: of any dtypes.
-        outputs: of their shapes, contiguous, on their device.
+        outputs: of their shapes, on their device; contiguous, or matrices with contiguous rows.
     """
     if not _by_kernel(tensors, outputs):
         return functools.partial(_copy, list(outputs), list(tensors))
@@ -40,7 +42,9 @@ def caster(tensors: Sequence[Tensor], outputs: Sequence[Tensor]) -> Callable[[],
             ends.append(ends[-1] - (-count // _PIECE))
         absent = MOST_TOGETHER - len(counts)
         pointers = (*sources, *absent * [None], *targets, *absent * [None])
-        sizes = (*counts, *absent * [0], *ends[1:], *absent * [ends[-1]])
+        rows = [(_ONE_ROW, 0) if each.is_contiguous() else (each.shape[1], each.stride(0)) for each in targets]
+        widths, strides = ([*each, *absent * [0]] for each in zip(*rows, strict=True))
+        sizes = (*counts, *absent * [0], *ends[1:], *absent * [ends[-1]], *widths, *strides)
         if ends[-1]:
             launches.append(TO_BF16.prepared(outputs[0], ends[-1], _THREADS, *pointers, *sizes))
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from src.ops import elementwise_cuda
 from src.ops.kernels import usable
-from src.ops.products import Places
+from src.ops.products import ANYWHERE, MixPlaces, Places
 from src.ops.rows import HEAD_SIZES
 
 _VECTOR = 8
@@ -48,7 +48,7 @@ def shift_mixes(
     modulation: Tensor | None,
     previous: Tensor | None,
     *,
-    joined: tuple[tuple[int, ...], ...] = (),
+    places: MixPlaces = ANYWHERE,
 ) -> tuple[Tensor, ...]:
     """Mixes each token with the one before it, in G proportions: z + (shifted - z) * (maa_g + modulation_g).
 
@@ -60,7 +60,7 @@ def shift_mixes(
         modulation: [G, B, T, C], data-dependent part of the proportions; None is zero.
         previous: int64 [T], position of the token before each token, -1 where there is none; needs B == 1. None
             is t - 1. Not to be changed in place after its first use.
-        joined: numbers of results that lie in one piece of memory in this order, where this is fused; for each piece.
+        places: where results lie, where this is fused.
 
     Returns:
         G tensors [B, T, C] in z's dtype.
@@ -71,7 +71,7 @@ def shift_mixes(
         children = None if previous is None else _children(previous)
         if carry is not None:
             carry = carry.to(z.dtype)
-        return tuple(kernels.shift_mixes(z, carry, maa, modulation, previous, children, joined))
+        return tuple(kernels.shift_mixes(z, carry, maa, modulation, previous, children, places))
     return shift_mixes_torch(z, carry, maa, modulation, previous)
 
 
@@ -94,14 +94,14 @@ def modulated_shift_mixes(
     up: Tensor,
     previous: Tensor | None,
     *,
-    joined: tuple[tuple[int, ...], ...] = (),
+    places: MixPlaces = ANYWHERE,
     keeps_modulation: bool = False,
     narrow_up: Callable[[], Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
     """`shift_mixes` with modulation_g = hidden_g @ up_g.
 
     Args:
-        z, carry, maa, previous, joined: as for `shift_mixes`.
+        z, carry, maa, previous, places: as for `shift_mixes`.
         hidden: [B, T, G * K], the K values of each mix side by side.
         up: [G, K, C].
         keeps_modulation: where this is fused, but the kernels do not take K and so compute the modulation where they
@@ -115,7 +115,7 @@ def modulated_shift_mixes(
         children = None if previous is None else _children(previous)
         if carry is not None:
             carry = carry.to(z.dtype)
-        options = (joined, keeps_modulation, narrow_up)
+        options = (places, keeps_modulation, narrow_up)
         return tuple(kernels.modulated_shift_mixes(z, carry, maa, hidden, up, previous, children, *options))
     batch, tokens, _ = z.shape
     by_mix = hidden.view(batch * tokens, up.shape[0], up.shape[1]).transpose(0, 1)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.ops.kernels import Kernel, Size
 from src.ops.node import Node
-from src.ops.products import Places, side_by_side
+from src.ops.products import MixPlaces, Places
 from src.ops.rows import (
     HEAD_SIZES,
     SUM_THREADS,
@@ -65,11 +65,11 @@ def _flag(value: bool) -> str:
     return "true" if value else "false"
 
 
-_SHIFT, _POINTERS, _SUMS = "(PPPPP iiiii)", "(PPPPPP)", "(PPq)"
+_SHIFT, _POINTERS, _OUTPUTS, _SUMS = "(PPPPP iiiii)", "(PPPPPP)", "(PPPPPP iiiiii)", "(PPq)"
 _CASES = [(mixes, modulated) for mixes in MIXES for modulated in (False, True)]
 SHIFT_FORWARD = {
     (mixes, modulated): _kernel(
-        f"shift_mix_forward_kernel<{mixes}, {_flag(modulated)}, {_SHIFT_TILE}>", f"{_SHIFT} {_POINTERS}"
+        f"shift_mix_forward_kernel<{mixes}, {_flag(modulated)}, {_SHIFT_TILE}>", f"{_SHIFT} {_OUTPUTS}"
     )
     for mixes, modulated in _CASES
 }
@@ -86,13 +86,13 @@ MODULATED_FORWARD, MODULATED_BACKWARD = (
     {
         width: _kernel(
             f"modulated_shift_mix_{name}_kernel<{width}, {_MODULATED_WARPS}, {tiles}, {resident}>",
-            f"{_SHIFT} (PP) {_POINTERS} {rest}",
+            f"{_SHIFT} (PP) {rest}",
         )
         for width in MODULATION_WIDTHS
     }
     for name, tiles, resident, rest in (
-        ("forward", _FORWARD_TILES, _FORWARD_RESIDENT, "i"),
-        ("backward", _BACKWARD_TILES, _BACKWARD_RESIDENT, "PPPPi"),
+        ("forward", _FORWARD_TILES, _FORWARD_RESIDENT, f"{_OUTPUTS} i"),
+        ("backward", _BACKWARD_TILES, _BACKWARD_RESIDENT, f"{_POINTERS} PPPPi"),
     )
 )
 MAA_SUMS = {mixes: _kernel(f"shift_mix_maa_sums_kernel<{mixes}>", f"{_SHIFT} {_POINTERS} iP") for mixes in MIXES}
@@ -185,11 +185,11 @@ def shift_mixes(
     modulation: Tensor | None,
     previous: Tensor | None,
     children: Tensor | None,
-    joined: tuple[tuple[int, ...], ...] = (),
+    places: MixPlaces,
 ) -> tuple[Tensor, ...]:
     """See `elementwise.shift_mixes`; `children` are `continuations` of `previous`."""
     run: Any = _ShiftMix.apply if records(z, carry, maa, modulation) else _ShiftMix.run
-    outputs: tuple[Tensor, ...] = run(z, carry, maa, modulation, previous, children, joined)
+    outputs: tuple[Tensor, ...] = run(z, carry, maa, modulation, previous, children, places)
     return outputs
 
 
@@ -201,13 +201,13 @@ def modulated_shift_mixes(
     up: Tensor,
     previous: Tensor | None,
     children: Tensor | None,
-    joined: tuple[tuple[int, ...], ...],
+    places: MixPlaces,
     keeps_modulation: bool,
     narrow_up: Callable[[], Tensor] | None,
 ) -> tuple[Tensor, ...]:
     """See `elementwise.modulated_shift_mixes`."""
     run: Any = _ModulatedShiftMix.apply if records(z, carry, maa, hidden, up) else _ModulatedShiftMix.run
-    options = (joined, keeps_modulation, narrow_up)
+    options = (places, keeps_modulation, narrow_up)
     outputs: tuple[Tensor, ...] = run(z, carry, maa, hidden, up, previous, children, *options)
     return outputs
 
@@ -313,10 +313,10 @@ class _ShiftMix(Node):
         modulation: Tensor | None,
         previous: Tensor | None,
         children: Tensor | None,
-        joined: tuple[tuple[int, ...], ...],
+        places: MixPlaces,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
-        return inputs.mixed(inputs.checked(modulation), joined)
+        return inputs.mixed(inputs.checked(modulation), places)
 
     @staticmethod
     def forward(
@@ -327,11 +327,11 @@ class _ShiftMix(Node):
         modulation: Tensor | None,
         previous: Tensor | None,
         children: Tensor | None,
-        joined: tuple[tuple[int, ...], ...],
+        places: MixPlaces,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
         modulation = inputs.checked(modulation)
-        outputs = inputs.mixed(modulation, joined)
+        outputs = inputs.mixed(modulation, places)
         ctx.set_materialize_grads(False)
         # Without modulation the proportions are constants: only the gradient of maa needs an input.
         needs_inputs = modulation is not None or ctx.needs_input_grad[2]
@@ -367,12 +367,12 @@ class _ModulatedShiftMix(Node):
         up: Tensor,
         previous: Tensor | None,
         children: Tensor | None,
-        joined: tuple[tuple[int, ...], ...],
+        places: MixPlaces,
         keeps_modulation: bool,
         narrow_up: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
-        outputs, _ = inputs.modulated(prepared(hidden, "hidden"), _used_up(up, narrow_up), joined)
+        outputs, _ = inputs.modulated(prepared(hidden, "hidden"), _used_up(up, narrow_up), places)
         return outputs
 
     @staticmethod
@@ -385,13 +385,13 @@ class _ModulatedShiftMix(Node):
         up: Tensor,
         previous: Tensor | None,
         children: Tensor | None,
-        joined: tuple[tuple[int, ...], ...],
+        places: MixPlaces,
         keeps_modulation: bool,
         narrow_up: Callable[[], Tensor] | None,
     ) -> tuple[Tensor, ...]:
         inputs = _ShiftInputs(z, carry, maa, previous, children)
         hidden = prepared(hidden, "hidden")
-        outputs, modulation = inputs.modulated(hidden, _used_up(up, narrow_up), joined)
+        outputs, modulation = inputs.modulated(hidden, _used_up(up, narrow_up), places)
         keeps_modulation = keeps_modulation and modulation is not None
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
@@ -593,29 +593,26 @@ class _ShiftInputs:
         check_shape(modulation, (self.mixes, *self.z.shape), "modulation")
         return modulation
 
-    def mixed(self, modulation: _Modulation, joined: tuple[tuple[int, ...], ...]) -> tuple[Tensor, ...]:
-        side: dict[int, Tensor] = {}
-        for piece in joined:
-            side |= zip(piece, side_by_side([self.z.shape] * len(piece), self.z), strict=True)
-        outputs = tuple(side[mix] if mix in side else torch.empty_like(self.z) for mix in range(self.mixes))
+    def mixed(self, modulation: _Modulation, places: MixPlaces) -> tuple[Tensor, ...]:
+        outputs = places.empty_mixes(self.mixes, self.z)
         batch, tokens, channels = self.z.shape
         rows = batch * tokens
         if rows:
             sizes = (len(outputs), rows, tokens, channels, self.maa.dtype is torch.float32)
             in_memory = None if isinstance(modulation, tuple) else modulation
             shift = (self.z, self.carry, self.maa, in_memory, self.previous, *sizes)
+            vectors = [(channels + places.room_of(mix)) // VECTOR for mix in range(_MOST_MIXES)]
+            of_outputs = (*_all_mixes(outputs), *vectors)
             if isinstance(modulation, tuple):
                 grid, chunk = _modulated_places(rows, channels, _FORWARD_TILES)
                 kernel = MODULATED_FORWARD[modulation[1].shape[1]]
-                kernel(self.z, grid, 32 * _MODULATED_WARPS, *shift, *modulation, *_all_mixes(outputs), chunk)
+                kernel(self.z, grid, 32 * _MODULATED_WARPS, *shift, *modulation, *of_outputs, chunk)
             else:
                 kernel = SHIFT_FORWARD[len(outputs), modulation is not None]
-                kernel(self.z, blocks_for(rows, channels, _SHIFT_TILE), THREADS, *shift, *_all_mixes(outputs))
+                kernel(self.z, blocks_for(rows, channels, _SHIFT_TILE), THREADS, *shift, *of_outputs)
         return outputs
 
-    def modulated(
-        self, hidden: Tensor, up: Tensor, joined: tuple[tuple[int, ...], ...]
-    ) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    def modulated(self, hidden: Tensor, up: Tensor, places: MixPlaces) -> tuple[tuple[Tensor, ...], Tensor | None]:
         """What is mixed, and the modulation [mixes, batch * tokens, channels] if it had to be formed in memory."""
         z = self.z
         if up.ndim != 3:
@@ -624,8 +621,8 @@ class _ShiftInputs:
         check_shape(hidden, (*z.shape[:2], up.shape[0] * up.shape[1]), "hidden")
         if not _kernels_modulate(*up.shape[:2]):
             modulation = torch.bmm(_by_mix(hidden, up), up)
-            return self.mixed(modulation, joined), modulation
-        return self.mixed((_aligned(hidden), _aligned(up)), joined), None
+            return self.mixed(modulation, places), modulation
+        return self.mixed((_aligned(hidden), _aligned(up)), places), None
 
     def keep(self, ctx: Any) -> None:
         """For `_shift_gradients`, but for what goes among the saved tensors."""

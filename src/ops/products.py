@@ -10,6 +10,7 @@ Legend: left [n, k] and right [k, m] of each pair; sizes may differ among pairs.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,61 @@ def side_by_side(shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor
     if len(shapes) > 1 and len(set(shapes)) == 1:
         return list(like.new_empty(len(shapes), *shapes[0]).unbind())
     return [like.new_empty(shape) for shape in shapes]
+
+
+@dataclass(frozen=True)
+class MixPlaces:
+    """Where the results of a token shift are to lie.
+
+    Attributes:
+        joined: numbers of results that lie in one piece of memory in this order; for each piece.
+        rooms: for each result, how many values there is room for behind each row of it, alike in a piece; () for none.
+    """
+
+    joined: tuple[tuple[int, ...], ...] = ()
+    rooms: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        assert all(len({self.room_of(mix) for mix in piece}) == 1 for piece in self.joined)
+
+    def room_of(self, mix: int) -> int:
+        """Values behind each row of a result."""
+        return self.rooms[mix] if mix < len(self.rooms) else 0
+
+    def empty_mixes(self, mixes: int, like: Tensor) -> tuple[Tensor, ...]:
+        """The results, empty, each of a shape [B, T, C], which is that of `like`."""
+        *rows, channels = like.shape
+        found: dict[int, Tensor] = {}
+        for piece in (*self.joined, *((mix,) for mix in range(mixes))):
+            if piece[0] not in found:
+                room = self.room_of(piece[0])
+                whole = side_by_side([(*rows, channels + room)] * len(piece), like)
+                found |= zip(piece, (each[..., :channels] if room else each for each in whole), strict=True)
+        return tuple(found[mix] for mix in range(mixes))
+
+
+ANYWHERE = MixPlaces()
+
+
+def has_room(rows: Tensor, width: int) -> bool:
+    """Whether rows [n, k] were made with room for `width` values behind each."""
+    return rows.shape[0] > 1 and rows.stride() == (rows.shape[1] + width, 1)
+
+
+def behind(rows: Tensor, width: int) -> Tensor:
+    """The room behind rows [n, k] that have it: [n, width]."""
+    return rows.as_strided((rows.shape[0], width), rows.stride(), rows.storage_offset() + rows.shape[1])
+
+
+def with_room(rows: Tensor, width: int) -> Tensor:
+    """Rows [n, k] and the room behind them: [n, k + width]."""
+    return rows.as_strided((rows.shape[0], rows.shape[1] + width), rows.stride())
+
+
+def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies each source [n, m] into its target, in as few launches as their places allow."""
+    for part in _runs(targets, sources):
+        _stack(targets[part]).copy_(_stack(sources[part]))
 
 
 class Places:

@@ -150,6 +150,7 @@ class TrainingModule(pl.LightningModule):
         if self.flat:
             self.flat.tie(*self.wholes)
         gather_by_layer(self, self.model)
+        self.model.take_room()
 
     def train_dataloader(self) -> Lookahead[Staged]:
         """Staged micro-batches, epoch after epoch."""

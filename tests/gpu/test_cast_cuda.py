@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from src.ops import cast
+from src.ops.products import behind
 
 pytestmark = [
     pytest.mark.gpu,
@@ -28,3 +29,11 @@ def test_every_bit_is_torchs(sizes: tuple[int, ...], shift: int) -> None:
         for tensor, output, size in zip(tensors, outputs, sizes, strict=True):
             assert torch.equal(output[:size], tensor.bfloat16())
             assert output[size:].isnan().all()
+
+
+@pytest.mark.parametrize("columns", [64, 12])
+def test_a_matrix_is_cast_to_where_its_rows_stand_apart(columns: int) -> None:
+    tensor, whole = torch.randn(5000, columns, device="cuda"), torch.zeros(5000, 96, device="cuda").bfloat16()
+    cast.caster([tensor], [behind(whole[:, :32], columns)])()
+    assert torch.equal(whole[:, 32 : 32 + columns], tensor.bfloat16())
+    assert whole.count_nonzero() == tensor.bfloat16().count_nonzero()

@@ -18,6 +18,7 @@ from operators import poisoned_memory
 from recompute_cases import (
     CASES,
     Gradients,
+    adapt,
     branching_row,
     carried_state,
     errors_of_allowed,
@@ -33,6 +34,7 @@ from recompute_cases import (
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
+from src.adapters.low_rank import LowRank
 from src.adapters.plan import AdapterPlan
 from src.layout import SegmentLayout
 from src.loading import LoadOptions, build_model
@@ -134,6 +136,49 @@ def test_gradients_are_as_close_to_fp32_as_those_of_plain_bf16(architecture: str
         return errors_of_allowed(fused, rounded, exact)
 
     assert {name: error for name, error in medians(draws, measured).items() if error > 1} == {}
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_dense_matrices_whose_inputs_are_mixes_take_one_product(
+    architecture: str, mode: Recompute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In both steps the loss and gradients of two products: rooms hold what is trained as it is now."""
+    single = 0
+    made = LowRank._single_products.__func__  # type: ignore[attr-defined]
+
+    def noted(cls: Any, adapters: Any, *rest: Any) -> Any:
+        nonlocal single
+        single += len(adapters)
+        return made(cls, adapters, *rest)
+
+    monkeypatch.setattr(LowRank, "_single_products", classmethod(noted))
+    with every_kernel():
+        found: list[list[dict[str, Any]]] = []
+        for takes in (True, False):
+            with monkeypatch.context() as patch:
+                if not takes:
+                    patch.setattr(LanguageModel, "take_room", lambda model: None)
+                model = model_of(mode, None, "cpu", torch.bfloat16, architecture)
+                adapt(model, "lora", shape_of(architecture).matrix_names())
+            before, steps = single, []
+            for _ in range(2):
+                model.zero_grad()
+                loss = loss_of(model(tokens_of(33))[0])
+                loss.backward()
+                gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+                steps.append({"loss": loss.detach(), **gradients})
+                with torch.no_grad():
+                    for name, parameter in model.named_parameters():
+                        if "lora" in name:
+                            parameter.mul_(-0.7)
+            found.append(steps)
+            matrices = {"x060": 6, "x070": 3}[architecture] * len(model.blocks)
+            passes = 2 if mode is Recompute.ALL else 1
+            assert single - before == (2 * passes * matrices if takes else 0)
+    for ours, theirs in zip(*found, strict=True):
+        for name, expected in theirs.items():
+            assert (ours[name] - expected).norm() < 0.05 * expected.norm(), name
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

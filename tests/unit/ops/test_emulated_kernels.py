@@ -23,6 +23,7 @@ from src.model.language_model import LanguageModel
 from src.model.recompute import Recompute
 from src.ops import block_diagonal, cast, dequantize_cuda, elementwise, elementwise_cuda, wkv6, wkv6_cuda
 from src.ops.kernels import Kernel
+from src.ops.products import ANYWHERE, MixPlaces, behind, has_room
 from src.ops.rows import HEAD_SIZES
 from src.ops.sequences import start_states
 from src.ops.wkv6 import wkv6_branching
@@ -196,6 +197,34 @@ def test_shift_mixes(mixes: int, case: str) -> None:
     check(ours, exact, inputs, (), BOUND)
 
 
+@pytest.mark.parametrize("mixes", elementwise_cuda.MIXES)
+def test_shift_mixes_with_room_behind_their_rows(mixes: int) -> None:
+    """The same bits at other places, and nothing in the room."""
+    inputs = normal(2, 18, 64), normal(2, 64, seed=2), normal(mixes, 64, seed=1)
+    rooms = tuple(8 * (mix % 3) for mix in range(mixes))
+    places = MixPlaces(((0, 3), (1, 4)) if mixes > 4 else (), rooms)
+    check_room(places, lambda where: elementwise.shift_mixes(*inputs, None, None, places=where))
+
+
+@pytest.mark.parametrize("width", [32, 64])
+@pytest.mark.parametrize("tokens", [1, 7, 150])
+def test_modulated_shift_mixes_with_room_behind_their_rows(tokens: int, width: int) -> None:
+    z, maa = normal(2, tokens, 72), normal(5, 72, seed=1)
+    hidden, up = normal(2, tokens, 5 * width, seed=2), 0.2 * normal(5, width, 72, seed=3)
+    places = MixPlaces(((3, 1, 2),), (0, 64, 64, 64, 8))
+    check_room(places, lambda where: elementwise.modulated_shift_mixes(z, None, maa, hidden, up, None, places=where))
+
+
+def check_room(places: MixPlaces, mixed: Callable[[MixPlaces], tuple[Tensor, ...]]) -> None:
+    expected, found = mixed(ANYWHERE), mixed(places)
+    for mix, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(ours, theirs)
+        rows, room = ours.flatten(0, 1), places.room_of(mix)
+        if room and len(rows) > 1:
+            assert has_room(rows, room)
+            assert behind(rows, room).isnan().all()
+
+
 @pytest.mark.parametrize("keeps", [False, True])
 def test_modulated_shift_mixes(keeps: bool) -> None:
     inputs = [normal(1, 18, 64), normal(5, 64, seed=1), normal(1, 18, 40, seed=2), 0.2 * normal(5, 8, 64, seed=3)]
@@ -344,6 +373,21 @@ def test_every_bit_of_tensors_cast_at_once(sizes: tuple[int, ...]) -> None:
                 assert torch.equal(output[:size].isnan(), ~numbers)
                 assert torch.equal(output[:size][numbers].view(torch.int16), expected[numbers].view(torch.int16))
                 assert output[size:].isnan().all(), "nothing is written behind it"
+
+
+@pytest.mark.parametrize("columns", [8, 64, 12, 1])
+def test_a_matrix_is_cast_to_where_its_rows_stand_apart(columns: int) -> None:
+    """Beside one that is cast to two places, and in pieces that end within a row."""
+    tensors = [torch.randn(1000, columns), torch.randn(3, 70)]
+    wholes = [torch.full((len(each), each.shape[1] + 16), torch.nan, dtype=torch.bfloat16) for each in tensors]
+    places = [whole[:, 8:-8] for whole in wholes]
+    own = torch.empty(3, 70, dtype=torch.bfloat16)
+    cast.caster([*tensors, tensors[1]], [*places, own])()
+    for whole, tensor in zip(wholes, tensors, strict=True):
+        assert torch.equal(whole[:, 8:-8], tensor.bfloat16())
+        assert whole[:, :8].isnan().all()
+        assert whole[:, -8:].isnan().all()
+    assert torch.equal(own, tensors[1].bfloat16())
 
 
 MODES = [(None, Recompute.NOTHING), (None, Recompute.ALL), ("nf4", Recompute.NOTHING), ("nf4", Recompute.ALL)]

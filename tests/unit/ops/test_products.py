@@ -12,7 +12,18 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from src.ops import products as module
-from src.ops.products import Places, outer_sums, products, side_by_side
+from src.ops.products import (
+    ANYWHERE,
+    MixPlaces,
+    Places,
+    behind,
+    copy_each,
+    has_room,
+    outer_sums,
+    products,
+    side_by_side,
+    with_room,
+)
 
 N, K, M = 6, 8, 4
 
@@ -109,6 +120,40 @@ def test_sizes_may_differ() -> None:
     exact = [a @ b for a, b in zip(lefts, rights, strict=True)]
     for ours, theirs in zip(products(lefts, rights), exact, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_places_of_mixes() -> None:
+    """Those of a piece lie side by side, with room or without; others anywhere."""
+    like = torch.empty(2, 3, 16, dtype=torch.bfloat16)
+    places = MixPlaces(((3, 1),), (0, 8, 16, 8))
+    found = places.empty_mixes(5, like)
+    assert {(each.shape, each.dtype) for each in found} == {(like.shape, like.dtype)}
+    assert [each.stride(-2) - 16 for each in found] == [places.room_of(mix) for mix in range(5)] == [0, 8, 16, 8, 0]
+    assert found[1].data_ptr() - found[3].data_ptr() == 6 * 24 * like.element_size()
+    assert len({each.untyped_storage().data_ptr() for each in found}) == 4
+    assert all(each.is_contiguous() for each in ANYWHERE.empty_mixes(5, like))
+    with pytest.raises(AssertionError):
+        MixPlaces(((0, 1),), (8, 16))
+
+
+def test_room_behind_rows() -> None:
+    whole = torch.arange(60).view(5, 12)
+    rows = whole[:, 2:9]
+    assert has_room(rows, 5)
+    assert not has_room(rows, 4)
+    assert not has_room(rows[:1], 5), "one row shows nothing"
+    assert not has_room(rows.contiguous(), 5)
+    assert torch.equal(behind(rows, 3), whole[:, 9:])
+    assert torch.equal(with_room(rows, 3), whole[:, 2:])
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_what_is_copied_at_once(place: Placed) -> None:
+    sources = place(4, (N, K), 1, torch.float32)
+    whole = torch.zeros(4, N, K + 3)
+    copy_each([behind(each, 3) for each in whole[:, :, :K].unbind()], [each[:, :3] for each in sources])
+    assert torch.equal(whole[:, :, K:], torch.stack(sources)[:, :, :3])
+    assert not whole[:, :, :K].any()
 
 
 def test_blocks_of_rows_are_summed_each() -> None:

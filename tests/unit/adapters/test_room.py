@@ -1,0 +1,158 @@
+"""Room behind a matrix and its inputs, in which an adapter computes by one product what two are for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from recompute_cases import adapt, model_of
+from torch import Tensor, nn
+
+from src.adapters.adapter import Adapter
+from src.adapters.low_rank import LowRank
+from src.adapters.plan import KINDS
+from src.model.casts import CastBuffer, LayerCasts
+from src.model.layers import Linear
+from src.model.recompute import Recompute
+from src.ops.products import has_room
+from src.quant import DequantizationWorkspace, FrozenLinear
+
+OUT, IN, R = 24, 32, 8
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def dense(dtype: torch.dtype = torch.bfloat16, width: int = IN) -> Linear:
+    made = Linear(width, OUT)
+    made.weight = nn.Parameter(normal(OUT, width, seed=1).to(dtype), requires_grad=False)
+    return made
+
+
+def around(base: Linear | FrozenLinear, kind: str = "lora", r: int = R, seed: int = 2, cast: bool = True) -> Adapter:
+    shapes = KINDS[kind].parameter_shapes(r, base.out_features, base.in_features)
+    values = {name: normal(*shape, seed=seed + i) for i, (name, shape) in enumerate(shapes.items())}
+    adapter = KINDS[kind](base, values, **({"scale": 0.5} if kind == "lora" else {}))
+    if cast:
+        adapter.cast_with(LayerCasts(CastBuffer()))
+    return adapter
+
+
+def inputs(count: int, room: int, rows: int = 5) -> list[Tensor]:
+    """Side by side, with NaN in the room."""
+    whole = torch.full((count, 2, rows, IN + room), torch.nan, dtype=torch.bfloat16)
+    whole[..., :IN] = normal(count, 2, rows, IN, seed=9)
+    return [each[..., :IN].requires_grad_() for each in whole.unbind()]
+
+
+def results(adapters: list[Adapter], room: int) -> list[Tensor]:
+    """Products, and gradients of inputs and parameters."""
+    given = inputs(len(adapters), room)
+    for number, adapter in enumerate(adapters):
+        adapter._casts._buffer.forget()  # type: ignore[union-attr]
+        for parameter in adapter.trained():
+            parameter.grad = None
+        assert number == 0 or adapters[0].joins([adapter])
+    ys = adapters[0].joint(adapters, given)
+    torch.autograd.backward(ys, [normal(*y.shape, seed=20 + i).to(y.dtype) for i, y in enumerate(ys)])
+    return [*(y.detach() for y in ys), *(x.grad for x in given), *(p.grad for a in adapters for p in a.trained())]  # type: ignore[misc]
+
+
+@pytest.fixture
+def single(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many adapters computed by single products, at each time some did."""
+    calls: list[int] = []
+    made = LowRank._single_products.__func__  # type: ignore[attr-defined]
+
+    def noted(cls: type[LowRank], adapters: list[Adapter], *rest: object) -> list[Tensor]:
+        calls.append(len(adapters))
+        return made(cls, adapters, *rest)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(LowRank, "_single_products", classmethod(noted))
+    return calls
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_it_is_the_same_as_two_products(count: int, single: list[int]) -> None:
+    """And goes on being so when what is trained has moved."""
+    with_room, without = ([around(dense(), seed=40 * i) for i in range(count)] for _ in range(2))
+    assert all(adapter.take_room() for adapter in with_room)
+    for _ in range(2):
+        found, expected = results(with_room, R), results(without, 0)
+        for ours, theirs in zip(found, expected, strict=True):
+            assert (ours.double() - theirs.double()).norm() < 1e-2 * theirs.double().norm()
+        for adapter in (*with_room, *without):
+            for parameter in adapter.trained():
+                parameter.data.add_(0.3)
+    assert single == [count, count]
+
+
+def test_it_is_exact(single: list[int]) -> None:
+    """Sums are rounded once."""
+    adapter = around(dense())
+    adapter.take_room()
+    (y, *_) = results([adapter], R)
+    (x,) = inputs(1, R)
+    a, b = (p.detach().bfloat16().double() for p in adapter.trained())
+    hidden = (0.5 * x.double() @ a.t()).bfloat16().double()
+    exact = x.double() @ adapter.base.weight.double().t() + hidden @ b.t()
+    assert (y.double() - exact).norm() < 2.5e-3 * exact.norm()
+    assert single == [1]
+
+
+def test_inputs_without_room_are_two_products(single: list[int]) -> None:
+    adapter, other = around(dense()), around(dense())
+    adapter.take_room()
+    for ours, theirs in zip(results([adapter], 0), results([other], 0), strict=True):
+        assert torch.equal(ours, theirs)
+    one_row = inputs(1, R, rows=1)[0][:1]  # of which nothing shows whether there is room
+    adapter(one_row)
+    with torch.no_grad():
+        adapter.base.weight.data = adapter.base.weight.data.clone(memory_format=torch.contiguous_format)
+    for ours, theirs in zip(results([adapter], R), results([other], R), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-2)
+    assert single == []
+
+
+def dropping(adapter: Adapter) -> Adapter:
+    adapter.dropout = 0.1
+    return adapter
+
+
+def packed() -> FrozenLinear:
+    return FrozenLinear.from_weight(normal(OUT, IN, seed=1), "nf4", torch.bfloat16, workspace=DequantizationWorkspace())
+
+
+@pytest.mark.parametrize(
+    ("made", "takes"),
+    [
+        (lambda: around(dense()), True),
+        (lambda: around(dense(), r=16), True),
+        (lambda: around(dense(), r=12), False),
+        (lambda: around(dense(width=36)), False),
+        (lambda: around(dense(torch.float32)), False),
+        (lambda: around(dense(), cast=False), False),
+        (lambda: dropping(around(dense())), False),
+        (lambda: around(dense(), "bone"), False),
+        (lambda: around(dense(), "bat"), False),
+        (lambda: around(packed()), False),
+    ],
+)
+def test_who_takes_room(made: Callable[[], Adapter], takes: bool) -> None:
+    adapter = made()
+    before = None if isinstance(adapter.base, FrozenLinear) else adapter.base.weight.clone()
+    assert [adapter.take_room(), adapter.take_room()] == [takes, False], "once"
+    assert (adapter.room > 0) is takes
+    if before is not None:
+        assert torch.equal(adapter.base.weight, before)
+        assert has_room(adapter.base.weight, adapter.room) is (takes or before.is_contiguous())
+        assert not adapter.base.weight.requires_grad
+
+
+def test_a_model_elsewhere_takes_none() -> None:
+    model = model_of(Recompute.ALL, None, dtype=torch.bfloat16)
+    adapt(model, "lora", model.shape.matrix_names())
+    model.take_room()
+    assert not any(module.room for module in model.modules() if isinstance(module, Adapter))
