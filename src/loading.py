@@ -46,6 +46,7 @@ class LoadOptions:
         head_size_divisor: group norm eps is 1e-5 times its square.
         dropout: probability, see LanguageModel.
         lays_out: likewise; not where weights are sent between processes, which takes contiguous ones.
+        reserves_room: whether dense matrices with adapters get the memory for `LanguageModel.take_room`.
     """
 
     device: torch.device
@@ -58,6 +59,7 @@ class LoadOptions:
     head_size_divisor: int = 8
     dropout: float = 0.0
     lays_out: bool = True
+    reserves_room: bool = False
 
 
 def open_model(
@@ -151,6 +153,7 @@ def build_model(
         # Before the matrices: between them they would break up the room that one leaves for the next.
         values = adapters.start_values(shape, tensors, options.device)
         adapted = set(adapters.matrices(shape))
+    rooms = adapters.rooms(shape) if adapters is not None and options.reserves_room else {}
     sizes = {name: math.prod(size) for name, size in shape.parameter_shapes().items()}
     # What is packed comes last and by size: the room of one dense matrix then takes the next, and no holes are left.
     # What is trained comes first, since an engine may give it another place.
@@ -171,6 +174,8 @@ def build_model(
             dtype = kept_in if name in trained else options.compute_dtype
             used = tensor.to(options.device, dtype, copy=name in trained)
             model.place(name, nn.Parameter(used, requires_grad=name in trained))
+            if name in rooms:
+                model.get_submodule(name.removesuffix(".weight")).reserve(rooms[name])  # type: ignore[operator]
         sums[name] = used.sum()
         on_progress(name)
     for name, state_shape in shape.state_shapes().items():

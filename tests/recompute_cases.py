@@ -13,10 +13,11 @@ from factories import tiny_parameters, tiny_shape, tiny_states
 from torch import Tensor
 
 from src.adapters.lora import LoRA
-from src.adapters.plan import KINDS
+from src.adapters.plan import KINDS, AdapterPlan
 from src.layout import SegmentLayout
 from src.loading import LoadOptions, build_model
 from src.model.language_model import LanguageModel
+from src.model.layers import Linear
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape
 from src.model.state import LayerState, ModelState
@@ -37,6 +38,10 @@ def adapt(model: LanguageModel, kind: str, matrices: Collection[str], r: int = 1
     """Puts adapters around matrices, all of them away from their start; on a GPU they take room."""
     made = KINDS[kind]
     sizes = model.shape.parameter_shapes()
+    for key, width in AdapterPlan(kind, r).rooms(model.shape).items():
+        module = model.get_submodule(key.removesuffix(".weight"))
+        if key in matrices and isinstance(module, Linear):
+            module.reserve(width)
     for seed, key in enumerate(matrices):
         generator = torch.Generator().manual_seed(seed)
         values = {

@@ -72,6 +72,11 @@ class Adapter(nn.Module, Joint):
         """Values per position that a second pass over a layer has from the first one, beside what enters the layer."""
         return 0
 
+    @staticmethod
+    def room_for(r: int) -> int:
+        """Values that there is to be room for behind the rows of a matrix [out, in] and of its inputs, see Joint."""
+        return 0
+
     @classmethod
     @abstractmethod
     def joint_kept(

@@ -63,6 +63,11 @@ class LoRA(LowRank):
         """See Adapter."""
         return in_features + r
 
+    @staticmethod
+    def room_for(r: int) -> int:
+        """See Adapter: for whole vectors of the kernels."""
+        return 0 if r % VECTOR else r
+
     @property
     def draws_random(self) -> bool:
         """See Adapter."""
@@ -82,19 +87,12 @@ class LoRA(LowRank):
         return self.lora_A.shape[0]
 
     def take_room(self) -> bool:
-        """See Joint: behind a dense matrix, which moves, if r values fill whole vectors of the kernels.
-
-        Not with dropout, where scale · B A x is not x's.
-        """
+        """See Joint: where it was reserved behind a dense matrix."""
         base, r, casts = self.base, self.rank, self._casts
-        if type(base) is not Linear or casts is None or r % VECTOR or self.dropout:
+        if type(base) is not Linear or base.reserved != r or base.room or casts is None:
             return False
-        weight = base.weight
-        is_whole = weight.ndim == 2 and weight.is_contiguous()  # and not a share of one that several processes have
-        if not is_whole or weight.dtype is not torch.bfloat16 or weight.shape[1] % VECTOR:
-            return False
-        base.make_room(r)
-        casts.cast_to(self._first_cast + self.names.index("lora_B"), behind(weight, r))
+        base.make_room()
+        casts.cast_to(self._first_cast + self.names.index("lora_B"), behind(base.weight, r))
         self.room = r
         return True
 

@@ -20,6 +20,7 @@ from src.model.shape import LAYER_KEY, ModelShape, Shape
 from src.ops.block_diagonal import kernels_for
 from src.ops.cast import TO_BF16
 from src.ops.kernels import Kernel
+from src.ops.rows import VECTOR
 
 KINDS: dict[str, type[Adapter]] = {"lora": LoRA, "pissa": LoRA, "bone": Bone, "bat": Bat}
 
@@ -93,6 +94,18 @@ class AdapterPlan:
         """Those that second passes over layers have from the first ones, of all matrices; none of what is random."""
         each = 0 if self.draws_random else KINDS[self.kind].remembered_values(self.r)
         return each * len(self.matrices(shape))
+
+    def rooms(self, shape: ModelShape) -> dict[str, int]:
+        """Key of each matrix that takes room where it is dense and kernels make its inputs -> for how many values.
+
+        None with dropout, by which what goes to A is another x.
+        """
+        width = 0 if self.draws_random else KINDS[self.kind].room_for(self.r)
+        if not width:
+            return {}
+        sizes, mixed = shape.parameter_shapes(), shape.mixed_matrices()
+        named = {key: LAYER_KEY.sub("", key).removesuffix(".weight") for key in self.matrices(shape)}
+        return {key: width for key, name in named.items() if name in mixed and sizes[key][1] % VECTOR == 0}
 
     @property
     def draws_random(self) -> bool:

@@ -109,6 +109,16 @@ class TrainConfig(
         return self.accumulate_grad_batches == 1 and not self.chunk_ctx and self.processes == 1
 
     @property
+    def shards_weights(self) -> bool:
+        """Whether each process has a share of every weight."""
+        return self.strategy.startswith("deepspeed_stage_3")
+
+    @property
+    def dense_and_whole(self) -> bool:
+        """Whether frozen matrices are neither packed nor shared out among processes."""
+        return not (self.quantised or self.shards_weights)
+
+    @property
     def has_engine(self) -> bool:
         """Whether DeepSpeed trains: where it was asked for, and on several GPUs, unless it could not.
 
@@ -197,23 +207,23 @@ class TrainConfig(
                 "leave it out"
             )
         yield from self._chunk_contradictions(given)
-        if self.strategy.startswith("deepspeed_stage_3") and self.quantised:
+        if self.shards_weights and self.quantised:
             yield (
                 f"--strategy {self.strategy} shards every weight, which packed weights cannot take: use "
                 "deepspeed_stage_1, or deepspeed_stage_2 to shard gradients too"
             )
 
-        if self.strategy.startswith("deepspeed_stage_3") and self.chunk_ctx:
+        if self.shards_weights and self.chunk_ctx:
             yield (
                 f"{self._seen('chunk_ctx', given)} computes layers again apart from the calls around which --strategy "
                 f"{self.strategy} gathers their weights: use deepspeed_stage_2"
             )
-        if self.strategy.startswith("deepspeed_stage_3") and self.offload_activations:
+        if self.shards_weights and self.offload_activations:
             yield (
                 f"--offload_activations 1 would take the weights that --strategy {self.strategy} gathers for "
                 "activations: use deepspeed_stage_2"
             )
-        if self.strategy.startswith("deepspeed_stage_3") and self.sample_prompts:
+        if self.shards_weights and self.sample_prompts:
             yield (
                 f"--sample_prompts are answered by one process, and --strategy {self.strategy} spreads the weights "
                 "over all: use deepspeed_stage_2"

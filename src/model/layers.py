@@ -21,7 +21,7 @@ from src.model.casts import LayerCasts, WideProduct
 from src.model.shape import Shape, matrices_of
 from src.ops.elementwise import add_norm, squared_relu_and_gradient, squared_relu_gradient
 from src.ops.node import Node, once
-from src.ops.products import in_one_piece
+from src.ops.products import in_one_piece, reserved, spread
 from src.quant import FrozenLinear
 
 LAYER_NORM_EPS = 1e-5
@@ -34,10 +34,11 @@ class Linear(nn.Module):
     """y = x Wᵀ with W [out, in] in the file's orientation, cast to x's dtype when it is stored wider.
 
     Attributes:
-        room: how many values there is room for behind each row of W.
+        reserved: how many values there is memory for behind each row of W.
+        room: how many of them lie there; till then W is contiguous.
     """
 
-    room = 0
+    reserved = room = 0
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
@@ -57,14 +58,15 @@ class Linear(nn.Module):
         weight: Any = self._parameters["weight"]
         return F.linear(x, weight if weight.dtype is x.dtype else weight.to(x.dtype))
 
-    @torch.no_grad()
-    def make_room(self, width: int) -> None:
-        """Moves a frozen matrix to where there is room for `width` values behind each of its rows."""
-        weight = self.weight
-        whole = weight.new_empty(weight.shape[0], weight.shape[1] + width)
-        whole[:, : weight.shape[1]] = weight
-        weight.data = whole[:, : weight.shape[1]]
-        self.room = width
+    def reserve(self, width: int) -> None:
+        """Copies W to memory that takes `width` values more behind each of its rows."""
+        self.weight.data = reserved(self.weight.data, width)
+        self.reserved = width
+
+    def make_room(self) -> None:
+        """Has the rows of W lie with the room that was reserved behind each of them."""
+        self.weight.data = spread(self.weight.data, self.reserved)
+        self.room = self.reserved
 
     def trained(self) -> list[nn.Parameter]:
         """Whose gradients `gradients` gives: of a frozen matrix none, and a trained one is autograd's own."""
@@ -245,10 +247,13 @@ class Mixer(nn.Module, ABC):
     subclass's to make.
 
     Attributes:
+        mixed: names of matrices that are applied to mixes of z which nothing else takes, and which compute at once if
+            they join.
         products: parameters that stand in products of their own beside the matrices.
         stacks: vectors that are used as one tensor, see `stacked`.
     """
 
+    mixed: ClassVar[tuple[str, ...]]
     products: ClassVar[tuple[str, ...]] = ()
     stacks: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
@@ -345,14 +350,15 @@ class Mixer(nn.Module, ABC):
                     vector.data = place  # type: ignore[union-attr]
 
     def take_room(self) -> bool:
-        """Has matrices that are applied to mixes alone take room behind their inputs: whether any does."""
+        """Has matrices that are applied to mixes take room behind their inputs: whether any does."""
         taken = [matrix.take_room() for matrix in self._mixed if isinstance(matrix, Joint)]
         return any(taken)
 
     @property
-    @abstractmethod
     def _mixed(self) -> tuple[Linear, ...]:
-        """Matrices that are applied to mixes of z which nothing else takes, and which compute at once if they join."""
+        """The matrices of these names."""
+        own: Any = self._modules  # an attribute of a module takes ten times as long
+        return tuple([own[name] for name in self.mixed])
 
     @abstractmethod
     def mixing_parameters(self) -> list[nn.Parameter]:

@@ -308,6 +308,7 @@ class TimeMix(TimeMixer):
     """Token shift, the recurrence, and its gate: z = ln1 x [B, T, C] -> what is added to x."""
 
     matrices = ("receptance", "key", "value", "gate", "output")
+    mixed = matrices[:-1]
     stacks = (("time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"),)
     products = ("time_maa_w1", "time_maa_w2", "time_decay", "time_decay_w1", "time_decay_w2")
     time_maa_w1: nn.Parameter
@@ -373,12 +374,6 @@ class TimeMix(TimeMixer):
         gated = group_norm_silu_gate(y, gate, norm.weight, norm.bias, norm.eps, places=places)
         return gated, final, None
 
-    @property
-    def _mixed(self) -> tuple[Linear, ...]:
-        """See Mixer."""
-        own: Any = self._modules
-        return own["receptance"], own["key"], own["value"], own["gate"]
-
     def _recur(
         self,
         r: Tensor,
@@ -403,6 +398,7 @@ class TimeMix(TimeMixer):
 class ChannelMix(ChannelMixer):
     """Token shift and a gated squared-ReLU feed-forward: x + sigmoid(W_r z_r) · W_v relu(W_k z_k)²."""
 
+    mixed = ("key", "receptance")
     stacks = (("time_maa_k", "time_maa_r"),)
     key: Linear
     receptance: Linear
@@ -438,11 +434,6 @@ class ChannelMix(ChannelMixer):
     def can_feed_again(self) -> bool:
         """See ChannelMixer."""
         return not any(isinstance(matrix, Linear) and matrix.weight.requires_grad for matrix in self._matrices)
-
-    @property
-    def _mixed(self) -> tuple[Linear, ...]:
-        """See Mixer."""
-        return self.key, self.receptance
 
     @property
     def _matrices(self) -> tuple[Linear, Linear, Linear]:

@@ -419,6 +419,7 @@ class TimeMix(TimeMixer):
     """
 
     matrices = ("receptance", "key", "value", "output")
+    mixed = ("receptance", "key")  # not value, whose results are kept for longer
     stacks = (_MIXES,)
     products = ("w0", "w1", "w2", "a0", "a1", "a2", "v0", "v1", "v2", "g1", "g2")
     w0: nn.Parameter
@@ -528,12 +529,6 @@ class TimeMix(TimeMixer):
         value: Any = self._modules["value"]
         return isinstance(value, FrozenLinear) or (type(value) is Linear and not value.weight.requires_grad)
 
-    @property
-    def _mixed(self) -> tuple[Linear, ...]:
-        """See Mixer; not value, whose results are kept for longer."""
-        own: Any = self._modules
-        return own["receptance"], own["key"]
-
     def _recur(self, tokens: tuple[Tensor, ...], start: Tensor, layout: SegmentLayout | None) -> tuple[Tensor, Tensor]:
         """The recurrence over rows, packed roots, or roots and then the segments that continue them."""
         r, w_raw, k, v, a, b = tokens
@@ -558,6 +553,7 @@ def _pieces(layout: SegmentLayout | None, tokens: int) -> tuple[wkv7_cuda.Part, 
 class ChannelMix(ChannelMixer):
     """Token shift and a squared-ReLU feed-forward: x + W_v relu(W_k z_k)²."""
 
+    mixed = ("key",)
     key: Linear
     value: Linear
 
@@ -594,12 +590,6 @@ class ChannelMix(ChannelMixer):
     def can_feed_again(self) -> bool:
         """See ChannelMixer."""
         return not any(isinstance(matrix, Linear) and matrix.weight.requires_grad for matrix in self._matrices)
-
-    @property
-    def _mixed(self) -> tuple[Linear, ...]:
-        """See Mixer."""
-        own: Any = self._modules
-        return (own["key"],)
 
     @property
     def _matrices(self) -> tuple[Linear, Linear]:

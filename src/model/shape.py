@@ -221,6 +221,12 @@ class ModelShape(ABC):
             if name in matrices_of(shapes)
         )
 
+    def mixed_matrices(self) -> frozenset[str]:
+        """Names within a layer, as "att.key", of the matrices that are `layers.Mixer.mixed`."""
+        with torch.device("meta"):
+            mixers = {"att": self.time_mixer(0, 1), "ffn": self.channel_mixer()}
+        return frozenset(f"{part}.{name}" for part, mixer in mixers.items() for name in mixer.mixed)
+
     @property
     def parameter_count(self) -> int:
         """Number of weights, `time_state` not included."""

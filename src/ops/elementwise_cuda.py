@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.ops.kernels import Kernel, Size
 from src.ops.node import Node
-from src.ops.products import MixPlaces, Places
+from src.ops.products import ANYWHERE, MixPlaces, Places
 from src.ops.rows import (
     HEAD_SIZES,
     SUM_THREADS,
@@ -185,7 +185,7 @@ def shift_mixes(
     modulation: Tensor | None,
     previous: Tensor | None,
     children: Tensor | None,
-    places: MixPlaces,
+    places: MixPlaces = ANYWHERE,
 ) -> tuple[Tensor, ...]:
     """See `elementwise.shift_mixes`; `children` are `continuations` of `previous`."""
     run: Any = _ShiftMix.apply if records(z, carry, maa, modulation) else _ShiftMix.run

@@ -72,6 +72,22 @@ def with_room(rows: Tensor, width: int) -> Tensor:
     return rows.as_strided((rows.shape[0], rows.shape[1] + width), rows.stride())
 
 
+def reserved(rows: Tensor, width: int) -> Tensor:
+    """A copy of rows [n, k], contiguous, in memory that takes `width` values more for each of them: see `spread`."""
+    whole = rows.new_empty(rows.shape[0] * (rows.shape[1] + width))
+    return whole[: rows.numel()].view(rows.shape).copy_(rows)
+
+
+def spread(rows: Tensor, width: int) -> Tensor:
+    """Reserved rows, moved within their memory to where each has room behind it; what was a view of them is none now.
+
+    Raises:
+        RuntimeError: their memory does not take it.
+    """
+    moved = rows.as_strided(rows.shape, (rows.shape[1] + width, 1))
+    return moved.copy_(rows.clone())
+
+
 def copy_each(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
     """Copies each source [n, m] into its target, in as few launches as their places allow."""
     for part in _runs(targets, sources):

@@ -133,9 +133,12 @@ def estimate_memory(
     def bytes_of(name: str) -> float:
         return math.prod(sizes[name]) * (packed_bytes(config.quant_type) if name in packed else itemsize)
 
+    rooms = 0.0
+    if fused and config.dense_and_whole and method.adapters is not None:
+        rooms = float(itemsize * sum(sizes[name][0] * width for name, width in method.adapters.rooms(shape).items()))
     on_device = sizes.keys() - trained - ({"emb.weight"} if on_gpu else set())
     parts = {
-        WEIGHTS: sum(bytes_of(name) for name in on_device - {"head.weight"}),
+        WEIGHTS: sum(bytes_of(name) for name in on_device - {"head.weight"}) + rooms,
         HEAD: bytes_of("head.weight") if "head.weight" in on_device else 0.0,
         **_trained_parts(config, method, shape, on_gpu=on_gpu),
         WORKSPACE: _workspace_bytes(config, shape, packed, itemsize),

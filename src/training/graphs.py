@@ -47,7 +47,7 @@ Recording = TypeVar("Recording")
 def may_record(config: TrainConfig, method: Method) -> bool:
     """Whether steps may be recorded as CUDA graphs, as far as flags and method decide."""
     wanted = config.cuda_graph and method.recordable and not config.dropout and not config.offload_activations
-    gathered_by_python = config.strategy.startswith("deepspeed_stage_3")
+    gathered_by_python = config.shards_weights
     return bool(wanted) and not gathered_by_python
 
 

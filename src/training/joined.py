@@ -27,7 +27,7 @@ def joins(config: TrainConfig, method: Method) -> bool:
         config: with the strategy that was chosen.
         method: what is trained.
     """
-    sharded = config.strategy.startswith("deepspeed_stage_3")
+    sharded = config.shards_weights
     return config.has_engine and not (sharded or method.in_place)
 
 

@@ -422,6 +422,7 @@ def _preference_share(model: LanguageModel, work: Work, objective: PreferenceObj
 
 def load_options(config: TrainConfig, method: Method, hardware: Hardware, shape: ModelShape) -> LoadOptions:
     """How the flags want the model on its device."""
+    by_kernels = hardware.device.type == "cuda" and hardware.compute_dtype is torch.bfloat16
     return LoadOptions(
         device=hardware.device,
         compute_dtype=hardware.compute_dtype,
@@ -433,6 +434,7 @@ def load_options(config: TrainConfig, method: Method, hardware: Hardware, shape:
         head_size_divisor=config.head_size_divisor,
         dropout=config.dropout,
         lays_out=not hardware.has_engine,
+        reserves_room=by_kernels and config.dense_and_whole,
     )
 
 

@@ -6,12 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from recompute_cases import adapt, model_of
+from factories import tiny_parameters
+from recompute_cases import adapt, model_of, shape_of
 from torch import Tensor, nn
 
 from src.adapters.adapter import Adapter
 from src.adapters.low_rank import LowRank
-from src.adapters.plan import KINDS
+from src.adapters.plan import KINDS, AdapterPlan
+from src.loading import LoadOptions, build_model
 from src.model.casts import CastBuffer, LayerCasts
 from src.model.layers import Linear
 from src.model.recompute import Recompute
@@ -19,15 +21,19 @@ from src.ops.products import has_room
 from src.quant import DequantizationWorkspace, FrozenLinear
 
 OUT, IN, R = 24, 32, 8
+MIXED = {"att.receptance", "att.key", "ffn.key"}
+"""Names in both architectures."""
 
 
 def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-def dense(dtype: torch.dtype = torch.bfloat16, width: int = IN) -> Linear:
-    made = Linear(width, OUT)
-    made.weight = nn.Parameter(normal(OUT, width, seed=1).to(dtype), requires_grad=False)
+def dense(room: int = R) -> Linear:
+    made = Linear(IN, OUT)
+    made.weight = nn.Parameter(normal(OUT, IN, seed=1).bfloat16(), requires_grad=False)
+    if room:
+        made.reserve(room)
     return made
 
 
@@ -116,11 +122,6 @@ def test_inputs_without_room_are_two_products(single: list[int]) -> None:
     assert single == []
 
 
-def dropping(adapter: Adapter) -> Adapter:
-    adapter.dropout = 0.1
-    return adapter
-
-
 def packed() -> FrozenLinear:
     return FrozenLinear.from_weight(normal(OUT, IN, seed=1), "nf4", torch.bfloat16, workspace=DequantizationWorkspace())
 
@@ -129,12 +130,10 @@ def packed() -> FrozenLinear:
     ("made", "takes"),
     [
         (lambda: around(dense()), True),
-        (lambda: around(dense(), r=16), True),
-        (lambda: around(dense(), r=12), False),
-        (lambda: around(dense(width=36)), False),
-        (lambda: around(dense(torch.float32)), False),
+        (lambda: around(dense(16), r=16), True),
+        (lambda: around(dense(), r=16), False),
+        (lambda: around(dense(room=0)), False),
         (lambda: around(dense(), cast=False), False),
-        (lambda: dropping(around(dense())), False),
         (lambda: around(dense(), "bone"), False),
         (lambda: around(dense(), "bat"), False),
         (lambda: around(packed()), False),
@@ -156,3 +155,40 @@ def test_a_model_elsewhere_takes_none() -> None:
     adapt(model, "lora", model.shape.matrix_names())
     model.take_room()
     assert not any(module.room for module in model.modules() if isinstance(module, Adapter))
+
+
+@pytest.mark.parametrize(
+    ("plan", "architecture", "widths"),
+    [
+        (AdapterPlan("lora", 8), "x060", {8}),
+        (AdapterPlan("pissa", 16), "x070", {16}),
+        (AdapterPlan("lora", 8, targets=("att.key", "ffn.value")), "x070", {8}),
+        (AdapterPlan("lora", 12), "x060", set()),
+        (AdapterPlan("lora", 8, dropout=0.1), "x060", set()),
+        (AdapterPlan("lora", 8, targets=("att.output",)), "x060", set()),
+        (AdapterPlan("bone", 8), "x060", set()),
+        (AdapterPlan("bat", 8), "x070", set()),
+    ],
+)
+def test_what_a_plan_reserves(plan: AdapterPlan, architecture: str, widths: set[int]) -> None:
+    """Where the input is a mix of tokens that nothing else takes; the values of the matrices stay."""
+    shape = shape_of(architecture)
+    rooms = plan.rooms(shape)
+    assert set(rooms.values()) == widths
+    names = {key.split(".", 2)[2].removesuffix(".weight") for key in rooms}
+    mixed = {"x060": MIXED | {"att.value", "att.gate", "ffn.receptance"}, "x070": MIXED}[architecture]
+    assert names == (mixed & set(plan.targets) if plan.targets else mixed if widths else set())
+    models = [
+        build_model(
+            tiny_parameters(shape),
+            shape,
+            LoadOptions(torch.device("cpu"), torch.bfloat16, adapters=plan, reserves_room=reserves),
+        )
+        for reserves in (True, False)
+    ]
+    for (key, ours), (_, theirs) in zip(*(model.named_parameters() for model in models), strict=True):
+        assert torch.equal(ours, theirs)
+        assert ours.is_contiguous()
+        room = rooms.get(key.replace(".base.", "."), 0)
+        extra = ours.untyped_storage().nbytes() - theirs.untyped_storage().nbytes()
+        assert extra == (2 * room * len(ours) if ours.ndim else 0)

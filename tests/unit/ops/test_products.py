@@ -21,7 +21,9 @@ from src.ops.products import (
     has_room,
     outer_sums,
     products,
+    reserved,
     side_by_side,
+    spread,
     with_room,
 )
 
@@ -145,6 +147,20 @@ def test_room_behind_rows() -> None:
     assert not has_room(rows.contiguous(), 5)
     assert torch.equal(behind(rows, 3), whole[:, 9:])
     assert torch.equal(with_room(rows, 3), whole[:, 2:])
+
+
+def test_reserved_rows_are_spread_where_they_are() -> None:
+    rows = normal(5, 7, seed=1, dtype=torch.bfloat16)
+    given = reserved(rows, 3)
+    assert given.is_contiguous()
+    assert torch.equal(given, rows)
+    found = spread(given, 3)
+    assert torch.equal(found, rows)
+    assert has_room(found, 3)
+    assert found.data_ptr() == given.data_ptr()
+    assert behind(found, 3).shape == (5, 3)
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        spread(reserved(rows, 3), 4)
 
 
 @pytest.mark.parametrize("place", PLACES)
