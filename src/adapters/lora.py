@@ -86,15 +86,13 @@ class LoRA(LowRank):
         """See LowRank."""
         return self.lora_A.shape[0]
 
-    def take_room(self) -> bool:
+    def take_room(self) -> None:
         """See Joint: where it was reserved behind a dense matrix."""
         base, r, casts = self.base, self.rank, self._casts
-        if type(base) is not Linear or base.reserved != r or base.room or casts is None:
-            return False
-        base.make_room()
-        casts.cast_to(self._first_cast + self.names.index("lora_B"), behind(base.weight, r))
-        self.room = r
-        return True
+        if type(base) is Linear and base.reserved == r and not base.room and casts is not None:
+            base.make_room()
+            casts.cast_to(self._first_cast + self.names.index("lora_B"), behind(base.weight, r))
+            self.room = r
 
     def down(self, dtype: torch.dtype) -> Tensor:
         """See LowRank."""

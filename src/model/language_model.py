@@ -253,17 +253,15 @@ class LanguageModel(nn.Module):
                 mixer.lay_in_one_piece()  # type: ignore[operator, union-attr]
 
     def take_room(self) -> None:
-        """Has adapters compute by one product what two are for, where inputs and dense matrices can lie for it.
+        """Has adapters compute by one product what two are for, where room was reserved behind dense matrices.
 
-        For weights that nobody sends to other processes any more: they become strided. Those of a layer have moved
-        before the next one's do, so that both places of all of them are not taken at once.
+        For weights that nobody sends to other processes any more: they become strided.
         """
         if self.compute_dtype is not torch.bfloat16 or not self.ln_out.weight.is_cuda or fused_kernels() is None:
             return
         for block in self.blocks:
-            moved = [mixer.take_room() for mixer in (block.att, block.ffn)]  # type: ignore[operator, union-attr]
-            if any(moved):
-                torch.cuda.empty_cache()
+            for mixer in (block.att, block.ffn):
+                mixer.take_room()  # type: ignore[operator, union-attr]
 
     def adapt(self, name: str, adapter: Callable[[Any], Any], kept_values: int, remembered_values: int = 0) -> None:
         """Puts an adapter around a matrix of a layer, which is then frozen.

@@ -113,9 +113,8 @@ class Joint(ABC):
 
     room = 0
 
-    def take_room(self) -> bool:
-        """From now on, uses inputs with `room` better, if it can: whether it now can."""
-        return False
+    def take_room(self) -> None:
+        """From now on, wants inputs with `room`, if it computes better with them."""
 
     @abstractmethod
     def joins(self, others: Sequence[object]) -> bool:
@@ -349,10 +348,11 @@ class Mixer(nn.Module, ABC):
                 for vector, place in zip(vectors, torch.stack(vectors).unbind(), strict=True):  # type: ignore[arg-type]
                     vector.data = place  # type: ignore[union-attr]
 
-    def take_room(self) -> bool:
-        """Has matrices that are applied to mixes take room behind their inputs: whether any does."""
-        taken = [matrix.take_room() for matrix in self._mixed if isinstance(matrix, Joint)]
-        return any(taken)
+    def take_room(self) -> None:
+        """Has matrices that are applied to mixes use the room that was reserved for them."""
+        for matrix in self._mixed:
+            if isinstance(matrix, Joint):
+                matrix.take_room()
 
     @property
     def _mixed(self) -> tuple[Linear, ...]:

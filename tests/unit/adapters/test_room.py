@@ -84,7 +84,8 @@ def single(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def test_it_is_the_same_as_two_products(count: int, single: list[int]) -> None:
     """And goes on being so when what is trained has moved."""
     with_room, without = ([around(dense(), seed=40 * i) for i in range(count)] for _ in range(2))
-    assert all(adapter.take_room() for adapter in with_room)
+    for adapter in with_room:
+        adapter.take_room()
     for _ in range(2):
         found, expected = results(with_room, R), results(without, 0)
         for ours, theirs in zip(found, expected, strict=True):
@@ -142,8 +143,9 @@ def packed() -> FrozenLinear:
 def test_who_takes_room(made: Callable[[], Adapter], takes: bool) -> None:
     adapter = made()
     before = None if isinstance(adapter.base, FrozenLinear) else adapter.base.weight.clone()
-    assert [adapter.take_room(), adapter.take_room()] == [takes, False], "once"
-    assert (adapter.room > 0) is takes
+    for _ in range(2):
+        adapter.take_room()
+        assert (adapter.room > 0) is takes
     if before is not None:
         assert torch.equal(adapter.base.weight, before)
         assert has_room(adapter.base.weight, adapter.room) is (takes or before.is_contiguous())
