@@ -112,6 +112,9 @@ class Adapter(nn.Module, Joint):
         results: tuple[Tensor, ...] = _Adapted.apply(tuple(matrices), *inputs, *parameters)
         return results
 
+    def take_room(self) -> None:
+        """See Joint: most do not."""
+
     def remember_with(self, layer: FirstPass) -> None:
         """From now on, a second pass over the layer may be given what the first one computed."""
 

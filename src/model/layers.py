@@ -113,6 +113,7 @@ class Joint(ABC):
 
     room = 0
 
+    @abstractmethod
     def take_room(self) -> None:
         """From now on, wants inputs with `room`, if it computes better with them."""
 
