@@ -88,11 +88,11 @@ class LoRA(LowRank):
 
     def take_room(self) -> None:
         """See Joint: where it was reserved behind a dense matrix."""
-        base, r, casts = self.base, self.rank, self._casts
-        if type(base) is Linear and base.reserved == r and not base.room and casts is not None:
+        base, casts = self.base, self._casts
+        if type(base) is Linear and base.reserved and not base.room and casts is not None:
             base.make_room()
-            casts.cast_to(self._first_cast + self.names.index("lora_B"), behind(base.weight, r))
-            self.room = r
+            casts.cast_to(self._first_cast + self.names.index("lora_B"), behind(base.weight, base.room))
+            self.room = base.room
 
     def down(self, dtype: torch.dtype) -> Tensor:
         """See LowRank."""

@@ -123,6 +123,13 @@ def test_inputs_without_room_are_two_products(single: list[int]) -> None:
     assert single == []
 
 
+def shared_out(adapter: Adapter) -> Adapter:
+    """As stage 3 leaves it: every tensor is empty, and its parts are elsewhere."""
+    for parameter in adapter.parameters():
+        parameter.data = parameter.data.new_empty(0)
+    return adapter
+
+
 def packed() -> FrozenLinear:
     return FrozenLinear.from_weight(normal(OUT, IN, seed=1), "nf4", torch.bfloat16, workspace=DequantizationWorkspace())
 
@@ -132,8 +139,8 @@ def packed() -> FrozenLinear:
     [
         (lambda: around(dense()), True),
         (lambda: around(dense(16), r=16), True),
-        (lambda: around(dense(), r=16), False),
         (lambda: around(dense(room=0)), False),
+        (lambda: shared_out(around(dense(room=0))), False),
         (lambda: around(dense(), cast=False), False),
         (lambda: around(dense(), "bone"), False),
         (lambda: around(dense(), "bat"), False),
@@ -148,7 +155,9 @@ def test_who_takes_room(made: Callable[[], Adapter], takes: bool) -> None:
         assert (adapter.room > 0) is takes
     if before is not None:
         assert torch.equal(adapter.base.weight, before)
-        assert has_room(adapter.base.weight, adapter.room) is (takes or before.is_contiguous())
+        assert adapter.base.weight.ndim == 1 or has_room(adapter.base.weight, adapter.room) is (
+            takes or before.is_contiguous()
+        )
         assert not adapter.base.weight.requires_grad
 
 
