@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -153,8 +154,12 @@ def build_model(
         # Before the matrices: between them they would break up the room that one leaves for the next.
         values = adapters.start_values(shape, tensors, options.device)
         adapted = set(adapters.matrices(shape))
+    shapes = shape.parameter_shapes()
+    sizes = {name: math.prod(size) for name, size in shapes.items()}
     rooms = adapters.rooms(shape) if adapters is not None and options.reserves_room else {}
-    sizes = {name: math.prod(size) for name, size in shape.parameter_shapes().items()}
+    # Likewise: of what holds a matrix before it is put there nothing is to be left between them.
+    kind: Any = {"dtype": options.compute_dtype, "device": options.device}
+    memory = {name: torch.empty(sizes[name] + shapes[name][0] * width, **kind) for name, width in rooms.items()}
     # What is packed comes last and by size: the room of one dense matrix then takes the next, and no holes are left.
     # What is trained comes first, since an engine may give it another place.
     order = sorted(sizes, key=lambda name: (name in trained, sizes[name] if name in packed else math.inf), reverse=True)
@@ -175,7 +180,8 @@ def build_model(
             used = tensor.to(options.device, dtype, copy=name in trained)
             model.place(name, nn.Parameter(used, requires_grad=name in trained))
             if name in rooms:
-                model.get_submodule(name.removesuffix(".weight")).reserve(rooms[name])  # type: ignore[operator]
+                matrix: Any = model.get_submodule(name.removesuffix(".weight"))
+                matrix.reserve(rooms[name], memory[name])
         sums[name] = used.sum()
         on_progress(name)
     for name, state_shape in shape.state_shapes().items():

@@ -58,9 +58,9 @@ class Linear(nn.Module):
         weight: Any = self._parameters["weight"]
         return F.linear(x, weight if weight.dtype is x.dtype else weight.to(x.dtype))
 
-    def reserve(self, width: int) -> None:
-        """Copies W to memory that takes `width` values more behind each of its rows."""
-        self.weight.data = reserved(self.weight.data, width)
+    def reserve(self, width: int, memory: Tensor | None = None) -> None:
+        """Copies W to memory that takes `width` values more behind each of its rows; see `products.reserved`."""
+        self.weight.data = reserved(self.weight.data, width, memory)
         self.reserved = width
 
     def make_room(self) -> None:

@@ -72,9 +72,13 @@ def with_room(rows: Tensor, width: int) -> Tensor:
     return rows.as_strided((rows.shape[0], rows.shape[1] + width), rows.stride())
 
 
-def reserved(rows: Tensor, width: int) -> Tensor:
-    """A copy of rows [n, k], contiguous, in memory that takes `width` values more for each of them: see `spread`."""
-    whole = rows.new_empty(rows.shape[0] * (rows.shape[1] + width))
+def reserved(rows: Tensor, width: int, memory: Tensor | None = None) -> Tensor:
+    """A copy of rows [n, k], contiguous, in memory that takes `width` values more for each of them: see `spread`.
+
+    Args:
+        memory: of at least n (k + width) values in their dtype; None takes some.
+    """
+    whole = rows.new_empty(rows.shape[0] * (rows.shape[1] + width)) if memory is None else memory
     return whole[: rows.numel()].view(rows.shape).copy_(rows)
 
 
