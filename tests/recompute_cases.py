@@ -38,7 +38,7 @@ def adapt(model: LanguageModel, kind: str, matrices: Collection[str], r: int = 1
     """Puts adapters around matrices, all of them away from their start; on a GPU they take room."""
     made = KINDS[kind]
     sizes = model.shape.parameter_shapes()
-    for key, width in AdapterPlan(kind, r).rooms(model.shape).items():
+    for key, width in AdapterPlan(kind, r).rooms(model.shape).items() if model.ln_out.weight.is_cuda else ():
         module = model.get_submodule(key.removesuffix(".weight"))
         if key in matrices and isinstance(module, Linear):
             module.reserve(width)

@@ -257,8 +257,6 @@ class LanguageModel(nn.Module):
 
         For weights that nobody sends to other processes any more: they become strided.
         """
-        if self.compute_dtype is not torch.bfloat16 or not self.ln_out.weight.is_cuda or fused_kernels() is None:
-            return
         for block in self.blocks:
             for mixer in (block.att, block.ffn):
                 mixer.take_room()  # type: ignore[operator, union-attr]
