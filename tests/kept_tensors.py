@@ -3,24 +3,48 @@
 import torch
 from factories import tiny_parameters, tiny_shape
 
-from src.adapters.plan import AdapterPlan
+from src.adapters.full import FullTraining
+from src.adapters.kept import KeptByLayers
+from src.adapters.method import method_of
+from src.config import TrainConfig
 from src.loading import LoadOptions, build_model
 from src.model.recompute import Recompute
 
+RUNS: dict[str, dict[str, str]] = {
+    "states": {},
+    **{kind: {"peft": kind, "train_parts": "[]"} for kind in ("lora", "bone", "bat", "pissa")},
+    **{f"{kind} ln": {"peft": kind, "train_parts": "ln"} for kind in ("lora", "bone", "bat", "pissa")},
+    **{f"{kind} time ln": {"peft": kind, "train_parts": "time,ln"} for kind in ("lora", "bone", "bat", "pissa")},
+    "parts": {"train_parts": "time,ln"},
+    "full": {"train_type": "none"},
+    "full bf16": {"train_type": "none", "weights": "bf16"},
+}
+"""What is trained -> flags."""
+
 
 def kept_and_estimated(
-    device: str, dtype: torch.dtype, recompute: Recompute, kind: str = "", architecture: str = "", tokens: int = 512
-) -> tuple[float, int]:
-    """Bytes per token that one more layer keeps, by storage, and what `kept_bytes` says of it.
+    device: str, dtype: torch.dtype, recompute: Recompute, run: str, architecture: str, tokens: int = 512
+) -> tuple[float, float]:
+    """Bytes that one more layer keeps, by storage, and what `KeptByLayers` says of it.
 
     Args:
-        kind: of adapters on all matrices; "" for none, states being trained.
+        run: one of RUNS; its adapters have r 32.
     """
-    kept = []
+    flags = dict(RUNS[run])
+    if kind := flags.get("peft"):
+        flags["bone_r" if kind in ("bone", "bat") else f"{kind}_r"] = "32"
+    method = method_of(TrainConfig.from_flags({"load_model": "m.pth", "data_file": "d", **flags}))
+    kept, estimates = [], []
     for layers in (2, 3):
-        shape = tiny_shape(n_layer=layers, n_embd=256, head_size=64, architecture=architecture)
-        adapters = AdapterPlan(kind, r=32) if kind else None
-        options = LoadOptions(torch.device(device), dtype, quant_type="nf4", adapters=adapters)
+        shape = tiny_shape(n_layer=layers, n_embd=256, head_size=64, mix_lora_width=32, architecture=architecture)
+        options = LoadOptions(
+            torch.device(device),
+            dtype,
+            quant_type="nf4" if method.freezes_matrices else None,
+            trained=method.trained_names(shape),
+            narrow=method.narrow_names(shape) if isinstance(method, FullTraining) else (),
+            adapters=method.adapters,
+        )
         model = build_model(tiny_parameters(shape), shape, options)
         model.set_recomputation([recompute] * layers)
         model(torch.arange(tokens)[None] % shape.vocab_size)  # what is made once is there
@@ -39,4 +63,6 @@ def kept_and_estimated(
             hidden, _ = model(torch.arange(tokens)[None] % shape.vocab_size)
         kept.append(sum(storage.nbytes() for storage in seen.values()))
         del hidden
-    return (kept[1] - kept[0]) / tokens, model.kept_bytes(recompute)
+        by_layer = KeptByLayers(method, shape, fused=model.is_fused, itemsize=dtype.itemsize)
+        estimates.append(by_layer.of_all(recompute, tokens))
+    return kept[1] - kept[0], estimates[1] - estimates[0]

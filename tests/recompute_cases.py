@@ -49,7 +49,7 @@ def adapt(model: LanguageModel, kind: str, matrices: Collection[str], r: int = 1
             for name, size in made.parameter_shapes(r, *sizes[key]).items()
         }
         options = {"scale": 0.5} if made is LoRA else {}
-        model.adapt(key, lambda base, own=values, given=options: made(base, own, **given), 0)  # type: ignore[misc]
+        model.adapt(key, lambda base, own=values, given=options: made(base, own, **given))  # type: ignore[misc]
     model.take_room()
 
 

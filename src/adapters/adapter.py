@@ -42,7 +42,7 @@ class Adapter(nn.Module, Joint):
 
     Attributes:
         names: of the parameters, the last part of their keys.
-        keeps_input: whether what is kept of x is more than what the adapter `remembers` of it.
+        keeps_input: whether x itself is kept for the backward, beside `narrow_values` of it.
     """
 
     names: ClassVar[tuple[str, ...]]
@@ -63,13 +63,8 @@ class Adapter(nn.Module, Joint):
         """Name -> shape of the parameters beside a matrix [out, in]."""
 
     @staticmethod
-    @abstractmethod
-    def kept_values(r: int, in_features: int) -> int:
-        """Values per position that are kept between forward and backward."""
-
-    @staticmethod
-    def remembered_values(r: int) -> int:
-        """Values per position that a second pass over a layer has from the first one, beside what enters the layer."""
+    def narrow_values(r: int) -> int:
+        """Values per position that are kept between forward and backward, also by a layer that is computed again."""
         return 0
 
     @staticmethod

@@ -40,11 +40,6 @@ class Bone(LowRank):
         """See Adapter."""
         return {"bone": (r, out_features)}
 
-    @staticmethod
-    def kept_values(r: int, in_features: int) -> int:
-        """See Adapter."""
-        return r
-
     @property
     def rank(self) -> int:
         """See LowRank."""
@@ -81,11 +76,6 @@ class Bat(Adapter):
     def parameter_shapes(r: int, out_features: int, in_features: int) -> dict[str, Shape]:
         """See Adapter."""
         return {"bone": (in_features // r, r, r)}
-
-    @staticmethod
-    def kept_values(r: int, in_features: int) -> int:
-        """See Adapter."""
-        return in_features
 
     @classmethod
     def joint_kept(

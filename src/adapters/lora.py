@@ -59,11 +59,6 @@ class LoRA(LowRank):
         return {"lora_A": (r, in_features), "lora_B": (out_features, r)}
 
     @staticmethod
-    def kept_values(r: int, in_features: int) -> int:
-        """See Adapter."""
-        return in_features + r
-
-    @staticmethod
     def room_for(r: int) -> int:
         """See Adapter: for whole vectors of the kernels."""
         return 0 if r % VECTOR else r

@@ -58,7 +58,7 @@ class LowRank(Adapter):
         """Of each adapter, from the gradients of y [n, out] and of D x [n, r]."""
 
     @staticmethod
-    def remembered_values(r: int) -> int:
+    def narrow_values(r: int) -> int:
         """See Adapter."""
         return r
 

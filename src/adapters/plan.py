@@ -85,15 +85,15 @@ class AdapterPlan:
         """CUDA kernels that a step in bf16 launches for them, to be compiled before it comes."""
         return TO_BF16, *(kernels_for(self.r) if self.kind == "bat" else ())
 
-    def kept_values(self, shape: ModelShape) -> dict[str, int]:
-        """Key of each matrix -> values per position that its adapter keeps between forward and backward."""
-        sizes = shape.parameter_shapes()
-        return {key: KINDS[self.kind].kept_values(self.r, sizes[key][1]) for key in self.matrices(shape)}
+    @property
+    def keeps_inputs(self) -> bool:
+        """Whether they keep what their matrices are applied to, beside `narrow_values` of it."""
+        return KINDS[self.kind].keeps_input
 
-    def remembered_values(self, shape: ModelShape) -> int:
-        """Those that second passes over layers have from the first ones, of all matrices; none of what is random."""
-        each = 0 if self.draws_random else KINDS[self.kind].remembered_values(self.r)
-        return each * len(self.matrices(shape))
+    @property
+    def narrow_values(self) -> int:
+        """Values per position and matrix that are kept between forward and backward."""
+        return KINDS[self.kind].narrow_values(self.r)
 
     def rooms(self, shape: ModelShape) -> dict[str, int]:
         """Key of each matrix that takes room where it is dense and kernels make its inputs -> for how many values.
@@ -163,16 +163,10 @@ class AdapterPlan:
         options: dict[str, Any] = {}
         if kind is LoRA:
             options = {"scale": self.scale, "dropout": self.dropout if self.kind == "lora" else 0.0}
-        kept_values, remembered = self.kept_values(model.shape), self.remembered_values(model.shape)
         # What computes at once is cast side by side: the matrix that does not comes last.
-        for key in sorted(kept_values, key=lambda key: key.endswith(".output.weight")):
+        for key in sorted(self.matrices(model.shape), key=lambda key: key.endswith(".output.weight")):
             own = {name: values[f"{module_of(key)}.{name}"] for name in kind.names}
-            model.adapt(
-                key,
-                lambda base, own=own: kind(base, own, **options),  # type: ignore[misc]
-                kept_values[key],
-                remembered // len(kept_values),
-            )
+            model.adapt(key, lambda base, own=own: kind(base, own, **options))  # type: ignore[misc]
 
     def properties(self) -> dict[str, Any]:
         """What a reader of the files must know."""

@@ -118,7 +118,7 @@ def _verify(report: MergeReport, output: Path, quant: str, device: torch.device,
         model = build_model(tensors, own, LoadOptions(device, torch.float32, quant_type, quant_head)).eval()
         if isinstance(tensors, Apart):
             for key, adapter in trained.adapters.items():
-                model.adapt(key, adapter.module, 0)
+                model.adapt(key, adapter.module)
         return logits_on(model, tokens)
 
     merged = logits_of(open_checkpoint(output))

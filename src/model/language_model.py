@@ -182,8 +182,6 @@ class LanguageModel(nn.Module):
         self.workspace = DequantizationWorkspace()
         self.casts = CastBuffer()
         self._casts_of_layers: dict[str, LayerCasts] = {}
-        self._kept_by_adapters: dict[str, int] = {}
-        self._remembered_by_adapters = 0
         self.emb = Embedding(shape.vocab_size, shape.n_embd)
         self.blocks = nn.ModuleList(Block(shape, i, head_size_divisor) for i in range(shape.n_layer))
         self.ln_out = Norm(shape.n_embd)
@@ -204,6 +202,11 @@ class LanguageModel(nn.Module):
     def draws_random(self) -> bool:
         """Whether a pass draws random numbers."""
         return self.training and (self.dropout > 0 or any(block.draws_random for block in self.blocks))
+
+    @property
+    def is_fused(self) -> bool:
+        """Whether element-wise operators are kernels."""
+        return self.compute_dtype is torch.bfloat16 and fused_kernels() is not None
 
     @property
     def can_be_recorded(self) -> bool:
@@ -261,14 +264,12 @@ class LanguageModel(nn.Module):
             for mixer in (block.att, block.ffn):
                 mixer.take_room()  # type: ignore[operator, union-attr]
 
-    def adapt(self, name: str, adapter: Callable[[Any], Any], kept_values: int, remembered_values: int = 0) -> None:
+    def adapt(self, name: str, adapter: Callable[[Any], Any]) -> None:
         """Puts an adapter around a matrix of a layer, which is then frozen.
 
         Args:
             name: the matrix's file key.
             adapter: gives the module for the matrix that takes its place, and answers what `layers.Linear` does.
-            kept_values: per position, what the adapter keeps between forward and backward.
-            remembered_values: what it keeps of them where the layer is computed again.
         """
         parent_name, _, child = name.removesuffix(".weight").rpartition(".")
         parent = self.get_submodule(parent_name)
@@ -281,8 +282,6 @@ class LanguageModel(nn.Module):
         adapted.cast_with(casts)
         adapted.remember_with(block.first_pass)
         block.draws_random = block.draws_random or adapted.draws_random
-        self._kept_by_adapters[name] = kept_values
-        self._remembered_by_adapters += remembered_values
 
     def set_recomputation(self, modes: Sequence[Recompute], *, keep_dequantized: bool = False) -> None:
         """Sets what each layer computes again, and reserves the room its dense matrices need meanwhile.
@@ -296,14 +295,6 @@ class LanguageModel(nn.Module):
             block.recompute = mode  # type: ignore[assignment]
         self.workspace.keep_dequantized = keep_dequantized
         self.workspace.reserve(_packed_in(self._first_block, self.head))
-
-    def kept_bytes(self, mode: Recompute) -> int:
-        """Bytes per token that a layer keeps between forward and backward in this mode."""
-        fused = self.compute_dtype is torch.bfloat16 and fused_kernels() is not None
-        kept = self.shape.kept_bytes(mode, fused=fused)
-        if mode is Recompute.ALL:
-            return kept + self.shape.remembered_bytes(self._remembered_by_adapters)
-        return kept + self.shape.kept_bytes_of_adapters(self._kept_by_adapters, fused=fused)
 
     @property
     def dense_time_mix_bytes(self) -> int:

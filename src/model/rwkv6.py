@@ -217,26 +217,43 @@ class RWKV6Shape(ModelShape):
         )
         return (*of_layers, *wkv6_cuda.kernels_for(self.head_size, trains_weights=trains_weights))
 
-    def kept_bytes(self, recompute: Recompute, *, fused: bool) -> int:
-        """Bytes per token that one layer keeps between forward and backward, 16-bit activations.
+    def kept_values(self, *, inputs_again: bool, fused: bool, trained: Collection[str]) -> int:
+        """See ModelShape.
 
-        ALL: what enters the layer. INPUTS: besides, what enters the second mixer, r, k, v, w_raw and the operator's
-        checkpoints (with its kernel also how a tile's tokens weigh), y and gate, the feed-forward's hidden layer and
-        its gate, the decay's hidden layer. NOTHING: besides, the first norm's output and the hidden layer that makes
-        the modulation of its five mixes. Where element-wise operators are not `fused` they keep more: the gated value
-        and its gate, and the modulation.
+        What enters both mixers, r, k, v, w_raw and the operator's checkpoints (with its kernel also how a tile's tokens
+        weigh), y and gate, the feed-forward's hidden layer and its gate, the decay's hidden layer. Where inputs are not
+        made again, besides: the first norm's output, the hidden layer that makes the modulation of its five mixes, and
+        norms' statistics. Where element-wise operators are not `fused` they keep more: the gated value and its gate,
+        and the modulation. Checkpoints are then the starts of sequences, of 128 tokens or more.
         """
-        C, A, F = self.n_embd, self.dim_att, self.dim_ffn
-        everything_again = 2 * C
-        if recompute is Recompute.ALL:
-            return everything_again
-        checkpoints = A + (self.n_head * wkv6_cuda.TILE_TOKENS if fused else 0)
-        inputs_again = everything_again + 2 * (
-            (2 if fused else 5) * C + 6 * A + F + self.decay_lora_width + checkpoints
-        )
-        if recompute is Recompute.INPUTS:
-            return inputs_again
-        return inputs_again + 2 * ((1 if fused else 6) * C + 5 * self.mix_lora_width)
+        C, A, F, H = self.n_embd, self.dim_att, self.dim_ffn, self.n_head
+        kept = (3 * C + 7 * A + H * wkv6_cuda.TILE_TOKENS) if fused else (4 * C + 9 * A + 2 * H)
+        kept += F + self.decay_lora_width
+        if inputs_again:
+            return kept
+        return kept + (1 if fused else 6) * C + 5 * self.mix_lora_width + 8
+
+    def trained_inputs(self, *, inputs_again: bool, fused: bool) -> list[tuple[int, frozenset[str]]]:
+        """See ModelShape; where element-wise operators are not `fused` a mixer's inputs lie in one piece."""
+        C = self.n_embd
+        matrices = ("receptance.weight", "key.weight", "value.weight", "gate.weight")
+        mixed = [f"att.{name}" for name in ("time_decay_w1", *matrices)]
+        fed = ["ffn.key.weight", "ffn.receptance.weight"]
+        inputs = [(C, {name}) for name in (*mixed, *fed)] if fused else [(5 * C, set(mixed)), (2 * C, set(fed))]
+        inputs += [(self.dim_att, {"att.output.weight"}), (self.dim_ffn, {"ffn.value.weight"})]
+        if not inputs_again:
+            inputs += [(C, {"att.time_maa_w1"}), (C, {"ffn.time_maa_k", "ffn.time_maa_r"})]
+            # What the modulated mixes keep in any case serves this one, too, where it is the norm's output.
+            inputs += [] if fused else [(C, {"att.time_maa_x"})]
+        return [(values, frozenset(names)) for values, names in inputs]
+
+    def kept_casts(self, recompute: Recompute, trained: Collection[str], *, fused: bool) -> list[str]:
+        """See ModelShape; of what makes inputs none where these are made again, and where that is fused one at most."""
+        kept = super().kept_casts(recompute, trained, fused=fused)
+        if recompute is Recompute.NOTHING and not fused:
+            return kept
+        of_inputs = ("time_maa_w1",) if recompute is Recompute.NOTHING else ()
+        return [name for name in kept if "time_maa_" not in name or name.endswith(of_inputs)]
 
     def passing_bytes_again(self, adapters: str) -> int:
         """See ModelShape.

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from src.errors import CheckpointError, ConfigError
 from src.layout import SegmentLayout
 from src.model.layers import ChannelMixer, Linear, TimeMixer, join, squared_relu_gradients, together
-from src.model.recompute import Recompute
 from src.model.shape import ModelShape, Shape, axes_of, count_layers, orthogonal, uniform
 from src.model.small_maps import SmallMaps, hidden_width
 from src.ops import delta_rule_cuda, delta_rule_whole, elementwise_cuda, wkv7_cuda
@@ -52,6 +51,7 @@ _SIZE_GRAIN = 32
 """n_embd and dim_ffn typed by hand are multiples of this, as are the small maps' widths of fresh models."""
 
 _MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
+_MAPS = ("w0", "w1", "w2", "a0", "a1", "a2", "v0", "v1", "v2", "g1", "g2")
 _IDLE = ("v0", "v1", "v2")
 """What layer 0 may have and does not use: its values are what the others are pulled towards."""
 
@@ -66,7 +66,6 @@ class RWKV7Shape(ModelShape):
 
     architecture: ClassVar[str] = "x070"
     family: ClassVar[str] = "RWKV-7 (x070)"
-    mixes_without_matrix: ClassVar[int] = 3
     merged_state: ClassVar[str] = (
         "this program starts from the state, but\n"
         "         the rwkv package (0.8.32) and RWKV-Runner (1.9.11) ignore a state inside an RWKV-7 model:\n"
@@ -243,25 +242,34 @@ class RWKV7Shape(ModelShape):
             *(wkv7_cuda.KERNELS if self.head_size == CUDA_HEAD_SIZE else ()),
         )
 
-    def kept_bytes(self, recompute: Recompute, *, fused: bool) -> int:
-        """Bytes per token that one layer keeps between forward and backward, 16-bit activations.
+    def kept_values(self, *, inputs_again: bool, fused: bool, trained: Collection[str]) -> int:
+        """See ModelShape.
 
-        ALL: what enters the layer. INPUTS: besides, what enters the second mixer, what the recurrence takes and its
-        checkpoints, keys, rate and value residual's amount before they are made of, y and gate, the feed-forward's
-        hidden layer and those of decay and gate. NOTHING: besides, statistics of norms; mixes whose amounts are frozen
-        keep nothing. What layer 0 hands on is kept once, not per layer. Where operators are not `fused` they keep more,
-        the keys' norm in fp32 for one.
+        What enters both mixers, what the recurrence takes and its checkpoints, keys, rate and value residual's amount
+        before they are made of, y and gate, the feed-forward's hidden layer and those of decay and gate. Where inputs
+        are not made again, besides statistics of norms; mixes whose amounts are frozen keep nothing. What layer 0 hands
+        on is kept once, not per layer. Where operators are not `fused` they keep more, the keys' norm in fp32 for one,
+        and the starts of sequences, of 128 tokens or more.
         """
-        C, F = self.n_embd, self.dim_ffn
-        everything_again = 2 * C
-        if recompute is Recompute.ALL:
-            return everything_again
-        # The hidden values of decay, rate and value residual lie together.
-        widths = {"w": self.decay_width, "a": self.rate_width, "v": self.value_width}
-        hidden = F + (3 * hidden_width(widths) if fused else self.decay_width) + self.gate_width
+        hidden = self.decay_width
+        if fused and not any(f"att.{map_}" in trained for map_ in _MAPS):
+            # The hidden values of decay, rate and value residual lie together.
+            hidden = 3 * hidden_width({"w": self.decay_width, "a": self.rate_width, "v": self.value_width})
         # Of the recurrence six inputs and, with its kernel, three times as much as one of them.
-        inputs_again = everything_again + (30 if fused else 37) * C + 2 * hidden
-        return inputs_again if recompute is Recompute.INPUTS else inputs_again + 16
+        kept = (16 if fused else 20) * self.n_embd + self.dim_ffn + hidden + self.gate_width
+        return kept if inputs_again else kept + 8
+
+    def trained_inputs(self, *, inputs_again: bool, fused: bool) -> list[tuple[int, frozenset[str]]]:
+        """See ModelShape; where element-wise operators are not `fused` the time mix's inputs lie in one piece."""
+        C = self.n_embd
+        mixed = [{"receptance.weight"}, {"w1"}, {"key.weight"}, {"value.weight", "v1"}, {"a1"}, {"g1"}]
+        inputs = [(C, names) for names in mixed] if fused else [(6 * C, set().union(*mixed))]
+        inputs += [(C, {"output.weight"}), (self.rate_width, {"a2"}), (self.value_width, {"v2"})]
+        inputs += [] if fused else [(C, {"k_a"}), (C, {"r_k"})]
+        inputs += [] if inputs_again else [(C, set(_MIXES))]
+        of_time_mix = [(values, frozenset(f"att.{name}" for name in names)) for values, names in inputs]
+        of_channel_mix = [(C, frozenset({"ffn.key.weight"})), (self.dim_ffn, frozenset({"ffn.value.weight"}))]
+        return of_time_mix + of_channel_mix + ([] if inputs_again else [(C, frozenset({"ffn.x_k"}))])
 
     def passing_bytes_again(self, adapters: str) -> int:
         """See ModelShape; what layer 0 hands on and its gradient are among it."""
@@ -421,7 +429,7 @@ class TimeMix(TimeMixer):
     matrices = ("receptance", "key", "value", "output")
     mixed = ("receptance", "key")  # not value, whose results are kept for longer
     stacks = (_MIXES,)
-    products = ("w0", "w1", "w2", "a0", "a1", "a2", "v0", "v1", "v2", "g1", "g2")
+    products = _MAPS
     w0: nn.Parameter
     w1: nn.Parameter
     w2: nn.Parameter

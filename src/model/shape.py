@@ -38,14 +38,12 @@ class ModelShape(ABC):
     Attributes:
         architecture: its name for `--my_testing`.
         family: its name in sentences.
-        mixes_without_matrix: inputs of the time mix that only its small maps take.
         merged_state: what clients make of a model with a state in it, as the end of a sentence.
         merged_note: what they leave out of it, as a sentence; "" if nothing.
     """
 
     architecture: ClassVar[str]
     family: ClassVar[str]
-    mixes_without_matrix: ClassVar[int] = 1
     merged_state: ClassVar[str]
     merged_note: ClassVar[str]
 
@@ -134,9 +132,33 @@ class ModelShape(ABC):
             generator: of what is drawn.
         """
 
+    def kept_bytes(self, recompute: Recompute, *, fused: bool, trained: Collection[str] = ()) -> int:
+        """Bytes per token that one layer keeps between forward and backward, 16-bit activations.
+
+        Args:
+            recompute: what it computes again.
+            fused: whether element-wise operators are kernels.
+            trained: names within the layer ("att.key.weight") of what is trained besides its state, and of matrices
+                whose adapters keep what they are applied to.
+        """
+        if recompute is Recompute.ALL:
+            return 2 * self.n_embd  # what enters it
+        again = recompute is Recompute.INPUTS
+        own = self.kept_values(inputs_again=again, fused=fused, trained=trained)
+        inputs = self.trained_inputs(inputs_again=again, fused=fused)
+        return 2 * (own + sum(values for values, names in inputs if not names.isdisjoint(trained)))
+
     @abstractmethod
-    def kept_bytes(self, recompute: Recompute, *, fused: bool) -> int:
-        """Bytes per token that one layer keeps between forward and backward, 16-bit activations."""
+    def kept_values(self, *, inputs_again: bool, fused: bool, trained: Collection[str]) -> int:
+        """Values per token that a layer keeps in any case; arguments as of `kept_bytes`."""
+
+    @abstractmethod
+    def trained_inputs(self, *, inputs_again: bool, fused: bool) -> list[tuple[int, frozenset[str]]]:
+        """What a layer keeps besides where something is trained: values per token, and names that each suffice."""
+
+    def kept_casts(self, recompute: Recompute, trained: Collection[str], *, fused: bool) -> list[str]:
+        """Those trained weights whose casts a layer keeps, if they are stored in another dtype than activations."""
+        return [] if recompute is Recompute.ALL else list(trained)
 
     @abstractmethod
     def passing_bytes_again(self, adapters: str) -> int:
@@ -155,24 +177,6 @@ class ModelShape(ABC):
             trains_weights: whether the weights of norms and mixes are trained, too.
         """
         return ()
-
-    def kept_bytes_of_adapters(self, kept_values: Mapping[str, int], *, fused: bool) -> int:
-        """The same of adapters that keep so many values per token, by matrix, where a layer keeps more than its input.
-
-        Where they are not `fused` the mixer's inputs lie in one piece: what is kept of them keeps those that no matrix
-        takes, too.
-        """
-        if not kept_values:
-            return 0
-        others = 0
-        if not fused:
-            whole = any(values >= self.n_embd for values in kept_values.values())
-            others = self.n_embd * (self.mixes_without_matrix if whole else 1)
-        return 2 * (sum(kept_values.values()) // self.n_layer + others)
-
-    def remembered_bytes(self, remembered_values: int) -> int:
-        """The same of adapters whose second passes have so many values per token, in all layers, of the first ones."""
-        return 2 * remembered_values // self.n_layer
 
     @abstractmethod
     def rate_factor(self, key: str) -> float:

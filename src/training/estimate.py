@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from src.adapters.full import FullTraining
+from src.adapters.kept import KeptByLayers
 from src.adapters.lisa import Lisa
 from src.adapters.method import Method
 from src.adapters.parts import value_count
@@ -117,14 +118,6 @@ def estimate_memory(
         records: whether steps are recorded, of micro-batches that need not all have one shape.
     """
     fused = on_gpu and itemsize == 2
-    of_adapters = remembered = 0
-    if method.adapters is not None:
-        of_adapters = shape.kept_bytes_of_adapters(method.adapters.kept_values(shape), fused=fused)
-        remembered = shape.remembered_bytes(method.adapters.remembered_values(shape))
-
-    def kept_bytes(mode: Recompute) -> int:
-        return shape.kept_bytes(mode, fused=fused) + (remembered if mode is Recompute.ALL else of_adapters)
-
     trained = set(method.trained_names(shape))
     sizes = shape.parameter_shapes()
     matrices = set(shape.matrix_names())
@@ -143,15 +136,9 @@ def estimate_memory(
         **_trained_parts(config, method, shape, on_gpu=on_gpu),
         WORKSPACE: _workspace_bytes(config, shape, packed, itemsize),
     }
-    layers = shape.n_layer
-    kept = kept_bytes({0: Recompute.NOTHING, 1: Recompute.ALL}.get(config.grad_cp, Recompute.ALL)) * layers
-    if config.grad_cp == 2 and not on_gpu:
-        kept = kept_bytes(Recompute.INPUTS) * layers
-    if config.offload_activations or (config.chunk_ctx and config.chunk_keep == "inputs"):
-        kept = kept_bytes(Recompute.NOTHING) if config.chunk_ctx else 0
     wider = itemsize / 2
     by_layer = fused and memories > 0 and config.chunk_keep == "inputs"
-    kept_activations = positions * kept * wider
+    kept_activations, kept_casts = _kept_bytes(config, method, shape, positions, on_gpu=on_gpu, itemsize=itemsize)
     passing = positions * passing_bytes(shape, by_layer=by_layer) * wider
     passing *= _PASSING_SHARE if on_gpu else _PLAIN_PASSING_SHARE
     logits = float(min(_LOGITS, positions * shape.vocab_size) * itemsize)
@@ -163,14 +150,15 @@ def estimate_memory(
         logits = max(logits - passing, 0.0)
     elif fused and isinstance(method, Lisa):
         of_casts = _layer_bytes(shape)
-    together = min(kept_activations, parts[GRADIENTS]) if _gradients_follow(config, method, memories) else 0.0
+    kept = kept_activations + kept_casts
+    together = min(kept, parts[GRADIENTS]) if _gradients_follow(config, method, memories) else 0.0
     parts |= {
-        ACTIVATIONS: kept_activations - together,
+        ACTIVATIONS: kept - together,
         PASSING: passing + of_casts,
         LOSS: logits,
         MEMORIES: shape.memory_bytes(itemsize) * _memories_there(config, memories),
     }
-    grows = parts[ACTIVATIONS] + passing
+    grows = max(parts[ACTIVATIONS] - kept_casts, 0.0) + passing
     if evaluates:
         # Before training there are no gradients and moments yet, and no row of its own.
         at_evaluation = (
@@ -194,6 +182,22 @@ def estimate_memory(
         parts[IDLE] = _HOST_IDLE_BYTES
     shown = {name: amount for name, amount in parts.items() if amount}
     return MemoryEstimate(shown, positions, grows)
+
+
+def _kept_bytes(
+    config: TrainConfig, method: Method, shape: ModelShape, positions: int, *, on_gpu: bool, itemsize: int
+) -> tuple[float, float]:
+    """What layers keep on the device for their backward: what grows with the positions, and the rest."""
+    layers = KeptByLayers(method, shape, fused=on_gpu and itemsize == 2, itemsize=itemsize)
+    with_memory = Recompute.ALL if on_gpu else Recompute.INPUTS
+    mode = {0: Recompute.NOTHING, 1: Recompute.ALL}.get(config.grad_cp, with_memory)
+    if config.chunk_ctx and config.chunk_keep == "inputs":
+        all_of, once = (layers.by_layer(Recompute.NOTHING, count)[0] for count in (positions, 0))
+    elif config.offload_activations:
+        return 0.0, 0.0
+    else:
+        all_of, once = (layers.of_all(mode, count) for count in (positions, 0))
+    return all_of - once, once
 
 
 def _gradients_follow(config: TrainConfig, method: Method, memories: int) -> bool:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from src.adapters.full import FullTraining
+from src.adapters.kept import KeptByLayers
 from src.adapters.lisa import Lisa
 from src.adapters.method import Method
 from src.adapters.parts import value_count
@@ -47,7 +48,7 @@ MEMORIES_AT_HAND = 4
 _STREAMS, _STREAMS_BY_LAYER = 4, 7
 """Places [N, C] of a recording: what enters and leaves it in each pass, and a gradient; or what enters it and three
 layers, two gradients, and the result."""
-_SHARE_BY_LAYER = 0.38
+_SHARE_BY_LAYER = 0.35
 """Of what passes, fitted to LoRA 1.6B and states 7B in chunks of 2,048 and 4,096 tokens (H100, 2026-11-26)."""
 _TARGET_BYTES = 64
 """Of each position of a row in chunks: where its target is, its scores and their gradients."""
@@ -134,12 +135,18 @@ def require_memory_of_run(config: TrainConfig, device: torch.device, shape: Mode
 
 
 def plan_memory(
-    model: LanguageModel, row_tokens: int, limit_gib: float, waiting_bytes: int = 0, trained_bytes: int = 0
+    model: LanguageModel,
+    method: Method,
+    row_tokens: int,
+    limit_gib: float,
+    waiting_bytes: int = 0,
+    trained_bytes: int = 0,
 ) -> MemoryPlan:
     """Chooses as many light layers as fit, and when all are, as many whole ones.
 
     Args:
         model: on its GPU.
+        method: what is trained; of layers that are not alike those that keep most are counted first.
         row_tokens: most tokens of a micro-batch that are computed at a time.
         limit_gib: device memory the run may use in all; 0 is the whole device.
         waiting_bytes: of memories that wait there between chunks.
@@ -150,19 +157,23 @@ def plan_memory(
     idle = torch.cuda.memory_reserved(model.device) - torch.cuda.memory_allocated(model.device)
     used = total - free - idle
     limit = min(limit_gib * 2**30 or total, total)
-    passing = row_tokens * passing_bytes(shape)
+    passing = row_tokens * passing_bytes(shape) * model.compute_dtype.itemsize // 2
     available = limit - used - trained_bytes - passing - waiting_bytes - _WORKING_BYTES
+    kept = KeptByLayers(method, shape, fused=model.is_fused, itemsize=model.compute_dtype.itemsize)
+    everything, inputs, nothing = (
+        kept.by_layer(mode, row_tokens) for mode in (Recompute.ALL, Recompute.INPUTS, Recompute.NOTHING)
+    )
 
-    def layers_that_fit(extra_bytes: int) -> int:
-        return int(max(0, min(shape.n_layer, available // (row_tokens * extra_bytes))))
+    def layers_that_fit(more: list[float], less: list[float]) -> int:
+        """How many layers can keep more, all others less."""
+        counts = range(1, shape.n_layer + 1)
+        return max((n for n in counts if sum(more[:n]) + sum(less[n:]) <= available), default=0)
 
-    everything, inputs, nothing = map(model.kept_bytes, (Recompute.ALL, Recompute.INPUTS, Recompute.NOTHING))
-    available -= row_tokens * everything * shape.n_layer
-    light = layers_that_fit(inputs - everything)
-    available -= row_tokens * (inputs - everything) * light
+    light = layers_that_fit(inputs, everything)
     if light == shape.n_layer:
-        whole = layers_that_fit(nothing - inputs)
+        whole = layers_that_fit(nothing, inputs)
         return MemoryPlan(shape.n_layer, light_layers=light - whole, whole_layers=whole)
+    available -= sum(inputs[:light]) + sum(everything[light:])
     keeps = 0 < model.dense_time_mix_bytes <= available
     return MemoryPlan(shape.n_layer, light_layers=light, keep_dequantized=keeps)
 
@@ -296,14 +307,8 @@ def chunk_that_fits(
     else:
         rows, width = config.micro_bsz, config.ctx_len
     fused = device.type == "cuda" and compute_dtype is torch.bfloat16
-    everything, nothing = (shape.kept_bytes(mode, fused=fused) for mode in (Recompute.ALL, Recompute.NOTHING))
-    if method.adapters is not None:
-        nothing += shape.kept_bytes_of_adapters(method.adapters.kept_values(shape), fused=fused)
-        everything += shape.remembered_bytes(method.adapters.remembered_values(shape))
-    kept = {0: [nothing * shape.n_layer], 1: [everything * shape.n_layer]}
-    kept[2] = kept[0] + kept[1]
-    # With their inputs at hand, one layer after the other is computed and left.
-    of_chunk = [nothing] if config.chunk_keep == "inputs" else kept[config.grad_cp]
+    kept = KeptByLayers(method, shape, fused=fused, itemsize=compute_dtype.itemsize)
+    modes = {0: [Recompute.NOTHING], 1: [Recompute.ALL], 2: [Recompute.NOTHING, Recompute.ALL]}[config.grad_cp]
     of_memory = shape.memory_bytes(compute_dtype.itemsize)
     waiting = of_memory if config.chunk_keep == "device" else 0
     free = _SHARE_OF_FREE * (free_bytes(device) + own_bytes)
@@ -311,22 +316,25 @@ def chunk_that_fits(
         free = min(free, config.memory_gib * 2**30)
     model = _model_bytes(config, method, shape, compute_dtype) + _WORKING_BYTES
 
-    def needed(tokens: int, kept_bytes: int) -> int:
-        passing = passing_bytes(shape, by_layer=fused and config.chunk_keep == "inputs" and tokens < width)
-        of_position = (kept_bytes + passing) * compute_dtype.itemsize // 2
+    def needed(tokens: int, mode: Recompute) -> float:
+        # With their inputs at hand, one layer after the other is computed and left.
+        by_layer = config.chunk_keep == "inputs" and tokens < width
+        of_layers = kept.by_layer(Recompute.NOTHING if by_layer else mode, rows * tokens)
+        passing = passing_bytes(shape, by_layer=fused and by_layer) * compute_dtype.itemsize // 2
         of_chunks = MEMORIES_AT_HAND * of_memory + width * _TARGET_BYTES if tokens < width else 0
         recorded = 0
         if tokens < width and device.type == "cuda":
             recorded = recorded_bytes(replace(config, chunk_ctx=tokens), method, shape, rows, compute_dtype.itemsize)
-        return model + recorded + rows * (tokens * of_position + of_chunks + (ceil_div(width, tokens) - 1) * waiting)
+        of_rows = rows * (tokens * passing + of_chunks + (ceil_div(width, tokens) - 1) * waiting)
+        return model + recorded + of_rows + (of_layers[0] if by_layer else sum(of_layers))
 
     sizes = [size for power in range(width.bit_length()) if _SMALLEST_CHUNK <= (size := 1 << power) < width]
-    if needed(width, kept[config.grad_cp][-1]) <= free:
+    if needed(width, modes[-1]) <= free:
         return 0
-    fitting = [[tokens for tokens in sizes if needed(tokens, kept_bytes) <= free] for kept_bytes in of_chunk]
+    fitting = [[tokens for tokens in sizes if needed(tokens, mode) <= free] for mode in modes]
     if largest := [max(found) for found in fitting if found]:
         return next((tokens for tokens in largest if tokens >= _EFFICIENT_CHUNK), max(largest))
-    least = min(needed(tokens, of_chunk[-1]) for tokens in sizes or [width])
+    least = min(needed(tokens, modes[-1]) for tokens in sizes or [width])
     ways = [
         *(["--chunk_keep host"] if waiting and device.type == "cuda" else []),
         *(["--quant 1"] if method.freezes_matrices and not config.quantised else []),

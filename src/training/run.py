@@ -474,7 +474,7 @@ def choose_recomputation(model: LanguageModel, work: Work, config: TrainConfig, 
         if work.memories:
             waiting += recorded_bytes(config, method, model.shape, work.row_tokens // config.chunk_ctx, 2)
         trained = bytes_of_trained(config, method, model.shape)
-        plan = plan_memory(model, work.row_tokens, config.memory_gib, waiting, trained)
+        plan = plan_memory(model, method, work.row_tokens, config.memory_gib, waiting, trained)
     else:
         plan = MemoryPlan(layers, light_layers=layers)
     plan.apply(model)

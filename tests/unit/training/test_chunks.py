@@ -106,7 +106,7 @@ def model_of(
                 name: torch.randn(size, generator=generator) / size[-1] ** 0.5
                 for name, size in LoRA.parameter_shapes(4, *sizes[key]).items()
             }
-            model.adapt(key, lambda base, own=values: LoRA(base, own, scale=0.5, dropout=lora_dropout), 0)  # type: ignore[misc]
+            model.adapt(key, lambda base, own=values: LoRA(base, own, scale=0.5, dropout=lora_dropout))  # type: ignore[misc]
     for name, parameter in model.named_parameters():
         wanted = {
             "states": name.endswith("time_state"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from types import SimpleNamespace
 from typing import Any
@@ -9,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from factories import ARCHITECTURES, tiny_parameters, tiny_shape
-from kept_tensors import kept_and_estimated
-from tables import covering
+from kept_tensors import RUNS, kept_and_estimated
 
+from src.adapters.kept import KeptByLayers
 from src.adapters.method import method_of
 from src.adapters.plan import AdapterPlan
+from src.adapters.states import StateTuning
 from src.config import TrainConfig
 from src.errors import ConfigError
 from src.loading import LoadOptions, build_model
@@ -29,7 +31,7 @@ GIB = 2**30
 @pytest.fixture
 def model() -> LanguageModel:
     shape = tiny_shape(n_layer=4)
-    return build_model(tiny_parameters(shape), shape, LoadOptions(torch.device("cpu"), torch.float32))
+    return build_model(tiny_parameters(shape), shape, LoadOptions(torch.device("cpu"), torch.float16))
 
 
 def fake_device(monkeypatch: pytest.MonkeyPatch, free_gib: float, total_gib: float) -> None:
@@ -42,7 +44,7 @@ def test_more_free_memory_keeps_more_of_more_layers(model: LanguageModel, monkey
     plans = []
     for free in (0.5, 2, 4, 5, 6, 6.5, 7, 7.25, 7.5, 7.75, 8, 24, 80):
         fake_device(monkeypatch, free, 80)
-        plans.append(plan_memory(model, 1_000_000, 0))
+        plans.append(plan_memory(model, StateTuning(), 1_000_000, 0))
     kept = [(plan.whole_layers, plan.light_layers + plan.whole_layers) for plan in plans]
     assert kept == sorted(kept)
     assert kept[0] == (0, 0)
@@ -55,21 +57,22 @@ def test_more_free_memory_keeps_more_of_more_layers(model: LanguageModel, monkey
 @pytest.mark.parametrize("free", [1.0, 3.0, 4.5, 6.0, 6.5])
 def test_what_is_kept_fits(model: LanguageModel, monkeypatch: pytest.MonkeyPatch, free: float) -> None:
     fake_device(monkeypatch, free, 80)
-    plan = plan_memory(model, 1_000_000, 0)
+    plan = plan_memory(model, StateTuning(), 1_000_000, 0)
     levels = {Recompute.NOTHING: plan.whole_layers, Recompute.INPUTS: plan.light_layers}
-    kept = sum(1_000_000 * model.kept_bytes(level) * count for level, count in levels.items())
+    of_layers = KeptByLayers(StateTuning(), model.shape, fused=False, itemsize=2)
+    kept = sum(of_layers.by_layer(level, 1_000_000)[0] * count for level, count in levels.items())
     assert kept <= free * GIB
 
 
 def test_limit_counts_what_others_use(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_device(monkeypatch, 70, 80)
-    assert plan_memory(model, 1_000_000, limit_gib=11) == MemoryPlan(layers=4)
-    assert plan_memory(model, 1_000_000, limit_gib=80) == MemoryPlan(layers=4, whole_layers=4)
+    assert plan_memory(model, StateTuning(), 1_000_000, limit_gib=11) == MemoryPlan(layers=4)
+    assert plan_memory(model, StateTuning(), 1_000_000, limit_gib=80) == MemoryPlan(layers=4, whole_layers=4)
 
 
 def test_every_trained_value_has_its_moments(model: LanguageModel, monkeypatch: pytest.MonkeyPatch) -> None:
     fake_device(monkeypatch, 8, 80)
-    free, less = (plan_memory(model, 1_000_000, 0, trained_bytes=trained) for trained in (0, 2 * GIB))
+    free, less = (plan_memory(model, StateTuning(), 1_000_000, 0, trained_bytes=trained) for trained in (0, 2 * GIB))
     assert less.light_layers + less.whole_layers <= free.light_layers + free.whole_layers
     assert less != free
 
@@ -91,19 +94,30 @@ def test_the_plan_says_what_is_recomputed() -> None:
 
 def test_kept_bytes_of_the_7b_shape() -> None:
     shape = RWKV6Shape.from_sizes(n_layer=32, n_embd=4096, vocab_size=65536, double_extra_dim=True)
+    inputs_again = 2 * (10 * 4096 + 64 * 16 + 14336 + 128)
     assert shape.kept_bytes(Recompute.ALL, fused=True) == 2 * 4096
-    assert shape.kept_bytes(Recompute.INPUTS, fused=True) == 2 * (10 * 4096 + 64 * 16 + 14336 + 128)
-    assert shape.kept_bytes(Recompute.NOTHING, fused=True) == 2 * (11 * 4096 + 64 * 16 + 14336 + 128 + 320)
+    assert shape.kept_bytes(Recompute.INPUTS, fused=True) == inputs_again
+    assert shape.kept_bytes(Recompute.NOTHING, fused=True) == inputs_again + 2 * (4096 + 320) + 16
+
+
+QUICK = {
+    ("bat", "x070", Recompute.ALL), ("lora time ln", "x060", Recompute.NOTHING),
+    ("bone time ln", "x070", Recompute.NOTHING), ("full", "x070", Recompute.INPUTS),
+    ("full bf16", "x060", Recompute.INPUTS),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("kind", "architecture", "recompute"),
-    covering(["", "lora", "bone", "bat"], ARCHITECTURES, list(Recompute)),
+    ("run", "architecture", "recompute"),
+    [
+        pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+        for case in itertools.product(RUNS, ARCHITECTURES, Recompute)
+    ],
 )
-def test_kept_bytes_cover_what_torch_keeps(architecture: str, recompute: Recompute, kind: str) -> None:
-    """In fp16, where nothing is fused."""
-    kept, estimate = kept_and_estimated("cpu", torch.float16, recompute, kind, architecture)
-    assert 0.9 * estimate < kept <= estimate
+def test_kept_bytes_cover_what_torch_keeps(architecture: str, recompute: Recompute, run: str) -> None:
+    """In fp16, where nothing is fused; the estimate allows for shorter sequences, whose starts are kept."""
+    kept, estimate = kept_and_estimated("cpu", torch.float16, recompute, run, architecture)
+    assert 0.95 * estimate < kept <= estimate
 
 
 def work_of(row_tokens: int, memories: int = 0, all_tokens: int = 0) -> Any:
