@@ -15,6 +15,7 @@ RUNS: dict[str, dict[str, str]] = {
     **{kind: {"peft": kind, "train_parts": "[]"} for kind in ("lora", "bone", "bat", "pissa")},
     **{f"{kind} ln": {"peft": kind, "train_parts": "ln"} for kind in ("lora", "bone", "bat", "pissa")},
     **{f"{kind} time ln": {"peft": kind, "train_parts": "time,ln"} for kind in ("lora", "bone", "bat", "pissa")},
+    "lora dropout": {"peft": "lora", "train_parts": "[]", "lora_dropout": "0.1"},
     "parts": {"train_parts": "time,ln"},
     "full": {"train_type": "none"},
     "full bf16": {"train_type": "none", "weights": "bf16"},

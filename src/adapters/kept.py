@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from src.adapters.full import FullTraining
 from src.adapters.lisa import Lisa
 from src.adapters.method import Method
+from src.adapters.parts import value_count
 from src.adapters.turns import names_in_layers
 from src.model.recompute import Recompute
 from src.model.shape import ModelShape, matrices_of
@@ -19,20 +20,23 @@ class _Layer:
 
     Attributes:
         inputs: weights, and matrices whose adapters keep what they are applied to.
-        narrow_values: per position, what adapters keep beside that.
-        casts: weights that autograd casts -> bytes of their casts.
+        adapter_values: per position, what adapters keep beside that.
+        casts: weights that autograd casts, and bytes of their casts.
+        adapter_casts: bytes of those of adapters.
     """
 
     inputs: frozenset[str]
-    narrow_values: int
+    adapter_values: int
     casts: frozenset[tuple[str, int]]
+    adapter_casts: int
 
 
 class KeptByLayers:
     """Bytes that layers keep for their backward: most grow with the positions, casts of trained weights do not.
 
     Adapters keep no casts of their own, nor of what they have cast with them: all of their mixers' weights but matrices
-    (`casts.LayerCasts`).
+    (`casts.LayerCasts`). Those that draw random numbers are autograd's: they keep casts, and each what dropout has left
+    of its input beside what was drawn, a byte a value on a GPU.
 
     Args:
         method: what is trained.
@@ -43,26 +47,34 @@ class KeptByLayers:
 
     def __init__(self, method: Method, shape: ModelShape, *, fused: bool, itemsize: int) -> None:
         self._shape, self._fused, self._itemsize = shape, fused, itemsize
-        self._adapters = adapters = method.adapters
+        adapters = method.adapters
+        self._random = random = adapters is not None and adapters.draws_random
         sizes = shape.parameter_shapes()
         trained = names_in_layers(sizes, sizes.keys() - set(method.trained_names(shape)))
         if isinstance(method, Lisa):
+            # The first layer may have fewer weights than others.
             by_turns = names_in_layers(sizes, shape.idle_names())
-            trained = by_turns[: method.draw.layers] + trained[method.draw.layers :]
+            trained = trained[: -method.draw.layers] + by_turns[-method.draw.layers :]
         matrices = [] if adapters is None else adapters.matrices(shape)
         adapted = names_in_layers(sizes, sizes.keys() - set(matrices))
         narrow = method.narrow_names(shape) if isinstance(method, FullTraining) else []
         stored_narrow = names_in_layers(sizes, sizes.keys() - set(narrow))
+        own_sizes = {} if adapters is None else adapters.parameter_shapes(shape)
+        adapter_casts = value_count(own_sizes) * itemsize // shape.n_layer if random and itemsize != 4 else 0
         self._layers = []
         for own, of_adapters, already_narrow in zip(trained, adapted, stored_narrow, strict=True):
-            inputs = {*own, *(of_adapters if adapters is not None and adapters.keeps_inputs else ())}
-            narrow_values = 0 if adapters is None else adapters.narrow_values * len(of_adapters)
+            by_name = adapters is not None and adapters.keeps_inputs and not random
+            inputs = {*own, *(of_adapters if by_name else ())}
+            adapter_values = 0 if adapters is None else adapters.narrow_values * len(of_adapters)
+            if random:
+                dropped = sum(in_features for _, in_features in of_adapters.values())
+                adapter_values += dropped + (dropped // 2 if fused else dropped)
             # Without kernels, activations of 2 bytes may be fp16.
             cast = [name for name in own if not (fused if name in already_narrow else itemsize == 4)]
             if of_adapters:
                 cast = matrices_of({name: own[name] for name in cast})
             casts = frozenset((name, itemsize * math.prod(own[name])) for name in cast)
-            self._layers.append(_Layer(frozenset(inputs), narrow_values, casts))
+            self._layers.append(_Layer(frozenset(inputs), adapter_values, casts, adapter_casts))
 
     def by_layer(self, recompute: Recompute, positions: int) -> list[float]:
         """Bytes of each layer in this mode, from the one that keeps most to the one that keeps least."""
@@ -75,8 +87,9 @@ class KeptByLayers:
 
     def _of_layer(self, layer: _Layer, recompute: Recompute, positions: int) -> float:
         of_position = self._shape.kept_bytes(recompute, fused=self._fused, trained=layer.inputs)
-        if recompute is not Recompute.ALL or not (self._adapters is not None and self._adapters.draws_random):
-            of_position += 2 * layer.narrow_values
         casts = dict(layer.casts)
-        kept_casts = self._shape.kept_casts(recompute, casts, fused=self._fused)
-        return positions * of_position * self._itemsize / 2 + sum(casts[name] for name in kept_casts)
+        once = sum(casts[name] for name in self._shape.kept_casts(recompute, casts, fused=self._fused))
+        if recompute is not Recompute.ALL or not self._random:
+            of_position += 2 * layer.adapter_values
+            once += layer.adapter_casts
+        return positions * of_position * self._itemsize / 2 + once

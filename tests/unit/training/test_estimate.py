@@ -303,6 +303,21 @@ def test_room_behind_dense_matrices_counts_where_it_is_taken(size: str, flags: d
     assert weights - without == (2 * 64 * outputs * 32 if takes else 0)
 
 
+def test_layers_that_keep_all_keep_casts_of_what_is_trained() -> None:
+    """Of weights in fp32: as much as the layers have in bf16, however long rows are."""
+    shape = shape_of("1.6b")
+    flags: dict[str, object] = {"train_type": "none", "accumulate_grad_batches": 2}
+
+    def kept(positions: int, **more: object) -> float:
+        return on_gpu(config(**flags, **more), shape, positions).parts[estimate.ACTIVATIONS]
+
+    matrices = 2 * sum(math.prod(shape.parameter_shapes()[name]) for name in shape.matrix_names())
+    for positions in (64, 1024):
+        wide, narrow = (kept(positions, grad_cp=0, weights=weights) for weights in ("fp32", "bf16"))
+        assert wide - narrow == pytest.approx(matrices)
+    assert kept(64, grad_cp=1) == kept(64, grad_cp=1, weights="bf16") < matrices
+
+
 def test_held_out_texts_count_where_rows_are_short() -> None:
     shape = RWKV6Shape.from_sizes(n_layer=24, n_embd=2048, vocab_size=65536)
     made = config()

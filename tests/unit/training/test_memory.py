@@ -77,6 +77,22 @@ def test_every_trained_value_has_its_moments(model: LanguageModel, monkeypatch: 
     assert less != free
 
 
+@pytest.mark.parametrize("flags", [{"peft": "bone", "bone_r": "4"}, {"peft": "lora", "lora_r": "4"}])
+def test_what_trains_more_keeps_fewer_layers(
+    model: LanguageModel, flags: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = []
+    for free in range(4, 16):
+        fake_device(monkeypatch, free, 80)
+        plans = []
+        for parts in ("[]", "time,ln"):
+            config = TrainConfig.from_flags({"load_model": "b", "data_file": "d", "train_parts": parts, **flags})
+            plans.append(plan_memory(model, method_of(config), 1_000_000, 0))
+        kept.append([plan.light_layers + 2 * plan.whole_layers for plan in plans])
+    assert all(with_parts <= without for without, with_parts in kept)
+    assert any(with_parts < without for without, with_parts in kept)
+
+
 def test_apply_gives_the_last_layers_most(model: LanguageModel) -> None:
     MemoryPlan(layers=4, light_layers=2, whole_layers=1).apply(model)
     assert [block.recompute for block in model.blocks] == [
