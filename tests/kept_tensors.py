@@ -15,6 +15,7 @@ RUNS: dict[str, dict[str, str]] = {
     **{kind: {"peft": kind, "train_parts": "[]"} for kind in ("lora", "bone", "bat", "pissa")},
     **{f"{kind} ln": {"peft": kind, "train_parts": "ln"} for kind in ("lora", "bone", "bat", "pissa")},
     **{f"{kind} time ln": {"peft": kind, "train_parts": "time,ln"} for kind in ("lora", "bone", "bat", "pissa")},
+    "lora dense": {"peft": "lora", "train_parts": "ln", "quant": "0"},
     "lora dropout": {"peft": "lora", "train_parts": "[]", "lora_dropout": "0.1"},
     "parts": {"train_parts": "time,ln"},
     "full": {"train_type": "none"},
@@ -35,18 +36,21 @@ def kept_and_estimated(
     if kind := flags.get("peft"):
         flags["bone_r" if kind in ("bone", "bat") else f"{kind}_r"] = "32"
     method = method_of(TrainConfig.from_flags({"load_model": "m.pth", "data_file": "d", **flags}))
+    dense = flags.get("quant") == "0"
     kept, estimates = [], []
     for layers in (2, 3):
         shape = tiny_shape(n_layer=layers, n_embd=256, head_size=64, mix_lora_width=32, architecture=architecture)
         options = LoadOptions(
             torch.device(device),
             dtype,
-            quant_type="nf4" if method.freezes_matrices else None,
+            quant_type="nf4" if method.freezes_matrices and not dense else None,
             trained=method.trained_names(shape),
             narrow=method.narrow_names(shape) if isinstance(method, FullTraining) else (),
             adapters=method.adapters,
+            reserves_room=dense and torch.empty(0, device=device).is_cuda,
         )
         model = build_model(tiny_parameters(shape), shape, options)
+        model.take_room()
         model.set_recomputation([recompute] * layers)
         model(torch.arange(tokens)[None] % shape.vocab_size)  # what is made once is there
         own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
@@ -64,6 +68,6 @@ def kept_and_estimated(
             hidden, _ = model(torch.arange(tokens)[None] % shape.vocab_size)
         kept.append(sum(storage.nbytes() for storage in seen.values()))
         del hidden
-        by_layer = KeptByLayers(method, shape, fused=model.is_fused, itemsize=dtype.itemsize)
+        by_layer = KeptByLayers(method, shape, fused=model.is_fused, itemsize=dtype.itemsize, dense=model.reserves_room)
         estimates.append(by_layer.of_all(recompute, tokens))
     return kept[1] - kept[0], estimates[1] - estimates[0]

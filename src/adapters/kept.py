@@ -21,12 +21,14 @@ class _Layer:
     Attributes:
         inputs: weights, and matrices whose adapters keep what they are applied to.
         adapter_values: per position, what adapters keep beside that.
+        room: per position, values behind inputs that adapters keep.
         casts: weights that autograd casts, and bytes of their casts.
         adapter_casts: bytes of those of adapters.
     """
 
     inputs: frozenset[str]
     adapter_values: int
+    room: int
     casts: frozenset[tuple[str, int]]
     adapter_casts: int
 
@@ -43,9 +45,10 @@ class KeptByLayers:
         shape: of the model.
         fused: whether element-wise operators are kernels.
         itemsize: bytes of an activation.
+        dense: whether frozen matrices are dense and whole, so that adapters take room (`AdapterPlan.rooms`).
     """
 
-    def __init__(self, method: Method, shape: ModelShape, *, fused: bool, itemsize: int) -> None:
+    def __init__(self, method: Method, shape: ModelShape, *, fused: bool, itemsize: int, dense: bool = False) -> None:
         self._shape, self._fused, self._itemsize = shape, fused, itemsize
         adapters = method.adapters
         self._random = random = adapters is not None and adapters.draws_random
@@ -61,8 +64,11 @@ class KeptByLayers:
         stored_narrow = names_in_layers(sizes, sizes.keys() - set(narrow))
         own_sizes = {} if adapters is None else adapters.parameter_shapes(shape)
         adapter_casts = value_count(own_sizes) * itemsize // shape.n_layer if random and itemsize != 4 else 0
+        rooms = adapters.rooms(shape) if adapters is not None and fused and dense else {}
+        width = max(rooms.values(), default=0)
+        roomy = names_in_layers(sizes, sizes.keys() - rooms.keys())
         self._layers = []
-        for own, of_adapters, already_narrow in zip(trained, adapted, stored_narrow, strict=True):
+        for own, of_adapters, already_narrow, with_room in zip(trained, adapted, stored_narrow, roomy, strict=True):
             by_name = adapters is not None and adapters.keeps_inputs and not random
             inputs = {*own, *(of_adapters if by_name else ())}
             adapter_values = 0 if adapters is None else adapters.narrow_values * len(of_adapters)
@@ -74,7 +80,7 @@ class KeptByLayers:
             if of_adapters:
                 cast = matrices_of({name: own[name] for name in cast})
             casts = frozenset((name, itemsize * math.prod(own[name])) for name in cast)
-            self._layers.append(_Layer(frozenset(inputs), adapter_values, casts, adapter_casts))
+            self._layers.append(_Layer(frozenset(inputs), adapter_values, width * len(with_room), casts, adapter_casts))
 
     def by_layer(self, recompute: Recompute, positions: int) -> list[float]:
         """Bytes of each layer in this mode, from the one that keeps most to the one that keeps least."""
@@ -87,6 +93,7 @@ class KeptByLayers:
 
     def _of_layer(self, layer: _Layer, recompute: Recompute, positions: int) -> float:
         of_position = self._shape.kept_bytes(recompute, fused=self._fused, trained=layer.inputs)
+        of_position += 0 if recompute is Recompute.ALL else 2 * layer.room
         casts = dict(layer.casts)
         once = sum(casts[name] for name in self._shape.kept_casts(recompute, casts, fused=self._fused))
         if recompute is not Recompute.ALL or not self._random:

@@ -204,6 +204,11 @@ class LanguageModel(nn.Module):
         return self.training and (self.dropout > 0 or any(block.draws_random for block in self.blocks))
 
     @property
+    def reserves_room(self) -> bool:
+        """Whether there is memory for room behind dense matrices; see `take_room`."""
+        return any(isinstance(module, Linear) and module.reserved for module in self._first_block.modules())
+
+    @property
     def is_fused(self) -> bool:
         """Whether element-wise operators are kernels."""
         return self.compute_dtype is torch.bfloat16 and fused_kernels() is not None

@@ -159,7 +159,8 @@ def plan_memory(
     limit = min(limit_gib * 2**30 or total, total)
     passing = row_tokens * passing_bytes(shape) * model.compute_dtype.itemsize // 2
     available = limit - used - trained_bytes - passing - waiting_bytes - _WORKING_BYTES
-    kept = KeptByLayers(method, shape, fused=model.is_fused, itemsize=model.compute_dtype.itemsize)
+    itemsize = model.compute_dtype.itemsize
+    kept = KeptByLayers(method, shape, fused=model.is_fused, itemsize=itemsize, dense=model.reserves_room)
     everything, inputs, nothing = (
         kept.by_layer(mode, row_tokens) for mode in (Recompute.ALL, Recompute.INPUTS, Recompute.NOTHING)
     )
@@ -307,7 +308,8 @@ def chunk_that_fits(
     else:
         rows, width = config.micro_bsz, config.ctx_len
     fused = device.type == "cuda" and compute_dtype is torch.bfloat16
-    kept = KeptByLayers(method, shape, fused=fused, itemsize=compute_dtype.itemsize)
+    dense = config.dense_and_whole
+    kept = KeptByLayers(method, shape, fused=fused, itemsize=compute_dtype.itemsize, dense=dense)
     modes = {0: [Recompute.NOTHING], 1: [Recompute.ALL], 2: [Recompute.NOTHING, Recompute.ALL]}[config.grad_cp]
     of_memory = shape.memory_bytes(compute_dtype.itemsize)
     waiting = of_memory if config.chunk_keep == "device" else 0

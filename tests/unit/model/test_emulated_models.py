@@ -188,7 +188,8 @@ def test_dense_matrices_whose_inputs_are_mixes_take_one_product(
         (Recompute.NOTHING, "states"), (Recompute.NOTHING, "bat"), (Recompute.INPUTS, "lora"), (Recompute.ALL, "lora"),
         (Recompute.NOTHING, "lora time ln"), (Recompute.NOTHING, "bone time ln"), (Recompute.INPUTS, "bone time ln"),
         (Recompute.NOTHING, "parts"), (Recompute.NOTHING, "full"), (Recompute.INPUTS, "full bf16"),
-        (Recompute.ALL, "full"),
+        (Recompute.ALL, "full"), (Recompute.NOTHING, "lora dense"), (Recompute.INPUTS, "lora dense"),
+        (Recompute.ALL, "lora dense"),
     ],
 )  # fmt: skip
 def test_kept_bytes_cover_what_kernels_keep(mode: Recompute, run: str, architecture: str) -> None:
