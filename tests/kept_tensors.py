@@ -17,6 +17,7 @@ RUNS: dict[str, dict[str, str]] = {
     **{f"{kind} time ln": {"peft": kind, "train_parts": "time,ln"} for kind in ("lora", "bone", "bat", "pissa")},
     "lora dense": {"peft": "lora", "train_parts": "ln", "quant": "0"},
     "lora dropout": {"peft": "lora", "train_parts": "[]", "lora_dropout": "0.1"},
+    "states dropout": {"dropout": "0.1"},
     "parts": {"train_parts": "time,ln"},
     "full": {"train_type": "none"},
     "full bf16": {"train_type": "none", "weights": "bf16"},
@@ -35,7 +36,8 @@ def kept_and_estimated(
     flags = dict(RUNS[run])
     if kind := flags.get("peft"):
         flags["bone_r" if kind in ("bone", "bat") else f"{kind}_r"] = "32"
-    method = method_of(TrainConfig.from_flags({"load_model": "m.pth", "data_file": "d", **flags}))
+    config = TrainConfig.from_flags({"load_model": "m.pth", "data_file": "d", **flags})
+    method = method_of(config)
     dense = flags.get("quant") == "0"
     kept, estimates = [], []
     for layers in (2, 3):
@@ -47,6 +49,7 @@ def kept_and_estimated(
             trained=method.trained_names(shape),
             narrow=method.narrow_names(shape) if isinstance(method, FullTraining) else (),
             adapters=method.adapters,
+            dropout=config.dropout,
             reserves_room=dense and torch.empty(0, device=device).is_cuda,
         )
         model = build_model(tiny_parameters(shape), shape, options)
@@ -68,6 +71,7 @@ def kept_and_estimated(
             hidden, _ = model(torch.arange(tokens)[None] % shape.vocab_size)
         kept.append(sum(storage.nbytes() for storage in seen.values()))
         del hidden
-        by_layer = KeptByLayers(method, shape, fused=model.is_fused, itemsize=dtype.itemsize, dense=model.reserves_room)
+        options = {"dense": model.reserves_room, "dropout": model.dropout > 0}
+        by_layer = KeptByLayers(method, shape, fused=model.is_fused, itemsize=dtype.itemsize, **options)
         estimates.append(by_layer.of_all(recompute, tokens))
     return kept[1] - kept[0], estimates[1] - estimates[0]

@@ -46,10 +46,21 @@ class KeptByLayers:
         fused: whether element-wise operators are kernels.
         itemsize: bytes of an activation.
         dense: whether frozen matrices are dense and whole, so that adapters take room (`AdapterPlan.rooms`).
+        dropout: whether there is dropout of the residual stream.
     """
 
-    def __init__(self, method: Method, shape: ModelShape, *, fused: bool, itemsize: int, dense: bool = False) -> None:
+    def __init__(
+        self,
+        method: Method,
+        shape: ModelShape,
+        *,
+        fused: bool,
+        itemsize: int,
+        dense: bool = False,
+        dropout: bool = False,
+    ) -> None:
         self._shape, self._fused, self._itemsize = shape, fused, itemsize
+        self._dropped = shape.dropped_values(fused=fused) if dropout else 0
         adapters = method.adapters
         self._random = random = adapters is not None and adapters.draws_random
         sizes = shape.parameter_shapes()
@@ -93,7 +104,7 @@ class KeptByLayers:
 
     def _of_layer(self, layer: _Layer, recompute: Recompute, positions: int) -> float:
         of_position = self._shape.kept_bytes(recompute, fused=self._fused, trained=layer.inputs)
-        of_position += 0 if recompute is Recompute.ALL else 2 * layer.room
+        of_position += 0 if recompute is Recompute.ALL else 2 * (layer.room + self._dropped)
         casts = dict(layer.casts)
         once = sum(casts[name] for name in self._shape.kept_casts(recompute, casts, fused=self._fused))
         if recompute is not Recompute.ALL or not self._random:

@@ -255,6 +255,10 @@ class RWKV6Shape(ModelShape):
         of_inputs = ("time_maa_w1",) if recompute is Recompute.NOTHING else ()
         return [name for name in kept if "time_maa_" not in name or name.endswith(of_inputs)]
 
+    def dropped_values(self, *, fused: bool) -> int:
+        """See ModelShape; the feed-forward's kernel keeps its result, which dropout makes another one of."""
+        return super().dropped_values(fused=fused) + (self.n_embd if fused else 0)
+
     def passing_bytes_again(self, adapters: str) -> int:
         """See ModelShape.
 

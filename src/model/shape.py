@@ -156,6 +156,13 @@ class ModelShape(ABC):
     def trained_inputs(self, *, inputs_again: bool, fused: bool) -> list[tuple[int, frozenset[str]]]:
         """What a layer keeps besides where something is trained: values per token, and names that each suffice."""
 
+    def dropped_values(self, *, fused: bool) -> int:
+        """Values per token that a layer keeps besides where there is dropout: of each addition what was drawn.
+
+        A value on a CPU, and a byte of it on a GPU.
+        """
+        return (1 if fused else 2) * self.n_embd
+
     def kept_casts(self, recompute: Recompute, trained: Collection[str], *, fused: bool) -> list[str]:
         """Those trained weights whose casts a layer keeps, if they are stored in another dtype than activations."""
         return [] if recompute is Recompute.ALL else list(trained)

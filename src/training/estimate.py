@@ -189,7 +189,8 @@ def _kept_bytes(
 ) -> tuple[float, float]:
     """What layers keep on the device for their backward: what grows with the positions, and the rest."""
     fused = on_gpu and itemsize == 2
-    layers = KeptByLayers(method, shape, fused=fused, itemsize=itemsize, dense=config.dense_and_whole)
+    options = {"dense": config.dense_and_whole, "dropout": config.dropout > 0}
+    layers = KeptByLayers(method, shape, fused=fused, itemsize=itemsize, **options)
     with_memory = Recompute.ALL if on_gpu else Recompute.INPUTS
     mode = {0: Recompute.NOTHING, 1: Recompute.ALL}.get(config.grad_cp, with_memory)
     if config.chunk_ctx and config.chunk_keep == "inputs":

@@ -160,7 +160,8 @@ def plan_memory(
     passing = row_tokens * passing_bytes(shape) * model.compute_dtype.itemsize // 2
     available = limit - used - trained_bytes - passing - waiting_bytes - _WORKING_BYTES
     itemsize = model.compute_dtype.itemsize
-    kept = KeptByLayers(method, shape, fused=model.is_fused, itemsize=itemsize, dense=model.reserves_room)
+    options = {"dense": model.reserves_room, "dropout": model.dropout > 0}
+    kept = KeptByLayers(method, shape, fused=model.is_fused, itemsize=itemsize, **options)
     everything, inputs, nothing = (
         kept.by_layer(mode, row_tokens) for mode in (Recompute.ALL, Recompute.INPUTS, Recompute.NOTHING)
     )
@@ -308,8 +309,8 @@ def chunk_that_fits(
     else:
         rows, width = config.micro_bsz, config.ctx_len
     fused = device.type == "cuda" and compute_dtype is torch.bfloat16
-    dense = config.dense_and_whole
-    kept = KeptByLayers(method, shape, fused=fused, itemsize=compute_dtype.itemsize, dense=dense)
+    options = {"dense": config.dense_and_whole, "dropout": config.dropout > 0}
+    kept = KeptByLayers(method, shape, fused=fused, itemsize=compute_dtype.itemsize, **options)
     modes = {0: [Recompute.NOTHING], 1: [Recompute.ALL], 2: [Recompute.NOTHING, Recompute.ALL]}[config.grad_cp]
     of_memory = shape.memory_bytes(compute_dtype.itemsize)
     waiting = of_memory if config.chunk_keep == "device" else 0

@@ -65,8 +65,12 @@ def test_trained_time_and_norm_parameters_switch_no_kernel_off(
 
 
 @pytest.mark.parametrize(
-    "run", ["states", "lora", "bone", "bat", "lora time ln", "bone time ln", "parts", "full", "full bf16"]
-)
+    "run",
+    [
+        "states", "states dropout", "lora", "lora dense", "lora dropout", "bone", "bat", "lora time ln", "bone time ln",
+        "parts", "full", "full bf16",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("mode", Recompute)
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_kept_bytes_cover_what_kernels_keep(architecture: str, mode: Recompute, run: str) -> None:
