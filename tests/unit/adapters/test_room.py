@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
-from factories import tiny_parameters
-from recompute_cases import adapt, model_of, shape_of
+from factories import tiny_parameters, tiny_shape
+from recompute_cases import adapt, model_of, shape_of, tokens_of
 from torch import Tensor, nn
 
 from src.adapters.adapter import Adapter
 from src.adapters.low_rank import LowRank
 from src.adapters.plan import KINDS, AdapterPlan
 from src.loading import LoadOptions, build_model
+from src.model import rwkv6, rwkv7
 from src.model.casts import CastBuffer, LayerCasts
-from src.model.layers import Linear
+from src.model.layers import Linear, Mixer
 from src.model.recompute import Recompute
-from src.ops.products import has_room
+from src.ops.products import ANYWHERE, MixPlaces, has_room
 from src.quant import DequantizationWorkspace, FrozenLinear
 
 OUT, IN, R = 24, 32, 8
 MIXED = {"att.receptance", "att.key", "ffn.key"}
 """Names in both architectures."""
+MIXED_OF_RWKV6 = {"att.value", "att.gate", "ffn.receptance"}
+"""Further ones."""
 
 
 def normal(*shape: int, seed: int) -> Tensor:
@@ -83,7 +87,11 @@ def single(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("count", [1, 3])
 def test_it_is_the_same_as_two_products(count: int, single: list[int]) -> None:
     """And goes on being so when what is trained has moved."""
-    with_room, without = ([around(dense(), seed=40 * i) for i in range(count)] for _ in range(2))
+    with_room, without = ([around(dense(), seed=40 * i, cast=False) for i in range(count)] for _ in range(2))
+    for adapters in (with_room, without):
+        layer = LayerCasts(CastBuffer())
+        for adapter in adapters:
+            adapter.cast_with(layer)
     for adapter in with_room:
         adapter.take_room()
     for _ in range(2):
@@ -106,6 +114,21 @@ def test_it_is_exact(single: list[int]) -> None:
     hidden = (0.5 * x.double() @ a.t()).bfloat16().double()
     exact = x.double() @ adapter.base.weight.double().t() + hidden @ b.t()
     assert (y.double() - exact).norm() < 2.5e-3 * exact.norm()
+    assert single == [1]
+
+
+def test_what_is_trained_is_used_as_it_is_now(single: list[int]) -> None:
+    """Also where D x is known from before, so that nothing else asks for what is cast."""
+    adapter = around(dense())
+    adapter.take_room()
+    x = inputs(1, R)[0].detach().flatten(0, 1)
+    with torch.no_grad():
+        kept = adapter.kept(x)
+        adapter.lora_B.add_(1)  # type: ignore[operator, union-attr]
+        adapter._casts._buffer.forget()  # type: ignore[union-attr]
+        y = adapter.product(x, kept)
+        exact = x.double() @ adapter.base.weight.double().t() + kept[-1].double() @ adapter.trained()[1].double().t()
+    assert (y.double() - exact).norm() < 5e-3 * exact.norm()
     assert single == [1]
 
 
@@ -161,11 +184,49 @@ def test_who_takes_room(made: Callable[[], Adapter], takes: bool) -> None:
         assert not adapter.base.weight.requires_grad
 
 
+def test_rows_that_are_no_whole_vectors_have_no_room() -> None:
+    shape = tiny_shape(n_embd=36, head_size=12)
+    assert {key.split(".", 2)[2] for key in AdapterPlan("lora", 8).rooms(tiny_shape())} >= {"att.key.weight"}
+    assert AdapterPlan("lora", 8).rooms(shape) == {}
+
+
 def test_a_model_elsewhere_takes_none() -> None:
     model = model_of(Recompute.ALL, None, dtype=torch.bfloat16)
     adapt(model, "lora", model.shape.matrix_names())
     model.take_room()
     assert not any(module.room for module in model.modules() if isinstance(module, Adapter))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "name"),
+    [("x060", name) for name in sorted(MIXED | MIXED_OF_RWKV6)] + [("x070", name) for name in sorted(MIXED)],
+)
+def test_a_matrix_finds_room_behind_the_mix_that_it_takes(
+    architecture: str, name: str, single: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each on its own: where all have room, a mix has it whoever takes it."""
+
+    def placed(mixes: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
+        """As kernels do it."""
+
+        def mixed(z: Tensor, *rest: Any, places: MixPlaces = ANYWHERE, **options: Any) -> tuple[Tensor, ...]:
+            found = mixes(z, *rest, **options)
+            empty = places.empty_mixes(len(found), z)
+            return tuple(place.copy_(each) for place, each in zip(empty, found, strict=True))
+
+        return mixed
+
+    for module, functions in ((rwkv6, ("shift_mixes", "modulated_shift_mixes")), (rwkv7, ("shift_mixes",))):
+        for function in functions:
+            monkeypatch.setattr(module, function, placed(getattr(module, function)))
+    model = model_of(Recompute.NOTHING, None, dtype=torch.bfloat16, architecture=architecture)
+    adapt(model, "lora", [f"blocks.{layer}.{name}.weight" for layer in range(len(model.blocks))])
+    for module in model.modules():
+        if isinstance(module, Mixer):
+            module.take_room()
+    with torch.no_grad():
+        model(tokens_of(5))
+    assert single == [1] * len(model.blocks)
 
 
 @pytest.mark.parametrize(
@@ -187,7 +248,7 @@ def test_what_a_plan_reserves(plan: AdapterPlan, architecture: str, widths: set[
     rooms = plan.rooms(shape)
     assert set(rooms.values()) == widths
     names = {key.split(".", 2)[2].removesuffix(".weight") for key in rooms}
-    mixed = {"x060": MIXED | {"att.value", "att.gate", "ffn.receptance"}, "x070": MIXED}[architecture]
+    mixed = {"x060": MIXED | MIXED_OF_RWKV6, "x070": MIXED}[architecture]
     assert names == (mixed & set(plan.targets) if plan.targets else mixed if widths else set())
     models = [
         build_model(

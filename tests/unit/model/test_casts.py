@@ -203,6 +203,33 @@ def test_layers_of_different_sizes_take_turns_with_one_buffer() -> None:
     assert not layers[1].cast(0, torch.bfloat16).any()
 
 
+def test_a_tensor_is_cast_to_another_place_too() -> None:
+    """From when that is said, with the layer's others, however they have moved; other layers' casts leave it alone."""
+    buffer = CastBuffer()
+    owners = [Owner(3), Owner(5), Owner(200)]
+    layer, other = LayerCasts(buffer), LayerCasts(buffer)
+    owners[1].tensors = [torch.randn(4, 6)]
+    _, number = (layer.add(owner) for owner in owners[:2])
+    other.add(owners[2])
+    whole = torch.zeros(4, 10, dtype=torch.bfloat16)
+    layer.cast(0, torch.bfloat16)
+    layer.cast_to(number, whole[:, 3:9])
+
+    def check() -> None:
+        layer.cast(0, torch.bfloat16)
+        assert torch.equal(whole[:, 3:9], owners[1].tensors[0].bfloat16())
+        assert not whole[:, :3].any()
+        assert not whole[:, 9:].any()
+
+    check()
+    owners[1].tensors[0].mul_(2)
+    other.cast(0, torch.bfloat16)
+    check()
+    owners[1].tensors[0] = owners[1].tensors[0] + 1
+    buffer.forget()
+    check()
+
+
 @pytest.mark.parametrize("architecture", ["x060", "x070"])
 def test_trained_vectors_that_are_used_as_one_lie_in_one_piece(architecture: str) -> None:
     """No copy is made of them, and gradients are the same bits as if they were copied."""

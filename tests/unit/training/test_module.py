@@ -162,6 +162,17 @@ def test_the_model_stays_where_it_is_after_training() -> None:
     assert {parameter.device.type for parameter in made.parameters()} == {"meta"}
 
 
+def test_room_is_taken_when_the_engine_has_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which sends weights while they are contiguous."""
+    made = module(peft="lora", lora_r=4)
+    taken: list[LanguageModel] = []
+    monkeypatch.setattr(LanguageModel, "take_room", lambda model: taken.append(model))
+    made.configure_optimizers()
+    assert taken == []
+    made.on_fit_start()
+    assert taken == [made.model]
+
+
 def test_an_engine_that_has_made_a_copy_updates_what_the_model_has() -> None:
     """And what is trained is where the engine has put the whole; the copy, and at the end moments, take no memory."""
     made = module(peft="lora", lora_r=4, strategy="deepspeed_stage_1", train_parts="time,ln")

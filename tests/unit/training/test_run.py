@@ -216,6 +216,26 @@ def test_the_engine_that_runs_is_the_one_the_run_knows(data: Path, monkeypatch: 
 
 
 @pytest.mark.parametrize(
+    ("device", "precision", "flags", "reserves"),
+    [
+        ("cuda", "bf16", {}, True),
+        ("cuda", "bf16", {"strategy": "deepspeed_stage_2"}, True),
+        ("cuda", "bf16", {"strategy": "deepspeed_stage_3"}, False),
+        ("cuda", "bf16", {"quant": 1}, False),
+        ("cuda", "fp16", {}, False),
+        ("cuda", "fp32", {}, False),
+        ("cpu", "bf16", {}, False),
+    ],
+)
+def test_room_is_reserved_where_kernels_can_use_it(
+    device: str, precision: str, flags: dict[str, object], reserves: bool, data: Path
+) -> None:
+    chosen = config(data, peft="lora", lora_r=8, **{"quant": 0, **flags})
+    hardware = Hardware(torch.device(device), precision, chosen.strategy)
+    assert run.load_options(chosen, method_of(chosen), hardware, SHAPE).reserves_room is reserves
+
+
+@pytest.mark.parametrize(
     ("losses", "expected"),
     [
         ([2.0], "loss 2.0000 -> 2.0000"),
