@@ -31,9 +31,10 @@ def test_every_bit_is_torchs(sizes: tuple[int, ...], shift: int) -> None:
             assert output[size:].isnan().all()
 
 
-@pytest.mark.parametrize("columns", [64, 12])
-def test_a_matrix_is_cast_to_where_its_rows_stand_apart(columns: int) -> None:
-    tensor, whole = torch.randn(5000, columns, device="cuda"), torch.zeros(5000, 96, device="cuda").bfloat16()
+@pytest.mark.parametrize(("columns", "stride"), [(64, 96), (12, 96), (64, 101)])
+def test_a_matrix_is_cast_to_where_its_rows_stand_apart(columns: int, stride: int) -> None:
+    """Also where not every row begins where a vector may."""
+    tensor, whole = torch.randn(5000, columns, device="cuda"), torch.zeros(5000, stride, device="cuda").bfloat16()
     cast.caster([tensor], [behind(whole[:, :32], columns)])()
     assert torch.equal(whole[:, 32 : 32 + columns], tensor.bfloat16())
     assert whole.count_nonzero() == tensor.bfloat16().count_nonzero()

@@ -15,7 +15,7 @@ from src.adapters.adapter import Adapter
 from src.adapters.low_rank import LowRank
 from src.adapters.plan import KINDS, AdapterPlan
 from src.loading import LoadOptions, build_model
-from src.model import rwkv6, rwkv7
+from src.model import language_model, rwkv6, rwkv7
 from src.model.casts import CastBuffer, LayerCasts
 from src.model.layers import Linear, Mixer
 from src.model.recompute import Recompute
@@ -139,6 +139,7 @@ def test_inputs_without_room_are_two_products(single: list[int]) -> None:
         assert torch.equal(ours, theirs)
     one_row = inputs(1, R, rows=1)[0][:1]  # of which nothing shows whether there is room
     adapter(one_row)
+    adapter(torch.zeros(5, IN + R)[:, :IN])  # of another dtype than W
     with torch.no_grad():
         adapter.base.weight.data = adapter.base.weight.data.clone(memory_format=torch.contiguous_format)
     for ours, theirs in zip(results([adapter], R), results([other], R), strict=True):
@@ -190,11 +191,25 @@ def test_rows_that_are_no_whole_vectors_have_no_room() -> None:
     assert AdapterPlan("lora", 8).rooms(shape) == {}
 
 
-def test_a_model_elsewhere_takes_none() -> None:
-    model = model_of(Recompute.ALL, None, dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "on_gpu", "fused", "takes"),
+    [
+        (torch.bfloat16, True, True, True),
+        (torch.bfloat16, False, True, False),
+        (torch.bfloat16, True, False, False),
+        (torch.float16, True, True, False),
+        (torch.float32, True, True, False),
+    ],
+)
+def test_models_take_room_where_kernels_make_it(
+    dtype: torch.dtype, on_gpu: bool, fused: bool, takes: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = model_of(Recompute.ALL, None, dtype=dtype)
     adapt(model, "lora", model.shape.matrix_names())
+    monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu)
+    monkeypatch.setattr(language_model, "fused_kernels", lambda: object() if fused else None)
     model.take_room()
-    assert not any(module.room for module in model.modules() if isinstance(module, Adapter))
+    assert any(module.room for module in model.modules() if isinstance(module, Adapter)) is takes
 
 
 @pytest.mark.parametrize(
