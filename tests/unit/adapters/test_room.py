@@ -15,8 +15,9 @@ from src.adapters.adapter import Adapter
 from src.adapters.low_rank import LowRank
 from src.adapters.plan import KINDS, AdapterPlan
 from src.loading import LoadOptions, build_model
-from src.model import language_model, rwkv6, rwkv7
+from src.model import rwkv6, rwkv7
 from src.model.casts import CastBuffer, LayerCasts
+from src.model.language_model import LanguageModel
 from src.model.layers import Linear, Mixer
 from src.model.recompute import Recompute
 from src.ops.products import ANYWHERE, MixPlaces, has_room
@@ -191,25 +192,17 @@ def test_rows_that_are_no_whole_vectors_have_no_room() -> None:
     assert AdapterPlan("lora", 8).rooms(shape) == {}
 
 
-@pytest.mark.parametrize(
-    ("dtype", "on_gpu", "fused", "takes"),
-    [
-        (torch.bfloat16, True, True, True),
-        (torch.bfloat16, False, True, False),
-        (torch.bfloat16, True, False, False),
-        (torch.float16, True, True, False),
-        (torch.float32, True, True, False),
-    ],
-)
-def test_models_take_room_where_kernels_make_it(
-    dtype: torch.dtype, on_gpu: bool, fused: bool, takes: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model = model_of(Recompute.ALL, None, dtype=dtype)
+def reserving(plan: AdapterPlan, architecture: str, *, reserves: bool = True) -> LanguageModel:
+    shape = shape_of(architecture)
+    options = LoadOptions(torch.device("cpu"), torch.bfloat16, adapters=plan, reserves_room=reserves)
+    return build_model(tiny_parameters(shape), shape, options)
+
+
+def test_a_model_elsewhere_takes_none() -> None:
+    model = model_of(Recompute.ALL, None, dtype=torch.bfloat16)
     adapt(model, "lora", model.shape.matrix_names())
-    monkeypatch.setattr(torch.Tensor, "is_cuda", on_gpu)
-    monkeypatch.setattr(language_model, "fused_kernels", lambda: object() if fused else None)
     model.take_room()
-    assert any(module.room for module in model.modules() if isinstance(module, Adapter)) is takes
+    assert not any(module.room for module in model.modules() if isinstance(module, Adapter))
 
 
 @pytest.mark.parametrize(
@@ -234,8 +227,7 @@ def test_a_matrix_finds_room_behind_the_mix_that_it_takes(
     for module, functions in ((rwkv6, ("shift_mixes", "modulated_shift_mixes")), (rwkv7, ("shift_mixes",))):
         for function in functions:
             monkeypatch.setattr(module, function, placed(getattr(module, function)))
-    model = model_of(Recompute.NOTHING, None, dtype=torch.bfloat16, architecture=architecture)
-    adapt(model, "lora", [f"blocks.{layer}.{name}.weight" for layer in range(len(model.blocks))])
+    model = reserving(AdapterPlan("lora", 8, targets=(name,)), architecture)
     for module in model.modules():
         if isinstance(module, Mixer):
             module.take_room()
@@ -265,14 +257,7 @@ def test_what_a_plan_reserves(plan: AdapterPlan, architecture: str, widths: set[
     names = {key.split(".", 2)[2].removesuffix(".weight") for key in rooms}
     mixed = {"x060": MIXED | MIXED_OF_RWKV6, "x070": MIXED}[architecture]
     assert names == (mixed & set(plan.targets) if plan.targets else mixed if widths else set())
-    models = [
-        build_model(
-            tiny_parameters(shape),
-            shape,
-            LoadOptions(torch.device("cpu"), torch.bfloat16, adapters=plan, reserves_room=reserves),
-        )
-        for reserves in (True, False)
-    ]
+    models = [reserving(plan, architecture, reserves=reserves) for reserves in (True, False)]
     for (key, ours), (_, theirs) in zip(*(model.named_parameters() for model in models), strict=True):
         assert torch.equal(ours, theirs)
         assert ours.is_contiguous()
