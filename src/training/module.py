@@ -180,9 +180,13 @@ class TrainingModule(pl.LightningModule):
     def optimizer_step(
         self, epoch: int, batch_idx: int, optimizer: Any, optimizer_closure: Callable[[], Any] | None = None
     ) -> None:
-        """Takes the step, and lets the device go on with the next one while the host looks at what this one was."""
+        """Takes the step, and lets the device go on with the next one while the host looks at what this one was.
+
+        Not with several processes: what they ask each other between two steps would be answered when that is over.
+        """
         super().optimizer_step(epoch, batch_idx, optimizer, optimizer_closure)
-        if self.graphed and self.sight and self._ends_step and self.turns is None and not self._is_last:
+        alone = self.trainer.world_size == 1
+        if alone and self.graphed and self.sight and self._ends_step and self.turns is None and not self._is_last:
             self.graphed.go_on(self.batches.ahead)
 
     @property

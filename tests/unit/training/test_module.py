@@ -281,6 +281,7 @@ class TestLookAhead:
             ({"ends_step": False}, False),
             ({"looks_itself": False}, False),
             ({"turns": True}, False),
+            ({"world_size": 2}, False),
             ({"is_last_batch": True}, True),
             ({"is_last_batch": True, "current_epoch": 2}, False),
         ],
@@ -295,7 +296,8 @@ class TestLookAhead:
         made.turns = Mock() if changes.get("turns") else None
         made._ends_step = changes.get("ends_step", True)
         last, epoch = changes.get("is_last_batch", False), changes.get("current_epoch", 1)
-        made._trainer = Mock(current_epoch=epoch, max_epochs=3, is_last_batch=last)
+        processes = changes.get("world_size", 1)
+        made._trainer = Mock(current_epoch=epoch, max_epochs=3, is_last_batch=last, world_size=processes)
         events.clear()
         made.optimizer_step(0, 0, Mock(step=lambda closure: events.append("step")), lambda: None)
         assert events == ["step", *(["go on with 1"] if goes_on else [])]
