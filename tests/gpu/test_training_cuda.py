@@ -261,9 +261,8 @@ def test_200_steps_in_bf16_end_where_fp32_ends(tmp_path: Path) -> None:
 def test_activations_in_host_memory_change_nothing_but_memory(base: Path, data: Path, tmp_path: Path) -> None:
     documents = write_documents(tmp_path / "long", [8000] * 4)
     peaks = []
-    for number, offload in enumerate(
-        (0, 0, 1)
-    ):  # first a run with which other tests' memory goes, which would hide its
+    # With the first run goes what other tests have left on the GPU, which would hide what a run takes.
+    for number, offload in enumerate((0, 0, 1)):
         gc.collect()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
