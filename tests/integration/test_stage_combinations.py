@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,10 @@ from torch import Tensor
 from src.checkpoint import open_checkpoint, save_model
 from src.data.pair_file import save_pairs
 from src.data.preferences import PreferencePair
+from src.model.language_model import LanguageModel
+from src.model.layers import Linear
 from src.tokenizer import ByteTokenizer
+from src.training import run
 from src.training.module import TrainingModule
 from src.training.optimizers import GRADIENT_CLIP
 
@@ -208,6 +211,31 @@ def test_a_run_under_an_engine_is_that_of_a_single_device(
     assert_same_files(tmp_path / "one", tmp_path / "stage", atol=3e-5 if row["precision"] == "fp32" else 3e-4)
     if row["precision"] == "fp32":
         seen.assert_same_ends()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["auto", "deepspeed_stage_1", "deepspeed_stage_2", "deepspeed_stage_2_offload"])
+def test_frozen_matrices_may_move_once_an_engine_has_the_model(
+    strategy: str, inputs: Path, seen: Seen, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they do on a GPU, to where adapters have room behind them: same steps, held-out losses and files."""
+    row = {**ROWS[0], "method": "pissa", "data": "pad", "chunks": "whole rows", "optimizer": "adam"}
+    row |= {"quant": "unpacked", "train_parts": "time,ln", "precision": "bf16", "accumulate_grad_batches": 1}
+    flags = {**flags_of(row, inputs), "val_file": inputs / "documents", "strategy": strategy}
+    train(tmp_path / "still", **flags)
+    moved: list[int] = []
+    options, take = run.load_options, LanguageModel.take_room
+
+    def counted(model: LanguageModel) -> None:
+        take(model)
+        moved.append(sum(module.room > 0 for module in model.modules() if isinstance(module, Linear)))
+
+    monkeypatch.setattr(run, "load_options", lambda *given: replace(options(*given), reserves_room=True))
+    monkeypatch.setattr(LanguageModel, "take_room", counted)
+    train(tmp_path / "moved", **flags)
+    assert moved[0] > 0
+    assert_same_steps(tmp_path / "still", tmp_path / "moved")
+    assert_same_files(tmp_path / "still", tmp_path / "moved")
 
 
 @pytest.mark.slow
