@@ -41,7 +41,7 @@ from src.ops.elementwise import (
 )
 from src.ops.kernels import Kernel
 from src.ops.node import Node, once
-from src.ops.products import MixPlaces, Places
+from src.ops.products import Places, mix_places
 from src.ops.wkv6 import wkv6, wkv6_branching
 from src.ops.wkv6_cuda import CUDA_HEAD_SIZE, kernel_is_available
 
@@ -366,10 +366,11 @@ class TimeMix(TimeMixer):
         (base,) = shift_mixes(z, shift, self.stacked(("time_maa_x",), z), None, previous)
         hidden = torch.tanh(self.product(base, "time_maa_w1"))
         maa = self.stacked(self.stacks[0], z)
-        r, k, v, g = (matrix.room for matrix in self._mixed)
+        r, k, v, g = mixed = self._mixed
+        rooms = (0, k.room, v.room, r.room, g.room)
         return modulated_shift_mixes(
             *(z, shift, maa, hidden, self.time_maa_w2, previous),
-            places=MixPlaces(((3, 1, 2, 4),) if join(self._mixed) else (), (0, k, v, r, g)),
+            places=mix_places(((3, 1, 2, 4),) if join(mixed) else (), rooms),
             keeps_modulation=keeps_modulation,
             narrow_up=self.narrow("time_maa_w2", z.dtype),
         )
@@ -435,8 +436,8 @@ class ChannelMix(ChannelMixer):
     def mixed_inputs(self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the inputs of key and receptance, [B, T, C] each; see ChannelMixer."""
         previous = None if layout is None else layout.previous
-        rooms = tuple(matrix.room for matrix in self._mixed)
-        places = MixPlaces(((0, 1),) if join(self._mixed) else (), rooms)
+        key, receptance = mixed = self._mixed
+        places = mix_places(((0, 1),) if join(mixed) else (), (key.room, receptance.room))
         return shift_mixes(z, shift, self.stacked(self.stacks[0], z), None, previous, places=places)
 
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:

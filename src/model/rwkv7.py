@@ -38,7 +38,7 @@ from src.ops.delta_rule import group_norm_bonus_gate, removal_and_replacement, v
 from src.ops.elementwise import shift_mixes, squared_relu
 from src.ops.kernels import Kernel
 from src.ops.node import Node, once
-from src.ops.products import MixPlaces
+from src.ops.products import mix_places
 from src.ops.small_maps import Maps, small_maps
 from src.ops.wkv7 import wkv7, wkv7_branching
 from src.ops.wkv7_cuda import CUDA_HEAD_SIZE, kernel_is_available
@@ -481,11 +481,11 @@ class TimeMix(TimeMixer):
     ) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the inputs of receptance, decay, key, value, rate and gate; see TimeMixer."""
         previous = None if layout is None else layout.previous
-        joined: tuple[tuple[int, ...], ...] = ((0, 2),) if join(self._mixed) else ()
+        r, k = mixed = self._mixed
+        joined: tuple[tuple[int, ...], ...] = ((0, 2),) if join(mixed) else ()
         if self._small_maps() is not None:
             joined += ((1, 4),) if self.hands_on or not self._frozen_value() else ((1, 4, 3),)
-        r, k = (matrix.room for matrix in self._mixed)
-        places = MixPlaces(joined, (r, 0, k))
+        places = mix_places(joined, (r.room, 0, k.room))
         return shift_mixes(z, shift, self.stacked(_MIXES, z), None, previous, places=places)
 
     def attend(
@@ -575,7 +575,8 @@ class ChannelMix(ChannelMixer):
     def mixed_inputs(self, z: Tensor, shift: Tensor | None, layout: SegmentLayout | None) -> tuple[Tensor, ...]:
         """z [B, T, C] -> the input of key; see ChannelMixer."""
         previous = None if layout is None else layout.previous
-        places = MixPlaces((), (self.key.room,))
+        (key,) = self._mixed
+        places = mix_places((), (key.room,))
         return shift_mixes(z, shift, self.stacked(("x_k",), z), None, previous, places=places)
 
     def feed(self, x: Tensor, inputs: tuple[Tensor, ...]) -> Tensor:

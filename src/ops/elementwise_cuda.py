@@ -16,7 +16,7 @@ from torch import Tensor
 
 from src.ops.kernels import Kernel, Size
 from src.ops.node import Node
-from src.ops.products import ANYWHERE, MixPlaces, Places
+from src.ops.products import ANYWHERE, MOST_MIXES, MixPlaces, Places
 from src.ops.rows import (
     HEAD_SIZES,
     SUM_THREADS,
@@ -54,7 +54,6 @@ _MOST_BLOCKS_DOWN = 65535
 """Of a grid, in its second direction, on any card."""
 _NORM_TILE = 2
 _VALUES_PER_BLOCK = 2 * THREADS * VECTOR
-_MOST_MIXES = 6
 
 
 def _kernel(expression: str, parameters: str) -> Kernel:
@@ -601,7 +600,7 @@ class _ShiftInputs:
             sizes = (len(outputs), rows, tokens, channels, self.maa.dtype is torch.float32)
             in_memory = None if isinstance(modulation, tuple) else modulation
             shift = (self.z, self.carry, self.maa, in_memory, self.previous, *sizes)
-            vectors = [(channels + places.room_of(mix)) // VECTOR for mix in range(_MOST_MIXES)]
+            vectors = [(channels + room) // VECTOR for room in places.rooms]
             of_outputs = (*_all_mixes(outputs), *vectors)
             if isinstance(modulation, tuple):
                 grid, chunk = _modulated_places(rows, channels, _FORWARD_TILES)
@@ -705,7 +704,7 @@ def _by_mix(hidden: Tensor, up: Tensor) -> Tensor:
 
 
 def _all_mixes(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
-    return (*tensors, *(None,) * (_MOST_MIXES - len(tensors)))
+    return (*tensors, *(None,) * (MOST_MIXES - len(tensors)))
 
 
 def _gated_norm(y: Tensor, gate: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:

@@ -9,11 +9,16 @@ Legend: left [n, k] and right [k, m] of each pair; sizes may differ among pairs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+MOST_MIXES = 6
+"""Results of a token shift."""
 
 
 def side_by_side(shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor]:
@@ -25,36 +30,40 @@ def side_by_side(shapes: Sequence[tuple[int, ...]], like: Tensor) -> list[Tensor
 
 @dataclass(frozen=True)
 class MixPlaces:
-    """Where the results of a token shift are to lie.
+    """Where the results of a token shift are to lie; see `mix_places`.
 
     Attributes:
         joined: numbers of results that lie in one piece of memory in this order; for each piece.
-        rooms: for each result, how many values there is room for behind each row of it, alike in a piece; () for none.
+        rooms: for each of MOST_MIXES results, how many values there is room for behind each row of it, alike in a
+            piece; those not named have none.
     """
 
     joined: tuple[tuple[int, ...], ...] = ()
     rooms: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        assert all(len({self.room_of(mix) for mix in piece}) == 1 for piece in self.joined)
-
-    def room_of(self, mix: int) -> int:
-        """Values behind each row of a result."""
-        return self.rooms[mix] if mix < len(self.rooms) else 0
+        object.__setattr__(self, "rooms", (*self.rooms, *(0,) * (MOST_MIXES - len(self.rooms))))
+        assert all(len({self.rooms[mix] for mix in piece}) == 1 for piece in self.joined)
 
     def empty_mixes(self, mixes: int, like: Tensor) -> tuple[Tensor, ...]:
-        """The results, empty, each of a shape [B, T, C], which is that of `like`."""
+        """The results, empty, each of a shape [B, T, C], which is that of `like`, a contiguous tensor."""
         *rows, channels = like.shape
-        found: dict[int, Tensor] = {}
-        for piece in (*self.joined, *((mix,) for mix in range(mixes))):
-            if piece[0] not in found:
-                room = self.room_of(piece[0])
-                whole = side_by_side([(*rows, channels + room)] * len(piece), like)
-                found |= zip(piece, (each[..., :channels] if room else each for each in whole), strict=True)
-        return tuple(found[mix] for mix in range(mixes))
+        found: list[Any] = [None] * mixes
+        for piece in self.joined:
+            shape = (*rows, channels + self.rooms[piece[0]])
+            for mix, whole in zip(piece, side_by_side([shape] * len(piece), like), strict=True):
+                found[mix] = whole
+        for mix, room in zip(range(mixes), self.rooms, strict=False):
+            if found[mix] is None:
+                found[mix] = like.new_empty(*rows, channels + room) if room else torch.empty_like(like)
+            if room:
+                found[mix] = found[mix][..., :channels]
+        return tuple(found)
 
 
-ANYWHERE = MixPlaces()
+mix_places = functools.cache(MixPlaces)
+"""That of these arguments: it is asked for in every pass over every layer."""
+ANYWHERE = mix_places()
 
 
 def has_room(rows: Tensor, width: int) -> bool:

@@ -219,7 +219,7 @@ def check_room(places: MixPlaces, mixed: Callable[[MixPlaces], tuple[Tensor, ...
     expected, found = mixed(ANYWHERE), mixed(places)
     for mix, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(ours, theirs)
-        rows, room = ours.flatten(0, 1), places.room_of(mix)
+        rows, room = ours.flatten(0, 1), places.rooms[mix]
         if room and len(rows) > 1:
             assert has_room(rows, room)
             assert behind(rows, room).isnan().all()

@@ -130,7 +130,7 @@ def test_places_of_mixes() -> None:
     places = MixPlaces(((3, 1),), (0, 8, 16, 8))
     found = places.empty_mixes(5, like)
     assert {(each.shape, each.dtype) for each in found} == {(like.shape, like.dtype)}
-    assert [each.stride(-2) - 16 for each in found] == [places.room_of(mix) for mix in range(5)] == [0, 8, 16, 8, 0]
+    assert [each.stride(-2) - 16 for each in found] == [*places.rooms[:5]] == [0, 8, 16, 8, 0]
     assert found[1].data_ptr() - found[3].data_ptr() == 6 * 24 * like.element_size()
     assert len({each.untyped_storage().data_ptr() for each in found}) == 4
     assert all(each.is_contiguous() for each in ANYWHERE.empty_mixes(5, like))
